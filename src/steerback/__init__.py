@@ -1,0 +1,22 @@
+"""steerback: measure, explain and change how language models resist activation steering.
+
+Importing the package loads no heavy library; `load_target` and the engines import torch when they are used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load_target"]
+
+if TYPE_CHECKING:
+    from steerback.api import load_target
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load_target":
+        from steerback.api import load_target
+
+        return load_target
+    raise AttributeError(f"module 'steerback' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Engines turn requests into completions. `base` is the protocol, `transformers` the reference."""

@@ -1,0 +1,17 @@
+"""The one exception a user is meant to see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class SteerbackError(Exception):
+    """A mistake or a limit the user can act on: one line that says what, where, the valid choices and the fix.
+
+    The command line prints the message without a traceback and exits with code 2.
+    """
+
+
+def unknown(what: str, value: object, choices: Iterable[object]) -> SteerbackError:
+    """Error for a name that does not exist, with the names that do."""
+    return SteerbackError(f"unknown {what} {value!r}; choose one of: {', '.join(str(c) for c in choices)}")

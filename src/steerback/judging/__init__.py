@@ -1,0 +1,1 @@
+"""Judges split responses into attempts and score them; `base` is the protocol."""

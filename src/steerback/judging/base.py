@@ -1,0 +1,57 @@
+"""What any judge must give; it knows nothing of engines or ledgers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from steerback.records import Judgement, LatentKey
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeItem:
+    """One response to be judged. `prompt` carries no meta-prompt; `label` is None for targets without labels."""
+
+    key: str
+    prompt: str
+    response: str
+    label: str | None = None
+    latent: LatentKey | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class References:
+    """What an offline judge may compare with; LLM judges ignore it.
+
+    `responses` are the model's own unsteered responses per object-level prompt; `contexts` are top-activating
+    text snippets per latent (empty where unknown).
+    """
+
+    responses: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    contexts: Mapping[LatentKey, Sequence[str]] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """Judges responses one by one; every item comes back exactly once, scored, empty or unscored with a reason.
+
+    `name` is what the user asked for, `fingerprint` hashes all that shapes a verdict (judge, rubric text and version,
+    references, sampling); verdicts are cached under it together with response, prompt and label.
+    """
+
+    name: str
+    rubric: str  # version of the rubric, e.g. "offline-1"
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def describe(self) -> dict[str, object]: ...
+
+    def prepare(self, references: References) -> None:
+        """Called once per target before the first `judge`."""
+        ...
+
+    def judge(self, items: Sequence[JudgeItem]) -> AsyncIterator[tuple[str, Judgement]]:
+        """Yields (item key, judgement) in any order."""
+        ...

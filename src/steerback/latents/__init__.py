@@ -1,0 +1,1 @@
+"""Choosing latents: sampling, relevance, concreteness, matching, detectors."""

@@ -1,0 +1,254 @@
+"""The nouns: what is asked of a model, what came back, and what a judge made of it.
+
+Everything here is frozen and plain (no tensors, no I/O), so that a record can be hashed, stored and compared.
+Layers are 0-based and name the residual stream *after* that block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from steerback.errors import SteerbackError
+
+Mode = Literal["add", "clamp"]
+Positions = Literal["all", "generated", "prompt"]
+FinishReason = Literal["stop", "length", "error"]
+Status = Literal["scored", "empty", "unscored"]
+LatentKey = int | str  # index into the SAE, or the name of a direction where there is no SAE
+
+
+@dataclass(frozen=True, slots=True)
+class Latent:
+    """A latent of an SAE (`key` is its index), or a named direction (`key` is its name)."""
+
+    key: LatentKey
+    label: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Intervention:
+    """One edit of the residual stream.
+
+    add:   h <- h + value * d, with d the latent's decoder direction (raw decoder units) or the named direction.
+    clamp: h <- h + (value - z_k(h)) * W_dec[k], z_k from the residual as it arrives, before any addition.
+    `layer` None means the target's steer layer for additions and the SAE's own layer for clamps.
+    """
+
+    mode: Mode
+    latent: LatentKey
+    value: float
+    positions: Positions = "all"
+    layer: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("add", "clamp"):
+            raise SteerbackError(f"intervention mode {self.mode!r} is not one of: add, clamp")
+        if self.positions not in ("all", "generated", "prompt"):
+            raise SteerbackError(f"intervention positions {self.positions!r} is not one of: all, generated, prompt")
+        if not math.isfinite(self.value):
+            raise SteerbackError(f"intervention value {self.value!r} for latent {self.latent!r} is not finite")
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn. temperature 0 is greedy."""
+
+    temperature: float = 0.6
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    max_new_tokens: int = 512
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """Which latents' activations to keep, at `layer` (None: the target's read layer).
+
+    Recorded is z_k of the residual as it arrives, before clamps and additions of that layer.
+    """
+
+    latents: tuple[int, ...]
+    layer: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """All an engine needs to produce one response; `key` identifies it in what comes back."""
+
+    key: str
+    prompt: str  # the user message as the model sees it (object-level prompt and meta-prompt)
+    seed: int
+    sampling: Sampling = Sampling()
+    interventions: tuple[Intervention, ...] = ()
+    prefill: str = ""  # assistant text the model continues; part of the prompt, not of the completion
+    system: str | None = None
+    record: Recording | None = None
+
+    def content_hash(self) -> str:
+        """SHA-256 of everything that shapes the response except the engine (the key is left out)."""
+        body = asdict(self)
+        del body["key"]
+        return digest(body)
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What an engine really did to one response, counted where the edit happens.
+
+    `prompt_positions` and `generated_positions` count distinct positions at which an intervention was applied;
+    `added_norm` is the mean L2 norm of what was added per such position (0 where nothing was).
+    """
+
+    prompt_positions: int = 0
+    generated_positions: int = 0
+    added_norm: float = 0.0
+
+    @property
+    def positions(self) -> int:
+        return self.prompt_positions + self.generated_positions
+
+
+def expected_positions(interventions: tuple[Intervention, ...], prompt: int, generated: int) -> tuple[int, int]:
+    """Prompt and generated positions that `interventions` must have touched.
+
+    The last generated token is never fed back, so `all` expects prompt + generated - 1 positions in total.
+    """
+    kinds = {i.positions for i in interventions}
+    in_prompt = prompt if kinds & {"all", "prompt"} else 0
+    in_generated = max(generated - 1, 0) if kinds & {"all", "generated"} else 0
+    return in_prompt, in_generated
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A response: `text` is what was generated after prompt and prefill.
+
+    `activations` (when recorded) has shape (prompt_tokens + fed-back generated tokens, n recorded latents) as a
+    float32 numpy array; it is compared by identity only.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    finish: FinishReason
+    receipt: Receipt
+    activations: Any = field(default=None, compare=False, repr=False)
+
+    def receipt_matches(self, interventions: tuple[Intervention, ...]) -> bool:
+        """Whether every planned position was edited, and no other."""
+        wanted = expected_positions(interventions, self.prompt_tokens, len(self.token_ids))
+        return wanted == (self.receipt.prompt_positions, self.receipt.generated_positions)
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One planned response: what is needed to regenerate it, and what the judge is told about it.
+
+    `prompt` is the object-level prompt alone; `meta_prompt` is appended after it for the model and never shown
+    to the judge. `label` is the steering label the judge sees (in no-steering runs the one the trial would have
+    had). `latent` clusters trials for the statistics even where nothing is steered.
+    """
+
+    key: str  # "<target>/<stage>/<condition>/<index>", unique in a run
+    target: str
+    stage: str  # "reference", "calibration", "verification" or "measure"
+    condition: str
+    index: int
+    prompt: str
+    seed: int
+    latent: LatentKey | None = None
+    label: str | None = None
+    boost: float | None = None
+    meta_prompt: str = ""
+    prefill: str = ""
+    interventions: tuple[Intervention, ...] = ()
+    record: Recording | None = None
+
+    def request(self, sampling: Sampling) -> Request:
+        """The engine's view of this trial."""
+        text = f"{self.prompt} {self.meta_prompt}" if self.meta_prompt else self.prompt
+        return Request(
+            key=self.key,
+            prompt=text,
+            seed=self.seed,
+            sampling=sampling,
+            interventions=self.interventions,
+            prefill=self.prefill,
+            record=self.record,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One attempt at the prompt: characters [start, end) of the response, scored 0-100.
+
+    `phrase` is the restart phrase that opens it ("" for the first attempt).
+    `gated` says whether that phrase really opens the span (always true for the first attempt).
+    """
+
+    start: int
+    end: int
+    score: float
+    phrase: str = ""
+    gated: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What one judge made of one response. Never 0 by default: *unscored* has a reason instead of attempts."""
+
+    judge: str
+    rubric: str
+    status: Status
+    attempts: tuple[Attempt, ...] = ()
+    reason: str = ""
+    raw: str = ""
+
+    def __post_init__(self) -> None:
+        if self.status == "scored" and not self.attempts:
+            raise ValueError("a scored judgement needs at least one attempt")
+        if self.status == "unscored" and not self.reason:
+            raise ValueError("an unscored judgement needs a reason")
+
+    def gated_attempts(self) -> tuple[Attempt, ...]:
+        """Attempts after gating: one whose restart phrase does not open its span is merged into the one before.
+
+        The merged attempt's score is the length-weighted mean of its parts, as it covers both texts.
+        """
+        merged: list[Attempt] = []
+        for attempt in self.attempts:
+            if not merged or attempt.gated:
+                merged.append(attempt)
+                continue
+            before = merged[-1]
+            a, b = max(before.end - before.start, 1), max(attempt.end - attempt.start, 1)
+            score = (before.score * a + attempt.score * b) / (a + b)
+            merged[-1] = Attempt(before.start, attempt.end, score, before.phrase, before.gated)
+        return tuple(merged)
+
+
+_REPEATED = re.compile(r"(?<!\S)(\S+)(?:\s+\1){4,}(?!\S)")
+
+
+def is_degraded(text: str) -> bool:
+    """Five or more identical consecutive words (split on whitespace), the specification's mark of degradation."""
+    return _REPEATED.search(text) is not None
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON-able value in canonical form (sorted keys, no spaces, exact floats)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=_plain)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json")
+    if hasattr(value, "__dataclass_fields__"):
+        return asdict(value)
+    raise TypeError(f"cannot hash a {type(value).__name__}")
