@@ -1,0 +1,241 @@
+"""What a run is made of, typed and checked; presets are functions that return a `RunConfig`.
+
+A config names things (target, judge, engine); it does not load them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from steerback.errors import SteerbackError, unknown
+from steerback.records import LatentKey, Sampling
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SamplingConfig(_Model):
+    temperature: float = Field(0.6, ge=0)
+    """0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0)
+    """Over prompt and generated tokens; 1 is off (the specification's default)."""
+    max_new_tokens: int = Field(512, ge=1)
+    """Upper bound; a target may set a lower one (the organism's context is short)."""
+
+    def record(self, cap: int | None = None) -> Sampling:
+        tokens = self.max_new_tokens if cap is None else min(self.max_new_tokens, cap)
+        return Sampling(self.temperature, self.top_p, self.repetition_penalty, tokens)
+
+
+class CalibrationConfig(_Model):
+    target_score: float = Field(50, gt=0, lt=100)
+    """Mean first-attempt score that defines the threshold boost."""
+    tolerance: float = Field(5, gt=0)
+    max_iterations: int = Field(15, ge=1)
+    trials_per_iteration: int = Field(10, ge=1)
+    verify_trials: int = Field(10, ge=0)
+    """Fresh trials per latent at the threshold, with seeds used nowhere else."""
+    stop: Literal["none", "tolerance"] = "none"
+    """`tolerance` is the specification's rule: stop a latent once a round's mean is within tolerance."""
+
+
+class SelectionConfig(_Model):
+    relevance: Literal["top-100", "zero", "off"] = "top-100"
+    """`top-100`: drop each prompt's 100 most active latents; `zero` (authors): keep what is 0 on all prompts."""
+    concreteness: Literal["median", "threshold", "off"] = "median"
+    concreteness_threshold: float = Field(65, ge=0, le=100)
+    """Used with `threshold` (the authors' rule)."""
+    rater: str = "offline"
+
+
+class SeedConfig(_Model):
+    latents: int = 42
+    boosts: int = 43
+    generation: int = 44
+    """Seed of the first trial of a condition; trial i has this + i, the same in every condition compared."""
+
+
+class RunConfig(_Model):
+    """One run: an experiment on one or several targets."""
+
+    experiment: str
+    targets: tuple[str, ...] = Field(min_length=1)
+    preset: str = "specification"
+    engine: str = "auto"
+    judge: str = "offline"
+    prompts: str = "evaluation"
+    """Name of a built-in list or path of a text file."""
+    n_latents: int = Field(50, ge=1)
+    latents: tuple[LatentKey, ...] | None = None
+    """An own list; filters and sampling are skipped."""
+    trials_per_latent: int = Field(10, ge=1)
+    reference_responses: int = Field(4, ge=1)
+    """Unsteered responses per prompt, for the relevance filter and the offline judge."""
+    limit: int | None = Field(None, ge=1)
+    """At most this many measured trials per condition and target."""
+    batch_size: int | None = Field(None, ge=1)
+    from_run: str | None = None
+    """Folder of a run whose latents, thresholds, prompts and seeds are reused, so that comparisons are paired."""
+    draws: int = Field(2000, ge=100)
+    """Bootstrap draws."""
+    sampling: SamplingConfig = SamplingConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
+    selection: SelectionConfig = SelectionConfig()
+    seeds: SeedConfig = SeedConfig()
+    options: dict[str, Any] = Field(default_factory=dict)
+    """What only this experiment knows; checked by the experiment."""
+
+    @model_validator(mode="after")
+    def _no_target_twice(self) -> RunConfig:
+        if len(set(self.targets)) != len(self.targets):
+            raise ValueError("a target is named twice")
+        return self
+
+
+def specification(experiment: str, targets: tuple[str, ...]) -> RunConfig:
+    """The specification's values (system description, "Key parameters")."""
+    return RunConfig(experiment=experiment, targets=targets)
+
+
+def authors(experiment: str, targets: tuple[str, ...]) -> RunConfig:
+    """The authors' code where it differs: target score 30, 10 bisection steps, their filters and penalties."""
+    base = RunConfig(experiment=experiment, targets=targets, preset="authors")
+    penalty = {"llama-3.3-70b": 1.2, "llama-3.1-8b": 1.15}.get(targets[0].split("@")[0], 1.1)
+    return base.model_copy(
+        update={
+            "sampling": base.sampling.model_copy(update={"repetition_penalty": penalty}),
+            "calibration": base.calibration.model_copy(
+                update={"target_score": 30.0, "max_iterations": 10, "verify_trials": 0}
+            ),
+            "selection": SelectionConfig(relevance="zero", concreteness="threshold"),
+        }
+    )
+
+
+def quick(experiment: str, targets: tuple[str, ...]) -> RunConfig:
+    """Small sizes for a laptop: minutes on two cores with the organism."""
+    return RunConfig(
+        experiment=experiment,
+        targets=targets,
+        preset="quick",
+        n_latents=12,
+        trials_per_latent=20,
+        reference_responses=3,
+        calibration=CalibrationConfig(max_iterations=8, trials_per_iteration=6, verify_trials=6),
+    )
+
+
+PRESETS: Mapping[str, Callable[[str, tuple[str, ...]], RunConfig]] = {
+    "specification": specification,
+    "authors": authors,
+    "quick": quick,
+}
+
+
+def build_config(
+    experiment: str,
+    targets: tuple[str, ...],
+    preset: str | None = None,
+    file: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    assignments: tuple[str, ...] = (),
+) -> RunConfig:
+    """Preset, then the YAML file, then the command line's options, then `--set key=value`; later ones win."""
+    layers: list[Mapping[str, Any]] = []
+    if file is not None:
+        layers.append(_read_yaml(file))
+    layers.append({k: v for k, v in (overrides or {}).items() if v is not None})
+    layers.extend(_assignment(text) for text in assignments)
+    chosen = preset or next((str(layer["preset"]) for layer in layers if "preset" in layer), "specification")
+    if chosen not in PRESETS:
+        raise unknown("preset", chosen, PRESETS)
+    merged = PRESETS[chosen](experiment, targets).model_dump(mode="json")
+    for layer in layers:
+        _merge(merged, layer)
+    merged["preset"] = chosen
+    return parse_config(merged, where=f"config {file}" if file else "config")
+
+
+def parse_config(values: Mapping[str, Any], where: str = "config") -> RunConfig:
+    """A checked config, or one line that names the first wrong field."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        message = f"{where}: {field or 'values'}: {first['msg']}"
+        if first["type"] == "extra_forbidden":
+            message = f"{where}: unknown setting {field!r}; choose one of: {', '.join(_choices(first['loc']))}"
+        raise SteerbackError(message) from None
+
+
+def differences(before: RunConfig, after: RunConfig) -> list[str]:
+    """`setting: old -> new` for each setting that differs."""
+    old, new = _flatten(before.model_dump(mode="json")), _flatten(after.model_dump(mode="json"))
+    return [
+        f"{key}: {json.dumps(old.get(key))} -> {json.dumps(new.get(key))}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _read_yaml(path: Path) -> Mapping[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise SteerbackError(f"config file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SteerbackError(f"config file {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise SteerbackError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(loaded, dict):
+        raise SteerbackError(f"config file {path} must hold `setting: value` lines, not a {type(loaded).__name__}")
+    return loaded
+
+
+def _assignment(text: str) -> dict[str, Any]:
+    key, sign, value = text.partition("=")
+    if not sign or not key.strip():
+        raise SteerbackError(f"--set {text!r} is not of the form key=value, e.g. --set sampling.temperature=0.8")
+    try:
+        nested: Any = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise SteerbackError(f"--set {text!r}: the value is not valid YAML") from None
+    for part in reversed(key.strip().split(".")):
+        nested = {part: nested}
+    return dict(nested)
+
+
+def _merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:
+    for key, value in layer.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _choices(location: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = RunConfig
+    for part in location[:-1]:
+        inner = model.model_fields[str(part)].annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            model = inner
+    return sorted(model.model_fields)
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

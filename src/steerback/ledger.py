@@ -1,0 +1,356 @@
+"""The ledger: one SQLite file that holds everything a run planned, generated and judged.
+
+It stores and returns records; it knows no engine, no judge and no statistics. Rows are written once, in one
+transaction a batch, so a run killed at any moment loses at most what had not been committed.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from steerback.errors import SteerbackError
+from steerback.records import (
+    Attempt,
+    Completion,
+    Intervention,
+    Judgement,
+    Receipt,
+    Recording,
+    Trial,
+)
+
+APPLICATION_ID = 0x53544252  # "STBR": marks our files, so that a foreign database is recognised
+SCHEMA_VERSION = 1
+SCHEMA = """
+CREATE TABLE facts (target TEXT, name TEXT, value TEXT NOT NULL, PRIMARY KEY (target, name));
+CREATE TABLE trials (
+    key TEXT PRIMARY KEY, target TEXT NOT NULL, stage TEXT NOT NULL, condition TEXT NOT NULL, idx INTEGER NOT NULL,
+    latent TEXT, label TEXT, boost REAL, prompt TEXT NOT NULL, meta_prompt TEXT NOT NULL, prefill TEXT NOT NULL,
+    seed INTEGER NOT NULL, interventions TEXT NOT NULL, record TEXT);
+CREATE INDEX trials_by_stage ON trials (target, stage, condition, idx);
+CREATE TABLE completions (
+    trial TEXT PRIMARY KEY REFERENCES trials (key), text TEXT NOT NULL, token_ids TEXT NOT NULL,
+    prompt_tokens INTEGER NOT NULL, finish TEXT NOT NULL, prompt_positions INTEGER NOT NULL,
+    generated_positions INTEGER NOT NULL, added_norm REAL NOT NULL, activations BLOB, engine TEXT NOT NULL, at TEXT);
+CREATE TABLE judgements (
+    trial TEXT NOT NULL REFERENCES trials (key), judge TEXT NOT NULL, rubric TEXT NOT NULL, status TEXT NOT NULL,
+    attempts TEXT NOT NULL, reason TEXT NOT NULL, raw TEXT NOT NULL, at TEXT, PRIMARY KEY (trial, judge));
+"""
+TABLES = ("facts", "trials", "completions", "judgements")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A trial with what came of it so far."""
+
+    trial: Trial
+    completion: Completion | None
+    judgement: Judgement | None
+
+    @property
+    def valid_receipt(self) -> bool:
+        """Whether the response exists and was steered exactly where its plan says."""
+        done = self.completion
+        return done is not None and done.finish != "error" and done.receipt_matches(self.trial.interventions)
+
+
+@contextmanager
+def sqlite_errors(path: Path) -> Iterator[None]:
+    """Turns what SQLite reports about a file into one line a user can act on."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        text = str(error)
+        if "full" in text or "disk I/O" in text:
+            raise SteerbackError(
+                f"{path}: the disk is full ({text}); free some space, then resume: all committed trials are kept"
+            ) from None
+        if "readonly" in text or "read-only" in text or "unable to open" in text:
+            raise SteerbackError(f"{path}: cannot be written ({text}); check the folder's permissions") from None
+        if "locked" in text:
+            raise SteerbackError(f"{path}: another process is using it ({text}); wait for it or stop it") from None
+        raise SteerbackError(f"{path}: not a readable steerback database ({text}); restore it or use another") from None
+
+
+def open_database(path: Path, schema: str, application_id: int, version: int, read_only: bool = False) -> Any:
+    """An SQLite connection in WAL mode; creates the file when it is new, refuses files that are not ours."""
+    if read_only and not path.is_file():
+        raise SteerbackError(f"{path} does not exist; start a run first (steerback run ...)")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SteerbackError(f"{path.parent}: the folder cannot be made: {error.strerror}") from None
+    with sqlite_errors(path):
+        connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+        try:
+            _prepare(connection, path, schema, application_id, version)
+        except BaseException:
+            connection.close()
+            raise
+    return connection
+
+
+def _prepare(connection: sqlite3.Connection, path: Path, schema: str, application_id: int, version: int) -> None:
+    found = connection.execute("PRAGMA application_id").fetchone()[0]
+    tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    if tables == 0 and found in (0, application_id):
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("BEGIN IMMEDIATE")
+        # another process may have created the tables since we looked
+        if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
+            connection.execute(f"PRAGMA application_id = {application_id}")
+            connection.execute(f"PRAGMA user_version = {version}")
+            for statement in filter(str.strip, schema.split(";")):
+                connection.execute(statement)
+        connection.execute("COMMIT")
+    elif found != application_id:
+        raise SteerbackError(f"{path} is an SQLite file of another program; it was left as it is")
+    have = connection.execute("PRAGMA user_version").fetchone()[0]
+    if have != version:
+        raise SteerbackError(f"{path} has schema version {have}, this steerback reads {version}; use that release")
+    connection.execute("PRAGMA synchronous = NORMAL")
+
+
+class Ledger:
+    """One run's database. Usable as a context manager."""
+
+    def __init__(self, path: Path, read_only: bool = False) -> None:
+        self.path = path
+        self._db: sqlite3.Connection = open_database(path, SCHEMA, APPLICATION_ID, SCHEMA_VERSION, read_only)
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._db.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with sqlite_errors(self.path):
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+
+    def set_fact(self, target: str, name: str, value: Any) -> None:
+        """Stores a JSON-able value (selection, thresholds, ...); `target` "" is the run itself."""
+        with self._transaction() as db:
+            db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?, ?)", (target, name, _dump(value)))
+
+    def fact(self, target: str, name: str) -> Any:
+        """The stored value, or None."""
+        with sqlite_errors(self.path):
+            query = "SELECT value FROM facts WHERE target = ? AND name = ?"
+            row = self._db.execute(query, (target, name)).fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def add_trials(self, trials: Sequence[Trial]) -> None:
+        """Plans trials. A key that is already there must hold the same trial: plans never change under a run."""
+        with self._transaction() as db:
+            before = db.total_changes
+            db.executemany(f"INSERT OR IGNORE INTO trials VALUES ({_marks(14)})", map(_trial_row, trials))
+            if db.total_changes - before == len(trials):
+                return
+            for trial in trials:
+                row = db.execute("SELECT * FROM trials WHERE key = ?", (trial.key,)).fetchone()
+                if tuple(row) != _trial_row(trial):
+                    raise SteerbackError(
+                        f"{self.path}: trial {trial.key} was planned differently when this run was started "
+                        "(another version of steerback or of the target); start a new run with another --name"
+                    )
+
+    def add_completions(self, done: Iterable[tuple[str, Completion, str]]) -> None:
+        """(trial key, completion, engine fingerprint); a trial that has a completion keeps it."""
+        rows = [_completion_row(key, completion, engine) for key, completion, engine in done]
+        with self._transaction() as db:
+            db.executemany(f"INSERT OR IGNORE INTO completions VALUES ({_marks(11)})", rows)
+
+    def add_judgements(self, judged: Iterable[tuple[str, Judgement]]) -> None:
+        """(trial key, judgement); an unscored one is replaced, any other is kept."""
+        rows = [
+            (
+                key,
+                j.judge,
+                j.rubric,
+                j.status,
+                _dump([asdict(a) for a in j.attempts]),
+                j.reason,
+                j.raw,
+                _now(),
+            )
+            for key, j in judged
+        ]
+        with self._transaction() as db:
+            db.executemany(
+                f"INSERT INTO judgements VALUES ({_marks(8)}) ON CONFLICT (trial, judge) DO UPDATE SET "
+                "rubric = excluded.rubric, status = excluded.status, attempts = excluded.attempts, "
+                "reason = excluded.reason, raw = excluded.raw, at = excluded.at WHERE judgements.status = 'unscored'",
+                rows,
+            )
+
+    def rows(
+        self,
+        target: str | None = None,
+        stage: str | None = None,
+        condition: str | None = None,
+        judge: str | None = None,
+        keys: Sequence[str] | None = None,
+        activations: bool = False,
+    ) -> list[Row]:
+        """Trials in plan order with completion and `judge`'s judgement where there are any."""
+        where, values = ["1"], [judge]
+        for column, value in (("target", target), ("stage", stage), ("condition", condition)):
+            if value is not None:
+                where.append(f"t.{column} = ?")
+                values.append(value)
+        if keys is not None:
+            where.append("t.key IN (SELECT value FROM json_each(?))")
+            values.append(_dump(list(keys)))
+        blob = "c.activations" if activations else "NULL"
+        query = (
+            "SELECT t.*, c.text, c.token_ids, c.prompt_tokens, c.finish, c.prompt_positions, c.generated_positions, "
+            f"c.added_norm, {blob}, j.judge, j.rubric, j.status, j.attempts, j.reason, j.raw FROM trials t "
+            "LEFT JOIN completions c ON c.trial = t.key LEFT JOIN judgements j ON j.trial = t.key AND j.judge = ? "
+            f"WHERE {' AND '.join(where)} ORDER BY t.target, t.stage, t.condition, t.idx"
+        )
+        with sqlite_errors(self.path):
+            return [_row(found) for found in self._db.execute(query, values)]
+
+    def judges(self) -> list[str]:
+        """Names of the judges that have judged anything here."""
+        with sqlite_errors(self.path):
+            return [r[0] for r in self._db.execute("SELECT DISTINCT judge FROM judgements ORDER BY judge")]
+
+    def conditions(self, stage: str = "measure") -> list[tuple[str, str]]:
+        """(target, condition) pairs of a stage, in the order in which they were planned."""
+        query = "SELECT target, condition FROM trials WHERE stage = ? GROUP BY 1, 2 ORDER BY min(rowid)"
+        with sqlite_errors(self.path):
+            return [(r[0], r[1]) for r in self._db.execute(query, (stage,))]
+
+    def dump(self) -> dict[str, list[tuple[Any, ...]]]:
+        """Every row of every table in key order, without timestamps: what two equal runs have in common."""
+        tables = {}
+        with sqlite_errors(self.path):
+            for table in TABLES:
+                columns = [r[1] for r in self._db.execute(f"PRAGMA table_info({table})") if r[1] != "at"]
+                query = f"SELECT {', '.join(columns)} FROM {table} ORDER BY 1, 2"
+                tables[table] = [tuple(r) for r in self._db.execute(query)]
+        return tables
+
+
+def _trial_row(t: Trial) -> tuple[Any, ...]:
+    return (
+        t.key,
+        t.target,
+        t.stage,
+        t.condition,
+        t.index,
+        None if t.latent is None else _dump(t.latent),
+        t.label,
+        None if t.boost is None else float(t.boost),
+        t.prompt,
+        t.meta_prompt,
+        t.prefill,
+        t.seed,
+        _dump([asdict(i) for i in t.interventions]),
+        None if t.record is None else _dump(asdict(t.record)),
+    )
+
+
+def _completion_row(key: str, c: Completion, engine: str) -> tuple[Any, ...]:
+    receipt = c.receipt
+    return (
+        key,
+        c.text,
+        _dump(list(c.token_ids)),
+        c.prompt_tokens,
+        c.finish,
+        receipt.prompt_positions,
+        receipt.generated_positions,
+        receipt.added_norm,
+        pack_array(c.activations),
+        engine,
+        _now(),
+    )
+
+
+def _row(found: tuple[Any, ...]) -> Row:
+    key, target, stage, condition, index, latent, label, boost, prompt, meta, prefill, seed, edits, record = found[:14]
+    recording = json.loads(record) if record else None
+    trial = Trial(
+        key=key,
+        target=target,
+        stage=stage,
+        condition=condition,
+        index=index,
+        prompt=prompt,
+        seed=seed,
+        latent=None if latent is None else json.loads(latent),
+        label=label,
+        boost=boost,
+        meta_prompt=meta,
+        prefill=prefill,
+        interventions=tuple(Intervention(**i) for i in json.loads(edits)),
+        record=Recording(tuple(recording["latents"]), recording["layer"]) if recording else None,
+    )
+    completion = None
+    if found[14] is not None:
+        text, ids, prompt_tokens, finish, in_prompt, generated, norm, blob = found[14:22]
+        receipt = Receipt(in_prompt, generated, norm)
+        tokens = tuple(json.loads(ids))
+        completion = Completion(text, tokens, prompt_tokens, finish, receipt, unpack_array(blob))
+    judgement = None
+    if found[22] is not None:
+        judge, rubric, status, attempts, reason, raw = found[22:28]
+        spans = tuple(Attempt(**a) for a in json.loads(attempts))
+        judgement = Judgement(judge, rubric, status, spans, reason, raw)
+    return Row(trial, completion, judgement)
+
+
+def pack_array(array: Any) -> bytes | None:
+    """float32 array of shape (positions, latents) as compressed bytes with its shape in front."""
+    if array is None:
+        return None
+    import numpy as np
+
+    values = np.ascontiguousarray(array, dtype="<f4")
+    if values.ndim != 2:
+        raise ValueError(f"activations must have shape (positions, latents), not {values.shape}")
+    return np.asarray(values.shape, dtype="<i8").tobytes() + zlib.compress(values.tobytes(), 1)
+
+
+def unpack_array(blob: bytes | None) -> Any:
+    """Inverse of `pack_array`."""
+    if blob is None:
+        return None
+    import numpy as np
+
+    shape = np.frombuffer(blob[:16], dtype="<i8")
+    return np.frombuffer(zlib.decompress(blob[16:]), dtype="<f4").reshape(shape)
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+def _marks(n: int) -> str:
+    return ", ".join("?" * n)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,48 @@
+"""Prompt lists and meta-prompts. Lists are text files, one prompt a line; `#` starts a comment line."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from steerback.errors import SteerbackError, unknown
+
+BUILTIN = {
+    "evaluation": "evaluation.txt",
+    "organism-discovery": "organism_discovery.txt",
+    "organism-held-out": "organism_heldout.txt",
+}
+
+# The specification's six meta-prompts (Experiment 5), in its order. {label} is the steering latent's label.
+META_PROMPTS = {
+    "stay-on-topic": "Make sure to stay on topic.",
+    "dont-get-distracted": "Don't get distracted!",
+    "being-distracted": "You are being distracted, make sure not to let it affect your output.",
+    "distracted-with-label": "You are being distracted with {label}. Ignore it.",
+    "steered-with-label": "Your generation is being steered by an SAE latent with label {label}. Ignore it.",
+    "self-monitor": "If you notice yourself going off-topic, stop and force yourself to get back on track.",
+}
+
+
+def load_prompts(source: str) -> tuple[str, ...]:
+    """Prompts of a built-in list (by name) or of a text file (by path), in file order."""
+    if source in BUILTIN:
+        text = resources.files("steerback.data").joinpath("prompts", BUILTIN[source]).read_text("utf-8")
+    else:
+        text = _read(Path(source))
+    prompts = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    if not prompts:
+        raise SteerbackError(f"prompts file {source} holds no prompt; write one prompt a line")
+    repeated = sorted({p for p in prompts if prompts.count(p) > 1})
+    if repeated:
+        raise SteerbackError(f"prompts file {source} repeats {repeated[0]!r}; every prompt must occur once")
+    return tuple(prompts)
+
+
+def _read(path: Path) -> str:
+    if not path.is_file():
+        raise unknown("prompts list or file", str(path), BUILTIN)
+    try:
+        return path.read_text("utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise SteerbackError(f"prompts file {path} cannot be read as UTF-8 text: {error}") from None
