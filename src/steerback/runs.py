@@ -1,0 +1,220 @@
+"""A run's folder: its lock, its ledger, its config and its manifest. It starts nothing and judges nothing."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+from steerback import __version__
+from steerback.config import RunConfig, differences, parse_config
+from steerback.errors import SteerbackError
+from steerback.ledger import Ledger
+
+PACKAGES = ("numpy", "scipy", "scikit-learn", "torch", "transformers", "tokenizers", "safetensors", "pydantic")
+
+
+class Run:
+    """An open run, locked by this process until `close`. Usable as a context manager."""
+
+    def __init__(self, folder: Path, config: RunConfig, ledger: Ledger, lock: IO[str] | None) -> None:
+        self.folder, self.config, self.ledger, self._lock = folder, config, ledger, lock
+
+    @classmethod
+    def start(cls, folder: Path, config: RunConfig) -> Run:
+        """Creates the run, or reopens it when it was started with the same config."""
+        _name_is_plain(folder.name)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SteerbackError(
+                f"run folder {folder} cannot be made: {error.strerror}; choose another --runs"
+            ) from None
+        lock = _acquire(folder)
+        try:
+            ledger = Ledger(folder / "ledger.sqlite")
+        except BaseException:
+            lock.close()
+            raise
+        run = cls(folder, config, ledger, lock)
+        try:
+            run._keep_config()
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    @classmethod
+    def reopen(cls, folder: Path) -> Run:
+        """An existing run with the config it was started with, locked for going on."""
+        return cls.start(folder, stored_config(folder))
+
+    @classmethod
+    def read(cls, folder: Path) -> Run:
+        """An existing run for reading; takes no lock, so it works while the run is going on."""
+        config = stored_config(folder)
+        return cls(folder, config, Ledger(folder / "ledger.sqlite", read_only=True), None)
+
+    def _keep_config(self) -> None:
+        stored = self.ledger.fact("", "config")
+        if stored is None:
+            self.ledger.set_fact("", "config", self.config.model_dump(mode="json"))
+            return
+        changed = differences(parse_config(stored, f"config of {self.folder}"), self.config)
+        if changed:
+            raise SteerbackError(
+                f"run {self.folder.name!r} was started with another config ({'; '.join(changed)}); "
+                "choose another --name, or resume it as it was: steerback resume " + self.folder.name
+            )
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.ledger.close()
+        if self._lock is not None:
+            self._lock.close()
+
+    def write_manifest(self, parts: dict[str, Any]) -> Path:
+        """`manifest.json`: config, versions, commit, machine, and `parts` (targets, engines, judge, prompts)."""
+        body = {
+            "config": self.config.model_dump(mode="json"),
+            "versions": versions(),
+            "commit": commit(),
+            "machine": machine(),
+            "written": datetime.now(UTC).isoformat(timespec="seconds"),
+            **parts,
+        }
+        return write_json(self.folder / "manifest.json", body)
+
+
+def stored_config(folder: Path) -> RunConfig:
+    """The config a run was started with."""
+    if not (folder / "ledger.sqlite").is_file():
+        siblings = sorted(p.parent.name for p in folder.parent.glob("*/ledger.sqlite"))
+        known = f"runs there: {', '.join(siblings)}" if siblings else "there are no runs there"
+        raise SteerbackError(f"no run {folder.name!r} in {folder.parent} ({known})")
+    with Ledger(folder / "ledger.sqlite", read_only=True) as ledger:
+        stored = ledger.fact("", "config")
+    if stored is None:
+        raise SteerbackError(f"run {folder.name!r} holds no config: it was stopped before it began; run it again")
+    return parse_config(stored, f"config of {folder}")
+
+
+def find_run(name_or_path: str, root: Path) -> Path:
+    """The folder of a run given by name (under `root`) or by path."""
+    path = Path(name_or_path)
+    if (path / "ledger.sqlite").is_file():
+        return path
+    return root / name_or_path
+
+
+def write_json(path: Path, body: Any) -> Path:
+    """Writes JSON so that the file is either the old one or the whole new one."""
+    text = json.dumps(body, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    return write_atomic(path, text.encode("utf-8"))
+
+
+def write_atomic(path: Path, content: bytes) -> Path:
+    """Writes a file whole or not at all."""
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise SteerbackError(f"{path} cannot be written: {error.strerror}") from None
+    return path
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, this package and what its numbers depend on."""
+    found = {"python": platform.python_version(), "steerback": __version__}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def commit() -> dict[str, Any] | None:
+    """Commit and dirty flag of the source tree this package runs from; None for an installed wheel."""
+    source = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(source), *arguments], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None  # no git on this machine: the version says which release this is
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    tracked = git("ls-files", "--error-unmatch", __file__)
+    revision = git("rev-parse", "HEAD") if tracked else None
+    return None if revision is None else {"revision": revision, "dirty": bool(git("status", "--porcelain", "."))}
+
+
+def machine() -> dict[str, Any]:
+    """Kind of machine: what text depends on besides versions and seeds."""
+    found: dict[str, Any] = {"system": platform.platform(), "processor": _processor(), "cores": os.cpu_count()}
+    if "torch" in sys.modules:  # never imported for the manifest alone
+        import torch
+
+        found["threads"] = torch.get_num_threads()
+        found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return found
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    named = re.search(r"model name\s*:\s*(.+)", text)
+    return named.group(1).strip() if named else platform.machine()
+
+
+def _acquire(folder: Path) -> IO[str]:
+    try:
+        lock = open(folder / ".lock", "a+")  # noqa: SIM115 - held open for the life of the run
+    except OSError as error:
+        raise SteerbackError(f"run folder {folder} cannot be written: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip() or "unknown"
+        lock.close()
+        raise SteerbackError(
+            f"run {folder.name!r} is already going on in process {holder}; wait for it or choose another --name"
+        ) from None
+    try:
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+    except OSError as error:
+        lock.close()
+        raise SteerbackError(f"run folder {folder} cannot be written: {error.strerror}") from None
+    return lock
+
+
+def _name_is_plain(name: str) -> None:
+    if not re.fullmatch(r"[\w.@+-]+", name) or name.startswith("."):
+        raise SteerbackError(f"run name {name!r} may hold letters, digits and . _ - @ + only, and not start with a dot")
