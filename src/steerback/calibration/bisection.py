@@ -1,0 +1,261 @@
+"""The search for one latent's threshold: probabilistic bisection with a memory of its rounds.
+
+Knows one latent's boosts and scores; how a curve is fitted to them is `curves`, what is reported is `thresholds`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from steerback.calibration.curves import MonotoneFit, fit_falling
+from steerback.calibration.thresholds import Scores, Threshold, ThresholdStatus
+from steerback.errors import SteerbackError
+
+
+@dataclass(frozen=True, slots=True)
+class BoostPrior:
+    """Belief about a target's thresholds before any trial: N(mean, sd) cut to [low, high], in decoder units."""
+
+    mean: float
+    sd: float
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not all(math.isfinite(v) for v in (self.mean, self.sd, self.low, self.high)):
+            raise SteerbackError(f"boost prior {self} has a value that is not finite")
+        if self.low >= self.high or self.sd <= 0:
+            raise SteerbackError(f"boost prior {self} needs low < high and sd > 0")
+
+    def on(self, grid: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Log density at `grid`, up to a constant (normalised where it is used)."""
+        return -0.5 * ((grid - self.mean) / self.sd) ** 2
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationSettings:
+    """How to search. Scores and tolerances are in points (0-100)."""
+
+    target_score: float = 50.0
+    tolerance: float = 5.0
+    max_iterations: int = 15
+    """Rounds; a round in which every trial was unscored counts, so that a broken judge cannot loop for ever."""
+    trials_per_iteration: int = 10
+    verify_trials: int = 20
+    """Fresh trials at the threshold; the caller runs them."""
+    stop: Literal["none", "tolerance"] = "none"
+    """`tolerance`: the specification's rule, stop at the first round whose mean is within `tolerance`."""
+    estimate: Literal["fit", "posterior"] = "fit"
+    """`posterior`: the authors' estimate, the median of the posterior after the last round."""
+    weight: float | None = None
+    """Pseudo-counts a round adds to the Beta distribution; None: its number of scored trials (authors: always 5)."""
+    grid_points: int = 10_000
+    draws: int = 1000
+    """Bootstrap draws for the interval."""
+    seed: int = 0
+    """Of the bootstrap; it plays no part in which boosts are tried."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.target_score < 100:
+            raise SteerbackError(f"calibration target_score {self.target_score} must lie between 0 and 100")
+        if self.tolerance <= 0 or (self.weight is not None and self.weight <= 0):
+            raise SteerbackError("calibration tolerance and weight must be positive")
+        for name in ("max_iterations", "trials_per_iteration", "draws"):
+            if getattr(self, name) < 1:
+                raise SteerbackError(f"calibration {name} must be at least 1, not {getattr(self, name)}")
+        if self.grid_points < 3:
+            raise SteerbackError(f"calibration grid_points must be at least 3, not {self.grid_points}")
+        if self.stop not in ("none", "tolerance") or self.estimate not in ("fit", "posterior"):
+            raise SteerbackError("calibration stop is one of: none, tolerance; estimate is one of: fit, posterior")
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One batch of trials at one boost: the scored ones, and how many were not scored."""
+
+    boost: float
+    scores: tuple[float, ...]
+    unscored: int = 0
+
+    @property
+    def mean(self) -> float:
+        """Mean score, 0-100; NaN when nothing was scored."""
+        return math.fsum(self.scores) / len(self.scores) if self.scores else math.nan
+
+
+def probability_above(mean_score: float, target_score: float, weight: float) -> float:
+    """P(true mean > target) under Beta(1/2 + w s, 1/2 + w (1 - s)), s = mean_score / 100, w = weight (pseudo-counts).
+
+    Jeffreys' prior updated as if the round were `weight` yes/no trials: scores within 0-100 can vary no more than
+    that, so with weight = number of trials it never overstates what a round says.
+    """
+    from scipy.special import betainc
+
+    s = mean_score / 100.0
+    return 1.0 - float(betainc(0.5 + weight * s, 0.5 + weight * (1.0 - s), target_score / 100.0))
+
+
+class Calibrator:
+    """The search for one latent. Scores are assumed to fall with boost."""
+
+    def __init__(self, prior: BoostPrior, settings: CalibrationSettings | None = None) -> None:
+        self.prior = prior
+        self.settings = settings or CalibrationSettings()
+        self.rounds: list[Round] = []
+        self._grid = np.linspace(prior.low, prior.high, self.settings.grid_points)
+        self._log_density = prior.on(self._grid)
+
+    @classmethod
+    def replay(
+        cls, prior: BoostPrior, settings: CalibrationSettings, history: Iterable[tuple[float, Scores]]
+    ) -> Calibrator:
+        """The calibrator that has seen `history`, bit for bit, as when a killed run is resumed."""
+        calibrator = cls(prior, settings)
+        for boost, scores in history:
+            calibrator.update(boost, scores)
+        return calibrator
+
+    @property
+    def done(self) -> bool:
+        stopped = self.settings.stop == "tolerance" and bool(self.rounds) and self._near(self.rounds[-1].mean)
+        return stopped or len(self.rounds) >= self.settings.max_iterations
+
+    def next_boost(self) -> float | None:
+        """Where to sample next: the posterior median; None when the search is over.
+
+        If half of the rounds never crossed the target, one round is spent on the bound the search is heading for,
+        so that "at bound" is measured, not inferred.
+        """
+        if self.done:
+            return None
+        bound = self._heading() if self.settings.estimate == "fit" else None
+        if bound is not None and len(self.rounds) >= (self.settings.max_iterations + 1) // 2:
+            tested = {r.boost for r in self.rounds if r.scores}
+            if bound not in tested:
+                return bound
+        return self._quantile(0.5)
+
+    def update(self, boost: float, scores: Scores) -> None:
+        """Adds one round: first-attempt scores (0-100) at `boost`; None marks an unscored trial, counted and skipped.
+
+        Bayes on the grid: a threshold above `boost` is as likely as the mean being above the target, one below as
+        its complement, one at `boost` 1/2. (The authors' "probability that the sign is right, flipped if below one
+        half" is the same update.) A round without any score leaves the posterior alone.
+        """
+        scored = tuple(float(s) for s in scores if s is not None)
+        if not math.isfinite(boost):
+            raise ValueError(f"boost {boost!r} is not finite")
+        for score in scored:
+            if not 0.0 <= score <= 100.0:
+                raise ValueError(f"score {score!r} is not within 0-100; pass None for an unscored trial")
+        this = Round(float(boost), scored, len(scores) - len(scored))
+        self.rounds.append(this)
+        if not scored:
+            return
+        above = self._above(this)
+        likelihood = np.where(self._grid > boost, above, 1.0 - above)
+        likelihood[self._grid == boost] = 0.5
+        with np.errstate(divide="ignore"):
+            self._log_density = self._log_density + np.log(likelihood)
+        self._log_density -= self._log_density.max()
+
+    def posterior(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Grid of boosts and their probabilities (sum 1), both of shape (grid_points,)."""
+        density = np.exp(self._log_density - self._log_density.max())
+        return self._grid, density / density.sum()
+
+    def finish(self) -> Threshold:
+        """The threshold from everything seen so far; never a number without a status."""
+        scored = [r for r in self.rounds if r.scores]
+        if not scored:
+            return self._threshold(self._quantile(0.5), self.prior.low, self.prior.high, "no trial was scored")
+        fit = self._fit(scored)
+        if self.settings.stop == "tolerance":
+            last = scored[-1]
+            why = "" if self._near(last.mean) else "no round came within the tolerance"
+            return self._threshold(last.boost, fit.low, fit.high, why, fit)
+        if self.settings.estimate == "posterior":
+            return self._threshold(self._quantile(0.5), fit.low, fit.high, "", fit)
+        return self._from_fit(fit)
+
+    # -- how a status is reached -------------------------------------------------------------------------------
+
+    def _from_fit(self, fit: MonotoneFit) -> Threshold:
+        target = f"{self.settings.target_score:g}"
+        if fit.side is not None:
+            bound = self.prior.high if fit.side == "above" else self.prior.low
+            edge = fit.boosts[-1] if fit.side == "above" else fit.boosts[0]
+            if edge == bound:
+                why = f"the score stays {fit.side} {target} up to the bound {bound:g}"
+                return self._threshold(bound, fit.low, fit.high, why, fit, "at bound")
+            why = f"the score stays {fit.side} {target} at every boost tried, down to {edge:g}"
+            if fit.side == "above":
+                why = why.replace("down to", "up to")
+            return self._threshold(self._quantile(0.5), fit.low, fit.high, why, fit)
+        se = fit.score_se(fit.boost)
+        if se > self.settings.tolerance:
+            why = f"standard error {se:.1f} of the score at the threshold exceeds the tolerance"
+        elif fit.gap(fit.boost) > self.prior.sd / 2:
+            why = f"no boost was tried within {fit.gap(fit.boost):.3g} around the crossing"
+        elif fit.low <= self.prior.low or fit.high >= self.prior.high:
+            why = "the interval reaches a bound of the search range"
+        else:
+            why = ""
+        return self._threshold(fit.boost, fit.low, fit.high, why, fit)
+
+    def _threshold(
+        self,
+        boost: float,
+        low: float,
+        high: float,
+        why: str,
+        fit: MonotoneFit | None = None,
+        status: ThresholdStatus | None = None,
+    ) -> Threshold:
+        return Threshold(
+            boost=boost,
+            low=min(low, boost),
+            high=max(high, boost),
+            status=status or ("not converged" if why else "converged"),
+            reason=why or "the fitted curve crosses the target",
+            target_score=self.settings.target_score,
+            tolerance=self.settings.tolerance,
+            score=fit.score(boost) if fit else None,
+            score_se=fit.score_se(boost) if fit else None,
+            n_rounds=len(self.rounds),
+            n_trials=sum(len(r.scores) for r in self.rounds),
+            n_unscored=sum(r.unscored for r in self.rounds),
+            posterior_median=self._quantile(0.5),
+            posterior_low=self._quantile(0.025),
+            posterior_high=self._quantile(0.975),
+        )
+
+    # -- small parts -------------------------------------------------------------------------------------------
+
+    def _fit(self, scored: Sequence[Round]) -> MonotoneFit:
+        boosts = np.concatenate([np.full(len(r.scores), r.boost) for r in scored])
+        scores = np.concatenate([r.scores for r in scored])
+        s = self.settings
+        return fit_falling(boosts, scores, s.target_score, (self.prior.low, self.prior.high), s.draws, s.seed)
+
+    def _above(self, this: Round) -> float:
+        weight = len(this.scores) if self.settings.weight is None else self.settings.weight
+        return probability_above(this.mean, self.settings.target_score, weight)
+
+    def _heading(self) -> float | None:
+        """The bound that a search is heading for whose rounds all lay on one side of the target."""
+        sides = {r.mean > self.settings.target_score for r in self.rounds if r.scores}
+        return None if len(sides) != 1 else (self.prior.high if sides.pop() else self.prior.low)
+
+    def _near(self, mean: float) -> bool:
+        return abs(mean - self.settings.target_score) <= self.settings.tolerance
+
+    def _quantile(self, q: float) -> float:
+        grid, probabilities = self.posterior()
+        return float(grid[min(int(np.searchsorted(np.cumsum(probabilities), q)), len(grid) - 1)])

@@ -1,0 +1,164 @@
+"""What a calibration says: thresholds, their verification on fresh trials, and how all latents fared together.
+
+Knows nothing of how a threshold was searched for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from steerback.calibration.curves import mean_interval
+
+Scores = Sequence[float | None]
+ThresholdStatus = Literal["converged", "at bound", "not converged"]
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """Mean first-attempt score of fresh trials at a threshold, with a 95 % interval (points)."""
+
+    score: float
+    low: float
+    high: float
+    n_trials: int
+    n_unscored: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    """A calibrated boost and how far it can be trusted. `low`, `high`: 95 % interval, in boost units."""
+
+    boost: float
+    low: float
+    high: float
+    status: ThresholdStatus
+    reason: str
+    """One clause: why this status."""
+    target_score: float
+    tolerance: float
+    score: float | None
+    """Mean first-attempt score that the fitted curve gives at `boost`; None when nothing was scored."""
+    score_se: float | None
+    """Its standard error, points."""
+    n_rounds: int
+    n_trials: int
+    n_unscored: int
+    posterior_median: float
+    posterior_low: float
+    posterior_high: float
+    """Median and central 95 % of the bisection posterior (authors' estimate); too narrow to be an interval."""
+    verification: Verification | None = None
+
+    @property
+    def usable(self) -> bool:
+        """Whether the boost stands for the target score."""
+        return self.status == "converged"
+
+    @property
+    def mean_first_score(self) -> float | None:
+        """Verified mean score where there is one, else the fitted one."""
+        return self.verification.score if self.verification else self.score
+
+
+def verified(threshold: Threshold, scores: Scores) -> Threshold:
+    """`threshold` with the mean of fresh first-attempt scores at its boost (None: unscored).
+
+    A converged threshold whose verification interval lies wholly outside target +- tolerance loses that status.
+    """
+    scored = [float(s) for s in scores if s is not None]
+    if not scored:
+        return threshold
+    mean = math.fsum(scored) / len(scored)
+    low, high = mean_interval(scored)
+    check = Verification(mean, low, high, len(scored), len(scores) - len(scored))
+    missed = low > threshold.target_score + threshold.tolerance or high < threshold.target_score - threshold.tolerance
+    if threshold.status == "converged" and missed:
+        why = f"fresh trials score {mean:.0f} [{low:.0f}, {high:.0f}], outside the tolerance"
+        return replace(threshold, verification=check, status="not converged", reason=why)
+    return replace(threshold, verification=check)
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationReport:
+    """Calibration of all latents of a target. Tolerance is judged on the average over latents."""
+
+    n: int
+    statuses: Mapping[str, int] = field(default_factory=dict)
+    n_judged: int = 0
+    """Converged thresholds with a score, verified where fresh trials exist; the numbers below are over these."""
+    n_verified: int = 0
+    mean_score: float | None = None
+    mean_low: float | None = None
+    mean_high: float | None = None
+    """Average over latents of the mean first-attempt score, with a 95 % t interval over latents."""
+    within_tolerance: bool | None = None
+    share_outside: float | None = None
+    """Share of latents whose own mean is off by more than the tolerance; includes the noise of few fresh trials."""
+    share_clearly_outside: float | None = None
+    """Share whose 95 % verification interval lies wholly outside target +- tolerance (all verified latents)."""
+    spread: float | None = None
+    """Estimated sd across latents of the true mean score, the noise of the verification taken off (points)."""
+    boost_mean: float | None = None
+    boost_sd: float | None = None
+    """Over converged thresholds; the unit of the boost sweep. None below two of them."""
+    n_trials: int = 0
+    n_unscored: int = 0
+
+
+def assess(thresholds: Sequence[Threshold]) -> CalibrationReport:
+    """How well a set of latents was calibrated as a whole."""
+    counts = Counter(t.status for t in thresholds)
+    checks = [t.verification for t in thresholds if t.verification]
+    report = CalibrationReport(
+        n=len(thresholds),
+        statuses={s: counts.get(s, 0) for s in ("converged", "at bound", "not converged")},
+        n_verified=len(checks),
+        n_trials=sum(t.n_trials + (t.verification.n_trials if t.verification else 0) for t in thresholds),
+        n_unscored=sum(t.n_unscored + (t.verification.n_unscored if t.verification else 0) for t in thresholds),
+    )
+    # A threshold that verification unmasked stays in the average: dropping it would hide the error it shows.
+    judged = [t for t in thresholds if t.mean_first_score is not None and (t.usable or _unmasked(t))]
+    if not judged:
+        return report
+    scores = np.array([t.mean_first_score for t in judged], dtype=float)
+    off = np.array([abs(s - t.target_score) > t.tolerance for s, t in zip(scores, judged, strict=True)])
+    mean = float(scores.mean())
+    half = _t_half_width(scores)
+    usable = np.array([t.boost for t in thresholds if t.usable])
+    clearly = [t for t in judged if t.verification and _unmasked(t)]
+    noise = [((t.verification.high - t.verification.low) / 3.92) ** 2 for t in judged if t.verification]
+    n_checked = len(noise)
+    return replace(
+        report,
+        n_judged=len(judged),
+        mean_score=mean,
+        mean_low=None if half is None else max(mean - half, 0.0),
+        mean_high=None if half is None else min(mean + half, 100.0),
+        within_tolerance=abs(mean - judged[0].target_score) <= judged[0].tolerance,
+        share_outside=float(off.mean()),
+        share_clearly_outside=len(clearly) / n_checked if n_checked else None,
+        spread=math.sqrt(max(float(scores.var(ddof=1)) - float(np.mean(noise)), 0.0)) if n_checked > 1 else None,
+        boost_mean=float(usable.mean()) if usable.size else None,
+        boost_sd=float(usable.std(ddof=1)) if usable.size > 1 else None,
+    )
+
+
+def _unmasked(threshold: Threshold) -> bool:
+    """Whether the status was lost to verification."""
+    check = threshold.verification
+    return check is not None and threshold.status == "not converged" and threshold.reason.startswith("fresh trials")
+
+
+def _t_half_width(values: NDArray[np.float64]) -> float | None:
+    if values.size < 2:
+        return None
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, values.size - 1) * values.std(ddof=1) / math.sqrt(values.size))
