@@ -1,0 +1,206 @@
+"""The one pipeline: planned trials in, generated and judged rows in the ledger out.
+
+`complete` is the only loop over responses in the package: calibration, measurement and every experiment hand it
+trials. What is in the ledger is skipped, what is in the cache is copied, the rest goes to the engine, and the judge
+works while the engine goes on. Running a plan again therefore *is* resuming it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from steerback.cache import Cache, cache_key
+from steerback.errors import SteerbackError
+from steerback.judging.base import Judge, JudgeItem
+from steerback.ledger import Ledger, Row
+from steerback.records import Completion, Judgement, Sampling, Trial, digest
+
+if TYPE_CHECKING:
+    from steerback.engines.base import Engine
+    from steerback.progress import Progress
+
+FLUSH_SECONDS = 1.0  # at most this much work is lost by a kill
+FLUSH_ROWS = 64
+JUDGE_BATCH = 64
+
+
+@dataclass(slots=True)
+class Workbench:
+    """What a batch of trials is worked on with. `judge` None: responses are generated and not judged."""
+
+    ledger: Ledger
+    engine: Engine
+    judge: Judge | None
+    sampling: Sampling
+    progress: Progress
+    cache: Cache | None = None
+
+
+async def complete(bench: Workbench, trials: Sequence[Trial], stage: str = "", judged: bool = True) -> list[Row]:
+    """Plans, generates and judges `trials`; returns their rows in the order given.
+
+    Raises SteerbackError for what the user must mend (impossible request, disk full); everything committed stays.
+    """
+    if not trials:
+        return []
+    if len({t.key for t in trials}) != len(trials):
+        raise ValueError("two trials share a key")
+    bench.ledger.add_trials(trials)
+    judge = bench.judge if judged else None
+    rows = _rows(bench, trials, judge)
+    waiting = [t for t in trials if rows[t.key].completion is None]
+    unjudged = [rows[t.key] for t in trials if rows[t.key].completion is not None and rows[t.key].judgement is None]
+    bench.progress.stage(stage or trials[0].stage, len(trials), len(trials) - len(waiting))
+    queue: asyncio.Queue[list[Row] | None] = asyncio.Queue()
+    if judge is not None and unjudged:
+        queue.put_nowait(unjudged)
+    tasks = [asyncio.create_task(_generate(bench, waiting, queue))]
+    if judge is not None:
+        tasks.append(asyncio.create_task(_judge(bench, judge, queue)))
+    await _all_or_none(tasks)
+    rows = _rows(bench, trials, judge)
+    return [rows[t.key] for t in trials]
+
+
+async def judge_rows(bench: Workbench, rows: Sequence[Row], stage: str = "judging") -> None:
+    """Adds the bench's judge's verdicts to responses that exist; none is judged twice."""
+    if bench.judge is None:
+        raise ValueError("a judge is needed")
+    queue: asyncio.Queue[list[Row] | None] = asyncio.Queue()
+    todo = [r for r in rows if r.completion is not None]
+    bench.progress.stage(stage, len(todo))
+    queue.put_nowait(todo)
+    queue.put_nowait(None)
+    await _judge(bench, bench.judge, queue)
+
+
+async def _all_or_none(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Waits for all; at the first failure, or when cancelled, stops the others in order, so that each can save."""
+    try:
+        await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+def _rows(bench: Workbench, trials: Sequence[Trial], judge: Judge | None) -> dict[str, Row]:
+    name = judge.name if judge is not None else None
+    return {r.trial.key: r for r in bench.ledger.rows(keys=[t.key for t in trials], judge=name)}
+
+
+async def _generate(bench: Workbench, trials: Sequence[Trial], queue: asyncio.Queue[list[Row] | None]) -> None:
+    """Writes completions in batches and passes each batch on to the judge; ends the queue with None."""
+    by_key = {t.key: t for t in trials}
+    requests = {t.key: t.request(bench.sampling) for t in trials}
+    hashes = {key: r.content_hash() for key, r in requests.items()}
+    buffer: dict[str, Completion] = {}
+    spoken = time.monotonic()
+
+    def cached_under(key: str) -> str:
+        # asked anew each time: an engine that had to shrink its batch has another fingerprint from then on
+        return cache_key("completion", bench.engine.fingerprint, hashes[key])
+
+    def flush(to_cache: bool = True) -> None:
+        nonlocal spoken
+        spoken = time.monotonic()
+        if not buffer:
+            return
+        bench.ledger.add_completions((key, c, bench.engine.fingerprint) for key, c in buffer.items())
+        if to_cache and bench.cache is not None:
+            bench.cache.put_completions({cached_under(key): c for key, c in buffer.items() if c.finish != "error"})
+        rows = [Row(by_key[key], c, None) for key, c in buffer.items()]
+        bench.progress.update(generated=len(rows), invalid=sum(not r.valid_receipt for r in rows))
+        buffer.clear()
+        queue.put_nowait(rows)
+
+    if bench.cache is not None:
+        asked = {key: cached_under(key) for key in requests}  # two trials may ask for the same response
+        known = bench.cache.completions(list(set(asked.values())))
+        buffer.update({key: known[asked[key]] for key in asked if asked[key] in known})
+        for key in buffer:
+            del requests[key]
+        flush(to_cache=False)
+    if requests:
+        try:
+            async with contextlib.aclosing(_stream(bench.engine, list(requests.values()))) as stream:
+                async for key, completion in stream:
+                    buffer[key] = completion
+                    if len(buffer) >= FLUSH_ROWS or time.monotonic() - spoken > FLUSH_SECONDS:
+                        flush()
+        finally:
+            flush()  # also when cancelled: what was generated is kept
+    queue.put_nowait(None)
+
+
+async def _stream(engine: Engine, requests: Sequence[Any]) -> AsyncGenerator[tuple[str, Completion]]:
+    """The engine's stream, checked: each request is answered exactly once."""
+    wanted = {r.key for r in requests}
+    async for key, completion in engine.generate(requests):
+        if key not in wanted:
+            raise RuntimeError(f"the engine answered {key!r}, which was not asked or was answered already")
+        wanted.remove(key)
+        yield key, completion
+    if wanted:
+        raise RuntimeError(f"the engine left {len(wanted)} requests unanswered, e.g. {sorted(wanted)[0]!r}")
+
+
+async def _judge(bench: Workbench, judge: Judge, queue: asyncio.Queue[list[Row] | None]) -> None:
+    """Judges rows as they arrive, in batches as large as what is waiting, until None arrives."""
+    ended = False
+    while not ended:
+        batch = await queue.get()
+        ended = batch is None
+        waiting = list(batch or [])
+        while not queue.empty() and not ended:
+            more = queue.get_nowait()
+            ended = more is None
+            waiting.extend(more or [])
+        # a response that was not steered as planned says nothing about steering; it is counted, not judged
+        valid = [r for r in waiting if r.valid_receipt]
+        for start in range(0, len(valid), JUDGE_BATCH):
+            await _judge_batch(bench, judge, valid[start : start + JUDGE_BATCH])
+
+
+async def _judge_batch(bench: Workbench, judge: Judge, rows: Sequence[Row]) -> None:
+    items = {r.trial.key: judge_item(r) for r in rows}
+    keys = {key: judgement_key(judge, item) for key, item in items.items()}
+    known = bench.cache.judgements(list(keys.values())) if bench.cache is not None else {}
+    verdicts = {key: known[keys[key]] for key in items if keys[key] in known}
+    fresh: dict[str, Judgement] = {}
+    try:
+        asked = [item for key, item in items.items() if key not in verdicts]
+        if asked:
+            async for key, judgement in judge.judge(asked):
+                fresh[key] = judgement
+            missing = [item.key for item in asked if item.key not in fresh]
+            if missing:
+                raise RuntimeError(f"judge {judge.name} lost {len(missing)} responses, e.g. {missing[0]!r}")
+    finally:
+        verdicts |= fresh
+        if verdicts:
+            bench.ledger.add_judgements(verdicts.items())
+        if bench.cache is not None and fresh:
+            bench.cache.put_judgements({keys[key]: j for key, j in fresh.items()})
+    unscored = sum(j.status == "unscored" for j in verdicts.values())
+    bench.progress.update(judged=len(verdicts), unscored=unscored)
+
+
+def judge_item(row: Row) -> JudgeItem:
+    """What the judge is shown of a trial: never the meta-prompt; the prefill counts as part of the response."""
+    if row.completion is None:
+        raise SteerbackError(f"trial {row.trial.key} has no response yet")
+    trial = row.trial
+    return JudgeItem(trial.key, trial.prompt, trial.prefill + row.completion.text, trial.label, trial.latent)
+
+
+def judgement_key(judge: Judge, item: JudgeItem) -> str:
+    """Cache key of a verdict: judge, rubric, response, prompt, label and latent (its contexts may be used)."""
+    body = [item.prompt, item.response, item.label, item.latent]
+    return cache_key("judgement", judge.fingerprint, digest(body))
