@@ -1,0 +1,49 @@
+"""Statistics over judged trials: rates, MSI, intervals clustered by latent, paired tests.
+
+Pure numpy (scipy where a distribution is needed): knows nothing of ledgers, engines or files.
+"""
+
+from steerback.metrics.intervals import clopper_pearson, no_event_bound, wilson
+from steerback.metrics.outcomes import (
+    EMPTY,
+    INVALID,
+    STATES,
+    UNSCORED,
+    VALID,
+    Outcome,
+    Outcomes,
+    cluster_code,
+    outcome_of,
+)
+from steerback.metrics.paired import COMPARED, Comparison, PairedTest, compare, correct, holm, swap_test
+from steerback.metrics.rates import METRICS, VARIANTS, Estimate, Metric, Summary, counts, summarize, view
+
+__all__ = [
+    "COMPARED",
+    "EMPTY",
+    "INVALID",
+    "METRICS",
+    "STATES",
+    "UNSCORED",
+    "VALID",
+    "VARIANTS",
+    "Comparison",
+    "Estimate",
+    "Metric",
+    "Outcome",
+    "Outcomes",
+    "PairedTest",
+    "Summary",
+    "clopper_pearson",
+    "cluster_code",
+    "compare",
+    "correct",
+    "counts",
+    "holm",
+    "no_event_bound",
+    "outcome_of",
+    "summarize",
+    "swap_test",
+    "view",
+    "wilson",
+]

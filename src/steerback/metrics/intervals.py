@@ -1,0 +1,210 @@
+"""Intervals for rates and means of clustered trials, from arrays; knows nothing of trials, judges or metrics.
+
+Which interval is used where, and the coverage that was simulated for each: docs/statistics.md.
+All are two-sided with total error `alpha`. A cluster is a latent; trials of one latent are correlated.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+
+ALPHA = 0.05
+ICC = 0.1  # correlation within a latent that is assumed where events are too few to estimate it
+OPEN_REACH = 2.0  # how far above its resting value an unseen trial is taken to lie where a metric has no upper limit
+PRIOR_EVENTS = 5.0  # the assumed ICC weighs as much as this many observed events
+
+
+class Bounds(NamedTuple):
+    """An interval and how it was made; None where nothing can be said."""
+
+    low: float | None
+    high: float | None
+    method: str
+
+
+def wilson(events: float, n: float, alpha: float = ALPHA) -> tuple[float, float]:
+    """Wilson (1927) score interval, trials taken as independent."""
+    from scipy.special import ndtri
+
+    z2 = float(ndtri(1 - alpha / 2)) ** 2
+    p = events / n
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = np.sqrt(z2 * (p * (1 - p) + z2 / (4 * n)) / n) / (1 + z2 / n)
+    # the exact ends, which rounding would miss by 1e-17
+    return 0.0 if events == 0 else float(centre - half), 1.0 if events == n else float(centre + half)
+
+
+def clopper_pearson(events: float, n: float, alpha: float = ALPHA) -> tuple[float, float]:
+    """Exact binomial interval, trials taken as independent; `events` and `n` may be fractional (effective sizes)."""
+    from scipy.special import betaincinv
+
+    low = 0.0 if events <= 0 else float(betaincinv(events, n - events + 1, alpha / 2))
+    high = 1.0 if events >= n else float(betaincinv(events + 1, n - events, 1 - alpha / 2))
+    return low, high
+
+
+def no_event_bound(sizes: Floats, icc: float = ICC, alpha: float = ALPHA) -> float:
+    """Largest rate p under which no event in clusters of these sizes still has probability alpha / 2.
+
+    Cluster rates are Beta with mean p and intra-cluster correlation `icc` (beta-binomial counts), so
+    P(no event) = prod_c B(a, b + n_c) / B(a, b) with a = p (1 - icc) / icc and b = (1 - p) (1 - icc) / icc.
+    icc 0 is Clopper-Pearson; icc 1 counts each cluster as one trial and holds whatever the clusters are like.
+    """
+    from scipy.optimize import brentq
+    from scipy.special import betaln
+
+    sizes = np.asarray(sizes, dtype=np.float64)
+    sizes = sizes[sizes > 0]
+    if not len(sizes):
+        return 1.0
+    if not 0 < icc < 1:
+        return float(1 - (alpha / 2) ** (1 / (len(sizes) if icc >= 1 else sizes.sum())))
+    values, counts = np.unique(sizes, return_counts=True)
+    scale = (1 - icc) / icc
+
+    def excess(p: float) -> float:
+        a, b = p * scale, (1 - p) * scale
+        return float(np.sum(counts * (betaln(a, b + values) - betaln(a, b))) - np.log(alpha / 2))
+
+    top = 1 - 1e-12
+    return 1.0 if excess(top) > 0 else float(brentq(excess, 1e-12, top, xtol=1e-10))
+
+
+def cluster_sums(cluster: NDArray[np.intp], values: Floats, clusters: int = 0) -> Floats:
+    """Sum of `values` per cluster code, shape (clusters,)."""
+    return np.bincount(cluster, weights=values, minlength=clusters).astype(np.float64, copy=False)
+
+
+class Influence(NamedTuple):
+    """Variance of an estimate from its influence values: as if trials were independent, and over clusters."""
+
+    independent: float
+    clustered: float
+    clusters: int
+
+
+def influence_variance(values: Floats, cluster: NDArray[np.intp], member: NDArray[np.bool_]) -> Influence:
+    """Linearised variances of an estimate whose trial i contributes `values[i]` (they sum to 0).
+
+    independent = n / (n - 1) sum_i v_i^2, clustered = C / (C - 1) sum_c (sum_{i in c} v_i)^2, over the trials in
+    `member`; nan with fewer than two trials or clusters. `cluster` holds small non-negative codes.
+    """
+    v, c = values[member], cluster[member]
+    present = np.bincount(c)
+    k, n = int(np.count_nonzero(present)), len(v)
+    sums = cluster_sums(c, v)
+    independent = float(np.sum(v * v)) * n / (n - 1) if n > 1 else float("nan")
+    clustered = float(np.sum(sums * sums)) * k / (k - 1) if k > 1 else float("nan")
+    return Influence(independent, clustered, k)
+
+
+def design_effect(variance: Influence, sizes: Floats, events: float, icc: float = ICC) -> float:
+    """How many times clustering inflates the variance, at least 1.
+
+    The estimate (clustered over independent variance) is shrunk towards that of the assumed `icc`,
+    1 + (m - 1) icc with m the mean size of the cluster of a random trial, because with few events the estimate
+    is near 1 whatever the truth (one event alone always gives 1). Events weigh against PRIOR_EVENTS.
+    """
+    m = float(np.sum(sizes**2) / np.sum(sizes))
+    assumed = 1 + max(m - 1, 0.0) * icc
+    if not variance.independent > 0 or not np.isfinite(variance.clustered):
+        return assumed
+    weight = events / (events + PRIOR_EVENTS)
+    return max(1.0, weight * variance.clustered / variance.independent + (1 - weight) * assumed)
+
+
+def _t(df: float, alpha: float) -> float:
+    from scipy.special import stdtrit
+
+    return float(stdtrit(max(df, 1), 1 - alpha / 2))
+
+
+def rate_interval(events: float, sizes: Floats, variance: Influence, icc: float = ICC, alpha: float = ALPHA) -> Bounds:
+    """Interval for a rate of clustered trials; `sizes` are the denominators of the clusters.
+
+    With events on both sides: Korn and Graubard (1998), Clopper-Pearson at the effective sample size
+    n / design effect x (z / t_{C-1})^2. Without events (or without non-events): `no_event_bound`. The bound of
+    "no event" is a floor for the upper limit as well, since seeing an event cannot lower it.
+    """
+    sizes = sizes[sizes > 0]
+    n, clusters = float(np.sum(sizes)), len(sizes)
+    if not clusters:
+        return Bounds(None, None, "no trials")
+    p = events / n
+    if clusters == 1:
+        return Bounds(*clopper_pearson(p, 1.0, alpha), "one latent, counted as one trial")
+    bound = no_event_bound(sizes, icc, alpha)
+    if events == 0:
+        return Bounds(0.0, bound, f"exact beta-binomial, no events, assumed ICC {icc:g}")
+    if events == n:
+        return Bounds(1 - bound, 1.0, f"exact beta-binomial, events only, assumed ICC {icc:g}")
+    rarer = min(events, n - events)
+    shrink = (_t(np.inf, alpha) / _t(clusters - 1, alpha)) ** 2
+    effective = n / design_effect(variance, sizes, rarer, icc) * shrink
+    low, high = clopper_pearson(p * effective, effective, alpha)
+    return Bounds(min(low, 1 - bound), max(high, bound), "Clopper-Pearson at effective size, clustered by latent")
+
+
+def mean_interval(
+    value: float,
+    sizes: Floats,
+    variance: Influence,
+    events: float,
+    informative: int,
+    limits: tuple[float, float],
+    icc: float = ICC,
+    alpha: float = ALPHA,
+) -> Bounds:
+    """Interval for a mean or a ratio of clustered trials, kept within `limits`.
+
+    t interval with the shrunk design effect; its degrees of freedom count only the `informative` clusters, those
+    with a trial away from the resting value (for MSI: with a second attempt), because clusters that are all at
+    rest say nothing about the spread. Where nothing varies at all, the share of trials that could differ is
+    bounded by `no_event_bound`, and each of them could lie anywhere within `limits`.
+    """
+    sizes = sizes[sizes > 0]
+    if not len(sizes):
+        return Bounds(None, None, "no trials")
+    if len(sizes) == 1:
+        return Bounds(None, None, "one latent: the spread between latents is unknown")
+    spread = max(variance.independent, variance.clustered)
+    if not spread > (1e-9 * max(1.0, abs(value))) ** 2:  # nothing but rounding
+        share = no_event_bound(sizes, icc, alpha)
+        reach = limits[1] if np.isfinite(limits[1]) else value + OPEN_REACH
+        low, high = value - share * (value - limits[0]), value + share * (reach - value)
+        return Bounds(low, high, f"no spread: bound on the share that differs, assumed ICC {icc:g}")
+    half = _t(informative - 1, alpha) * np.sqrt(variance.independent * design_effect(variance, sizes, events, icc))
+    low, high = max(value - half, limits[0]), min(value + half, limits[1])
+    return Bounds(float(low), float(high), "t, clustered by latent")
+
+
+def resample_sums(sums: Floats, draws: int, rng: np.random.Generator, cells: int = 4_000_000) -> Floats:
+    """Totals of `sums` (clusters, columns) under `draws` resamples of whole clusters, shape (draws, columns).
+
+    Work is cut into blocks of at most `cells` weights, so memory does not grow with draws x clusters.
+    """
+    n = len(sums)
+    block = max(1, min(draws, cells // max(n, 1)))
+    parts = []
+    for start in range(0, draws, block):
+        rows = min(block, draws - start)
+        drawn = rng.integers(0, n, size=(rows, n)) + n * np.arange(rows)[:, None]
+        weights = np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n)
+        parts.append(weights.astype(np.float64) @ sums)
+    return np.concatenate(parts)
+
+
+def percentile(draws: NDArray[Any], alpha: float = ALPHA) -> tuple[float, float] | None:
+    """Percentile interval of bootstrap draws; undefined draws (nan) are left out, None if all are."""
+    finite = draws[np.isfinite(draws)]
+    if not len(finite):
+        return None
+    low, high = np.quantile(finite, [alpha / 2, 1 - alpha / 2])
+    return float(low), float(high)

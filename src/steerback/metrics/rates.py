@@ -1,0 +1,254 @@
+"""The metrics of one condition with their intervals: what `summary.json` holds.
+
+Definitions (over valid trials N): multi-attempt rate #(>= 2 attempts) / N; ESR rate #(>= 2 attempts and
+last > first) / N; improvement rate #(last > first) / #(>= 2 attempts); MSI mean(last - first), single attempts
+count 0; MSI over multi-attempt trials; mean attempts; mean first score; degraded share. The headline is gated and
+leaves degraded trials out; the variants stand beside it. Knows arrays only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from steerback.metrics import intervals as iv
+from steerback.metrics.outcomes import STATES, UNSCORED, VALID, Outcomes
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """The valid trials of one variant, every array of shape (n_valid,); `cluster` counts from 0."""
+
+    cluster: NDArray[np.intp]
+    attempts: NDArray[np.int64]
+    first: Floats
+    last: Floats
+    degraded: NDArray[np.bool_]
+
+    @cached_property
+    def multi(self) -> NDArray[np.bool_]:
+        return self.attempts >= 2
+
+    @cached_property
+    def gain(self) -> Floats:
+        """last - first in points; 0 for single attempts."""
+        return np.where(self.multi, self.last - self.first, 0.0)
+
+    @property
+    def clusters(self) -> int:
+        return int(self.cluster.max()) + 1 if len(self.cluster) else 0
+
+
+def view(outcomes: Outcomes, gated: bool = True, include_degraded: bool = False) -> View:
+    """The valid trials of a variant: gated or ungated attempts, without or with degraded responses."""
+    keep = outcomes.state == VALID
+    if not include_degraded:
+        keep = keep & ~outcomes.degraded
+    g = "" if gated else "ungated_"
+    attempts, first, last = (getattr(outcomes, g + name)[keep] for name in ("attempts", "first", "last"))
+    _, codes = np.unique(outcomes.cluster[keep], return_inverse=True)
+    return View(codes.astype(np.intp), attempts, first, last, outcomes.degraded[keep])
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A ratio sum(numerator) / sum(denominator) over trials.
+
+    `limits` is the range of a single trial's value, `rest` the value at which a trial carries no event.
+    """
+
+    name: str
+    label: str
+    rate: bool
+    limits: tuple[float, float]
+    rest: float | None
+    parts: Callable[[View], tuple[Floats, Floats]]
+    unit: str = ""
+
+
+def _ones(v: View) -> Floats:
+    return np.ones(len(v.cluster))
+
+
+def _f(mask: NDArray[np.bool_]) -> Floats:
+    return mask.astype(np.float64)
+
+
+METRICS: dict[str, Metric] = {
+    m.name: m
+    for m in (
+        Metric("multi_attempt_rate", "multi-attempt rate", True, (0, 1), 0, lambda v: (_f(v.multi), _ones(v))),
+        Metric("esr_rate", "ESR rate", True, (0, 1), 0, lambda v: (_f(v.gain > 0), _ones(v))),
+        Metric("improvement_rate", "improvement rate", True, (0, 1), 0, lambda v: (_f(v.gain > 0), _f(v.multi))),
+        Metric("msi", "MSI", False, (-100, 100), 0, lambda v: (v.gain, _ones(v)), "points"),
+        Metric(
+            "msi_multi",
+            "MSI over multi-attempt trials",
+            False,
+            (-100, 100),
+            None,
+            lambda v: (v.gain, _f(v.multi)),
+            "points",
+        ),
+        Metric(
+            "mean_attempts", "mean attempts", False, (1, np.inf), 1, lambda v: (v.attempts.astype(np.float64), _ones(v))
+        ),
+        Metric("mean_first", "mean first score", False, (0, 100), None, lambda v: (v.first, _ones(v)), "points"),
+        Metric("degraded_share", "degraded share", True, (0, 1), 0, lambda v: (_f(v.degraded), _ones(v))),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A metric's value with its interval; None where it cannot be said.
+
+    `n` is the denominator (valid trials, or multi-attempt trials), `events` the trials away from rest, `clusters`
+    the latents with a trial in the denominator. `beside` holds other intervals for comparison: `bootstrap`
+    (percentile, over latents), and for rates `wilson`, `clopper_pearson` (trials taken as independent) and
+    `latents_as_trials` (no event: the bound that holds for any correlation).
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    method: str
+    events: int = 0
+    clusters: int = 0
+    beside: dict[str, tuple[float, float]] | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All metrics of one condition. Variants: `headline` (gated, without degraded), `with_degraded`, `ungated`.
+
+    `worst_case` is, per variant and metric, the range of the value over everything the unscored trials could
+    have been (None: open).
+    """
+
+    counts: dict[str, int]
+    headline: dict[str, Estimate]
+    with_degraded: dict[str, Estimate]
+    ungated: dict[str, Estimate]
+    worst_case: dict[str, dict[str, tuple[float | None, float | None]]]
+    draws: int
+    seed: int
+    icc: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers (None for what is unknown; no nan)."""
+        return asdict(self)
+
+    def __getitem__(self, metric: str) -> Estimate:
+        return self.headline[metric]
+
+
+VARIANTS: dict[str, dict[str, bool]] = {
+    "headline": {"gated": True, "include_degraded": False},
+    "with_degraded": {"gated": True, "include_degraded": True},
+    "ungated": {"gated": False, "include_degraded": False},
+}
+
+
+def summarize(outcomes: Outcomes, draws: int = 2000, seed: int = 0, icc: float = iv.ICC) -> Summary:
+    """Every metric of a condition with intervals clustered by latent.
+
+    `draws` resamples of latents for the bootstrap beside; `icc` is assumed where events are too few to estimate it.
+    The degraded share is over all valid trials in every variant.
+    """
+    estimates: dict[str, dict[str, Estimate]] = {}
+    worst: dict[str, dict[str, tuple[float | None, float | None]]] = {}
+    for variant, options in VARIANTS.items():
+        names = [m for m in METRICS if m != "degraded_share"]
+        rng = np.random.default_rng(seed)
+        estimates[variant] = _estimates(view(outcomes, **options), names, draws, rng, icc)
+        everything = view(outcomes, gated=options["gated"], include_degraded=True)
+        estimates[variant] |= _estimates(everything, ["degraded_share"], draws, rng, icc)
+        worst[variant] = _worst_case(outcomes, options)
+    return Summary(counts(outcomes), **estimates, worst_case=worst, draws=draws, seed=seed, icc=icc)
+
+
+def counts(outcomes: Outcomes) -> dict[str, int]:
+    """Planned trials by state; `degraded` counts those among the valid."""
+    by_state = np.bincount(outcomes.state, minlength=len(STATES))
+    out = {"planned": len(outcomes)} | {name: int(by_state[i]) for i, name in enumerate(STATES)}
+    out["degraded"] = int(np.sum(outcomes.degraded & (outcomes.state == VALID)))
+    return out
+
+
+def _estimates(v: View, names: list[str], draws: int, rng: np.random.Generator, icc: float) -> dict[str, Estimate]:
+    parts = {name: METRICS[name].parts(v) for name in names}
+    columns = [iv.cluster_sums(v.cluster, x, v.clusters) for pair in parts.values() for x in pair]
+    totals = iv.resample_sums(np.stack(columns, axis=1), draws, rng) if v.clusters > 1 and draws else None
+    out = {}
+    for i, (name, (num, den)) in enumerate(parts.items()):
+        sizes = columns[2 * i + 1]
+        resampled = None
+        if totals is not None:
+            with np.errstate(invalid="ignore", divide="ignore"):
+                resampled = iv.percentile(totals[:, 2 * i] / totals[:, 2 * i + 1])
+        out[name] = _estimate(METRICS[name], v.cluster, num, den, sizes, resampled, icc)
+    return out
+
+
+def influence(num: Floats, den: Floats) -> Floats:
+    """What each trial contributes to sum(num) / sum(den) - value, to first order."""
+    total = float(den.sum())
+    return (num - float(num.sum()) / total * den) / total
+
+
+def _estimate(
+    metric: Metric,
+    cluster: NDArray[np.intp],
+    num: Floats,
+    den: Floats,
+    sizes: Floats,
+    resampled: tuple[float, float] | None,
+    icc: float,
+) -> Estimate:
+    n = int(den.sum())
+    if n == 0:
+        return Estimate(None, None, None, 0, "no trials")
+    member = den > 0
+    event = member & (num != (metric.rest if metric.rest is not None else np.nan))
+    events, clusters = int(event.sum()), int(np.count_nonzero(sizes))
+    value = float(num.sum()) / n
+    variance = iv.influence_variance(influence(num, den), cluster, member)
+    beside = {} if resampled is None else {"bootstrap": resampled}
+    if metric.rate:
+        bounds = iv.rate_interval(events, sizes, variance, icc)
+        beside |= {"wilson": iv.wilson(events, n), "clopper_pearson": iv.clopper_pearson(events, n)}
+        if events in (0, n):
+            free = iv.no_event_bound(sizes, icc=1.0)
+            beside["latents_as_trials"] = (0.0, free) if events == 0 else (1 - free, 1.0)
+    else:
+        informative = len(np.unique(cluster[event]))
+        bounds = iv.mean_interval(value, sizes, variance, events, informative, metric.limits, icc)
+    return Estimate(value, bounds.low, bounds.high, n, bounds.method, events, clusters, beside)
+
+
+def _worst_case(outcomes: Outcomes, options: dict[str, bool]) -> dict[str, tuple[float | None, float | None]]:
+    """Range of each metric if the unscored trials had been judged in the most unfavourable ways."""
+    v = view(outcomes, **options)
+    lost = outcomes.state == UNSCORED
+    unscored = int(np.sum(lost if options["include_degraded"] else lost & ~outcomes.degraded))
+    out: dict[str, tuple[float | None, float | None]] = {}
+    for name, metric in METRICS.items():
+        if name == "degraded_share":  # degradation is read off the text, so it needs no judge
+            continue
+        num, den = metric.parts(v)
+        total, n = float(num.sum()), float(den.sum()) + unscored
+        added = [limit * unscored if unscored else 0.0 for limit in metric.limits]
+        ends = [(total + x) / n if n and np.isfinite(x) else None for x in added]
+        out[name] = (ends[0], ends[1])
+    return out
