@@ -31,10 +31,10 @@ JUDGE_BATCH = 64
 
 @dataclass(slots=True)
 class Workbench:
-    """What a batch of trials is worked on with. `judge` None: responses are generated and not judged."""
+    """What a batch of trials is worked on with. Without engine or judge, that step is left out."""
 
     ledger: Ledger
-    engine: Engine
+    engine: Engine | None
     judge: Judge | None
     sampling: Sampling
     progress: Progress
@@ -97,6 +97,9 @@ def _rows(bench: Workbench, trials: Sequence[Trial], judge: Judge | None) -> dic
 
 async def _generate(bench: Workbench, trials: Sequence[Trial], queue: asyncio.Queue[list[Row] | None]) -> None:
     """Writes completions in batches and passes each batch on to the judge; ends the queue with None."""
+    engine = bench.engine
+    if engine is None:
+        raise ValueError("an engine is needed to generate")
     by_key = {t.key: t for t in trials}
     requests = {t.key: t.request(bench.sampling) for t in trials}
     hashes = {key: r.content_hash() for key, r in requests.items()}
@@ -105,14 +108,14 @@ async def _generate(bench: Workbench, trials: Sequence[Trial], queue: asyncio.Qu
 
     def cached_under(key: str) -> str:
         # asked anew each time: an engine that had to shrink its batch has another fingerprint from then on
-        return cache_key("completion", bench.engine.fingerprint, hashes[key])
+        return cache_key("completion", engine.fingerprint, hashes[key])
 
     def flush(to_cache: bool = True) -> None:
         nonlocal spoken
         spoken = time.monotonic()
         if not buffer:
             return
-        bench.ledger.add_completions((key, c, bench.engine.fingerprint) for key, c in buffer.items())
+        bench.ledger.add_completions((key, c, engine.fingerprint) for key, c in buffer.items())
         if to_cache and bench.cache is not None:
             bench.cache.put_completions({cached_under(key): c for key, c in buffer.items() if c.finish != "error"})
         rows = [Row(by_key[key], c, None) for key, c in buffer.items()]
@@ -129,7 +132,7 @@ async def _generate(bench: Workbench, trials: Sequence[Trial], queue: asyncio.Qu
         flush(to_cache=False)
     if requests:
         try:
-            async with contextlib.aclosing(_stream(bench.engine, list(requests.values()))) as stream:
+            async with contextlib.aclosing(_stream(engine, list(requests.values()))) as stream:
                 async for key, completion in stream:
                     buffer[key] = completion
                     if len(buffer) >= FLUSH_ROWS or time.monotonic() - spoken > FLUSH_SECONDS:

@@ -1,0 +1,81 @@
+"""What a run would cost before it starts: responses, tokens, memory and time. It loads no model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from steerback.config import RunConfig
+
+if TYPE_CHECKING:
+    from steerback.execute import Job
+    from steerback.targets import Target
+
+
+def responses(config: RunConfig, prompts: int, conditions: int = 1) -> dict[str, int]:
+    """Responses per target and stage, at most (latents can stop early or turn out unusable)."""
+    latents = len(config.latents) if config.latents is not None else config.n_latents
+    cal = config.calibration
+    measured = latents * config.trials_per_latent
+    if config.limit is not None:
+        measured = min(measured, config.limit)
+    return {
+        "reference": prompts * config.reference_responses,
+        "calibration": latents * cal.max_iterations * cal.trials_per_iteration,
+        "verification": latents * cal.verify_trials,
+        "measure": measured * conditions,
+    }
+
+
+def plan_lines(job: Job, folder: Path) -> list[str]:
+    """What was chosen, whether it fits, and how much work it is."""
+    from steerback.engines import default_engine
+
+    config = job.config
+    engine = config.engine if config.engine != "auto" else f"{default_engine()} (chosen)"
+    lines = [
+        f"{job.experiment.title}: preset {config.preset}, engine {engine}, judge {config.judge}, folder {folder}",
+    ]
+    if config.judge.startswith("offline"):
+        lines.append("  the offline judge's scores are not comparable with the paper's (docs/judging.md)")
+    for target in job.targets:
+        counts = responses(config, len(job.prompts), job.experiment.conditions(config))
+        total = sum(counts.values())
+        detail = " + ".join(f"{n} {stage}" for stage, n in counts.items() if n)
+        cap = min(config.sampling.max_new_tokens, target.max_new_tokens or config.sampling.max_new_tokens)
+        lines.append(
+            f"  {target.name}: at most {total} responses ({detail}), {total * cap:,} tokens, {_time(target, total)}"
+        )
+        lines.append(f"  {target.name}: {_fits(target)}")
+    return lines
+
+
+def _time(target: Target, total: int) -> str:
+    """Time from the target's measured speed, where one is known; otherwise said to be unknown."""
+    if target.responses_per_second is None:
+        return "time unknown until the first responses"
+    seconds = total / target.responses_per_second
+    return f"about {max(seconds / 60, 0.1):.1f} min at {target.responses_per_second:g} responses/s (2 CPU cores)"
+
+
+def _fits(target: Target) -> str:
+    needed, there = target.memory_bytes(), available_memory()
+    if needed is None or there is None:
+        return "memory needed is not known"
+    verdict = "fits" if needed < there else "DOES NOT FIT"
+    return f"weights take about {needed / 2**30:.2f} GiB of {there / 2**30:.1f} GiB free: {verdict}"
+
+
+def available_memory() -> int | None:
+    """Free bytes where the model would live: the GPU if there is one, else RAM."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return None

@@ -1,0 +1,145 @@
+"""From a config to a finished run: opens the folder, loads each target, runs the experiment, writes the analysis."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from steerback.cache import Cache, default_path
+from steerback.config import RunConfig
+from steerback.engines import make_engine
+from steerback.errors import SteerbackError
+from steerback.experiments import get_experiment
+from steerback.experiments.base import Analysis, Experiment
+from steerback.judging import make_judge
+from steerback.ledger import Ledger
+from steerback.pipeline import Workbench, judge_rows
+from steerback.progress import Progress, Silent
+from steerback.prompts import load_prompts
+from steerback.records import Judgement, Sampling, digest
+from steerback.runs import Run, write_atomic, write_json
+from steerback.study import Study, references
+from steerback.targets import Target, resolve
+
+if TYPE_CHECKING:
+    from steerback.engines.base import Engine
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A checked config with what it names: nothing is loaded yet, but everything exists."""
+
+    config: RunConfig
+    experiment: Experiment
+    targets: tuple[Target, ...]
+    prompts: tuple[str, ...]
+
+
+def check(config: RunConfig) -> Job:
+    """Resolves every name in the config, so that a mistake shows before anything is loaded or written."""
+    experiment = get_experiment(config.experiment)
+    strange = sorted(set(config.options) - set(experiment.options))
+    if strange:
+        known = ", ".join(sorted(experiment.options)) or "none"
+        raise SteerbackError(f"{experiment.name} has no option {strange[0]!r}; its options: {known}")
+    make_judge(config.judge)  # a missing key or unknown judge shows now
+    return Job(config, experiment, tuple(resolve(name) for name in config.targets), load_prompts(config.prompts))
+
+
+def run(
+    job: Job,
+    folder: Path,
+    progress: Progress | None = None,
+    cache: Cache | None = None,
+) -> Analysis:
+    """Runs (or resumes) a job into `folder` and writes its analysis.
+
+    Raises SteerbackError for what the user must mend. KeyboardInterrupt leaves all committed work in the ledger.
+    """
+    with Run.start(folder, job.config) as opened:
+        asyncio.run(_targets(job, opened, progress or Silent(), cache))
+        return analyse(job.experiment, opened.ledger, opened.folder, job.config.judge, job.config.draws)
+
+
+async def _targets(job: Job, opened: Run, progress: Progress, cache: Cache | None) -> None:
+    parts: dict[str, Any] = {
+        "targets": {},
+        "prompts": {"source": job.config.prompts, "count": len(job.prompts), "hash": digest(list(job.prompts))},
+    }
+    for target in job.targets:
+        engine = make_engine(target, job.config.engine, batch_size=job.config.batch_size)
+        try:
+            judge = make_judge(job.config.judge)
+            _same_engine(opened, target, engine)
+            sampling = job.config.sampling.record(target.max_new_tokens)
+            bench = Workbench(opened.ledger, engine, judge, sampling, progress, cache)
+            study = Study(opened, target, bench, job.prompts)
+            await study.prepare()
+            parts["targets"][target.name] = {"target": target.describe(), "engine": engine.describe()}
+            parts["judge"] = judge.describe()
+            opened.write_manifest(parts)
+            await job.experiment.run(study)
+        finally:
+            engine.close()
+
+
+def _same_engine(opened: Run, target: Target, engine: Engine) -> None:
+    """A run goes on only with the engine it was started with: otherwise its rows would not be comparable."""
+    now = {"fingerprint": engine.fingerprint, "engine": engine.describe()}
+    before = opened.ledger.fact(target.name, "engine")
+    if before is None:
+        opened.ledger.set_fact(target.name, "engine", now)
+        return
+    if before["fingerprint"] != now["fingerprint"]:
+        old, new = before["engine"], now["engine"]
+        changed = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted(old | new) if old.get(k) != new.get(k)]
+        raise SteerbackError(
+            f"run {opened.folder.name!r} was started with another engine for {target.name} "
+            f"({'; '.join(changed) or 'fingerprint'}); resume it where it was started, or choose another --name"
+        )
+
+
+def analyse(experiment: Experiment, ledger: Ledger, folder: Path, judge: str, draws: int) -> Analysis:
+    """Analyses a ledger and writes summary.json, tables (txt, csv, tex) and figures (png, pdf) into `folder`."""
+    from steerback.figures.style import save
+
+    analysis = experiment.analyse(ledger, judge, draws)
+    write_json(folder / "summary.json", analysis.summary)
+    for name, table in analysis.tables.items():
+        for suffix, text in (("txt", table.text()), ("csv", table.csv()), ("tex", table.latex())):
+            write_atomic(folder / f"{name}.{suffix}", text.encode("utf-8"))
+    for name, draw in analysis.figures.items():
+        save(draw(), folder, name)
+    return analysis
+
+
+def open_cache(enabled: bool = True) -> Cache | None:
+    """The shared cache, or None where it is switched off."""
+    return Cache(default_path()) if enabled else None
+
+
+def judge_run(
+    folder: Path, name: str, progress: Progress | None = None, cache: Cache | None = None, retry: bool = False
+) -> int:
+    """Adds a judge's verdicts to a finished run; returns how many responses it judged.
+
+    Every scored stage is judged, so that another judge's first scores stand beside the thresholds; `retry` asks
+    again for what this judge left unscored.
+    """
+    with Run.reopen(folder) as opened:
+        total = 0
+        for target in (resolve(t) for t in opened.config.targets):
+            judge = make_judge(name)
+            rows = opened.ledger.rows(target=target.name, judge=judge.name)
+            judge.prepare(references(rows, target))
+            todo = [r for r in rows if r.trial.stage != "reference" and _open(r.judgement, retry)]
+            bench = Workbench(opened.ledger, None, judge, Sampling(), progress or Silent(), cache)
+            asyncio.run(judge_rows(bench, todo, f"{target.name}: judging with {judge.name}"))
+            total += len(todo)
+        return total
+
+
+def _open(judgement: Judgement | None, retry: bool) -> bool:
+    return judgement is None or (retry and judgement.status == "unscored")

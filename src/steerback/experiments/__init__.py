@@ -1,0 +1,27 @@
+"""The experiments: each is a plan, an analysis and figures over the one pipeline.
+
+An experiment is one module with one class; adding it to `REGISTRY` makes it a choice of `steerback run`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from steerback.errors import unknown
+
+if TYPE_CHECKING:
+    from steerback.experiments.base import Experiment
+
+REGISTRY = {
+    "esr": ("steerback.experiments.esr", "Esr"),
+}
+
+
+def get_experiment(name: str) -> Experiment:
+    """The experiment of that name; the error lists the choices."""
+    if name not in REGISTRY:
+        raise unknown("experiment", name, sorted(REGISTRY))
+    module, cls = REGISTRY[name]
+    experiment: Experiment = getattr(importlib.import_module(module), cls)()
+    return experiment

@@ -1,0 +1,1 @@
+"""What people read: tables and transcripts, from rows and estimates alone."""

@@ -1,0 +1,88 @@
+"""Responses as people read them: attempts with scores and spans. Model text is untrusted and printed as text."""
+
+from __future__ import annotations
+
+import textwrap
+
+from steerback.errors import SteerbackError
+from steerback.ledger import Ledger, Row
+
+WIDTH = 100
+BOLD, DIM, RESET = "\x1b[1m", "\x1b[2m", "\x1b[0m"
+
+
+def choose(ledger: Ledger, judge: str, key: str | None, condition: str | None, restarts: bool, count: int) -> list[Row]:
+    """The trial of that key, or up to `count` measured ones: those that restart first, the largest gains on top."""
+    if key is not None:
+        found = ledger.rows(keys=[key], judge=judge)
+        if not found:
+            raise SteerbackError(f"no trial {key!r} in {ledger.path}; keys look like {_example(ledger)!r}")
+        return found
+    rows = [r for r in ledger.rows(stage="measure", condition=condition, judge=judge) if r.completion is not None]
+    if not rows:
+        known = ", ".join(sorted({c for _, c in ledger.conditions()})) or "none yet"
+        raise SteerbackError(f"no measured responses in {ledger.path} (conditions: {known})")
+    rows.sort(key=lambda r: (-attempts(r), -gain(r), r.trial.key))
+    if restarts:
+        rows = [r for r in rows if attempts(r) >= 2]
+    return rows[:count]
+
+
+def attempts(row: Row) -> int:
+    """Number of gated attempts; 0 where there is no score."""
+    judged = row.judgement
+    return len(judged.gated_attempts()) if judged is not None and judged.status == "scored" else 0
+
+
+def gain(row: Row) -> float:
+    """Score of the last gated attempt minus that of the first; 0 for single attempts."""
+    if row.judgement is None or attempts(row) < 2:
+        return 0.0
+    spans = row.judgement.gated_attempts()
+    return spans[-1].score - spans[0].score
+
+
+def transcript(row: Row, colour: bool = False) -> str:
+    """Header, then each attempt with its score, restart phrase and character span."""
+    bold, dim, reset = (BOLD, DIM, RESET) if colour else ("", "", "")
+    trial, done = row.trial, row.completion
+    lines = [f"{bold}{trial.key}{reset}", f"{dim}prompt  {reset} {plain(trial.prompt)}"]
+    if trial.meta_prompt:
+        lines.append(f"{dim}meta    {reset} {plain(trial.meta_prompt)}")
+    if trial.latent is not None:
+        label = f" ({plain(trial.label)})" if trial.label else ""
+        boost = f", boost {trial.boost:.4g}" if trial.boost is not None else ""
+        lines.append(f"{dim}latent  {reset} {trial.latent}{label}{boost}, seed {trial.seed}")
+    if done is None:
+        return "\n".join([*lines, "(not generated yet)", ""])
+    receipt = done.receipt
+    steered = f"{receipt.prompt_positions} prompt + {receipt.generated_positions} generated positions steered"
+    right = "" if row.valid_receipt else ", NOT AS PLANNED: the trial is invalid"
+    lines.append(f"{dim}receipt {reset} {steered}, mean norm added {receipt.added_norm:.4g}{right}; {done.finish}")
+    text = trial.prefill + done.text
+    judged = row.judgement
+    if judged is None or judged.status != "scored":
+        state = "not judged yet" if judged is None else f"{judged.status}: {judged.reason}"
+        return "\n".join([*lines, f"{dim}{state}{reset}", _wrap(text), ""])
+    for number, span in enumerate(judged.attempts, 1):
+        phrase = f", restarts with {plain(span.phrase)!r}" if span.phrase else ""
+        gated = "" if span.gated else " (phrase does not open it: not counted)"
+        where = f"characters {span.start}-{span.end}"
+        lines.append(f"{bold}attempt {number}: {span.score:.0f}/100{reset} {dim}[{where}{phrase}{gated}]{reset}")
+        lines.append(_wrap(text[span.start : span.end]))
+    return "\n".join([*lines, ""])
+
+
+def plain(text: str) -> str:
+    """Text without control characters, so that a response cannot steer the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
+
+
+def _wrap(text: str) -> str:
+    lines = plain(text).strip().splitlines() or ["(empty)"]
+    return "\n".join(textwrap.fill(line, WIDTH, initial_indent="    ", subsequent_indent="    ") for line in lines)
+
+
+def _example(ledger: Ledger) -> str:
+    rows = ledger.conditions()
+    return f"{rows[0][0]}/measure/{rows[0][1]}/0" if rows else "<target>/measure/<condition>/0"

@@ -1,0 +1,252 @@
+"""What comes before a measurement, for one target: references, latent selection, thresholds, the grid of trials.
+
+Each stage is computed once, kept in the ledger, and read from there afterwards. Experiments build on `Study` and add
+conditions; they never loop over responses themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from steerback.calibration import BoostPrior, CalibrationSettings, Calibrator, Threshold, Verification, verified
+from steerback.errors import SteerbackError
+from steerback.judging.base import References
+from steerback.latents import selection as choose
+from steerback.ledger import Row
+from steerback.pipeline import Workbench, complete
+from steerback.records import Intervention, Latent, LatentKey, Trial
+from steerback.runs import Run
+from steerback.targets import Target
+
+# Seeds of the stages are disjoint: measured trials count up from the generation seed, the others from far above it.
+SEED_OFFSETS = {"measure": 0, "calibration": 1_000_000, "verification": 2_000_000, "reference": 3_000_000}
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One place in the grid that every condition shares: latent, threshold boost, prompt and seed."""
+
+    index: int
+    latent: Latent
+    boost: float
+    prompt: str
+    seed: int
+
+
+class Study:
+    """One target of a run, with the workbench its trials are worked on with."""
+
+    def __init__(self, run: Run, target: Target, bench: Workbench, prompts: Sequence[str]) -> None:
+        self.run, self.target, self.bench, self.prompts = run, target, bench, tuple(prompts)
+        self.config = run.config
+        self.name = target.name
+
+    def trial(self, stage: str, condition: str, index: int, **fields: Any) -> Trial:
+        """A trial of this target with its key."""
+        return Trial(
+            key=f"{self.name}/{stage}/{condition}/{index}",
+            target=self.name,
+            stage=stage,
+            condition=condition,
+            index=index,
+            **fields,
+        )
+
+    def seed(self, stage: str, index: int) -> int:
+        return self.config.seeds.generation + SEED_OFFSETS[stage] + index
+
+    def _fact(self, name: str) -> Any:
+        return self.run.ledger.fact(self.name, name)
+
+    async def prepare(self) -> None:
+        """Unsteered responses to every prompt, and the judge that may compare with them."""
+        rows = await self.references()
+        if self.bench.judge is not None:
+            self.bench.judge.prepare(references(rows, self.target))
+
+    async def references(self) -> list[Row]:
+        """`reference_responses` unsteered responses per prompt."""
+        count = self.config.reference_responses
+        trials = [
+            self.trial("reference", "unsteered", i, prompt=prompt, seed=self.seed("reference", i))
+            for i, prompt in enumerate(p for p in self.prompts for _ in range(count))
+        ]
+        return await complete(self.bench, trials, stage=f"{self.name}: unsteered references", judged=False)
+
+    async def latents(self) -> list[Latent]:
+        """The latents that are steered with, in order; chosen once and kept."""
+        stored = self._fact("latents")
+        if stored is None:
+            stored = await self._select()
+            self.run.ledger.set_fact(self.name, "latents", stored)
+        return [Latent(entry["key"], entry["label"]) for entry in stored["chosen"]]
+
+    async def _select(self) -> dict[str, Any]:
+        labels = self.target.labels()
+        if self.config.latents is not None:
+            keys = choose.check_own(self.config.latents, self.target.n_latents, labels, self.target.directions())
+            counts: Mapping[str, Any] = {"own list": len(keys)}
+        else:
+            peaks = await self._peaks() if self.config.selection.relevance != "off" else None
+            chosen = choose.select(
+                n_latents=self.target.n_latents,
+                n=self.config.n_latents,
+                labels=labels,
+                dead=self.target.dead_latents(),
+                peaks=peaks,
+                settings=self.config.selection,
+                seed=self.config.seeds.latents,
+            )
+            keys, counts = list(chosen.chosen), chosen.counts
+        return {"chosen": [{"key": k, "label": labels.get(k)} for k in keys], "counts": dict(counts)}
+
+    async def _peaks(self) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """(n prompts, n latents): maximum activation over the tokens of the unsteered responses to each prompt."""
+        rows = [r for r in await self.references() if r.completion is not None]
+        zero_rule = self.config.selection.relevance == "zero"  # the authors look at the prompt alone
+        found = self.bench.engine.activations(
+            [r.trial.prompt for r in rows],
+            ["" if zero_rule else r.completion.text for r in rows if r.completion],
+            include_prompt=zero_rule,
+        )
+        return np.stack(
+            [found[[i for i, r in enumerate(rows) if r.trial.prompt == p]].max(axis=0) for p in self.prompts]
+        )
+
+    async def thresholds(self) -> dict[LatentKey, Threshold]:
+        """Calibrated boost per latent, searched for all latents in lockstep, verified on fresh trials."""
+        stored = self._fact("thresholds")
+        if stored is None:
+            found = await self._verify(await self._calibrate())
+            stored = [{"latent": key, **asdict(t)} for key, t in found.items()]
+            self.run.ledger.set_fact(self.name, "thresholds", stored)
+        return dict(read_threshold(entry) for entry in stored)
+
+    async def _calibrate(self) -> dict[LatentKey, Threshold]:
+        latents = await self.latents()
+        settings = self._settings()
+        calibrators = {x.key: Calibrator(self.prior(), settings) for x in latents}
+        per_round = settings.trials_per_iteration
+        for number in range(settings.max_iterations):
+            boosts = {key: b for key, c in calibrators.items() if (b := c.next_boost()) is not None}
+            if not boosts:
+                break
+            stage = f"{self.name}: calibration round {number + 1}/{settings.max_iterations}"
+            first = number * per_round
+            scores = await self._scores("calibration", latents, boosts, first, per_round, stage)
+            for key, boost in boosts.items():
+                calibrators[key].update(boost, scores[key])
+        return {key: c.finish() for key, c in calibrators.items()}
+
+    async def _verify(self, thresholds: dict[LatentKey, Threshold]) -> dict[LatentKey, Threshold]:
+        latents, fresh = await self.latents(), self._settings().verify_trials
+        boosts = {key: t.boost for key, t in thresholds.items() if t.usable}
+        if not fresh or not boosts:
+            return thresholds
+        scores = await self._scores("verification", latents, boosts, 0, fresh, f"{self.name}: verification")
+        return {key: verified(t, scores[key]) if key in scores else t for key, t in thresholds.items()}
+
+    async def _scores(
+        self,
+        stage: str,
+        latents: Sequence[Latent],
+        boosts: Mapping[LatentKey, float],
+        first: int,
+        count: int,
+        title: str,
+    ) -> dict[LatentKey, list[float | None]]:
+        """First-attempt scores of `count` trials per latent at its boost; None where unscored or invalid."""
+        trials = []
+        for position, latent in enumerate(latents):
+            if latent.key not in boosts:
+                continue
+            for i in range(first, first + count):
+                index = position * 10_000 + i  # room for 10,000 trials per latent and stage
+                trials.append(
+                    self.steered(stage, "threshold", latent, boosts[latent.key], index, self.prompt(position, i))
+                )
+        scores: dict[LatentKey, list[float | None]] = {key: [] for key in boosts}
+        for row in await complete(self.bench, trials, stage=title):
+            assert row.trial.latent is not None
+            scores[row.trial.latent].append(first_score(row))
+        return scores
+
+    def steered(self, stage: str, condition: str, latent: Latent, boost: float, index: int, prompt: str) -> Trial:
+        """A trial with `boost` times the latent's decoder direction added at every position."""
+        return self.trial(
+            stage,
+            condition,
+            index,
+            prompt=prompt,
+            seed=self.seed(stage, index),
+            latent=latent.key,
+            label=latent.label,
+            boost=boost,
+            interventions=(Intervention("add", latent.key, boost),),
+        )
+
+    def prompt(self, position: int, i: int) -> str:
+        """Prompts take turns, each latent starting elsewhere, so that all occur equally often."""
+        return self.prompts[(position * self.config.trials_per_latent + i) % len(self.prompts)]
+
+    def prior(self) -> BoostPrior:
+        p = self.target.boost_prior
+        return BoostPrior(p.mean, p.sd, p.low, p.high)
+
+    def _settings(self) -> CalibrationSettings:
+        return CalibrationSettings(**self.config.calibration.model_dump())
+
+    async def cells(self) -> list[Cell]:
+        """Latents with a usable threshold x trials per latent: the grid that every condition shares."""
+        thresholds = await self.thresholds()
+        latents = [x for x in await self.latents() if x.key in thresholds and thresholds[x.key].usable]
+        if not latents:
+            states = ", ".join(sorted({f"{t.status} ({t.reason})" for t in thresholds.values()}))
+            raise SteerbackError(
+                f"{self.name}: no latent reached target score {self.config.calibration.target_score:g}: {states}; "
+                "widen the target's boost prior, choose other latents or raise calibration.max_iterations"
+            )
+        per_latent = self.config.trials_per_latent
+        grid = [
+            Cell(i, latent, thresholds[latent.key].boost, self.prompt(n, t), self.seed("measure", i))
+            for n, latent in enumerate(latents)
+            for t in range(per_latent)
+            for i in (n * per_latent + t,)
+        ]
+        if self.config.limit is None:
+            return grid
+        by_turn = sorted(grid, key=lambda cell: (cell.index % per_latent, cell.index))  # all latents take part
+        return sorted(by_turn[: self.config.limit], key=lambda cell: cell.index)
+
+    async def measure(self, condition: str, trials: Sequence[Trial]) -> list[Row]:
+        """Completes the trials of one condition."""
+        return await complete(self.bench, trials, stage=f"{self.name}: {condition}")
+
+
+def references(rows: Sequence[Row], target: Target) -> References:
+    """What an offline judge compares with: the unsteered responses among `rows`, and the latents' contexts."""
+    responses: dict[str, list[str]] = {}
+    for row in rows:
+        if row.trial.stage == "reference" and row.completion is not None:
+            responses.setdefault(row.trial.prompt, []).append(row.completion.text)
+    return References(responses, target.contexts())
+
+
+def first_score(row: Row) -> float | None:
+    """Score of the first attempt after gating, or None where there is none to be had."""
+    if not row.valid_receipt or row.judgement is None or row.judgement.status != "scored":
+        return None
+    return row.judgement.gated_attempts()[0].score
+
+
+def read_threshold(entry: Mapping[str, Any]) -> tuple[LatentKey, Threshold]:
+    """(latent, threshold) from its stored form."""
+    values = dict(entry)
+    latent = values.pop("latent")
+    if values["verification"] is not None:
+        values["verification"] = Verification(**values["verification"])
+    return latent, Threshold(**values)
