@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from steerback.calibration.curves import MonotoneFit, fit_falling
+from steerback.calibration.curves import FallingFit, fit_falling
 from steerback.calibration.thresholds import Scores, Threshold, ThresholdStatus
 from steerback.errors import SteerbackError
 
@@ -186,7 +186,7 @@ class Calibrator:
 
     # -- how a status is reached -------------------------------------------------------------------------------
 
-    def _from_fit(self, fit: MonotoneFit) -> Threshold:
+    def _from_fit(self, fit: FallingFit) -> Threshold:
         target = f"{self.settings.target_score:g}"
         if fit.side is not None:
             bound = self.prior.high if fit.side == "above" else self.prior.low
@@ -194,13 +194,12 @@ class Calibrator:
             if edge == bound:
                 why = f"the score stays {fit.side} {target} up to the bound {bound:g}"
                 return self._threshold(bound, fit.low, fit.high, why, fit, "at bound")
-            why = f"the score stays {fit.side} {target} at every boost tried, down to {edge:g}"
-            if fit.side == "above":
-                why = why.replace("down to", "up to")
+            way = "up" if fit.side == "above" else "down"
+            why = f"the score stays {fit.side} {target} at every boost tried, {way} to {edge:g}"
             return self._threshold(self._quantile(0.5), fit.low, fit.high, why, fit)
         se = fit.score_se(fit.boost)
-        if se > self.settings.tolerance:
-            why = f"standard error {se:.1f} of the score at the threshold exceeds the tolerance"
+        if se > 2 * self.settings.tolerance:
+            why = f"standard error {se:.1f} of the score at the threshold exceeds twice the tolerance"
         elif fit.gap(fit.boost) > self.prior.sd / 2:
             why = f"no boost was tried within {fit.gap(fit.boost):.3g} around the crossing"
         elif fit.low <= self.prior.low or fit.high >= self.prior.high:
@@ -215,7 +214,7 @@ class Calibrator:
         low: float,
         high: float,
         why: str,
-        fit: MonotoneFit | None = None,
+        fit: FallingFit | None = None,
         status: ThresholdStatus | None = None,
     ) -> Threshold:
         return Threshold(
@@ -238,11 +237,12 @@ class Calibrator:
 
     # -- small parts -------------------------------------------------------------------------------------------
 
-    def _fit(self, scored: Sequence[Round]) -> MonotoneFit:
+    def _fit(self, scored: Sequence[Round]) -> FallingFit:
         boosts = np.concatenate([np.full(len(r.scores), r.boost) for r in scored])
         scores = np.concatenate([r.scores for r in scored])
         s = self.settings
-        return fit_falling(boosts, scores, s.target_score, (self.prior.low, self.prior.high), s.draws, s.seed)
+        bounds = (self.prior.low, self.prior.high)
+        return fit_falling(boosts, scores, s.target_score, bounds, self.prior.sd, s.draws, s.seed)
 
     def _above(self, this: Round) -> float:
         weight = len(this.scores) if self.settings.weight is None else self.settings.weight

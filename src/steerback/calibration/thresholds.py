@@ -53,7 +53,7 @@ class Threshold:
     posterior_median: float
     posterior_low: float
     posterior_high: float
-    """Median and central 95 % of the bisection posterior (authors' estimate); too narrow to be an interval."""
+    """Median and central 95 % of the bisection posterior (authors' estimate); not calibrated as an interval."""
     verification: Verification | None = None
 
     @property
