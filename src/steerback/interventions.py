@@ -1,0 +1,188 @@
+"""What steering does to the residual stream: the single definition every engine is tested against.
+
+    h' = h + sum_clamp (v_k - z_k(h)) W_dec[k] + sum_add b d
+
+z_k(h) is read from the residual as it arrives at the block's end: all clamps of a layer see the same h, additions
+come after, so a latent that is both clamped and added ends at v + b and whatever the SAE does not reconstruct is left
+alone (the authors' `dec(f) + err` arithmetic, rearranged).
+Pure tensor arithmetic on (..., d); it knows nothing of models, batches or caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from steerback.errors import SteerbackError, unknown
+from steerback.records import Intervention, LatentKey, Recording
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from steerback.targets.sae import Sae
+
+ARITHMETIC_VERSION = "1"
+"""Part of every cache key: raised whenever the arithmetic below changes what a model computes."""
+
+Phase = Literal["prompt", "generated"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """What happens at one layer in one phase: clamps (latent, value) first, then additions (latent, boost)."""
+
+    add: tuple[tuple[LatentKey, float], ...] = ()
+    clamp: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where a target is edited and read, and what there is to edit with. `n_latents` is 0 without an SAE."""
+
+    n_layers: int
+    d_model: int
+    steer_layer: int
+    sae_layer: int
+    read_layer: int
+    n_latents: int
+    directions: tuple[str, ...] = ()
+
+    def layer_of(self, intervention: Intervention) -> int:
+        """An addition acts at the steer layer, a clamp at the SAE's own, unless the intervention names a layer."""
+        if intervention.layer is not None:
+            return intervention.layer
+        return self.steer_layer if intervention.mode == "add" else self.sae_layer
+
+
+def plan_layers(interventions: Sequence[Intervention], phase: Phase, site: Site) -> dict[int, LayerPlan]:
+    """The edits of `phase`, by layer; layers without an edit are absent."""
+    adds: dict[int, list[tuple[LatentKey, float]]] = {}
+    clamps: dict[int, list[tuple[int, float]]] = {}
+    for item in interventions:
+        if item.positions not in ("all", phase):
+            continue
+        layer = site.layer_of(item)
+        if item.mode == "add":
+            adds.setdefault(layer, []).append((item.latent, item.value))
+        elif isinstance(item.latent, int):  # `check` refuses clamps of named directions
+            clamps.setdefault(layer, []).append((item.latent, item.value))
+    return {
+        layer: LayerPlan(tuple(adds.get(layer, ())), tuple(clamps.get(layer, ())))
+        for layer in sorted(adds.keys() | clamps.keys())
+    }
+
+
+def clamp_delta(z: Tensor, values: Tensor, decoder: Tensor) -> Tensor:
+    """What clamping adds: z and values (..., k), decoder rows (..., k, d) -> (..., d)."""
+    return (values - z) @ decoder
+
+
+def added_vector(plan: LayerPlan, sae: Sae | None, directions: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    """The sum of all additions of one layer, (d,) float32 on the device of `like`."""
+    import torch
+
+    total = torch.zeros(like.shape[-1], dtype=torch.float32, device=like.device)
+    for key, boost in plan.add:
+        total += boost * direction(key, sae, directions).to(like.device, torch.float32)
+    return total
+
+
+def direction(key: LatentKey, sae: Sae | None, directions: Mapping[str, Tensor]) -> Tensor:
+    """The vector (d,) that a boost of 1 adds: a raw decoder row of the SAE, or a named direction."""
+    if isinstance(key, str):
+        if key not in directions:
+            raise unknown("direction", key, sorted(directions) or ["(this target has none)"])
+        return directions[key]
+    if sae is None:
+        raise SteerbackError(f"latent {key} needs an SAE and this target has none; name a direction instead")
+    return sae.W_dec[key]
+
+
+def edit(h: Tensor, plan: LayerPlan, sae: Sae | None, directions: Mapping[str, Tensor] | None = None) -> Tensor:
+    """The residual (..., d) after the clamps and additions of one layer; computed in float32 or wider."""
+    import torch
+
+    x = h if h.dtype == torch.float64 else h.float()
+    out = x
+    if plan.clamp and sae is not None:
+        latents = [k for k, _ in plan.clamp]
+        values = torch.tensor([v for _, v in plan.clamp], dtype=x.dtype, device=x.device)
+        rows = sae.W_dec[latents].to(x.device, x.dtype)
+        out = out + clamp_delta(sae.encode(x, latents), values, rows)
+    if plan.add:
+        out = out + added_vector(plan, sae, directions or {}, x).to(x.dtype)
+    return out.to(h.dtype)
+
+
+def steer(
+    h: Tensor,
+    interventions: Sequence[Intervention],
+    layer: int,
+    prompt: int,
+    site: Site,
+    sae: Sae | None,
+    directions: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """One sequence's residual (T, d) after `layer`, its first `prompt` positions being the prompt."""
+    import torch
+
+    parts = []
+    phases: tuple[tuple[Phase, Tensor], ...] = (("prompt", h[:prompt]), ("generated", h[prompt:]))
+    for phase, part in phases:
+        plan = plan_layers(interventions, phase, site).get(layer)
+        parts.append(part if plan is None else edit(part, plan, sae, directions))
+    return torch.cat(parts)
+
+
+def check(where: str, interventions: Sequence[Intervention], record: Recording | None, site: Site) -> None:
+    """Raises SteerbackError naming the field if `interventions` or `record` cannot be carried out at `site`."""
+    seen: set[tuple[int, LatentKey, Phase]] = set()
+    phases: tuple[Phase, ...] = ("prompt", "generated")
+    for n, item in enumerate(interventions):
+        field = f"{where}: interventions[{n}]"
+        _check_layer(f"{field}.layer", item.layer, site)
+        _check_latent(f"{field}.latent", item.latent, site)
+        if item.mode != "clamp":
+            continue
+        if isinstance(item.latent, str):
+            raise SteerbackError(
+                f"{field}.latent {item.latent!r} is a named direction; only SAE latents can be clamped"
+            )
+        for phase in phases:
+            slot = (site.layer_of(item), item.latent, phase)
+            if item.positions in ("all", phase) and slot in seen:
+                raise SteerbackError(
+                    f"{field}.latent {item.latent} is clamped twice at layer {slot[0]}; keep one value"
+                )
+            if item.positions in ("all", phase):
+                seen.add(slot)
+    if record is not None:
+        _check_layer(f"{where}: record.layer", record.layer, site)
+        for latent in record.latents:
+            _check_latent(f"{where}: record.latents", latent, site)
+
+
+def _check_layer(field: str, layer: int | None, site: Site) -> None:
+    if layer is not None and not 0 <= layer < site.n_layers:
+        raise SteerbackError(f"{field} {layer} is outside 0..{site.n_layers - 1}, the layers of this model")
+
+
+def _check_latent(field: str, latent: LatentKey, site: Site) -> None:
+    if isinstance(latent, str):
+        if latent not in site.directions:
+            names = ", ".join(site.directions) or "none for this target"
+            raise SteerbackError(f"{field} {latent!r} is not a known direction; choose one of: {names}")
+    elif site.n_latents == 0:
+        raise SteerbackError(f"{field} {latent} needs an SAE and this target has none; name a direction instead")
+    elif not 0 <= latent < site.n_latents:
+        raise SteerbackError(f"{field} {latent} is outside 0..{site.n_latents - 1}, the latents of this SAE")
+
+
+def check_directions(directions: Mapping[str, Tensor], d_model: int) -> None:
+    """Raises SteerbackError if a named direction has the wrong width or is not finite."""
+    for name, vector in directions.items():
+        if tuple(vector.shape) != (d_model,):
+            raise SteerbackError(f"direction {name!r} has shape {tuple(vector.shape)}; this model needs ({d_model},)")
+        if not bool(vector.isfinite().all()):
+            raise SteerbackError(f"direction {name!r} contains NaN or infinity")

@@ -1,0 +1,180 @@
+"""Sparse autoencoders: one frozen class for ReLU, JumpReLU and TopK, and a registry of file formats.
+
+Convention: pre = h @ W_enc + b_enc (no input-bias subtraction, no normalisation), z = pre * (pre > threshold),
+reconstruction = z @ W_dec + b_dec. Loaders fold other conventions into this one or refuse.
+It knows nothing of models beyond the width and layer it was trained for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from steerback.errors import SteerbackError, unknown
+from steerback.targets.labels import read_metadata
+
+Kind = Literal["relu", "jumprelu", "topk"]
+TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+
+
+@dataclass(frozen=True, eq=False)
+class Sae:
+    """A sparse autoencoder of the residual stream after block `layer`; d = model width, n = number of latents.
+
+    W_enc (d, n), b_enc (n,), W_dec (n, d), b_dec (d,), threshold (n,) (zeros for ReLU and TopK). JumpReLU compares
+    strictly: an activation equal to its threshold is 0. TopK keeps the k largest pre-activations above threshold.
+    """
+
+    kind: Kind
+    layer: int
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    threshold: Tensor
+    k: int | None = None
+
+    @property
+    def d_model(self) -> int:
+        return self.W_enc.shape[0]
+
+    @property
+    def n_latents(self) -> int:
+        return self.W_enc.shape[1]
+
+    def encode(self, h: Tensor, latents: Sequence[int] | None = None) -> Tensor:
+        """Activations (..., n) of h (..., d), or (..., len(latents)) for those latents alone.
+
+        ReLU and JumpReLU compute only the columns asked for; TopK has to encode everything to know which k win.
+        """
+        h = h.to(torch.promote_types(h.dtype, self.W_enc.dtype))
+        if self.kind == "topk":
+            z = self.activate(h @ self.W_enc.to(h) + self.b_enc.to(h), self.threshold.to(h))
+            return z if latents is None else z[..., list(latents)]
+        if latents is None:
+            return self.activate(h @ self.W_enc.to(h) + self.b_enc.to(h), self.threshold.to(h))
+        columns = list(latents)
+        pre = h @ self.W_enc[:, columns].to(h) + self.b_enc[columns].to(h)
+        return self.activate(pre, self.threshold[columns].to(h))
+
+    def activate(self, pre: Tensor, threshold: Tensor) -> Tensor:
+        """Activations from pre-activations; TopK needs all latents in the last dimension."""
+        z = pre * (pre > threshold)
+        if self.kind != "topk":
+            return z
+        assert self.k is not None  # `check` refuses TopK without k
+        top = z.topk(min(self.k, z.shape[-1]), dim=-1)
+        return torch.zeros_like(z).scatter_(-1, top.indices, top.values)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Reconstruction (..., d) of activations (..., n)."""
+        return z @ self.W_dec.to(z) + self.b_dec.to(z)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Sae:
+        """The same SAE on another device or in another float type."""
+        return replace(self, **{name: getattr(self, name).to(device, dtype) for name in TENSORS})
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of kind, layer, k and all weights (as float32): part of every cache key."""
+        state = hashlib.sha256(json.dumps([self.kind, self.layer, self.k]).encode())
+        for name in TENSORS:
+            tensor = getattr(self, name)
+            state.update(f"{name}{tuple(tensor.shape)}".encode())
+            state.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data)
+        return state.hexdigest()
+
+    def check(self, where: str, d_model: int | None = None, n_layers: int | None = None) -> Sae:
+        """Itself, or a SteerbackError saying which shape, value or layer is wrong; `where` names the file."""
+        if self.kind not in get_args(Kind):
+            raise unknown(f"SAE kind in {where}", self.kind, get_args(Kind))
+        if self.W_enc.ndim != 2:
+            raise SteerbackError(f"{where}: W_enc has shape {tuple(self.W_enc.shape)}, expected (d_model, n_latents)")
+        d, n = self.W_enc.shape
+        shapes = {"W_enc": (d, n), "b_enc": (n,), "W_dec": (n, d), "b_dec": (d,), "threshold": (n,)}
+        for name, shape in shapes.items():
+            tensor = getattr(self, name)
+            if tuple(tensor.shape) != shape:
+                raise SteerbackError(f"{where}: {name} has shape {tuple(tensor.shape)}, expected {shape}")
+            if not bool(tensor.isfinite().all()):
+                raise SteerbackError(f"{where}: {name} contains NaN or infinity; the file is damaged")
+        if self.kind == "topk" and not (self.k is not None and 1 <= self.k <= n):
+            raise SteerbackError(f"{where}: a topk SAE needs k between 1 and {n}, not {self.k!r}")
+        if d_model is not None and d != d_model:
+            raise SteerbackError(
+                f"{where}: the SAE reads width {d}, the model has {d_model}; it is another model's SAE"
+            )
+        if self.layer < 0 or (n_layers is not None and self.layer >= n_layers):
+            raise SteerbackError(f"{where}: layer {self.layer} is outside the model's layers 0..{(n_layers or 1) - 1}")
+        return self
+
+
+Loader = Callable[[Path], Sae]
+LOADERS: dict[str, Loader] = {}
+
+
+def loader(name: str) -> Callable[[Loader], Loader]:
+    """Registers a function that reads an SAE folder or file of format `name`."""
+
+    def register(function: Loader) -> Loader:
+        LOADERS[name] = function
+        return function
+
+    return register
+
+
+def load_sae(path: Path, kind: str = "steerback") -> Sae:
+    """Reads an SAE of file format `kind` on the CPU and checks it."""
+    if kind not in LOADERS:
+        raise unknown("SAE format", kind, sorted(LOADERS))
+    return LOADERS[kind](path).check(str(path))
+
+
+@loader("steerback")
+def load_native(folder: Path) -> Sae:
+    """Our own format: `sae.safetensors` (W_enc, b_enc, W_dec, b_dec, threshold) and `sae.json` beside it."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    meta = read_metadata(folder)
+    weights = folder / "sae.safetensors"
+    if not weights.is_file():
+        raise SteerbackError(f"{folder}: no sae.safetensors there; an SAE folder holds sae.safetensors and sae.json")
+    try:
+        tensors = load_file(weights)
+    except (SafetensorError, OSError) as error:
+        raise SteerbackError(f"{weights}: not a readable safetensors file ({error})") from error
+    absent = [name for name in TENSORS if name not in tensors and name != "threshold"]
+    if absent:
+        raise SteerbackError(f"{weights}: {', '.join(absent)} missing; found {', '.join(sorted(tensors)) or 'nothing'}")
+    tensors.setdefault("threshold", torch.zeros_like(tensors["b_enc"]))
+    sae = Sae(
+        kind=meta["kind"],
+        layer=meta["layer"],
+        k=meta.get("k"),
+        **{name: tensors[name].to(torch.float32) for name in TENSORS},
+    ).check(str(weights))
+    for name, value in (("d_model", sae.d_model), ("n_latents", sae.n_latents)):
+        if meta.get(name, value) != value:
+            raise SteerbackError(f"{folder}: sae.json says {name} {meta[name]}, the weights say {value}")
+    return sae
+
+
+def save_native(sae: Sae, folder: Path, dtype: torch.dtype = torch.float32, **extra: Any) -> None:
+    """Writes our own format; `extra` goes into sae.json."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({n: getattr(sae, n).detach().to("cpu", dtype).contiguous() for n in TENSORS}, folder / "sae.safetensors")
+    meta = {"kind": sae.kind, "layer": sae.layer, "d_model": sae.d_model, "n_latents": sae.n_latents, **extra}
+    if sae.k is not None:
+        meta["k"] = sae.k
+    (folder / "sae.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")

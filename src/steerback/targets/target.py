@@ -1,0 +1,180 @@
+"""What is steered: a model, its SAE, the layers, labels and the prior for the threshold boost.
+
+A `Target` is plain data read from a registry (TOML) or a folder; it loads no weights and knows nothing of engines.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from steerback.errors import SteerbackError, unknown
+from steerback.targets.labels import read_contexts, read_dead, read_labels, read_metadata
+
+REGISTRY = Path(__file__).with_name("registry.toml")
+Dtype = Literal["float32", "bfloat16"]
+PromptFormat = Literal["chat", "plain"]
+
+
+@dataclass(frozen=True, slots=True)
+class BoostPrior:
+    """Threshold boost before any trial: normal(mean, sd) on [low, high], in raw decoder units."""
+
+    mean: float
+    sd: float
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not (self.sd > 0 and self.low < self.high and self.low <= self.mean <= self.high):
+            raise SteerbackError(f"boost_prior {asdict(self)}: needs sd > 0 and low <= mean <= high, low < high")
+
+
+@dataclass(frozen=True, slots=True)
+class SaeSource:
+    """Where an SAE comes from: a format known to `targets.sae`, a folder or hub id, a file in it, a revision."""
+
+    location: str
+    format: str = "steerback"
+    file: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Everything that says what is steered and where. Layers are 0-based, the residual stream after the block.
+
+    `model` is a folder or a hub id; `n_latents` is 0 without an SAE. `labels_folder` None means no labels.
+    """
+
+    name: str
+    model: str
+    steer_layer: int
+    read_layer: int
+    boost_prior: BoostPrior
+    summary: str = ""
+    revision: str | None = None
+    dtype: Dtype = "float32"
+    sae: SaeSource | None = None
+    sae_layer: int | None = None
+    n_latents: int = 0
+    labels_folder: str | None = None
+    prompt_format: PromptFormat = "chat"
+    max_new_tokens: int | None = None
+
+    def labels(self) -> dict[int, str]:
+        """Label per latent; latents without a label are absent."""
+        return {} if self.labels_folder is None else read_labels(Path(self.labels_folder))
+
+    def contexts(self) -> dict[int | str, tuple[str, ...]]:
+        """Top-activating text snippets per latent (empty where unknown)."""
+        found: dict[int | str, tuple[str, ...]] = {}
+        if self.labels_folder is not None:
+            found.update(read_contexts(Path(self.labels_folder)))
+        return found
+
+    def dead_latents(self) -> frozenset[int]:
+        """Latents that never fired on the SAE's own corpus, by its metadata."""
+        return frozenset() if self.labels_folder is None else read_dead(Path(self.labels_folder))
+
+    def directions(self) -> tuple[str, ...]:
+        """Names of the directions that can be added beside (or instead of) SAE latents."""
+        return ()
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able form for the manifest."""
+        return asdict(self)
+
+
+def builtin_targets() -> tuple[Target, ...]:
+    """All built-in targets, whether their weights are there or not."""
+    return tuple(_from_entry(name, entry, complete=False) for name, entry in _registry().items())
+
+
+def resolve(name: str) -> Target:
+    """A built-in target by name, or a folder in our own format by its path.
+
+    Raises SteerbackError listing the choices for an unknown name, and saying what to build where weights are missing.
+    """
+    if name in _registry():
+        return _from_entry(name, _registry()[name], complete=True)
+    folder = Path(name).expanduser()
+    if folder.is_dir() and (folder / "config.json").is_file():
+        return from_folder(folder)
+    raise unknown("target", name, [*_registry(), "(a folder with config.json and sae.json)"])
+
+
+def from_folder(folder: Path, **changes: Any) -> Target:
+    """A target from a folder: config.json, weights, tokenizer, sae.json + sae.safetensors, optional labels.
+
+    `boost_prior` ([mean, sd, low, high]) in sae.json wins over the registry's; `changes` set any other key.
+    """
+    return _from_entry(folder.name, {"model": str(folder), **changes}, complete=True)
+
+
+def _from_entry(name: str, entry: Mapping[str, Any], complete: bool) -> Target:
+    """A target from a table of the registry; `complete` reads the SAE's layer and size from its folder."""
+    entry = dict(entry)
+    strange = set(entry) - set(Target.__dataclass_fields__) - {"labels"}
+    if strange:
+        raise unknown(f"key of target {name!r}", sorted(strange)[0], sorted(Target.__dataclass_fields__))
+    if entry["model"] == "builtin":
+        entry["model"] = str(_builtin_folder(name, check=complete))
+    folder = Path(entry["model"])
+    if isinstance(entry.get("sae"), Mapping):
+        entry["sae"] = SaeSource(**entry["sae"])
+    elif "sae" not in entry and (not complete or (folder / "sae.json").is_file()):
+        entry["sae"] = SaeSource(str(folder))
+    labels = entry.pop("labels", str(folder) if folder.is_dir() else None)
+    entry.setdefault("labels_folder", labels)
+    if complete:
+        _complete_from_sae(name, entry)
+    for key, choices in (("dtype", get_args(Dtype)), ("prompt_format", get_args(PromptFormat))):
+        if key in entry and entry[key] not in choices:
+            raise unknown(f"{key} of target {name!r}", entry[key], choices)
+    entry["boost_prior"] = _prior(name, entry.get("boost_prior"))
+    return Target(name=name, steer_layer=entry.pop("steer_layer", -1), read_layer=entry.pop("read_layer", -1), **entry)
+
+
+def _complete_from_sae(name: str, entry: dict[str, Any]) -> None:
+    """Fills layers, size and prior from `sae.json` where the entry leaves them out."""
+    source = entry.get("sae")
+    if source is not None and source.format == "steerback":
+        meta = read_metadata(Path(source.location))
+        entry.setdefault("sae_layer", meta["layer"])
+        entry.setdefault("n_latents", int(meta.get("n_latents", 0)))
+        if "boost_prior" in meta:  # measured with these very weights
+            entry["boost_prior"] = meta["boost_prior"]
+    layer = entry.get("sae_layer")
+    for key in ("steer_layer", "read_layer"):
+        if entry.setdefault(key, layer) is None:
+            raise SteerbackError(f"target {name!r} has no SAE, so it has to say its {key}")
+
+
+def _prior(name: str, value: Any) -> BoostPrior:
+    try:
+        if isinstance(value, BoostPrior):
+            return value
+        return BoostPrior(**value) if isinstance(value, Mapping) else BoostPrior(*map(float, value))
+    except TypeError:
+        raise SteerbackError(
+            f"target {name!r}: boost_prior {value!r} should be {{mean, sd, low, high}}, in raw decoder units"
+        ) from None
+
+
+def _builtin_folder(name: str, check: bool) -> Path:
+    from steerback.organism import weights_dir
+
+    folder = weights_dir(name)
+    if check and not (folder / "config.json").is_file():
+        raise SteerbackError(f"{name}: no weights in {folder}; make them with: python -m steerback.organism build")
+    return folder
+
+
+@cache
+def _registry() -> dict[str, dict[str, Any]]:
+    return tomllib.loads(REGISTRY.read_text(encoding="utf-8"))
