@@ -188,9 +188,9 @@ class Ledger:
                 j.judge,
                 j.rubric,
                 j.status,
-                _dump([asdict(a) for a in j.attempts]),
-                j.reason,
-                j.raw,
+                _storable(_dump([asdict(a) for a in j.attempts])),
+                _storable(j.reason),
+                _storable(j.raw),
                 _now(),
             )
             for key, j in judged
@@ -276,7 +276,7 @@ def _completion_row(key: str, c: Completion, engine: str) -> tuple[Any, ...]:
     receipt = c.receipt
     return (
         key,
-        c.text,
+        _storable(c.text),
         _dump(list(c.token_ids)),
         c.prompt_tokens,
         c.finish,
@@ -346,6 +346,11 @@ def unpack_array(blob: bytes | None) -> Any:
 
 def _dump(value: Any) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+def _storable(text: str) -> str:
+    """Text as SQLite can hold it: a lone surrogate becomes `?`, one character for one, so that spans stay right."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _marks(n: int) -> str:
