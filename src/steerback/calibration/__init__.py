@@ -19,7 +19,7 @@ to all trials (`curves`), with an interval, and is verified on fresh trials. Sto
 whose mean is near the target selects lucky rounds; it is the option `stop="tolerance"`. See docs/calibration.md.
 """
 
-from steerback.calibration.bisection import BoostPrior, CalibrationSettings, Calibrator, Round, probability_above
+from steerback.calibration.bisection import CalibrationSettings, Calibrator, Round, probability_above
 from steerback.calibration.thresholds import (
     CalibrationReport,
     Scores,
@@ -29,6 +29,7 @@ from steerback.calibration.thresholds import (
     assess,
     verified,
 )
+from steerback.targets import BoostPrior
 
 __all__ = [
     "BoostPrior",

@@ -16,26 +16,7 @@ from numpy.typing import NDArray
 from steerback.calibration.curves import FallingFit, fit_falling
 from steerback.calibration.thresholds import Scores, Threshold, ThresholdStatus
 from steerback.errors import SteerbackError
-
-
-@dataclass(frozen=True, slots=True)
-class BoostPrior:
-    """Belief about a target's thresholds before any trial: N(mean, sd) cut to [low, high], in decoder units."""
-
-    mean: float
-    sd: float
-    low: float
-    high: float
-
-    def __post_init__(self) -> None:
-        if not all(math.isfinite(v) for v in (self.mean, self.sd, self.low, self.high)):
-            raise SteerbackError(f"boost prior {self} has a value that is not finite")
-        if self.low >= self.high or self.sd <= 0:
-            raise SteerbackError(f"boost prior {self} needs low < high and sd > 0")
-
-    def on(self, grid: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Log density at `grid`, up to a constant (normalised where it is used)."""
-        return -0.5 * ((grid - self.mean) / self.sd) ** 2
+from steerback.targets import BoostPrior
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +90,7 @@ class Calibrator:
         self.settings = settings or CalibrationSettings()
         self.rounds: list[Round] = []
         self._grid = np.linspace(prior.low, prior.high, self.settings.grid_points)
-        self._log_density = prior.on(self._grid)
+        self._log_density = -0.5 * ((self._grid - prior.mean) / prior.sd) ** 2  # up to a constant
 
     @classmethod
     def replay(
