@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from steerback.config import RunConfig
 from steerback.ledger import Ledger, Row
 from steerback.metrics import Outcomes
 
@@ -35,6 +36,10 @@ class Experiment(Protocol):
     name: str
     title: str
     options: Mapping[str, Any]
+
+    def conditions(self, config: RunConfig) -> int:
+        """How many conditions it measures, for the estimate before a run."""
+        ...
 
     async def run(self, study: Study) -> None:
         """Plans the trials of one target's conditions and completes them."""

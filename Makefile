@@ -1,0 +1,49 @@
+# `make demo` and `make test` do all set-up; everything lives in .venv and runs/.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+RUNS ?= runs
+DEMO_TARGETS := --target organism --target organism-control
+
+.PHONY: help demo test check docs-numbers clean
+help:
+	@echo "make demo    install, then measure steering resistance on the built-in models (about 3 minutes)"
+	@echo "make test    install what tests need, then run them all"
+	@echo "make check   format, lint, types, import order, spelling"
+	@echo "make clean   remove what the above made (runs are kept)"
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "steerback needs Python 3.11 or newer; say which with: make PYTHON=python3.12 ..."; exit 2; }
+	@$(PYTHON) -m venv $(VENV) 2>$(VENV).log || { rm -rf $(VENV); \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && apt-get install -y -qq python3-venv && $(PYTHON) -m venv $(VENV); \
+	  else cat $(VENV).log; echo "the venv module is missing; install it with: sudo apt install python3-venv"; exit 2; fi; }
+	@rm -f $(VENV).log
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) -e ".[dev]"
+	@touch $@ $(VENV)/.installed
+
+demo: $(VENV)/.installed
+	$(BIN)/steerback run esr $(DEMO_TARGETS) --preset quick --name demo --runs $(RUNS)
+	@echo; echo "Three responses in which the model stops itself while the push goes on:"; echo
+	@$(BIN)/steerback show demo --runs $(RUNS) --restarts --count 3
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_imports.py
+	$(BIN)/codespell src tests docs benchmarks README.md CHANGELOG.md LOG.md
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,67 @@
+"""Imports run downwards, and the command line starts without heavy libraries."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "steerback"
+# From the bottom up: a module may import what stands before it, and within its own package.
+ORDER = (
+    "errors records config data prompts organism targets interventions engines judging latents calibration ledger "
+    "cache runs progress pipeline metrics study experiments finetuning figures report estimate api execute cli __main__"
+).split()
+# Drawn or printed things are handed down as functions; these two are the seams (experiments name their figures).
+DOWNWARD_EXCEPTIONS = {("experiments", "figures"), ("experiments", "report")}
+
+
+def place(name: str) -> int:
+    assert name in ORDER, f"module {name} has no place: give it one in {__file__}"
+    return ORDER.index(name)
+
+
+def imports_of(path: Path) -> set[str]:
+    """Second parts of `steerback.x...` imported anywhere in a file, except under TYPE_CHECKING."""
+    tree = ast.parse(path.read_text("utf-8"))
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("steerback"):
+            parts = node.module.split(".")
+            found |= {parts[1]} if len(parts) > 1 else {a.name for a in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("steerback.")}
+    return found - {"__version__", "load_target"}
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_run_downwards(path: Path) -> None:
+    own = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+    if own == "__init__":
+        return
+    upwards = {
+        name for name in imports_of(path) - {own} if place(name) > place(own) and (own, name) not in DOWNWARD_EXCEPTIONS
+    }
+    assert not upwards, f"{own} imports {sorted(upwards)}, which lie above it"
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom steerback.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'scipy', 'sklearn', 'matplotlib', 'pydantic'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
