@@ -177,8 +177,8 @@ def mean_interval(
     spread = max(variance.independent, variance.clustered)
     if not spread > (1e-9 * max(1.0, abs(value))) ** 2:  # nothing but rounding
         share = no_event_bound(sizes, icc, alpha)
-        reach = limits[1] if np.isfinite(limits[1]) else value + OPEN_REACH
-        low, high = value - share * (value - limits[0]), value + share * (reach - value)
+        low, high = (v if np.isfinite(v) else value + np.sign(v) * OPEN_REACH for v in limits)
+        low, high = float(value + share * (low - value)), float(value + share * (high - value))
         return Bounds(low, high, f"no spread: bound on the share that differs, assumed ICC {icc:g}")
     half = _t(informative - 1, alpha) * np.sqrt(variance.independent * design_effect(variance, sizes, events, icc))
     low, high = max(value - half, limits[0]), min(value + half, limits[1])

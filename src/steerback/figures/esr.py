@@ -1,0 +1,125 @@
+"""Figure 2: how much later attempts gain, beside how often there are any. Drawn from outcomes and summaries alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from steerback.figures import style
+from steerback.metrics import Estimate, Outcomes, Summary, view
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
+
+BINS = np.arange(-100, 101, 10)
+RATES = (("multi_attempt_rate", "multi-attempt", ""), ("esr_rate", "ESR (improved)", "//////"))
+
+
+@style.styled
+def draw(
+    data: Mapping[str, tuple[Outcomes, Summary]], judge: str, note: str = "", width: style.Width = "full"
+) -> Figure:
+    """Histograms of last - first over multi-attempt trials, and multi-attempt and ESR rates with 95 % intervals.
+
+    `data` maps a target to its outcomes and their summary; `judge` and `note` go into the caption.
+    """
+    rows = max(len(data), 1)
+    colours = style.colours(data)
+    stacked = width == "column"
+    left = 0.72 * rows + 0.45
+    fig, drawing = style.new_figure(
+        width, left + 2.0 if stacked else max(left, 2.2), _caption(data, judge, note, stacked)
+    )
+    if stacked:
+        top, bottom = drawing.subfigures(2, 1, height_ratios=[left, 2.0], squeeze=False).flat
+    else:
+        top, bottom = drawing.subfigures(1, 2, width_ratios=[1.0, 1.15], squeeze=False).flat
+    _histograms(top, data, colours)
+    _bars(bottom.subplots(), {t: s for t, (_, s) in data.items()}, colours)
+    return fig
+
+
+def _histograms(fig: SubFigure, data: Mapping[str, tuple[Outcomes, Summary]], colours: Mapping[str, str]) -> None:
+    axes = fig.subplots(max(len(data), 1), 1, sharex=True, squeeze=False)[:, 0]
+    if not data:
+        style.message(axes[0], "no target to show")
+    for ax, (target, (outcomes, _)) in zip(axes, data.items(), strict=False):
+        trials = view(outcomes)
+        gain = trials.gain[trials.multi]
+        ax.set_title(style.plain(target), loc="left", color=colours[target], fontweight="bold", pad=2)
+        if not len(gain):
+            style.message(ax, f"no second attempt in {len(trials.cluster):,} responses")
+            ax.set_yticks([])
+            continue
+        ax.hist(np.clip(gain, -100, 100), BINS, color=colours[target], edgecolor="white", linewidth=0.4)
+        ax.axvline(0, color=style.INK, linewidth=0.6, linestyle=(0, (3, 2)))
+        label = f"{len(gain):,} of {len(trials.cluster):,}\nmean {gain.mean():+.1f}"
+        # the emptier side, so that the text does not cover bars
+        right = np.sum(gain > 30) <= np.sum(gain < -30)
+        ax.text(
+            0.99 if right else 0.01,
+            0.97,
+            label,
+            transform=ax.transAxes,
+            ha="right" if right else "left",
+            va="top",
+            fontsize=6.5,
+        )
+        ax.yaxis.get_major_locator().set_params(integer=True, nbins=3)
+    axes[-1].set_xlim(-100, 100)
+    axes[-1].set_xlabel("last − first score (points)")
+    fig.supylabel("multi-attempt responses", fontsize=7.5)
+
+
+def _bars(ax: Axes, summaries: Mapping[str, Summary], colours: Mapping[str, str]) -> None:
+    ax.set_ylabel("share of responses (%)")
+    ax.grid(axis="y")
+    top = 1.0
+    for i, (target, summary) in enumerate(summaries.items()):
+        for j, (metric, _, hatch) in enumerate(RATES):
+            estimate = summary.headline[metric]
+            x = i + (j - 0.5) * 0.38
+            top = max(top, _bar(ax, x, estimate, colours[target], hatch))
+    ax.set_ylim(0, top * 1.18)
+    ax.set_xlim(-0.6, max(len(summaries), 1) - 0.4)
+    names = [style.plain(t).replace("-", "-\n", 1) if len(summaries) > 3 else style.plain(t) for t in summaries]
+    ax.set_xticks(range(len(summaries)), names)
+    ax.tick_params(axis="x", length=0)
+    if not summaries:
+        style.message(ax, "no target to show")
+        return
+    from matplotlib.patches import Patch
+
+    handles = [Patch(facecolor="white" if h else style.GREY, edgecolor=style.GREY, hatch=h) for _, _, h in RATES]
+    ax.legend(handles, [name for _, name, _ in RATES], loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+
+
+def _bar(ax: Axes, x: float, estimate: Estimate, colour: str, hatch: str) -> float:
+    """One rate with its interval and number; returns the height it reaches, in per cent."""
+    if estimate.value is None:
+        ax.text(x, 0, "no\ndata", ha="center", va="bottom", fontsize=6, color=style.GREY)
+        return 0.0
+    value = 100 * estimate.value
+    low, high = (100 * (e if e is not None else estimate.value) for e in (estimate.low, estimate.high))
+    ax.bar(x, value, 0.34, color="white" if hatch else colour, edgecolor=colour, hatch=hatch, linewidth=0.8)
+    ax.errorbar(x, value, [[value - low], [high - value]], fmt="none", ecolor=style.INK, elinewidth=0.8, capsize=2)
+    digits = 1 if high >= 1 else 2
+    label = f"{value:.{digits}f}" if value else f"0\n(≤ {high:.{digits}f})"
+    ax.annotate(label, (x, high), xytext=(0, 1.5), textcoords="offset points", ha="center", va="bottom", fontsize=6.5)
+    return high
+
+
+def _caption(data: Mapping[str, tuple[Outcomes, Summary]], judge: str, note: str, stacked: bool) -> str:
+    first, second = ("Top", "Bottom") if stacked else ("Left", "Right")
+    lines = [
+        f"{first}: gain of the last attempt over the first, responses with two or more attempts. "
+        f"{second}: rates over valid responses, 95 % intervals clustered by latent. Judge: {judge}. {note}".strip()
+    ]
+    for target, (_, s) in data.items():
+        c, n = s.counts, s.headline["msi"]
+        out = ", ".join(f"{c[k]:,} {k}" for k in ("degraded", "unscored", "invalid", "empty") if c[k])
+        lines.append(f"{target}: n = {n.n:,}, {n.clusters:,} latents; left out: {out or 'none'}.")
+    return "\n".join(lines)

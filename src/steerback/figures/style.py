@@ -1,0 +1,172 @@
+"""How every figure looks and how it is written; knows nothing of experiments or metrics.
+
+Figures are built on matplotlib's Figure with the Agg canvas, never through pyplot, so nothing global changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import textwrap
+from collections.abc import Callable, Iterable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
+
+Width = Literal["column", "full"]
+INCHES: dict[str, float] = {"column": 3.3, "full": 6.9}
+GREY, LIGHT, INK = "#6b6b6b", "#d9d9d9", "#222222"
+CAPTION_SIZE = 6.5
+
+# Okabe and Ito (2008), distinguishable with every common colour vision deficiency; yellow is left out (too pale).
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A4B00")
+_FIXED = {
+    "organism": PALETTE[0],
+    "organism-control": GREY,
+    "organism-s": PALETTE[5],
+    "organism-l": "#003E66",
+    "llama-3.3-70b": PALETTE[1],
+    "llama-3.1-8b": PALETTE[4],
+    "gemma-2-2b": PALETTE[3],
+    "gemma-2-9b": PALETTE[2],
+    "gemma-2-27b": PALETTE[6],
+}
+_RC = {
+    "font.family": "DejaVu Sans",
+    "font.size": 7.5,
+    "axes.titlesize": 8,
+    "axes.labelsize": 7.5,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.edgecolor": INK,
+    "axes.axisbelow": True,
+    "grid.color": "#ebebeb",
+    "grid.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 3.5,
+    "hatch.linewidth": 0.7,
+    "pdf.fonttype": 42,  # text stays text in the PDF
+    "savefig.dpi": 300,
+}
+
+P = ParamSpec("P")
+
+
+def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Runs a drawing function with the style's settings and leaves matplotlib's own as they were."""
+
+    @wraps(draw)
+    def inside(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        from matplotlib import rc_context
+
+        with rc_context(_RC):
+            return draw(*args, **kwargs)
+
+    return inside
+
+
+def new_figure(width: Width, height: float, caption: str) -> tuple[Figure, SubFigure]:
+    """A figure with a caption below, and the part above it to draw in.
+
+    `width` is column (3.3 in) or full (6.9 in), `height` that of the drawing in inches; the caption adds its own.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = _wrap(caption, INCHES[width] * 72 * 0.975)
+    below = (len(lines) + 0.6) * CAPTION_SIZE * 1.3 / 72
+    fig = Figure(figsize=(INCHES[width], height + below), layout="constrained")
+    FigureCanvasAgg(fig)
+    drawing, words = fig.subfigures(2, 1, height_ratios=[height, below], squeeze=False).flat
+    words.text(0.012, 1, plain("\n".join(lines)), va="top", fontsize=CAPTION_SIZE, color=INK, linespacing=1.3)
+    return fig, drawing
+
+
+def _wrap(text: str, points: float) -> list[str]:
+    """Lines no wider than `points` at the caption's size, measured with the font itself."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextPath
+
+    font = FontProperties(family=[str(_RC["font.family"])], size=CAPTION_SIZE)
+    lines = []
+    for part in text.splitlines():
+        line = ""
+        for word in part.split():
+            longer = f"{line} {word}".strip()
+            if line and TextPath((0, 0), plain(longer), prop=font).get_extents().width > points:
+                lines.append(line)
+                longer = word
+            line = longer
+        lines.append(line)
+    return lines
+
+
+def colours(targets: Iterable[str]) -> dict[str, str]:
+    """One colour per target: the same in every figure, from the name alone.
+
+    Targets of the registry have fixed colours; other names are hashed into the palette, moving on only where two
+    names of one figure would collide.
+    """
+    names = list(dict.fromkeys(targets))
+    out = {name: _FIXED[name] for name in names if name in _FIXED}
+    for name in sorted(set(names) - set(out)):
+        start = int(hashlib.sha256(name.encode()).hexdigest(), 16)
+        choices = [PALETTE[(start + i) % len(PALETTE)] for i in range(len(PALETTE))]
+        out[name] = next((c for c in choices if c not in out.values()), choices[0])
+    return {name: out[name] for name in names}
+
+
+def plain(text: str) -> str:
+    """Text from outside, safe to draw: a dollar sign does not start a formula."""
+    return text.replace("$", r"\$")
+
+
+def message(ax: Axes, text: str) -> None:
+    """A panel that has nothing to show says so."""
+    width = max(12, int(ax.get_window_extent().width / ax.figure.dpi * 15))
+    ax.text(
+        0.5,
+        0.5,
+        plain(textwrap.fill(text, width)),
+        transform=ax.transAxes,
+        ha="center",
+        va="center",
+        fontsize=7,
+        color=GREY,
+    )
+
+
+def save(fig: Figure, folder: Path, name: str) -> list[Path]:
+    """Writes `name`.png and `name`.pdf into `folder`, each whole or not at all, the same bytes every time."""
+    from matplotlib import rc_context
+
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata: dict[str, dict[str, Any]] = {
+        "png": {"Software": None},
+        "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+    }
+    paths = []
+    for kind, fields in metadata.items():
+        path = folder / f"{name}.{kind}"
+        temporary = folder / f".{name}.{os.getpid()}.{kind}"
+        try:
+            with rc_context(_RC):
+                fig.savefig(temporary, format=kind, metadata=fields)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        paths.append(path)
+    return paths
