@@ -11,10 +11,12 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "steerback"
 # From the bottom up: a module may import what stands before it, and within its own package.
-ORDER = (
-    "errors records config data prompts organism targets interventions engines judging latents calibration ledger "
-    "cache runs progress pipeline metrics study experiments finetuning figures report estimate api execute cli __main__"
-).split()
+ORDER = [
+    *("errors", "records", "config", "data", "prompts", "organism", "targets", "interventions"),
+    *("engines", "judging", "latents", "calibration", "ledger", "cache", "runs", "progress"),
+    *("pipeline", "metrics", "study", "experiments", "finetuning", "figures", "report"),
+    *("estimate", "api", "execute", "cli", "__main__"),
+]
 # Drawn or printed things are handed down as functions; these two are the seams (experiments name their figures).
 DOWNWARD_EXCEPTIONS = {("experiments", "figures"), ("experiments", "report")}
 

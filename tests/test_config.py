@@ -1,0 +1,97 @@
+"""Settings: layers win in the stated order, mistakes name the field and the choices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from steerback.config import PRESETS, build_config, differences, parse_config
+from steerback.errors import SteerbackError
+from steerback.prompts import META_PROMPTS, load_prompts
+
+
+def test_later_layers_win(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("n_latents: 5\nsampling: {temperature: 0.1, top_p: 0.5}\npreset: quick\n")
+    built = build_config("esr", ("t",), None, file, {"n_latents": 6, "judge": None}, ("sampling.temperature=0.9",))
+    assert (built.preset, built.n_latents, built.judge) == ("quick", 6, "offline")
+    assert (built.sampling.temperature, built.sampling.top_p) == (0.9, 0.5)
+    assert built.calibration == PRESETS["quick"]("esr", ("t",)).calibration
+
+
+def test_presets_differ_where_paper_facts_say_so() -> None:
+    spec, authors = (build_config("esr", ("llama-3.3-70b",), p) for p in ("specification", "authors"))
+    assert (spec.calibration.target_score, authors.calibration.target_score) == (50, 30)
+    assert (spec.calibration.max_iterations, authors.calibration.max_iterations) == (15, 10)
+    assert (spec.sampling.repetition_penalty, authors.sampling.repetition_penalty) == (1.0, 1.2)
+    assert (spec.selection.relevance, authors.selection.relevance) == ("top-100", "zero")
+    assert (authors.selection.concreteness, authors.selection.concreteness_threshold) == ("threshold", 65)
+    assert spec.sampling.temperature == authors.sampling.temperature == 0.6
+    assert (spec.seeds.latents, spec.seeds.boosts, spec.seeds.generation) == (42, 43, 44)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("nonsense=1", "unknown setting 'nonsense'; choose one of: .*n_latents"),
+        ("sampling.heat=1", "unknown setting 'sampling.heat'; choose one of: .*temperature"),
+        ("n_latents=-3", "n_latents: .*greater than or equal to 1"),
+        ("sampling.temperature=hot", "sampling.temperature: .*number"),
+        ("n_latents", "not of the form key=value"),
+        ("a=[1", "not valid YAML"),
+        ("preset=nope", "unknown preset 'nope'; choose one of: specification, authors, quick"),
+        ("targets=[a, a]", "named twice"),
+        ("calibration.stop=soon", "calibration.stop: .*'none' or 'tolerance'"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_with_the_choices(assignment: str, words: str) -> None:
+    with pytest.raises(SteerbackError, match=words) as caught:
+        build_config("esr", ("t",), assignments=(assignment,))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("a: [1", "not valid YAML"), ("- 1", "must hold"), ("", "must hold"), ("\x00", "not valid YAML")],
+)
+def test_a_bad_config_file_is_one_line(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(SteerbackError, match=words) as caught:
+        build_config("esr", ("t",), file=file)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(SteerbackError, match="does not exist"):
+        build_config("esr", ("t",), file=tmp_path / "none.yaml")
+
+
+def test_differences_name_what_changed() -> None:
+    a = build_config("esr", ("t",))
+    b = build_config("esr", ("t",), assignments=("sampling.temperature=1.0", "n_latents=7"))
+    assert differences(a, b) == ["n_latents: 50 -> 7", "sampling.temperature: 0.6 -> 1.0"]
+    assert differences(a, parse_config(a.model_dump(mode="json"))) == []
+
+
+def test_prompt_files(tmp_path: Path) -> None:
+    file = tmp_path / "p.txt"
+    file.write_text("# ours\n\n Explain how a kite flies. \nHow do you bake bread?\n")
+    assert load_prompts(str(file)) == ("Explain how a kite flies.", "How do you bake bread?")
+    file.write_text("A\nA\n")
+    with pytest.raises(SteerbackError, match="repeats 'A'"):
+        load_prompts(str(file))
+    file.write_text("# only a comment\n")
+    with pytest.raises(SteerbackError, match="holds no prompt"):
+        load_prompts(str(file))
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(SteerbackError, match="UTF-8"):
+        load_prompts(str(file))
+    with pytest.raises(SteerbackError, match="choose one of: evaluation"):
+        load_prompts("nowhere.txt")
+
+
+def test_the_six_meta_prompts_are_the_specification_s() -> None:
+    assert len(META_PROMPTS) == 6
+    assert [name for name, text in META_PROMPTS.items() if "{label}" in text] == [
+        "distracted-with-label",
+        "steered-with-label",
+    ]
