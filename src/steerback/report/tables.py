@@ -1,0 +1,202 @@
+"""Tables as aligned text for the terminal, CSV with every number, and LaTeX for papers.
+
+Made from estimates and comparisons alone; knows nothing of ledgers or experiments.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from steerback.metrics import METRICS, VARIANTS, Comparison, Estimate, Summary
+
+SHOWN = ("multi_attempt_rate", "esr_rate", "improvement_rate", "msi", "mean_attempts", "mean_first")
+_HEADINGS = {
+    "multi_attempt_rate": "multi-attempt %",
+    "esr_rate": "ESR %",
+    "improvement_rate": "improved %",
+    "msi": "MSI",
+    "msi_multi": "MSI of multi",
+    "mean_attempts": "attempts",
+    "mean_first": "first score",
+    "degraded_share": "degraded %",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """`cells` is what people read, one tuple per row; `records` is what CSV gets, unrounded (default: the cells).
+
+    The first `left` columns are names and stand to the left, numbers to the right.
+    """
+
+    columns: Sequence[str]
+    cells: Sequence[Sequence[str]]
+    caption: str = ""
+    records: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+    left: int = 1
+
+    def text(self, width: int = 110) -> str:
+        """Aligned columns, the caption below; turned on its side where that is what fits into `width` characters."""
+        table = [list(self.columns), *(list(row) for row in self.cells)]
+        turned = [list(column) for column in zip(*table, strict=True)]
+        upright, side = _align(table, self.left), _align(turned, 1)
+        lines = side if self.cells and len(upright[1]) > max(width, len(side[1])) else upright
+        return "\n".join([*lines, *textwrap.wrap(self.caption, width)]) + "\n"
+
+    def csv(self) -> str:
+        """Comma-separated, one header line; empty where there is no value."""
+        records = self.records or [dict(zip(self.columns, row, strict=True)) for row in self.cells]
+        names = list(dict.fromkeys(name for record in records for name in record)) or list(self.columns)
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(names)
+        writer.writerows([_no_formula(record.get(name)) for name in names] for record in records)
+        return out.getvalue()
+
+    def latex(self) -> str:
+        """A booktabs table; names, cells and caption escaped."""
+        rows = [" & ".join(escape(cell) for cell in row) + r" \\" for row in (self.columns, *self.cells)]
+        layout = "l" * self.left + "r" * (len(self.columns) - self.left)
+        return "\n".join(
+            [
+                r"\begin{table}",
+                r"\centering\small",
+                *([rf"\caption{{{escape(self.caption)}}}"] if self.caption else []),
+                rf"\begin{{tabular}}{{{layout}}}",
+                r"\toprule",
+                rows[0],
+                r"\midrule",
+                *rows[1:],
+                r"\bottomrule",
+                r"\end{tabular}",
+                r"\end{table}",
+                "",
+            ]
+        )
+
+
+def summary_table(
+    summaries: Mapping[str, Summary] | Mapping[tuple[str, str], Summary],
+    judge: str,
+    metrics: Sequence[str] = SHOWN,
+) -> Table:
+    """One row per target, or per (target, condition); headline metrics shown, all variants in the CSV."""
+    named = {(key,) if isinstance(key, str) else tuple(key): s for key, s in summaries.items()}
+    left = max((len(key) for key in named), default=1)
+    names = ("target", "condition")[:left]
+    counted = [c for c in ("degraded", "unscored", "invalid", "empty") if any(s.counts[c] for s in named.values())]
+    cells = [
+        (
+            *key,
+            f"{s['msi'].n:,}",
+            *(show(s[m], METRICS[m].rate) for m in metrics),
+            *(f"{s.counts[c]:,}" for c in counted),
+        )
+        for key, s in named.items()
+    ]
+    records = [
+        dict(zip(names, key, strict=True)) | {"judge": judge, "variant": variant} | s.counts | _numbers(s, variant)
+        for key, s in named.items()
+        for variant in VARIANTS
+    ]
+    caption = (
+        f"Gated, without degraded responses; 95 % intervals clustered by latent. Judge: {judge}. "
+        "MSI: mean gain in points of the last attempt over the first, 0 for single attempts."
+    )
+    return Table((*names, "n", *(_HEADINGS[m] for m in metrics), *counted), cells, caption, records, left)
+
+
+def comparison_table(comparisons: Mapping[str, Comparison], judge: str, metrics: Sequence[str] = SHOWN) -> Table:
+    """One row per comparison and metric: both values, difference b - a with interval, p values, effect sizes."""
+    cells, records = [], []
+    for name, comparison in comparisons.items():
+        for metric in (m for m in metrics if m in comparison.tests):
+            t, rate = comparison.tests[metric], METRICS[metric].rate
+            cells.append(
+                (
+                    name,
+                    _HEADINGS[metric],
+                    f"{comparison.pairs:,}",
+                    number(t.a, rate),
+                    number(t.b, rate),
+                    show(Estimate(t.difference, t.low, t.high, 0, t.method), rate, sign=True),
+                    p_value(t.p),
+                    p_value(t.p_holm),
+                    "-" if t.cohens_d is None else f"{t.cohens_d:+.2f}",
+                    "-" if t.odds_ratio is None else f"{t.odds_ratio:.2f}",
+                )
+            )
+            dropped = {f"dropped_{reason}": n for reason, n in comparison.dropped.items()}
+            records.append({"comparison": name, "judge": judge, "pairs": comparison.pairs, **dropped, **vars(t)})
+    columns = ("comparison", "metric", "pairs", "a", "b", "b - a", "p", "p (Holm)", "d", "odds ratio")
+    caption = (
+        "Paired by prompt, seed and latent; 95 % intervals clustered by latent; p from swaps within latents; "
+        f"d over latents. Judge: {judge}."
+    )
+    return Table(columns, cells, caption, records, left=2)
+
+
+def show(estimate: Estimate, rate: bool, sign: bool = False) -> str:
+    """`7.4 [5.1, 9.9]`, rates in per cent; `-` where there is no value, `?` for an end that is not known."""
+    if estimate.value is None:
+        return "-"
+    digits = _digits(estimate.value, rate)
+    value, low, high = (number(x, rate, sign, digits) for x in (estimate.value, estimate.low, estimate.high))
+    return f"{value} [?]" if low == high == "?" else f"{value} [{low}, {high}]"
+
+
+def number(value: float | None, rate: bool = False, sign: bool = False, digits: int | None = None) -> str:
+    """A number as tables show it, rates in per cent; `?` for None."""
+    if value is None:
+        return "?"
+    digits = _digits(value, rate) if digits is None else digits
+    shown = round(100 * value if rate else value, digits) + 0.0  # no "-0.0"
+    return f"{shown:{'+' if sign else ''}.{digits}f}"
+
+
+def p_value(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
+
+
+def _align(table: Sequence[Sequence[str]], left: int) -> list[str]:
+    """Lines of a table, a rule below the first; the first `left` columns to the left, the others to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
+    lines = []
+    for row in table:
+        cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return [lines[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]]
+
+
+_SPECIAL = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+} | {c: "\\" + c for c in "&%$#_{}"}
+
+
+def escape(value: str) -> str:
+    """Text as LaTeX: every special character escaped, line breaks to spaces."""
+    return "".join(_SPECIAL.get(c, c) for c in " ".join(value.split()))
+
+
+def _digits(value: float, rate: bool) -> int:
+    return 1 if (rate and abs(value) >= 0.01) or abs(value) >= 10 else 2
+
+
+def _numbers(summary: Summary, variant: str) -> dict[str, Any]:
+    fields = ("value", "low", "high", "n", "events", "clusters", "method")
+    estimates: Mapping[str, Estimate] = getattr(summary, variant)
+    return {f"{m}_{f}": getattr(estimates[m], f) for m in METRICS for f in fields}
+
+
+def _no_formula(value: Any) -> Any:
+    """A name that a spreadsheet would run as a formula is quoted."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@") and value != "-" else value
