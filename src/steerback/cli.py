@@ -73,7 +73,12 @@ def _root(
 @app.command("run")
 def run_command(
     experiment: Annotated[str, typer.Argument(help="Which experiment, e.g. esr.")],
-    target: Annotated[list[str], typer.Option("--target", "-t", help="What to steer; may be given several times.")],
+    target: Annotated[
+        list[str] | None, typer.Option("--target", "-t", help="What to steer; may be given several times.")
+    ] = None,
+    from_run: Annotated[
+        str | None, typer.Option("--from", help="Run whose latents, thresholds, prompts and seeds are used again.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run; the same name again resumes it.")] = None,
     preset: Annotated[str | None, typer.Option(help="specification (default), authors or quick.")] = None,
     engine: Annotated[str | None, typer.Option(help="transformers or vllm; default: what fits this machine.")] = None,
@@ -95,15 +100,23 @@ def run_command(
     from steerback import execute
     from steerback.config import build_config
     from steerback.latents.sampling import parse_latents
+    from steerback.runs import find_run, stored_config
     from steerback.targets import resolve
 
+    base = None
+    if from_run is not None:
+        folder = find_run(from_run, runs)
+        base = (str(folder), stored_config(folder))
+    chosen = tuple(target or (base[1].targets if base else ()))
+    if not chosen:
+        raise SteerbackError("say what to steer with --target (see steerback targets), or start from a run with --from")
     overrides: dict[str, Any] = {"engine": engine, "judge": judge, "prompts": prompts, "limit": limit}
     if latents is not None:
-        own = parse_latents(latents, resolve(target[0]).labels())
+        own = parse_latents(latents, resolve(chosen[0]).labels())
         overrides |= {"n_latents": own} if isinstance(own, int) else {"latents": own}
-    built = build_config(experiment, tuple(target), preset, config, overrides, tuple(settings or ()))
+    built = build_config(experiment, chosen, preset, config, overrides, tuple(settings or ()), base)
     job = execute.check(built)
-    _go(job, runs / (name or f"{experiment}-{'+'.join(target)}"), dry_run, no_cache)
+    _go(job, runs / (name or f"{experiment}-{'+'.join(chosen)}"), dry_run, no_cache)
 
 
 @app.command()

@@ -147,21 +147,39 @@ def build_config(
     file: Path | None = None,
     overrides: Mapping[str, Any] | None = None,
     assignments: tuple[str, ...] = (),
+    base: tuple[str, RunConfig] | None = None,
 ) -> RunConfig:
-    """Preset, then the YAML file, then the command line's options, then `--set key=value`; later ones win."""
+    """Preset, then the YAML file, then the command line's options, then `--set key=value`; later ones win.
+
+    `base` is (folder, config) of the run given with `--from`: it takes the preset's place, so that latents,
+    thresholds, prompts and seeds are the same and comparisons are paired.
+    """
     layers: list[Mapping[str, Any]] = []
     if file is not None:
         layers.append(_read_yaml(file))
     layers.append({k: v for k, v in (overrides or {}).items() if v is not None})
     layers.extend(_assignment(text) for text in assignments)
-    chosen = preset or next((str(layer["preset"]) for layer in layers if "preset" in layer), "specification")
+    usual = base[1].preset if base else "specification"
+    chosen = preset or next((str(layer["preset"]) for layer in layers if "preset" in layer), usual)
     if chosen not in PRESETS:
         raise unknown("preset", chosen, PRESETS)
-    merged = PRESETS[chosen](experiment, targets).model_dump(mode="json")
+    if base is None:
+        merged = PRESETS[chosen](experiment, targets).model_dump(mode="json")
+    else:
+        merged = _like(base, experiment, targets)
     for layer in layers:
         _merge(merged, layer)
     merged["preset"] = chosen
     return parse_config(merged, where=f"config {file}" if file else "config")
+
+
+def _like(base: tuple[str, RunConfig], experiment: str, targets: tuple[str, ...]) -> dict[str, Any]:
+    folder, config = base
+    missing = sorted(set(targets) - set(config.targets))
+    if missing:
+        raise SteerbackError(f"run {folder} has no target {missing[0]!r}; it has: {', '.join(config.targets)}")
+    own = {"experiment": experiment, "targets": targets or config.targets, "from_run": folder, "options": {}}
+    return config.model_dump(mode="json") | own
 
 
 def parse_config(values: Mapping[str, Any], where: str = "config") -> RunConfig:

@@ -37,7 +37,7 @@ class Silent:
 
 
 class Plain:
-    """One line at the beginning and end of a stage and at most one every `every` seconds between."""
+    """One line when a stage is done, and one every `every` seconds until then."""
 
     def __init__(self, stream: IO[str] | None = None, every: float = 10.0) -> None:
         self._stream, self._every = stream or sys.stderr, every
@@ -48,9 +48,6 @@ class Plain:
     def stage(self, name: str, total: int, done: int = 0) -> None:
         self._name, self._total, self._done, self._before = name, total, done, done
         self._began = self._spoke = time.monotonic()
-        if done < total:
-            kept = f" ({done} there already)" if done else ""
-            self._say(f"{name}: {total} responses{kept}")
 
     def update(self, generated: int = 0, judged: int = 0, unscored: int = 0, invalid: int = 0) -> None:
         self._done += generated

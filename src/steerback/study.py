@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,20 @@ from steerback.calibration import BoostPrior, CalibrationSettings, Calibrator, T
 from steerback.errors import SteerbackError
 from steerback.judging.base import References
 from steerback.latents import selection as choose
-from steerback.ledger import Row
+from steerback.ledger import Ledger, Row
 from steerback.pipeline import Workbench, complete
 from steerback.records import Intervention, Latent, LatentKey, Trial
 from steerback.runs import Run
 from steerback.targets import Target
 
 # Seeds of the stages are disjoint: measured trials count up from the generation seed, the others from far above it.
-SEED_OFFSETS = {"measure": 0, "calibration": 1_000_000, "verification": 2_000_000, "reference": 3_000_000}
+SEED_OFFSETS = {
+    "measure": 0,
+    "calibration": 1_000_000,
+    "verification": 2_000_000,
+    "reference": 3_000_000,
+    "discovery": 4_000_000,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +49,9 @@ class Study:
 
     def __init__(self, run: Run, target: Target, bench: Workbench, prompts: Sequence[str]) -> None:
         self.run, self.target, self.bench, self.prompts = run, target, bench, tuple(prompts)
-        self.config = run.config
+        if bench.engine is None:
+            raise ValueError("a study needs an engine")
+        self.config, self.engine = run.config, bench.engine
         self.name = target.name
 
     def trial(self, stage: str, condition: str, index: int, **fields: Any) -> Trial:
@@ -60,7 +69,18 @@ class Study:
         return self.config.seeds.generation + SEED_OFFSETS[stage] + index
 
     def _fact(self, name: str) -> Any:
-        return self.run.ledger.fact(self.name, name)
+        """A stored result of this run, or of the run it starts from (copied, so that the ledger stands alone)."""
+        stored = self.run.ledger.fact(self.name, name)
+        if stored is None and self.config.from_run is not None:
+            with Ledger(Path(self.config.from_run) / "ledger.sqlite", read_only=True) as base:
+                stored = base.fact(self.name, name)
+            if stored is None:
+                raise SteerbackError(
+                    f"run {self.config.from_run} has no {name} for {self.name} yet; finish it first: "
+                    f"steerback resume {Path(self.config.from_run).name}"
+                )
+            self.run.ledger.set_fact(self.name, name, stored)
+        return stored
 
     async def prepare(self) -> None:
         """Unsteered responses to every prompt, and the judge that may compare with them."""
@@ -102,13 +122,17 @@ class Study:
                 seed=self.config.seeds.latents,
             )
             keys, counts = list(chosen.chosen), chosen.counts
-        return {"chosen": [{"key": k, "label": labels.get(k)} for k in keys], "counts": dict(counts)}
+        return {"chosen": [{"key": k, "label": self.label(k)} for k in keys], "counts": dict(counts)}
+
+    def label(self, key: LatentKey) -> str | None:
+        """The latent's label where there is one; a named direction is its own label."""
+        return key if isinstance(key, str) else self.target.labels().get(key)
 
     async def _peaks(self) -> np.ndarray[Any, np.dtype[np.float32]]:
         """(n prompts, n latents): maximum activation over the tokens of the unsteered responses to each prompt."""
         rows = [r for r in await self.references() if r.completion is not None]
         zero_rule = self.config.selection.relevance == "zero"  # the authors look at the prompt alone
-        found = self.bench.engine.activations(
+        found = self.engine.activations(
             [r.trial.prompt for r in rows],
             ["" if zero_rule else r.completion.text for r in rows if r.completion],
             include_prompt=zero_rule,
