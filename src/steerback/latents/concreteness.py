@@ -1,0 +1,111 @@
+"""Leave out latents with abstract labels: whether text is off topic is hard to tell when the topic is "emphasis".
+
+A `Rater` gives each label 0 (abstract, conversational, grammatical) to 100 (a thing one can see or touch). The
+specification drops labels below the median rating, the authors' code keeps ratings of 65 and more. The offline rater
+here goes by word lists and word endings; it needs no model, and it is a stand-in: its numbers are no measurements of
+concreteness, and they are not comparable with a language model's.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
+from typing import Protocol, runtime_checkable
+
+from steerback.errors import unknown
+
+
+@runtime_checkable
+class Rater(Protocol):
+    """Rates labels. `name` and `version` go into caches and manifests."""
+
+    name: str
+    version: str
+
+    def rate(self, labels: Sequence[str]) -> list[float | None]:
+        """One rating (0-100) per label, None where it could not be rated."""
+        ...
+
+
+def abstract_labels(ratings: Mapping[int, float], threshold: float | None = None) -> frozenset[int]:
+    """Latents rated below `threshold`, or below the median of all `ratings` if it is None (the median itself stays)."""
+    if not ratings:
+        return frozenset()
+    ordered = sorted(ratings.values())
+    middle = len(ordered) // 2
+    median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+    cut = median if threshold is None else threshold
+    return frozenset(k for k, rating in ratings.items() if rating < cut)
+
+
+class OfflineRater:
+    """Word lists and endings. A word counts for or against, words it does not know lean on their ending; the label's
+    rating is a squashed mean over its content words."""
+
+    name = "offline"
+    version = "1"
+
+    def rate(self, labels: Sequence[str]) -> list[float | None]:
+        return [self._one(label) for label in labels]
+
+    def _one(self, label: str) -> float | None:
+        words = [w for w in _WORD.findall(label) if w.casefold() not in _STOP]
+        if not words:
+            return None
+        votes = [_vote(word, first=i == 0) for i, word in enumerate(words)]
+        framed = -1.5 if _FRAME.search(label) else 0.0
+        return round(100.0 / (1.0 + math.exp(-1.6 * (sum(votes) / len(votes) + framed))), 1)
+
+
+_RATERS: dict[str, Callable[[], Rater]] = {"offline": OfflineRater}
+
+
+def make_rater(name: str) -> Rater:
+    """The rater of that name."""
+    if name not in _RATERS:
+        raise unknown("concreteness rater", name, sorted(_RATERS))
+    return _RATERS[name]()
+
+
+def _vote(word: str, first: bool) -> float:
+    """-2 (abstract) to 2 (concrete) for one word; its capital letter tells a name unless it opens the label."""
+    lower = word.casefold()
+    stems = {lower, lower.removesuffix("s"), lower.removesuffix("es"), lower.removesuffix("'s")}
+    if lower.endswith("ies"):
+        stems.add(lower[:-3] + "y")
+    if stems & _ABSTRACT:
+        return -2.0
+    if stems & _CONCRETE:
+        return 2.0
+    if not first and word[0].isupper():
+        return 1.5
+    singular = lower.removesuffix("s")
+    if _THINGS.search(lower) and not _IDEAS.search(singular):
+        return 1.5
+    if _IDEAS.search(singular):
+        return -1.2
+    return 0.6 if len(lower) <= 7 else 0.3
+
+
+def _words(name: str) -> frozenset[str]:
+    text = files("steerback.data").joinpath("words", f"{name}.txt").read_text(encoding="utf-8")
+    return frozenset(word for line in text.splitlines() if not line.startswith("#") for word in line.split())
+
+
+_WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
+_STOP = _words("function")
+# Labels that describe what the text does rather than what it is about.
+_FRAME = re.compile(
+    r"\b(?:the (?:assistant|user|model|speaker|author)|should|must|phrases? (?:that|for)|words? (?:that|indicating)"
+    r"|(?:beginning|start|end) of|references? to|introduc\w+|explaining|descriptions? of (?:an?|the) )\b",
+    re.IGNORECASE,
+)
+_IDEAS = re.compile(
+    r"(?:tion|sion|ity|ness|ment|ism|ance|ence|ancy|ency|ship|hood|acy|ology|ive|ical|ual|ful|ous|able|ible|ative"
+    r"|ish|tic|dom|tude|less|ized|ised|ing)$"
+)
+_THINGS = re.compile(r"(?:fish|berry|berries|fruit|bird|house|boat|ship|stone|wood|wheel|horse|ball|ware|maker|er)s?$")
+_ABSTRACT = _words("abstract")
+_CONCRETE = _words("concrete")

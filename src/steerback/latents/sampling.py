@@ -1,0 +1,155 @@
+"""Which latents to steer with: a stratified draw, or the user's own list.
+
+Works on indices alone; what makes an index a candidate is decided elsewhere (`selection`, `relevance`,
+`concreteness`).
+
+    chosen = sample_latents(candidates, 50, seed=42)                   # spread over the index range
+    chosen = sample_latents(candidates, 50, seed=42, by=log_density)   # spread over how often they fire
+    own = parse_latents("volcanoes, 17", labels)                       # (24, 17)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from steerback.errors import SteerbackError
+from steerback.records import LatentKey
+
+
+def sample_latents(
+    candidates: Sequence[int], n: int, seed: int = 42, by: Mapping[int, float] | None = None
+) -> tuple[int, ...]:
+    """`n` of `candidates`, one drawn at random from each of n equal strata; ascending, the same for the same input.
+
+    Strata are stretches of the candidates in the order of `by` (any number per latent, such as its log density), or
+    in index order, so that every part of the feature space is represented. All candidates if there are at most n.
+    """
+    if n < 1:
+        raise SteerbackError(f"cannot choose {n} latents; ask for at least 1")
+    unique = sorted(set(candidates))
+    if len(unique) <= n:
+        return tuple(unique)
+    if by is not None:
+        unique.sort(key=lambda k: (by.get(k, float("-inf")), k))
+    edges = [i * len(unique) // n for i in range(n + 1)]
+    generator = np.random.default_rng(seed)
+    drawn = [unique[int(generator.integers(a, b))] for a, b in pairwise(edges)]
+    return tuple(sorted(drawn))
+
+
+def parse_latents(
+    text: str, labels: Mapping[int, str], n_latents: int | None = None, directions: Collection[str] = ()
+) -> int | tuple[LatentKey, ...]:
+    """What `--latents` means: how many to draw (an integer), or an own list of latents.
+
+    A list is comma-separated ("12, volcanoes, 400"; "12," for the single latent 12) or a file with one entry a line
+    ('#' starts a comment) or a JSON list. Entries are indices, labels that only one latent carries (any case), or
+    names of directions. Raises SteerbackError naming the entry that is wrong.
+    """
+    stripped = text.strip()
+    if not stripped:
+        raise SteerbackError("--latents is empty; give a number, a list (12, volcanoes) or a file")
+    if _is_index(stripped):
+        if int(stripped) < 1:
+            raise SteerbackError(f"--latents {stripped}: ask for at least 1 latent")
+        return int(stripped)
+    entries, where = _entries(stripped, labels)
+    return tuple(check_latents(entries, labels, n_latents, directions, where))
+
+
+def check_latents(
+    entries: Sequence[LatentKey],
+    labels: Mapping[int, str],
+    n_latents: int | None = None,
+    directions: Collection[str] = (),
+    where: str = "latents",
+) -> list[LatentKey]:
+    """Own latents as keys: indices within 0..n_latents-1 (not checked if None), labels resolved, no repetition."""
+    if not entries:
+        raise SteerbackError(f"{where}: no latent is named")
+    keys = [_resolve(entry, labels, n_latents, directions, where) for entry in entries]
+    seen: dict[LatentKey, LatentKey] = {}
+    for entry, key in zip(entries, keys, strict=True):
+        if key in seen:
+            raise SteerbackError(f"{where}: latent {key!r} is named twice ({seen[key]!r} and {entry!r}); keep one")
+        seen[key] = entry
+    return keys
+
+
+def _resolve(
+    entry: LatentKey, labels: Mapping[int, str], n_latents: int | None, directions: Collection[str], where: str
+) -> LatentKey:
+    if isinstance(entry, bool) or not isinstance(entry, int | str):
+        raise SteerbackError(f"{where}: {entry!r} is not an index, a label or the name of a direction")
+    if isinstance(entry, int) or _is_index(entry):
+        index = int(entry)
+        if index < 0 or (n_latents is not None and index >= n_latents):
+            upper = "" if n_latents is None else f" to {n_latents - 1}"
+            raise SteerbackError(f"{where}: there is no latent {index}; indices run from 0{upper}")
+        return index
+    if entry in directions:
+        return entry
+    wanted = entry.strip().casefold()
+    found = [index for index, label in labels.items() if label.strip().casefold() == wanted]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        shown = ", ".join(map(str, found[:5]))
+        raise SteerbackError(f"{where}: {len(found)} latents are labelled {entry!r} ({shown}); give the index")
+    raise SteerbackError(f"{where}: {entry!r} is not an index, a label or a direction; {_near(wanted, labels)}")
+
+
+def _near(wanted: str, labels: Mapping[int, str]) -> str:
+    """Labels that resemble what was asked for, or what else to do."""
+    import difflib
+
+    if not labels:
+        return "this target has no labels, give indices"
+    by_label = {label.strip().casefold(): index for index, label in labels.items()}
+    close = [label for label in by_label if wanted in label][:3] or difflib.get_close_matches(wanted, by_label, 3)
+    if not close:
+        return "list the labels with: steerback labels TARGET"
+    return "did you mean " + " or ".join(f"{by_label[label]} ({label})" for label in close) + "?"
+
+
+def _entries(text: str, labels: Mapping[int, str]) -> tuple[list[LatentKey], str]:
+    """The entries of a file or of a comma-separated list, and what to call it in messages."""
+    path = Path(text).expanduser()
+    try:
+        is_file = path.is_file()
+    except OSError:  # too long for a file name: a list
+        is_file = False
+    if is_file:
+        return _read(path), f"latents file {path}"
+    if text.casefold() in {label.strip().casefold() for label in labels.values()}:
+        return [text], "--latents"  # a label may contain a comma
+    if ("/" in text or text.endswith((".txt", ".json", ".csv"))) and "," not in text:
+        raise SteerbackError(f"--latents: file {text} does not exist")
+    return [part.strip() for part in text.split(",") if part.strip()], "--latents"
+
+
+def _read(path: Path) -> list[LatentKey]:
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SteerbackError(f"latents file {path} cannot be read: {error}") from error
+    if content.lstrip().startswith("["):
+        try:
+            return list(json.loads(content))
+        except json.JSONDecodeError as error:
+            raise SteerbackError(f"latents file {path} is not a valid JSON list: {error}") from error
+    lines = [line.split("#", 1)[0].strip() for line in content.splitlines()]
+    entries: list[LatentKey] = []
+    for line in filter(None, lines):
+        parts = [part.strip() for part in line.split(",") if part.strip()]
+        entries.extend(parts if all(_is_index(part) for part in parts) else [line])
+    return entries
+
+
+def _is_index(text: str) -> bool:
+    return text.removeprefix("-").isdecimal() and text.isascii()

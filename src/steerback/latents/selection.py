@@ -1,0 +1,130 @@
+"""The latents of a run: drop the dead, the relevant and the abstract, then draw a stratified sample.
+
+Every latent that is left out is counted under the filter that dropped it.
+
+    chosen = select(n_latents=1024, n=50, labels=labels, dead=dead, peaks=peaks, settings=config.selection, seed=42)
+    chosen.chosen    # (17, 45, ...)
+    chosen.counts    # {"all": 1024, "dropped: dead": 3, ..., "candidates": 402, "without label": 7, "chosen": 50}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from steerback.errors import SteerbackError
+from steerback.latents.concreteness import Rater, abstract_labels, make_rater
+from steerback.latents.relevance import ever_active, most_active
+from steerback.latents.sampling import check_latents, sample_latents
+from steerback.records import LatentKey
+
+
+class FilterSettings(Protocol):
+    """What `select` needs to know of a config."""
+
+    @property
+    def relevance(self) -> str: ...  # top-100, zero, off
+
+    @property
+    def concreteness(self) -> str: ...  # median, threshold, off
+
+    @property
+    def concreteness_threshold(self) -> float: ...  # 0-100
+
+    @property
+    def rater(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Latents to steer with, ascending, and how many were left out by what."""
+
+    chosen: tuple[int, ...]
+    counts: Mapping[str, int] = field(default_factory=dict)
+    ratings: Mapping[int, float] = field(default_factory=dict)
+    """Concreteness rating (0-100) of every label that was rated."""
+
+
+def select(
+    *,
+    n_latents: int,
+    n: int,
+    labels: Mapping[int, str],
+    dead: Collection[int],
+    peaks: NDArray[np.floating[Any]] | None,
+    settings: FilterSettings,
+    seed: int = 42,
+    by: Mapping[int, float] | None = None,
+    rater: Rater | None = None,
+    rate_at_most: int | None = None,
+) -> Selection:
+    """Filters all latents of an SAE and draws `n`, stratified over index (or over `by`, such as log density).
+
+    `peaks`: (n prompts, n_latents), see `relevance`; needed unless that filter is off. Latents without a label cannot
+    be rated: they stay, and are counted. `rate_at_most` limits the labels sent to a costly rater to a stratified
+    sample. Fewer than `n` are returned if no more are left; none left is an error that says where they went.
+    """
+    counts = {"all": n_latents}
+    keep = np.ones(n_latents, dtype=bool)
+    keep[[k for k in dead if 0 <= k < n_latents]] = False
+    counts["dropped: dead"] = int((~keep).sum())
+    if settings.relevance != "off":
+        _drop_relevant(keep, peaks, settings.relevance, counts)
+    candidates = np.flatnonzero(keep).tolist()
+    ratings: dict[int, float] = {}
+    if settings.concreteness != "off" and labels:
+        candidates, ratings = _drop_abstract(candidates, labels, settings, rater, rate_at_most, seed, counts)
+    counts["candidates"] = len(candidates)
+    counts["without label"] = sum(k not in labels for k in candidates)
+    if not candidates:
+        told = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+        raise SteerbackError(
+            f"no latent is left to steer with ({told}); loosen selection.* or name some with --latents"
+        )
+    chosen = sample_latents(candidates, n, seed, by)
+    counts["chosen"] = len(chosen)
+    return Selection(chosen, counts, ratings)
+
+
+def check_own(
+    latents: Sequence[LatentKey], n_latents: int, labels: Mapping[int, str], directions: Collection[str] = ()
+) -> list[LatentKey]:
+    """The user's own latents as keys that exist; filters and sampling are skipped for them."""
+    return check_latents(latents, labels, n_latents, directions)
+
+
+def _drop_relevant(
+    keep: NDArray[np.bool_], peaks: NDArray[np.floating[Any]] | None, rule: str, counts: dict[str, int]
+) -> None:
+    if peaks is None or peaks.shape[1] != len(keep):
+        shape = None if peaks is None else peaks.shape
+        raise ValueError(f"relevance filter {rule!r} needs peaks of shape (n prompts, {len(keep)}), not {shape}")
+    relevant = ever_active(peaks) if rule == "zero" else most_active(peaks)
+    counts["dropped: relevant to a prompt"] = int((keep & relevant).sum())
+    keep &= ~relevant
+
+
+def _drop_abstract(
+    candidates: list[int],
+    labels: Mapping[int, str],
+    settings: FilterSettings,
+    rater: Rater | None,
+    rate_at_most: int | None,
+    seed: int,
+    counts: dict[str, int],
+) -> tuple[list[int], dict[int, float]]:
+    if rate_at_most is not None and len(candidates) > rate_at_most:
+        counts["dropped: not rated"] = len(candidates) - rate_at_most
+        candidates = list(sample_latents(candidates, rate_at_most, seed))
+    labelled = [k for k in candidates if k in labels]
+    rated = (rater or make_rater(settings.rater)).rate([labels[k] for k in labelled])
+    ratings = {k: r for k, r in zip(labelled, rated, strict=True) if r is not None}
+    counts["rating failed"] = len(labelled) - len(ratings)
+    threshold = settings.concreteness_threshold if settings.concreteness == "threshold" else None
+    abstract = abstract_labels(ratings, threshold)
+    counts["dropped: abstract label"] = len(abstract)
+    return [k for k in candidates if k not in abstract], ratings
