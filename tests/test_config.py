@@ -15,7 +15,7 @@ def test_later_layers_win(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("n_latents: 5\nsampling: {temperature: 0.1, top_p: 0.5}\npreset: quick\n")
     built = build_config("esr", ("t",), None, file, {"n_latents": 6, "judge": None}, ("sampling.temperature=0.9",))
-    assert (built.preset, built.n_latents, built.judge) == ("quick", 6, "offline")
+    assert (built.preset, built.n_latents, built.judge) == ("quick", 6, "auto")
     assert (built.sampling.temperature, built.sampling.top_p) == (0.9, 0.5)
     assert built.calibration == PRESETS["quick"]("esr", ("t",)).calibration
 

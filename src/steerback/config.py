@@ -70,7 +70,9 @@ class RunConfig(_Model):
     targets: tuple[str, ...] = Field(min_length=1)
     preset: str = "specification"
     engine: str = "auto"
-    judge: str = "offline"
+    """`auto`: vLLM where it can run, else transformers."""
+    judge: str = "auto"
+    """`auto`: the offline judge for the built-in organisms; any other target needs one named."""
     prompts: str = "evaluation"
     """Name of a built-in list or path of a text file."""
     n_latents: int = Field(50, ge=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,13 +32,9 @@ def responses(config: RunConfig, prompts: int, conditions: int = 1) -> dict[str,
 
 def plan_lines(job: Job, folder: Path) -> list[str]:
     """What was chosen, whether it fits, and how much work it is."""
-    from steerback.engines import default_engine
-
     config = job.config
-    engine = config.engine if config.engine != "auto" else f"{default_engine()} (chosen)"
-    lines = [
-        f"{job.experiment.title}: preset {config.preset}, engine {engine}, judge {config.judge}, folder {folder}",
-    ]
+    chosen = f"preset {config.preset}, engine {config.engine}, judge {config.judge}"
+    lines = [f"{job.experiment.title}: {chosen}, folder {folder}"]
     if config.judge.startswith("offline"):
         lines.append("  the offline judge's scores are not comparable with the paper's (docs/judging.md)")
     for target in job.targets:
@@ -60,11 +58,21 @@ def _time(target: Target, total: int) -> str:
 
 
 def _fits(target: Target) -> str:
-    needed, there = target.memory_bytes(), available_memory()
+    needed, there = weight_bytes(Path(target.model), target.dtype), available_memory()
     if needed is None or there is None:
-        return "memory needed is not known"
+        return "memory needed is known once the model's files are here"
     verdict = "fits" if needed < there else "DOES NOT FIT"
-    return f"weights take about {needed / 2**30:.2f} GiB of {there / 2**30:.1f} GiB free: {verdict}"
+    return f"weights take {needed / 2**30:.2f} GiB as {target.dtype}, {there / 2**30:.1f} GiB are free: {verdict}"
+
+
+def weight_bytes(folder: Path, dtype: str) -> int | None:
+    """Bytes of a model's parameters as `dtype`, from the headers of its safetensors files; None where there are none."""
+    parameters = 0
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        parameters += sum(math.prod(t["shape"]) for name, t in header.items() if name != "__metadata__")
+    return parameters * {"float32": 4, "bfloat16": 2}[dtype] if parameters else None
 
 
 def available_memory() -> int | None:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from steerback import organism
 from steerback.cache import Cache, default_path
 from steerback.config import RunConfig
-from steerback.engines import make_engine
+from steerback.engines import default_engine, make_engine
 from steerback.errors import SteerbackError
 from steerback.experiments import get_experiment
 from steerback.experiments.base import Analysis, Experiment
@@ -44,8 +45,25 @@ def check(config: RunConfig) -> Job:
     if strange:
         known = ", ".join(sorted(experiment.options)) or "none"
         raise SteerbackError(f"{experiment.name} has no option {strange[0]!r}; its options: {known}")
+    targets = tuple(resolve(name) for name in config.targets)
+    chosen = {"engine": config.engine, "judge": config.judge}
+    if config.engine == "auto":
+        chosen["engine"] = default_engine()
+    if config.judge == "auto":
+        chosen["judge"] = _default_judge(config)
+    config = config.model_copy(update=chosen)
     make_judge(config.judge)  # a missing key or unknown judge shows now
-    return Job(config, experiment, tuple(resolve(name) for name in config.targets), load_prompts(config.prompts))
+    return Job(config, experiment, targets, load_prompts(config.prompts))
+
+
+def _default_judge(config: RunConfig) -> str:
+    real = [name for name in config.targets if name not in organism.NAMES]
+    if real:
+        raise SteerbackError(
+            f"{real[0]} is a real model: name its judge with --judge (see steerback judges); "
+            "`--judge offline` needs no key, but its scores are not comparable with the paper's"
+        )
+    return "offline"
 
 
 def run(
