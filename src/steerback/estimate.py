@@ -66,7 +66,7 @@ def _fits(target: Target) -> str:
 
 
 def weight_bytes(folder: Path, dtype: str) -> int | None:
-    """Bytes of a model's parameters as `dtype`, from the headers of its safetensors files; None where there are none."""
+    """Bytes of all parameters in a folder as `dtype`, from the headers of its safetensors files; None without any."""
     parameters = 0
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:

@@ -111,7 +111,8 @@ def _same_engine(opened: Run, target: Target, engine: Engine) -> None:
         opened.ledger.set_fact(target.name, "engine", now)
         return
     if before["fingerprint"] != now["fingerprint"]:
-        old, new = before["engine"], now["engine"]
+        old: dict[str, Any] = before["engine"]
+        new = engine.describe()
         changed = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted(old | new) if old.get(k) != new.get(k)]
         raise SteerbackError(
             f"run {opened.folder.name!r} was started with another engine for {target.name} "
