@@ -1,0 +1,99 @@
+"""Run folders: one process at a time, one config for life, one clear line for everything else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from steerback.config import build_config
+from steerback.errors import SteerbackError
+from steerback.runs import Run, find_run, write_json
+
+CONFIG = build_config("esr", ("organism",), "quick")
+
+
+def test_the_same_config_resumes_and_another_is_refused_with_the_difference(tmp_path: Path) -> None:
+    Run.start(tmp_path / "a", CONFIG).close()
+    Run.start(tmp_path / "a", CONFIG).close()
+    other = CONFIG.model_copy(update={"n_latents": 3})
+    with pytest.raises(SteerbackError, match=r"n_latents: 12 -> 3.*another --name.*steerback resume a"):
+        Run.start(tmp_path / "a", other)
+    with Run.reopen(tmp_path / "a") as again:
+        assert again.config == CONFIG
+
+
+def test_two_processes_on_one_run_are_one_too_many(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom steerback.runs import Run\nfrom steerback.errors import *\n"
+        "try: Run.reopen(Path(sys.argv[1]))\nexcept SteerbackError as e: print(e)"
+    )
+    with Run.start(tmp_path / "a", CONFIG):
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], capture_output=True, text=True)
+        assert done.stdout == (
+            f"run 'a' is already going on in process {os.getpid()}; wait for it or choose another --name\n"
+        )
+        with Run.read(tmp_path / "a") as reader:  # looking at a run that goes on is fine
+            assert reader.config == CONFIG
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_unknown_run_lists_those_there(tmp_path: Path) -> None:
+    Run.start(tmp_path / "mine", CONFIG).close()
+    with pytest.raises(SteerbackError, match=r"no run 'yours'.*runs there: mine"):
+        Run.read(find_run("yours", tmp_path))
+    assert find_run(str(tmp_path / "mine"), Path("elsewhere")) == tmp_path / "mine"
+    with pytest.raises(SteerbackError, match="letters, digits"):
+        Run.start(tmp_path / "bad name", CONFIG)
+
+
+def test_manifest_says_what_a_number_depends_on(tmp_path: Path) -> None:
+    with Run.start(tmp_path / "a", CONFIG) as run:
+        found = json.loads(run.write_manifest({"prompts": {"count": 38}}).read_text())
+    assert found["config"] == CONFIG.model_dump(mode="json")
+    assert {"python", "torch", "transformers", "numpy", "steerback"} <= set(found["versions"])
+    assert found["machine"]["cores"] == os.cpu_count()
+    assert {"commit", "written", "prompts"} <= set(found)
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "x.json", {"a": 1})
+    with pytest.raises(ValueError):
+        write_json(path, {"a": float("nan")})
+    with pytest.raises(SteerbackError, match="cannot be written"):
+        write_json(tmp_path / "no" / "x.json", {})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+@pytest.mark.skipif(shutil.which("mount") is None or os.geteuid() != 0, reason="needs root for a small tmpfs")
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("this machine does not allow mounting a tmpfs")
+    try:
+        with Run.start(disk / "a", CONFIG) as run:
+            kept = 0
+            with pytest.raises(SteerbackError, match=r"disk is full.*resume") as caught:
+                while kept < 1000:
+                    run.ledger.set_fact("t", f"fact {kept}", "x" * 5000)
+                    kept += 1
+            assert "\n" not in str(caught.value)
+            assert kept > 3
+            assert all(run.ledger.fact("t", f"fact {i}") == "x" * 5000 for i in range(kept))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SteerbackError, match="cannot be made"):
+        Run.start(tmp_path / "file" / "a", CONFIG)
