@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from steerback.errors import SteerbackError
+from steerback.records import LatentKey
 
 
 def read_labels(folder: Path) -> dict[int, str]:
@@ -43,7 +44,7 @@ def read_dead(folder: Path) -> frozenset[int]:
     return frozenset(dead)
 
 
-def read_contexts(folder: Path) -> dict[int, tuple[str, ...]]:
+def read_contexts(folder: Path) -> dict[LatentKey, tuple[str, ...]]:
     """Top-activating snippets per latent from contexts.json; empty where there is no such file."""
     path = folder / "contexts.json"
     if not path.is_file():

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from steerback.errors import SteerbackError, unknown
+from steerback.records import LatentKey
 from steerback.targets.labels import read_contexts, read_dead, read_labels, read_metadata
 
 REGISTRY = Path(__file__).with_name("registry.toml")
@@ -70,12 +71,9 @@ class Target:
         """Label per latent; latents without a label are absent."""
         return {} if self.labels_folder is None else read_labels(Path(self.labels_folder))
 
-    def contexts(self) -> dict[int | str, tuple[str, ...]]:
+    def contexts(self) -> dict[LatentKey, tuple[str, ...]]:
         """Top-activating text snippets per latent (empty where unknown)."""
-        found: dict[int | str, tuple[str, ...]] = {}
-        if self.labels_folder is not None:
-            found.update(read_contexts(Path(self.labels_folder)))
-        return found
+        return {} if self.labels_folder is None else read_contexts(Path(self.labels_folder))
 
     def dead_latents(self) -> frozenset[int]:
         """Latents that never fired on the SAE's own corpus, by its metadata."""

@@ -1,0 +1,116 @@
+"""The Python interface: one target, one response at a time. Everything larger is a run (see `steerback run`)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from steerback.errors import SteerbackError, unknown
+from steerback.records import Completion, Intervention, LatentKey, Recording, Request, Sampling
+from steerback.targets import Target, resolve
+
+if TYPE_CHECKING:
+    from steerback.engines.base import Engine
+
+
+@dataclass(frozen=True)
+class LoadedTarget:
+    """A target in memory, ready to answer. Use it as a context manager, or call `close`."""
+
+    target: Target
+    engine: Engine
+
+    def generate(
+        self,
+        prompt: str,
+        latent: LatentKey | None = None,
+        boost: float | None = None,
+        *,
+        interventions: Sequence[Intervention] = (),
+        seed: int = 44,
+        temperature: float = 0.6,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        prefill: str = "",
+        system: str | None = None,
+        record: Sequence[int] = (),
+    ) -> Completion:
+        """One response, steered by adding `boost` of `latent` (an index, its label, or a direction) if both are given.
+
+        `interventions` are carried out besides. Raises SteerbackError for anything impossible, naming the field.
+        """
+        if (latent is None) != (boost is None):
+            raise SteerbackError("latent and boost belong together: give both, or neither for an unsteered response")
+        edits = tuple(interventions)
+        if latent is not None and boost is not None:
+            edits = (Intervention("add", self.latent(latent), boost), *edits)
+        longest = self.target.max_new_tokens or 512
+        sampling = Sampling(temperature, top_p, repetition_penalty, max_new_tokens or longest, tuple(stop))
+        recording = Recording(tuple(record)) if record else None
+        request = Request("response", prompt, seed, sampling, edits, prefill, system, recording)
+        return self.complete([request])[0]
+
+    def complete(self, requests: Sequence[Request]) -> list[Completion]:
+        """Responses to several requests, decoded together, in the order given."""
+
+        async def run() -> list[Completion]:
+            done = {key: completion async for key, completion in self.engine.generate(requests)}
+            return [done[request.key] for request in requests]
+
+        return _finish(run())
+
+    def latent(self, name: LatentKey) -> LatentKey:
+        """The index of a latent given by index, digits or label; names of directions stay as they are."""
+        if isinstance(name, int) or name in self.target.directions():
+            return name
+        if name.isdecimal():
+            return int(name)
+        labels = self.target.labels()
+        matches = [k for k, label in labels.items() if label.casefold() == name.casefold()]
+        if len(matches) == 1:
+            return matches[0]
+        near = [f"{k} ({label})" for k, label in labels.items() if name.casefold() in label.casefold()]
+        if len(matches) > 1 or near:
+            raise SteerbackError(f"latent {name!r} fits several: {', '.join(near[:10])}; give the index")
+        shown = list(labels.values())[:10]
+        raise unknown("latent label", name, [*shown, "..."] if shown else ["an index (this target has no labels)"])
+
+    def close(self) -> None:
+        """Lets go of the model."""
+        self.engine.close()
+
+    def __enter__(self) -> LoadedTarget:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def load_target(name: str | Target, engine: str = "auto", batch_size: int = 8, **options: Any) -> LoadedTarget:
+    """Loads a built-in target, a folder in our own format, or a `Target`.
+
+    `batch_size` is small because responses are asked for one by one; a run uses a larger one, and as batch shape
+    changes floats, its texts may differ from those given here.
+    """
+    from steerback.engines import make_engine
+
+    target = resolve(name) if isinstance(name, str) else name
+    return LoadedTarget(target, make_engine(target, engine, batch_size=batch_size, **options))
+
+
+def _finish(work: Coroutine[Any, Any, list[Completion]]) -> list[Completion]:
+    """Runs to the end, also where an event loop is running already (notebooks)."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()

@@ -1,0 +1,213 @@
+"""Continuous batching in fixed shapes: slots that requests enter and leave while all of them decode together.
+
+Prompts are prefilled a few at a time in a shape that depends on the prompt alone, decoding always runs all slots.
+Whatever the company, the order or the slot, a request meets the same shapes, hence the same floating-point numbers.
+Knows the runner's forward pass and nothing of how the model was loaded.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from steerback.engines.kv import PagedCache, PromptCache
+from steerback.engines.runner import Runner
+from steerback.engines.sampling import Sampler
+from steerback.engines.steering import GROUP, Pass, Steering
+from steerback.records import Completion, Request
+from steerback.targets.sae import Sae
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The fixed shapes of a batch; part of the engine's fingerprint, as other shapes give other floats."""
+
+    rows: int
+    prefill_rows: int = 8
+    page: int = 64
+
+    @staticmethod
+    def bucket(prompt: int) -> int:
+        """Padded length of a prompt: a function of this prompt alone."""
+        step = 16 if prompt <= 256 else 64
+        return -(-prompt // step) * step
+
+
+@dataclass(slots=True)
+class Slot:
+    """A request in progress."""
+
+    request: Request
+    prompt: int
+    planned: tuple[int, int]  # layers edited in prompt and in generated positions
+    tokens: list[int] = field(default_factory=list)
+    checked: int = 0
+
+
+Item = tuple[Request, tuple[int, ...]]  # a request and the tokens of its prompt
+BLOCK = 8
+"""Decoding steps between two looks at what came out; a row that ends within a block idles until its end."""
+
+
+class Batch:
+    """One generation under way. `advance` does a block of steps and returns what was finished."""
+
+    def __init__(
+        self, runner: Runner, items: Sequence[Item], shape: Shape, sae: Sae | None, directions: Mapping[str, Tensor]
+    ) -> None:
+        self.runner, self.shape = runner, shape
+        self.waiting: dict[int, deque[Item]] = {}
+        for item in items:
+            self.waiting.setdefault(Shape.bucket(len(item[1])), deque()).append(item)
+        longest = max((len(ids) + request.sampling.max_new_tokens for request, ids in items), default=1) + BLOCK
+        pages = -(-max(longest, *self.waiting, 1) // shape.page)
+        device, rows = runner.device, shape.rows
+        self.length = pages * shape.page
+        self.slots: dict[int, Slot] = {}
+        self._free = list(range(rows))
+        self._cache = PagedCache(rows, pages, shape.page)
+        steps = max((request.sampling.max_new_tokens for request, _ in items), default=1)
+        self._sampler = Sampler(rows, runner.vocabulary, steps, device)
+        self._first = Sampler(shape.prefill_rows, runner.vocabulary, steps, device)
+        place = (self.length, runner.site, sae, directions, device)
+        self._prompts = Steering("prompt", shape.prefill_rows, *place)
+        self._decode = Steering("generated", rows, *place)
+        self._tokens = torch.zeros(rows, dtype=torch.long, device=device)
+        self._positions = torch.zeros(rows, dtype=torch.long, device=device)
+        self._steps = torch.zeros(rows, dtype=torch.long, device=device)
+        self._live = torch.zeros(rows, dtype=torch.bool, device=device)
+
+    @property
+    def pending(self) -> bool:
+        """Whether anything is left to do."""
+        return bool(self.slots or any(self.waiting.values()))
+
+    def unfinished(self) -> list[Item]:
+        """Requests not finished yet, to be started anew elsewhere."""
+        running = [(s.request, self.runner.prompt_of(s.request)) for s in self.slots.values()]
+        return running + [item for queue in self.waiting.values() for item in queue]
+
+    @torch.inference_mode()
+    def advance(self) -> list[tuple[str, Completion]]:
+        """Fills free slots, decodes a block of steps for all slots, empties the slots that finished."""
+        self._fill()
+        left = max((s.request.sampling.max_new_tokens - len(s.tokens) for s in self.slots.values()), default=0)
+        drawn = [self._step(ahead) for ahead in range(min(BLOCK, left))]
+        if drawn:
+            block = torch.stack(drawn, dim=1).tolist()
+            for n, slot in self.slots.items():
+                slot.tokens.extend(block[n])
+        return [done for n in list(self.slots) if (done := self._finish(n)) is not None]
+
+    def _fill(self) -> None:
+        """Prefills while enough slots are free: a prefill costs the same for one prompt as for all its rows."""
+        while self._free and any(self.waiting.values()):
+            left = sum(map(len, self.waiting.values()))
+            if self.slots and len(self._free) < min(self.shape.prefill_rows, left):
+                return
+            bucket = max(self.waiting, key=lambda b: len(self.waiting[b]))
+            queue = self.waiting[bucket]
+            size = min(self.shape.prefill_rows, len(self._free), len(queue))
+            self._prefill(bucket, [queue[n] for n in range(size)])
+            for _ in range(size):
+                queue.popleft()
+
+    def _prefill(self, bucket: int, items: Sequence[Item]) -> None:
+        rows, device = self.shape.prefill_rows, self.runner.device
+        ids = torch.zeros(rows, bucket, dtype=torch.long)
+        lengths = torch.ones(rows, dtype=torch.long)
+        for n, (_, prompt) in enumerate(items):
+            ids[n, : len(prompt)] = torch.tensor(prompt)
+            lengths[n] = len(prompt)
+        ids, lengths = ids.to(device), lengths.to(device)
+        live = torch.arange(rows, device=device) < len(items)
+        planned = []
+        for n, (request, prompt) in enumerate(items):
+            planned.append(self._prompts.admit(n, request))
+            self._first.admit(n, request.sampling, request.seed, ids[n, : len(prompt)])
+        positions = torch.arange(bucket, device=device).expand(rows, -1)
+        valid = (positions < lengths[:, None]) & live[:, None]
+        cache = PromptCache()
+        forward = Pass(positions.contiguous(), [(self._prompts, valid)])
+        hidden = self.runner.hidden(ids, positions[:1], bucket, cache, forward)
+        last = hidden[torch.arange(rows, device=device), lengths - 1]
+        tokens = self._first.draw(self.runner.logits(last), torch.zeros_like(lengths))
+        slots = [self._free.pop(0) for _ in items]
+        self._cache.admit(cache, list(range(len(items))), slots)
+        for n, (slot, (request, prompt), token) in enumerate(zip(slots, items, tokens.tolist(), strict=False)):
+            state = Slot(request, len(prompt), (planned[n], self._decode.admit(slot, request)), [token])
+            self._enter(slot, n, state, prompt)
+        for n in range(len(items)):
+            self._prompts.release(n)
+            self._first.release(n)
+
+    def _enter(self, slot: int, row: int, state: Slot, prompt: tuple[int, ...]) -> None:
+        """Carries a prefilled row into its slot: tokens, draws, receipts and recordings."""
+        known = torch.tensor([*prompt, *state.tokens], device=self.runner.device)
+        self._sampler.admit(slot, state.request.sampling, state.request.seed, known)
+        size = len(prompt)
+        self._decode.tally.layers[slot, :size] = self._prompts.tally.layers[row, :size]
+        self._decode.tally.norms[slot, :size] = self._prompts.tally.norms[row, :size]
+        layer = self._decode.record_layer(state.request)
+        if layer is not None and state.request.record is not None:
+            width = -(-len(state.request.record.latents) // GROUP) * GROUP
+            kept = self._prompts.records[layer].kept[row, :size, :width]
+            self._decode.records[layer].kept[slot, :size, :width] = kept
+        self._tokens[slot] = state.tokens[0]
+        self._positions[slot] = size
+        self._steps[slot] = 1
+        self._live[slot] = True
+        self.slots[slot] = state
+
+    def _step(self, ahead: int) -> Tensor:
+        """Feeds every slot its last token, `ahead` tokens beyond those known here; returns the next ones (rows,)."""
+        far = max(s.prompt + len(s.tokens) for s in self.slots.values()) + ahead
+        self._cache.used = min(-(-far // self.shape.page), self._cache.pages)
+        self._cache.seek(self._positions)
+        positions = self._positions[:, None]
+        forward = Pass(positions, [(self._decode, self._live[:, None])])
+        hidden = self.runner.hidden(
+            self._tokens[:, None], positions, self._cache.used * self.shape.page, self._cache, forward
+        )
+        self._tokens = self._sampler.draw(self.runner.logits(hidden[:, 0]), self._steps)
+        self._positions = self._positions + self._live
+        self._steps = self._steps + self._live
+        return self._tokens
+
+    def _finish(self, n: int) -> tuple[str, Completion] | None:
+        slot = self.slots[n]
+        sampling = slot.request.sampling
+        end = self.runner.prompter.finish(
+            slot.tokens, sampling.max_new_tokens, self.runner.ends, sampling.stop, slot.checked
+        )
+        slot.checked = len(slot.tokens)
+        if end is None:
+            return None
+        size, text, reason = end
+        receipt = self._decode.tally.receipt(n, slot.prompt, size, slot.planned)
+        completion = Completion(
+            text=text,
+            token_ids=tuple(slot.tokens[:size]),
+            prompt_tokens=slot.prompt,
+            finish=reason,
+            receipt=receipt,
+            activations=self._recorded(n, slot, slot.prompt + size - 1),
+        )
+        del self.slots[n]
+        self._decode.release(n)
+        self._sampler.release(n)
+        self._live[n] = False
+        self._positions[n] = 0
+        self._free.append(n)
+        return slot.request.key, completion
+
+    def _recorded(self, n: int, slot: Slot, length: int) -> object:
+        record, layer = slot.request.record, self._decode.record_layer(slot.request)
+        if record is None or layer is None:
+            return None
+        kept = self._decode.records[layer].kept[n, :length, : len(record.latents)]
+        return kept.float().cpu().numpy().copy()

@@ -1,0 +1,151 @@
+"""Loads a target's model, tokenizer and SAE, says exactly what was loaded, and how many rows fit the machine.
+
+Weights load from safetensors without pickle code; a folder is read offline. Knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from steerback.engines.prompting import Prompter
+from steerback.engines.runner import Runner, decoder_layers
+from steerback.errors import SteerbackError, unknown
+from steerback.interventions import Site
+from steerback.targets.sae import Sae, load_sae
+
+if TYPE_CHECKING:
+    from steerback.targets import Target
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to be steered, with the hashes and revisions that say which one it is."""
+
+    runner: Runner
+    sae: Sae | None
+    provenance: dict[str, object]
+
+
+def load(target: Target, device: str | None = None, directions: tuple[str, ...] = ()) -> Loaded:
+    """Loads everything of a target; SteerbackError in one line for what is missing or does not fit together."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    place = pick_device(device)
+    folder = Path(target.model)
+    origin: dict[str, Any] = {} if folder.is_dir() else {"revision": target.revision}
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(target.model, **origin)
+        model = AutoModelForCausalLM.from_pretrained(
+            target.model, dtype=getattr(torch, target.dtype), use_safetensors=True, **origin
+        ).to(place)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise SteerbackError(f"target {target.name!r}: cannot load {target.model}: {reason}") from error
+    sae = None
+    if target.sae is not None:
+        sae = load_sae(Path(target.sae.location), target.sae.format).to(place)
+    provenance: dict[str, object] = {
+        "target": target.name,
+        "model": target.model if not folder.is_dir() else target.name,
+        "revision": target.revision,
+        "files": hash_files(target.model, target.revision),
+    }
+    return assemble(target, model, tokenizer, sae, provenance, directions)
+
+
+def assemble(
+    target: Target,
+    model: Any,
+    tokenizer: Any,
+    sae: Sae | None,
+    provenance: dict[str, object] | None = None,
+    directions: tuple[str, ...] = (),
+) -> Loaded:
+    """Checks that model, SAE and layers of a target fit together."""
+    n_layers, d_model = len(decoder_layers(model)), model.get_decoder().config.hidden_size
+    if sae is not None:
+        sae.check(f"SAE of target {target.name!r}", d_model, n_layers)
+    for field, layer in (("steer_layer", target.steer_layer), ("read_layer", target.read_layer)):
+        if not 0 <= layer < n_layers:
+            raise SteerbackError(f"target {target.name!r}: {field} {layer} is outside 0..{n_layers - 1}")
+    site = Site(
+        n_layers=n_layers,
+        d_model=d_model,
+        steer_layer=target.steer_layer,
+        sae_layer=sae.layer if sae is not None else target.steer_layer,
+        read_layer=target.read_layer,
+        n_latents=sae.n_latents if sae is not None else 0,
+        directions=directions,
+    )
+    runner = Runner(model, Prompter(tokenizer, target.prompt_format), site)
+    return Loaded(runner, sae, provenance or {"target": target.name})
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device asked for, or the best there is: cuda, mps, cpu."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name is None:
+        return torch.device(next(kind for kind, found in there.items() if found))
+    if not there.get(name.split(":")[0], False):
+        raise unknown("device", name, [kind for kind, found in there.items() if found])
+    return torch.device(name)
+
+
+def batch_rows(runner: Runner) -> int:
+    """How many rows decode together: what fits in half of the memory the weights leave, at most 256 (64 on CPU).
+
+    Estimated for 1,024 tokens a row from the machine's whole memory, not from what happens to be free, so that the
+    same machine gives the same shape again.
+    """
+    config = runner.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    item = torch.finfo(runner.dtype).bits // 8
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * head * item * 1024
+    logits = runner.vocabulary * 4 * 6  # logits, probabilities and their float64 sums
+    weights = sum(p.numel() * p.element_size() for p in runner.model.parameters())
+    if runner.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(runner.device).total_memory
+    else:
+        pages = getattr(os, "sysconf", lambda _: 0)("SC_PHYS_PAGES")  # absent on Windows: assume 8 GiB
+        memory = pages * os.sysconf("SC_PAGE_SIZE") if pages else 2**33
+    most = 256 if runner.device.type == "cuda" else 64
+    rows = int(max(memory * 0.9 - weights, 0) * 0.5 / (cache + logits))
+    return max(1, min(most, rows) // 8 * 8 or min(most, rows, 4))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on any device."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return bool(re.search(r"out of memory|can't allocate memory", str(error)))
+
+
+def hash_files(model: str, revision: str | None) -> dict[str, str]:
+    """SHA-256 per weight, config and tokenizer file of a folder, or of a hub model's files in the local cache."""
+    folder = Path(model)
+    if not folder.is_dir():
+        from transformers.utils import cached_file
+
+        found = cached_file(model, "config.json", revision=revision)
+        if found is None:
+            return {}
+        folder = Path(found).parent
+    names = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json") and p.stem != "contexts")
+    return {path.name: _sha256(path) for path in names if path.is_file()}
+
+
+def _sha256(path: Path) -> str:
+    blob = path.resolve().name
+    if re.fullmatch(r"[0-9a-f]{64}", blob):  # the hub's cache names large files by their own SHA-256
+        return blob
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,208 @@
+"""A fake engine: responses come from a function or a planted model, with the receipts a real engine would give.
+
+It runs whole pipelines in milliseconds, its truth is known, and it can be told to fail. No torch, no model;
+`judging.scripted` reads the truth back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+import random
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from steerback.errors import SteerbackError
+from steerback.records import Completion, LatentKey, Receipt, Request, digest, expected_positions
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+RESTART = "Wait, that is not right."
+"""Opens each planted second attempt."""
+
+
+@dataclass(frozen=True)
+class PlantedModel:
+    """A model whose resistance is known: a response's text carries its own truth as `[[score 43.0]]` marks.
+
+    The first score falls from `unsteered` to 100 - `unsteered` along a logistic of the boost, through the middle at the
+    latent's threshold; `slope` is the logistic's scale in boost units and `spread` the sd of the noise. A steered
+    response restarts with `restart_rate`; the second attempt then scores higher with `success_rate`, else lower.
+    Clamping all `detectors` multiplies the restart rate by 1 - `ablation_effect` (a part of them, proportionally);
+    each text of `prompt_factors` that occurs in the prompt multiplies it by its factor.
+    """
+
+    thresholds: Mapping[LatentKey, float] = field(default_factory=dict)
+    threshold: float = 10.0
+    slope: float = 2.0
+    spread: float = 10.0
+    unsteered: float = 95.0
+    restart_rate: float = 0.2
+    success_rate: float = 0.8
+    detectors: tuple[int, ...] = ()
+    ablation_effect: float = 0.5
+    prompt_factors: Mapping[str, float] = field(default_factory=dict)
+    degraded_rate: float = 0.0
+    empty_rate: float = 0.0
+    unscored_rate: float = 0.0
+
+    def mean_first_score(self, latent: LatentKey | None, boost: float) -> float:
+        """Expected first score, noise and its clipping to 0..100 aside."""
+        if latent is None:
+            return self.unsteered
+        x = (boost - self.thresholds.get(latent, self.threshold)) / self.slope
+        low = 100 - self.unsteered
+        return low + (self.unsteered - low) * (1 - 1 / (1 + math.exp(-max(min(x, 50), -50))))
+
+    def restart_probability(self, request: Request) -> float:
+        """Chance that this request's response restarts; 0 where nothing is added."""
+        if all(i.mode != "add" or i.value == 0 for i in request.interventions):
+            return 0.0
+        clamped = {i.latent for i in request.interventions if i.mode == "clamp"}
+        share = len(clamped & set(self.detectors)) / len(self.detectors) if self.detectors else 0.0
+        rate = self.restart_rate * (1 - self.ablation_effect * share)
+        for text, factor in self.prompt_factors.items():
+            rate *= factor if text in request.prompt else 1.0
+        return min(rate, 1.0)
+
+    def __call__(self, request: Request) -> str:
+        added = next((i for i in request.interventions if i.mode == "add"), None)
+        latent, boost = (None, 0.0) if added is None else (added.latent, added.value)
+        # The draws depend on seed and latent alone: conditions that replay both differ in what was planted only.
+        draw = random.Random(f"{request.seed}/{latent}")
+        noise, u_restart, u_success, u_other = draw.gauss(0, self.spread), *(draw.random() for _ in range(3))
+        first = min(max(self.mean_first_score(latent, boost) + noise, 0.0), 100.0)
+        if u_other < self.empty_rate:
+            return "[[empty]] Which one do you mean?"
+        if u_other < self.empty_rate + self.unscored_rate:
+            return "A response without any mark."
+        text = f"[[score {first:.1f}]] On {request.prompt} there is much to say."
+        if u_other > 1 - self.degraded_rate:
+            text += " stone" * 6
+        if u_restart < self.restart_probability(request):
+            second = first + (100 - first) * 0.6 if u_success < self.success_rate else first * 0.5
+            text += f" {RESTART} [[score {second:.1f}]] On {request.prompt} one begins at the beginning."
+        return text
+
+
+Script = Callable[[Request], "str | Completion"]
+Chosen = Callable[[Request], bool]
+
+
+class ScriptedEngine:
+    """Engine protocol over a script; deterministic, in order (or `shuffled` by request hash), with correct receipts.
+
+    `fail_receipts` picks requests whose receipt is to be wrong, `raise_on` requests at which generation breaks with
+    SteerbackError. `generated` counts completions given out.
+    """
+
+    def __init__(
+        self,
+        script: Script | None = None,
+        *,
+        target: str = "scripted",
+        n_latents: int = 1024,
+        fail_receipts: Chosen | None = None,
+        raise_on: Chosen | None = None,
+        shuffled: bool = False,
+    ) -> None:
+        self.script: Script = PlantedModel() if script is None else script
+        self.target, self.n_latents = target, n_latents
+        self.fail_receipts, self.raise_on, self.shuffled = fail_receipts, raise_on, shuffled
+        self.generated = 0
+
+    @property
+    def fingerprint(self) -> str:
+        return digest(self.describe())
+
+    def describe(self) -> dict[str, object]:
+        script: Any = self.script
+        told = {k: str(v) for k, v in asdict(script).items()} if isinstance(script, PlantedModel) else None
+        name = f"{getattr(script, '__module__', '')}.{getattr(script, '__qualname__', type(script).__qualname__)}"
+        return {"engine": "scripted", "target": self.target, "script": told or name, "n_latents": self.n_latents}
+
+    async def generate(self, requests: Sequence[Request]) -> AsyncIterator[tuple[str, Completion]]:
+        """Yields (key, completion); raises SteerbackError at once for a latent out of range or a key given twice."""
+        if len({r.key for r in requests}) != len(requests):
+            raise SteerbackError("two requests have the same key")
+        for request in requests:
+            self._check(request)
+        ordered = sorted(requests, key=lambda r: _seed(r.key)) if self.shuffled else requests
+        for request in ordered:
+            await asyncio.sleep(0)  # as with a real engine, others get their turn
+            if self.raise_on is not None and self.raise_on(request):
+                raise SteerbackError(f"request {request.key!r}: scripted failure")
+            self.generated += 1
+            yield request.key, self._complete(request)
+
+    def _check(self, request: Request) -> None:
+        named = [i.latent for i in request.interventions] + list(request.record.latents if request.record else ())
+        for latent in named:
+            if isinstance(latent, int) and not 0 <= latent < self.n_latents:
+                raise SteerbackError(f"request {request.key!r}: latent {latent} is outside 0..{self.n_latents - 1}")
+
+    def _complete(self, request: Request) -> Completion:
+        said = self.script(request)
+        if isinstance(said, Completion):
+            return said
+        tokens = tuple(_seed(word) % 50_000 for word in said.split()) or (0,)
+        prompt = len(f"{request.system or ''} {request.prompt} {request.prefill}".split()) + 4  # the chat template's
+        before, after = expected_positions(request.interventions, prompt, len(tokens))
+        norm = math.sqrt(sum(i.value**2 for i in request.interventions if i.mode == "add"))
+        if self.fail_receipts is not None and self.fail_receipts(request):
+            before, after, norm = 0, 0, 0.0
+        return Completion(
+            text=said,
+            token_ids=tokens,
+            prompt_tokens=prompt,
+            finish="stop",
+            receipt=Receipt(before, after, norm if before + after else 0.0),
+            activations=self._recorded(request, prompt + len(tokens) - 1),
+        )
+
+    def _recorded(self, request: Request, length: int) -> NDArray[np.float32] | None:
+        if request.record is None:
+            return None
+        latents = request.record.latents
+        columns = [_sparse(f"{request.content_hash()}/{latent}", length, 0.1) for latent in latents]
+        import numpy as np
+
+        return np.stack(columns, axis=1) if columns else np.zeros((length, 0), dtype=np.float32)
+
+    def activations(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        latents: Sequence[int] | None = None,
+        include_prompt: bool = False,
+    ) -> NDArray[np.float32]:
+        """Sparse noise that depends on the texts; planted detectors fire where a response is not on its prompt."""
+        import numpy as np
+
+        detectors = self.script.detectors if isinstance(self.script, PlantedModel) else ()
+        found = np.zeros((len(prompts), self.n_latents), dtype=np.float32)
+        for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            text = f"{prompt} {response}" if include_prompt else response
+            found[row] = _sparse(text, self.n_latents, 0.02) if text.strip() else 0.0
+            if response:
+                found[row, list(detectors)] = 0.0 if prompt in response else 2.0 + found[row, list(detectors)]
+        return found if latents is None else found[:, list(latents)]
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+
+def _seed(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+
+
+def _sparse(text: str, n: int, density: float) -> NDArray[np.float32]:
+    import numpy as np
+
+    draw = np.random.default_rng(_seed(text))
+    values: NDArray[np.float32] = draw.exponential(1.0, n).astype(np.float32)
+    return values * (draw.random(n) < density).astype(np.float32)

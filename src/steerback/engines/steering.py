@@ -1,0 +1,278 @@
+"""Interventions on a batch: tables with one row per slot, applied by a hook on the decoder layers, with receipts.
+
+The arithmetic is `steerback.interventions`; here it is laid out so that every row may carry edits of its own while all
+rows go through the same shapes (so that a row's numbers do not depend on its neighbours). Knows nothing of sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerback.interventions import LayerPlan, Phase, Site, added_vector, clamp_delta, plan_layers
+from steerback.records import Receipt, Request
+from steerback.targets.sae import Sae
+
+GROUP = 8
+"""Latents are read and clamped in groups of this many: a fixed shape, whatever the other rows need."""
+
+
+class Columns:
+    """For each row a list of latents of its own, padded to groups; reads z_k (rows, Q, k) from h (rows, Q, d)."""
+
+    def __init__(self, sae: Sae, rows: int, device: torch.device) -> None:
+        self.sae, self.rows, self.device = sae, rows, device
+        self.groups: list[dict[str, Tensor]] = []
+
+    def set(self, row: int, latents: Sequence[int], values: Sequence[float] = ()) -> None:
+        """Gives a row its latents (and what to clamp them to)."""
+        while len(self.groups) * GROUP < len(latents):
+            self.groups.append(self._empty())
+        for n, group in enumerate(self.groups):
+            own = list(latents[n * GROUP : (n + 1) * GROUP])
+            for tensor in group.values():
+                tensor[row] = 0
+            if not own:
+                continue
+            size = len(own)
+            group["latent"][row, :size] = torch.tensor(own, device=self.device)
+            group["encoder"][row, :, :size] = self.sae.W_enc[:, own].to(group["encoder"])
+            group["bias"][row, 0, :size] = self.sae.b_enc[own].to(group["bias"])
+            group["threshold"][row, 0, :size] = self.sae.threshold[own].to(group["threshold"])
+            group["used"][row, 0, :size] = 1
+            if len(values):
+                group["decoder"][row, :size] = self.sae.W_dec[own].to(group["decoder"])
+                group["value"][row, 0, :size] = torch.tensor(values[n * GROUP : n * GROUP + size]).to(group["value"])
+
+    def read(self, x: Tensor, group: dict[str, Tensor], full: Tensor | None) -> Tensor:
+        """z (rows, Q, GROUP) of one group; `full` is the TopK code of x, which cannot be read by columns."""
+        if full is not None:
+            index = group["latent"][:, None].expand(-1, x.shape[1], -1)
+            return full.gather(2, index)
+        return self.sae.activate(x @ group["encoder"] + group["bias"], group["threshold"])
+
+    def full(self, x: Tensor) -> Tensor | None:
+        """The whole code where the SAE needs it (TopK), else None."""
+        return self.sae.encode(x) if self.sae.kind == "topk" else None
+
+    def _empty(self) -> dict[str, Tensor]:
+        d, rows = self.sae.d_model, self.rows
+        shapes = {
+            "encoder": (rows, d, GROUP),
+            "decoder": (rows, GROUP, d),
+            "bias": (rows, 1, GROUP),
+            "threshold": (rows, 1, GROUP),
+            "value": (rows, 1, GROUP),
+            "used": (rows, 1, GROUP),
+        }
+        group = {name: torch.zeros(shape, device=self.device) for name, shape in shapes.items()}
+        group["latent"] = torch.zeros(rows, GROUP, dtype=torch.long, device=self.device)
+        return group
+
+
+class LayerTable:
+    """The edits of one layer in one phase, one row per slot."""
+
+    def __init__(self, rows: int, d_model: int, sae: Sae | None, device: torch.device) -> None:
+        self.add = torch.zeros(rows, 1, d_model, device=device)
+        self.active = torch.zeros(rows, 1, dtype=torch.bool, device=device)
+        self.live: set[int] = set()
+        self._clamped: set[int] = set()
+        self._columns = None if sae is None else Columns(sae, rows, device)
+
+    def set(self, row: int, plan: LayerPlan | None, sae: Sae | None, directions: Mapping[str, Tensor]) -> None:
+        """Gives a row its edits, or none."""
+        changed = plan is not None or row in self.live
+        if not changed:
+            return
+        self.active[row] = plan is not None
+        (self.live.add if plan is not None else self.live.discard)(row)
+        self.add[row] = 0 if plan is None else added_vector(plan, sae, directions, self.add)
+        clamp = () if plan is None else plan.clamp
+        if self._columns is not None and (clamp or row in self._clamped):
+            self._columns.set(row, [k for k, _ in clamp], [v for _, v in clamp])
+            (self._clamped.add if clamp else self._clamped.discard)(row)
+
+    def delta(self, h: Tensor) -> Tensor:
+        """What is to be added (rows, Q, d) in float32: clamps read h as it arrives, additions come after."""
+        if not self._clamped or self._columns is None:
+            return self.add
+        x = h.float()
+        total = torch.zeros_like(x)
+        full = self._columns.full(x)
+        for group in self._columns.groups:
+            z = self._columns.read(x, group, full) * group["used"]
+            total = total + clamp_delta(z, group["value"], group["decoder"])
+        return total + self.add
+
+
+@dataclass
+class Tally:
+    """Where edits really happened: layers edited and norm added per row and position (rows, length)."""
+
+    layers: Tensor
+    norms: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, length: int, device: torch.device) -> Tally:
+        return cls(
+            torch.zeros(rows, length, dtype=torch.int32, device=device), torch.zeros(rows, length, device=device)
+        )
+
+    def count(self, positions: Tensor, edited: Tensor, norms: Tensor) -> None:
+        """Adds one layer's edits: positions, edited (bool) and norms are (rows, Q)."""
+        self.layers.scatter_add_(1, positions, edited.int())
+        self.norms.scatter_add_(1, positions, norms * edited)
+
+    def receipt(self, row: int, prompt: int, generated: int, planned: tuple[int, int]) -> Receipt:
+        """The receipt of a finished row: a position counts if all `planned` (prompt, generated) layers edited it."""
+        fed = prompt + max(generated - 1, 0)
+        layers, norms = self.layers[row, :fed].cpu(), self.norms[row, :fed].cpu()
+        wanted = torch.tensor([planned[0]] * prompt + [planned[1]] * (fed - prompt), dtype=torch.int32)
+        done = (layers == wanted) & (layers > 0)
+        n = int(done.sum())
+        mean = float(norms[layers > 0].double().sum()) / n if n else 0.0
+        return Receipt(int(done[:prompt].sum()), int(done[prompt:].sum()), mean)
+
+
+@dataclass
+class Record:
+    """Recorded activations of a batch, (rows, length, latents padded to groups) float32, at one layer."""
+
+    columns: Columns
+    kept: Tensor
+
+    def take(self, h: Tensor, positions: Tensor, valid: Tensor) -> None:
+        """Stores z of the arriving residual h (rows, Q, d) at positions (rows, Q) where valid."""
+        x = h.float()
+        full = self.columns.full(x)
+        for n, group in enumerate(self.columns.groups):
+            z = self.columns.read(x, group, full) * group["used"]
+            part = self.kept[:, :, n * GROUP : (n + 1) * GROUP]
+            index = positions[..., None].expand_as(z)
+            part.scatter_(1, index, torch.where(valid[..., None], z, part.gather(1, index)))
+
+
+class Steering:
+    """All edits and recordings of `rows` slots in one phase, and the tally of what was done."""
+
+    def __init__(
+        self,
+        phase: Phase,
+        rows: int,
+        length: int,
+        site: Site,
+        sae: Sae | None,
+        directions: Mapping[str, Tensor],
+        device: torch.device,
+    ) -> None:
+        self.phase, self.rows, self.length, self.site = phase, rows, length, site
+        self.sae, self.directions, self.device = sae, directions, device
+        self.tables: dict[int, LayerTable] = {}
+        self.records: dict[int, Record] = {}
+        self.tally = Tally.empty(rows, length, device)
+
+    def admit(self, row: int, request: Request) -> int:
+        """Puts a request's edits and recording into a row; returns how many layers it edits in this phase."""
+        plans = plan_layers(request.interventions, self.phase, self.site)
+        for layer in plans:
+            if layer not in self.tables:
+                self.tables[layer] = LayerTable(self.rows, self.site.d_model, self.sae, self.device)
+        for layer, table in self.tables.items():
+            table.set(row, plans.get(layer), self.sae, self.directions)
+        self._admit_record(row, request)
+        self.tally.layers[row] = 0
+        self.tally.norms[row] = 0
+        return len(plans)
+
+    def release(self, row: int) -> None:
+        """Empties a row; idle rows are never edited."""
+        for table in self.tables.values():
+            table.set(row, None, self.sae, self.directions)
+        for record in self.records.values():
+            record.columns.set(row, ())
+
+    def record_layer(self, request: Request) -> int | None:
+        """The layer at which a request is recorded."""
+        if request.record is None:
+            return None
+        return self.site.read_layer if request.record.layer is None else request.record.layer
+
+    def _admit_record(self, row: int, request: Request) -> None:
+        layer = self.record_layer(request)
+        if request.record is not None and layer is not None:
+            assert self.sae is not None  # `interventions.check` refuses recording without an SAE
+            if layer not in self.records:
+                columns = Columns(self.sae, self.rows, self.device)
+                self.records[layer] = Record(columns, torch.zeros(self.rows, self.length, 0, device=self.device))
+        for at, record in self.records.items():
+            latents = request.record.latents if request.record is not None and at == layer else ()
+            record.columns.set(row, latents)
+            wanted = len(record.columns.groups) * GROUP
+            if record.kept.shape[2] < wanted:
+                more = torch.zeros(self.rows, self.length, wanted - record.kept.shape[2], device=self.device)
+                record.kept = torch.cat([record.kept, more], dim=2)
+            record.kept[row] = 0
+
+
+@dataclass
+class Pass:
+    """One forward pass: which tables act, where each token stands, and which tokens count (not padding, not idle).
+
+    `parts` pairs a Steering with a mask (rows, Q) of the positions that are in its phase.
+    """
+
+    positions: Tensor
+    parts: Sequence[tuple[Steering, Tensor]]
+    stop_after: int | None = None
+    residual: dict[int, Tensor] = field(default_factory=dict)  # layers to keep -> filled by the hook
+    keep: frozenset[int] = frozenset()
+
+    def at_layer(self, layer: int, h: Tensor) -> Tensor:
+        """The residual (rows, Q, d) that leaves `layer`."""
+        if layer in self.keep:
+            self.residual[layer] = h
+        if layer == self.stop_after:
+            raise Enough
+        out = h
+        for steering, where in self.parts:
+            if layer in steering.records:
+                steering.records[layer].take(h, self.positions, where)
+            table = steering.tables.get(layer)
+            if table is None or not table.live:
+                continue
+            delta = table.delta(h)
+            edited = where & table.active
+            steering.tally.count(self.positions, edited, torch.linalg.vector_norm(delta, dim=-1).expand_as(edited))
+            out = torch.where(edited[..., None], (h.float() + delta).to(h.dtype), out)
+        return out
+
+
+class Enough(Exception):
+    """Raised by the hook after the last layer that is wanted."""
+
+
+class Hooks:
+    """The hooks on a model's decoder layers; `current` is the pass under way (None: the model is left alone)."""
+
+    def __init__(self, layers: Sequence[torch.nn.Module]) -> None:
+        self.current: Pass | None = None
+        self._handles = [layer.register_forward_hook(self._hook(n)) for n, layer in enumerate(layers)]
+
+    def _hook(self, layer: int) -> Callable[[torch.nn.Module, Any, Any], Any]:
+        def hook(_module: torch.nn.Module, _inputs: Any, output: Any) -> Any:
+            if self.current is None:
+                return None
+            if isinstance(output, tuple):
+                return (self.current.at_layer(layer, output[0]), *output[1:])
+            return self.current.at_layer(layer, output)
+
+        return hook
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()

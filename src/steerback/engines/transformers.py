@@ -1,0 +1,255 @@
+"""The reference engine: a Hugging Face model, hooks on its blocks, continuous batching in fixed shapes.
+
+Every number of another engine is checked against this one. It knows nothing of judges, ledgers or experiments.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import steerback
+from steerback.engines.batch import Batch, Item, Shape
+from steerback.engines.loading import Loaded, batch_rows, load, out_of_memory
+from steerback.engines.runner import Runner
+from steerback.engines.steering import Pass, Steering
+from steerback.errors import SteerbackError
+from steerback.interventions import ARITHMETIC_VERSION, check, check_directions
+from steerback.records import Completion, Intervention, Request, digest
+from steerback.targets.sae import Sae
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from steerback.targets import Target
+
+CHUNK_TOKENS = 1024
+"""Residuals are encoded this many tokens at a time, so that tokens x latents never fills the memory."""
+
+
+class TransformersEngine:
+    """Generates steered responses for one target on CPU, CUDA or MPS.
+
+    `batch_size` (rows that decode together) is estimated from the machine's memory where it is not given, and halved
+    when memory runs out all the same. A request's tokens do not depend on the others in its batch (measured bit for
+    bit on CPU); they do depend on batch size, threads, device and library versions, all of which are in `describe()`.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        batch_size: int | None = None,
+        device: str | None = None,
+        directions: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self._setup(load(target, device, tuple(directions or ())), batch_size, directions or {})
+
+    @classmethod
+    def from_loaded(
+        cls, loaded: Loaded, batch_size: int | None = None, directions: Mapping[str, Tensor] | None = None
+    ) -> TransformersEngine:
+        """An engine around a model, tokenizer and SAE that are in memory already."""
+        engine = cls.__new__(cls)
+        engine._setup(loaded, batch_size, directions or {})
+        return engine
+
+    def _setup(self, loaded: Loaded, batch_size: int | None, directions: Mapping[str, Tensor]) -> None:
+        self.runner: Runner = loaded.runner
+        self.sae: Sae | None = loaded.sae
+        check_directions(directions, self.runner.site.d_model)
+        self.directions = {name: v.to(self.runner.device, torch.float32) for name, v in directions.items()}
+        self._provenance = loaded.provenance
+        self._threads = torch.get_num_threads()
+        self._halvings: list[str] = []
+        if batch_size is not None and batch_size < 1:
+            raise SteerbackError(f"batch_size {batch_size} is not at least 1")
+        self.shape = Shape(batch_size or batch_rows(self.runner))
+        if self.runner.device.type != "cpu":
+            self.shape = Shape(self.shape.rows, page=256)  # fewer launches; a GPU is not short of lanes
+        # One thread of its own: the event loop stays free for judges, and OpenMP keeps one pool of threads.
+        self._worker = ThreadPoolExecutor(
+            1, "steerback-engine", initializer=torch.set_num_threads, initargs=(self._threads,)
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that shapes a completion except the request."""
+        facts = self.describe()
+        del facts["halved_on_out_of_memory"]  # told by the batch shape
+        return digest(facts)
+
+    def describe(self) -> dict[str, object]:
+        """What is needed to get the same texts again, JSON-able."""
+        import transformers
+
+        return {
+            "engine": "transformers",
+            "arithmetic": ARITHMETIC_VERSION,
+            "steerback": steerback.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "device": self._device_name,
+            "threads": self._threads if self.runner.device.type == "cpu" else None,
+            "dtype": str(self.runner.dtype).removeprefix("torch."),
+            "batch": {"rows": self.shape.rows, "prefill_rows": self.shape.prefill_rows, "page": self.shape.page},
+            "halved_on_out_of_memory": list(self._halvings),
+            "layers": {
+                "steer": self.runner.site.steer_layer,
+                "sae": self.runner.site.sae_layer,
+                "read": self.runner.site.read_layer,
+            },
+            "prompt_format": self.runner.prompter.style,
+            "sae": self.sae.hash if self.sae is not None else None,
+            "directions": self._direction_hashes,
+            **self._provenance,
+        }
+
+    @cached_property
+    def _device_name(self) -> str:
+        device = self.runner.device
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+    @cached_property
+    def _direction_hashes(self) -> dict[str, str]:
+        return {name: digest(v.cpu().tolist()) for name, v in sorted(self.directions.items())}
+
+    async def generate(self, requests: Sequence[Request]) -> AsyncIterator[tuple[str, Completion]]:
+        """Yields (key, completion) as responses finish; everything is checked before anything is generated."""
+        items = self._check(requests)
+        loop = asyncio.get_running_loop()
+        batch: Batch | None = None
+        while items or (batch is not None and batch.pending):
+            try:
+                if batch is None:
+                    batch, items = self._batch(items), []
+                finished = await loop.run_in_executor(self._worker, batch.advance)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error) or self.shape.rows == 1:
+                    raise
+                items = batch.unfinished() if batch is not None else items
+                batch = None
+                self._halve()
+                continue
+            for done in finished:
+                yield done
+
+    def _batch(self, items: Sequence[Item]) -> Batch:
+        return Batch(self.runner, items, self.shape, self.sae, self.directions)
+
+    def _halve(self) -> None:
+        before, after = self.shape.rows, self.shape.rows // 2
+        self.shape = Shape(after, self.shape.prefill_rows, self.shape.page)
+        self._halvings.append(f"{before} -> {after}")
+        gc.collect()
+        if self.runner.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _check(self, requests: Sequence[Request]) -> list[Item]:
+        keys: set[str] = set()
+        items: list[Item] = []
+        for request in requests:
+            where = f"request {request.key!r}"
+            if request.key in keys:
+                raise SteerbackError(f"{where}: another request has the same key")
+            keys.add(request.key)
+            _check_sampling(where, request)
+            check(where, request.interventions, request.record, self.runner.site)
+            prompt = self.runner.prompt_of(request)
+            self.runner.check_length(where, len(prompt), request.sampling.max_new_tokens)
+            items.append((request, prompt))
+        return items
+
+    @torch.inference_mode()
+    def activations(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        latents: Sequence[int] | None = None,
+        include_prompt: bool = False,
+    ) -> NDArray[np.float32]:
+        """Unsteered SAE activations at the read layer, max-pooled over the response's tokens: (n texts, n latents).
+
+        Special and template tokens are excluded; `include_prompt` pools over the user's words as well. A text without
+        such tokens gets zeros.
+        """
+        if self.sae is None:
+            raise SteerbackError("activations need an SAE and this target has none")
+        if len(prompts) != len(responses):
+            raise SteerbackError(f"activations: {len(prompts)} prompts and {len(responses)} responses")
+        for latent in latents or ():
+            if not 0 <= latent < self.sae.n_latents:
+                raise SteerbackError(f"activations: latent {latent} is outside 0..{self.sae.n_latents - 1}")
+        spoken = [self.runner.prompter.spoken(p, r) for p, r in zip(prompts, responses, strict=True)]
+        out = np.zeros((len(spoken), self.sae.n_latents if latents is None else len(latents)), dtype=np.float32)
+        rows = self.shape.prefill_rows
+        order = sorted(range(len(spoken)), key=lambda n: Shape.bucket(len(spoken[n].token_ids)))
+        while order:
+            bucket = Shape.bucket(len(spoken[order[0]].token_ids))
+            part = [n for n in order[:rows] if Shape.bucket(len(spoken[n].token_ids)) == bucket]
+            order = order[len(part) :]
+            ids = torch.zeros(rows, bucket, dtype=torch.long)
+            for row, n in enumerate(part):
+                self.runner.check_length(f"text {n}", len(spoken[n].token_ids), 0)
+                ids[row, : len(spoken[n].token_ids)] = torch.tensor(spoken[n].token_ids)
+            residual = self.runner.residual(ids, self.runner.site.read_layer)
+            for row, n in enumerate(part):
+                chosen = [*spoken[n].user, *spoken[n].response] if include_prompt else [*spoken[n].response]
+                for first in range(0, len(chosen), CHUNK_TOKENS):
+                    h = residual[row, chosen[first : first + CHUNK_TOKENS]].float()
+                    peak = self.sae.encode(h, latents).amax(dim=0).float().cpu().numpy()
+                    np.maximum(out[n], peak, out=out[n])
+        return out
+
+    @torch.inference_mode()
+    def teacher_forced(
+        self, token_ids: Sequence[int], interventions: Sequence[Intervention], prompt_tokens: int
+    ) -> Tensor:
+        """Logits (T, vocabulary) of a given text, steered, in one pass: what other engines are compared with.
+
+        The first `prompt_tokens` positions are the prompt.
+        """
+        site, device = self.runner.site, self.runner.device
+        check("teacher_forced", interventions, None, site)
+        request = Request("teacher_forced", "", 0, interventions=tuple(interventions))
+        ids = torch.tensor([list(token_ids)], device=device)
+        positions = torch.arange(ids.shape[1], device=device)[None]
+        prompt, generated = (
+            Steering(phase, 1, ids.shape[1], site, self.sae, self.directions, device)
+            for phase in ("prompt", "generated")
+        )
+        prompt.admit(0, request)
+        generated.admit(0, request)
+        forward = Pass(positions, [(prompt, positions < prompt_tokens), (generated, positions >= prompt_tokens)])
+        hidden = self.runner.hidden(ids, positions, ids.shape[1], None, forward)
+        return self.runner.logits(hidden)[0].float()
+
+    def close(self) -> None:
+        """Waits for the block of steps under way, if any, and lets go of the model."""
+        self._worker.shutdown(wait=True, cancel_futures=True)
+        self.runner.hooks.remove()
+        with contextlib.suppress(AttributeError):
+            del self.runner.model, self.runner.decoder
+        self.sae = None
+
+
+def _check_sampling(where: str, request: Request) -> None:
+    sampling = request.sampling
+    for field, good in (
+        ("temperature", 0 <= sampling.temperature < float("inf")),
+        ("top_p", 0 < sampling.top_p <= 1),
+        ("repetition_penalty", 0 < sampling.repetition_penalty < float("inf")),
+        ("max_new_tokens", sampling.max_new_tokens >= 1),
+    ):
+        if not good:
+            raise SteerbackError(f"{where}: sampling.{field} {getattr(sampling, field)!r} is out of range")
+    if "" in sampling.stop:
+        raise SteerbackError(f"{where}: sampling.stop contains an empty string, which would stop every response")

@@ -1,0 +1,61 @@
+"""A fake judge that reads the truth which `engines.scripted` writes into its responses; for tests of everything else.
+
+`[[score 43.0]]` opens an attempt; `[[empty]]` is a response that asks back; no mark at all is unscored. An attempt
+after the first whose mark has no restart phrase before it counts as not gated.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Sequence
+
+from steerback.engines.scripted import RESTART
+from steerback.judging.base import JudgeItem, References
+from steerback.records import Attempt, Judgement, digest
+
+_MARK = re.compile(rf"(?:(?P<phrase>{re.escape(RESTART)}) )?\[\[score (?P<score>\d+(?:\.\d+)?)\]\]")
+
+
+class ScriptedJudge:
+    """Judge protocol over planted truth. `judged` counts verdicts given out."""
+
+    name = "scripted"
+    rubric = "scripted-1"
+
+    def __init__(self) -> None:
+        self.judged = 0
+
+    @property
+    def fingerprint(self) -> str:
+        return digest(self.describe())
+
+    def describe(self) -> dict[str, object]:
+        return {"judge": self.name, "rubric": self.rubric}
+
+    def prepare(self, references: References) -> None:
+        """Needs nothing."""
+
+    async def judge(self, items: Sequence[JudgeItem]) -> AsyncIterator[tuple[str, Judgement]]:
+        for item in items:
+            self.judged += 1
+            yield item.key, self.read(item.response)
+
+    def read(self, response: str) -> Judgement:
+        """The verdict on one response."""
+        if "[[empty]]" in response:
+            return Judgement(self.name, self.rubric, "empty")
+        marks = list(_MARK.finditer(response))
+        if not marks:
+            return Judgement(self.name, self.rubric, "unscored", reason="the response carries no planted truth")
+        ends = [mark.start() for mark in marks[1:]] + [len(response)]
+        attempts = tuple(
+            Attempt(
+                start=mark.start() if n else 0,
+                end=end,
+                score=float(mark["score"]),
+                phrase=(mark["phrase"] or "") if n else "",
+                gated=n == 0 or mark["phrase"] is not None,
+            )
+            for n, (mark, end) in enumerate(zip(marks, ends, strict=True))
+        )
+        return Judgement(self.name, self.rubric, "scored", attempts)
