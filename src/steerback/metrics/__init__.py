@@ -16,7 +16,18 @@ from steerback.metrics.outcomes import (
     outcome_of,
 )
 from steerback.metrics.paired import COMPARED, Comparison, PairedTest, compare, correct, holm, swap_test
-from steerback.metrics.rates import METRICS, VARIANTS, Estimate, Metric, Summary, counts, summarize, view
+from steerback.metrics.rates import (
+    METRICS,
+    VARIANTS,
+    Estimate,
+    Metric,
+    Summary,
+    View,
+    counts,
+    estimates,
+    summarize,
+    view,
+)
 
 __all__ = [
     "COMPARED",
@@ -34,11 +45,13 @@ __all__ = [
     "Outcomes",
     "PairedTest",
     "Summary",
+    "View",
     "clopper_pearson",
     "cluster_code",
     "compare",
     "correct",
     "counts",
+    "estimates",
     "holm",
     "no_event_bound",
     "outcome_of",

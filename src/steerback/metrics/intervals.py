@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 ALPHA = 0.05
 ICC = 0.1  # correlation within a latent that is assumed where events are too few to estimate it
 OPEN_REACH = 2.0  # how far above its resting value an unseen trial is taken to lie where a metric has no upper limit
+CELLS = 4_000_000  # resampling weights held at a time, so that memory does not grow with draws x clusters
 PRIOR_EVENTS = 5.0  # the assumed ICC weighs as much as this many observed events
 
 
@@ -185,7 +186,7 @@ def mean_interval(
     return Bounds(float(low), float(high), "t, clustered by latent")
 
 
-def resample_sums(sums: Floats, draws: int, rng: np.random.Generator, cells: int = 4_000_000) -> Floats:
+def resample_sums(sums: Floats, draws: int, rng: np.random.Generator, cells: int = CELLS) -> Floats:
     """Totals of `sums` (clusters, columns) under `draws` resamples of whole clusters, shape (draws, columns).
 
     Work is cut into blocks of at most `cells` weights, so memory does not grow with draws x clusters.

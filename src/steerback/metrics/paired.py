@@ -169,10 +169,12 @@ def swap_test(
         return 1.0, "no latent differs"
     exact = k <= exact_clusters
     if exact:
-        swaps = ((np.arange(2**k)[:, None] >> np.arange(k)) & 1).astype(np.float64)
+        moved = ((np.arange(2**k)[:, None] >> np.arange(k)) & 1).astype(np.float64) @ moving
     else:
-        swaps = np.random.default_rng(seed).integers(0, 2, size=(draws, k)).astype(np.float64)
-    moved = swaps @ moving
+        rng = np.random.default_rng(seed)
+        block = max(1, iv.CELLS // k)
+        sizes = [min(block, draws - start) for start in range(0, draws, block)]
+        moved = np.concatenate([rng.integers(0, 2, (n, k), np.int8).astype(np.float64) @ moving for n in sizes])
     total_a, total_b = a.sum(0) + moved, b.sum(0) - moved
     with np.errstate(invalid="ignore", divide="ignore"):
         statistic = np.abs(total_b[:, 0] / total_b[:, 1] - total_a[:, 0] / total_a[:, 1])

@@ -8,7 +8,7 @@ leaves degraded trials out; the variants stand beside it. Knows arrays only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -166,16 +166,16 @@ def summarize(outcomes: Outcomes, draws: int = 2000, seed: int = 0, icc: float =
     `draws` resamples of latents for the bootstrap beside; `icc` is assumed where events are too few to estimate it.
     The degraded share is over all valid trials in every variant.
     """
-    estimates: dict[str, dict[str, Estimate]] = {}
+    found: dict[str, dict[str, Estimate]] = {}
     worst: dict[str, dict[str, tuple[float | None, float | None]]] = {}
     for variant, options in VARIANTS.items():
         names = [m for m in METRICS if m != "degraded_share"]
         rng = np.random.default_rng(seed)
-        estimates[variant] = _estimates(view(outcomes, **options), names, draws, rng, icc)
+        found[variant] = estimates(view(outcomes, **options), names, draws, rng, icc)
         everything = view(outcomes, gated=options["gated"], include_degraded=True)
-        estimates[variant] |= _estimates(everything, ["degraded_share"], draws, rng, icc)
+        found[variant] |= estimates(everything, ["degraded_share"], draws, rng, icc)
         worst[variant] = _worst_case(outcomes, options)
-    return Summary(counts(outcomes), **estimates, worst_case=worst, draws=draws, seed=seed, icc=icc)
+    return Summary(counts(outcomes), **found, worst_case=worst, draws=draws, seed=seed, icc=icc)
 
 
 def counts(outcomes: Outcomes) -> dict[str, int]:
@@ -186,7 +186,10 @@ def counts(outcomes: Outcomes) -> dict[str, int]:
     return out
 
 
-def _estimates(v: View, names: list[str], draws: int, rng: np.random.Generator, icc: float) -> dict[str, Estimate]:
+def estimates(
+    v: View, names: Sequence[str], draws: int, rng: np.random.Generator, icc: float = iv.ICC
+) -> dict[str, Estimate]:
+    """The named metrics of a view with their intervals (without the bootstrap beside where `draws` is 0)."""
     parts = {name: METRICS[name].parts(v) for name in names}
     columns = [iv.cluster_sums(v.cluster, x, v.clusters) for pair in parts.values() for x in pair]
     totals = iv.resample_sums(np.stack(columns, axis=1), draws, rng) if v.clusters > 1 and draws else None
