@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 def responses(config: RunConfig, prompts: int, conditions: int = 1) -> dict[str, int]:
     """Responses per target and stage, at most (latents can stop early or turn out unusable)."""
     latents = len(config.latents) if config.latents is not None else config.n_latents
-    cal = config.calibration
+    cal, searched = config.calibration, config.from_run is None
     measured = latents * config.trials_per_latent
     if config.limit is not None:
         measured = min(measured, config.limit)
     return {
         "reference": prompts * config.reference_responses,
-        "calibration": latents * cal.max_iterations * cal.trials_per_iteration,
-        "verification": latents * cal.verify_trials,
+        "calibration": latents * cal.max_iterations * cal.trials_per_iteration * searched,
+        "verification": latents * cal.verify_trials * searched,
         "measure": measured * conditions,
     }
 

@@ -7,7 +7,7 @@ conditions; they never loop over responses themselves.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from steerback.pipeline import Workbench, complete
 from steerback.records import Intervention, Latent, LatentKey, Trial
 from steerback.runs import Run
 from steerback.targets import Target
+
+BASELINE = "baseline"  # the condition in which every cell is steered at its threshold and nothing else is done
 
 # Seeds of the stages are disjoint: measured trials count up from the generation seed, the others from far above it.
 SEED_OFFSETS = {
@@ -82,18 +84,23 @@ class Study:
             self.run.ledger.set_fact(self.name, name, stored)
         return stored
 
-    async def prepare(self) -> None:
-        """Unsteered responses to every prompt, and the judge that may compare with them."""
+    async def prepare(self, more: Sequence[str] = ()) -> None:
+        """Unsteered responses to every prompt, and the judge that may compare with them.
+
+        `more` are prompts beyond the run's own that will be measured as well.
+        """
         rows = await self.references()
+        if more:
+            rows = rows + await self.references(more, "unsteered, further prompts")
         if self.bench.judge is not None:
             self.bench.judge.prepare(references(rows, self.target))
 
-    async def references(self) -> list[Row]:
-        """`reference_responses` unsteered responses per prompt."""
+    async def references(self, prompts: Sequence[str] | None = None, condition: str = "unsteered") -> list[Row]:
+        """`reference_responses` unsteered responses per prompt (default: the run's prompts)."""
         count = self.config.reference_responses
         trials = [
-            self.trial("reference", "unsteered", i, prompt=prompt, seed=self.seed("reference", i))
-            for i, prompt in enumerate(p for p in self.prompts for _ in range(count))
+            self.trial("reference", condition, i, prompt=prompt, seed=self.seed("reference", i))
+            for i, prompt in enumerate(p for p in (prompts or self.prompts) for _ in range(count))
         ]
         return await complete(self.bench, trials, stage=f"{self.name}: unsteered references", judged=False)
 
@@ -224,19 +231,26 @@ class Study:
     def _settings(self) -> CalibrationSettings:
         return CalibrationSettings(**self.config.calibration.model_dump())
 
-    async def cells(self) -> list[Cell]:
-        """Latents with a usable threshold x trials per latent: the grid that every condition shares."""
-        thresholds = await self.thresholds()
-        latents = [x for x in await self.latents() if x.key in thresholds and thresholds[x.key].usable]
-        if not latents:
-            states = ", ".join(sorted({f"{t.status} ({t.reason})" for t in thresholds.values()}))
-            raise SteerbackError(
-                f"{self.name}: no latent reached target score {self.config.calibration.target_score:g}: {states}; "
-                "widen the target's boost prior, choose other latents or raise calibration.max_iterations"
-            )
+    async def cells(self, calibrated: bool = True) -> list[Cell]:
+        """Latents with a usable threshold x trials per latent: the grid that every condition shares.
+
+        Not calibrated: all chosen latents, at boost 0.
+        """
+        latents = await self.latents()
+        boosts = {x.key: 0.0 for x in latents}
+        if calibrated:
+            thresholds = await self.thresholds()
+            boosts = {key: t.boost for key, t in thresholds.items() if t.usable}
+            latents = [x for x in latents if x.key in boosts]
+            if not latents:
+                states = ", ".join(sorted({f"{t.status} ({t.reason})" for t in thresholds.values()}))
+                raise SteerbackError(
+                    f"{self.name}: no latent reached target score {self.config.calibration.target_score:g}: {states}; "
+                    "widen the target's boost prior, choose other latents or raise calibration.max_iterations"
+                )
         per_latent = self.config.trials_per_latent
         grid = [
-            Cell(i, latent, thresholds[latent.key].boost, self.prompt(n, t), self.seed("measure", i))
+            Cell(i, latent, boosts[latent.key], self.prompt(n, t), self.seed("measure", i))
             for n, latent in enumerate(latents)
             for t in range(per_latent)
             for i in (n * per_latent + t,)
@@ -245,6 +259,18 @@ class Study:
             return grid
         by_turn = sorted(grid, key=lambda cell: (cell.index % per_latent, cell.index))  # all latents take part
         return sorted(by_turn[: self.config.limit], key=lambda cell: cell.index)
+
+    def at(self, cell: Cell, condition: str, **changes: Any) -> Trial:
+        """The cell's trial at its threshold boost, with `changes` to any of its fields."""
+        trial = self.steered("measure", condition, cell.latent, cell.boost, cell.index, cell.prompt)
+        return replace(trial, **changes)
+
+    async def baseline(self, condition: str = BASELINE) -> list[Row]:
+        """Every cell at its threshold and nothing else: what other conditions are compared with.
+
+        In a run that starts from another these are the other's trials, so they come from the cache.
+        """
+        return await self.measure(condition, [self.at(cell, condition) for cell in await self.cells()])
 
     async def measure(self, condition: str, trials: Sequence[Trial]) -> list[Row]:
         """Completes the trials of one condition."""

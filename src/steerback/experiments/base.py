@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from steerback.config import RunConfig
 from steerback.ledger import Ledger, Row
-from steerback.metrics import Outcomes
+from steerback.metrics import Comparison, Outcomes, Summary, compare, correct, summarize
+from steerback.study import BASELINE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from steerback.report.tables import Table
     from steerback.study import Study
+
+Key = tuple[str, str]  # (target, condition)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,4 +64,91 @@ def outcomes_of(rows: Sequence[Row]) -> Outcomes:
             r.completion.text if r.completion else "",
         )
         for r in rows
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The measured conditions of a ledger, and how each compares with the one it is paired with.
+
+    `comparisons[target, condition]` is that condition minus `against[target, condition]`, Holm-corrected over all
+    comparisons of the experiment, within each metric.
+    """
+
+    judge: str
+    outcomes: Mapping[Key, Outcomes]
+    summaries: Mapping[Key, Summary]
+    comparisons: Mapping[Key, Comparison]
+    against: Mapping[Key, str]
+
+    @property
+    def targets(self) -> list[str]:
+        return list(dict.fromkeys(target for target, _ in self.summaries))
+
+    def conditions(self, target: str) -> list[str]:
+        """Conditions of a target in the order in which they were planned."""
+        return [condition for t, condition in self.summaries if t == target]
+
+    def of(self, target: str) -> dict[str, Summary]:
+        """Summaries of a target's conditions."""
+        return {condition: self.summaries[target, condition] for condition in self.conditions(target)}
+
+    def to_json(self) -> dict[str, Any]:
+        """Per target: `conditions` (all metrics) and `comparisons` (all tests)."""
+        return {
+            target: {
+                "conditions": {name: s.to_json() for name, s in self.of(target).items()},
+                "comparisons": {
+                    name: {"against": self.against[t, name], **c.to_json()}
+                    for (t, name), c in self.comparisons.items()
+                    if t == target
+                },
+            }
+            for target in self.targets
+        }
+
+    def tables(self) -> dict[str, Table]:
+        """`table`: every condition; `comparisons`: every paired test, if there are any."""
+        from steerback.report.tables import comparison_table, summary_table
+
+        tables = {"table": summary_table(self.summaries, judge=self.judge)}
+        if self.comparisons:
+            named = {f"{t}: {c} − {self.against[t, c]}": x for (t, c), x in self.comparisons.items()}
+            tables["comparisons"] = comparison_table(named, judge=self.judge)
+        return tables
+
+
+def to_baseline(condition: str) -> str | None:
+    """Every condition but the baseline is compared with the baseline."""
+    return None if condition == BASELINE else BASELINE
+
+
+def measured(
+    ledger: Ledger,
+    judge: str,
+    draws: int,
+    against: Callable[[str], str | None] = to_baseline,
+    stage: str = "measure",
+    prepare: Callable[[Sequence[Row]], Sequence[Row]] = lambda rows: rows,
+) -> Measured:
+    """Summaries of every condition of `stage`, each compared with the condition that `against` names (None: none).
+
+    `prepare` may drop or change a condition's rows before they are counted.
+    """
+    outcomes = {
+        (target, condition): outcomes_of(prepare(ledger.rows(target, stage, condition, judge)))
+        for target, condition in ledger.conditions(stage)
+    }
+    pairs = {
+        (target, condition): other
+        for target, condition in outcomes
+        if (other := against(condition)) is not None and (target, other) in outcomes
+    }
+    tests = correct({f"{t}\n{c}": compare(outcomes[t, other], outcomes[t, c]) for (t, c), other in pairs.items()})
+    return Measured(
+        judge=judge,
+        outcomes=outcomes,
+        summaries={key: summarize(x, draws) for key, x in outcomes.items()},
+        comparisons={(t, c): tests[f"{t}\n{c}"] for t, c in pairs},
+        against=pairs,
     )
