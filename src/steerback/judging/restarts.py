@@ -15,14 +15,28 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from steerback.judging.phrases import (
+    BARE_BACK,
+    COMMAND,
+    CORE,
+    DOUBT,
+    HEDGE,
+    INSTRUCTION,
+    LOOSE,
+    OPENER,
+    SEPARATOR,
+    TRIGGER,
+)
 from steerback.judging.text import Span, clause_starts, mask_quotes, normalise, sentences, words
 
-MIN_WORDS_BEFORE = 2
+MIN_BEFORE = 2
 """A restart needs something to restart from."""
-MIN_WORDS_AFTER = 2
+MIN_AFTER = 2
 """A response cut off inside or right after a restart phrase has not begun another attempt."""
-MAX_RESIDUE = 3
-"""Words a restart sentence may hold beyond its phrase before it counts as content between two restarts."""
+MAX_RESIDUE = 8
+"""Words a restart sentence may hold after its phrase before it counts as content between two restarts."""
+MAX_LEAD = 3
+"""The same for words before a phrase that starts within a sentence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,185 +47,7 @@ class Restart:
     end: int
 
 
-# --- word classes -----------------------------------------------------------------------------------------------
-
-_END = r"(?=\s*(?:$|[.,;:!?…–—]|-))"
-_SOON = rf"(?:{_END}|(?= (?:at all|again|entirely|altogether|here|either|now|anymore|is it|of me|and|so|but)\b))"
-_WHILE = r"(?: (?:a|one|just a|for a) (?:moment|second|sec|minute|bit))?"
-_STRONG = (
-    rf"wait{_WHILE}|hold (?:on|up)(?: there)?{_WHILE}|hang on{_WHILE}|w?h?oops(?:ie)?|my (?:bad|mistake)"
-    r"|(?:scratch|strike) that|never ?mind(?: that| all that)?|stop(?: right there)?|not so fast"
-)
-_APOLOGY = (
-    r"(?:so |very |really )?sorry|(?:i am|i feel) (?:so |very |really |terribly )?sorry"
-    r"|(?:my |sincere |many )?apologies|i (?:do |must )?apologi[sz]e|(?:i beg your )?pardon(?: me)?|(?:please )?forgive me"
-    r"|excuse me"
-)
-_WEAK = (
-    r"h+m+|u+h+|u+m+|e+r+m*|a+h+|oh(?: no| dear| my| boy)?|u+gh+|ar+gh+|yikes|dang|darn|damn|no|nope|actually|huh"
-    r"|whoa|oof|eek|good grief|gosh|(?:one|just a|a) (?:moment|second|sec|minute)|on second thoughts?"
-)
-_NEUTRAL = (
-    r"but|and|so|yet|any(?:way|ways|how)|clearly|okay|ok|al?l ?right|right|well|now|yes|yeah|yep|honestly|look|see"
-    r"|obviously|frankly|then|again|however|still|unfortunately|in fact|enough|please|here"
-)
-_OPENER = re.compile(
-    rf"(?:(?P<strong>{_STRONG})|(?P<apology>{_APOLOGY})|(?P<weak>{_WEAK})|(?P<neutral>{_NEUTRAL}))"
-    r"(?P<after>[\s,.!?…;:–—-]+|$)"
-)
-
-_QUESTION = (
-    r"(?:(?:your|the|this|that|my|our|its|original|initial|actual|real|main|first|question|asked) )*"
-    r"(?:questions?|topic|subject|prompt|task|point|matter|assignment|request|query|track|course|business|issue|problem"
-    r" you|you (?:\w+ )?(?:asked|wanted|requested|were asking|need)|what (?:you|i|we) (?:\w+ )?(?:asked|wanted|want|was"
-    r"|were|should|need|am)|how (?:to|you|one|do|does|the)|explaining|answering)\b"
-)
-_DRIFT = (
-    r"(?:drift|wander|stray|digress|rambl|veer|meander|derail|side-?track|distract|misspoke|misspeak|misunderst|misread"
-    r"|confus|muddl|slipp)\w*|(?:carried|swept) away|(?:went|gone|going|led) astray|out of hand|nonsense|gibberish"
-    r"|off[- ]?(?:on )?(?:a |the |my )?(?:topic|track|course|subject|script|point|base|tangents?|rails|mark|deep end)"
-    r"|tangents?|(?:lost|lose|losing) (?:my|the|track|sight|focus|myself|it)\b|mix(?:ed|ing)? (?:\w+ ){0,3}up|detour"
-    r"|digression|(?:a|some|an|my) (?:\w+ )?(?:mistake|error|mix-?up|slip)\b|irrelevant|unrelated|elsewhere"
-    r"|mixed (?:up|two)|mistaken|(?:wrong|incorrect)\w*(?! (?:to|if|only|when|unless))"
-)
-_GAP = (
-    r"(?:(?:have|has|had|am|was|were|is|are|been|be|being|got|get|getting|kept|keep|went|go|going|gone|just|again|clearly"
-    r"|really|totally|completely|entirely|somehow|quite|rather|apparently|obviously|suddenly|also|so|very|now|here|there"
-    r"|a|an|the|this|that|it|all|little|bit|way|far|too|off|on|onto|to|into|in|at|my|your|some|with|of|from|about|seem|appear"
-    r"|seems|appears|looks|like|may|might|must|did|do|does|can|could|think|believe|fear|guess|reali[sz]ed?|noticed?"
-    r"|see|saw|know|admit|said|say|i|we|started|starting|let|letting|made|make|making|talking|writing|answering|gave"
-    r"|giving|sort|kind|by|and|myself|mind|thoughts|answer|response|what|wrote|stuck|dragged|pulled|down|up|onto|out) )*"
-)
-_THING = (
-    r"(?:part|bit|paragraph|sentence|answer|response|section|remark|point|attempt|text|thing|stuff|detour|talk"
-    r"|passage|digression|story)s?"
-)
-_THIS = (
-    rf"(?:all (?:of )?(?:this|that)|th[ia]t|this|these|those|it|everything (?:i|above)(?: \w+)?|what i (?:just |have )*\w+"
-    rf"|the above|(?:th[ia]t|this|the|my) (?:(?:last|previous|above|first|whole|entire|earlier|preceding) )*{_THING})"
-)
-_BE = (
-    r"(?:is|was|are|were|has|have|had|does|did|do|makes|made|came|went|sounds?|seems?|looks?|answers?|will|would|has been"
-    r"|had been)"
-)
-_SURELY = (
-    r"(?:(?:all|completely|entirely|totally|just|clearly|so|really|actually|quite|simply|even|obviously|certainly"
-    r"|definitely|probably|also|still|a bit|way|very|rather|far) )*"
-)
-_BAD = (
-    rf"(?:not {_SURELY}(?:right|correct|it|true|relevant|helpful|useful|helping(?: you)?|on topic|related)|wrong|incorrect"
-    r"|irrelevant|unrelated|nonsense|gibberish|off[- ]?(?:topic|track|base|point)?|(?:a|my) mistake|beside the point|no sense"
-    r"|(?:out|come out) (?:all )?wrong|about something (?:else|different)|something else entirely"
-    r"|a (?:\w+ )?(?:tangent|digression|detour|mistake|mix-?up))"
-)
-_ASKED = (
-    r"(?:(?:your|the|this|my|original|actual) )+(?:\w+ )?(?:question|prompt|task|topic|subject|request|query|point)\b"
-    r"|(?:you|i) (?:\w+ ){0,2}(?:asked?|asking|wanted|want|meant?|intended|supposed|looking for|requested|need)\b"
-)
-_NEAR = (
-    r"(?:(?:really|actually|even|at|all|anything|to|do|with|about|what|that|for|the|an?|main|original|did|does|is|was|has"
-    r"|have|answer\w*|address\w*|help\w*|related|relevant|part|of|here|on|respon\w+|touch\w*|concern\w*) )*"
-)
-_TELL = (
-    r"(?:talk|tell|explain|answer|describ|discuss|focus|stay|stick|return|writ|address|giv|show|refocus|correct|concentrat"
-    r"|cover|speak|teach)\w*|back|stop\w*|start over|restart|begin again|how\b"
-)
-_OUGHT = (
-    r"(?:should|must|need|needed|have|had|ought|(?:am|was|were) (?:\w+ )?(?:supposed|meant|asked|going|trying|told|here)"
-    r"|meant|intended|had better|better)"
-)
-_LET = (
-    r"(?:let (?:me|us)|allow me to|i (?:will|shall|am going to|would like to|want to|had better|can|must|should|need to)"
-    r"|time to|we should|(?:can|may|could) i|i would better)"
-)
-_AGAIN = r"(?:over|again|anew|afresh|fresh|once more|one more time|from (?:the )?(?:scratch|beginning|start|top))"
-_RESTART = (
-    rf"(?:(?:start|begin|try|do|say|answer|put|take)(?: \w+){{0,4}}? {_AGAIN}\b|re-?start\b|reset\b|rewind|re-?focus|regroup"
-    r"|rephrase|redo\b|back ?up\b(?! your| the)|back ?track|step back|clear my (?:head|mind)"
-    rf"|(?:correct|fix|catch|stop|interrupt|repair) (?:that|this|myself|it|course|my)\b"
-    r"|take (?:that|it|this) (?:all )?back|give (?:this|that|it) (?:another|one more|a second)|have another"
-    r"|(?:get|put) (?:this |that |it |myself |us |things )?(?:straight\b|right\b|back on)|steer|pull (?:\w+ )?back"
-    r"|(?:actually )?(?:answer|do|explain) (?:it |this |that )?(?:properly|correctly|instead)"
-    r"|answer (?:the|what|your) (?:you|actual|real|original|question you)|give (?:you )?(?:a|the) (?:proper|real|actual|correct|right|better) \w+"
-    rf"|(?:return|get|go|come|circle|turn|bring \w+|switch) ?(?:back )?(?:to|on|onto) {_QUESTION}"
-    rf"|(?:focus|concentrate) (?:on {_QUESTION}|again|{_END})"
-    r"|stop (?:here|there|this|rambling|talking|right))"
-)
-_CORES = (
-    # acknowledgements
-    rf"(?:i|we|my (?:mind|thoughts?|attention|answer|response|focus|words|brain)|it (?:seems|looks like|appears)) {_GAP}"
-    rf"(?:{_DRIFT})",
-    rf"(?:i|we) {_GAP}(?:something|anything|things) (?:else|different|unrelated|other)\b",
-    rf"{_THIS} {_SURELY}{_BE} not how (?:to|you)\b",
-    rf"{_THIS} {_SURELY}{_BE} {_SURELY}(?:been )?{_SURELY}{_BAD}{_SOON}",
-    rf"(?:{_THIS}|i|we) {_SURELY}{_BE} {_SURELY}(?:not|nothing|hardly|never|little) {_NEAR}(?:{_ASKED})",
-    rf"(?:none|nothing|not (?:any|much)) (?:of|about) (?:this|that|it|what i)\b[^.]* (?:is|was|has|had|have|answers|helps"
-    r"|addresses|matters|makes|made)\b",
-    r"i (?:should|must|need|ought) ?(?:to )?(?:not|never|stop) (?:to |be |have |been )*(?:talk|writ|ramb|tell|discuss|say)\w*",
-    # rhetorical questions
-    r"(?:what|why|how|where) (?:in the world |on earth |the \w+ )?(?:am|was|did|do) i (?:even |really |just |still |keep )*"
-    r"(?:say|talk|writ|on about|rambl|tell|get|end|go|think|bring|here|doing|was|wr|start|go|digress)\w*",
-    rf"where was i{_END}",
-    r"i (?:am not sure|do not know|have no idea|cannot say) (?:why|how|what made) (?:i|that|this|me)\b",
-    # retractions
-    r"(?:just |you can |let us |kindly )*(?:scratch|strike|disregard|ignore|forget|skip|erase|delete|discard|never ?mind)"
-    rf"(?: about)?(?: all)?(?: of)? (?:(?:that|this|it){_END}|everything (?:i|above|so far|before|up to)|(?:what|that) i\b"
-    rf"|(?:the|that|this|my) above{_END}|(?:the|that|this|my) (?:(?:last|previous|preceding|above|earlier|whole|entire) )+"
-    rf"{_THING})",
-    r"(?:i|let me) (?:take|took|withdraw|retract) (?:all )?(?:of )?(?:that|it|this)(?: back| all back)?\b",
-    # announcements
-    rf"{_LET} (?:(?:just|now|quickly|instead|please|simply|then|try to|stop and|pause and|take a breath and|go back and"
-    rf"|actually) )*{_RESTART}",
-    rf"(?:now )?(?:going |coming |getting |circling |to (?:get|go|come|circle) )?(?:back|returning|to return) "
-    rf"(?:on )?(?:to )?{_QUESTION}",
-    r"(?:once|one) more(?: time)?,? from (?:the )?(?:top|start|beginning)|(?:take|attempt) two\b|from the top" + _END,
-    rf"(?:rewind|re-?focus|starting over|trying again|focus, focus){_END}|back on (?:track|topic)\b",
-    # reminders of the task
-    rf"(?:i|we) (?:\w+ly )?{_OUGHT} (?:(?:instead|really|actually|not|to|be|have|been|stop|get|go|rather|just|now|only)"
-    rf" )*(?:{_TELL})(?! that\b)",
-    r"(?:i|we) (?:was|were|am|are) asked\b",
-    rf"you (?:\w+ ){{0,2}}(?:asked(?: me)?(?: (?:about|how|what|why|when|where|which|whether|to|for (?:help|advice|an?"
-    rf" (?:explanation|answer)))\b|{_END})|wanted (?:to know|me to|an? (?:explanation|answer))|(?:were|are) asking)",
-    r"(?:your|the|my) (?:\w+ )?(?:question|prompt|task|topic|request|assignment|subject) was\b(?! (?:first|later))",
-    # fragments
-    r"(?:wrong|incorrect) (?:topic|subject|question|answer|track|one|thing|direction|thread|path|tab|page)\b",
-    r"not (?:what|the) (?:\w+ ){0,3}(?:asked|question|topic|meant|point|subject)\b",
-    rf"(?:totally |completely |way |entirely )?off[- ](?:topic|track|course)\b|(?:a )?correction{_END}"
-    rf"|(?:of|about|with) (?:that|this)(?: \w+)?{_END}",
-    rf"(?:i digress|enough (?:about|of|with) (?:that|this|it)(?: \w+)?){_END}",
-    rf"excuse (?:the|this|that|my) (?:\w+ )?(?:digression|detour|confusion|rambling|interruption|mix-?up|mistake|error)\b",
-    rf"(?:as for|regarding|concerning|about|on to) {_QUESTION}",
-)
-_CORE = re.compile("|".join(f"(?:{core})" for core in _CORES))
-_LOOSE = re.compile(
-    rf"(?:i mean(?:t)?\b|try again{_END}|start(?:ing)? (?:over|again){_END}|(?:re)?focus{_END}|restart{_END}|reset{_END}"
-    rf"|back to\b|(?:the|your|my) (?:\w+ )?(?:question|topic|task|prompt|subject) is\b|(?:not )?th[ia]t again{_END}"
-    r"|(?:about|for) (?:that|this|the (?:confusion|digression|detour|mix|mistake|error|tangent|rambling|interruption|"
-    r"previous|above)|my|going|getting|losing|drifting|wandering|all|any|straying|rambling))"
-)
-_BARE_BACK = re.compile(r"(?:so |now )?back to (?!back\b|front\b|basics\b|square\b)")
-_INSTRUCTION = re.compile(
-    r"(?:then|until|till|for|while|if|at least|about|\d+|when|before|after|as|or|with|without|because|since|between"
-    r"|and (?!i\b|now\b|let\b|back\b))\b"
-)
-_TRIGGER = re.compile(
-    r"wait|hold|hang|oops|my bad|mistake|scratch|strike|never ?mind|stop|sorry|apolog|pardon|forgive|excuse|h+m+\b|\bno\b"
-    r"|actually|back|again|start|let me|let us|let's|drift|wander|stray|digress|ramb|veer|meander|derail|track|distract|misspo"
-    r"|misunder|misread|confus|muddl|slip|away|astray|nonsense|gibber|off|tangent|los[te]|mix|detour|error|wrong"
-    r"|incorrect|irrelevant|unrelated|else|question|topic|subject|prompt|task|ask|wanted|point|sense|what|why|where was"
-    r"|ignore|forget|disregard|skip|erase|delete|discard|take (?:that|it|this)|focus|rewind|reset|top\b|should|must|need|had"
-    r"|have|\bI\b|how|\btry|once|for your|enough|suppose|meant|correct|not|n't|return|none|nothing|two|over\b",
-    re.I,
-)
-_COMMAND = re.compile(r"(?:re)?(?:focus|start|set|wind|group)(?: again| over)?[\s.!]*$|concentrate[\s.!]*$|back to (?:it|work)[\s.!]*$")
-_HEDGE = re.compile(
-    r"(?:(?:i|we) (?:just |now |do |can |suddenly |also )*(?:think|believe|guess|fear|reali[sz]ed?|noticed?|see|saw|know|feel|suspect"
-    r"|am afraid|am aware|must admit|have to admit|admit)(?: now)?(?: that)?|it (?:seems|looks like|appears)(?: that)?) "
-)
-_DOUBT = re.compile(
-    rf"(?:i|we) (?:do|did) not (?:think|believe|see how|feel) (?:that )?{_THIS} (?:{_BE} )?{_NEAR}(?:{_ASKED}|right\b|correct\b|relevant\b)"
-)
-_SEPARATOR = re.compile(r"(?:[-–—]|\.{2,}|…)\s*[\"'“‘*_]*$")
+_PUNCTUATION = " ,.!?;:…–—-"
 
 
 def find_restarts(text: str, prompt: str = "") -> list[Restart]:
@@ -224,22 +60,23 @@ def find_restarts(text: str, prompt: str = "") -> list[Restart]:
     found: list[Restart] = []
     last_content = -1  # end of the last sentence that held content
     for sentence in sentences(masked):
-        if not _TRIGGER.search(masked, sentence.start, sentence.end):
+        if not TRIGGER.search(masked, sentence.start, sentence.end):
             last_content = sentence.end
             continue
         restart = _in_sentence(masked, sentence, topic)
         if restart is None:
             last_content = sentence.end
             continue
-        if restart.start > sentence.start and len(words(masked[sentence.start : restart.start])) > MAX_RESIDUE:
+        if restart.start > sentence.start and len(words(masked[sentence.start : restart.start])) > MAX_LEAD:
             last_content = restart.start
         if found and found[-1].end > last_content:
             found[-1] = Restart(found[-1].start, restart.end)
         else:
             found.append(restart)
-        if len(words(masked[restart.end : sentence.end])) > MAX_RESIDUE:
+        rest = masked[restart.end : sentence.end].lstrip(_PUNCTUATION)
+        if len(words(rest)) > MAX_RESIDUE and not _is_restart(normalise(rest), topic, inline=False, pause=False):
             last_content = sentence.end
-    return [r for r in found if _has_words(text[: r.start], MIN_WORDS_BEFORE) and _has_words(text[r.end :], MIN_WORDS_AFTER)]
+    return [r for r in found if _has_words(text[: r.start], MIN_BEFORE) and _has_words(text[r.end :], MIN_AFTER)]
 
 
 def _in_sentence(text: str, sentence: Span, topic: set[str]) -> Restart | None:
@@ -247,7 +84,7 @@ def _in_sentence(text: str, sentence: Span, topic: set[str]) -> Restart | None:
     starts = clause_starts(text, sentence)
     for number, start in enumerate(starts):
         inline = number > 0
-        pause = bool(_SEPARATOR.search(text, sentence.start, start)) if inline else False
+        pause = bool(SEPARATOR.search(text, sentence.start, start)) if inline else False
         if _is_restart(normalise(text[start : sentence.end]), topic, inline, pause):
             return Restart(start, _phrase_end(text, start, sentence.end, starts[number + 1 :], topic, inline, pause))
     return None
@@ -277,7 +114,7 @@ def _is_restart(text: str, topic: set[str], inline: bool, pause: bool) -> bool:
         return strong and sum(kind != "neutral" for kind, _ in openers) > 1
     if not _has_words(rest, 1):
         return strong or "apology" in kinds
-    return strong and not _INSTRUCTION.match(rest)
+    return strong and not INSTRUCTION.match(rest)
 
 
 def _find_core(text: str, topic: set[str]) -> re.Match[str] | None:
@@ -285,11 +122,11 @@ def _find_core(text: str, topic: set[str]) -> re.Match[str] | None:
     openers, rest = _split_openers(text)
     match = _match_core(rest)
     if match is None and any(kind != "neutral" for kind, _ in openers):
-        match = _LOOSE.match(rest)
+        match = LOOSE.match(rest)
     if match is None and openers:
-        match = _COMMAND.match(rest)
+        match = COMMAND.match(rest)
     if match is None and topic:
-        match = _BARE_BACK.match(rest)
+        match = BARE_BACK.match(rest)
         if match is not None and not topic & set(words(rest[match.end() :])[:6]):
             return None
     return match
@@ -297,9 +134,9 @@ def _find_core(text: str, topic: set[str]) -> re.Match[str] | None:
 
 def _match_core(text: str) -> re.Match[str] | None:
     """A core at the start of `text`, or behind a hedge such as "I think that"."""
-    match = _CORE.match(text) or _DOUBT.match(text)
-    if match is None and (hedge := _HEDGE.match(text)):
-        match = _CORE.match(text, hedge.end())
+    match = CORE.match(text) or DOUBT.match(text)
+    if match is None and (hedge := HEDGE.match(text)):
+        match = CORE.match(text, hedge.end())
     return match
 
 
@@ -307,8 +144,8 @@ def _split_openers(text: str) -> tuple[list[tuple[str, bool]], str]:
     """Openers as (kind, followed by punctuation or nothing), and what comes after them."""
     openers: list[tuple[str, bool]] = []
     at = 0
-    while match := _OPENER.match(text, at):
-        if _CORE.match(text, at):
+    while match := OPENER.match(text, at):
+        if CORE.match(text, at):
             break
         after = match["after"]
         openers.append((_kind(match), after.strip() != "" or after == ""))
