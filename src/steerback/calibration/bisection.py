@@ -168,26 +168,30 @@ class Calibrator:
     # -- how a status is reached -------------------------------------------------------------------------------
 
     def _from_fit(self, fit: FallingFit) -> Threshold:
-        target = f"{self.settings.target_score:g}"
         if fit.side is not None:
-            bound = self.prior.high if fit.side == "above" else self.prior.low
-            edge = fit.boosts[-1] if fit.side == "above" else fit.boosts[0]
-            if edge == bound:
-                why = f"the score stays {fit.side} {target} up to the bound {bound:g}"
-                return self._threshold(bound, fit.low, fit.high, why, fit, "at bound")
-            way = "up" if fit.side == "above" else "down"
-            why = f"the score stays {fit.side} {target} at every boost tried, {way} to {edge:g}"
-            return self._threshold(self._quantile(0.5), fit.low, fit.high, why, fit)
+            return self._uncrossed(fit, fit.side)
         se = fit.score_se(fit.boost)
+        left, right = fit.bracket(fit.boost)
         if se > 2 * self.settings.tolerance:
             why = f"standard error {se:.1f} of the score at the threshold exceeds twice the tolerance"
-        elif fit.gap(fit.boost) > self.prior.sd / 2:
-            why = f"no boost was tried within {fit.gap(fit.boost):.3g} around the crossing"
+        elif right - left > self.prior.sd / 2:  # the curve between them is a guess, and so is its interval
+            why = f"no boost was tried between {left:.3g} and {right:.3g}"
+            return self._threshold(fit.boost, min(left, fit.low), max(right, fit.high), why, fit)
         elif fit.low <= self.prior.low or fit.high >= self.prior.high:
             why = "the interval reaches a bound of the search range"
         else:
             why = ""
         return self._threshold(fit.boost, fit.low, fit.high, why, fit)
+
+    def _uncrossed(self, fit: FallingFit, side: Literal["above", "below"]) -> Threshold:
+        """Every boost tried scores on the same side of the target."""
+        edge, bound = (fit.boosts[-1], self.prior.high) if side == "above" else (fit.boosts[0], self.prior.low)
+        low, high = sorted((float(edge), bound))
+        if edge == bound:
+            why = f"the score stays {side} {self.settings.target_score:g} up to the bound {bound:g}"
+            return self._threshold(bound, low, high, why, fit, "at bound")
+        why = f"the score stays {side} {self.settings.target_score:g} at every boost tried, the last {edge:g}"
+        return self._threshold(self._quantile(0.5), low, high, why, fit)
 
     def _threshold(
         self,

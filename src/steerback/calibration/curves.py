@@ -1,10 +1,11 @@
 """A falling curve through noisy scores at a few boosts, and where it crosses a target.
 
 Arithmetic alone: it knows nothing of how the boosts were chosen. The curve is a logistic that falls between two
-plateaus; the plateaus are the ends of an isotonic (never rising) regression of the same trials, so that a curve which
-starts at 92 or levels off at 25 is not forced through 100 and 0. Everything runs on many weightings of the trials at
-once, which makes the bootstrap cheap. Why this curve and these intervals: docs/calibration.md, where isotonic
-interpolation, a plain logistic and the bisection posterior are compared with it.
+plateaus. The plateaus are the ends of an isotonic (never rising) regression of the same trials, so that a curve which
+starts at 92 or levels off at 25 is not forced through 100 and 0; the crossing stays within the boosts tried if that
+regression crosses there. Everything runs on many weightings of the trials at once, which makes the bootstrap cheap.
+Why this curve and these intervals: docs/calibration.md, where isotonic interpolation, a plain logistic and the
+bisection posterior are compared with it.
 """
 
 from __future__ import annotations
@@ -54,6 +55,9 @@ class Logistic:
 class FallingFit:
     """Where the curve crosses the target: `boost` with its 95 % interval, clipped to the search range.
 
+    The interval joins that of the bootstrap draws and the step of the isotonic fit, as a cliff is steeper than any
+    logistic fitted to it.
+
     `side` is "above" or "below" when the trials, pooled until they fall, never cross the target.
     """
 
@@ -73,10 +77,10 @@ class FallingFit:
         """Bootstrap standard error of `score(boost)`, points."""
         return float(self.drawn.score(boost).std())
 
-    def gap(self, boost: float) -> float:
-        """Distance between the tried boosts on either side of `boost`; inf outside all of them."""
+    def bracket(self, boost: float) -> tuple[float, float]:
+        """The tried boosts next to `boost` on either side; the outermost one where there is none."""
         below, above = self.boosts[self.boosts <= boost], self.boosts[self.boosts >= boost]
-        return float(above[0] - below[-1]) if below.size and above.size else math.inf
+        return float(below[-1] if below.size else self.boosts[0]), float(above[0] if above.size else self.boosts[-1])
 
 
 def fit_falling(
@@ -98,20 +102,24 @@ def fit_falling(
     generator = np.random.default_rng(seed)
     drawn = generator.gamma(DRAW_SHAPE, size=(draws, len(boosts))) / DRAW_SHAPE
     curves = []
-    sides = []
+    pooled = []
     for weights in (np.ones((1, len(boosts))), np.maximum(drawn, 1e-9)):
         totals = weights @ member
         means = (weights * scores) @ member / totals
         fitted = falling_means(totals, means)
         curves.append(_fit_logistic(places, totals, means, fitted, target, scale))
-        sides.append(fitted)
+        pooled.append(fitted)
     low, high = bounds
-    many = np.clip(curves[1].crossing(target), low, high)
+    crossings = [
+        np.clip(_within_tried(curve.crossing(target), places, fitted, target), low, high)
+        for curve, fitted in zip(curves, pooled, strict=True)
+    ]
+    left, right = _step(places, pooled[0][0], target, bounds)
     return FallingFit(
-        boost=float(np.clip(curves[0].crossing(target)[0], low, high)),
-        low=float(np.quantile(many, 0.025)),
-        high=float(np.quantile(many, 0.975)),
-        side="above" if sides[0].min() > target else "below" if sides[0].max() < target else None,
+        boost=float(crossings[0][0]),
+        low=min(float(np.quantile(crossings[1], 0.025)), left),
+        high=max(float(np.quantile(crossings[1], 0.975)), right),
+        side="above" if pooled[0].min() > target else "below" if pooled[0].max() < target else None,
         boosts=places,
         curve=curves[0],
         drawn=curves[1],
@@ -135,6 +143,23 @@ def falling_means(weights: Floats, means: Floats) -> Floats:
     best = np.maximum.accumulate(average[:, :, ::-1], axis=2)[:, :, ::-1]  # max over j >= k, for each i
     fitted: Floats = np.where(valid, best, np.inf).min(axis=1)
     return fitted
+
+
+def _within_tried(crossings: Floats, places: Floats, fitted: Floats, target: float) -> Floats:
+    """`crossings` (rows,) kept within the boosts tried, for rows whose isotonic fit crosses the target there.
+
+    A nearly flat logistic would put the crossing far outside, where the data already say it is not.
+    """
+    crosses = (fitted.max(axis=1) >= target) & (fitted.min(axis=1) <= target)
+    return np.where(crosses, np.clip(crossings, places[0], places[-1]), crossings)
+
+
+def _step(places: Floats, fitted: Floats, target: float, bounds: tuple[float, float]) -> tuple[float, float]:
+    """The boosts between which the isotonic fit (g,) steps over `target`: where a cliff would be."""
+    reached = int((fitted >= target).sum())
+    left = float(places[reached - 1]) if reached else bounds[0]
+    right = float(places[reached]) if reached < len(places) else bounds[1]
+    return left, right
 
 
 def _fit_logistic(
