@@ -21,7 +21,7 @@ from steerback.progress import Progress, Silent
 from steerback.prompts import load_prompts
 from steerback.records import Judgement, Sampling, digest
 from steerback.runs import Run, write_atomic, write_json
-from steerback.study import Study, references
+from steerback.study import UNJUDGED, Study, references
 from steerback.targets import Target, resolve
 
 if TYPE_CHECKING:
@@ -126,6 +126,8 @@ def analyse(experiment: Experiment, ledger: Ledger, folder: Path, judge: str, dr
 
     analysis = experiment.analyse(ledger, judge, draws)
     write_json(folder / "summary.json", analysis.summary)
+    for name, value in analysis.data.items():
+        write_json(folder / f"{name}.json", value)
     for name, table in analysis.tables.items():
         for suffix, text in (("txt", table.text()), ("csv", table.csv()), ("tex", table.latex())):
             write_atomic(folder / f"{name}.{suffix}", text.encode("utf-8"))
@@ -153,7 +155,7 @@ def judge_run(
             judge = make_judge(name)
             rows = opened.ledger.rows(target=target.name, judge=judge.name)
             judge.prepare(references(rows, target))
-            todo = [r for r in rows if r.trial.stage != "reference" and _open(r.judgement, retry)]
+            todo = [r for r in rows if r.trial.stage not in UNJUDGED and _open(r.judgement, retry)]
             bench = Workbench(opened.ledger, None, judge, Sampling(), progress or Silent(), cache)
             asyncio.run(judge_rows(bench, todo, f"{target.name}: judging with {judge.name}"))
             total += len(todo)

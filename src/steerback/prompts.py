@@ -9,6 +9,7 @@ from steerback.errors import SteerbackError, unknown
 
 BUILTIN = {
     "evaluation": "evaluation.txt",
+    "discovery": "discovery.txt",
     "organism-discovery": "organism_discovery.txt",
     "organism-held-out": "organism_heldout.txt",
 }

@@ -33,6 +33,7 @@ SEED_OFFSETS = {
     "reference": 3_000_000,
     "discovery": 4_000_000,
 }
+UNJUDGED = ("reference", "discovery")  # what is unsteered and only compared with
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,18 +71,24 @@ class Study:
     def seed(self, stage: str, index: int) -> int:
         return self.config.seeds.generation + SEED_OFFSETS[stage] + index
 
-    def _fact(self, name: str) -> Any:
-        """A stored result of this run, or of the run it starts from (copied, so that the ledger stands alone)."""
+    def fact(self, name: str) -> Any:
+        """A stored result of this run, or of the runs it starts from (copied, so that the ledger stands alone).
+
+        None if it has yet to be computed: the runs before are finished and had no need of it.
+        """
         stored = self.run.ledger.fact(self.name, name)
-        if stored is None and self.config.from_run is not None:
-            with Ledger(Path(self.config.from_run) / "ledger.sqlite", read_only=True) as base:
-                stored = base.fact(self.name, name)
-            if stored is None:
+        folder = None if stored is not None else self.config.from_run
+        while folder is not None:
+            stored, earlier = fact_of(Path(folder), self.name, name)
+            if stored is not None:
+                self.run.ledger.set_fact(self.name, name, stored)
+                break
+            if not (Path(folder) / "summary.json").is_file():
                 raise SteerbackError(
-                    f"run {self.config.from_run} has no {name} for {self.name} yet; finish it first: "
-                    f"steerback resume {Path(self.config.from_run).name}"
+                    f"run {folder} has no {name} for {self.name} yet; finish it first: "
+                    f"steerback resume {Path(folder).name}"
                 )
-            self.run.ledger.set_fact(self.name, name, stored)
+            folder = earlier
         return stored
 
     async def prepare(self, more: Sequence[str] = ()) -> None:
@@ -106,7 +113,7 @@ class Study:
 
     async def latents(self) -> list[Latent]:
         """The latents that are steered with, in order; chosen once and kept."""
-        stored = self._fact("latents")
+        stored = self.fact("latents")
         if stored is None:
             stored = await self._select()
             self.run.ledger.set_fact(self.name, "latents", stored)
@@ -150,7 +157,7 @@ class Study:
 
     async def thresholds(self) -> dict[LatentKey, Threshold]:
         """Calibrated boost per latent, searched for all latents in lockstep, verified on fresh trials."""
-        stored = self._fact("thresholds")
+        stored = self.fact("thresholds")
         if stored is None:
             found = await self._verify(await self._calibrate())
             stored = [{"latent": key, **asdict(t)} for key, t in found.items()]
@@ -291,6 +298,12 @@ def first_score(row: Row) -> float | None:
     if not row.valid_receipt or row.judgement is None or row.judgement.status != "scored":
         return None
     return row.judgement.gated_attempts()[0].score
+
+
+def fact_of(folder: Path, target: str, name: str) -> tuple[Any, str | None]:
+    """(stored result of another run or None, folder of the run which that one starts from or None)."""
+    with Ledger(folder / "ledger.sqlite", read_only=True) as other:
+        return other.fact(target, name), (other.fact("", "config") or {}).get("from_run")
 
 
 def read_threshold(entry: Mapping[str, Any]) -> tuple[LatentKey, Threshold]:

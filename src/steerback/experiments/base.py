@@ -24,13 +24,14 @@ Key = tuple[str, str]  # (target, condition)
 class Analysis:
     """What an analysis gives: `summary` goes to summary.json, tables and figures into files of their names.
 
-    `lines` are printed at the end of a run, under the tables.
+    `data` goes into JSON files of their names. `lines` are printed at the end of a run, under the tables.
     """
 
     summary: Mapping[str, Any]
     tables: Mapping[str, Table] = field(default_factory=dict)
     figures: Mapping[str, Callable[[], Figure]] = field(default_factory=dict)
     lines: Sequence[str] = ()
+    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Experiment(Protocol):

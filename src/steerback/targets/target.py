@@ -66,6 +66,8 @@ class Target:
     labels_folder: str | None = None
     prompt_format: PromptFormat = "chat"
     max_new_tokens: int | None = None
+    discovery_prompts: str = "discovery"
+    random_sets: int = 3
 
     def labels(self) -> dict[int, str]:
         """Label per latent; latents without a label are absent."""
