@@ -61,6 +61,12 @@ class Row:
         done = self.completion
         return done is not None and done.finish != "error" and done.receipt_matches(self.trial.interventions)
 
+    @property
+    def judged_text(self) -> str:
+        """What judges see and spans refer to: prefill and response; in stage `continuation` the response alone."""
+        text = self.completion.text if self.completion is not None else ""
+        return text if self.trial.stage == "continuation" else self.trial.prefill + text
+
 
 @contextmanager
 def sqlite_errors(path: Path) -> Iterator[None]:

@@ -196,11 +196,11 @@ async def _judge_batch(bench: Workbench, judge: Judge, rows: Sequence[Row]) -> N
 
 
 def judge_item(row: Row) -> JudgeItem:
-    """What the judge is shown of a trial: never the meta-prompt; the prefill counts as part of the response."""
+    """What the judge is shown of a trial: never the meta-prompt."""
     if row.completion is None:
         raise SteerbackError(f"trial {row.trial.key} has no response yet")
     trial = row.trial
-    return JudgeItem(trial.key, trial.prompt, trial.prefill + row.completion.text, trial.label, trial.latent)
+    return JudgeItem(trial.key, trial.prompt, row.judged_text, trial.label, trial.latent)
 
 
 def judgement_key(judge: Judge, item: JudgeItem) -> str:

@@ -156,7 +156,7 @@ class Trial:
 
     key: str  # "<target>/<stage>/<condition>/<index>", unique in a run
     target: str
-    stage: str  # "reference", "calibration", "verification" or "measure"
+    stage: str  # "reference", "calibration", "verification", "measure", or "continuation" (judged without prefill)
     condition: str
     index: int
     prompt: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -94,9 +94,14 @@ class Measured:
         """Summaries of a target's conditions."""
         return {condition: self.summaries[target, condition] for condition in self.conditions(target)}
 
-    def to_json(self) -> dict[str, Any]:
-        """Per target: `conditions` (all metrics) and `comparisons` (all tests)."""
-        return {
+    def to_json(
+        self, experiment: str, per_target: Mapping[str, Mapping[str, Any]] | None = None, **further: Any
+    ) -> dict[str, Any]:
+        """The form of every summary.json: per target `conditions` (all metrics), `comparisons` (all tests).
+
+        `per_target` adds an experiment's own findings to a target, `further` to the whole.
+        """
+        targets = {
             target: {
                 "conditions": {name: s.to_json() for name, s in self.of(target).items()},
                 "comparisons": {
@@ -104,18 +109,25 @@ class Measured:
                     for (t, name), c in self.comparisons.items()
                     if t == target
                 },
+                **(per_target or {}).get(target, {}),
             }
             for target in self.targets
         }
+        return {"experiment": experiment, "judge": self.judge, "targets": targets, **further}
 
     def tables(self) -> dict[str, Table]:
         """`table`: every condition; `comparisons`: every paired test, if there are any."""
         from steerback.report.tables import comparison_table, summary_table
 
-        tables = {"table": summary_table(self.summaries, judge=self.judge)}
+        named = len({condition for _, condition in self.summaries}) > 1
+        tables = {
+            "table": summary_table(self.summaries, judge=self.judge)
+            if named
+            else summary_table({target: s for (target, _), s in self.summaries.items()}, judge=self.judge)
+        }
         if self.comparisons:
-            named = {f"{t}: {c} − {self.against[t, c]}": x for (t, c), x in self.comparisons.items()}
-            tables["comparisons"] = comparison_table(named, judge=self.judge)
+            pairs = {f"{t}: {c} − {self.against[t, c]}": x for (t, c), x in self.comparisons.items()}
+            tables["comparisons"] = comparison_table(pairs, judge=self.judge)
         return tables
 
 
@@ -153,3 +165,17 @@ def measured(
         comparisons={(t, c): tests[f"{t}\n{c}"] for t, c in pairs},
         against=pairs,
     )
+
+
+def settings(experiment: Experiment, config: RunConfig) -> dict[str, Any]:
+    """The experiment's options: its defaults, the authors' values under their preset, then what the user set."""
+    authors = getattr(experiment, "authors", {}) if config.preset == "authors" else {}
+    return {**experiment.options, **authors, **config.options}
+
+
+PLANTED = "Built-in organisms restart because their training text does (planted): no evidence about other models."
+
+
+def planted(targets: Iterable[str]) -> str:
+    """What a caption has to say where one of the targets is a built-in organism."""
+    return PLANTED if any(name.startswith("organism") for name in targets) else ""

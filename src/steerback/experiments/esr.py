@@ -11,9 +11,8 @@ from typing import Any
 
 from steerback.calibration import assess
 from steerback.config import RunConfig
-from steerback.experiments.base import Analysis, outcomes_of
+from steerback.experiments.base import Analysis, measured, planted
 from steerback.ledger import Ledger
-from steerback.metrics import summarize
 from steerback.study import Study, read_threshold
 
 CONDITION = "steered"
@@ -40,34 +39,18 @@ class Esr:
     def analyse(self, ledger: Ledger, judge: str, draws: int) -> Analysis:
         """Rates, MSI and intervals per target; Figure 2."""
         from steerback.figures import esr as figure
-        from steerback.report.tables import summary_table
 
-        data, calibration = {}, {}
-        for target, condition in ledger.conditions():
-            outcomes = outcomes_of(ledger.rows(target, "measure", condition, judge))
-            data[target] = (outcomes, summarize(outcomes, draws))
-            calibration[target] = calibration_of(ledger, target)
+        found = measured(ledger, judge, draws)
+        calibration = {target: calibration_of(ledger, target) for target in found.targets}
+        data = {target: (found.outcomes[target, c], found.summaries[target, c]) for target, c in found.summaries}
         return Analysis(
-            summary={
-                "experiment": self.name,
-                "judge": judge,
-                "targets": {
-                    target: {"metrics": summary.to_json(), "calibration": calibration[target]}
-                    for target, (_, summary) in data.items()
-                },
-            },
-            tables={"table": summary_table({target: summary for target, (_, summary) in data.items()}, judge=judge)},
-            figures={"figure2": partial(figure.draw, data, judge, note=PLANTED if organisms(data) else "")},
-            lines=[_calibrated(target, found) for target, found in calibration.items()],
+            summary=found.to_json(
+                self.name, {target: {"calibration": report} for target, report in calibration.items()}
+            ),
+            tables=found.tables(),
+            figures={"figure2": partial(figure.draw, data, judge, note=planted(data))},
+            lines=[_calibrated(target, report) for target, report in calibration.items()],
         )
-
-
-PLANTED = "Built-in organisms restart because their training text does (planted): no evidence about other models."
-
-
-def organisms(targets: Mapping[str, Any]) -> bool:
-    """Whether any of the targets is a built-in organism, whose numbers are planted."""
-    return any(name.startswith("organism") for name in targets)
 
 
 def calibration_of(ledger: Ledger, target: str) -> dict[str, Any]:

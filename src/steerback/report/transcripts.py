@@ -59,7 +59,7 @@ def transcript(row: Row, colour: bool = False) -> str:
     steered = f"{receipt.prompt_positions} prompt + {receipt.generated_positions} generated positions steered"
     right = "" if row.valid_receipt else ", NOT AS PLANNED: the trial is invalid"
     lines.append(f"{dim}receipt {reset} {steered}, mean norm added {receipt.added_norm:.4g}{right}; {done.finish}")
-    text = trial.prefill + done.text
+    text = row.judged_text
     judged = row.judgement
     if judged is None or judged.status != "scored":
         state = "not judged yet" if judged is None else f"{judged.status}: {judged.reason}"
@@ -86,3 +86,17 @@ def _wrap(text: str) -> str:
 def _example(ledger: Ledger) -> str:
     rows = ledger.conditions()
     return f"{rows[0][0]}/measure/{rows[0][1]}/0" if rows else "<target>/measure/<condition>/0"
+
+
+def pair(prompt: str, what: str, unsteered: str, steered: str, told: str) -> str:
+    """An unsteered and a steered response one above the other, for reading."""
+    return "\n".join(
+        [
+            f"prompt    {plain(prompt)}",
+            f"steering  {plain(what)}",
+            "unsteered",
+            _wrap(unsteered),
+            f"steered   ({told})",
+            _wrap(steered),
+        ]
+    )
