@@ -258,9 +258,23 @@ def try_command(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 160,
 ) -> None:
     """Show one steered response beside the unsteered one."""
-    from steerback.report.transcripts import side_by_side
+    from steerback.api import load_target
+    from steerback.records import Intervention, Request, Sampling
+    from steerback.report.transcripts import pair
 
-    print(side_by_side(target, prompt, latent, boost, seed, temperature, max_new_tokens))
+    with load_target(target) as loaded:
+        key = loaded.latent(latent)
+        sampling = Sampling(temperature=temperature, max_new_tokens=max_new_tokens)
+        edits = (Intervention("add", key, boost),)
+        requests = [Request(name, prompt, seed, sampling, e) for name, e in (("plain", ()), ("steered", edits))]
+        unsteered, steered = loaded.complete(requests)
+        label = loaded.target.labels().get(key) if isinstance(key, int) else None
+    receipt = steered.receipt
+    if not steered.receipt_matches(edits):
+        raise SteerbackError(f"the response was not steered as planned: {receipt}; please report this")
+    what = f"latent {key}{f' ({label})' if label else ''}, boost {boost:g}, seed {seed}"
+    told = f"{receipt.positions} positions steered, mean norm added {receipt.added_norm:.4g}"
+    print(pair(prompt, what, unsteered.text, steered.text, told))
 
 
 if __name__ == "__main__":
