@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-Pooling = Literal["max", "none"]
+Pooling = Literal["max", "mean", "active"]
+"""Over tokens: the largest activation, the mean one, or the share of tokens at which a latent is active."""
 
 
 @runtime_checkable
@@ -42,12 +43,21 @@ class Engine(Protocol):
         responses: Sequence[str],
         latents: Sequence[int] | None = None,
         include_prompt: bool = False,
+        pool: Pooling = "max",
     ) -> NDArray[np.float32]:
-        """Unsteered SAE activations at the read layer, max-pooled over the response tokens.
+        """Unsteered SAE activations at the read layer, pooled over the response tokens.
 
         Special and chat-template tokens are excluded; `include_prompt` pools over the user's words as well.
         Returns shape (n texts, n latents), all latents of the SAE where `latents` is None.
         """
+        ...
+
+    def decoder_norms(self) -> NDArray[np.float32]:
+        """L2 norm of each latent's decoder direction, shape (n latents of the SAE,)."""
+        ...
+
+    def token_ends(self, completion: Completion) -> list[int]:
+        """Character of `completion.text` at which each of its tokens ends, never decreasing, shape (n tokens,)."""
         ...
 
     def close(self) -> None: ...

@@ -73,6 +73,14 @@ class Prompter:
         """What was said, without special tokens."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
+    def ends(self, token_ids: Sequence[int], length: int) -> list[int]:
+        """Character at which each token ends in the decoded text, of which the first `length` were kept."""
+        found, end = [], 0
+        for n in range(1, len(token_ids) + 1):
+            end = max(end, len(self.text(token_ids[:n]).rstrip("\ufffd")))
+            found.append(min(end, length))
+        return found
+
     def finish(
         self, token_ids: Sequence[int], limit: int, ends: Collection[int], stops: Sequence[str], checked: int
     ) -> tuple[int, str, FinishReason] | None:

@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import math
 import random
+import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ from steerback.records import Completion, LatentKey, Receipt, Request, digest, e
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from steerback.engines.base import Pooling
 
 RESTART = "Wait, that is not right."
 """Opens each planted second attempt."""
@@ -33,6 +36,7 @@ class PlantedModel:
     latent's threshold; `slope` is the logistic's scale in boost units and `spread` the sd of the noise. A steered
     response restarts with `restart_rate`; the second attempt then scores higher with `success_rate`, else lower.
     Clamping all `detectors` multiplies the restart rate by 1 - `ablation_effect` (a part of them, proportionally);
+    recorded, `detectors` fire at the `lead` words before a restart and `backtrackers` within its phrase;
     each text of `prompt_factors` that occurs in the prompt multiplies it by its factor.
     """
 
@@ -45,6 +49,8 @@ class PlantedModel:
     success_rate: float = 0.8
     detectors: tuple[int, ...] = ()
     ablation_effect: float = 0.5
+    lead: int = 4
+    backtrackers: tuple[int, ...] = ()
     prompt_factors: Mapping[str, float] = field(default_factory=dict)
     degraded_rate: float = 0.0
     empty_rate: float = 0.0
@@ -161,17 +167,22 @@ class ScriptedEngine:
             prompt_tokens=prompt,
             finish="stop",
             receipt=Receipt(before, after, norm if before + after else 0.0),
-            activations=self._recorded(request, prompt + len(tokens) - 1),
+            activations=self._recorded(request, said, prompt, prompt + len(tokens) - 1),
         )
 
-    def _recorded(self, request: Request, length: int) -> NDArray[np.float32] | None:
+    def _recorded(self, request: Request, said: str, prompt: int, length: int) -> NDArray[np.float32] | None:
         if request.record is None:
             return None
-        latents = request.record.latents
-        columns = [_sparse(f"{request.content_hash()}/{latent}", length, 0.1) for latent in latents]
         import numpy as np
 
-        return np.stack(columns, axis=1) if columns else np.zeros((length, 0), dtype=np.float32)
+        latents = request.record.latents
+        columns = [_sparse(f"{request.content_hash()}/{latent}", length, 0.1) for latent in latents]
+        found = np.stack(columns, axis=1) if columns else np.zeros((length, 0), dtype=np.float32)
+        if isinstance(self.script, PlantedModel) and RESTART in said:
+            at = prompt + len(said[: said.index(RESTART)].split())
+            found[max(at - self.script.lead, 0) : at, np.isin(latents, self.script.detectors)] += 2.0
+            found[at : at + len(RESTART.split()), np.isin(latents, self.script.backtrackers)] += 2.0
+        return found
 
     def activations(
         self,
@@ -179,8 +190,12 @@ class ScriptedEngine:
         responses: Sequence[str],
         latents: Sequence[int] | None = None,
         include_prompt: bool = False,
+        pool: Pooling = "max",
     ) -> NDArray[np.float32]:
-        """Sparse noise that depends on the texts; planted detectors fire where a response is not on its prompt."""
+        """Sparse noise that depends on the texts; planted detectors fire where a response is not on its prompt.
+
+        A latent is active at a tenth of the tokens of a text in which it is active at all.
+        """
         import numpy as np
 
         detectors = self.script.detectors if isinstance(self.script, PlantedModel) else ()
@@ -190,7 +205,21 @@ class ScriptedEngine:
             found[row] = _sparse(text, self.n_latents, 0.02) if text.strip() else 0.0
             if response:
                 found[row, list(detectors)] = 0.0 if prompt in response else 2.0 + found[row, list(detectors)]
+        if pool == "active":
+            found = (found > 0).astype(np.float32)
+        if pool != "max":
+            found *= np.float32(0.1)
         return found if latents is None else found[:, list(latents)]
+
+    def decoder_norms(self) -> NDArray[np.float32]:
+        """All directions have length 1."""
+        import numpy as np
+
+        return np.ones(self.n_latents, dtype=np.float32)
+
+    def token_ends(self, completion: Completion) -> list[int]:
+        """Tokens are words."""
+        return [word.end() for word in re.finditer(r"\S+", completion.text)] or [len(completion.text)]
 
     def close(self) -> None:
         """Nothing to let go of."""

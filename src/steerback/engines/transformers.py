@@ -30,6 +30,7 @@ from steerback.targets.sae import Sae
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from steerback.engines.base import Pooling
     from steerback.targets import Target
 
 CHUNK_TOKENS = 1024
@@ -175,8 +176,9 @@ class TransformersEngine:
         responses: Sequence[str],
         latents: Sequence[int] | None = None,
         include_prompt: bool = False,
+        pool: Pooling = "max",
     ) -> NDArray[np.float32]:
-        """Unsteered SAE activations at the read layer, max-pooled over the response's tokens: (n texts, n latents).
+        """Unsteered SAE activations at the read layer, pooled over the response's tokens: (n texts, n latents).
 
         Special and template tokens are excluded; `include_prompt` pools over the user's words as well. A text without
         such tokens gets zeros.
@@ -204,10 +206,24 @@ class TransformersEngine:
             for row, n in enumerate(part):
                 chosen = [*spoken[n].user, *spoken[n].response] if include_prompt else [*spoken[n].response]
                 for first in range(0, len(chosen), CHUNK_TOKENS):
-                    h = residual[row, chosen[first : first + CHUNK_TOKENS]].float()
-                    peak = self.sae.encode(h, latents).amax(dim=0).float().cpu().numpy()
-                    np.maximum(out[n], peak, out=out[n])
+                    z = self.sae.encode(residual[row, chosen[first : first + CHUNK_TOKENS]].float(), latents)
+                    if pool == "max":
+                        np.maximum(out[n], z.amax(dim=0).float().cpu().numpy(), out=out[n])
+                    else:
+                        z = z if pool == "mean" else (z > 0).float()
+                        out[n] += z.sum(dim=0).float().cpu().numpy() / len(chosen)
         return out
+
+    def decoder_norms(self) -> NDArray[np.float32]:
+        """L2 norm of each latent's decoder direction: (n latents,)."""
+        if self.sae is None:
+            raise SteerbackError("decoder norms need an SAE and this target has none")
+        norms: NDArray[np.float32] = self.sae.W_dec.float().norm(dim=1).cpu().numpy()
+        return norms
+
+    def token_ends(self, completion: Completion) -> list[int]:
+        """Where each token ends in the text; a character of several tokens ends with its last one."""
+        return self.runner.prompter.ends(completion.token_ids, len(completion.text))
 
     @torch.inference_mode()
     def teacher_forced(
