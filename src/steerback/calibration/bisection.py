@@ -177,8 +177,6 @@ class Calibrator:
         elif right - left > self.prior.sd / 2:  # the curve between them is a guess, and so is its interval
             why = f"no boost was tried between {left:.3g} and {right:.3g}"
             return self._threshold(fit.boost, min(left, fit.low), max(right, fit.high), why, fit)
-        elif fit.low <= self.prior.low or fit.high >= self.prior.high:
-            why = "the interval reaches a bound of the search range"
         else:
             why = ""
         return self._threshold(fit.boost, fit.low, fit.high, why, fit)
