@@ -28,6 +28,7 @@ _WEAK = (
 _NEUTRAL = (
     r"but|and|so|yet|any(?:way|ways|how)|clearly|okay|ok|al?l ?right|right|well|now|yes|yeah|yep|honestly|look|see"
     r"|obviously|frankly|then|again|however|still|unfortunately|in fact|enough|please|here"
+    r"|to be (?:clear|honest|fair|precise)"
 )
 OPENER = re.compile(
     rf"(?:(?P<strong>{_STRONG})|(?P<apology>{_APOLOGY})|(?P<weak>{_WEAK})|(?P<neutral>{_NEUTRAL}))"
@@ -105,7 +106,7 @@ _TELL = (
     r"|cover|speak|teach)\w*|back|stop\w*|start over|restart|begin again|how\b"
 )
 _OUGHT = (
-    r"(?:should|must|need|needed|have|had|ought|(?:am|was|were) (?:\w+ )?(?:supposed|meant|asked|going|trying|told"
+    r"(?:should|must|need|needed|have(?= to)|had(?= to)|ought|(?:am|was|were) (?:\w+ )?(?:supposed|meant|asked|going|trying|told"
     r"|here)"
     r"|meant|intended|had better|better)"
 )
@@ -143,7 +144,7 @@ _CORES = (
     rf"{_THIS} {_SURELY}{_BE} not how (?:to|you)\b",
     rf"{_THIS} {_SURELY}{_BE} {_SURELY}(?:been )?{_SURELY}{_BAD}{_SOON}",
     rf"(?:{_THIS}|i|we) {_SURELY}{_BE} {_SURELY}(?:not|nothing|hardly|never|little) {_NEAR}(?:{_ASKED})",
-    r"(?:none|nothing|not (?:any|much)) (?:of|about) (?:this|that|it|what i)\b[^.]* (?:is|was|has|had|have|answers"
+    r"(?:none|not (?:any|much)) of (?:this|that|it|what i)\b[^.]* (?:is|was|has|had|have|answers"
     r"|helps"
     r"|addresses|matters|makes|made)\b",
     r"i (?:should|must|need|ought) ?(?:to )?(?:not|never|stop) (?:to |be |have |been )*(?:talk|writ|ramb|tell"
@@ -153,7 +154,7 @@ _CORES = (
     r"|keep )*"
     r"(?:say|talk|writ|on about|rambl|tell|get|end|go|think|bring|here|doing|was|wr|start|go|digress)\w*",
     rf"where was i{_END}",
-    r"i (?:am not sure|do not know|have no idea|cannot say) (?:why|how|what made) (?:i|that|this|me)\b",
+    r"i (?:am not sure|do not know|have no idea|cannot say) (?:why|how|where|what made) (?:i|that|this|me|all)\b",
     # retractions
     r"(?:just |you can |let us |kindly )*(?:scratch|strike|disregard|ignore|forget|skip|erase|delete|discard"
     r"|never ?mind)"
@@ -171,6 +172,7 @@ _CORES = (
     rf"(?:on )?(?:to )?{_QUESTION}",
     r"(?:once|one) more(?: time)?,? from (?:the )?(?:top|start|beginning)|(?:take|attempt) two\b|from the top" + _END,
     rf"(?:rewind|re-?focus|starting over|trying again|focus, focus){_END}|back on (?:track|topic)\b",
+    rf"(?:so|too) much for (?:that|this){_END}",
     # reminders of the task
     rf"(?:i|we) (?:\w+ly )?{_OUGHT} (?:(?:instead|really|actually|not|to|be|have|been|stop|get|go|rather|just|now"
     rf"|only)"
@@ -182,8 +184,7 @@ _CORES = (
     # fragments
     r"(?:wrong|incorrect) (?:topic|subject|question|answer|track|one|thing|direction|thread|path|tab|page)\b",
     r"not (?:what|the) (?:\w+ ){0,3}(?:asked|question|topic|meant|point|subject)\b",
-    rf"(?:totally |completely |way |entirely )?off[- ](?:topic|track|course)\b|(?:a )?correction{_END}"
-    rf"|(?:of|about|with) (?:that|this)(?: \w+)?{_END}",
+    rf"(?:totally |completely |way |entirely )?off[- ](?:topic|track|course){_SOON}|(?:a )?correction{_END}",
     rf"(?:i digress|enough (?:about|of|with) (?:that|this|it)(?: \w+)?){_END}",
     r"excuse (?:the|this|that|my) (?:\w+ )?(?:digression|detour|confusion|rambling|interruption|mix-?up|mistake"
     r"|error)\b",
@@ -198,8 +199,14 @@ LOOSE = re.compile(
     r"previous|above)|my|going|getting|losing|drifting|wandering|all|any|straying|rambling))"
 )
 BARE_BACK = re.compile(r"(?:so |now )?back to (?!back\b|front\b|basics\b|square\b)")
+SPOKEN = re.compile(
+    r"(?:i|we|you|he|she|it|they|this|that|these|those|there|the|an?|my|your|our|its|what|why|how|where|who|when|which|no|not|yes"
+    r"|let|is|are|was|did|do|does|am|have|has|should|could|would|can|maybe|perhaps|so|but|to|something|nothing|none|all|wrong"
+    r"|right|actually|sorry|never|in|for|as|of|on|back|first|again|instead|if i|because i|since i|and i)\b"
+)
 INSTRUCTION = re.compile(
-    r"(?:then|until|till|for|while|if|at least|about|\d+|when|before|after|as|or|with|without|because|since|between"
+    r"(?:then|until|till|for|while|if|at least|about (?:an?|one|two|five|ten|half|\d+)"
+    r"|\d+|when|before|after|as|or|with|without|because|since|between"
     r"|and (?!i\b|now\b|let\b|back\b))\b"
 )
 TRIGGER = re.compile(
@@ -212,12 +219,13 @@ TRIGGER = re.compile(
     r"|where was"
     r"|ignore|forget|disregard|skip|erase|delete|discard|take (?:that|it|this)|focus|rewind|reset|top\b|should|must"
     r"|need|had"
-    r"|have|\bI\b|how|\btry|once|for your|enough|suppose|meant|correct|not|n't|return|none|nothing|two|over\b",
+    r"|have|\bI\b|how|\btry|once|for your|enough|suppose|meant|correct|not|n't|\bthis\b|\bthat\b|cancel|undo|much for|your"
+    r"|went|return|none|nothing|two|over\b",
     re.I,
 )
 COMMAND = re.compile(
     r"(?:re)?(?:focus|start|set|wind|group)(?: again| over)?[\s.!]*$|concentrate[\s.!]*$"
-    r"|back to (?:it|work)[\s.!]*$"
+    r"|back to (?:it|work)[\s.!]*$|your (?:\w+ )?question[\s.!:]*$"
 )
 HEDGE = re.compile(
     r"(?:(?:i|we) (?:just |now |do |can |suddenly |also )*(?:think|believe|guess|fear|reali[sz]ed?|noticed?|see|saw"

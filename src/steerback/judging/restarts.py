@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from steerback.judging.discourse import is_about_the_response
 from steerback.judging.phrases import (
     BARE_BACK,
     COMMAND,
@@ -25,6 +26,7 @@ from steerback.judging.phrases import (
     LOOSE,
     OPENER,
     SEPARATOR,
+    SPOKEN,
     TRIGGER,
 )
 from steerback.judging.text import Span, clause_starts, mask_quotes, normalise, sentences, words
@@ -92,10 +94,10 @@ def _in_sentence(text: str, sentence: Span, topic: set[str]) -> Restart | None:
 
 def _phrase_end(text: str, start: int, end: int, cuts: list[int], topic: set[str], inline: bool, pause: bool) -> int:
     """End of the shortest run of clauses that holds the whole phrase: its core where there is one."""
-    wants_core = _find_core(normalise(text[start:end]), topic) is not None
+    wants_core = _has_core(normalise(text[start:end]), topic)
     for cut in cuts:
         head = normalise(text[start:cut])
-        if (_find_core(head, topic) is not None) if wants_core else _is_restart(head, topic, inline, pause):
+        if _has_core(head, topic) if wants_core else _is_restart(head, topic, inline, pause):
             return start + len(text[start:cut].rstrip())
     return end
 
@@ -107,37 +109,36 @@ def _is_restart(text: str, topic: set[str], inline: bool, pause: bool) -> bool:
     marked = kinds & {"strong", "weak", "apology"}
     strong = ("strong", True) in openers
     if inline and not marked:
-        return pause and _match_core(rest) is not None
-    if _find_core(text, topic) is not None:
+        return pause and _match_core(rest)
+    if _has_core(text, topic):
         return True
     if inline and not pause:  # "breathe in, hold on, breathe out" is an instruction; ", no, wait, ..." is not
         return strong and sum(kind != "neutral" for kind, _ in openers) > 1
-    if not _has_words(rest, 1):
+    following = words(rest)[:1]
+    if not following:
         return strong or "apology" in kinds
-    return strong and not INSTRUCTION.match(rest)
+    return strong and (bool(SPOKEN.match(rest)) or following[0] in topic) and not INSTRUCTION.match(rest)
 
 
-def _find_core(text: str, topic: set[str]) -> re.Match[str] | None:
-    """The core that follows the openers of normalised `text`; looser ones need an opener that marks trouble."""
+def _has_core(text: str, topic: set[str]) -> bool:
+    """Whether a core follows the openers of normalised `text`; looser ones need an opener that marks trouble."""
     openers, rest = _split_openers(text)
-    match = _match_core(rest)
-    if match is None and any(kind != "neutral" for kind, _ in openers):
-        match = LOOSE.match(rest)
-    if match is None and openers:
-        match = COMMAND.match(rest)
-    if match is None and topic:
-        match = BARE_BACK.match(rest)
-        if match is not None and not topic & set(words(rest[match.end() :])[:6]):
-            return None
-    return match
+    if _match_core(rest) or is_about_the_response(rest, topic):
+        return True
+    if any(kind != "neutral" for kind, _ in openers) and LOOSE.match(rest):
+        return True
+    if openers and COMMAND.match(rest):
+        return True
+    back = BARE_BACK.match(rest)
+    return back is not None and bool(topic & set(words(rest[back.end() :])[:6]))
 
 
-def _match_core(text: str) -> re.Match[str] | None:
+def _match_core(text: str) -> bool:
     """A core at the start of `text`, or behind a hedge such as "I think that"."""
-    match = CORE.match(text) or DOUBT.match(text)
-    if match is None and (hedge := HEDGE.match(text)):
-        match = CORE.match(text, hedge.end())
-    return match
+    if CORE.match(text) or DOUBT.match(text):
+        return True
+    hedge = HEDGE.match(text)
+    return hedge is not None and CORE.match(text, hedge.end()) is not None
 
 
 def _split_openers(text: str) -> tuple[list[tuple[str, bool]], str]:
