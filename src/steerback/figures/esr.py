@@ -29,7 +29,7 @@ def draw(
     rows = max(len(data), 1)
     colours = style.colours(data)
     stacked = width == "column"
-    left = 0.72 * rows + 0.45
+    left = max(0.72 * rows + 0.45, 1.5)
     fig, drawing = style.new_figure(
         width, left + 2.0 if stacked else max(left, 2.2), _caption(data, judge, note, stacked)
     )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Width = Literal["column", "full"]
 INCHES: dict[str, float] = {"column": 3.3, "full": 6.9}
 GREY, LIGHT, INK = "#6b6b6b", "#d9d9d9", "#222222"
-CAPTION_SIZE = 6.5
+CAPTION_SIZE, DPI = 6.5, 300
 
 # Okabe and Ito (2008), distinguishable with every common colour vision deficiency; yellow is left out (too pale).
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A4B00")
@@ -59,7 +59,7 @@ _RC = {
     "lines.markersize": 3.5,
     "hatch.linewidth": 0.7,
     "pdf.fonttype": 42,  # text stays text in the PDF
-    "savefig.dpi": 300,
+    "savefig.dpi": "figure",
 }
 
 P = ParamSpec("P")
@@ -88,7 +88,7 @@ def new_figure(width: Width, height: float, caption: str) -> tuple[Figure, SubFi
 
     lines = _wrap(caption, INCHES[width] * 72 * 0.975)
     below = (len(lines) + 0.6) * CAPTION_SIZE * 1.3 / 72
-    fig = Figure(figsize=(INCHES[width], height + below), layout="constrained")
+    fig = Figure(figsize=(INCHES[width], height + below), dpi=DPI, layout="constrained")
     FigureCanvasAgg(fig)
     drawing, words = fig.subfigures(2, 1, height_ratios=[height, below], squeeze=False).flat
     words.text(0.012, 1, plain("\n".join(lines)), va="top", fontsize=CAPTION_SIZE, color=INK, linespacing=1.3)
@@ -97,19 +97,26 @@ def new_figure(width: Width, height: float, caption: str) -> tuple[Figure, SubFi
 
 def _wrap(text: str, points: float) -> list[str]:
     """Lines no wider than `points` at the caption's size, measured with the font itself."""
+    from matplotlib.backends.backend_agg import RendererAgg
     from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import TextPath
 
     font = FontProperties(family=[str(_RC["font.family"])], size=CAPTION_SIZE)
+    ruler = RendererAgg(1, 1, 720)  # ten dots to the point
+
+    def wide(word: str) -> float:
+        return float(ruler.get_text_width_height_descent(word, font, ismath=False)[0]) / 10
+
+    space = wide("a a") - wide("aa")
     lines = []
     for part in text.splitlines():
-        line = ""
+        line, length = "", 0.0
         for word in part.split():
-            longer = f"{line} {word}".strip()
-            if line and TextPath((0, 0), plain(longer), prop=font).get_extents().width > points:
+            more = wide(word)
+            if line and length + space + more > points:
                 lines.append(line)
-                longer = word
-            line = longer
+                line, length = word, more
+            else:
+                line, length = f"{line} {word}".strip(), length + (space if line else 0.0) + more
         lines.append(line)
     return lines
 

@@ -1,0 +1,92 @@
+"""Tables: numbers as in the estimates, names made harmless, lines that fit."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+import pytest
+
+from steerback.metrics import METRICS, VARIANTS, Estimate, compare, correct
+from steerback.report.tables import Table, comparison_table, escape, number, show, summary_table
+from test_figures import CASES, outcomes
+
+SUMMARIES = {name: found[1] for name, found in CASES["usual"].items()}
+
+
+def test_csv_holds_every_number_unrounded() -> None:
+    rows = list(csv.DictReader(io.StringIO(summary_table(SUMMARIES, judge="offline").csv())))
+    assert [(r["target"], r["variant"]) for r in rows] == [(t, v) for t in SUMMARIES for v in VARIANTS]
+    for row in rows:
+        estimates = getattr(SUMMARIES[row["target"]], row["variant"])
+        assert row["judge"] == "offline"
+        for m in METRICS:
+            for field in ("value", "low", "high"):
+                expected = getattr(estimates[m], field)
+                text = row[f"{m}_{field}"]
+                assert text == "" if expected is None else float(text) == expected
+
+
+def test_text_fits_or_is_turned_on_its_side_and_keeps_every_cell() -> None:
+    table = summary_table(SUMMARIES, judge="offline")
+    for width in (60, 110, 400):
+        text = table.text(width)
+        assert max(map(len, text.splitlines())) <= max(width, 60)
+        assert all(cell in text for row in table.cells for cell in row)
+    assert table.text(400).splitlines()[0].startswith("target")
+
+
+def test_conditions_get_a_column_of_their_own() -> None:
+    table = summary_table({(t, "base_line"): s for t, s in SUMMARIES.items()}, judge="x")
+    assert list(table.columns[:3]) == ["target", "condition", "n"]
+    assert table.left == 2
+    assert "base\\_line" in table.latex()
+
+
+def test_empty_tables() -> None:
+    for table in (summary_table({}, judge="x"), comparison_table({}, judge="x"), Table(("a", "b"), ())):
+        assert table.text().splitlines()[0].split()[0] in ("target", "comparison", "a")
+        assert table.csv().count("\n") == 1
+        assert r"\end{tabular}" in table.latex()
+
+
+def test_latex_and_spreadsheets_cannot_be_broken_by_names() -> None:
+    nasty = "50% of_{x} & \\input{y} #1 ~^ <b>\n$"
+    assert escape(nasty) == (
+        r"50\% of\_\{x\} \& \textbackslash{}input\{y\} \#1 \textasciitilde{}\textasciicircum{} "
+        r"\textless{}b\textgreater{} \$"
+    )
+    table = summary_table({"=cmd()": SUMMARIES["organism"]}, judge="x")
+    assert "\n'=cmd()," in table.csv()
+
+
+@pytest.mark.parametrize(
+    ("estimate", "rate", "expected"),
+    [
+        (Estimate(0.0741, 0.051, 0.0994, 9, ""), True, "7.4 [5.1, 9.9]"),
+        (Estimate(0.0, 0.0, 0.0097, 9, ""), True, "0.00 [0.00, 0.97]"),
+        (Estimate(0.002, 0.0004, 0.01, 9, ""), True, "0.20 [0.04, 1.00]"),
+        (Estimate(None, None, None, 0, ""), True, "-"),
+        (Estimate(12.34, None, None, 9, ""), False, "12.3 [?]"),
+        (Estimate(1.234, 1.0, None, 9, ""), False, "1.23 [1.00, ?]"),
+        (Estimate(-0.001, -1, 1, 9, ""), False, "0.00 [-1.00, 1.00]"),
+    ],
+)
+def test_show(estimate, rate, expected) -> None:
+    assert show(estimate, rate) == expected
+
+
+def test_signs_are_shown_in_differences() -> None:
+    assert number(0.05, rate=True, sign=True) == "+5.0"
+    assert number(-3.0, sign=True) == "-3.00"
+
+
+def test_comparisons() -> None:
+    a, b = outcomes(200, 10, 0.1)[0], outcomes(200, 10, 0.5, seed=1)[0]
+    found = correct({"b against a": compare(a, b, draws=200), "a against a": compare(a, a)})
+    table = comparison_table(found, judge="offline")
+    rows = list(csv.DictReader(io.StringIO(table.csv())))
+    assert len(rows) == len(table.cells) == 12
+    assert float(rows[0]["difference"]) == found["b against a"]["multi_attempt_rate"].difference
+    assert float(rows[0]["p_holm"]) == found["b against a"]["multi_attempt_rate"].p_holm
+    assert "b against a" in table.text()
