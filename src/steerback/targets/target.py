@@ -5,6 +5,8 @@ A `Target` is plain data read from a registry (TOML) or a folder; it loads no we
 
 from __future__ import annotations
 
+import json
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -66,6 +68,8 @@ class Target:
     labels_folder: str | None = None
     prompt_format: PromptFormat = "chat"
     max_new_tokens: int | None = None
+    responses_per_second: float | None = None
+    """Measured while calibrating on two CPU cores; for the estimate before a run only."""
     discovery_prompts: str = "discovery"
     random_sets: int = 3
 
@@ -85,9 +89,20 @@ class Target:
         """Names of the directions that can be added beside (or instead of) SAE latents."""
         return ()
 
+    def parameters(self) -> int | None:
+        """Number of the model's parameters, from the headers of its safetensors files; None where there are none."""
+        names = [p for p in Path(self.model).glob("*.safetensors") if p.name != "sae.safetensors"]
+        return sum(map(_count_parameters, names)) or None
+
     def describe(self) -> dict[str, Any]:
         """JSON-able form for the manifest."""
         return asdict(self)
+
+
+def _count_parameters(path: Path) -> int:
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
 
 
 def builtin_targets() -> tuple[Target, ...]:
