@@ -1,0 +1,154 @@
+"""The command line as a user meets it: one clear line and exit code 2 for mistakes, and nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from steerback.cli import main
+from steerback.ledger import Ledger
+
+SMALL = [
+    *("--preset", "quick", "--engine", "scripted", "--judge", "scripted"),
+    *("--set", "n_latents=3", "--set", "trials_per_latent=4", "--set", "draws=100"),
+    *("--set", "calibration.max_iterations=4", "--set", "calibration.verify_trials=2"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STEERBACK_CACHE", str(tmp_path / "cache"))
+
+
+def steerback(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line of a refusal."""
+    capsys.readouterr()
+    assert steerback(*arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("steerback: error: ")
+    assert said.count("\n") == 1
+    return said
+
+
+def test_a_run_from_nothing_to_figures_and_again(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["run", "esr", "--target", "organism", "--name", "a", *SMALL]
+    assert steerback(*arguments, "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "at most" in said
+    assert "engine scripted, judge scripted" in said
+    assert not Path("runs").exists()
+    assert steerback(*arguments) == 0
+    folder = Path("runs/a")
+    there = {p.name for p in folder.iterdir()}
+    assert {"ledger.sqlite", "manifest.json", "summary.json", "table.txt", "table.csv", "table.tex"} <= there
+    assert {"figure2.png", "figure2.pdf"} <= there
+    assert "organism" in capsys.readouterr().out
+    with Ledger(folder / "ledger.sqlite") as ledger:
+        before = ledger.dump()
+    assert steerback("resume", "a") == 0
+    assert steerback(*arguments) == 0
+    with Ledger(folder / "ledger.sqlite") as ledger:
+        assert ledger.dump() == before
+    summary = (folder / "summary.json").read_bytes()
+    assert steerback("figures", "a") == 0
+    assert (folder / "summary.json").read_bytes() == summary
+    capsys.readouterr()
+    assert steerback("show", "a", "--count", "2") == 0
+    said = capsys.readouterr().out
+    assert "attempt 1: " in said
+    assert "positions steered" in said
+    assert steerback("show", "a", "organism/measure/steered/0") == 0
+    refused(capsys, "show", "a", "organism/measure/steered/999")
+    assert "n_latents: 3 -> 2" in refused(capsys, *arguments, "--set", "n_latents=2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["rnu"], "No such command 'rnu'"),
+        (["run", "esrr", "--target", "organism"], "unknown experiment 'esrr'; choose one of: "),
+        (["run", "esr"], "--target"),
+        (["run", "esr", "--target", "gpt-9"], "unknown target 'gpt-9'; choose one of: organism-s, organism"),
+        (["run", "esr", "--target", "organism", "--judge", "nobody"], "unknown judge 'nobody'; choose one of: "),
+        (["run", "esr", "--target", "organism", "--engine", "warp"], "unknown engine 'warp'; choose one of: "),
+        (["run", "esr", "--target", "organism", "--latents", "5,99999"], "99999"),
+        (["run", "esr", "--target", "organism", "--latents", "no such thing"], "no such thing"),
+        (["run", "esr", "--target", "organism", "--set", "n_latents=0"], "n_latents"),
+        (["run", "esr", "--target", "organism", "--set", "options.x=1"], "no option 'x'"),
+        (["run", "esr", "--target", "organism", "--config", "none.yaml"], "none.yaml does not exist"),
+        (["run", "esr", "--target", "organism", "--prompts", "none.txt"], "none.txt"),
+        (["run", "esr", "--target", "organism", "--limit", "many"], "many"),
+        (["run", "esr", "--target", "organism", "--name", "a b"], "letters, digits"),
+        (["resume", "nothing"], "no run 'nothing'"),
+        (["show", "nothing"], "no run 'nothing'"),
+        (["figures", "nothing"], "no run 'nothing'"),
+        (["try", "organism", "Hello", "--latent", "99999", "--boost", "1"], "99999"),
+        (["try", "organism", "Hello", "--latent", "1", "--boost", "nan"], "not finite"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    assert words in refused(capsys, *arguments)
+    assert not Path("runs").exists() or not list(Path("runs").glob("*/ledger.sqlite"))
+
+
+def test_a_corrupt_or_foreign_ledger_is_one_line_and_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path("runs/a")
+    folder.mkdir(parents=True)
+    (folder / "ledger.sqlite").write_bytes(b"not a database at all" * 50)
+    for verb in (["resume", "a"], ["show", "a"], ["run", "esr", "--target", "organism", "--name", "a", *SMALL]):
+        assert "not a readable steerback database" in refused(capsys, *verb)
+    assert (folder / "ledger.sqlite").read_bytes() == b"not a database at all" * 50
+
+
+@pytest.mark.skipif(shutil.which("mount") is None or os.geteuid() != 0, reason="needs root for a read-only tmpfs")
+def test_a_read_only_folder_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "ro,size=64k", "tmpfs", str(disk)]
+    if subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("this machine does not allow mounting a tmpfs")
+    try:
+        said = refused(capsys, "run", "esr", "--target", "organism", "--runs", str(disk), *SMALL)
+        assert "Read-only file system" in said
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys\nfrom steerback import pipeline\nfrom steerback.cli import main\n"
+        "flushed = pipeline._judge_batch\n"
+        "async def once(*a):\n    await flushed(*a); os.kill(os.getpid(), signal.SIGINT)\n"
+        "pipeline._judge_batch = once\nmain(sys.argv[1:])"
+    )
+    arguments = ["run", "esr", "--target", "organism", "--name", "a", *SMALL]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 130, done.stderr
+    assert "stopped; resume with: steerback resume a" in done.stderr
+    assert "Traceback" not in done.stderr
+    with Ledger(tmp_path / "runs/a/ledger.sqlite", read_only=True) as ledger:
+        assert any(r.completion is not None for r in ledger.rows(stage="calibration"))
+    assert steerback("resume", "a") == 0
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    assert signal.SIGPIPE  # on this system at least
+    command = f"{sys.executable} -m steerback --help | head -1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,100 @@
+"""A run killed at any moment and resumed ends with the ledger of an uninterrupted one.
+
+The child counts its own function calls and kills itself with SIGKILL at the n-th, so the moments are random over the
+whole run and the same in every test run; nothing waits for a clock.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from steerback import execute
+from steerback.cache import Cache
+from steerback.config import build_config
+from steerback.ledger import Ledger
+
+KILLS = 25
+SMALL = (
+    "n_latents=3",
+    "trials_per_latent=4",
+    "reference_responses=1",
+    "draws=100",
+    "calibration.max_iterations=3",
+    "calibration.trials_per_iteration=3",
+    "calibration.verify_trials=2",
+    "selection.concreteness=off",
+)
+
+
+def job() -> execute.Job:
+    return execute.check(
+        build_config(
+            "esr", ("organism",), "quick", overrides={"engine": "scripted", "judge": "scripted"}, assignments=SMALL
+        )
+    )
+
+
+def run_counting(folder: Path, cache: Path, kill_at: int | None, calls: Any) -> None:
+    """Runs the job; counts calls of Python functions in `calls`, and dies at call number `kill_at`."""
+    count = 0
+
+    def watch(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal count
+        count += event == "call"
+        if count == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.setprofile(watch)
+    execute.run(job(), folder, cache=Cache(cache))
+    sys.setprofile(None)
+    calls.value = count
+
+
+def in_child(folder: Path, cache: Path, kill_at: int | None = None) -> tuple[int, int]:
+    """(exit code, calls made); forked, so that imports are not paid for each time."""
+    context = multiprocessing.get_context("fork")
+    calls = context.Value("q", 0)
+    child = context.Process(target=run_counting, args=(folder, cache, kill_at, calls))
+    child.start()
+    child.join(120)
+    assert child.exitcode is not None
+    return child.exitcode, calls.value
+
+
+def ledger_of(folder: Path) -> dict[str, list[tuple[Any, ...]]]:
+    with Ledger(folder / "ledger.sqlite", read_only=True) as ledger:
+        return ledger.dump()
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["cold cache", "warm cache"])
+def test_killed_at_random_moments_and_resumed_the_ledger_is_the_same(tmp_path: Path, warm: bool) -> None:
+    whole, cache = tmp_path / "whole", tmp_path / "cache.sqlite"
+    code, calls = in_child(whole, cache)
+    assert code == 0
+    expected = ledger_of(whole)
+    assert len(expected["judgements"]) > 30
+    draw = random.Random(44)
+    folder, kills, finished = tmp_path / "run0", 0, 0
+    for number in range(4 * KILLS):
+        own = cache if warm else tmp_path / f"cache-{folder.name}.sqlite"
+        code, _ = in_child(folder, own, draw.randint(1, calls) if kills < KILLS else None)
+        kills += code == -signal.SIGKILL
+        if code == 0:
+            assert ledger_of(folder) == expected
+            finished += 1
+            if kills >= KILLS:
+                break
+            folder = tmp_path / f"run{number + 1}"
+        else:
+            assert code == -signal.SIGKILL
+    assert kills == KILLS
+    assert finished >= 1
