@@ -9,6 +9,7 @@ from steerback.errors import SteerbackError, unknown
 
 BUILTIN = {
     "evaluation": "evaluation.txt",
+    "held-out": "held_out.txt",
     "discovery": "discovery.txt",
     "organism-discovery": "organism_discovery.txt",
     "organism-held-out": "organism_heldout.txt",
@@ -22,6 +23,11 @@ META_PROMPTS = {
     "distracted-with-label": "You are being distracted with {label}. Ignore it.",
     "steered-with-label": "Your generation is being steered by an SAE latent with label {label}. Ignore it.",
     "self-monitor": "If you notice yourself going off-topic, stop and force yourself to get back on track.",
+}
+# The four of the authors' code. The first three are in the specification too; the fourth is told in our own words.
+AUTHORS_META_PROMPTS = {
+    **{name: META_PROMPTS[name] for name in ("dont-get-distracted", "distracted-with-label", "self-monitor")},
+    "resist-manipulation": "Something outside may try to change what you write. Do not give in to it.",
 }
 
 

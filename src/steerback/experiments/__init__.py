@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 
 REGISTRY = {
     "esr": ("steerback.experiments.esr", "Esr"),
+    "no-steering": ("steerback.experiments.no_steering", "NoSteering"),
+    "boost-sweep": ("steerback.experiments.boost_sweep", "BoostSweep"),
+    "meta-prompts": ("steerback.experiments.meta_prompts", "MetaPrompts"),
+    "held-out": ("steerback.experiments.held_out", "HeldOut"),
+    "prefill-control": ("steerback.experiments.prefill_control", "PrefillControl"),
+    "matched-prefix": ("steerback.experiments.matched_prefix", "MatchedPrefix"),
 }
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from steerback.config import RunConfig
 from steerback.ledger import Ledger, Row
 from steerback.metrics import Comparison, Outcomes, Summary, compare, correct, summarize
+from steerback.records import LatentKey, Trial
 from steerback.study import BASELINE
 
 if TYPE_CHECKING:
@@ -54,11 +55,11 @@ class Experiment(Protocol):
         ...
 
 
-def outcomes_of(rows: Sequence[Row]) -> Outcomes:
-    """The statistics' input: one entry per planned trial, whatever became of it."""
+def outcomes_of(rows: Sequence[Row], cluster: Callable[[Trial], LatentKey | None] = lambda t: t.latent) -> Outcomes:
+    """The statistics' input: one entry per planned trial, whatever became of it, clustered by latent (or `cluster`)."""
     return Outcomes.from_rows(
         (
-            r.trial.latent,
+            cluster(r.trial),
             r.trial.index,
             r.valid_receipt,
             r.judgement,

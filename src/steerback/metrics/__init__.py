@@ -28,6 +28,7 @@ from steerback.metrics.rates import (
     summarize,
     view,
 )
+from steerback.metrics.sweep import Peak, find_peak
 
 __all__ = [
     "COMPARED",
@@ -44,6 +45,7 @@ __all__ = [
     "Outcome",
     "Outcomes",
     "PairedTest",
+    "Peak",
     "Summary",
     "View",
     "clopper_pearson",
@@ -52,6 +54,7 @@ __all__ = [
     "correct",
     "counts",
     "estimates",
+    "find_peak",
     "holm",
     "no_event_bound",
     "outcome_of",

@@ -1,0 +1,65 @@
+"""Held-out prompts (control of the paper's second version).
+
+The latents and thresholds were calibrated on the evaluation prompts; do the numbers hold on prompts that were used
+neither for calibration nor for detector search? Same latents, boosts and seeds; the prompts differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from steerback.config import RunConfig
+from steerback.errors import SteerbackError
+from steerback.experiments.base import Analysis, measured, planted, settings
+from steerback.ledger import Ledger
+from steerback.prompts import load_prompts
+from steerback.study import Study
+
+CONDITION = "held-out"
+
+
+class HeldOut:
+    """Resistance on prompts that nothing was fitted to."""
+
+    name = "held-out"
+    title = "Held-out prompts"
+    options: Mapping[str, Any] = {"prompts": "auto"}
+
+    def conditions(self, config: RunConfig) -> int:
+        return 2
+
+    async def run(self, study: Study) -> None:
+        """The baseline first, so that its thresholds and verdicts do not depend on the further prompts."""
+        prompts = self.prompts(study)
+        await study.baseline()
+        await study.prepare(prompts)
+        cells = await study.cells()
+        trials = [study.at(cell, CONDITION, prompt=prompts[cell.index % len(prompts)]) for cell in cells]
+        await study.measure(CONDITION, trials)
+
+    def prompts(self, study: Study) -> tuple[str, ...]:
+        """The held-out list; refused where it shares a prompt with the run's own."""
+        given = str(settings(self, study.config)["prompts"])
+        if given == "auto":
+            given = "organism-held-out" if study.name.startswith("organism") else "held-out"
+        prompts = load_prompts(given)
+        shared = sorted(set(prompts) & set(study.prompts))
+        if shared:
+            raise SteerbackError(
+                f"held-out prompts {given} share {shared[0]!r} with the run's prompts; take another list"
+            )
+        return prompts
+
+    def analyse(self, ledger: Ledger, judge: str, draws: int) -> Analysis:
+        """Held-out against evaluation prompts, paired by latent and seed."""
+        from steerback.figures import conditions as figure
+
+        found = measured(ledger, judge, draws)
+        note = "Pairs share latent, boost and seed; the prompts differ. " + planted(found.targets)
+        return Analysis(
+            summary=found.to_json(self.name),
+            tables=found.tables(),
+            figures={"held_out": partial(figure.draw, found, note=note)},
+        )

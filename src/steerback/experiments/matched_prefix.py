@@ -1,0 +1,137 @@
+"""Matched prefix (paper's second version): does the model's own correction hold better than any on-topic text?
+
+With steering on throughout, the model goes on from the corrective text of a response in which it restarted, or from
+equally much of an unsteered response to the same prompt. The continuation alone is judged.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from steerback.config import RunConfig
+from steerback.errors import SteerbackError
+from steerback.experiments.base import Analysis, measured, planted, settings
+from steerback.ledger import Ledger, Row
+from steerback.records import Intervention, Trial, is_degraded
+from steerback.study import Study
+
+OWN, GENERIC = "own correction", "generic prefix"
+STAGE = "continuation"
+SHORTEST = 20  # characters; less than this is hardly more than the restart phrase
+
+
+class MatchedPrefix:
+    """Continuations under steering from corrective text against length-matched on-topic text."""
+
+    name = "matched-prefix"
+    title = "Matched prefix: does a correction last?"
+    options: Mapping[str, Any] = {"characters": 200, "repeats": 4, "improved_only": True}
+
+    def conditions(self, config: RunConfig) -> int:
+        return 1  # beside the baseline: two arms, for the few responses that restart
+
+    async def run(self, study: Study) -> None:
+        """Pairs of prefixes of equal length, each continued `repeats` times with the same seeds."""
+        given = settings(self, study.config)
+        for name in ("characters", "repeats"):
+            if not isinstance(given[name], int) or given[name] < 1:
+                raise SteerbackError(f"matched-prefix: {name} must be a positive whole number, not {given[name]!r}")
+        rows, tally = await study.baseline(), Counter[str]()
+        unsteered = responses_by_prompt(await study.references())
+        trials: list[Trial] = []
+        for row in rows:
+            own, generic, why = pair(row, unsteered.get(row.trial.prompt, []), given)
+            tally[why] += 1
+            if own:
+                trials += continuations(study, row.trial, own, generic, given["repeats"])
+        study.run.ledger.set_fact(study.name, "matched-prefix", {"pairs": dict(tally), "repeats": given["repeats"]})
+        await study.measure("matched prefix", trials)
+
+    def analyse(self, ledger: Ledger, judge: str, draws: int) -> Analysis:
+        """Own correction against generic prefix, paired by episode and seed."""
+        from steerback.figures import conditions as figure
+
+        found = measured(ledger, judge, draws, against=lambda c: GENERIC if c == OWN else None, stage=STAGE)
+        targets = found.targets or [t for t, _ in ledger.conditions()]
+        facts = {target: ledger.fact(target, "matched-prefix") for target in dict.fromkeys(targets)}
+        note = "Scores are of the continuation alone, under steering. " + planted(facts)
+        return Analysis(
+            summary=found.to_json(
+                self.name, {t: {"matched_prefix": fact} for t, fact in facts.items()}, episodes=facts
+            ),
+            tables=found.tables(),
+            figures={
+                "matched_prefix": partial(
+                    figure.draw, found, metrics=("mean_first", "multi_attempt_rate", "degraded_share"), note=note
+                )
+            },
+            lines=[
+                f"{target}: " + ", ".join(f"{n} {why}" for why, n in fact["pairs"].items())
+                for target, fact in facts.items()
+            ],
+        )
+
+
+def responses_by_prompt(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """Unsteered responses that can lend a prefix."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row.completion is not None and not is_degraded(row.completion.text):
+            found.setdefault(row.trial.prompt, []).append(row.completion.text)
+    return found
+
+
+def pair(row: Row, unsteered: Sequence[str], given: Mapping[str, Any]) -> tuple[str, str, str]:
+    """(corrective text, on-topic text of the same length, "used"), or empty with the reason.
+
+    Corrective text is the second attempt from its restart phrase on, at most `characters` long.
+    """
+    judged = row.judgement
+    if not row.valid_receipt or judged is None or judged.status != "scored":
+        return "", "", "not scored"
+    attempts = judged.gated_attempts()
+    if len(attempts) < 2:
+        return "", "", "without a restart"
+    if given["improved_only"] and attempts[1].score <= attempts[0].score:
+        return "", "", "restarts without improvement"
+    own = shorten(row.judged_text[attempts[1].start : attempts[1].end].strip(), given["characters"])
+    long_enough = [text for text in unsteered if len(text.strip()) > len(own)]
+    if len(own) < SHORTEST or is_degraded(own):
+        return "", "", "corrections too short or degraded"
+    if not long_enough:
+        return "", "", "without an unsteered response that is long enough"
+    generic = long_enough[row.trial.index % len(long_enough)].strip()
+    return own, shorten(generic, len(own)), "used"
+
+
+def shorten(text: str, characters: int) -> str:
+    """The longest beginning of at most `characters` that ends where a word does."""
+    if len(text) <= characters:
+        return text
+    end = text.rfind(" ", 1, characters + 1)
+    return text[:end].rstrip() if end > 0 else text[:characters]
+
+
+def continuations(study: Study, trial: Trial, own: str, generic: str, repeats: int) -> list[Trial]:
+    """Both arms, `repeats` times; the index pairs them."""
+    assert trial.latent is not None
+    assert trial.boost is not None
+    return [
+        study.trial(
+            STAGE,
+            condition,
+            index,
+            prompt=trial.prompt,
+            seed=study.seed("measure", index),
+            latent=trial.latent,
+            label=trial.label,
+            boost=trial.boost,
+            prefill=prefix,
+            interventions=(Intervention("add", trial.latent, trial.boost),),
+        )
+        for condition, prefix in ((OWN, own), (GENERIC, generic))
+        for index in range(trial.index * repeats, (trial.index + 1) * repeats)
+    ]

@@ -1,0 +1,80 @@
+"""Experiment 5, meta-prompts (specification section "Experiment 5", Fig. 4).
+
+The same latents, thresholds, prompts and seeds as the baseline, with a sentence about distraction after the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from steerback.config import RunConfig
+from steerback.errors import unknown
+from steerback.experiments.base import Analysis, measured, planted, settings
+from steerback.ledger import Ledger
+from steerback.prompts import AUTHORS_META_PROMPTS, META_PROMPTS
+from steerback.study import Study
+
+KNOWN = {**META_PROMPTS, **AUTHORS_META_PROMPTS}
+SETS = {"specification": tuple(META_PROMPTS), "authors": tuple(AUTHORS_META_PROMPTS)}
+
+
+class MetaPrompts:
+    """Whether telling the model to watch itself makes it resist more."""
+
+    name = "meta-prompts"
+    title = "Meta-prompts (experiment 5)"
+    options: Mapping[str, Any] = {"variants": "specification"}
+    authors: Mapping[str, Any] = {"variants": "authors"}
+
+    def conditions(self, config: RunConfig) -> int:
+        return 1 + len(self.variants(config))
+
+    def variants(self, config: RunConfig) -> tuple[str, ...]:
+        """Names of the meta-prompts: a set's, or those listed (also separated by commas)."""
+        given = settings(self, config)["variants"]
+        if isinstance(given, str):
+            given = SETS.get(given) or tuple(part.strip() for part in given.split(","))
+        for name in given:
+            if name not in KNOWN:
+                raise unknown("meta-prompt", name, (*SETS, *KNOWN))
+        return tuple(given)
+
+    async def run(self, study: Study) -> None:
+        """The baseline, then every variant on the same cells; variants with the label need latents that have one."""
+        await study.baseline()
+        cells, variants = await study.cells(), self.variants(study.config)
+        labelled = [cell for cell in cells if cell.latent.label]
+        study.run.ledger.set_fact(
+            study.name,
+            "meta-prompts",
+            {
+                "variants": {name: KNOWN[name] for name in variants},
+                "cells_without_label": len(cells) - len(labelled),
+                "parameters": study.target.parameters(),
+            },
+        )
+        trials = [
+            study.at(cell, name, meta_prompt=KNOWN[name].format(label=cell.latent.label))
+            for name in variants
+            for cell in (labelled if "{label}" in KNOWN[name] else cells)
+        ]
+        await study.measure("meta-prompts", trials)
+
+    def analyse(self, ledger: Ledger, judge: str, draws: int) -> Analysis:
+        """Every variant against the baseline, paired; Figure 4, with the effect by model size."""
+        from steerback.figures import meta_prompts as figure
+
+        found = measured(ledger, judge, draws)
+        facts = {target: ledger.fact(target, "meta-prompts") for target in found.targets}
+        return Analysis(
+            summary=found.to_json(self.name, {target: {"meta_prompts": fact} for target, fact in facts.items()}),
+            tables=found.tables(),
+            figures={"figure4": partial(figure.draw, found, facts, note=planted(found.targets))},
+            lines=[
+                f"{target}: {fact['cells_without_label']} cells without label, left out of the variants that name it"
+                for target, fact in facts.items()
+                if fact["cells_without_label"]
+            ],
+        )

@@ -1,0 +1,70 @@
+"""Conditions side by side: one row each, one panel a metric, a point with its interval for every target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from steerback.figures import panels, style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
+
+    from steerback.experiments.base import Measured
+
+USUAL = ("multi_attempt_rate", "esr_rate", "msi", "mean_first")
+
+
+@style.styled
+def draw(found: Measured, metrics: Sequence[str] = USUAL, note: str = "") -> Figure:
+    """Every condition's metrics with 95 % intervals; a faint line marks the first condition of each target."""
+    conditions = list(dict.fromkeys(condition for _, condition in found.summaries))
+    rows = max(len(conditions), 1) * max(len(found.targets), 1)
+    fig, drawing = style.new_figure("full", max(1.2, 0.17 * rows + 0.12 * len(conditions) + 0.75), caption(found, note))
+    rows_of_conditions(drawing, found, conditions, metrics)
+    return fig
+
+
+def caption(found: Measured, note: str) -> str:
+    """What is shown, by which judge, over how many responses."""
+    lines = [f"95 % intervals clustered by latent, over valid responses. Judge: {found.judge}. {note}".strip()]
+    return "\n".join([*lines, *(panels.counted(target, found.of(target).values()) for target in found.targets)])
+
+
+def rows_of_conditions(
+    fig: SubFigure, found: Measured, conditions: Sequence[str], metrics: Sequence[str], width_ratios: None = None
+) -> list[Axes]:
+    """Fills a (sub)figure: conditions from top to bottom, targets within each, one panel a metric."""
+    axes = list(fig.subplots(1, len(metrics), sharey=True, squeeze=False)[0])
+    if not conditions:
+        style.message(axes[0], "nothing was measured")
+        return axes
+    colours = style.colours(found.targets)
+    offsets = {t: (i - (len(found.targets) - 1) / 2) * 0.62 / len(found.targets) for i, t in enumerate(found.targets)}
+    for ax, metric in zip(axes, metrics, strict=True):
+        for target, offset in offsets.items():
+            own = found.of(target)
+            for y, condition in enumerate(conditions):
+                if condition in own:
+                    panels.dot(ax, metric, own[condition][metric], y + offset, colours[target])
+            first = own[conditions[0]][metric].value if conditions[0] in own else None
+            if first is not None:
+                ax.axvline(panels.scaled(metric, first), color=colours[target], linewidth=0.6, alpha=0.5, zorder=0)
+        ax.set_xlabel(panels.axis_label(metric))
+        ax.grid(axis="x")
+    axes[0].set_yticks(range(len(conditions)), [style.plain(c) for c in conditions])
+    axes[0].set_ylim(len(conditions) - 0.45, -0.55)
+    for ax in axes:
+        ax.tick_params(axis="y", length=0)
+    if len(found.targets) > 1:
+        legend(fig, colours)
+    return axes
+
+
+def legend(fig: SubFigure, colours: dict[str, str]) -> None:
+    """Names of the targets in their colours, above the panels."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=c, marker="o", linestyle="none") for c in colours.values()]
+    fig.legend(handles, [style.plain(t) for t in colours], loc="outside upper center", ncols=min(len(colours), 4))

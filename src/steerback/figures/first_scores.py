@@ -1,0 +1,79 @@
+"""Figures A7 and A8: first-attempt scores without steering, a histogram per target, alone or beside steered ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from steerback.figures import style
+from steerback.metrics import Outcomes, view
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BINS = np.arange(0, 101, 5)
+
+
+@style.styled
+def draw(
+    unsteered: Mapping[str, Outcomes], judge: str, steered: Mapping[str, Outcomes] | None = None, note: str = ""
+) -> Figure:
+    """Shares of responses by first score; `steered` is outlined over the unsteered bars."""
+    columns = max(1, min(len(unsteered), 2))
+    rows = max(1, -(-len(unsteered) // columns))
+    fig, drawing = style.new_figure("full", 0.35 + 1.25 * rows, _caption(unsteered, judge, steered, note))
+    axes = drawing.subplots(rows, columns, sharex=True, squeeze=False)
+    colours = style.colours(unsteered)
+    for ax, target in zip(axes.flat, unsteered, strict=False):
+        ax.set_title(style.plain(target), loc="left", color=colours[target], fontweight="bold", pad=2)
+        _histogram(ax, unsteered[target], colours[target], filled=True, label="no steering")
+        if steered and target in steered:
+            _histogram(ax, steered[target], style.INK, filled=False, label="at threshold")
+            ax.legend(loc="upper center")
+        ax.grid(axis="y")
+    for ax in axes.flat[len(unsteered) :]:
+        ax.set_axis_off()
+    if not unsteered:
+        style.message(axes[0, 0], "nothing was measured")
+    for ax in axes[-1]:
+        ax.set_xlabel("first-attempt score")
+        ax.set_xlim(0, 100)
+    drawing.supylabel("share of responses (%)", fontsize=7.5)
+    return fig
+
+
+def _histogram(ax: Axes, outcomes: Outcomes, colour: str, filled: bool, label: str) -> None:
+    first = view(outcomes).first
+    if not len(first):
+        style.message(ax, "no valid response")
+        return
+    share = 100 * np.histogram(first, BINS)[0] / len(first)
+    ax.stairs(share, BINS, fill=filled, color=colour, alpha=0.75 if filled else 1, linewidth=1.0, label=label)
+    if filled:
+        ax.axvline(float(first.mean()), color=colour, linewidth=0.8)
+        left = first.mean() > 50
+        ax.annotate(
+            f"mean {first.mean():.1f}\nn = {len(first):,}",
+            (float(first.mean()), 0.93),
+            xycoords=("data", "axes fraction"),
+            xytext=(-4 if left else 4, 0),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            va="top",
+            fontsize=6.5,
+        )
+
+
+def _caption(unsteered: Mapping[str, Outcomes], judge: str, steered: Mapping[str, Outcomes] | None, note: str) -> str:
+    what = "First-attempt scores of responses without steering"
+    beside = ", and of the same prompts and seeds steered at threshold (outlined)" if steered else ""
+    lines = [f"{what}{beside}. Judge: {judge}. {note}".strip()]
+    for target, outcomes in unsteered.items():
+        v = view(outcomes)
+        lines.append(
+            f"{target}: n = {len(v.cluster):,} valid of {len(outcomes):,}, {int(v.multi.sum()):,} with a restart."
+        )
+    return "\n".join(lines)

@@ -1,0 +1,60 @@
+"""Figure 4: meta-prompts against the baseline, and the effect by model size where there are several models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from steerback.figures import panels, style
+from steerback.figures.conditions import caption, rows_of_conditions
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from steerback.experiments.base import Measured
+
+EFFECT = "self-monitor"  # the variant that the paper follows over model sizes
+
+
+@style.styled
+def draw(found: Measured, facts: Mapping[str, Mapping[str, Any]], note: str = "") -> Figure:
+    """Conditions as rows; below, the effect of self-monitoring on each target, smallest model first."""
+    conditions = list(dict.fromkeys(condition for _, condition in found.summaries))
+    by_size = [t for t in found.targets if (t, EFFECT) in found.comparisons]
+    by_size.sort(key=lambda t: (facts[t]["parameters"] or 0, t))
+    rows = max(len(conditions), 1)
+    top = max(1.4, 0.15 * rows * max(len(found.targets), 1) + 0.12 * rows + 0.7)
+    several = len(by_size) > 1
+    fig, drawing = style.new_figure("full", top + (1.7 if several else 0), caption(found, note))
+    if several:
+        upper, lower = drawing.subfigures(2, 1, height_ratios=[top, 1.7], squeeze=False).flat
+        for ax, metric in zip(
+            lower.subplots(1, 3, squeeze=False)[0], ("multi_attempt_rate", "esr_rate", "msi"), strict=True
+        ):
+            _effect(ax, found, facts, by_size, metric)
+    else:
+        upper = drawing
+    rows_of_conditions(upper, found, conditions, ("multi_attempt_rate", "esr_rate", "msi", "mean_first"))
+    return fig
+
+
+def _effect(ax: Axes, found: Measured, facts: Mapping[str, Mapping[str, Any]], targets: list[str], metric: str) -> None:
+    colours = style.colours(found.targets)
+    for x, target in enumerate(targets):
+        test = found.comparisons[target, EFFECT][metric]
+        if test.difference is None:
+            continue
+        value = panels.scaled(metric, test.difference)
+        ends = [value if end is None else panels.scaled(metric, end) for end in (test.low, test.high)]
+        spread = np.abs([[value - ends[0]], [ends[1] - value]])
+        ax.errorbar(x, value, yerr=spread, fmt="o", color=colours[target], capsize=2, elinewidth=1.0)
+    ax.axhline(0, color=style.GREY, linewidth=0.6, linestyle=(0, (3, 2)))
+    sizes = {t: facts[t]["parameters"] for t in targets}
+    names = [style.plain(t) + (f"\n{n / 1e6:.3g} M" if (n := sizes[t]) else "") for t in targets]
+    ax.set_xticks(range(len(targets)), names, fontsize=6)
+    ax.set_xlim(-0.6, len(targets) - 0.4)
+    ax.set_ylabel(f"{EFFECT} − baseline:\n{panels.axis_label(metric)}", fontsize=6.5)
+    ax.grid(axis="y")
