@@ -213,6 +213,15 @@ def test_authors_filters_and_filters_off() -> None:
         select(n_latents=4, n=9, labels={}, dead=(), peaks=peaks, settings=strict)
 
 
+def test_latents_without_a_label_can_be_left_out() -> None:
+    off = Filters(relevance="off", concreteness="off")
+    found = select(
+        n_latents=6, n=9, labels={1: "tea", 4: "owls"}, dead=(4,), peaks=None, settings=off, labelled_only=True
+    )
+    assert found.chosen == (1,)
+    assert found.counts["dropped: no label"] == 4
+
+
 def test_costly_raters_see_a_sample_and_failures_are_counted() -> None:
     class Flaky:
         name, version = "flaky", "1"

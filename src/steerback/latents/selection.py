@@ -61,17 +61,23 @@ def select(
     by: Mapping[int, float] | None = None,
     rater: Rater | None = None,
     rate_at_most: int | None = None,
+    labelled_only: bool = False,
 ) -> Selection:
     """Filters all latents of an SAE and draws `n`, stratified over index (or over `by`, such as log density).
 
     `peaks`: (n prompts, n_latents), see `relevance`; needed unless that filter is off. Latents without a label cannot
-    be rated: they stay, and are counted. `rate_at_most` limits the labels sent to a costly rater to a stratified
-    sample. Fewer than `n` are returned if no more are left; none left is an error that says where they went.
+    be rated: they stay, and are counted, unless `labelled_only`. `rate_at_most` limits the labels sent to a costly
+    rater to a stratified sample. Fewer than `n` are returned if no more are left; none left is an error that says
+    where they went.
     """
     counts = {"all": n_latents}
     keep = np.ones(n_latents, dtype=bool)
     keep[[k for k in dead if 0 <= k < n_latents]] = False
     counts["dropped: dead"] = int((~keep).sum())
+    if labelled_only:
+        unlabelled = keep & ~np.isin(np.arange(n_latents), list(labels))
+        counts["dropped: no label"] = int(unlabelled.sum())
+        keep &= ~unlabelled
     if settings.relevance != "off":
         _drop_relevant(keep, peaks, settings.relevance, counts)
     candidates = np.flatnonzero(keep).tolist()

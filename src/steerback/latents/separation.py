@@ -1,0 +1,116 @@
+"""How well each latent tells two arms of texts apart, and what chance alone would give.
+
+Arrays of activations in, arrays of statistics out; columns are latents. Ranks are taken once, so that a permutation
+of labels costs one matrix product for all latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.floating[Any]]
+Floats = NDArray[np.float64]
+CHUNK = 4096  # latents ranked at a time, which bounds memory for large SAEs
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Separation:
+    """Per latent, each (k,). `auc`: P(a mismatched text is more active than a matched one), ties count one half.
+
+    `effect` is Cohen's d (pooled sd; 0 where both arms are constant and equal, inf where they are constant and not).
+    """
+
+    auc: Floats
+    effect: Floats
+    matched_mean: Floats
+    matched_sd: Floats
+    matched_median: Floats
+    matched_frequency: Floats  # share of texts with a non-zero activation
+    mismatched_mean: Floats
+    mismatched_sd: Floats
+    mismatched_median: Floats
+    mismatched_frequency: Floats
+
+    def to_json(self) -> dict[str, list[float | None]]:
+        """Lists of plain numbers; None where a number is infinite."""
+        return {
+            f.name: [float(v) if np.isfinite(v) else None for v in getattr(self, f.name)] for f in fields(Separation)
+        }
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NullDraws:
+    """`counts`: (levels, draws) latents at or above each level; `largest`: (draws,) largest AUC of any latent."""
+
+    counts: NDArray[np.int64]
+    largest: Floats
+
+
+def separation(matched: Array, mismatched: Array) -> Separation:
+    """Statistics of both arms, (n, k) and (m, k)."""
+    arms: dict[str, Floats] = {}
+    for name, arm in (("matched", matched), ("mismatched", mismatched)):
+        x = np.asarray(arm, dtype=np.float64)
+        arms |= {
+            f"{name}_mean": x.mean(axis=0),
+            f"{name}_sd": x.std(axis=0, ddof=1) if len(x) > 1 else np.zeros(x.shape[1]),
+            f"{name}_median": np.median(x, axis=0),
+            f"{name}_frequency": (x != 0).mean(axis=0),
+        }
+    n, m = len(matched), len(mismatched)
+    pooled = np.sqrt(((n - 1) * arms["matched_sd"] ** 2 + (m - 1) * arms["mismatched_sd"] ** 2) / max(n + m - 2, 1))
+    gap = arms["mismatched_mean"] - arms["matched_mean"]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        effect = np.where(gap == 0, 0.0, gap / pooled)
+    return Separation(auc=auc_of(ranks_of(matched, mismatched), n), effect=effect, **arms)
+
+
+def ranks_of(matched: Array, mismatched: Array) -> Floats:
+    """Mid-ranks (1 to n + m) of both arms pooled, per latent: (n + m, k), matched texts first."""
+    from scipy.stats import rankdata
+
+    pooled = np.concatenate([matched, mismatched])
+    if not np.isfinite(pooled).all():
+        raise ValueError("activations are not all finite")
+    out = np.empty(pooled.shape)
+    for start in range(0, pooled.shape[1], CHUNK):
+        out[:, start : start + CHUNK] = rankdata(pooled[:, start : start + CHUNK], axis=0)
+    return out
+
+
+def auc_of(ranks: Floats, n: int) -> Floats:
+    """AUC per latent from `ranks_of` (n + m, k) with n matched texts, exact: 1 means that the arms do not overlap."""
+    m = len(ranks) - n
+    auc: Floats = (ranks[n:].sum(axis=0) - m * (m + 1) / 2) / (n * m)
+    return auc
+
+
+def null_counts(
+    ranks: Floats, clusters: NDArray[np.int64], levels: Sequence[float], draws: int, seed: int
+) -> NullDraws:
+    """Counts of latents at or above AUC `levels` when the labels of all texts of a cluster are swapped at random.
+
+    `ranks`: (2n, k) from `ranks_of` with arms of n texts each; `clusters`: (n,), the prompt of each text. Within a
+    cluster both arms hold the same responses, so swapping its labels leaves everything but the match in place.
+    """
+    n = len(clusters)
+    numbers = np.unique(clusters, return_inverse=True)[1]
+    generator = np.random.default_rng(seed)
+    counts = np.zeros((len(levels), draws), dtype=np.int64)
+    largest = np.zeros(draws)
+    if ranks.shape[1] == 0:
+        return NullDraws(counts, largest)
+    for start in range(0, draws, 64):
+        many = min(64, draws - start)
+        swapped = generator.integers(0, 2, (many, numbers.max() + 1)).astype(bool)[:, numbers]
+        high = np.concatenate([swapped, ~swapped], axis=1).astype(np.float64)  # (many, 2n): labelled mismatched
+        auc = (high @ ranks - n * (n + 1) / 2) / n**2
+        largest[start : start + many] = auc.max(axis=1)
+        for i, level in enumerate(levels):
+            counts[i, start : start + many] = (auc >= level).sum(axis=1)
+    return NullDraws(counts, largest)
