@@ -52,7 +52,6 @@ def _histograms(fig: SubFigure, data: Mapping[str, tuple[Outcomes, Summary]], co
         ax.set_title(style.plain(target), loc="left", color=colours[target], fontweight="bold", pad=2)
         if not len(gain):
             style.message(ax, f"no second attempt in {len(trials.cluster):,} responses")
-            ax.set_yticks([])
             continue
         ax.hist(np.clip(gain, -100, 100), BINS, color=colours[target], edgecolor="white", linewidth=0.4)
         ax.axvline(0, color=style.INK, linewidth=0.6, linestyle=(0, (3, 2)))
@@ -78,11 +77,12 @@ def _bars(ax: Axes, summaries: Mapping[str, Summary], colours: Mapping[str, str]
     ax.set_ylabel("share of responses (%)")
     ax.grid(axis="y")
     top = 1.0
+    crowded = ax.figure.bbox.width / ax.figure.dpi / max(len(summaries), 1) < 0.7  # inches per target
     for i, (target, summary) in enumerate(summaries.items()):
         for j, (metric, _, hatch) in enumerate(RATES):
             estimate = summary.headline[metric]
             x = i + (j - 0.5) * 0.38
-            top = max(top, _bar(ax, x, estimate, colours[target], hatch))
+            top = max(top, _bar(ax, x, estimate, colours[target], hatch, crowded))
     ax.set_ylim(0, top * 1.18)
     ax.set_xlim(-0.6, max(len(summaries), 1) - 0.4)
     names = [style.plain(t).replace("-", "-\n", 1) if len(summaries) > 3 else style.plain(t) for t in summaries]
@@ -97,7 +97,7 @@ def _bars(ax: Axes, summaries: Mapping[str, Summary], colours: Mapping[str, str]
     ax.legend(handles, [name for _, name, _ in RATES], loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
 
 
-def _bar(ax: Axes, x: float, estimate: Estimate, colour: str, hatch: str) -> float:
+def _bar(ax: Axes, x: float, estimate: Estimate, colour: str, hatch: str, crowded: bool) -> float:
     """One rate with its interval and number; returns the height it reaches, in per cent."""
     if estimate.value is None:
         ax.text(x, 0, "no\ndata", ha="center", va="bottom", fontsize=6, color=style.GREY)
@@ -106,7 +106,7 @@ def _bar(ax: Axes, x: float, estimate: Estimate, colour: str, hatch: str) -> flo
     low, high = (100 * (e if e is not None else estimate.value) for e in (estimate.low, estimate.high))
     ax.bar(x, value, 0.34, color="white" if hatch else colour, edgecolor=colour, hatch=hatch, linewidth=0.8)
     ax.errorbar(x, value, [[value - low], [high - value]], fmt="none", ecolor=style.INK, elinewidth=0.8, capsize=2)
-    digits = 1 if high >= 1 else 2
+    digits = 1 if high >= 1 or crowded else 2
     label = f"{value:.{digits}f}" if value else f"0\n(≤ {high:.{digits}f})"
     ax.annotate(label, (x, high), xytext=(0, 1.5), textcoords="offset points", ha="center", va="bottom", fontsize=6.5)
     return high

@@ -142,7 +142,8 @@ def plain(text: str) -> str:
 
 
 def message(ax: Axes, text: str) -> None:
-    """A panel that has nothing to show says so."""
+    """A panel that has nothing to show says so, without a scale that means nothing."""
+    ax.set_yticks([])
     width = max(12, int(ax.get_window_extent().width / ax.figure.dpi * 15))
     ax.text(
         0.5,
