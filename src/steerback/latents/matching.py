@@ -1,0 +1,193 @@
+"""Random sets of latents to ablate beside a set of interest, matched to it in activity.
+
+An ablation of active latents disturbs a model whatever they mean; a control has to disturb it as much. Activity is
+measured on steered responses of the baseline condition, where the ablation will act. Works on arrays; it knows nothing
+of engines.
+
+    activity = Activity.measure(means, frequencies, decoder_norms)     # pooled over response tokens, (texts, latents)
+    control = matched_sets(activity, detectors, n_sets=3, exclude=steered, seed=42)
+    control.sets[0], control.quality[0].removed_ratio                  # norm removed, relative to the detectors
+    control = uniform_sets(activity, detectors, n_sets=3, ...)         # the authors' control: any live latents
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from steerback.errors import SteerbackError
+
+Floats = NDArray[np.float64]
+FEATURES = ("mean", "frequency", "removed")
+DISJOINT_SETS = 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Activity:
+    """How active each latent is, and what clamping it to 0 takes away; each (n latents,)."""
+
+    mean: Floats  # activation per token
+    frequency: Floats  # share of tokens with a non-zero activation, 0-1
+    removed: Floats  # L2 norm taken from the residual stream per token: mean activation times decoder norm
+
+    @classmethod
+    def measure(
+        cls,
+        means: NDArray[np.floating[Any]],
+        frequencies: NDArray[np.floating[Any]],
+        decoder_norms: NDArray[np.floating[Any]],
+    ) -> Activity:
+        """From per-text averages over tokens, (texts, latents), texts weighing equally; decoder norms (latents,)."""
+        mean = np.asarray(means, dtype=np.float64).mean(axis=0)
+        frequency = np.asarray(frequencies, dtype=np.float64).mean(axis=0)
+        removed = mean * np.asarray(decoder_norms, dtype=np.float64)
+        if not np.isfinite(removed).all():
+            raise ValueError("activations or decoder norms are not all finite")
+        return cls(mean, frequency, removed)
+
+    @property
+    def live(self) -> NDArray[np.bool_]:
+        """Latents that were active at all."""
+        return np.asarray(self.frequency > 0)
+
+    def features(self) -> Floats:
+        """(n latents, 3): logarithms, as activity spans orders of magnitude, in units of their sd over live latents."""
+        logs = np.log(np.maximum(np.stack([self.mean, self.frequency, self.removed], axis=1), 1e-12))
+        spread = logs[self.live].std(axis=0) if self.live.any() else np.ones(3)
+        scaled: Floats = logs / np.where(spread > 0, spread, 1.0)
+        return scaled
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """How like the set of interest one random set is."""
+
+    difference: dict[str, float]
+    """Per feature: mean over the set minus mean over the set of interest, of logarithms in sd over live latents."""
+    distance: float
+    """Mean distance of a member from the one it stands for (same units, three features); nan for uniform draws."""
+    removed_ratio: float | None
+    """Norm that clamping the set removes per token, relative to the set of interest; None if that removes nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class RandomSets:
+    """`sets[s][i]` stands for member i of the set of interest (in uniform draws the order means nothing)."""
+
+    sets: tuple[tuple[int, ...], ...]
+    method: str
+    quality: tuple[Quality, ...]
+    n_candidates: int
+    overlap: float
+    """Mean share of a set's latents that another set has too, over pairs of sets."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers, None for what does not apply."""
+        found = asdict(self)
+        for quality in found["quality"]:
+            quality["distance"] = None if np.isnan(quality["distance"]) else quality["distance"]
+        return found
+
+
+def matched_sets(
+    activity: Activity, interest: Sequence[int], n_sets: int = 3, exclude: Collection[int] = (), seed: int = 42
+) -> RandomSets:
+    """`n_sets` sets of as many live latents as `interest`, nearest neighbours without replacement.
+
+    Up to `DISJOINT_SETS` sets share no latent: every member of interest gets the `n_sets` neighbours that make the
+    total distance smallest (optimal assignment), dealt to the sets at random, so that no set is systematically the
+    better match. More sets would have to reach for ever worse matches; each is then the optimal match within a random
+    quarter of the candidates, and sets may overlap (`overlap` says how much). So it is where candidates are too few.
+    `exclude`: latents never drawn, such as those that are steered.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    members, candidates = _prepare(activity, interest, n_sets, exclude)
+    features = activity.features()
+    distance = np.linalg.norm(features[members][:, None] - features[candidates][None], axis=2)
+    generator = np.random.default_rng(seed)
+    if n_sets <= DISJOINT_SETS and len(candidates) >= n_sets * len(members):
+        near = _nearest(distance, n_sets)
+        copies = np.repeat(distance[:, near], n_sets, axis=0)  # (members x sets, candidates)
+        chosen = candidates[near][linear_sum_assignment(copies)[1]].reshape(len(members), n_sets)
+        dealt = generator.permuted(chosen, axis=1).T
+    else:
+        dealt = np.empty((n_sets, len(members)), dtype=np.int64)
+        for s in range(n_sets):
+            size = max(len(members), len(candidates) // 4)
+            part = generator.choice(len(candidates), size, replace=False)
+            dealt[s] = candidates[part][linear_sum_assignment(distance[:, part])[1]]
+    return _described(activity, features, members, dealt, "matched", len(candidates))
+
+
+def uniform_sets(
+    activity: Activity, interest: Sequence[int], n_sets: int = 3, exclude: Collection[int] = (), seed: int = 42
+) -> RandomSets:
+    """The authors' control: `n_sets` uniform draws of as many live latents as `interest`, each without replacement."""
+    members, candidates = _prepare(activity, interest, n_sets, exclude)
+    generator = np.random.default_rng(seed)
+    drawn = np.stack([generator.choice(candidates, len(members), replace=False) for _ in range(n_sets)])
+    return _described(activity, activity.features(), members, drawn, "uniform", len(candidates))
+
+
+def _prepare(
+    activity: Activity, interest: Sequence[int], n_sets: int, exclude: Collection[int]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Members of interest and candidates for the sets."""
+    members = np.array(interest, dtype=np.int64)
+    size = len(activity.mean)
+    if not len(members) or len(np.unique(members)) < len(members) or members.min() < 0 or members.max() >= size:
+        raise SteerbackError(f"a set to match needs distinct latents within 0 to {size - 1}, not {list(interest)}")
+    if n_sets < 1:
+        raise SteerbackError(f"cannot draw {n_sets} random sets; ask for at least 1")
+    open_to_draw = activity.live.copy()
+    open_to_draw[members] = False
+    open_to_draw[[k for k in exclude if 0 <= k < size]] = False
+    candidates = np.flatnonzero(open_to_draw)
+    if len(candidates) < len(members):
+        raise SteerbackError(
+            f"only {len(candidates)} live latents are left to match {len(members)}; "
+            "measure activity on more responses, or ablate fewer"
+        )
+    return members, candidates
+
+
+def _nearest(distance: Floats, n_sets: int) -> NDArray[np.int64]:
+    """Columns that an optimal assignment can need: a member never has to go past its (members x sets) nearest."""
+    enough = min(distance.shape[0] * n_sets, distance.shape[1])
+    return np.unique(np.argpartition(distance, enough - 1, axis=1)[:, :enough])
+
+
+def _described(
+    activity: Activity,
+    features: Floats,
+    members: NDArray[np.int64],
+    sets: NDArray[np.int64],
+    method: str,
+    n_candidates: int,
+) -> RandomSets:
+    base = float(activity.removed[members].sum())
+    quality = []
+    for drawn in sets:
+        gap = features[drawn].mean(axis=0) - features[members].mean(axis=0)
+        apart = np.linalg.norm(features[drawn] - features[members], axis=1).mean()
+        quality.append(
+            Quality(
+                difference=dict(zip(FEATURES, gap.tolist(), strict=True)),
+                distance=float(apart) if method == "matched" else float("nan"),
+                removed_ratio=float(activity.removed[drawn].sum()) / base if base else None,
+            )
+        )
+    times = np.unique(sets, return_counts=True)[1]  # in how many sets each latent is
+    pairs = len(sets) * (len(sets) - 1)
+    return RandomSets(
+        sets=tuple(tuple(int(k) for k in drawn) for drawn in sets),
+        method=method,
+        quality=tuple(quality),
+        n_candidates=n_candidates,
+        overlap=float((times * (times - 1)).sum() / (pairs * len(members))) if pairs else 0.0,
+    )
