@@ -14,11 +14,14 @@ from steerback.records import Completion, Request
 from steerback.targets import BoostPrior, Target
 from steerback.targets.sae import Sae
 
+torch.set_num_threads(1)  # models this small lose time to a second thread
+
 TEMPLATE = (
     "{{ '<s>' }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-WORDS = "the cat explains how to add numbers when water boils and why a stone falls down every single day".split()
+TEXT = "the cat explains how to add numbers when water boils and why a stone falls down every single day"
+WORDS = TEXT.split()
 PRIOR = BoostPrior(5, 5, 0, 20)
 
 
