@@ -3,6 +3,7 @@
 Pure numpy (scipy where a distribution is needed): knows nothing of ledgers, engines or files.
 """
 
+from steerback.metrics.agreement import Agreement, agreement, alpha, cohens_kappa, krippendorff_alpha, rank_correlation
 from steerback.metrics.intervals import clopper_pearson, no_event_bound, wilson
 from steerback.metrics.outcomes import (
     EMPTY,
@@ -29,6 +30,7 @@ from steerback.metrics.rates import (
     view,
 )
 from steerback.metrics.sweep import Peak, find_peak
+from steerback.metrics.trend import Trend, trend
 
 __all__ = [
     "COMPARED",
@@ -39,6 +41,7 @@ __all__ = [
     "UNSCORED",
     "VALID",
     "VARIANTS",
+    "Agreement",
     "Comparison",
     "Estimate",
     "Metric",
@@ -47,19 +50,26 @@ __all__ = [
     "PairedTest",
     "Peak",
     "Summary",
+    "Trend",
     "View",
+    "agreement",
+    "alpha",
     "clopper_pearson",
     "cluster_code",
+    "cohens_kappa",
     "compare",
     "correct",
     "counts",
     "estimates",
     "find_peak",
     "holm",
+    "krippendorff_alpha",
     "no_event_bound",
     "outcome_of",
+    "rank_correlation",
     "summarize",
     "swap_test",
+    "trend",
     "view",
     "wilson",
 ]

@@ -121,7 +121,8 @@ def design_effect(variance: Influence, sizes: Floats, events: float, icc: float 
     return max(1.0, weight * variance.clustered / variance.independent + (1 - weight) * assumed)
 
 
-def _t(df: float, alpha: float) -> float:
+def t_quantile(df: float, alpha: float = ALPHA) -> float:
+    """Two-sided t quantile; at least one degree of freedom, the normal quantile for infinitely many."""
     from scipy.special import stdtrit
 
     return float(stdtrit(max(df, 1), 1 - alpha / 2))
@@ -147,7 +148,7 @@ def rate_interval(events: float, sizes: Floats, variance: Influence, icc: float 
     if events == n:
         return Bounds(1 - bound, 1.0, f"exact beta-binomial, events only, assumed ICC {icc:g}")
     rarer = min(events, n - events)
-    shrink = (_t(np.inf, alpha) / _t(clusters - 1, alpha)) ** 2
+    shrink = (t_quantile(np.inf, alpha) / t_quantile(clusters - 1, alpha)) ** 2
     effective = n / design_effect(variance, sizes, rarer, icc) * shrink
     low, high = clopper_pearson(p * effective, effective, alpha)
     return Bounds(min(low, 1 - bound), max(high, bound), "Clopper-Pearson at effective size, clustered by latent")
@@ -181,7 +182,9 @@ def mean_interval(
         low, high = (v if np.isfinite(v) else value + np.sign(v) * OPEN_REACH for v in limits)
         low, high = float(value + share * (low - value)), float(value + share * (high - value))
         return Bounds(low, high, f"no spread: bound on the share that differs, assumed ICC {icc:g}")
-    half = _t(informative - 1, alpha) * np.sqrt(variance.independent * design_effect(variance, sizes, events, icc))
+    half = t_quantile(informative - 1, alpha) * np.sqrt(
+        variance.independent * design_effect(variance, sizes, events, icc)
+    )
     low, high = max(value - half, limits[0]), min(value + half, limits[1])
     return Bounds(float(low), float(high), "t, clustered by latent")
 

@@ -1,0 +1,169 @@
+"""How far judges agree: shares, Cohen's kappa, Krippendorff's alpha, rank correlation. Knows arrays only.
+
+Intervals are clustered by latent and never a point: complete agreement on n responses does not prove that the judges
+never disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from steerback.metrics import intervals as iv
+from steerback.metrics.rates import Estimate, influence
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+    Floats = NDArray[np.float64]
+
+Level = Literal["nominal", "interval"]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Two judges on one label: the share of equal verdicts and Cohen's kappa."""
+
+    share: Estimate
+    kappa: Estimate
+
+
+def agreement(a: ArrayLike, b: ArrayLike, cluster: ArrayLike, draws: int = 2000, seed: int = 0) -> Agreement:
+    """Agreement of two judges' labels (numbers; nan where a judge gave none, such responses are left out)."""
+    table, codes = _complete([a, b], cluster)
+    equal = (table[0] == table[1]).astype(np.float64)
+    chance = _chance_disagreement(table)
+    kappa = _estimate(lambda t: cohens_kappa(t[0], t[1]), table, codes, draws, seed, chance)
+    return Agreement(_share(equal, codes), kappa)
+
+
+def alpha(ratings: ArrayLike, cluster: ArrayLike, level: Level, draws: int = 2000, seed: int = 0) -> Estimate:
+    """Krippendorff's alpha of `ratings` (judges, responses), nan where missing, with its interval."""
+    table = np.asarray(ratings, dtype=np.float64)
+    rated = np.isfinite(table).sum(axis=0) >= 2
+    codes = np.unique(np.asarray(cluster)[rated], return_inverse=True)[1]
+    chance = _chance_disagreement(table[:, rated]) if level == "nominal" else None
+    return _estimate(lambda t: krippendorff_alpha(t, level), table[:, rated], codes, draws, seed, chance)
+
+
+def rank_correlation(a: ArrayLike, b: ArrayLike, cluster: ArrayLike, draws: int = 2000, seed: int = 0) -> Estimate:
+    """Spearman's rank correlation of two judges' scores with its interval (responses with a nan are left out)."""
+    table, codes = _complete([a, b], cluster)
+    return _estimate(lambda t: spearman(t[0], t[1]), table, codes, draws, seed)
+
+
+def cohens_kappa(a: NDArray[np.generic], b: NDArray[np.generic]) -> float | None:
+    """Cohen (1960); None where both judges always gave one and the same label, as chance then explains everything."""
+    if not len(a):
+        return None
+    values, codes = np.unique(np.concatenate([a, b]), return_inverse=True)
+    k, n = len(values), len(a)
+    table = np.bincount(codes[:n] * k + codes[n:], minlength=k * k).reshape(k, k) / n
+    expected = float(table.sum(axis=1) @ table.sum(axis=0))
+    return None if expected >= 1 - 1e-12 else float((np.trace(table) - expected) / (1 - expected))
+
+
+def krippendorff_alpha(ratings: Floats, level: Level) -> float | None:
+    """Krippendorff's alpha, 1 - observed / expected disagreement, over responses with at least two ratings.
+
+    `ratings`: (judges, responses), nan where missing. The disagreement of two ratings is 1 if they differ (nominal),
+    or their squared difference (interval). None where all ratings are the same.
+    """
+    known = np.isfinite(ratings)
+    counts = known.sum(axis=0)
+    known, table, m = known[:, counts >= 2], ratings[:, counts >= 2], counts[counts >= 2].astype(np.float64)
+    if not len(m):
+        return None
+    values = table[known]
+    n = len(values)
+    if level == "interval":
+        x = np.where(known, table - values.mean(), 0.0)  # centred: sums of squares lose no digits
+        within = 2 * (m * np.sum(x**2, axis=0) - np.sum(x, axis=0) ** 2)
+        total = 2 * (n * np.sum((values - values.mean()) ** 2))
+    else:
+        labels, codes = np.unique(values, return_inverse=True)
+        unit = np.nonzero(known)[1]
+        tally = np.bincount(unit * len(labels) + codes, minlength=len(m) * len(labels)).reshape(len(m), len(labels))
+        within = m**2 - np.sum(tally.astype(np.float64) ** 2, axis=1)
+        total = float(n) ** 2 - float(np.sum(tally.sum(axis=0).astype(np.float64) ** 2))
+    expected = total / (n - 1)
+    return None if expected <= 1e-12 else float(1 - np.sum(within / (m - 1)) / expected)
+
+
+def spearman(a: Floats, b: Floats) -> float | None:
+    """Rank correlation, ties at their mean rank; None where a judge gave one score only."""
+    if len(a) < 2:
+        return None
+    x, y = (_ranks(v) for v in (a, b))
+    x, y = x - x.mean(), y - y.mean()
+    scale = float(np.sqrt((x @ x) * (y @ y)))
+    return float(np.clip(x @ y / scale, -1, 1)) if scale > 0 else None
+
+
+def _ranks(values: Floats) -> Floats:
+    _, codes, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[codes]
+
+
+def _complete(columns: list[ArrayLike], cluster: ArrayLike) -> tuple[Floats, NDArray[np.intp]]:
+    table = np.stack([np.asarray(c, dtype=np.float64) for c in columns])
+    keep = np.all(np.isfinite(table), axis=0)
+    return table[:, keep], np.unique(np.asarray(cluster)[keep], return_inverse=True)[1].astype(np.intp)
+
+
+def _share(equal: Floats, codes: NDArray[np.intp]) -> Estimate:
+    n = len(equal)
+    if not n:
+        return Estimate(None, None, None, 0, "no response judged by both")
+    sizes = iv.cluster_sums(codes, np.ones(n))
+    events = float(equal.sum())
+    variance = iv.influence_variance(influence(equal, np.ones(n)), codes, np.ones(n, dtype=bool))
+    bounds = iv.rate_interval(events, sizes, variance)
+    return Estimate(events / n, *bounds[:2], n, bounds.method, int(events), len(sizes))
+
+
+def _estimate(
+    statistic: Callable[[Floats], float | None],
+    table: Floats,
+    codes: NDArray[np.intp],
+    draws: int,
+    seed: int,
+    expected: float | None = None,
+) -> Estimate:
+    """A statistic in [-1, 1] of (judges, responses) with its interval from resampled latents.
+
+    t interval on Fisher's scale (atanh) with the bootstrap's standard error. Without any disagreement, the share that
+    could differ is bounded as for rates and set against the `expected` disagreement, where that is known.
+    """
+    n, clusters = table.shape[1], int(codes.max()) + 1 if table.shape[1] else 0
+    value = statistic(table) if n else None
+    if value is None:
+        return Estimate(None, None, None, n, "not defined: no variation" if n else "nothing judged by both")
+    if clusters < 2:
+        return Estimate(value, None, None, n, "one latent: the spread between latents is unknown", n, clusters)
+    rows = np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1])
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(draws):
+        drawn = statistic(table[:, np.concatenate([rows[c] for c in rng.integers(0, clusters, clusters)])])
+        if drawn is not None:
+            found.append(drawn)
+    if value > 1 - 1e-12 or len(found) < 2 or np.ptp(found) < 1e-12:
+        if value < 1 - 1e-12 or not expected:
+            return Estimate(value, None, value, n, "no spread to estimate an interval from", n, clusters)
+        share = iv.no_event_bound(np.bincount(codes).astype(np.float64))
+        return Estimate(value, max(-1.0, 1 - share / expected), value, n, "bound on disagreement", n, clusters)
+    half = iv.t_quantile(clusters - 1) * float(np.std(found, ddof=1)) / (1 - value**2)
+    low, high = (float(np.tanh(np.arctanh(value) + sign * half)) for sign in (-1, 1))
+    beside = {"bootstrap": iv.percentile(np.array(found)) or (low, high)}
+    return Estimate(value, low, high, n, "bootstrap over latents, t on Fisher's scale", n, clusters, beside)
+
+
+def _chance_disagreement(table: Floats) -> float:
+    """How often two ratings would differ if they were drawn from all of them."""
+    values = table[np.isfinite(table)]
+    shares = np.unique(values, return_counts=True)[1] / max(len(values), 1)
+    return float(1 - np.sum(shares**2))
