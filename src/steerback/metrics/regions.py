@@ -1,0 +1,240 @@
+"""Measurements of responses and of their regions: means, medians and ratios with intervals, and two-sided tests.
+
+Values belong to clusters (latents), whose members are correlated: intervals and the headline p respect that, the t and
+rank tests of the paper's appendix A.7 stand beside and take every value as independent. Knows arrays only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from steerback.metrics import intervals as iv
+from steerback.metrics.paired import holm, swap_test
+from steerback.metrics.rates import Estimate, influence
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+    Codes = NDArray[np.int64]
+
+INFINITE = (-np.inf, np.inf)
+
+
+def mean_of(values: Floats, cluster: Codes, limits: tuple[float, float] = INFINITE) -> Estimate:
+    """Mean of clustered values with the interval of `intervals.mean_interval`; nan values are left out."""
+    values, codes = _present(values, cluster)
+    if not len(values):
+        return Estimate(None, None, None, 0, "no values")
+    ones = np.ones(len(values))
+    variance = iv.influence_variance(influence(values, ones), codes, np.ones(len(values), dtype=bool))
+    clusters = int(codes.max()) + 1
+    bounds = iv.mean_interval(
+        float(values.mean()), iv.cluster_sums(codes, ones), variance, len(values), clusters, limits
+    )
+    return Estimate(float(values.mean()), bounds.low, bounds.high, len(values), bounds.method, len(values), clusters)
+
+
+def rate_of(yes: Floats, cluster: Codes) -> Estimate:
+    """Share of clustered 0/1 values with the interval of `intervals.rate_interval`; nan values are left out."""
+    yes, codes = _present(yes, cluster)
+    if not len(yes):
+        return Estimate(None, None, None, 0, "no values")
+    ones = np.ones(len(yes))
+    variance = iv.influence_variance(influence(yes, ones), codes, np.ones(len(yes), dtype=bool))
+    bounds = iv.rate_interval(float(yes.sum()), iv.cluster_sums(codes, ones), variance)
+    clusters = int(codes.max()) + 1
+    return Estimate(float(yes.mean()), bounds.low, bounds.high, len(yes), bounds.method, int(yes.sum()), clusters)
+
+
+def bootstrap(
+    samples: Mapping[str, tuple[Floats, Codes]],
+    statistic: Callable[[Mapping[str, Floats]], float],
+    draws: int,
+    seed: int = 0,
+) -> Estimate:
+    """Any statistic of one or several clustered samples; percentile interval from resampling whole clusters.
+
+    A cluster that occurs in several samples is drawn for all of them together. nan values are left out; draws in which
+    the statistic is undefined (nan) are as well. No interval with fewer than two clusters.
+    """
+    clean = {name: _finite(values, cluster) for name, (values, cluster) in samples.items()}
+    n = min((len(v) for v, _ in clean.values()), default=0)
+    if not n:
+        return Estimate(None, None, None, 0, "no values")
+    value = statistic({name: v for name, (v, _) in clean.items()})
+    names = np.unique(np.concatenate([c for _, c in clean.values()]))
+    members = {name: [v[c == k] for k in names] for name, (v, c) in clean.items()}
+    found = None
+    if len(names) > 1:
+        generator = np.random.default_rng(seed)
+        drawn = np.full(draws, np.nan)
+        for i, chosen in enumerate(generator.integers(0, len(names), (draws, len(names)))):
+            again = {name: np.concatenate([parts[k] for k in chosen]) for name, parts in members.items()}
+            if all(len(v) for v in again.values()):
+                drawn[i] = statistic(again)
+        found = iv.percentile(drawn)
+    low, high = found or (None, None)
+    method = f"percentile bootstrap over latents, {draws} draws" if found else "one latent: its spread is unknown"
+    shown = float(value) if np.isfinite(value) else None
+    return Estimate(shown, low, high, n, method, n, len(names))
+
+
+def median_of(values: Floats, cluster: Codes, draws: int, seed: int = 0) -> Estimate:
+    """Median of clustered values."""
+    return bootstrap({"x": (values, cluster)}, lambda s: float(np.median(s["x"])), draws, seed)
+
+
+def ratio_of(
+    above: Floats, above_cluster: Codes, below: Floats, below_cluster: Codes, draws: int, seed: int = 0
+) -> Estimate:
+    """Mean of one sample over the mean of another; None where the latter is 0."""
+
+    def ratio(samples: Mapping[str, Floats]) -> float:
+        under = float(samples["below"].mean())
+        return float(samples["above"].mean()) / under if under else float("nan")
+
+    return bootstrap({"above": (above, above_cluster), "below": (below, below_cluster)}, ratio, draws, seed)
+
+
+@dataclass(frozen=True)
+class RegionTest:
+    """Two samples of clustered values, two-sided. `difference` is mean(b) - mean(a), its interval clustered.
+
+    `p` swaps a and b within latents; `t_p` (paired or Welch) and `rank_p` (Wilcoxon signed rank or rank sum) take every
+    value as independent. Cohen's d uses the pooled sd; Cliff's delta is P(b > a) - P(b < a). `holm` corrects p,
+    `t_holm` and `rank_holm` the others, each over the tests given to `correct_regions`.
+    """
+
+    paired: bool
+    n_a: int
+    n_b: int
+    clusters: int
+    mean_a: float | None
+    mean_b: float | None
+    difference: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+    t_p: float | None
+    rank_p: float | None
+    cohens_d: float | None
+    cliffs_delta: float | None
+    holm: float | None = None
+    t_holm: float | None = None
+    rank_holm: float | None = None
+
+
+def paired_regions(a: Floats, b: Floats, cluster: Codes, draws: int = 10_000, seed: int = 0) -> RegionTest:
+    """Two regions of the same responses, all (n,); responses in which either is nan are left out."""
+    both = np.isfinite(a) & np.isfinite(b)
+    a, b, cluster = a[both], b[both], cluster[both]
+    gap = mean_of(b - a, cluster)
+    t_p = rank_p = None
+    if len(a) > 1 and np.any(a != b):
+        from scipy.stats import ttest_rel, wilcoxon
+
+        t_p = _p(ttest_rel(b, a).pvalue) if np.ptp(b - a) > 0 else None
+        rank_p = _p(wilcoxon(b - a).pvalue)
+    return _test(True, a, cluster, b, cluster, gap, t_p, rank_p, draws, seed)
+
+
+def separate_regions(
+    a: Floats, a_cluster: Codes, b: Floats, b_cluster: Codes, draws: int = 10_000, seed: int = 0
+) -> RegionTest:
+    """Regions of different responses, (n,) and (m,); nan values are left out."""
+    a, a_cluster = _finite(a, a_cluster)
+    b, b_cluster = _finite(b, b_cluster)
+    samples = {"a": (a, a_cluster), "b": (b, b_cluster)}
+    gap = bootstrap(samples, lambda s: float(s["b"].mean() - s["a"].mean()), min(draws, 2000), seed)
+    t_p = rank_p = None
+    if len(a) > 1 and len(b) > 1 and np.ptp(np.concatenate([a, b])) > 0:
+        from scipy.stats import mannwhitneyu, ttest_ind
+
+        t_p = _p(ttest_ind(b, a, equal_var=False).pvalue) if np.ptp(a) > 0 or np.ptp(b) > 0 else None
+        rank_p = _p(mannwhitneyu(b, a, alternative="two-sided").pvalue)
+    return _test(False, a, a_cluster, b, b_cluster, gap, t_p, rank_p, draws, seed)
+
+
+def correct_regions(tests: Mapping[str, RegionTest]) -> dict[str, RegionTest]:
+    """Holm over all the tests, for each kind of p on its own."""
+    kinds = (holm(getattr(t, kind) for t in tests.values()) for kind in ("p", "t_p", "rank_p"))
+    return {
+        name: replace(test, holm=p, t_holm=t, rank_holm=r)
+        for (name, test), p, t, r in zip(tests.items(), *kinds, strict=True)
+    }
+
+
+def cohens_d(a: Floats, b: Floats) -> float | None:
+    """(mean(b) - mean(a)) / pooled sd; None where it is not defined."""
+    n, m = len(a), len(b)
+    if n < 2 or m < 2:
+        return None
+    pooled = np.sqrt(((n - 1) * a.var(ddof=1) + (m - 1) * b.var(ddof=1)) / (n + m - 2))
+    return float((b.mean() - a.mean()) / pooled) if pooled > 0 else None
+
+
+def cliffs_delta(a: Floats, b: Floats) -> float | None:
+    """P(b > a) - P(b < a) over all pairs."""
+    if not len(a) or not len(b):
+        return None
+    ordered = np.sort(a)
+    below, upto = (int(np.searchsorted(ordered, b, side=side).sum()) for side in ("left", "right"))
+    return (below + upto) / (len(a) * len(b)) - 1
+
+
+def _test(
+    paired: bool,
+    a: Floats,
+    a_cluster: Codes,
+    b: Floats,
+    b_cluster: Codes,
+    gap: Estimate,
+    t_p: float | None,
+    rank_p: float | None,
+    draws: int,
+    seed: int,
+) -> RegionTest:
+    names = np.unique(np.concatenate([a_cluster, b_cluster]))
+
+    def sums(values: Floats, cluster: Codes) -> Floats:
+        codes = np.searchsorted(names, cluster)
+        weights = (values, np.ones(len(values)))
+        return np.stack([iv.cluster_sums(codes, w, len(names)) for w in weights], axis=1)
+
+    there = len(a) > 0 and len(b) > 0
+    return RegionTest(
+        paired=paired,
+        n_a=len(a),
+        n_b=len(b),
+        clusters=len(names),
+        mean_a=float(a.mean()) if len(a) else None,
+        mean_b=float(b.mean()) if len(b) else None,
+        difference=gap.value,
+        low=gap.low,
+        high=gap.high,
+        p=swap_test(sums(a, a_cluster), sums(b, b_cluster), draws, seed)[0] if there else None,
+        t_p=t_p,
+        rank_p=rank_p,
+        cohens_d=cohens_d(a, b),
+        cliffs_delta=cliffs_delta(a, b),
+    )
+
+
+def _p(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _finite(values: Floats, cluster: Codes) -> tuple[Floats, Codes]:
+    keep = np.isfinite(values)
+    return np.asarray(values, dtype=np.float64)[keep], np.asarray(cluster)[keep]
+
+
+def _present(values: Floats, cluster: Codes) -> tuple[Floats, NDArray[np.intp]]:
+    """Values that are there, with clusters counted from 0."""
+    values, cluster = _finite(values, cluster)
+    return values, np.unique(cluster, return_inverse=True)[1].astype(np.intp)
