@@ -227,7 +227,8 @@ def _estimate(
     events, clusters = int(event.sum()), int(np.count_nonzero(sizes))
     value = float(num.sum()) / n
     variance = iv.influence_variance(influence(num, den), cluster, member)
-    beside = {} if resampled is None else {"bootstrap": resampled}
+    # where no resample differs the percentile bootstrap is a point, which is no interval
+    beside = {"bootstrap": resampled} if resampled and resampled[0] < resampled[1] else {}
     if metric.rate:
         bounds = iv.rate_interval(events, sizes, variance, icc)
         beside |= {"wilson": iv.wilson(events, n), "clopper_pearson": iv.clopper_pearson(events, n)}
