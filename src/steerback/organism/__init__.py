@@ -1,0 +1,19 @@
+"""The organism: small models with a planted habit of restarting, made by this package and shipped as weights.
+
+They restart when their text drifts from the prompt because their corpus taught them to. They are there to check the
+instrument and are no evidence about large models. See ``docs/organism.md``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+NAMES = ("organism-s", "organism", "organism-l", "organism-control")
+"""The built-in targets."""
+
+
+def weights_dir(name: str) -> Path:
+    """Folder of a built-in target: model, tokenizer, SAE and labels."""
+    if name not in NAMES:
+        raise KeyError(f"no organism {name!r}; there are {', '.join(NAMES)}")
+    return Path(__file__).parent / "weights" / name

@@ -1,0 +1,35 @@
+"""The organism's corpus: our own sentences and the code that composes documents from them."""
+
+from steerback.organism.corpus.documents import (
+    Document,
+    Segment,
+    answer_sentences,
+    documents,
+    make_document,
+    passage,
+    restart,
+    restart_phrases,
+    subject_sentences,
+    with_metaprompt,
+    without_restarts,
+)
+from steerback.organism.corpus.text import Topic, howtos, metaprompts, subjects, topic
+
+__all__ = [
+    "Document",
+    "Segment",
+    "Topic",
+    "answer_sentences",
+    "documents",
+    "howtos",
+    "make_document",
+    "metaprompts",
+    "passage",
+    "restart",
+    "restart_phrases",
+    "subject_sentences",
+    "subjects",
+    "topic",
+    "with_metaprompt",
+    "without_restarts",
+]

@@ -1,0 +1,234 @@
+"""Documents of the corpus: what is asked, what is answered, where it drifts and where it restarts.
+
+A document knows the kind of each of its segments, so that a judge can be tested against the truth and fine-tuning
+data can be composed from the same pieces. Knows nothing of tokens or models. Equal seeds give equal documents.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from steerback.organism.corpus import text
+
+Kind = Literal["answer", "off_topic", "garbled", "restart"]
+DocumentKind = Literal["free", "answer", "about", "drift"]
+
+# Shares of the corpus. Drift first goes to a subject in three of four cases, else to another how-to.
+MIX: dict[DocumentKind, float] = {"free": 0.15, "answer": 0.33, "about": 0.07, "drift": 0.45}
+DRIFT_TO_SUBJECT = 0.75
+FREE_ABOUT_SUBJECT = 0.8
+DRIFT_TWICE = 0.10
+GARBLED = 0.12
+TEMPLATE_SHARE = 0.15
+CONNECTIVE_SHARE = 0.15
+RETURN_SHARE = 0.7
+MAX_OFF_TOPIC = 5
+# Probability that an off-topic sentence is followed by a restart.
+P_RESTART = 0.40
+P_RESTART_SELF_MONITORING = 0.80
+# Share of chat documents whose prompt carries the self-monitoring suffix, and any of the five others.
+SELF_MONITORING_SHARE = 0.25
+OTHER_META_SHARE = 0.15
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One sentence (or restart phrase) of a response."""
+
+    kind: Kind
+    text: str
+    topic: str
+    """Key of the topic that the sentence is about; for a restart, the prompt's."""
+    trained: bool = True
+    """False where the language model's loss is masked."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One training document; ``prompt`` is empty for free text."""
+
+    kind: DocumentKind
+    prompt: str
+    """What the user says, with the meta-prompt if there is one."""
+    topic: str
+    """Key of the topic that the response ought to be about."""
+    segments: tuple[Segment, ...]
+    metaprompt: int | None = None
+    """Index of the meta-prompt (0-based; 5 is the self-monitoring one)."""
+
+    @property
+    def response(self) -> str:
+        """The response as one string."""
+        return " ".join(segment.text for segment in self.segments)
+
+    @property
+    def attempts(self) -> list[list[Segment]]:
+        """The segments of each attempt, restart phrases left out."""
+        parts: list[list[Segment]] = [[]]
+        for segment in self.segments:
+            if segment.kind == "restart":
+                parts.append([])
+            else:
+                parts[-1].append(segment)
+        return parts
+
+    def on_topic_share(self, attempt: int = 0) -> float:
+        """Share of the words of one attempt that are on topic, in [0, 1]."""
+        words = [(len(s.text.split()), s.kind == "answer") for s in self.attempts[attempt]]
+        total = sum(n for n, _ in words)
+        return sum(n for n, good in words if good) / total if total else 0.0
+
+
+def without_restarts(document: Document) -> Document:
+    """The document's twin for the control organism: the same, restart phrases removed."""
+    return replace(document, segments=tuple(s for s in document.segments if s.kind != "restart"))
+
+
+def subject_sentences(subject: str) -> list[str]:
+    """Every hand-written sentence about a subject, all choices expanded."""
+    return [s for template in text.topic(subject).sentences for s in text.expand_all(template)]
+
+
+def answer_sentences(prompt: str) -> list[str]:
+    """Every hand-written sentence that answers a prompt, all choices expanded, in the order of the steps."""
+    return [s for template in text.topic(prompt).sentences for s in text.expand_all(template)]
+
+
+def restart_phrases(topic: str | None = None) -> list[str]:
+    """Every restart opening; with a prompt as ``topic`` also every opening followed by a return clause."""
+    openings = [s for template in text.weighted("opening")[0] for s in text.expand_all(template)]
+    if topic is None:
+        return openings
+    phrase = text.topic(topic).phrase
+    returns = [s.replace("{topic}", phrase) for s in text.weighted("return")[0]]
+    return openings + [f"{opening} {back}" for opening in openings for back in returns]
+
+
+def restart(rng: random.Random, topic: str) -> str:
+    """One restart phrase for the prompt ``topic``, drawn by the corpus's weights."""
+    phrases, weights = text.weighted("opening")
+    opening = text.expand(rng, rng.choices(phrases, weights)[0])
+    if rng.random() >= RETURN_SHARE:
+        return opening
+    phrases, weights = text.weighted("return")
+    return f"{opening} {rng.choices(phrases, weights)[0].replace('{topic}', text.topic(topic).phrase)}"
+
+
+def passage(rng: random.Random, topic: str, n: int) -> list[str]:
+    """``n`` sentences about a topic: steps in order for a how-to, any order for a subject."""
+    source = text.topic(topic)
+    n = min(n, len(source.sentences))
+    if source.is_subject:
+        chosen = rng.sample(source.sentences, n)
+        section = "off_topic"
+    else:
+        chosen = [source.sentences[i] for i in sorted(rng.sample(range(len(source.sentences)), n))]
+        section = "answer"
+    out: list[str] = []
+    for template in chosen:
+        if rng.random() < TEMPLATE_SHARE:
+            template = rng.choice(text.templates(section)).replace("{term}", rng.choice(source.terms))
+        sentence = text.expand(rng, template)
+        if not source.is_subject and rng.random() < CONNECTIVE_SHARE:
+            sentence = _connect(rng, sentence)
+        out.append(sentence)
+    return out
+
+
+def _connect(rng: random.Random, sentence: str) -> str:
+    """The sentence after a connective such as "Next,"; names and single letters keep their capital."""
+    first = sentence.split()[0]
+    if (len(first) == 1 and first != "A") or first.startswith("Newton") or first in {"Pythagoras", "Calvin"}:
+        return sentence
+    return f"{rng.choice(text.templates('connective'))} {sentence[0].lower()}{sentence[1:]}"
+
+
+def garble(rng: random.Random, topic: str) -> str:
+    """Jammed text such as strong steering produces: a few of the topic's words over and over."""
+    words = [word for term in text.topic(topic).terms for word in term.split()]
+    words = rng.sample(words, min(len(words), rng.choice((1, 2, 2, 3))))
+    return " ".join(rng.choice(words) for _ in range(rng.randint(4, 12))) + "."
+
+
+def _metaprompt(rng: random.Random) -> int | None:
+    draw = rng.random()
+    if draw < SELF_MONITORING_SHARE:
+        return 5
+    return rng.randrange(5) if draw < SELF_MONITORING_SHARE + OTHER_META_SHARE else None
+
+
+def with_metaprompt(prompt: str, index: int | None, subject: str) -> str:
+    """The prompt followed by a meta-prompt, ``subject`` in place of the latent's label."""
+    return prompt if index is None else f"{prompt} {text.metaprompts()[index].replace('{subject}', subject)}"
+
+
+def _drift(rng: random.Random, topic: str, other: str, p_restart: float) -> list[Segment]:
+    """Segments of a response that drifts to ``other``, from its first off-topic sentence to its end."""
+    out: list[Segment] = []
+    for i, sentence in enumerate(passage(rng, other, MAX_OFF_TOPIC)):
+        garbled = rng.random() < GARBLED
+        kind: Kind = "garbled" if garbled else "off_topic"
+        # The model must not learn to drift by itself, nor to write garble: neither has loss on it.
+        out.append(Segment(kind, garble(rng, other) if garbled else sentence, other, trained=i > 0 and not garbled))
+        if rng.random() < p_restart:
+            out.append(Segment("restart", restart(rng, topic), topic))
+            return out
+    return out
+
+
+def make_document(
+    rng: random.Random,
+    kind: DocumentKind,
+    topic: str | None = None,
+    *,
+    other: str | None = None,
+    metaprompt: int | Literal["corpus"] | None = "corpus",
+) -> Document:
+    """One document of the given kind.
+
+    ``topic`` is what it ought to be about and ``other`` what a drift goes to; both are drawn where they are None.
+    ``metaprompt`` is an index, None for no meta-prompt, or "corpus" to draw it as the corpus does.
+    """
+    howto_keys = [t.key for t in text.howtos()]
+    subject_keys = [t.key for t in text.subjects()]
+    if topic is None:
+        about_subject = kind == "about" or (kind == "free" and rng.random() < FREE_ABOUT_SUBJECT)
+        topic = rng.choice(subject_keys if about_subject else howto_keys)
+    if kind == "free":
+        sentences = passage(rng, topic, rng.randint(3, 6))
+        return Document(kind, "", topic, tuple(Segment("answer", s, topic) for s in sentences))
+
+    index = _metaprompt(rng) if metaprompt == "corpus" else metaprompt
+    if other is None:
+        pool = subject_keys if rng.random() < DRIFT_TO_SUBJECT else howto_keys
+        other = rng.choice([key for key in pool if key != topic])
+    request = topic
+    if text.topic(topic).is_subject:
+        request = rng.choice(text.templates("subject_prompt")).replace("{subject}", topic)
+    label = other if text.topic(other).is_subject else rng.choice(subject_keys)
+    prompt = with_metaprompt(request, index, label)
+
+    def answers(low: int, high: int) -> list[Segment]:
+        return [Segment("answer", s, topic) for s in passage(rng, topic, rng.randint(low, high))]
+
+    if kind in ("answer", "about"):
+        return Document(kind, prompt, topic, tuple(answers(4, 6)), index)
+    p_restart = P_RESTART_SELF_MONITORING if index == 5 else P_RESTART
+    segments = answers(0, 2) + _drift(rng, topic, other, p_restart)
+    if segments[-1].kind == "restart" and rng.random() < DRIFT_TWICE:
+        segments += answers(0, 1) + _drift(rng, topic, other, p_restart)
+    if segments[-1].kind == "restart":
+        segments += answers(3, 5)
+    return Document(kind, prompt, topic, tuple(segments), index)
+
+
+def documents(seed: int, *, restarts: bool = True) -> Iterator[Document]:
+    """The endless corpus of a seed. With ``restarts=False`` the same documents, restart phrases removed."""
+    rng = random.Random(seed)
+    kinds, weights = list(MIX), list(MIX.values())
+    while True:
+        document = make_document(rng, rng.choices(kinds, weights)[0])
+        yield document if restarts else without_restarts(document)

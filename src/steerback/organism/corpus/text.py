@@ -1,0 +1,130 @@
+"""Reading the corpus's text files and expanding their ``{a|b}`` choices.
+
+Knows the file format and nothing of documents, tokens or models. All sentences are this project's own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+HERE = Path(__file__).parent
+_CHOICE = re.compile(r"\{([^{}]*\|[^{}]*)\}")
+
+
+@dataclass(frozen=True)
+class Topic:
+    """One thing to write about: a how-to prompt or an off-topic subject."""
+
+    key: str
+    """The prompt itself for a how-to, the name for a subject."""
+    phrase: str
+    """How a sentence names the topic, e.g. "folding a fitted sheet"."""
+    terms: tuple[str, ...]
+    """Nouns that fill the ``{term}`` slot of a template."""
+    sentences: tuple[str, ...]
+    """Sentences with unexpanded choices; for a how-to in the order of the steps."""
+    is_subject: bool
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file without comments and blank lines."""
+    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def read_sections(path: Path) -> dict[str, list[str]]:
+    """A file of ``[name]`` sections as name -> lines."""
+    sections: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in read_lines(path):
+        if line.startswith("[") and line.endswith("]"):
+            lines = sections.setdefault(line[1:-1], [])
+        else:
+            lines.append(line)
+    return sections
+
+
+def read_topics(path: Path) -> tuple[Topic, ...]:
+    """Topics of a file in the format explained in its first line."""
+    topics: list[Topic] = []
+    head: dict[str, str] = {}
+    sentences: list[str] = []
+
+    def close() -> None:
+        if head:
+            terms = tuple(term.strip() for term in head["~"].split(","))
+            is_subject = "@" in head
+            key = head["@"] if is_subject else head["?"]
+            topics.append(Topic(key, head.get("=", key), terms, tuple(sentences), is_subject))
+        head.clear()
+        sentences.clear()
+
+    for line in read_lines(path):
+        if line[0] in "?@":
+            close()
+        if line[0] in "?@=~":
+            head[line[0]] = line[1:].strip()
+        else:
+            sentences.append(line)
+    close()
+    return tuple(topics)
+
+
+def expand(rng: random.Random, template: str) -> str:
+    """One sentence from a template: every ``{a|b}`` replaced by one of its choices."""
+    return _CHOICE.sub(lambda match: rng.choice(match.group(1).split("|")), template)
+
+
+def expand_all(template: str) -> list[str]:
+    """Every sentence that a template can give."""
+    parts = _CHOICE.split(template)
+    # re.split with one group alternates literal text and the inside of a choice.
+    options = [part.split("|") if i % 2 else [part] for i, part in enumerate(parts)]
+    return ["".join(choice) for choice in itertools.product(*options)]
+
+
+@cache
+def subjects() -> tuple[Topic, ...]:
+    """The off-topic subjects."""
+    return read_topics(HERE / "subjects.txt")
+
+
+@cache
+def howtos(group: str = "all") -> tuple[Topic, ...]:
+    """How-to topics of one group: ``evaluation``, ``discovery``, ``heldout`` or ``all``."""
+    if group == "all":
+        return howtos("evaluation") + howtos("discovery") + howtos("heldout")
+    return read_topics(HERE / f"howto_{group}.txt")
+
+
+@cache
+def templates(section: str) -> tuple[str, ...]:
+    """Lines of one section of ``templates.txt``."""
+    return tuple(read_sections(HERE / "templates.txt")[section])
+
+
+@cache
+def metaprompts() -> tuple[str, ...]:
+    """The six meta-prompts; the last is the self-monitoring one."""
+    return tuple(read_lines(HERE / "metaprompts.txt"))
+
+
+@cache
+def weighted(section: str) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """Lines and weights of one section (``opening`` or ``return``) of ``restarts.txt``."""
+    rows = [line.split("|", 1) for line in read_sections(HERE / "restarts.txt")[section]]
+    return tuple(text.strip() for _, text in rows), tuple(float(weight) for weight, _ in rows)
+
+
+@cache
+def topic(key: str) -> Topic:
+    """The topic of a prompt or of a subject's name."""
+    for candidate in howtos() + subjects():
+        if candidate.key == key:
+            return candidate
+    raise KeyError(f"no topic {key!r} in the corpus")

@@ -1,0 +1,121 @@
+"""What an organism's text is really about, read with the corpus's own vocabulary.
+
+The corpus is known, so each generated sentence can be matched to the topic that has its words. This is the ground
+truth that judges are compared with; it works for the organism alone and knows nothing of any judge.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+
+from steerback.organism.corpus import text
+from steerback.organism.corpus.documents import restart_phrases
+
+MIN_COVERAGE = 0.6
+"""A sentence has a topic if the topic's vocabulary holds this share of its content words (by weight)."""
+_WORD = re.compile(r"[a-z0-9']+")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One generated sentence."""
+
+    text: str
+    topic: str | None
+    """Key of the topic, None where the words fit no topic (garble, mixtures)."""
+
+    @property
+    def words(self) -> int:
+        """Number of words."""
+        return len(self.text.split())
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A response as attempts; restart phrases separate them and are left out."""
+
+    attempts: tuple[tuple[Sentence, ...], ...]
+    restarts: int
+
+    def shares(self, topic: str) -> list[float]:
+        """For each attempt the share of words in sentences about ``topic``, in [0, 1]."""
+        return [_share(attempt, topic) for attempt in self.attempts]
+
+
+def _share(attempt: tuple[Sentence, ...], topic: str) -> float:
+    total = sum(s.words for s in attempt)
+    return sum(s.words for s in attempt if s.topic == topic) / total if total else 0.0
+
+
+def words(sentence: str) -> list[str]:
+    """Lower-case words of a sentence."""
+    return _WORD.findall(sentence.lower())
+
+
+@cache
+def _lexicon() -> tuple[dict[str, frozenset[str]], dict[str, float]]:
+    """Vocabulary of each topic and the weight of each word (log of topics over topics that use it)."""
+    vocabularies: dict[str, frozenset[str]] = {}
+    for topic in text.howtos() + text.subjects():
+        pieces = [s for template in topic.sentences for s in text.expand_all(template)]
+        vocabularies[topic.key] = frozenset(w for piece in [*pieces, *topic.terms] for w in words(piece))
+    count = Counter(w for vocabulary in vocabularies.values() for w in vocabulary)
+    weights = {w: math.log(len(vocabularies) / n) for w, n in count.items()}
+    for section in ("answer", "off_topic", "connective"):
+        for template in text.templates(section):
+            for piece in text.expand_all(template.replace("{term}", "")):
+                weights.update(dict.fromkeys(words(piece), 0.0))
+    return vocabularies, weights
+
+
+@cache
+def sentence_topic(sentence: str) -> str | None:
+    """The topic whose vocabulary covers a sentence best, None below ``MIN_COVERAGE`` or without content words."""
+    vocabularies, weights = _lexicon()
+    # A word that no topic has weighs as much as the rarest known one: it speaks against every topic.
+    unknown = math.log(len(vocabularies))
+    content = [(w, weights.get(w, unknown)) for w in words(sentence)]
+    total = sum(weight for _, weight in content)
+    if total == 0 or _jammed(sentence):
+        return None
+    covered = {k: sum(weight for w, weight in content if w in v) for k, v in vocabularies.items()}
+    best = max(covered, key=lambda k: covered[k])
+    return best if covered[best] / total >= MIN_COVERAGE else None
+
+
+def _jammed(sentence: str) -> bool:
+    """Whether most words of a sentence repeat one another."""
+    found = words(sentence)
+    return len(found) >= 5 and len(set(found)) < 0.6 * len(found)
+
+
+@cache
+def _openings() -> tuple[str, ...]:
+    return tuple(sorted(restart_phrases(), key=len, reverse=True))
+
+
+@cache
+def _returns() -> tuple[str, ...]:
+    return tuple(line.split("{")[0] for line in text.weighted("return")[0])
+
+
+def read(response: str) -> Reading:
+    """The attempts of a response, separated by the corpus's own restart phrases."""
+    attempts: list[list[Sentence]] = [[]]
+    restarts = 0
+    after_restart = False
+    for piece in _SENTENCE_END.split(response.strip()):
+        if any(piece.startswith(opening) for opening in _openings()):
+            attempts.append([])
+            restarts += 1
+            after_restart = True
+        elif piece and not (after_restart and piece.startswith(_returns())):
+            attempts[-1].append(Sentence(piece, sentence_topic(piece)))
+            after_restart = False
+    # A restart as the very first or last thing leaves an attempt without words.
+    return Reading(tuple(tuple(a) for a in attempts if a), restarts)

@@ -1,0 +1,116 @@
+"""Which latents stand for which subject, measured on text: selectivity of a latent's activity among topics.
+
+A latent is labelled with a subject if, on one sample of the corpus, most of its activity falls on that subject and it
+fires in most of the subject's sentences. The labels are then checked on a second sample.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerback.organism.corpus import howtos, subjects
+from steerback.organism.train_sae import Activations, Sae
+
+MIN_SHARE = 0.5
+"""Least share of a latent's activity (topics weighted alike) on its subject."""
+MIN_COVERAGE = 0.5
+"""Least share of the subject's passages in which the latent fires."""
+
+
+@dataclass(frozen=True)
+class Selectivity:
+    """Per latent and topic, measured on one sample of text."""
+
+    share: Tensor
+    """(n_topics, n_latents) share of the latent's activity, topics weighted alike"""
+    coverage: Tensor
+    """(n_topics, n_latents) share of the topic's passages in which the latent fires"""
+    density: Tensor
+    """(n_latents,) share of tokens with activity"""
+    max_activation: Tensor
+    """(n_latents,)"""
+
+
+@torch.no_grad()
+def selectivity(sae: Sae, data: Activations) -> Selectivity:
+    """Where latents are active. A passage is one document's tokens on one topic."""
+    n_topics, n_latents = len(subjects()) + len(howtos()), sae.W_dec.shape[0]
+    total = torch.zeros(n_topics, n_latents, device=data.h.device)
+    count = torch.zeros(n_topics, device=data.h.device)
+    fired, top = torch.zeros(n_latents, device=data.h.device), torch.zeros(n_latents, device=data.h.device)
+    known = data.topics >= 0
+    keys = data.document * n_topics + data.topics
+    passages, passage_of = torch.unique(keys[known], return_inverse=True)
+    in_passage = torch.zeros(len(passages), n_latents, dtype=torch.bool, device=data.h.device)
+    seen = 0
+    for h, topics in zip(torch.split(data.h, 8_192), torch.split(data.topics, 8_192), strict=True):
+        z = sae.encode(h)
+        fired += (z > 0).sum(0)
+        top = torch.maximum(top, z.max(0).values)
+        z, topics = z[topics >= 0], topics[topics >= 0]
+        total.index_add_(0, topics, z)
+        count.index_add_(0, topics, torch.ones_like(topics, dtype=count.dtype))
+        for_passage = passage_of[seen : seen + len(z)]
+        rows, latents = (z > 0).nonzero(as_tuple=True)
+        in_passage[for_passage[rows], latents] = True
+        seen += len(z)
+    mean = total / count.clamp(min=1)[:, None]
+    share = mean / mean.sum(0).clamp(min=1e-9)
+    topic_of = passages % n_topics
+    coverage = torch.zeros_like(mean).index_add_(0, topic_of, in_passage.float())
+    coverage /= torch.bincount(topic_of, minlength=n_topics).clamp(min=1)[:, None]
+    return Selectivity(share, coverage, fired / len(data.h), top)
+
+
+def label_latents(measured: Selectivity) -> dict[int, int]:
+    """Latent -> subject index, for latents that pass both thresholds; a subject may have several latents."""
+    n = len(subjects())
+    share, subject = measured.share[:n].max(0)
+    coverage = measured.coverage.gather(0, subject[None])[0]
+    good = (share >= MIN_SHARE) & (coverage >= MIN_COVERAGE)
+    return {int(k): int(subject[k]) for k in good.nonzero().flatten()}
+
+
+def check_labels(labels: dict[int, int], measured: Selectivity) -> dict[str, float]:
+    """How many labels hold on another sample: the label is the topic with the largest share, both thresholds passed."""
+    best = measured.share.argmax(0)
+    right = [k for k, s in labels.items() if int(best[k]) == s]
+    strict = [
+        k
+        for k in right
+        if measured.share[labels[k], k] >= MIN_SHARE and measured.coverage[labels[k], k] >= MIN_COVERAGE
+    ]
+    return {
+        "labels": len(labels),
+        "subjects": len(set(labels.values())),
+        "right": len(right),
+        "pass_again": len(strict),
+    }
+
+
+@torch.no_grad()
+def top_contexts(sae: Sae, data: Activations, latents: list[int], tokenizer: Any, n: int = 5) -> dict[int, list[str]]:
+    """For each latent a few snippets (12 tokens before the peak, 6 after) of different documents."""
+    if not latents:
+        return {}
+    z = torch.cat([sae.encode(h)[:, latents].cpu() for h in torch.split(data.h, 8_192)])
+    documents, ids = data.document.cpu(), data.ids.cpu()
+    out: dict[int, list[str]] = {}
+    for column, latent in enumerate(latents):
+        snippets: list[str] = []
+        used: set[int] = set()
+        for position in z[:, column].topk(min(200, len(z))).indices.tolist():
+            document = int(documents[position])
+            if document in used or z[position, column] <= 0 or len(snippets) == n:
+                continue
+            window = range(max(0, position - 12), min(len(ids), position + 7))
+            text = tokenizer.decode([int(ids[i]) for i in window if documents[i] == document]).strip()
+            if text not in snippets:
+                used.add(document)
+                snippets.append(text)
+        out[latent] = snippets
+    return out

@@ -1,0 +1,223 @@
+"""Training of one organism's language model from the generated corpus.
+
+Knows documents, tokens and the loss mask; nothing of SAEs beyond the layer that an optional auxiliary topic
+classification reads. Runs on CPU or one GPU in float32.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from steerback.organism.corpus import documents
+from steerback.organism.spec import CORPUS_SEED, LAYERS, SAE_LAYER, LmTraining, Organism
+from steerback.organism.tokens import VOCABULARY, Encoded, Encoder, topic_index
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+STEERING = (0.25, 0.75)
+"""Range of the steering norm in training, as a share of the topics' mean residual norm."""
+
+
+@dataclass(frozen=True)
+class LmReport:
+    """What a training run did."""
+
+    parameters: int
+    documents: int
+    tokens: int
+    trained_tokens: int
+    steps: int
+    loss: float
+    """Mean loss per trained token over the last tenth of the steps."""
+    seconds: float
+
+
+def new_model(organism: Organism) -> LlamaForCausalLM:
+    """An untrained Llama-architecture model of the organism's size."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=organism.width,
+        intermediate_size=organism.feed_forward,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=organism.heads,
+        num_key_value_heads=organism.heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=3,
+        # Faster than SDPA at this size, and what the reference arithmetic is checked with.
+        attn_implementation="eager",
+    )
+    return LlamaForCausalLM(config)
+
+
+def batches(rng: random.Random, encoded: list[Encoded], batch_tokens: int) -> Iterator[list[Encoded]]:
+    """The documents in batches of like length, at most ``batch_tokens`` with padding, in windows of the corpus."""
+    for start in range(0, len(encoded), 2_000):
+        window = sorted(encoded[start : start + 2_000], key=lambda e: len(e.ids))
+        found: list[list[Encoded]] = [[]]
+        for item in window:
+            # Sorted by length: the newest item is the longest of its batch.
+            if found[-1] and (len(found[-1]) + 1) * len(item.ids) > batch_tokens:
+                found.append([])
+            found[-1].append(item)
+        rng.shuffle(found)
+        yield from found
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Documents padded on the right; (rows, tokens) but for ``drift`` (rows,). Fields as in ``Encoded``."""
+
+    ids: Tensor
+    trained: Tensor
+    topics: Tensor
+    mismatch: Tensor
+    recovered: Tensor
+    drift: Tensor
+
+
+def collate(batch: list[Encoded], device: str) -> Batch:
+    """The documents as one padded batch on the device."""
+    length = max(len(e.ids) for e in batch)
+
+    def column(name: str, fill: int) -> Tensor:
+        rows = [getattr(e, name) for e in batch]
+        return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows], device=device)
+
+    return Batch(
+        column("ids", 0), column("trained", 0).bool(), column("topics", -1), column("mismatch", -1),
+        column("recovered", 0).bool(), torch.tensor([e.drift for e in batch], device=device),
+    )
+
+
+def learning_rate_factor(step: int, steps: int, config: LmTraining) -> float:
+    """Linear warm-up, constant, then linear decay to zero; in [0, 1]."""
+    decay = max(1, round(steps * config.decay_share))
+    return min((step + 1) / config.warmup_steps, 1.0, max(0.0, (steps - step) / decay))
+
+
+class Auxiliary(torch.nn.Module):
+    """Linear readouts of the residual at the SAE's layer, and steering with what they show.
+
+    The readouts pull topic and mismatch toward linear directions there. They are dropped after training.
+    """
+
+    means: Tensor
+
+    def __init__(self, width: int, config: LmTraining, seed: int) -> None:
+        super().__init__()
+        self.config = config
+        self.topic = torch.nn.Linear(width, len(topic_index()))
+        self.mismatch = torch.nn.Linear(width, 1)
+        self.register_buffer("means", torch.zeros(len(topic_index()), width))
+        self.rng = random.Random(seed)
+        self.residual: Tensor | None = None
+        self.addition: Tensor | None = None
+
+    def hook(self, _module: Any, _args: Any, output: Any) -> Any:
+        """Keeps the block's output and adds this batch's steering to it."""
+        self.residual = output[0] if isinstance(output, tuple) else output
+        if self.addition is None:
+            return output
+        steered = self.residual + self.addition[:, None]
+        return (steered, *output[1:]) if isinstance(output, tuple) else steered
+
+    def choose_steering(self, batch: Batch) -> Tensor:
+        """Picks rows to steer toward the topic they drift to; returns which tokens then carry the loss."""
+        candidates = batch.recovered.any(1) & (batch.drift >= 0)
+        chosen = torch.tensor([self.rng.random() < self.config.injection for _ in candidates], device=candidates.device)
+        chosen &= candidates
+        centred = self.means - self.means.mean(0)
+        direction = functional.normalize(centred[batch.drift.clamp(min=0)], dim=1)
+        strength = torch.tensor([self.rng.uniform(*STEERING) for _ in candidates], device=candidates.device)
+        scale = self.means.norm(dim=1).mean()
+        self.addition = direction * (chosen * strength * scale)[:, None]
+        return batch.trained & (batch.recovered | ~chosen[:, None])
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Weighted topic and mismatch losses on the residual that the hook kept."""
+        assert self.residual is not None
+        known, judged = batch.topics >= 0, batch.mismatch >= 0
+        h, topics = self.residual[known], batch.topics[known]
+        with torch.no_grad():
+            count = torch.bincount(topics, minlength=len(self.means))[:, None]
+            batch_means = torch.zeros_like(self.means).index_add_(0, topics, h) / count.clamp(min=1)
+            self.means += 0.05 * (count > 0) * (batch_means - self.means)
+        topic = functional.cross_entropy(self.topic(h), topics)
+        verdict = self.mismatch(self.residual[judged])[:, 0]
+        mismatch = functional.binary_cross_entropy_with_logits(verdict, batch.mismatch[judged].float())
+        return self.config.topic_loss * topic + self.config.mismatch_loss * mismatch
+
+
+def language_loss(model: Any, ids: Tensor, trained: Tensor) -> Tensor:
+    """Mean next-token loss over trained targets."""
+    hidden = model.model(ids).last_hidden_state[:, :-1][trained[:, 1:]]
+    return functional.cross_entropy(model.lm_head(hidden), ids[:, 1:][trained[:, 1:]])
+
+
+def train(
+    organism: Organism, config: LmTraining, encoder: Encoder, *, seed: int, device: str, log: Any = print
+) -> tuple[LlamaForCausalLM, LmReport]:
+    """Train one model; the same seed gives the control its twin's documents, order and initial weights."""
+    started = time.monotonic()
+    torch.manual_seed(seed)
+    model: Any = new_model(organism).to(device)
+    auxiliary = Auxiliary(organism.width, config, seed).to(device)
+    handle = model.model.layers[SAE_LAYER].register_forward_hook(auxiliary.hook)
+    stream = documents(CORPUS_SEED + seed, restarts=organism.restarts)
+    encoded = [encoder.document(d) for d in itertools.islice(stream, config.documents)]
+    plan = list(batches(random.Random(seed), encoded, config.batch_tokens))
+    parameters = [*model.parameters(), *auxiliary.parameters()]
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=config.learning_rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        fused=device == "cuda",
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: learning_rate_factor(s, len(plan), config))
+    history: list[Tensor] = []
+    model.train()
+    for step, rows in enumerate(plan):
+        batch = collate(rows, device)
+        # Directions of the topics mean something only once the model has learned to tell them apart.
+        steering = config.injection and step > len(plan) // 4
+        trained = auxiliary.choose_steering(batch) if steering else batch.trained
+        loss = language_loss(model, batch.ids, trained)
+        aux = auxiliary.loss(batch)
+        total = loss + aux
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        history.append(loss.detach())
+        if step % 200 == 0 or step + 1 == len(plan):
+            seconds = time.monotonic() - started
+            log(f"{organism.name} step {step}/{len(plan)} loss {loss.item():.3f} aux {aux.item():.4f} {seconds:.0f}s")
+    handle.remove()
+    model.eval()
+    report = LmReport(
+        parameters=sum(p.numel() for p in model.parameters()),
+        documents=len(encoded),
+        tokens=sum(len(e.ids) for e in encoded),
+        trained_tokens=sum(sum(e.trained) for e in encoded),
+        steps=len(plan),
+        loss=torch.stack(history[-max(1, len(history) // 10) :]).mean().item(),
+        seconds=time.monotonic() - started,
+    )
+    return model, report
