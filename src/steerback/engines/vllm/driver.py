@@ -1,0 +1,215 @@
+"""vLLM's asynchronous engine in a thread of its own, fed no faster than the worker's tables allow.
+
+The thread's event loop outlives the callers' loops and keeps running while a caller blocks. A job that needs rows,
+columns or recording room waits, first come first served, until finished jobs have given theirs back; results are read
+from the worker for all jobs that finished in the meantime at once. Knows vLLM's client interface, nothing of targets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from steerback.engines.vllm.settings import Settings, Ticket
+
+PAUSE = 0.02
+"""Seconds between two readings of results: each stops the worker for about a millisecond."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One request as vLLM sees it; `sampling` are the fields of its SamplingParams."""
+
+    ticket: Ticket
+    token_ids: tuple[int, ...]
+    sampling: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back: vLLM's own output, and the worker's entry (receipt, recordings) if the job had a ticket."""
+
+    output: Any
+    entry: Mapping[str, Any] | None
+
+
+@dataclass(slots=True)
+class Gate:
+    """Counts what jobs in flight hold of the worker's tables; never lets in what would not fit."""
+
+    settings: Settings
+    running: int = 0
+    recorders: int = 0
+    poolers: int = 0
+    columns: Counter[int] = field(default_factory=Counter)
+    waiting: deque[tuple[Ticket, asyncio.Future[None]]] = field(default_factory=deque)
+
+    async def enter(self, ticket: Ticket) -> None:
+        """Waits for a turn."""
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.waiting.append((ticket, turn))
+        self._admit()
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self.leave(ticket)  # the turn came in the same moment
+            raise
+
+    def leave(self, ticket: Ticket) -> None:
+        """Gives back what `enter` took."""
+        self._count(ticket, -1)
+        self._admit()
+
+    def _admit(self) -> None:
+        while self.waiting:
+            ticket, turn = self.waiting[0]
+            if not turn.cancelled():
+                if not self._fits(ticket):
+                    return
+                self._count(ticket, 1)
+                turn.set_result(None)
+            self.waiting.popleft()
+
+    def _fits(self, ticket: Ticket) -> bool:
+        new = sum(1 for latent in ticket.latents() if latent not in self.columns)
+        return (
+            self.running < self.settings.rows
+            and len(self.columns) + new <= self.settings.columns
+            and self.recorders + bool(ticket.record) <= self.settings.recorders
+            and self.poolers + bool(ticket.pool) <= self.settings.poolers
+        )
+
+    def _count(self, ticket: Ticket, sign: int) -> None:
+        self.running += sign
+        self.recorders += sign * bool(ticket.record)
+        self.poolers += sign * bool(ticket.pool)
+        for latent in ticket.latents():
+            self.columns[latent] += sign
+            if not self.columns[latent]:
+                del self.columns[latent]
+
+
+class Driver:
+    """One vLLM engine. Methods may be called from any thread."""
+
+    def __init__(self, settings: Settings, start: Callable[[], Any], lora: Any = None) -> None:
+        self.settings, self._lora = settings, lora
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="steerback-vllm", daemon=True)
+        self._thread.start()
+        self._finished: list[tuple[Job, Any, asyncio.Future[Any]]] = []
+        self._collecting: asyncio.Task[None] | None = None
+        try:
+            self.wait(self._start(start))
+        except BaseException:
+            self._stop()
+            raise
+
+    async def _start(self, start: Callable[[], Any]) -> None:
+        self.llm = start()
+        self._gate = Gate(self.settings)
+
+    def wait(self, work: Any) -> Any:
+        """Runs a coroutine in the engine's thread and waits for it."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def submit(self, job: Job) -> Future[Answer]:
+        """Starts a job; cancelling the future aborts it."""
+        return asyncio.run_coroutine_threadsafe(self._run(job), self._loop)
+
+    def call(self, method: str, *args: Any) -> list[Any]:
+        """Calls a method of every worker."""
+        found: list[Any] = self.wait(self.llm.collective_rpc(method, args=args))
+        return found
+
+    async def _run(self, job: Job) -> Answer:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        await self._gate.enter(job.ticket)
+        fetched = job.ticket.empty
+        try:
+            params = SamplingParams(
+                **job.sampling,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+                extra_args=None if job.ticket.empty else job.ticket.as_args(),
+            )
+            prompt: dict[str, Any] = {"prompt_token_ids": list(job.token_ids)}
+            if (salt := job.ticket.salt(len(job.token_ids))) is not None:
+                prompt["cache_salt"] = salt
+            output: Any = None
+            async for output in self.llm.generate(prompt, params, job.ticket.key, lora_request=self._lora):
+                pass
+            entry = None
+            if not job.ticket.empty:
+                entry = await self._collect(job, output)
+                fetched = True
+            return Answer(output, entry)
+        finally:
+            if not fetched:
+                await asyncio.shield(self.llm.collective_rpc("steerback_release", args=([job.ticket.key],)))
+            self._gate.leave(job.ticket)
+
+    async def _collect(self, job: Job, output: Any) -> Mapping[str, Any]:
+        """The worker's entry for a finished job, read together with those of others."""
+        result: asyncio.Future[Mapping[str, Any]] = asyncio.get_running_loop().create_future()
+        self._finished.append((job, output, result))
+        if self._collecting is None or self._collecting.done():
+            self._collecting = asyncio.create_task(self._collect_all())
+        return await result
+
+    async def _collect_all(self) -> None:
+        while self._finished:
+            await asyncio.sleep(PAUSE)
+            batch, self._finished = self._finished, []
+            wanted = []
+            for job, output, _ in batch:
+                prompt = len(job.token_ids)
+                wanted.append([job.ticket.key, prompt, prompt + max(len(output.outputs[0].token_ids) - 1, 0)])
+            try:
+                workers = await self.llm.collective_rpc("steerback_fetch", args=(wanted,))
+                entries = [_agreed(job.ticket.key, workers) for job, _, _ in batch]
+            except Exception as error:  # noqa: BLE001 - handed on to every job that waits for this reading
+                for _, _, result in batch:
+                    if not result.done():
+                        result.set_exception(error)
+                continue
+            for (_, _, result), entry in zip(batch, entries, strict=True):
+                if not result.done():
+                    result.set_result(entry)
+
+    def close(self) -> None:
+        """Ends the engine and its processes."""
+        if self._thread.is_alive():
+            self.wait(self._shutdown())
+            self._stop()
+
+    async def _shutdown(self) -> None:
+        others = [t for t in asyncio.all_tasks() if t is not asyncio.current_task()]
+        self.llm.shutdown()
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+    def _stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+def _agreed(key: str, workers: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The first worker's entry; under tensor parallelism all must have edited the same positions."""
+    found = [worker[key] for worker in workers]
+    if any(len(entries) != 1 for entries in found):
+        raise RuntimeError(f"request {key!r} left {len(found[0])} receipts in the worker instead of one")
+    counts = {(entries[0]["prompt"], entries[0]["generated"]) for entries in found}
+    if len(counts) != 1:
+        raise RuntimeError(f"request {key!r}: the workers edited different positions {sorted(counts)}")
+    entry: Mapping[str, Any] = found[0][0]
+    return entry

@@ -1,0 +1,335 @@
+"""The worker's book-keeping: which request sits in which row, what the rows hold, and what comes back from them.
+
+Tables are written only when requests arrive, all arrivals of a step together; a step without arrivals copies one small
+array of rows. Works by request, not by the runner's own slots, so that a preempted request finds its row again.
+Knows nothing of vLLM's classes: a `Batch` says what a runner is about to compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steerback.engines.vllm.settings import PHASES, Settings, Ticket
+from steerback.engines.vllm.tables import CACHED, UNEDITED, LayerTable, Shared
+from steerback.interventions import LayerPlan, added_vector, plan_layers
+from steerback.targets.sae import Sae
+
+POOL_CHUNK = 1024
+"""Tokens encoded over the whole SAE at a time; the code of a chunk is all of tokens x latents that ever exists."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A request that a runner sees for the first time (or again, after a preemption)."""
+
+    request: str
+    args: Mapping[str, Any] | None
+    prompt_tokens: int
+    cached: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step: requests in the order of their tokens, how many tokens each, and how many came before those."""
+
+    requests: Sequence[str]
+    counts: np.ndarray[Any, Any]
+    before: np.ndarray[Any, Any]
+
+
+@dataclass(slots=True)
+class Slot:
+    """A request with something to do, from its arrival until its results were fetched."""
+
+    ticket: Ticket
+    row: int
+    prompt: int
+    recorder: int = -1
+    pooler: int = -1
+    columns: dict[int, int] = field(default_factory=dict)
+
+
+class Slots:
+    """Rows, columns and records of one worker."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        shared: Shared,
+        tables: Mapping[int, LayerTable],
+        sae: Sae | None,
+        directions: Mapping[str, Tensor],
+        whole: Sae | None = None,
+    ) -> None:
+        self.settings, self.shared, self.tables = settings, shared, dict(tables)
+        self.sae, self.directions, self.whole = sae, directions, whole
+        self.device = shared.row.device
+        self._free_rows = list(range(settings.rows, 0, -1))
+        self._free_columns = list(range(settings.columns - 1, -1, -1))
+        self._free_recorders = list(range(settings.recorders - 1, -1, -1))
+        self._free_poolers = list(range(settings.poolers - 1, -1, -1))
+        self._columns: dict[int, list[int]] = {}  # latent -> [column, requests that use it]
+        self._dirty: dict[int, set[int]] = {layer: set() for layer in tables}  # rows that hold edits, or did
+        self._by_request: dict[str, Slot] = {}
+        self._by_key: dict[str, list[str]] = {}
+        self._mapping = np.zeros(0, dtype=np.int64)
+        n_latents = settings.site.n_latents if settings.poolers else 0
+        self.pooled = torch.zeros(settings.poolers, n_latents, device=self.device)
+        self._pooling: list[tuple[Slot, Tensor]] = []
+
+    # ---- arrivals
+
+    def admit(self, arrivals: Iterable[Arrival]) -> None:
+        """Gives rows to the requests that need one and writes what they hold."""
+        fresh: list[tuple[Slot, int]] = []
+        latents: list[int] = []
+        for arrival in arrivals:
+            ticket = Ticket.from_args(arrival.args)
+            if ticket is None or arrival.request in self._by_request:
+                continue
+            slot = Slot(ticket, self._free_rows.pop(), arrival.prompt_tokens)
+            for latent in sorted(ticket.latents()):
+                held = self._columns.get(latent)
+                if held is None:
+                    held = self._columns[latent] = [self._free_columns.pop(), 0]
+                    latents.append(latent)
+                held[1] += 1
+                slot.columns[latent] = held[0]
+            if ticket.record:
+                slot.recorder = self._free_recorders.pop()
+            if ticket.pool:
+                slot.pooler = self._free_poolers.pop()
+            self._by_request[arrival.request] = slot
+            self._by_key.setdefault(ticket.key, []).append(arrival.request)
+            fresh.append((slot, arrival.cached))
+        if fresh:
+            self._write_columns(latents)
+            self._write_rows([slot for slot, _ in fresh])
+            for layer, table in self.tables.items():
+                self._write_layer(layer, table, fresh)
+
+    def _write_columns(self, latents: Sequence[int]) -> None:
+        if not latents or self.sae is None:
+            return
+        at = self._send(torch.tensor([self._columns[k][0] for k in latents]))
+        self.shared.encoder.index_copy_(1, at, self._send(self.sae.W_enc[:, latents].float()))
+        self.shared.decoder.index_copy_(0, at, self._send(self.sae.W_dec[latents].float()))
+        self.shared.bias.index_copy_(0, at, self._send(self.sae.b_enc[latents].float()))
+        self.shared.threshold.index_copy_(0, at, self._send(self.sae.threshold[latents].float()))
+        self.shared.latent.index_copy_(0, at, self._send(torch.tensor(latents)))
+
+    def _write_rows(self, slots: Sequence[Slot]) -> None:
+        rows = self._send(torch.tensor([s.row for s in slots]))
+        for table, values in (
+            (self.shared.prompt, [s.prompt if s.ticket.prompt is None else s.ticket.prompt for s in slots]),
+            (self.shared.start, [1 + max(s.recorder, 0) * self.settings.room for s in slots]),
+            (self.shared.width, [len(s.ticket.record) for s in slots]),
+            (self.shared.until, [s.ticket.until for s in slots]),
+        ):
+            table.index_copy_(0, rows, self._send(torch.tensor(values)))
+        for slot in slots:
+            if slot.recorder >= 0:
+                first = 1 + slot.recorder * self.settings.room
+                size = slot.ticket.until * len(slot.ticket.record)
+                self.shared.kept[first : first + size] = float("nan")
+            if slot.pooler >= 0:
+                self.pooled[slot.pooler] = 0
+
+    def _write_layer(self, layer: int, table: LayerTable, fresh: Sequence[tuple[Slot, int]]) -> None:
+        """Writes one layer's cells and marks for the rows of new requests."""
+        dirty = self._dirty[layer]
+        chosen: list[tuple[Slot, int, tuple[LayerPlan | None, ...]]] = []
+        for slot, cached in fresh:
+            plans = tuple(plan_layers(slot.ticket.edits, p, self.settings.site).get(layer) for p in PHASES)
+            records = bool(slot.ticket.record) and slot.ticket.layer == layer
+            if records or any(plans) or slot.row in dirty:
+                chosen.append((slot, cached, plans))
+                (dirty.add if records or any(plans) else dirty.discard)(slot.row)
+        if not chosen:
+            return
+        rows = torch.tensor([slot.row for slot, _, _ in chosen])
+        cells = self._send(torch.stack([2 * rows, 2 * rows + 1], dim=1).flatten())
+        plans_flat = [(slot, plan) for slot, _, plans in chosen for plan in plans]
+        active = torch.tensor([plan is not None for _, plan in plans_flat])
+        table.active.index_copy_(0, cells, self._send(active))
+        table.add.index_copy_(0, cells, self._send(self._additions(plans_flat)))
+        if table.used.shape[1]:
+            self._write_clamps(table, cells, plans_flat)
+            self._write_records(layer, table, self._send(rows), [slot for slot, _, _ in chosen])
+        marks = torch.full((len(chosen), self.settings.length), UNEDITED)
+        for n, (_, cached, plans) in enumerate(chosen):
+            if plans[0] is not None:
+                marks[n, :cached] = CACHED
+        table.marks.view(-1, self.settings.length).index_copy_(0, self._send(rows), self._send(marks))
+
+    def _additions(self, plans: Sequence[tuple[Slot, LayerPlan | None]]) -> Tensor:
+        like = torch.zeros(self.settings.site.d_model)
+        out = torch.zeros(len(plans), self.settings.site.d_model)
+        for n, (_, plan) in enumerate(plans):
+            if plan is not None and plan.add:
+                out[n] = added_vector(plan, self.sae, self.directions, like)
+        return out
+
+    def _write_clamps(self, table: LayerTable, cells: Tensor, plans: Sequence[tuple[Slot, LayerPlan | None]]) -> None:
+        value = torch.zeros(len(plans), table.used.shape[1])
+        used = torch.zeros_like(value)
+        for n, (slot, plan) in enumerate(plans):
+            for latent, wanted in () if plan is None else plan.clamp:
+                value[n, slot.columns[latent]] = wanted
+                used[n, slot.columns[latent]] = 1
+        table.value.index_copy_(0, cells, self._send(value))
+        table.used.index_copy_(0, cells, self._send(used))
+
+    def _write_records(self, layer: int, table: LayerTable, rows: Tensor, slots: Sequence[Slot]) -> None:
+        place = torch.full((len(slots), table.slot.shape[1]), -1, dtype=torch.int32)
+        for n, slot in enumerate(slots):
+            if slot.ticket.layer == layer:
+                for k, latent in enumerate(slot.ticket.record):
+                    place[n, slot.columns[latent]] = k
+        table.slot.index_copy_(0, rows, self._send(place))
+
+    def _send(self, tensor: Tensor) -> Tensor:
+        if self.device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    # ---- steps
+
+    def step(self, batch: Batch) -> None:
+        """Says which row each token of the coming step belongs to."""
+        rows = [self._row(request) for request in batch.requests]
+        self._pooling = []
+        if not any(rows):
+            self.idle()
+            return
+        mapping = np.repeat(np.array(rows, dtype=np.int64), batch.counts)
+        if self.settings.poolers:
+            self._plan_pooling(batch)
+        if np.array_equal(mapping, self._mapping):
+            return
+        size = max(len(mapping), len(self._mapping))  # what was written before and is not now becomes null
+        padded = np.zeros(size, dtype=np.int64)
+        padded[: len(mapping)] = mapping
+        self.shared.row[:size].copy_(self._send(torch.from_numpy(padded)))
+        self._mapping = mapping
+
+    def idle(self) -> None:
+        """The coming step has no request with interventions (or is a dummy)."""
+        if len(self._mapping):
+            self.shared.row[: len(self._mapping)].zero_()
+            self._mapping = np.zeros(0, dtype=np.int64)
+
+    def _row(self, request: str) -> int:
+        slot = self._by_request.get(request)
+        return 0 if slot is None else slot.row
+
+    def _plan_pooling(self, batch: Batch) -> None:
+        first = 0
+        for request, count, before in zip(batch.requests, batch.counts.tolist(), batch.before.tolist(), strict=True):
+            slot = self._by_request.get(request)
+            if slot is not None and slot.pooler >= 0:
+                wanted = [
+                    np.arange(max(a, before), min(b, before + count)) - before + first
+                    for a, b in slot.ticket.pool
+                    if max(a, before) < min(b, before + count)
+                ]
+                if wanted:
+                    self._pooling.append((slot, torch.from_numpy(np.concatenate(wanted))))
+            first += count
+
+    def after(self) -> None:
+        """Once the step's forward pass is under way: takes the maxima of the texts that are pooled."""
+        for slot, at in self._pooling:
+            assert self.whole is not None
+            for first in range(0, len(at), POOL_CHUNK):
+                h = self.shared.residual[self._send(at[first : first + POOL_CHUNK])].float()
+                peak = _encode(self.whole, h).amax(dim=0)
+                torch.maximum(self.pooled[slot.pooler], peak, out=self.pooled[slot.pooler])
+        self._pooling = []
+
+    # ---- results
+
+    def fetch(self, wanted: Sequence[tuple[str, int, int]], records: bool) -> dict[str, list[dict[str, Any]]]:
+        """Receipts and recordings of finished requests, whose rows become free.
+
+        `wanted` has (key, prompt tokens, positions fed); the result has one entry for each request of that key: prompt
+        and generated positions edited, their mean norm, and the bytes of what was recorded or pooled.
+        """
+        slots = [(k, self._by_request[r], p, fed) for k, p, fed in wanted for r in self._by_key.get(k, ())]
+        out: dict[str, list[dict[str, Any]]] = {key: [] for key, _, _ in wanted}
+        if slots:
+            marks = self._marks([slot for _, slot, _, _ in slots], max(fed for *_, fed in slots))
+            for n, (key, slot, prompt, fed) in enumerate(slots):
+                entry: dict[str, Any] = self._receipt(slot, {i: m[n, :fed] for i, m in marks.items()}, prompt)
+                if records:
+                    entry |= {"record": self._recorded(slot, fed), "pooled": self._pooled(slot)}
+                out[key].append(entry)
+        self.release([key for key, _, _ in wanted])
+        return out
+
+    def _marks(self, slots: Sequence[Slot], longest: int) -> dict[int, np.ndarray[Any, Any]]:
+        rows = self._send(torch.tensor([s.row for s in slots]))
+        length = self.settings.length
+        return {
+            layer: table.marks.view(-1, length)[:, :longest].index_select(0, rows).cpu().numpy()
+            for layer, table in self.tables.items()
+        }
+
+    def _receipt(self, slot: Slot, marks: Mapping[int, np.ndarray[Any, Any]], prompt: int) -> dict[str, Any]:
+        """A position counts when every layer that was to edit it did."""
+        boundary = prompt if slot.ticket.prompt is None else slot.ticket.prompt
+        counts, norm, computed = [], 0.0, 0
+        for planned, part in zip(
+            slot.ticket.layers(self.settings.site), (slice(0, boundary), slice(boundary, None)), strict=True
+        ):
+            own = [marks[layer][part] for layer in planned]
+            done = np.all([m != UNEDITED for m in own], axis=0) if own else np.zeros(0, dtype=bool)
+            counts.append(int(done.sum()))
+            if own:  # what came out of the cache was edited when it was computed; its norm is not known here
+                fresh = done & (own[0] != CACHED)
+                computed += int(fresh.sum())
+                norm += float(sum(m[fresh].sum(dtype=np.float64) for m in own))
+        return {"prompt": counts[0], "generated": counts[1], "norm": norm / computed if computed else 0.0}
+
+    def _recorded(self, slot: Slot, fed: int) -> bytes:
+        if slot.recorder < 0:
+            return b""
+        first = 1 + slot.recorder * self.settings.room
+        size = min(fed, slot.ticket.until) * len(slot.ticket.record)
+        return self.shared.kept[first : first + size].cpu().numpy().tobytes()
+
+    def _pooled(self, slot: Slot) -> bytes:
+        return self.pooled[slot.pooler].cpu().numpy().tobytes() if slot.pooler >= 0 else b""
+
+    def release(self, keys: Iterable[str]) -> None:
+        """Frees the rows of requests whose results nobody will ask for (again)."""
+        for key in keys:
+            for request in self._by_key.pop(key, ()):
+                slot = self._by_request.pop(request)
+                self._free_rows.append(slot.row)
+                if slot.recorder >= 0:
+                    self._free_recorders.append(slot.recorder)
+                if slot.pooler >= 0:
+                    self._free_poolers.append(slot.pooler)
+                for latent in slot.columns:
+                    held = self._columns[latent]
+                    held[1] -= 1
+                    if held[1] == 0:
+                        self._free_columns.append(held[0])
+                        del self._columns[latent]
+
+
+def _encode(sae: Sae, h: Tensor) -> Tensor:
+    """All activations (T, n) of h (T, d), in as little memory as they need."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True  # six times faster on GPUs, and no coarser than bfloat16 residuals
+    z = torch.addmm(sae.b_enc, h, sae.W_enc)
+    torch.backends.cuda.matmul.allow_tf32 = before
+    z.masked_fill_(z <= sae.threshold, 0)
+    return z if sae.kind != "topk" else sae.activate(z, sae.threshold)

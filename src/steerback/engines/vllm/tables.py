@@ -1,0 +1,214 @@
+"""The device side of steering: tables with one row per request, and decoder layers that read them as they run.
+
+Everything a layer does is plain tensor arithmetic on fixed storage, so that torch.compile fuses it and CUDA graphs
+replay it. Row 0 is the null row of padding and of requests without interventions. Each row has two cells, one for
+prompt and one for generated positions. Knows nothing of requests or of vLLM.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steerback.engines.vllm.settings import Settings
+from steerback.errors import SteerbackError
+from steerback.targets.sae import Sae
+
+UNEDITED = -1.0
+"""Mark of a position at which nothing was added; others hold the norm that was."""
+CACHED = -2.0
+"""Mark of a position that came out of the prefix cache, computed with the same interventions."""
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """Storage that all edited layers read; R rows (with the null row), U columns, T tokens, d model width.
+
+    row (T,) the row of each token of this step; prompt (R,) its prompt length; encoder (d, U), bias (U,),
+    threshold (U,), decoder (U, d) the latents in use; latent (U,) their numbers; start, width, until (R,) where a row
+    records; slot (R, U) each column's place in that record, -1 for none; kept (n,) all records, cell 0 for waste.
+    residual (T, d) the residual that arrived at the read layer (T = 0 where no text is pooled).
+    """
+
+    row: Tensor
+    prompt: Tensor
+    encoder: Tensor
+    bias: Tensor
+    threshold: Tensor
+    decoder: Tensor
+    latent: Tensor
+    start: Tensor
+    width: Tensor
+    until: Tensor
+    kept: Tensor
+    residual: Tensor
+
+    @classmethod
+    def empty(cls, settings: Settings, tokens: int, dtype: torch.dtype, device: torch.device) -> Shared:
+        rows, d = settings.rows + 1, settings.site.d_model
+        columns = settings.columns if settings.sae else 0
+
+        def whole(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.long, device=device)
+
+        def real(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float32, device=device)
+
+        return cls(
+            row=whole(tokens),
+            prompt=whole(rows),
+            encoder=real(d, columns),
+            bias=real(columns),
+            threshold=real(columns),
+            decoder=real(columns, d),
+            latent=whole(columns),
+            start=whole(rows),
+            width=whole(rows),
+            until=whole(rows),
+            kept=real(1 + (settings.recorders * settings.room if columns else 0)),
+            residual=torch.zeros(tokens if settings.poolers else 0, d, dtype=dtype, device=device),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class LayerTable:
+    """One layer's edits: add (2R, d), active (2R,) whether the cell edits; value and used (2R, U) its clamps.
+
+    marks (R * L,) is what was done: the norm added at each position of each row. slot (R, U) says which columns a row
+    records here.
+    """
+
+    add: Tensor
+    active: Tensor
+    value: Tensor
+    used: Tensor
+    slot: Tensor
+    marks: Tensor
+
+    @classmethod
+    def empty(cls, settings: Settings, device: torch.device) -> LayerTable:
+        rows = settings.rows + 1
+        columns = settings.columns if settings.sae else 0
+        return cls(
+            add=torch.zeros(2 * rows, settings.site.d_model, device=device),
+            active=torch.zeros(2 * rows, dtype=torch.bool, device=device),
+            value=torch.zeros(2 * rows, columns, device=device),
+            used=torch.zeros(2 * rows, columns, device=device),
+            slot=torch.full((rows, columns), -1, dtype=torch.int32, device=device),
+            marks=torch.full((rows * settings.length,), UNEDITED, device=device),
+        )
+
+
+class Steered:
+    """Mixed into the class of a decoder layer: edits and records the residual that leaves the layer.
+
+    The layer's output is (hidden, residual), whose sum is the residual stream, or that stream itself.
+    """
+
+    steerback_positions: int
+    steerback_length: int
+    steerback_kind: str | None
+    steerback_k: int
+    steerback_reads: bool
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)  # type: ignore[misc]
+        positions = kwargs["positions"] if "positions" in kwargs else args[self.steerback_positions]
+        if isinstance(out, tuple):
+            return (_edit(self, positions, out[0], out[1]), *out[1:])
+        return _edit(self, positions, out, None)
+
+
+def _edit(layer: Any, positions: Tensor, hidden: Tensor, residual: Tensor | None) -> Tensor:
+    """`hidden` (T, d) with this step's edits added; marks, records and the arriving residual are written."""
+    row = layer.steerback_row[: hidden.shape[0]]
+    cell = 2 * row + (positions >= layer.steerback_prompt[row]).long()
+    delta = layer.steerback_add[cell]
+    if layer.steerback_kind is not None:
+        h = hidden.float() if residual is None else hidden.float() + residual.float()
+        z = _read(layer, h)
+        clamped = layer.steerback_used[cell] * (layer.steerback_value[cell] - z)
+        delta = delta + clamped @ layer.steerback_decoder
+        _record(layer, row, positions, z)
+        if layer.steerback_reads:
+            at = torch.arange(hidden.shape[0], device=hidden.device)
+            layer.steerback_residual.index_put_((at,), h.to(hidden.dtype))
+    norm = torch.sqrt((delta * delta).sum(dim=-1))
+    at = torch.where(layer.steerback_active[cell], row * layer.steerback_length + positions, 0)
+    layer.steerback_marks.index_put_((at,), norm)
+    return (hidden.float() + delta).to(hidden.dtype)
+
+
+def _read(layer: Any, h: Tensor) -> Tensor:
+    """Activations (T, U) of the latents in use, from the arriving residual (T, d) in float32."""
+    if layer.steerback_kind == "topk":
+        whole = (layer.steerback_whole_encoder, layer.steerback_whole_bias, layer.steerback_whole_threshold)
+        z: Tensor = torch.ops.steerback.topk_columns(h, *whole, layer.steerback_latent, layer.steerback_k)
+        return z
+    pre = torch.addmm(layer.steerback_bias, h, layer.steerback_encoder)
+    return pre * (pre > layer.steerback_threshold)
+
+
+def _record(layer: Any, row: Tensor, positions: Tensor, z: Tensor) -> None:
+    """Writes z (T, U) to its places in the records; columns that a row does not record go to the waste cell."""
+    slot = layer.steerback_slot[row].long()
+    wanted = (slot >= 0) & (positions < layer.steerback_until[row])[:, None]
+    line = layer.steerback_start[row] + positions * layer.steerback_width[row]
+    layer.steerback_kept.index_put_((torch.where(wanted, line[:, None] + slot, 0),), z)
+
+
+def steer_layer(
+    layer: nn.Module, shared: Shared, table: LayerTable, settings: Settings, sae: Sae | None, reads: bool
+) -> None:
+    """Turns a loaded decoder layer into a steered one, in place.
+
+    The class is swapped rather than the module wrapped: names of weights stay what vLLM's loaders and LoRA expect.
+    """
+    kind: Any = type(layer)
+    names = list(inspect.signature(kind.forward).parameters)[1:]
+    if "positions" not in names:
+        raise SteerbackError(f"{kind.__name__}.forward takes no positions; this model class cannot be steered in vLLM")
+    layer.__class__ = type(f"Steered{kind.__name__}", (Steered, kind), {})
+    target: Any = layer
+    target.steerback_positions = names.index("positions")
+    target.steerback_length = settings.length
+    target.steerback_kind = None if sae is None else sae.kind
+    target.steerback_k = 0 if sae is None or sae.k is None else sae.k
+    target.steerback_reads = reads
+    for source in (shared, table):
+        for name, tensor in vars(source).items():
+            layer.register_buffer(f"steerback_{name}", tensor, persistent=False)
+    if sae is not None and sae.kind == "topk":
+        register_topk()
+        for name, tensor in (("encoder", sae.W_enc), ("bias", sae.b_enc), ("threshold", sae.threshold)):
+            layer.register_buffer(f"steerback_whole_{name}", tensor, persistent=False)
+
+
+TOPK_CHUNK = 512
+"""Tokens encoded at a time where all latents are needed, so that tokens x latents stays small."""
+
+
+def register_topk() -> None:
+    """Defines the operator for TopK: which latents win depends on all of them, and tokens x latents must not be kept."""
+    if hasattr(torch.ops.steerback, "topk_columns"):
+        return
+
+    @torch.library.custom_op("steerback::topk_columns", mutates_args=())
+    def topk_columns(h: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor, latent: Tensor, k: int) -> Tensor:
+        out = h.new_empty(h.shape[0], latent.shape[0])
+        for first in range(0, h.shape[0], TOPK_CHUNK):
+            part = slice(first, first + TOPK_CHUNK)
+            pre = h[part] @ encoder + bias
+            z = pre * (pre > threshold)
+            least = z.topk(min(k, z.shape[-1]), dim=-1).values[:, -1:]
+            chosen = z[:, latent]
+            out[part] = chosen * (chosen >= least)
+        return out
+
+    @topk_columns.register_fake
+    def _(h: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor, latent: Tensor, k: int) -> Tensor:
+        return h.new_empty(h.shape[0], latent.shape[0])

@@ -1,0 +1,99 @@
+"""A small random model with real logits, a tokenizer of letters, and SAEs of every kind, written to a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steerback.targets import Target, from_folder
+from steerback.targets.sae import Kind, Sae, save_native
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz .,!?"
+TEMPLATE = (
+    "{{ '<s>' }}{% for m in messages %}<u>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+def tokenizer() -> Any:
+    """One token a letter; <s>, <u>, <a> and </s> are special."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<s>", "</s>", "<u>", "<a>", "<unk>"]
+    vocabulary = {t: n for n, t in enumerate([*special, *LETTERS])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    inner.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<u>", "<a>"],
+    )
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def sae(kind: Kind, d: int, n: int, layer: int, seed: int = 1) -> Sae:
+    """A random SAE some of whose latents are active on a random residual."""
+    draw = torch.Generator().manual_seed(seed)
+    decoder = torch.randn(n, d, generator=draw)
+    decoder /= decoder.norm(dim=1, keepdim=True)
+    return Sae(
+        kind=kind,
+        layer=layer,
+        W_enc=decoder.T.contiguous() * 2,
+        b_enc=torch.randn(n, generator=draw) * 0.1,
+        W_dec=decoder,
+        b_dec=torch.zeros(d),
+        threshold=torch.rand(n, generator=draw) * 0.3 if kind == "jumprelu" else torch.zeros(n),
+        k=8 if kind == "topk" else None,
+    )
+
+
+def write(
+    folder: Path,
+    kind: Kind = "relu",
+    steer: int = 1,
+    layer: int = 2,
+    read: int = 2,
+    model: str = "llama",
+    seed: int = 0,
+    n: int = 96,
+    **sizes: Any,
+) -> Target:
+    """Writes model, tokenizer and SAE to `folder`; returns the target."""
+    from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
+
+    torch.manual_seed(seed)
+    words = tokenizer()
+    config_class = {"llama": LlamaConfig, "gemma2": Gemma2Config, "qwen2": Qwen2Config}[model]
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "max_position_embeddings": 512,
+    } | sizes
+    config = config_class(
+        vocab_size=len(words),
+        initializer_range=0.08,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        tie_word_embeddings=False,
+        **shape,
+    )
+    lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        lm.get_output_embeddings().weight.mul_(8)  # logits with an opinion
+        lm.get_input_embeddings().weight.mul_(8)
+    lm.save_pretrained(folder)
+    words.save_pretrained(folder)
+    save_native(sae(kind, shape["hidden_size"], n, layer), folder, boost_prior=[2.0, 1.0, 0.0, 10.0])
+    return from_folder(folder, steer_layer=steer, read_layer=read)
