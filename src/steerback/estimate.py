@@ -30,6 +30,15 @@ def responses(config: RunConfig, prompts: int, conditions: int = 1) -> dict[str,
     }
 
 
+def of_experiment(job: Job) -> dict[str, int]:
+    """Responses per target and stage of a job: experiments may do without calibration, or need further stages."""
+    config, experiment = job.config, job.experiment
+    counts = responses(config, len(job.prompts), experiment.conditions(config))
+    if not getattr(experiment, "calibrates", True):
+        counts |= {"calibration": 0, "verification": 0}
+    return counts | (experiment.further(config) if hasattr(experiment, "further") else {})
+
+
 def plan_lines(job: Job, folder: Path) -> list[str]:
     """What was chosen, whether it fits, and how much work it is."""
     config = job.config
@@ -38,7 +47,7 @@ def plan_lines(job: Job, folder: Path) -> list[str]:
     if config.judge.startswith("offline"):
         lines.append("  the offline judge's scores are not comparable with the paper's (docs/judging.md)")
     for target in job.targets:
-        counts = responses(config, len(job.prompts), job.experiment.conditions(config))
+        counts = of_experiment(job)
         total = sum(counts.values())
         detail = " + ".join(f"{n} {stage}" for stage, n in counts.items() if n)
         cap = min(config.sampling.max_new_tokens, target.max_new_tokens or config.sampling.max_new_tokens)

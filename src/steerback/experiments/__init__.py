@@ -21,6 +21,9 @@ REGISTRY = {
     "held-out": ("steerback.experiments.held_out", "HeldOut"),
     "prefill-control": ("steerback.experiments.prefill_control", "PrefillControl"),
     "matched-prefix": ("steerback.experiments.matched_prefix", "MatchedPrefix"),
+    "detectors": ("steerback.experiments.detectors", "DetectorExperiment"),
+    "detector-ablation": ("steerback.experiments.detector_ablation", "DetectorAblation"),
+    "random-ablation": ("steerback.experiments.random_ablation", "RandomAblation"),
 }
 
 

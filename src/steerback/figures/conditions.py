@@ -17,9 +17,12 @@ USUAL = ("multi_attempt_rate", "esr_rate", "msi", "mean_first")
 
 
 @style.styled
-def draw(found: Measured, metrics: Sequence[str] = USUAL, note: str = "") -> Figure:
-    """Every condition's metrics with 95 % intervals; a faint line marks the first condition of each target."""
-    conditions = list(dict.fromkeys(condition for _, condition in found.summaries))
+def draw(found: Measured, metrics: Sequence[str] = USUAL, note: str = "", shown: Sequence[str] | None = None) -> Figure:
+    """Every condition's metrics with 95 % intervals; a faint line marks the first condition of each target.
+
+    `shown`: these conditions only.
+    """
+    conditions = list(shown or dict.fromkeys(condition for _, condition in found.summaries))
     rows = max(len(conditions), 1) * max(len(found.targets), 1)
     fig, drawing = style.new_figure("full", max(1.2, 0.17 * rows + 0.12 * len(conditions) + 0.75), caption(found, note))
     rows_of_conditions(drawing, found, conditions, metrics)
