@@ -52,6 +52,7 @@ def check(config: RunConfig) -> Job:
     if config.judge == "auto":
         chosen["judge"] = _default_judge(config)
     config = config.model_copy(update=chosen)
+    experiment.conditions(config)  # so does a senseless option
     make_judge(config.judge)  # a missing key or unknown judge shows now
     return Job(config, experiment, targets, load_prompts(config.prompts))
 

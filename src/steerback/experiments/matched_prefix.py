@@ -31,14 +31,19 @@ class MatchedPrefix:
     options: Mapping[str, Any] = {"characters": 200, "repeats": 4, "improved_only": True}
 
     def conditions(self, config: RunConfig) -> int:
+        self.given(config)
         return 1  # beside the baseline: two arms, for the few responses that restart
+
+    def given(self, config: RunConfig) -> dict[str, Any]:
+        chosen = settings(self, config)
+        for name in ("characters", "repeats"):
+            if not isinstance(chosen[name], int) or chosen[name] < 1:
+                raise SteerbackError(f"matched-prefix: {name} must be a positive whole number, not {chosen[name]!r}")
+        return chosen
 
     async def run(self, study: Study) -> None:
         """Pairs of prefixes of equal length, each continued `repeats` times with the same seeds."""
-        given = settings(self, study.config)
-        for name in ("characters", "repeats"):
-            if not isinstance(given[name], int) or given[name] < 1:
-                raise SteerbackError(f"matched-prefix: {name} must be a positive whole number, not {given[name]!r}")
+        given = self.given(study.config)
         rows, tally = await study.baseline(), Counter[str]()
         unsteered = responses_by_prompt(await study.references())
         trials: list[Trial] = []

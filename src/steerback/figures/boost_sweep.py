@@ -36,7 +36,7 @@ def draw(
         ax.set_ylabel(panels.axis_label(metric))
         ax.grid(axis="y")
         low, high = ax.get_ylim()
-        ax.set_ylim(low, high + 0.1 * (high - low))
+        ax.set_ylim(low, high + (0.08 + 0.07 * len(curves)) * (high - low))
         if not any(levels for levels in curves.values()):
             style.message(ax, "nothing was measured")
     for ax in axes[1]:
@@ -50,7 +50,7 @@ def _mark(ax: Axes, peak: Peak | None, place: int, colour: str) -> None:
     """The peak's position and interval at the top of the panel."""
     if peak is None:
         return
-    y = 0.97 - 0.06 * place
+    y = 0.955 - 0.07 * place
     across = ax.get_xaxis_transform()
     ax.plot([peak.low, peak.high], [y, y], color=colour, linewidth=1.0, transform=across)
     ax.plot([peak.at], [y], marker="v", color=colour, markersize=4.5, transform=across)

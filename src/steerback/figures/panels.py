@@ -74,10 +74,11 @@ def dot(ax: Axes, metric: str, estimate: Estimate, y: float, colour: str, filled
 
 
 def counted(name: str, summaries: Iterable[Summary]) -> str:
-    """`organism: n = 3,840, 12 latents; left out: 12 degraded.` over several conditions."""
+    """`organism: n = 3,840 in 8 conditions, 12 latents; left out: 12 degraded.`"""
     found = list(summaries)
     n = sum(s["msi"].n for s in found)
     clusters = max((s["msi"].clusters for s in found), default=0)
     out = {key: sum(s.counts[key] for s in found) for key in LEFT_OUT}
     said = ", ".join(f"{count:,} {key}" for key, count in out.items() if count) or "none"
-    return f"{name}: n = {n:,}, {clusters:,} latents; left out: {said}."
+    spread = f" in {len(found)} conditions" if len(found) > 1 else ""
+    return f"{name}: n = {n:,}{spread}, {clusters:,} latents; left out: {said}."

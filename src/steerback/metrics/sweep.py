@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 
+LEAST = 10  # trials in a metric's denominator
+
+
 @dataclass(frozen=True)
 class Peak:
     """Position and height of a metric's maximum; [low, high] is the percentile interval over resampled latents.
@@ -41,25 +44,27 @@ def find_peak(
     """The peak of `metric` over increasing `levels`, one condition per level, clustered by latent.
 
     Each curve's maximum is refined by the parabola through the highest level and its two neighbours. All levels of a
-    latent are resampled together, since they share prompts and seeds. None where the metric is the same everywhere
-    (such as no event at any level) or known at fewer than two levels.
+    latent are resampled together, since they share prompts and seeds; equally high levels are drawn from at random,
+    so that the interval spans a plateau. Levels with fewer than LEAST trials in the metric's denominator take no part:
+    an improvement rate of 1 out of 1 is no peak. None where the metric is the same at all levels (such as no event
+    anywhere) or known at fewer than two.
     """
     sums = _sums([view_parts(METRICS[metric], x) for x in outcomes])  # (clusters, levels, 2)
-    if not len(sums):
+    enough = sums[..., 1].sum(axis=0) >= LEAST
+    sums, grid = sums[:, enough], np.asarray(levels, dtype=np.float64)[enough]
+    if len(grid) < 2 or not len(sums):
         return None
-    grid = np.asarray(levels, dtype=np.float64)
+    rng = np.random.default_rng(seed)
     curve = _ratio(sums.sum(axis=0)[None])
-    known = curve[np.isfinite(curve)]
-    if len(known) < 2 or np.ptp(known) == 0:
+    if np.ptp(curve) == 0:
         return None
-    (at,), (value,) = _vertex(grid, curve)
+    (at,), (value,) = _vertex(grid, curve, _highest(curve, np.full(1, 0.5)))
     flat = sums.reshape(len(sums), -1)
-    drawn = iv.resample_sums(flat, draws, np.random.default_rng(seed)).reshape(draws, len(grid), 2)
-    curves = _ratio(drawn)
+    curves = _ratio(iv.resample_sums(flat, draws, rng).reshape(draws, len(grid), 2))
     curves = curves[np.any(np.isfinite(curves), axis=1)]
-    places, _ = _vertex(grid, curves)
+    highest = _highest(curves, rng.random(len(curves)))
+    places, _ = _vertex(grid, curves, highest)
     low, high = iv.percentile(places) or (grid[0], grid[-1])
-    highest = _highest(curves)
     edge = float(np.mean((highest == 0) | (highest == len(grid) - 1)))
     return Peak(metric, float(at), float(value), float(low), float(high), edge, draws - len(curves))
 
@@ -87,19 +92,18 @@ def _ratio(totals: Floats) -> Floats:
         return np.where(totals[..., 1] > 0, totals[..., 0] / totals[..., 1], np.nan)
 
 
-def _highest(curves: Floats) -> NDArray[np.intp]:
-    """Index of each curve's highest level; the middle one where several are equal."""
+def _highest(curves: Floats, choice: Floats) -> NDArray[np.intp]:
+    """Index of each curve's highest level; among n equal ones number floor(n x choice), choice in [0, 1)."""
     filled = np.where(np.isfinite(curves), curves, -np.inf)
-    ties = filled == filled.max(axis=1, keepdims=True)
-    rank = np.cumsum(ties, axis=1)
-    wanted = (ties.sum(axis=1, keepdims=True) + 1) // 2
-    chosen: NDArray[np.intp] = np.argmax(ties & (rank == wanted), axis=1)
+    top = filled.max(axis=1, keepdims=True)
+    ties = filled >= top - 1e-12 * np.abs(top)
+    wanted = np.floor(ties.sum(axis=1) * choice) + 1
+    chosen: NDArray[np.intp] = np.argmax(ties & (np.cumsum(ties, axis=1) == wanted[:, None]), axis=1)
     return chosen
 
 
-def _vertex(grid: Floats, curves: Floats) -> tuple[Floats, Floats]:
+def _vertex(grid: Floats, curves: Floats, best: NDArray[np.intp]) -> tuple[Floats, Floats]:
     """Position and height of each curve's maximum, refined by a parabola where both neighbours are known."""
-    best = _highest(curves)
     rows = np.arange(len(curves))
     at, value = grid[best].copy(), curves[rows, best].copy()
     inner = (best > 0) & (best < len(grid) - 1)

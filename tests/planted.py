@@ -1,0 +1,93 @@
+"""Whole runs on the scripted engine and judge, whose truth is known; for the tests of the experiments."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steerback import execute
+from steerback.config import build_config
+from steerback.engines.scripted import PlantedModel, Script, ScriptedEngine
+from steerback.experiments.base import Analysis
+from steerback.figures import style
+from steerback.figures.style import save
+from steerback.ledger import Ledger
+from steerback.targets import BoostPrior, Target
+
+SIZES = (
+    "n_latents=12",
+    "trials_per_latent=20",
+    "reference_responses=2",
+    "draws=200",
+    "calibration.max_iterations=8",
+    "calibration.trials_per_iteration=6",
+    "calibration.verify_trials=4",
+)
+
+
+class PlantedTarget(Target):
+    """A target without files, with a label for each of its latents."""
+
+    def labels(self) -> dict[int, str]:
+        return {k: f"concrete thing {k}" for k in range(self.n_latents)}
+
+
+def target(name: str = "planted") -> Target:
+    return PlantedTarget(name, "nowhere", 1, 1, BoostPrior(10, 5, 0, 40), n_latents=64)
+
+
+def thresholds(mean: float = 10.0, sd: float = 2.0) -> dict[Any, float]:
+    """Planted thresholds that differ between latents."""
+    return {k: mean + sd * ((k * 37) % 64 / 32 - 1) * 1.7 for k in range(64)}
+
+
+class QuickEngine(ScriptedEngine):
+    """The scripted engine with its fingerprint hashed once."""
+
+    @functools.cached_property
+    def fingerprint(self) -> str:  # type: ignore[override]
+        return super().fingerprint
+
+
+class Runs:
+    """Runs experiments with `script` in place of a model, into folders under `root`; figures on demand."""
+
+    def __init__(self, root: Path, patch: pytest.MonkeyPatch, script: Script | None = None, name: str = "planted"):
+        self.draw = False
+        patch.setattr(style, "save", lambda *given: save(*given) if self.draw else [])
+        self.root, self.scripts = root, {name: script or PlantedModel(thresholds=thresholds())}
+        patch.setattr(execute, "resolve", lambda wanted: target(wanted))
+        patch.setattr(
+            execute,
+            "make_engine",
+            lambda t, *_, **__: QuickEngine(self.scripts[t.name], target=t.name, n_latents=64),
+        )
+
+    def run(
+        self,
+        experiment: str,
+        *settings: str,
+        base: str | None = None,
+        targets: tuple[str, ...] = (),
+        name: str | None = None,
+    ) -> tuple[Analysis, Path]:
+        """The analysis and folder of one run; `base` is the name of the run it starts from."""
+        from steerback.runs import stored_config
+
+        started = (str(self.root / base), stored_config(self.root / base)) if base else None
+        config = build_config(
+            experiment,
+            targets or (next(iter(self.scripts)),),
+            "quick",
+            overrides={"engine": "scripted", "judge": "scripted"},
+            assignments=(() if base else SIZES) + settings,
+            base=started,
+        )
+        folder = self.root / (name or experiment)
+        return execute.run(execute.check(config), folder), folder
+
+    def ledger(self, name: str) -> Ledger:
+        return Ledger(self.root / name / "ledger.sqlite", read_only=True)

@@ -1,0 +1,399 @@
+"""Experiments on the scripted engine: planted rates come back within their intervals, plans are as specified."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from planted import Runs, thresholds
+from steerback.engines.scripted import RESTART, PlantedModel
+from steerback.errors import SteerbackError
+from steerback.experiments import prefill_control
+from steerback.ledger import Row
+from steerback.metrics import Outcomes, find_peak
+from steerback.prompts import META_PROMPTS, load_prompts
+from steerback.records import Attempt, Completion, Judgement, Receipt, Request, Trial
+
+
+@dataclass(frozen=True)
+class Peaked(PlantedModel):
+    """Restarts most often at `offset` from the threshold, less so on both sides; a long second half."""
+
+    offset: float = -1.0
+    width: float = 2.0
+
+    def restart_probability(self, request: Request) -> float:
+        usual = super().restart_probability(request)
+        added = next((i for i in request.interventions if i.mode == "add"), None)
+        if added is None:
+            return 0.0
+        away = added.value - self.thresholds[added.latent] - self.offset
+        return usual * math.exp(-0.5 * (away / self.width) ** 2)
+
+    def __call__(self, request: Request) -> str:
+        return super().__call__(request) + " And so it goes on for a while." * 12
+
+
+MODEL = Peaked(
+    thresholds=thresholds(),
+    restart_rate=0.5,
+    success_rate=0.75,
+    prompt_factors={"notice yourself going off-topic": 1.8},
+    unscored_rate=0.02,
+    degraded_rate=0.02,
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A finished ESR run that the experiments start from."""
+    with pytest.MonkeyPatch.context() as patch:
+        made = Runs(tmp_path_factory.mktemp("runs"), patch, MODEL)
+        made.run("esr")
+        yield made
+
+
+def inside(estimate: dict[str, Any], truth: float) -> bool:
+    return bool(estimate["low"] <= truth <= estimate["high"])
+
+
+def headline(summary: Any, condition: str, target: str = "planted") -> dict[str, Any]:
+    return dict(summary["targets"][target]["conditions"][condition]["headline"])
+
+
+def test_boost_sweep_recovers_rates_and_the_peak(runs: Runs) -> None:
+    runs.draw = True
+    analysis, folder = runs.run("boost-sweep", base="esr")
+    runs.draw = False
+    found = analysis.summary["targets"]["planted"]
+    sd, levels = found["sweep"]["sd"], found["sweep"]["levels"]
+    assert levels[0] == -1.5
+    assert levels[-1] == 3.0
+    assert len(levels) == 8
+    used = {r.trial.latent: r.trial.boost for r in runs.ledger("esr").rows(stage="measure")}
+    assert sd == pytest.approx(np.std(list(used.values()), ddof=1))
+    hits = 0
+    for level in levels:
+        rows = runs.ledger("boost-sweep").rows(stage="measure", condition=f"{level:+.2f} sd")
+        assert all(r.trial.boost == pytest.approx(used[r.trial.latent] + level * sd) for r in rows)
+        truth = np.mean([MODEL.restart_probability(r.trial.request(None)) for r in rows])  # type: ignore[arg-type]
+        hits += inside(headline(analysis.summary, f"{level:+.2f} sd")["multi_attempt_rate"], truth)
+    assert hits >= 7
+    peak = found["peaks"]["multi_attempt_rate"]
+    assert peak["low"] <= MODEL.offset / sd + 0.15
+    assert peak["high"] >= MODEL.offset / sd - 0.15
+    assert peak["edge"] < 0.05
+    assert (folder / "figure3.pdf").is_file()
+    assert "sd" in (folder / "peaks.csv").read_text() or "at" in (folder / "peaks.csv").read_text()
+
+
+def test_levels_below_zero_are_dropped_and_counted(runs: Runs) -> None:
+    analysis, _ = runs.run("boost-sweep", "options.low=-6", "options.levels=3", "limit=48", base="esr", name="low")
+    sweep = analysis.summary["targets"]["planted"]["sweep"]
+    rows = runs.ledger("low").rows(stage="measure")
+    assert sweep["dropped"]["-6.00 sd"] > 0
+    assert min(r.trial.boost for r in rows if r.trial.boost is not None) >= 0
+    kept = {r.trial.latent for r in rows if r.trial.condition == "-6.00 sd"}
+    assert len(kept) + sweep["dropped"]["-6.00 sd"] == sweep["latents"]
+    assert any("negative" in line for line in analysis.lines)
+
+
+def test_authors_preset_sweeps_from_minus_three() -> None:
+    from steerback.config import authors
+    from steerback.experiments.boost_sweep import BoostSweep
+
+    assert BoostSweep().levels(authors("boost-sweep", ("x",)))[0] == -3.0
+
+
+@pytest.mark.parametrize("wrong", ["options.levels=1", "options.low=4", "options.high=many"])
+def test_boost_sweep_refuses_senseless_levels(runs: Runs, wrong: str) -> None:
+    with pytest.raises(SteerbackError, match="boost-sweep"):
+        runs.run("boost-sweep", wrong, base="esr", name="never")
+
+
+def test_meta_prompts_find_the_one_that_works(runs: Runs) -> None:
+    analysis, _ = runs.run("meta-prompts", base="esr")
+    found = analysis.summary["targets"]["planted"]
+    assert list(found["conditions"]) == ["baseline", *META_PROMPTS]
+    tests = {name: c["tests"]["multi_attempt_rate"] for name, c in found["comparisons"].items()}
+    assert tests["self-monitor"]["p_holm"] < 0.01
+    assert tests["self-monitor"]["low"] > 0
+    assert all(t["difference"] == 0 for name, t in tests.items() if name != "self-monitor")
+    rows = {r.trial.condition: r.trial for r in runs.ledger("meta-prompts").rows(stage="measure")}
+    named = rows["steered-with-label"]
+    assert f"with label concrete thing {named.latent}." in named.meta_prompt
+    assert named.request(None).prompt == f"{named.prompt} {named.meta_prompt}"  # type: ignore[arg-type]
+    assert rows["self-monitor"].seed == rows["baseline"].seed
+
+
+def test_meta_prompt_sets_and_lists(runs: Runs) -> None:
+    from steerback.config import authors, specification
+    from steerback.experiments.meta_prompts import MetaPrompts
+
+    four = MetaPrompts().variants(authors("meta-prompts", ("x",)))
+    assert four == ("dont-get-distracted", "distracted-with-label", "self-monitor", "resist-manipulation")
+    chosen = specification("meta-prompts", ("x",)).model_copy(
+        update={"options": {"variants": "self-monitor, stay-on-topic"}}
+    )
+    assert MetaPrompts().variants(chosen) == ("self-monitor", "stay-on-topic")
+    with pytest.raises(SteerbackError, match=r"unknown meta-prompt 'shout'.*self-monitor"):
+        runs.run("meta-prompts", "options.variants=shout", base="esr", name="never")
+
+
+def test_no_steering_bounds_the_rate(runs: Runs) -> None:
+    runs.draw = True
+    analysis, folder = runs.run("no-steering", base="esr")
+    runs.draw = False
+    restarts = analysis.summary["targets"]["planted"]["restarts"]
+    assert restarts["multi_attempt"] == 0
+    assert restarts["upper_clopper_pearson"] == pytest.approx(1 - 0.025 ** (1 / restarts["n"]))
+    assert restarts["upper"] == max(restarts["upper_by_latent"], restarts["upper_by_prompt"])
+    assert restarts["upper"] > restarts["upper_clopper_pearson"]
+    assert inside(headline(analysis.summary, "baseline")["mean_first"], 50)
+    rows = runs.ledger("no-steering").rows(stage="measure", condition="unsteered")
+    steered = runs.ledger("esr").rows(stage="measure")
+    assert [(r.trial.latent, r.trial.label, r.trial.prompt, r.trial.seed) for r in rows] == [
+        (r.trial.latent, r.trial.label, r.trial.prompt, r.trial.seed) for r in steered
+    ]
+    assert all(r.trial.interventions == () for r in rows)
+    assert (folder / "figureA8.png").is_file()
+
+
+def test_no_steering_alone_needs_no_calibration(runs: Runs) -> None:
+    analysis, _ = runs.run("no-steering", name="alone")
+    assert list(analysis.summary["targets"]["planted"]["conditions"]) == ["unsteered"]
+    assert not runs.ledger("alone").rows(stage="calibration")
+    assert "figureA8" not in analysis.figures
+
+
+def test_several_targets_are_pooled(runs: Runs) -> None:
+    runs.scripts["second"] = PlantedModel(thresholds=thresholds(12), restart_rate=0.0)
+    analysis, _ = runs.run(
+        "no-steering", "n_latents=4", "trials_per_latent=5", targets=("planted", "second"), name="two"
+    )
+    pooled = analysis.summary["pooled"]
+    assert pooled["n"] == sum(t["restarts"]["n"] for t in analysis.summary["targets"].values())
+    esr, _ = runs.run("esr", "n_latents=6", targets=("planted", "second"), name="esr-two")
+    rates = {t: headline(esr.summary, "steered", t)["multi_attempt_rate"] for t in ("planted", "second")}
+    assert rates["planted"]["low"] > rates["second"]["value"] == 0
+    assert rates["second"]["high"] > 0
+    assert "figure2" in esr.figures
+
+
+def test_held_out_prompts_are_measured_and_disjoint(runs: Runs) -> None:
+    analysis, _ = runs.run("held-out", base="esr")
+    own = set(load_prompts("held-out"))
+    assert len(own) == 20
+    for other in ("evaluation", "organism-discovery", "organism-held-out", "discovery"):
+        assert not own & set(load_prompts(other))
+    rows = runs.ledger("held-out").rows(stage="measure", condition="held-out")
+    assert {r.trial.prompt for r in rows} == own
+    truth = np.mean([MODEL.restart_probability(r.trial.request(None)) for r in rows])  # type: ignore[arg-type]
+    assert inside(headline(analysis.summary, "held-out")["multi_attempt_rate"], truth)
+    assert analysis.summary["targets"]["planted"]["comparisons"]["held-out"]["against"] == "baseline"
+    with pytest.raises(SteerbackError, match="share"):
+        runs.run("held-out", "options.prompts=evaluation", base="esr", name="never")
+
+
+def test_organisms_have_held_out_prompts_of_their_own() -> None:
+    from types import SimpleNamespace
+
+    from steerback.config import quick
+    from steerback.experiments.held_out import HeldOut
+
+    study: Any = SimpleNamespace(name="organism-s", config=quick("held-out", ("organism-s",)), prompts=())
+    assert HeldOut().prompts(study) == load_prompts("organism-held-out")
+
+
+@dataclass(frozen=True)
+class Continuing(Peaked):
+    """Goes on from a prefill: restarts with a known probability, more often when nothing is added."""
+
+    steered: float = 0.2
+    free: float = 0.6
+    corrected: float = 80.0
+    plain: float = 30.0
+
+    def __call__(self, request: Request) -> str:
+        if not request.prefill:
+            return super().__call__(request)
+        if "/continuation/" in request.key:
+            score = self.corrected if request.prefill.startswith(RESTART) else self.plain
+            return f" [[score {score:.1f}]] and further on."
+        again = random.Random(f"{request.seed}/{request.key}").random() < (
+            self.steered if request.interventions else self.free
+        )
+        return " and further on." + (f" {RESTART} [[score 90.0]] Here is the answer." if again else "")
+
+
+@pytest.fixture(scope="module")
+def continuing(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        made = Runs(tmp_path_factory.mktemp("continuing"), patch, Continuing(thresholds=thresholds(), restart_rate=0.4))
+        made.run("esr")
+        yield made
+
+
+def test_prefill_control_recovers_both_arms(continuing: Runs) -> None:
+    analysis, _ = continuing.run("prefill-control", "options.characters=60", base="esr")
+    fact = analysis.summary["targets"]["planted"]["prefill"]
+    assert fact["characters"] == 60
+    for k in ("1n", "2n", "3n", "4n"):
+        assert inside(headline(analysis.summary, f"unsteered {k}")["multi_attempt_rate"], 0.6)
+        assert inside(headline(analysis.summary, f"steered {k}")["multi_attempt_rate"], 0.2)
+    comparison = analysis.summary["targets"]["planted"]["comparisons"]["unsteered 2n"]
+    assert comparison["against"] == "steered 2n"
+    assert comparison["tests"]["multi_attempt_rate"]["low"] > 0
+    source = {r.trial.index: r for r in continuing.ledger("esr").rows(stage="measure", judge="scripted")}
+    for row in continuing.ledger("prefill-control").rows(stage="measure"):
+        if row.trial.prefill:
+            text = source[row.trial.index].judged_text
+            assert text.startswith(row.trial.prefill)
+            assert RESTART not in row.trial.prefill
+            assert text[len(row.trial.prefill)] == " "
+            assert len(row.trial.prefill) <= int(row.trial.condition.split()[1][0]) * 60
+    used = {k: sum(tally.values()) for k, tally in fact["prefixes"].items()}
+    assert set(used.values()) == {len(source)}
+
+
+def test_prefill_default_is_where_restarts_are(continuing: Runs) -> None:
+    analysis, _ = continuing.run("prefill-control", "options.multiples=[1]", base="esr", name="default-cut")
+    rows = continuing.ledger("esr").rows(stage="measure", judge="scripted")
+    starts = [r.judged_text.index(RESTART) for r in rows if RESTART in r.judged_text]
+    assert analysis.summary["targets"]["planted"]["prefill"]["characters"] == round(np.mean(starts))
+
+
+def row(text: str, attempts: list[tuple[int, int, float, bool]], prefill: str = "") -> Row:
+    trial = Trial("t/measure/c/0", "t", "measure", "c", 0, "p", 1, prefill=prefill)
+    spans = tuple(Attempt(a, b, s, "Wait" if n else "", g) for n, (a, b, s, g) in enumerate(attempts))
+    done = Completion(text, tuple(range(5)), 3, "stop", Receipt())
+    return Row(trial, done, Judgement("j", "r", "scored", spans))
+
+
+def test_restarts_before_the_cut_do_not_count() -> None:
+    one = row("x" * 60, [(0, 20, 10, True), (20, 40, 50, True), (40, 100, 90, True)], prefill="y" * 40)
+    (after,) = prefill_control.after_cut([one])
+    assert after.judgement is not None
+    assert [(a.start, a.end, a.score) for a in after.judgement.attempts] == [(0, 40, 30), (40, 100, 90)]
+    ungated = row("x" * 60, [(0, 50, 10, True), (50, 100, 90, False)], prefill="y" * 40)
+    (after,) = prefill_control.after_cut([ungated])
+    assert after.judgement is not None
+    assert len(after.judgement.attempts) == 2
+    assert len(after.judgement.gated_attempts()) == 1
+
+
+def test_cuts_are_before_a_space_and_before_any_restart() -> None:
+    class Engine:
+        def token_ends(self, done: Completion) -> list[int]:
+            return list(range(1, len(done.text) + 1))
+
+    engine: Any = Engine()
+    text = "one two three Wait, four five"
+    found = row(text, [(0, 14, 10, True), (14, len(text), 90, True)])
+    assert prefill_control.cut(found, 9, engine) == ("one two", "used")
+    assert prefill_control.cut(found, 20, engine) == ("", "restarted before the cut")
+    assert prefill_control.cut(found, len(text), engine) == ("", "too short")
+    broken = row("no no no no no no " * 3, [(0, 54, 10, True)])
+    assert prefill_control.cut(broken, 30, engine)[1] == "degraded"
+    assert prefill_control.cut(Row(found.trial, found.completion, None), 9, engine)[1] == "not scored"
+
+
+def test_matched_prefix_scores_the_continuation_alone(continuing: Runs) -> None:
+    analysis, _ = continuing.run("matched-prefix", base="esr")
+    own, generic = (headline(analysis.summary, c)["mean_first"] for c in ("own correction", "generic prefix"))
+    assert (own["value"], generic["value"]) == (80, 30)
+    rows = continuing.ledger("matched-prefix").rows(stage="continuation", judge="scripted")
+    by_index: dict[int, list[Row]] = {}
+    for found in rows:
+        by_index.setdefault(found.trial.index, []).append(found)
+    for pair in by_index.values():
+        generic_row, own_row = sorted(pair, key=lambda r: r.trial.condition)
+        assert own_row.trial.prefill.startswith(RESTART)
+        assert own_row.trial.seed == generic_row.trial.seed
+        assert len(own_row.trial.prefill) - 20 <= len(generic_row.trial.prefill) <= len(own_row.trial.prefill)
+        assert own_row.trial.interventions == generic_row.trial.interventions != ()
+        assert own_row.judged_text == own_row.completion.text  # type: ignore[union-attr]
+
+
+def test_an_experiment_resumed_changes_nothing(runs: Runs) -> None:
+    _, folder = runs.run("no-steering", base="esr", name="again")
+    before = (folder / "summary.json").read_bytes(), runs.ledger("again").dump()
+    runs.run("no-steering", base="esr", name="again")
+    assert before == ((folder / "summary.json").read_bytes(), runs.ledger("again").dump())
+
+
+def test_nothing_restarts_and_everything_still_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet = Runs(tmp_path, monkeypatch, PlantedModel(thresholds=thresholds(), restart_rate=0.0))
+    quiet.draw = True
+    small = ("n_latents=3", "trials_per_latent=4")
+    quiet.run("esr", *small)
+    for name in ("boost-sweep", "meta-prompts", "no-steering", "held-out", "prefill-control", "matched-prefix"):
+        analysis, folder = quiet.run(name, base="esr")
+        summary = json.loads((folder / "summary.json").read_text())
+        assert summary["experiment"] == name
+        assert all((folder / f"{figure}.png").stat().st_size > 5000 for figure in analysis.figures)
+
+
+def outcomes_at(rates: list[float], latents: int = 40, trials: int = 25, seed: int = 0) -> list[Outcomes]:
+    """One condition per rate; latents differ in their rate (ICC about 0.05)."""
+    rng = np.random.default_rng(seed)
+    found = []
+    cluster = np.repeat(np.arange(latents), trials)
+    shift = np.exp(rng.normal(0, 0.3, latents))[cluster]
+    for rate in rates:
+        multi = rng.random(latents * trials) < np.clip(rate * shift, 0, 1)
+        n = len(multi)
+        zero, last = np.full(n, 50.0), np.where(multi, 80.0, 50.0)
+        attempts = np.where(multi, 2, 1)
+        found.append(
+            Outcomes(cluster, np.arange(n), np.zeros(n), attempts, zero, last, attempts, zero, last, np.zeros(n))
+        )
+    return found
+
+
+def test_peak_intervals_cover_a_known_peak() -> None:
+    levels, truth = np.linspace(-1.5, 3, 8), 0.3
+    rates = 0.3 * np.exp(-0.5 * ((levels - truth) / 0.9) ** 2)
+    covered = []
+    for seed in range(40):
+        peak = find_peak(list(levels), outcomes_at(list(rates), seed=seed), "multi_attempt_rate", draws=200)
+        assert peak is not None
+        covered.append(peak.low <= truth <= peak.high)
+    assert np.mean(covered) >= 0.85  # 95 % nominal; the parabola through three levels is off by up to 0.05 itself
+
+
+def test_peak_at_the_edge_on_a_plateau_and_nowhere() -> None:
+    rising = find_peak([0, 1, 2], outcomes_at([0.1, 0.3, 0.6]), "multi_attempt_rate", 200)
+    assert rising is not None
+    assert (rising.at, rising.edge) == (2, 1)
+    assert find_peak([0, 1, 2], outcomes_at([0.0, 0.0, 0.0]), "multi_attempt_rate", 200) is None
+    assert find_peak([0, 1, 2], outcomes_at([0.0, 0.0, 0.0]), "improvement_rate", 200) is None
+    flat = outcomes_at([0.0, 0.4])
+    plateau = find_peak([0, 1, 2, 3, 4], [flat[0], flat[1], flat[1], flat[1], flat[0]], "msi", 400)
+    assert plateau is not None
+    assert plateau.low <= 1.5
+    assert plateau.high >= 2.5
+
+
+def test_a_parabola_is_found_exactly() -> None:
+    """Rates on a parabola with its vertex between two levels, without noise."""
+    cluster = np.repeat(np.arange(4), 250)
+    found = []
+    for rate in (0.2 - 0.04 * (x - 0.75) ** 2 for x in (-1, 0, 1, 2)):
+        multi = np.tile(np.arange(250) < round(rate * 250), 4)
+        n, first = len(multi), np.full(len(multi), 50.0)
+        attempts = np.where(multi, 2, 1)
+        found.append(
+            Outcomes(cluster, np.arange(n), np.zeros(n), attempts, first, first, attempts, first, first, np.zeros(n))
+        )
+    peak = find_peak([-1, 0, 1, 2], found, "multi_attempt_rate", 100)
+    assert peak is not None
+    assert peak.at == pytest.approx(0.75, abs=0.05)
+    assert peak.value == pytest.approx(0.2, abs=0.003)
