@@ -24,6 +24,7 @@ REGISTRY = {
     "detectors": ("steerback.experiments.detectors", "DetectorExperiment"),
     "detector-ablation": ("steerback.experiments.detector_ablation", "DetectorAblation"),
     "random-ablation": ("steerback.experiments.random_ablation", "RandomAblation"),
+    "traces": ("steerback.experiments.traces", "Traces"),
 }
 
 

@@ -24,15 +24,19 @@ def draw(found: Measured, metrics: Sequence[str] = USUAL, note: str = "", shown:
     """
     conditions = list(shown or dict.fromkeys(condition for _, condition in found.summaries))
     rows = max(len(conditions), 1) * max(len(found.targets), 1)
-    fig, drawing = style.new_figure("full", max(1.2, 0.17 * rows + 0.12 * len(conditions) + 0.75), caption(found, note))
+    fig, drawing = style.new_figure(
+        "full", max(1.2, 0.17 * rows + 0.12 * len(conditions) + 0.75), caption(found, note, shown)
+    )
     rows_of_conditions(drawing, found, conditions, metrics)
     return fig
 
 
-def caption(found: Measured, note: str) -> str:
-    """What is shown, by which judge, over how many responses."""
+def caption(found: Measured, note: str, shown: Sequence[str] | None = None) -> str:
+    """What is shown, by which judge, over how many responses (of the conditions `shown`, default: all)."""
     lines = [f"95 % intervals clustered by latent, over valid responses. Judge: {found.judge}. {note}".strip()]
-    return "\n".join([*lines, *(panels.counted(target, found.of(target).values()) for target in found.targets)])
+    for target in found.targets:
+        lines.append(panels.counted(target, [s for c, s in found.of(target).items() if shown is None or c in shown]))
+    return "\n".join(lines)
 
 
 def rows_of_conditions(

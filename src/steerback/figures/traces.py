@@ -1,0 +1,180 @@
+"""Figure 7: episodes token by token, and the distribution of lead times. Drawn from recorded traces alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from steerback.experiments import episodes as ep
+from steerback.experiments.traces import Leads, onset, smoothed
+from steerback.figures import style
+from steerback.metrics import Estimate
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LINES = {ep.DETECTORS: style.PALETTE[1], ep.BACKTRACKING: style.PALETTE[2], ep.STEERED: style.GREY}
+SHADES = {"off-topic": "#fbe3d6", "correction": "#fff3bf", "on-topic": "#dcefe4"}
+TOKENS = 78  # of the strip under a trace; more would not be legible
+
+
+@style.styled
+def draw(
+    found: Mapping[str, ep.Recorded],
+    leads: Mapping[str, Leads],
+    options: Mapping[str, Any],
+    judge: str,
+    note: str = "",
+) -> Figure:
+    """Chosen episodes: smoothed sums over the strip of tokens, regions shaded, the onset as a triangle."""
+    chosen = [
+        (target, trace)
+        for target, recorded in found.items()
+        for trace in choose(recorded.episodes, int(options["show"]), options["trials"])
+    ]
+    caption = (
+        f"Summed activations of the groups, averaged over the last {options['window']} tokens and scaled to their "
+        "largest value in the panel; recorded before anything is added. Shaded: first attempt, correction, second "
+        f"attempt. Triangle: onset of the detectors; dotted: its threshold. Judge: {judge}. {note}".strip()
+    )
+    told = [f"{t}: {len(r.groups[ep.DETECTORS])} detectors, {len(r.groups[ep.BACKTRACKING])} backtracking latents, "
+            f"{len(r.episodes)} episodes." for t, r in found.items()]  # fmt: skip
+    fig, drawing = style.new_figure("full", 1.75 * max(len(chosen), 1) + 0.2, "\n".join([caption, *told]))
+    axes = drawing.subplots(max(len(chosen), 1), 1, squeeze=False)[:, 0]
+    if not chosen:
+        style.message(axes[0], "no response stopped itself")
+        return fig
+    for ax, (target, trace) in zip(axes, chosen, strict=True):
+        _episode(ax, target, trace, leads[target].threshold, int(options["window"]))
+    _legend(drawing)
+    return fig
+
+
+def choose(episodes: Sequence[ep.Trace], count: int, indices: Sequence[int] | None) -> list[ep.Trace]:
+    """Episodes by trial index, or those that gained most."""
+    if indices is not None:
+        return [t for t in episodes if t.row.trial.index in indices]
+    return sorted(episodes, key=lambda t: (-t.gain, t.row.trial.index))[:count]
+
+
+def _episode(ax: Axes, target: str, trace: ep.Trace, threshold: float, window: int) -> None:
+    regions = trace.regions()
+    start, stop = regions["correction"].start, regions["on-topic"].stop
+    first = max(0, min(start - TOKENS // 2, stop - TOKENS))
+    last = min(first + TOKENS, stop)
+    x = np.arange(first, last)
+    for name, region in regions.items():
+        ax.axvspan(max(region.start, first) - 0.5, min(region.stop, last) - 0.5, color=SHADES[name], linewidth=0)
+    for name, values in trace.sums.items():
+        line = smoothed(values, window)
+        peak = float(line[first:last].max(initial=0.0))
+        if peak <= 0:
+            continue
+        ax.plot(x, line[first:last] / peak, color=LINES[name], linewidth=0.9 if name == ep.STEERED else 1.3)
+        if name == ep.DETECTORS:
+            ax.axhline(threshold / peak, color=LINES[name], linewidth=0.6, linestyle=":")
+            at = onset(line, threshold, start)
+            if at is not None and at >= first:
+                ax.plot([at], [line[at] / peak], marker="v", color=style.INK, markersize=4.5, zorder=4)
+    ax.set_ylim(0, 1.12)
+    ax.set_xlim(first - 0.5, last - 0.5)
+    ax.set_yticks([0, 1])
+    ax.set_xticks(x, [_token(trace.pieces[i]) for i in x], rotation=90, fontsize=5)
+    ax.tick_params(axis="x", length=0, pad=1)
+    scores = " → ".join(f"{a.score:.0f}" for a in trace.attempts)
+    trial = trace.row.trial
+    name = f"{target} {trial.index}: {trial.prompt} (steered: {trial.label or trial.latent}; scores {scores})"
+    ax.set_title(style.plain(name), loc="left", fontsize=6.5, pad=2)
+
+
+def _token(piece: str) -> str:
+    shown = piece.replace("\n", "⏎").strip(" ") or "␣"
+    return style.plain(shown if len(shown) <= 11 else shown[:10] + "…")
+
+
+def _legend(fig: Any) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    names = {ep.DETECTORS: "detectors", ep.BACKTRACKING: "backtracking latents", ep.STEERED: "steered latent"}
+    handles: list[Any] = [Line2D([], [], color=LINES[name], label=label) for name, label in names.items()]
+    handles += [Patch(color=colour, label=name) for name, colour in SHADES.items()]
+    fig.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=6.5, columnspacing=1.2)
+
+
+@style.styled
+def draw_leads(
+    found: Mapping[str, ep.Recorded],
+    leads: Mapping[str, Leads],
+    estimates: Mapping[str, Mapping[str, Estimate]],
+    judge: str,
+    rule: str,
+    note: str = "",
+) -> Figure:
+    """Left: lead times of all episodes. Right: shares of responses with an onset before the correction's position."""
+    rows = max(len(found), 1)
+    lines = [f"{rule[0].upper()}{rule[1:]}. 95 % intervals clustered by latent. Judge: {judge}. {note}".strip()]
+    for target, recorded in found.items():
+        lines.append(f"{target}: " + ", ".join(f"{n:,} {name}" for name, n in recorded.counts.items()) + ".")
+    fig, drawing = style.new_figure("full", 1.6 * rows, "\n".join(lines))
+    axes = drawing.subplots(rows, 2, squeeze=False, width_ratios=[1.3, 1])
+    colours = style.colours(found)
+    for (left, right), target in zip(axes, found, strict=False):
+        left.set_title(style.plain(target), loc="left", color=colours[target], fontweight="bold", pad=2)
+        _histogram(left, leads[target], estimates[target]["median lead"], colours[target])
+        _shares(right, estimates[target], colours[target])
+    if not found:
+        for ax in axes.flat:
+            style.message(ax, "nothing was recorded")
+    return fig
+
+
+def _histogram(ax: Axes, leads: Leads, median: Estimate, colour: str) -> None:
+    lead = leads.lead[np.isfinite(leads.lead)]
+    if not len(lead):
+        style.message(ax, f"no onset before any of {len(leads.lead)} corrections")
+        return
+    width = max(1, int(np.ceil(lead.max() / 40)))
+    ax.hist(
+        lead,
+        [float(e) for e in np.arange(0.5, lead.max() + width + 0.5, width)],
+        color=colour,
+        edgecolor="white",
+        linewidth=0.4,
+    )
+    if median.value is not None:
+        ax.axvline(median.value, color=style.INK, linewidth=0.9)
+        if median.low is not None and median.high is not None:
+            ax.axvspan(median.low, median.high, color=style.INK, alpha=0.12, linewidth=0)
+        reach = "" if median.low is None else f" [{median.low:.0f}, {median.high:.0f}]"
+        ax.set_title(f"median {median.value:.0f}{reach}", loc="right", fontsize=6.5, pad=2)
+    ax.set_xlim(left=0)
+    ax.set_xlabel("lead: tokens from detector onset to correction")
+    ax.set_ylabel("episodes")
+    ax.locator_params(axis="y", integer=True)
+
+
+def _shares(ax: Axes, estimates: Mapping[str, Estimate], colour: str) -> None:
+    names = {
+        "onset, episodes": "episodes",
+        "onset, steered without restart": "steered,\nno restart",
+        "onset, unsteered": "unsteered",
+    }
+    for y, key in enumerate(names):
+        e = estimates[key]
+        if e.value is None:
+            ax.text(2, y, "no data", fontsize=6, color=style.GREY, va="center")
+            continue
+        ends = [100 * (e.value if end is None else end) for end in (e.low, e.high)]
+        reach = [[max(100 * e.value - ends[0], 0)], [max(ends[1] - 100 * e.value, 0)]]
+        face = colour if y == 0 else "white"
+        ax.errorbar(100 * e.value, y, xerr=reach, fmt="o", color=colour, markerfacecolor=face, elinewidth=1, capsize=2)
+    ax.set_yticks(range(len(names)), list(names.values()))
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.set_xlim(0, 102)
+    ax.set_xlabel("onset before the correction's position (%)")
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="x")
