@@ -103,8 +103,8 @@ _FRAME = re.compile(
     re.IGNORECASE,
 )
 _IDEAS = re.compile(
-    r"(?:tion|sion|ity|ness|ment|ism|ance|ence|ancy|ency|ship|hood|acy|ology|ive|ical|ual|ful|ous|able|ible|ative"
-    r"|ish|tic|dom|tude|less|ized|ised|ing)$"
+    r"(?:tion|sion|ity|ness|\wment|ism|ance|ence|ancy|ency|ship|hood|acy|ology|ive|ical|ual|ful|ous|able|ible"
+    r"|ish|tic|dom|tude|less|ized|ised)$"
 )
 _THINGS = re.compile(r"(?:fish|berry|berries|fruit|bird|house|boat|ship|stone|wood|wheel|horse|ball|ware|maker|er)s?$")
 _ABSTRACT = _words("abstract")
