@@ -159,3 +159,15 @@ def test_simulated_coverage_of_rates_is_at_least_93_percent(clusters, p) -> None
         bounds, _ = rate(list(events), [10] * clusters)
         hits += bounds.low <= p <= bounds.high
     assert hits / 300 >= 0.93
+
+
+def test_expanded_percentile_of_a_mean_is_close_to_the_t_interval_and_the_plain_one_is_not() -> None:
+    rng = np.random.default_rng(2)
+    y = rng.normal(50, 20, 8)
+    draws = iv.resample_sums(y[:, None], 20_000, rng)[:, 0] / 8
+    expected = stats.ttest_1samp(y, 0).confidence_interval(0.95)
+    width = expected.high - expected.low
+    expanded, plain = (iv.percentile(draws, clusters=c) for c in (8, None))
+    assert expanded[1] - expanded[0] == pytest.approx(width, rel=0.08)
+    assert plain[1] - plain[0] < 0.85 * width
+    assert iv.percentile(np.array([np.nan])) is None

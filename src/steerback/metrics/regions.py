@@ -57,7 +57,7 @@ def bootstrap(
     draws: int,
     seed: int = 0,
 ) -> Estimate:
-    """Any statistic of one or several clustered samples; percentile interval from resampling whole clusters.
+    """Any statistic of one or several clustered samples; expanded percentile interval from resampling whole clusters.
 
     A cluster that occurs in several samples is drawn for all of them together. nan values are left out; draws in which
     the statistic is undefined (nan) are as well. No interval with fewer than two clusters.
@@ -77,9 +77,11 @@ def bootstrap(
             again = {name: np.concatenate([parts[k] for k in chosen]) for name, parts in members.items()}
             if all(len(v) for v in again.values()):
                 drawn[i] = statistic(again)
-        found = iv.percentile(drawn)
+        found = iv.percentile(drawn, clusters=len(names))
     low, high = found or (None, None)
-    method = f"percentile bootstrap over latents, {draws} draws" if found else "one latent: its spread is unknown"
+    method = (
+        f"expanded percentile bootstrap over latents, {draws} draws" if found else "one latent: its spread is unknown"
+    )
     shown = float(value) if np.isfinite(value) else None
     return Estimate(shown, low, high, n, method, n, len(names))
 
