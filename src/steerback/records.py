@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from dataclasses import asdict, dataclass, field
+from operator import eq
 from typing import Any, Literal
 
 from steerback.errors import SteerbackError
@@ -232,12 +232,10 @@ class Judgement:
         return tuple(merged)
 
 
-_REPEATED = re.compile(r"(?<!\S)(\S+)(?:\s+\1){4,}(?!\S)")
-
-
 def is_degraded(text: str) -> bool:
     """Five or more identical consecutive words (split on whitespace), the specification's mark of degradation."""
-    return _REPEATED.search(text) is not None
+    words = text.split()
+    return b"\1\1\1\1" in bytes(map(eq, words, words[1:]))  # equal to the next word, four times in a row
 
 
 def digest(value: Any) -> str:
