@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import fields
 
 import numpy as np
@@ -25,7 +26,7 @@ from steerback.metrics import (
     outcome_of,
     summarize,
 )
-from steerback.records import Attempt, Judgement
+from steerback.records import Attempt, Judgement, is_degraded
 
 REPEATED = "word word word word word"
 
@@ -207,6 +208,14 @@ def test_a_hand_computed_condition() -> None:
     assert s.worst_case["headline"]["mean_attempts"] == (7 / 5, None)
     assert s["msi"].clusters == 2
     assert s["msi"].n == 4
+
+
+@few
+@given(st.text(alphabet="ab \n\t\u00a0\u2003\x1f", max_size=40), st.integers(1, 7))
+def test_degraded_means_five_identical_words_in_a_row(text, times) -> None:
+    pattern = re.compile(r"(?<!\S)(\S+)(?:\s+\1){4,}(?!\S)")
+    for candidate in (text, text + " a" * times, " aa" * times + text):
+        assert is_degraded(candidate) == (pattern.search(candidate) is not None)
 
 
 def test_outcome_of_names_every_state() -> None:

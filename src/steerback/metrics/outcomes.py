@@ -6,6 +6,7 @@ Knows the judgement record, and nothing of ledgers, engines or files. Missing nu
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, NamedTuple
@@ -121,7 +122,7 @@ def outcome_of(trial_ok: bool, judgement: Judgement | None, text: str) -> Outcom
     else:
         gated, ungated = judgement.gated_attempts(), judgement.attempts
         scores = (gated[0].score, gated[-1].score, ungated[0].score, ungated[-1].score)
-        if not np.all(np.isfinite(scores)):
+        if not all(map(math.isfinite, scores)):
             return Outcome(UNSCORED, 0, NAN, NAN, 0, NAN, NAN, degraded)
         return Outcome(VALID, len(gated), *scores[:2], len(ungated), *scores[2:], degraded)
     return Outcome(state, 0, NAN, NAN, 0, NAN, NAN, degraded)
