@@ -143,9 +143,8 @@ class Driver:
             prompt: dict[str, Any] = {"prompt_token_ids": list(job.token_ids)}
             if (salt := job.ticket.salt(len(job.token_ids))) is not None:
                 prompt["cache_salt"] = salt
-            output: Any = None
-            async for output in self.llm.generate(prompt, params, job.ticket.key, lora_request=self._lora):
-                pass
+            stream = self.llm.generate(prompt, params, job.ticket.key, lora_request=self._lora)
+            output = [found async for found in stream][-1]
             entry = None
             if not job.ticket.empty:
                 entry = await self._collect(job, output)
@@ -192,7 +191,8 @@ class Driver:
 
     async def _shutdown(self) -> None:
         others = [t for t in asyncio.all_tasks() if t is not asyncio.current_task()]
-        self.llm.shutdown()
+        self.llm.shutdown(timeout=20)
+        del self.llm
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)

@@ -185,13 +185,15 @@ class VllmEngine:
         return {
             "engine": "vllm",
             "vllm": version,
-            "runner": self._drivers[0].call("steerback_runner")[0],
+            "runner": self._drivers[0].call("steerback_state")[0]["runner"],
             "arithmetic": ARITHMETIC_VERSION,
             "steerback": steerback.__version__,
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name() if has_cuda() else "cpu",
             "dtype": self.target.dtype,
-            "arguments": {k: v if isinstance(v, (int, float, str, bool, type(None))) else repr(v) for k, v in shown.items()},
+            "arguments": {
+                k: v if isinstance(v, (int, float, str, bool, type(None))) else repr(v) for k, v in shown.items()
+            },
             "replicas": replicas,
             "layers": {"steer": site.steer_layer, "sae": site.sae_layer, "read": site.read_layer},
             "prompt_format": self._loaded.prompter.style,
@@ -300,8 +302,8 @@ class VllmEngine:
             )
         if until * len(latents) > self.settings.room:
             raise SteerbackError(
-                f"{where}: record.latents: {len(latents)} latents at {until} positions do not fit the {self.settings.room} "
-                "values prepared for a request; start the engine with a higher record_latents"
+                f"{where}: record.latents: {len(latents)} latents at {until} positions are more than the "
+                f"{self.settings.room} values prepared for a request; start the engine with a higher record_latents"
             )
         return ticket
 
@@ -390,8 +392,43 @@ class VllmEngine:
         return out
 
     def _self_test(self, version: str) -> None:
-        """Steers a few tokens and checks receipts and effect: an engine that cannot steer must not start."""
-        del version
+        """Checks arithmetic, hooks and effect on every worker: an engine that cannot steer must not start."""
+        known = "" if version in TESTED else f" (tested with {' and '.join(TESTED)})"
+        for driver in self._drivers:
+            fault = self._fault(driver)
+            if fault:
+                self.close()
+                raise SteerbackError(
+                    f"vLLM {version}{known} does not steer this model: {fault}; use --engine transformers"
+                )
+
+    def _fault(self, driver: Driver) -> str | None:
+        """What is wrong with an engine's steering, if anything."""
+        site = self.settings.site
+        latents: list[int | str] = [*site.directions[:1], *range(min(site.n_latents, 1))]
+        if not latents:
+            return None
+        clamps = [
+            Intervention("clamp", k, 1.5, layer=n) for k in range(min(site.n_latents, 3)) for n in self.settings.layers
+        ]
+        mixed = Ticket("check", (Intervention("add", latents[0], 2.0, "generated"), *clamps[: self.settings.columns]))
+        error = max(driver.call("steerback_check", mixed.as_args(), 0))
+        if error > 1e-3:
+            return f"its edits are off by {error:.1e} of their size"
+        edits = (Intervention("add", latents[0], self.target.boost_prior.high),)
+        prompt = self._loaded.prompter.tokens("What is the capital of France?")
+        sampling = {"temperature": 0.0, "max_tokens": 3, "logprobs": 1, "ignore_eos": True, "detokenize": False}
+        jobs = [Job(Ticket(key, e), prompt, sampling) for key, e in (("plain", ()), ("steered", edits), ("again", ()))]
+        plain, steered, again = (driver.submit(job).result() for job in jobs)
+        entry = steered.entry or {}
+        if (entry.get("prompt"), entry.get("generated")) != (len(prompt), 2):
+            return f"of {len(prompt)} + 2 positions it edited {entry.get('prompt')} + {entry.get('generated')}"
+        first = [next(iter(a.output.outputs[0].logprobs[0].items())) for a in (plain, steered, again)]
+        if first[0][0] == first[1][0] and abs(first[0][1].logprob - first[1][1].logprob) < 1e-6:
+            return "a strong addition leaves the next token's probability as it was"
+        if first[0][0] != first[2][0] or abs(first[0][1].logprob - first[2][1].logprob) > 0.1:
+            return "an unsteered request differs before and after a steered one"
+        return None
 
 
 def _spans(positions: Sequence[int]) -> tuple[tuple[int, int], ...]:

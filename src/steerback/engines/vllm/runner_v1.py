@@ -23,6 +23,7 @@ def hook(runner: Any, slots: Slots) -> None:
 
     def prepare_inputs(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         slots.admit(arrivals(scheduler_output))
+        slots.preemptions += len(scheduler_output.preempted_req_ids or ())
         out = prepare(scheduler_output, *args, **kwargs)
         state = runner.input_batch
         counts = args[0] if args else kwargs["num_scheduled_tokens"]

@@ -24,6 +24,7 @@ def hook(runner: Any, slots: Slots) -> None:
 
     def prepare_inputs(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         slots.admit(arrivals(scheduler_output))  # a preempted request comes again as a new one
+        slots.preemptions += len(scheduler_output.preempted_req_ids or ())
         batch = prepare(scheduler_output, *args, **kwargs)
         slots.step(Batch(batch.req_ids, batch.num_scheduled_tokens, batch.num_computed_tokens_np))
         return batch

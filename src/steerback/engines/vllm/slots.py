@@ -82,6 +82,17 @@ class Slots:
         n_latents = settings.site.n_latents if settings.poolers else 0
         self.pooled = torch.zeros(settings.poolers, n_latents, device=self.device)
         self._pooling: list[tuple[Slot, Tensor]] = []
+        self.preemptions = 0
+
+    def state(self) -> dict[str, int]:
+        """How much of each table is free, and how often a request had to be computed again."""
+        return {
+            "rows": len(self._free_rows),
+            "columns": len(self._free_columns),
+            "recorders": len(self._free_recorders),
+            "poolers": len(self._free_poolers),
+            "preemptions": self.preemptions,
+        }
 
     # ---- arrivals
 

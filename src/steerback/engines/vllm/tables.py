@@ -119,11 +119,11 @@ class Steered:
         out = super().forward(*args, **kwargs)  # type: ignore[misc]
         positions = kwargs["positions"] if "positions" in kwargs else args[self.steerback_positions]
         if isinstance(out, tuple):
-            return (_edit(self, positions, out[0], out[1]), *out[1:])
-        return _edit(self, positions, out, None)
+            return (edit(self, positions, out[0], out[1]), *out[1:])
+        return edit(self, positions, out, None)
 
 
-def _edit(layer: Any, positions: Tensor, hidden: Tensor, residual: Tensor | None) -> Tensor:
+def edit(layer: Any, positions: Tensor, hidden: Tensor, residual: Tensor | None) -> Tensor:
     """`hidden` (T, d) with this step's edits added; marks, records and the arriving residual are written."""
     row = layer.steerback_row[: hidden.shape[0]]
     cell = 2 * row + (positions >= layer.steerback_prompt[row]).long()
@@ -140,17 +140,20 @@ def _edit(layer: Any, positions: Tensor, hidden: Tensor, residual: Tensor | None
     norm = torch.sqrt((delta * delta).sum(dim=-1))
     at = torch.where(layer.steerback_active[cell], row * layer.steerback_length + positions, 0)
     layer.steerback_marks.index_put_((at,), norm)
-    return (hidden.float() + delta).to(hidden.dtype)
+    edited: Tensor = (hidden.float() + delta).to(hidden.dtype)
+    return edited
 
 
 def _read(layer: Any, h: Tensor) -> Tensor:
     """Activations (T, U) of the latents in use, from the arriving residual (T, d) in float32."""
+    z: Tensor
     if layer.steerback_kind == "topk":
         whole = (layer.steerback_whole_encoder, layer.steerback_whole_bias, layer.steerback_whole_threshold)
-        z: Tensor = torch.ops.steerback.topk_columns(h, *whole, layer.steerback_latent, layer.steerback_k)
+        z = torch.ops.steerback.topk_columns(h, *whole, layer.steerback_latent, layer.steerback_k)
         return z
     pre = torch.addmm(layer.steerback_bias, h, layer.steerback_encoder)
-    return pre * (pre > layer.steerback_threshold)
+    z = pre * (pre > layer.steerback_threshold)
+    return z
 
 
 def _record(layer: Any, row: Tensor, positions: Tensor, z: Tensor) -> None:
@@ -193,7 +196,7 @@ TOPK_CHUNK = 512
 
 
 def register_topk() -> None:
-    """Defines the operator for TopK: which latents win depends on all of them, and tokens x latents must not be kept."""
+    """Defines the operator for TopK, where all latents have to be encoded to know which win, but not to be kept."""
     if hasattr(torch.ops.steerback, "topk_columns"):
         return
 

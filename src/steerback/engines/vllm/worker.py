@@ -10,16 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import vllm
 from torch import Tensor, nn
 from vllm.platforms import current_platform
 
 from steerback.engines.vllm import runner_v1, runner_v2
-from steerback.engines.vllm.settings import Settings
-from steerback.engines.vllm.slots import Slots
-from steerback.engines.vllm.tables import LayerTable, Shared, steer_layer
+from steerback.engines.vllm.settings import Settings, Ticket
+from steerback.engines.vllm.slots import Arrival, Batch, Slots
+from steerback.engines.vllm.tables import LayerTable, Shared, edit, steer_layer
 from steerback.errors import SteerbackError
+from steerback.interventions import steer
 from steerback.targets.sae import Sae, load_sae
 
 if current_platform.is_cpu():
@@ -47,9 +49,14 @@ class SteeredWorker(Base):  # type: ignore[misc]
         """Frees the rows of aborted requests."""
         self.steerback.release(keys)
 
-    def steerback_runner(self) -> str:
-        """Which generation of model runner is at work."""
-        return "v2" if generation(self.model_runner) is runner_v2 else "v1"
+    def steerback_state(self) -> dict[str, Any]:
+        """Which generation of model runner is at work, and what of its tables is free."""
+        return {"runner": "v2" if generation(self.model_runner) is runner_v2 else "v1", **self.steerback.state()}
+
+    def steerback_check(self, ticket: dict[str, Any], seed: int) -> float:
+        """Largest error of the tables against `interventions.steer` on this device, relative to the edit."""
+        layers = decoder_layers(self.model_runner.get_model(), self.steerback.settings)
+        return check_arithmetic(self.steerback, layers, ticket, seed)
 
 
 def generation(runner: Any) -> Any:
@@ -78,6 +85,38 @@ def install(runner: Any, settings: Settings, device: torch.device, first: bool) 
     slots = Slots(settings, shared, tables, sae, load_directions(settings), whole)
     hooks.hook(runner, slots)
     return slots
+
+
+@torch.inference_mode()
+def check_arithmetic(slots: Slots, layers: nn.ModuleList, ticket: dict[str, Any], seed: int, tokens: int = 12) -> float:
+    """Sends random residuals of one request through every edited layer; half of the positions are its prompt."""
+    settings, shared = slots.settings, slots.shared
+    draw = torch.Generator().manual_seed(seed)
+    slots.admit([Arrival("steerback_check", ticket, tokens // 2, 0)])
+    slots.step(Batch(["steerback_check"], np.array([tokens]), np.array([0])))
+    edits = Ticket.from_args(ticket)
+    worst = 0.0
+    for layer in settings.layers:
+        hidden, residual = torch.randn(2, tokens, settings.site.d_model, generator=draw)
+        positions = torch.arange(tokens, device=shared.row.device)
+        out = edit(layers[layer], positions, hidden.to(positions.device), residual.to(positions.device)) - hidden.to(
+            positions.device
+        )
+        wanted = steer(
+            (hidden + residual).double(),
+            () if edits is None else edits.edits,
+            layer,
+            tokens // 2,
+            settings.site,
+            None if slots.sae is None else slots.sae,
+            slots.directions,
+        )
+        delta = wanted - (hidden + residual).double()
+        error = (out.cpu().double() - delta).abs().max() / delta.abs().max().clamp(min=1.0)
+        worst = max(worst, float(error))
+    slots.release([] if edits is None else [edits.key])
+    slots.idle()
+    return worst
 
 
 def decoder_layers(model: nn.Module, settings: Settings) -> nn.ModuleList:
@@ -110,4 +149,3 @@ def load_directions(settings: Settings) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return dict(load_file(settings.directions))
-

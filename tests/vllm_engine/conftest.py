@@ -1,0 +1,67 @@
+"""One engine per kind of SAE for the whole session: starting one takes longer than all its tests."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+if importlib.util.find_spec("vllm") is None:
+    collect_ignore_glob = ["test_engine*.py"]  # these need vLLM; `make test-vllm` makes an environment that has it
+
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# ReLU is compiled and short of cache blocks (so that requests are preempted); the others run eagerly.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "relu": {"num_gpu_blocks_override": 40, "block_size": 32, "max_num_batched_tokens": 96, "max_model_len": 256},
+    "jumprelu": {"enforce_eager": True},
+    "topk": {"enforce_eager": True},
+}
+
+
+class Pair:
+    """A target in both engines."""
+
+    def __init__(self, target: Any, **options: Any) -> None:
+        from steerback.engines.transformers import TransformersEngine
+        from steerback.engines.vllm.engine import VllmEngine
+
+        length = options.pop("max_model_len", None)
+        self.target = target
+        self.vllm = VllmEngine(
+            target, batch_size=32, max_model_len=length, layers=(0,), options={"max_logprobs": -1, **options}
+        )
+        self.reference = TransformersEngine(target, batch_size=2)
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Gives the pair of engines for a kind of SAE; one vLLM engine is up at a time."""
+    import tiny
+
+    alive: dict[str, Pair] = {}
+
+    def get(kind: str) -> Pair:
+        if kind not in alive:
+            for old in alive.values():
+                old.vllm.close()
+            alive.clear()
+            alive[kind] = Pair(tiny.write(tmp_path_factory.mktemp(kind), kind), **OPTIONS[kind])
+        return alive[kind]
+
+    yield get
+    for pair in alive.values():
+        pair.vllm.close()
+
+
+@pytest.fixture(scope="session")
+def relu(pairs: Any) -> Any:
+    return pairs("relu")

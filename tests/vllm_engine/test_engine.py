@@ -1,0 +1,239 @@
+"""The vLLM engine against the reference engine: same logits, recordings and receipts, whatever the batch does."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from steerback.engines.vllm.driver import Job
+from steerback.errors import SteerbackError
+from steerback.records import Completion, Intervention, Recording, Request, Sampling, expected_positions
+
+TOLERANCE = 1e-4
+"""On log-probabilities in float32; kernels differ in the order of their sums, and about 1e-5 is seen."""
+EFFECT = 1.0
+"""What an intervention has to move the log-probabilities by, at least, for agreement to mean anything."""
+
+ADD = Intervention("add", 3, 4.0)
+CASES: dict[str, tuple[Intervention, ...]] = {
+    "add": (ADD,),
+    "two additions": (ADD, Intervention("add", 11, -3.0)),
+    "clamp": (Intervention("clamp", 5, 3.0), Intervention("clamp", 9, 0.0), Intervention("clamp", 17, -1.0)),
+    "add and clamp": (ADD, Intervention("clamp", 3, 1.0), Intervention("clamp", 7, 2.0, layer=1)),
+    "prompt": (Intervention("add", 3, 4.0, "prompt"), Intervention("clamp", 8, 2.0, "prompt")),
+    "generated": (Intervention("add", 3, 4.0, "generated"), Intervention("clamp", 8, 2.0, "generated")),
+    "each its own": (Intervention("add", 3, 4.0, "prompt"), Intervention("add", 4, 3.0, "generated")),
+    "many clamps": tuple(Intervention("clamp", k, 0.5 * (k % 3)) for k in range(20, 50)),
+}
+
+
+def tokens(seed: int, n: int) -> list[int]:
+    return random.Random(seed).choices(range(5, 36), k=n)
+
+
+def words(seed: int, n: int) -> str:
+    return "".join(random.Random(seed).choices("abcdefghijklmnopqrstuvwxyz ", k=n))
+
+
+def collect(engine: Any, requests: list[Request]) -> dict[str, Completion]:
+    async def run() -> dict[str, Completion]:
+        return {key: completion async for key, completion in engine.generate(requests)}
+
+    return asyncio.run(run())
+
+
+def close_to_reference(pair: Any, ids: list[int], edits: tuple[Intervention, ...], prompt: int) -> float:
+    """Asserts that both engines give the same log-probabilities for a text; returns what the edits changed."""
+    got = pair.vllm.teacher_forced(ids, edits, prompt)
+    want = pair.reference.teacher_forced(ids, edits, prompt).log_softmax(-1).numpy()
+    plain = pair.reference.teacher_forced(ids, (), prompt).log_softmax(-1).numpy()
+    np.testing.assert_allclose(got, want, atol=TOLERANCE)
+    return float(np.abs(want - plain).max())
+
+
+@pytest.mark.parametrize("kind", ["jumprelu", "topk", "relu"])  # relu last: the other tests go on with its engine
+def test_teacher_forced_logits_equal_the_reference(pairs: Any, kind: str) -> None:
+    pair, ids = pairs(kind), tokens(1, 40)
+    assert close_to_reference(pair, ids, (), 15) == 0
+    for name, edits in CASES.items():
+        assert close_to_reference(pair, ids, edits, 15) > EFFECT, name
+    record = Recording((3, 5, 8, 60))
+    requests = [
+        Request(f"{kind} {name}", words(2, 20), 0, Sampling(0.0, max_new_tokens=12), edits, record=record)
+        for name, edits in CASES.items()
+    ]
+    check_recordings(pair, requests)
+
+
+def check_recordings(pair: Any, requests: list[Request]) -> None:
+    """Same tokens, hence same recordings and receipts; a plan that differs from the receipt would show."""
+    got, want = collect(pair.vllm, requests), collect(pair.reference, requests)
+    for request in requests:
+        mine, its = got[request.key], want[request.key]
+        assert mine.token_ids == its.token_ids, request.key
+        assert mine.text == its.text
+        assert mine.finish == its.finish
+        assert mine.receipt_matches(request.interventions)
+        assert mine.receipt.positions == its.receipt.positions
+        assert mine.receipt.added_norm == pytest.approx(its.receipt.added_norm, rel=1e-4)
+        np.testing.assert_allclose(mine.activations, its.activations, atol=TOLERANCE)
+        assert np.abs(mine.activations).max() > 0.1
+
+
+def random_request(n: int) -> Request:
+    draw = random.Random(n)
+    edits: list[Intervention] = []
+    for layer in (None, 0):
+        positions = draw.choice(["all", "prompt", "generated"])
+        if draw.random() < 0.5:
+            edits.append(Intervention("add", draw.randrange(96), draw.uniform(-5, 5), positions, layer))
+        for latent in draw.sample(range(96), draw.choice([0, 0, 1, 3])):
+            edits.append(Intervention("clamp", latent, draw.uniform(0, 3), positions, layer))
+    record = Recording(tuple(draw.sample(range(96), 3))) if draw.random() < 0.4 else None
+    return Request(
+        f"r{n}",
+        words(n, draw.randrange(4, 60)),
+        seed=n,
+        sampling=Sampling(1.0, max_new_tokens=draw.choice([8, 30, 60])),
+        interventions=tuple(edits),
+        record=record,
+    )
+
+
+def test_mixed_requests_in_one_batch_are_each_steered_as_alone(relu: Any) -> None:
+    """64 requests with interventions of their own, chunked prefills and preemptions; each checked by the reference."""
+    before = relu.vllm._drivers[0].call("steerback_state")[0]
+    requests = [random_request(n) for n in range(64)]
+    jobs = [replace(j, sampling=dict(j.sampling) | {"logprobs": 4}) for j in relu.vllm._check(requests)]
+    futures = [relu.vllm._drivers[0].submit(job) for job in jobs]
+    for request, future in zip(requests, futures, strict=True):
+        answer = future.result(timeout=600)
+        output = answer.output.outputs[0]
+        completion = relu.vllm._completion(request, answer)
+        assert completion.receipt_matches(request.interventions), request
+        prompt = list(answer.output.prompt_token_ids)
+        ids = prompt + list(output.token_ids)
+        want = relu.reference.teacher_forced(ids[:-1], request.interventions, len(prompt)).log_softmax(-1).numpy()
+        for n, found in enumerate(output.logprobs):
+            for token, value in found.items():
+                assert value.logprob == pytest.approx(want[len(prompt) + n - 1, token], abs=TOLERANCE), (request, n)
+    after = relu.vllm._drivers[0].call("steerback_state")[0]
+    assert after["preemptions"] > before["preemptions"], "no request was preempted; the test must force it"
+    assert {k: after[k] for k in before if k != "preemptions"} == {k: before[k] for k in before if k != "preemptions"}
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 0), (2, 1, 0), (1, 0, 1, 2)])
+def test_prefix_cache_never_mixes_interventions(relu: Any, order: tuple[int, ...]) -> None:
+    """The same long prompt plain, with one boost and with another, in any order; generated blocks included."""
+    choices: list[tuple[Intervention, ...]] = [(), (ADD,), (replace(ADD, value=2.0),)]
+    prompt = words(sum(order) + len(order), 90)
+    for n, choice in enumerate(order):
+        check_greedy(relu, Request(f"{order} {n}", prompt, 0, Sampling(0.0, max_new_tokens=40), choices[choice]))
+
+
+def test_prefill_of_a_generated_text_meets_the_right_blocks(relu: Any) -> None:
+    """Prompt and generated blocks of a request steered on generated positions alone are resubmitted as a prompt."""
+    edits = (replace(ADD, positions="generated"),)
+    first = Request("first", words(5, 70), 0, Sampling(0.0, max_new_tokens=60), edits)
+    said = check_greedy(relu, first).text
+    for n, again in enumerate((edits, (ADD,), ())):
+        check_greedy(relu, replace(first, key=f"again {n}", prefill=said[:50], interventions=again))
+
+
+def check_greedy(pair: Any, request: Request) -> Completion:
+    """One request through vLLM (its cache as warm as it may be); every log-probability against the reference."""
+    job = pair.vllm._check([request])[0]
+    answer = pair.vllm._drivers[0].submit(Job(job.ticket, job.token_ids, dict(job.sampling) | {"logprobs": 4})).result()
+    completion: Completion = pair.vllm._completion(request, answer)
+    assert completion.receipt_matches(request.interventions)
+    ids, prompt = [*job.token_ids, *completion.token_ids], len(job.token_ids)
+    want = pair.reference.teacher_forced(ids[:-1], request.interventions, prompt).log_softmax(-1).numpy()
+    for n, found in enumerate(answer.output.outputs[0].logprobs):
+        for token, value in found.items():
+            assert value.logprob == pytest.approx(want[prompt + n - 1, token], abs=TOLERANCE), (request, n)
+    return completion
+
+
+def test_cache_is_used_by_requests_with_equal_interventions(relu: Any) -> None:
+    """The salt must separate, not switch off: the second of two equal requests finds the first one's blocks."""
+    requests = [Request(f"same {n}", words(77, 100), n, Sampling(0.0, max_new_tokens=2), (ADD,)) for n in range(2)]
+    answers = [relu.vllm._drivers[0].submit(job).result() for job in relu.vllm._check(requests)]
+    assert answers[0].output.num_cached_tokens == 0
+    assert answers[1].output.num_cached_tokens >= 64
+    for request, answer in zip(requests, answers, strict=True):
+        assert relu.vllm._completion(request, answer).receipt_matches(request.interventions)
+
+
+def test_aborted_requests_give_their_rows_back(relu: Any) -> None:
+    before = relu.vllm._drivers[0].call("steerback_state")[0]
+    requests = [replace(random_request(n), key=f"abort {n}", interventions=(ADD,)) for n in range(40)]
+
+    async def run() -> None:
+        stream = relu.vllm.generate(requests)
+        async for _ in stream:
+            break
+        await stream.aclose()
+
+    asyncio.run(run())
+    again = Request("after", "hello", 0, Sampling(0.0, max_new_tokens=8), (ADD,))
+    assert collect(relu.vllm, [again])["after"].receipt_matches(again.interventions)
+    assert relu.vllm._drivers[0].call("steerback_state")[0]["rows"] == before["rows"]
+
+
+def test_whole_sae_activations_equal_the_reference(relu: Any) -> None:
+    prompts = [words(n, 5 + 7 * n) for n in range(12)]
+    responses = [words(100 + n, 3 + 9 * n) for n in range(11)] + [""]
+    for latents, include in ((None, False), (None, True), ([4, 90, 2], False)):
+        got = relu.vllm.activations(prompts, responses, latents, include)
+        want = relu.reference.activations(prompts, responses, latents, include)
+        assert got.shape == want.shape
+        np.testing.assert_allclose(got, want, atol=TOLERANCE)
+        assert np.abs(got).max() > 0.5
+
+
+def test_stop_strings_and_seeds(relu: Any) -> None:
+    sampling = Sampling(1.0, max_new_tokens=60)
+    base = Request("a", "tell me", 7, sampling, (ADD,))
+    first = collect(relu.vllm, [base])["a"]
+    assert collect(relu.vllm, [base])["a"].token_ids == first.token_ids
+    assert collect(relu.vllm, [replace(base, seed=8)])["a"].token_ids != first.token_ids
+    stop = first.text[10:12]
+    stopped = collect(relu.vllm, [replace(base, sampling=replace(sampling, stop=(stop,)))])["a"]
+    assert stopped.finish == "stop"
+    assert stopped.text == first.text[: first.text.index(stop)]
+    assert stopped.receipt_matches(base.interventions)
+    assert expected_positions(base.interventions, stopped.prompt_tokens, len(stopped.token_ids))[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"interventions": (Intervention("add", 96, 1.0),)}, r"interventions\[0\].latent 96"),
+        ({"interventions": (ADD, Intervention("clamp", -1, 1.0))}, r"interventions\[1\].latent -1"),
+        ({"interventions": (Intervention("add", "north", 1.0),)}, "north"),
+        ({"interventions": (Intervention("add", 3, 1.0, layer=9),)}, r"interventions\[0\].layer 9"),
+        ({"interventions": (Intervention("add", 3, 1.0, layer=3),)}, "not prepared"),
+        ({"record": Recording((96,))}, "record.latents 96"),
+        ({"record": Recording((3, 3))}, "twice"),
+        ({"record": Recording(tuple(range(90)))}, "record_latents"),
+        ({"sampling": Sampling(max_new_tokens=250)}, "max_model_len"),
+        ({"sampling": Sampling(temperature=-1.0)}, "sampling.temperature"),
+    ],
+)
+def test_impossible_requests_are_refused_before_anything_is_sent(relu: Any, change: Any, says: str) -> None:
+    good = Request("good", "hi", 0, Sampling(max_new_tokens=200))
+    with pytest.raises(SteerbackError, match=says):
+        collect(relu.vllm, [good, replace(good, key="bad", **change)])
+
+
+def test_description_says_what_ran(relu: Any) -> None:
+    facts = relu.vllm.describe()
+    assert facts["engine"] == "vllm"
+    assert facts["runner"] in ("v1", "v2")
+    assert facts["sae"] == relu.reference.describe()["sae"]
+    assert len(relu.vllm.fingerprint) == 64
