@@ -50,6 +50,8 @@ class CalibrationConfig(_Model):
 class SelectionConfig(_Model):
     relevance: Literal["top-100", "zero", "off"] = "top-100"
     """`top-100`: drop each prompt's 100 most active latents; `zero` (authors): keep what is 0 on all prompts."""
+    unlabelled: Literal["drop", "keep"] = "drop"
+    """Latents without a label, of an SAE that has labels. An SAE without any label keeps all its latents."""
     concreteness: Literal["median", "threshold", "off"] = "median"
     concreteness_threshold: float = Field(65, ge=0, le=100)
     """Used with `threshold` (the authors' rule)."""

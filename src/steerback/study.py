@@ -134,6 +134,8 @@ class Study:
                 peaks=peaks,
                 settings=self.config.selection,
                 seed=self.config.seeds.latents,
+                # where there are labels at all, a judge must be told what a response is steered towards
+                labelled_only=bool(labels) and self.config.selection.unlabelled == "drop",
             )
             keys, counts = list(chosen.chosen), chosen.counts
         return {"chosen": [{"key": k, "label": self.label(k)} for k in keys], "counts": dict(counts)}
