@@ -23,7 +23,7 @@ _APOLOGY = (
 )
 _WEAK = (
     r"h+m+|u+h+|u+m+|e+r+m*|a+h+|oh(?: no| dear| my| boy)?|u+gh+|ar+gh+|yikes|dang|darn|damn|no|nope|actually|huh"
-    r"|whoa|oof|eek|good grief|gosh|(?:one|just a|a) (?:moment|second|sec|minute)|on second thoughts?"
+    r"|whoa|oof|eek|good grief|gosh|bear with me|(?:one|just a|a) (?:moment|second|sec|minute)|on second thoughts?"
 )
 _NEUTRAL = (
     r"but|and|so|yet|any(?:way|ways|how)|clearly|okay|ok|al?l ?right|right|well|now|yes|yeah|yep|honestly|look|see"
@@ -106,9 +106,8 @@ _TELL = (
     r"|cover|speak|teach)\w*|back|stop\w*|start over|restart|begin again|how\b"
 )
 _OUGHT = (
-    r"(?:should|must|need|needed|have(?= to)|had(?= to)|ought|(?:am|was|were) (?:\w+ )?(?:supposed|meant|asked|going|trying|told"
-    r"|here)"
-    r"|meant|intended|had better|better)"
+    r"(?:should|must|need|needed|have(?= to)|had(?= to)|ought|(?:am|was|were) (?:\w+ )?(?:supposed|meant|asked|going"
+    r"|trying|told|here)|meant|intended|had better|better)"
 )
 _LET = (
     r"(?:let (?:me|us)|allow me to|i (?:will|shall|am going to|would like to|want to|had better|can|must|should"
@@ -173,6 +172,8 @@ _CORES = (
     r"(?:once|one) more(?: time)?,? from (?:the )?(?:top|start|beginning)|(?:take|attempt) two\b|from the top" + _END,
     rf"(?:rewind|re-?focus|starting over|trying again|focus, focus){_END}|back on (?:track|topic)\b",
     rf"(?:so|too) much for (?:that|this){_END}",
+    r"to (?:actually |really |properly )?(?:answer|address|return to|get to) (?:your|the) (?:\w+ )?"
+    r"(?:question|prompt|request)\b",
     # reminders of the task
     rf"(?:i|we) (?:\w+ly )?{_OUGHT} (?:(?:instead|really|actually|not|to|be|have|been|stop|get|go|rather|just|now"
     rf"|only)"
@@ -186,8 +187,8 @@ _CORES = (
     r"not (?:what|the) (?:\w+ ){0,3}(?:asked|question|topic|meant|point|subject)\b",
     rf"(?:totally |completely |way |entirely )?off[- ](?:topic|track|course){_SOON}|(?:a )?correction{_END}",
     rf"(?:i digress|enough (?:about|of|with) (?:that|this|it)(?: \w+)?){_END}",
-    r"excuse (?:the|this|that|my) (?:\w+ )?(?:digression|detour|confusion|rambling|interruption|mix-?up|mistake"
-    r"|error)\b",
+    r"(?:excuse|pardon|forgive) (?:the|this|that|my) (?:\w+ )?(?:digression|detour|confusion|rambling|interruption"
+    r"|mix-?up|mistake|error)\b",
     rf"(?:as for|regarding|concerning|about|on to) {_QUESTION}",
 )
 CORE = re.compile("|".join(f"(?:{core})" for core in _CORES))
@@ -219,8 +220,8 @@ TRIGGER = re.compile(
     r"|where was"
     r"|ignore|forget|disregard|skip|erase|delete|discard|take (?:that|it|this)|focus|rewind|reset|top\b|should|must"
     r"|need|had"
-    r"|have|\bI\b|how|\btry|once|for your|enough|suppose|meant|correct|not|n't|\bthis\b|\bthat\b|cancel|undo|much for|your"
-    r"|went|return|none|nothing|two|over\b",
+    r"|have|\bI\b|how|\btry|once|for your|enough|suppose|meant|correct|not|n't|\bthis\b|\bthat\b|cancel|undo|much for"
+    r"|your|went|return|none|nothing|two|over\b",
     re.I,
 )
 COMMAND = re.compile(

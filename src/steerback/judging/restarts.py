@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from steerback.judging.discourse import is_about_the_response
+from steerback.judging.discourse import is_about_the_response, prompt_words
 from steerback.judging.phrases import (
     BARE_BACK,
     COMMAND,
@@ -58,17 +58,21 @@ def find_restarts(text: str, prompt: str = "") -> list[Restart]:
     `prompt` sharpens one construction: "back to X" counts when X names something the prompt asks about.
     """
     masked = mask_quotes(text)
-    topic = {w for w in words(prompt) if len(w) > 3}
+    topic = prompt_words(prompt)
     found: list[Restart] = []
     last_content = -1  # end of the last sentence that held content
+    lead: int | None = None  # start of "Hmm ..." or "Okay." right before this sentence: part of a restart, or nothing
     for sentence in sentences(masked):
-        if not TRIGGER.search(masked, sentence.start, sentence.end):
-            last_content = sentence.end
-            continue
         restart = _in_sentence(masked, sentence, topic)
         if restart is None:
-            last_content = sentence.end
+            if _only_openers(masked[sentence.start : sentence.end]):
+                lead = sentence.start if lead is None else lead
+            else:
+                lead, last_content = None, sentence.end
             continue
+        if lead is not None and restart.start == sentence.start:
+            restart = Restart(lead, restart.end)
+        lead = None
         if restart.start > sentence.start and len(words(masked[sentence.start : restart.start])) > MAX_LEAD:
             last_content = restart.start
         if found and found[-1].end > last_content:
@@ -81,8 +85,18 @@ def find_restarts(text: str, prompt: str = "") -> list[Restart]:
     return [r for r in found if _has_words(text[: r.start], MIN_BEFORE) and _has_words(text[r.end :], MIN_AFTER)]
 
 
+def _only_openers(sentence: str) -> bool:
+    """Whether a sentence is nothing but an interjection or a connective."""
+    if len(sentence) > 40:
+        return False
+    openers, rest = _split_openers(normalise(sentence))
+    return bool(openers) and not words(rest)
+
+
 def _in_sentence(text: str, sentence: Span, topic: set[str]) -> Restart | None:
     """The restart that opens this sentence, or else one of its later clauses."""
+    if not TRIGGER.search(text, sentence.start, sentence.end):
+        return None
     starts = clause_starts(text, sentence)
     for number, start in enumerate(starts):
         inline = number > 0

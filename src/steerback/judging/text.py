@@ -8,11 +8,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_ABBREVIATION = r"(?<!\be\.g)(?<!\bi\.e)(?<!\betc)(?<!\bDr)(?<!\bMr)(?<!\bMrs)(?<!\bvs)"
 # A sentence ends at . ! ? or an ellipsis before whitespace, at a line break, or at a colon before whitespace.
-_SENTENCE_END = re.compile(
-    rf"{_ABBREVIATION}[.!?…]+[\"'”’)\]]*(?=\s|$)|(?<=[A-Za-z]{{2}})[.!?](?=[A-Z])|:(?=\s|$)|\s*\n+"
-)
+_SENTENCE_END = re.compile(r"[.!?…]+(?:[\"'”’)\]]*(?=\s|$)|(?<=[A-Za-z]{2}.)(?=[A-Z]))|:(?=\s|$)|\n\s*")
+_ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|etc|Dr|Mr|Mrs|vs|cf|approx)|^\s*\d{1,3}|\n\s*\d{1,3})$")
 _CLAUSE_END = re.compile(r"\s+[-–—]+\s*|[–—]\s*|--+\s*|\.{2,}\s*|…\s*|[,;:!?.]+(?:\s+|$)")
 _QUOTED = re.compile(
     r"\"[^\"\n]{1,400}\"|“[^”\n]{1,400}”|«[^»\n]{1,400}»|(?<![\w])[‘'](?=\w)[^'‘’\n]{0,200}(?:['’]\w+[^'‘’\n]{0,200})*[’'](?!\w)"
@@ -47,6 +45,8 @@ def sentences(text: str) -> list[Span]:
     spans: list[Span] = []
     begin = 0
     for match in _SENTENCE_END.finditer(text):
+        if match.group() == "." and _ABBREVIATION.search(text, max(begin - 1, 0), match.start()):
+            continue
         _append(spans, text, begin, match.end())
         begin = match.end()
     _append(spans, text, begin, len(text))
@@ -83,8 +83,9 @@ def mask_quotes(text: str) -> str:
 def normalise(text: str) -> str:
     """Lower case, straight apostrophes, contractions written out, single spaces, punctuation kept."""
     plain = text.lower().replace("’", "'").replace("‘", "'")
-    for pattern, replacement in _CONTRACTIONS:
-        plain = pattern.sub(replacement, plain)
+    if "'" in plain or "cant" in plain:
+        for pattern, replacement in _CONTRACTIONS:
+            plain = pattern.sub(replacement, plain)
     return " ".join(plain.split())
 
 
