@@ -67,7 +67,7 @@ def _histograms(fig: SubFigure, data: Mapping[str, tuple[Outcomes, Summary]], co
             va="top",
             fontsize=6.5,
         )
-        ax.yaxis.get_major_locator().set_params(integer=True, nbins=3)
+        ax.yaxis.get_major_locator().set_params(integer=True, nbins=4)
     axes[-1].set_xlim(-100, 100)
     axes[-1].set_xlabel("last − first score (points)")
     fig.supylabel("multi-attempt responses", fontsize=7.5)
@@ -84,7 +84,8 @@ def _bars(ax: Axes, summaries: Mapping[str, Summary], colours: Mapping[str, str]
             x = i + (j - 0.5) * 0.38
             top = max(top, _bar(ax, x, estimate, colours[target], hatch, crowded))
     ax.set_ylim(0, top * 1.18)
-    ax.set_xlim(-0.6, max(len(summaries), 1) - 0.4)
+    margin = 0.6 if len(summaries) > 1 else 1.0  # one target's bars need not fill the panel
+    ax.set_xlim(-margin, max(len(summaries), 1) - 1 + margin)
     names = [style.plain(t).replace("-", "-\n", 1) if len(summaries) > 3 else style.plain(t) for t in summaries]
     ax.set_xticks(range(len(summaries)), names)
     ax.tick_params(axis="x", length=0)
