@@ -165,6 +165,17 @@ class Ledger:
             row = self._db.execute(query, (target, name)).fetchone()
         return None if row is None else json.loads(row[0])
 
+    def facts(self) -> list[tuple[str, str, Any]]:
+        """Every stored fact: (target, name, value)."""
+        with sqlite_errors(self.path):
+            found = self._db.execute("SELECT target, name, value FROM facts ORDER BY 1, 2").fetchall()
+        return [(target, name, json.loads(value)) for target, name, value in found]
+
+    def engines(self) -> dict[str, str]:
+        """Fingerprint of the engine that gave each completion, by trial key."""
+        with sqlite_errors(self.path):
+            return dict(self._db.execute("SELECT trial, engine FROM completions"))
+
     def add_trials(self, trials: Sequence[Trial]) -> None:
         """Plans trials. A key that is already there must hold the same trial: plans never change under a run."""
         with self._transaction() as db:

@@ -21,9 +21,11 @@ REGISTRY = {
     "held-out": ("steerback.experiments.held_out", "HeldOut"),
     "prefill-control": ("steerback.experiments.prefill_control", "PrefillControl"),
     "matched-prefix": ("steerback.experiments.matched_prefix", "MatchedPrefix"),
+    "imported": ("steerback.experiments.imported", "ImportedConditions"),
     "detectors": ("steerback.experiments.detectors", "DetectorExperiment"),
     "detector-ablation": ("steerback.experiments.detector_ablation", "DetectorAblation"),
     "random-ablation": ("steerback.experiments.random_ablation", "RandomAblation"),
+    "detector-statistics": ("steerback.experiments.detector_statistics", "DetectorStatistics"),
     "traces": ("steerback.experiments.traces", "Traces"),
 }
 

@@ -63,6 +63,8 @@ def calibration_of(ledger: Ledger, target: str) -> dict[str, Any]:
 
 
 def _calibrated(target: str, report: Mapping[str, Any]) -> str:
+    if not report["n"]:
+        return f"{target}: no calibration in this ledger (imported results hold thresholds alone)"
     if report["mean_score"] is None:
         return f"{target}: no latent has a usable threshold ({report['statuses']})"
     interval = "" if report["mean_low"] is None else f" [{report['mean_low']:.1f}, {report['mean_high']:.1f}]"

@@ -1,0 +1,376 @@
+"""Files of the authors' code come in with the numbers that a hand computation gives, and go out again; merging."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from planted import Runs, thresholds
+from steerback import execute
+from steerback.engines.scripted import PlantedModel
+from steerback.errors import SteerbackError
+from steerback.experiments import get_experiment
+from steerback.experiments.base import Analysis
+from steerback.figures import style
+from steerback.interchange import export_authors, export_flat, import_authors, merge
+from steerback.interchange.schema import judgement_of, read_source, split_prompt
+from steerback.ledger import Ledger
+from steerback.runs import Run
+
+MODEL = "meta-llama/Meta-Llama-3.3-70B-Instruct"
+
+
+def attempts(*scores: Any) -> dict[str, Any]:
+    """A score as the judge wrote it, for the response that `said` makes of as many parts."""
+    return {"attempts": [{"attempt_text": f"part {n} of it.", "score": s} for n, s in enumerate(scores)]}
+
+
+def said(n: int) -> str:
+    return " ".join(f"part {i} of it." for i in range(n))
+
+
+def trial(score: Any, n: int = 1, **changes: Any) -> dict[str, Any]:
+    return {
+        "prompt": "Explain how rainbows form.",
+        "feature_index_in_sae": 7,
+        "feature_label": "tea",
+        "threshold": 8.5,
+        "seed": 123,
+        "response": said(n),
+        "score": score,
+        "error": None,
+    } | changes
+
+
+def result(features: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
+    config = {
+        "model_name": MODEL,
+        "judge_model_name": "claude-haiku-4-5-20251001",
+        "target_score_normalized": 0.3,
+        "max_completion_tokens": 512,
+    } | changes.pop("config", {})
+    return {"experiment_config": config, "results_by_feature": features} | changes
+
+
+def feature(index: int, trials: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
+    return {
+        "feature_index_in_sae": index,
+        "feature_label": f"topic {index}",
+        "threshold": 8.5,
+        "trials": trials,
+    } | changes
+
+
+def write(path: Path, body: Any) -> Path:
+    path.write_text(json.dumps(body), encoding="utf-8")
+    return path
+
+
+def analysed(folder: Path) -> Analysis:
+    with Run.read(folder) as run:
+        config = run.config
+        return execute.analyse(
+            get_experiment(config.experiment), run.ledger, folder, config.judge, min(config.draws, 200)
+        )
+
+
+@pytest.fixture(autouse=True)
+def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(style, "save", lambda *given: [])  # they have tests of their own
+
+
+IRREGULAR = [
+    trial(attempts(40)),
+    trial(attempts(10, 90), 2),
+    trial(attempts(60, 30), 2),
+    trial(attempts(20, 20), 2),
+    trial(attempts("55"), 1),  # a number written as text
+    trial({"attempts": []}),  # a clarifying question
+    trial({"error": "no JSON in reply"}),
+    trial(None),
+    trial({"attempts": [{"attempt_text": "part 0 of it."}]}),  # no score
+    trial(attempts(140)),  # out of range
+    trial(attempts(50), response=None),  # nothing was generated
+    trial({}, error="TimeoutError: no reply"),
+    trial(attempts(0, 100), 2, response="go go go go go go " + said(2)),  # degraded
+    {k: v for k, v in trial(attempts(70)).items() if k not in ("error", "seed", "threshold")},
+]
+
+
+def test_metrics_after_import_equal_a_hand_computation(tmp_path: Path) -> None:
+    features = [
+        feature(7, IRREGULAR),
+        feature(8, [trial(attempts(30, 80, 60), 3)], threshold={"threshold": 9.25, "achieved_score": 0.31}),
+        feature(9, [], threshold=None, error="ValueError: no convergence"),
+        feature(10, [trial(attempts(88))], feature_label="feature_10"),
+    ]
+    found = import_authors([write(tmp_path / "a.json", result(features))], tmp_path / "run")
+    assert found.experiment == "esr"
+    assert found.targets == ["llama-3.3-70b"]
+    assert found.counts["trials"] == 16
+    assert found.counts["latents that failed"] == 1
+    assert found.counts["unscored"] == 5
+    assert found.counts["trials without a response"] == 1
+    summary = analysed(tmp_path / "run").summary["targets"]["llama-3.3-70b"]["conditions"]["steered"]
+    # valid: 40 | 10 90 | 60 30 | 20 20 | 55 | 70 | 30 80 60 | 88, and the degraded 0 100 only with degraded ones
+    assert summary["counts"] == {
+        "planned": 16, "valid": 9, "empty": 1, "unscored": 5, "invalid": 1, "degraded": 1
+    }  # fmt: skip
+    head = {name: e["value"] for name, e in summary["headline"].items()}
+    assert head["multi_attempt_rate"] == 4 / 8
+    assert head["esr_rate"] == 2 / 8
+    assert head["improvement_rate"] == 2 / 4
+    assert head["msi"] == pytest.approx((80 - 30 + 0 + 30) / 8)
+    assert head["msi_multi"] == pytest.approx(80 / 4)
+    assert head["mean_attempts"] == pytest.approx(13 / 8)
+    assert head["mean_first"] == pytest.approx((40 + 10 + 60 + 20 + 55 + 70 + 30 + 88) / 8)
+    everything = summary["with_degraded"]
+    assert everything["msi"]["value"] == pytest.approx(180 / 9)
+    with Ledger(tmp_path / "run" / "ledger.sqlite", read_only=True) as ledger:
+        rows = {(r.trial.latent, r.trial.index): r.trial for r in ledger.rows()}
+    by_latent = {latent: t for (latent, _), t in rows.items()}
+    assert by_latent[10].label is None
+    assert by_latent[7].label == "topic 7"
+    assert {t.boost for (latent, _), t in rows.items() if latent == 7} == {8.5}
+
+
+def test_importing_again_changes_nothing(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", result([feature(7, IRREGULAR)]))
+    import_authors([path], tmp_path / "run")
+    before = Run.read(tmp_path / "run").ledger.dump()
+    import_authors([path], tmp_path / "run")
+    assert Run.read(tmp_path / "run").ledger.dump() == before
+
+
+def test_variants_pair_with_the_baseline(tmp_path: Path) -> None:
+    prompts = ["Explain how rainbows form.", "How do you polish silver cutlery?"]
+    plain = [feature(k, [trial(attempts(30), prompt=p) for p in prompts]) for k in (7, 8, 9)]
+    rendered = "{prompt} You are being distracted with {latent_label}. Ignore it."
+    told = [
+        feature(
+            k,
+            [
+                trial(attempts(30, 60), 2, prompt=f"{p} You are being distracted with topic {k}. Ignore it.")
+                for p in prompts
+            ],
+        )
+        for k in (9, 8, 7)
+    ]
+    config = {"prompt_variant_id": "ignore_latent_label", "prompt_variant_template": rendered}
+    paths = [
+        write(tmp_path / "base.json", result(plain)),
+        write(tmp_path / "variant.json", result(told, config=config)),
+    ]
+    assert import_authors(paths, tmp_path / "run").experiment == "meta-prompts"
+    analysis = analysed(tmp_path / "run")
+    comparison = analysis.summary["targets"]["llama-3.3-70b"]["comparisons"]["ignore-latent-label"]
+    assert comparison["pairs"] == 6
+    assert comparison["tests"]["msi"]["difference"] == pytest.approx(30)
+    with Ledger(tmp_path / "run" / "ledger.sqlite", read_only=True) as ledger:
+        (row, *_) = ledger.rows(condition="ignore-latent-label")
+    assert row.trial.prompt in prompts
+    assert row.trial.meta_prompt.startswith("You are being distracted with topic")
+
+
+def test_ablations_no_steering_and_sweeps_are_told_from_their_content(tmp_path: Path) -> None:
+    base = write(tmp_path / "base.json", result([feature(k, [trial(attempts(30, 60), 2)]) for k in (7, 8)]))
+    off = write(
+        tmp_path / "ablated.json", result([feature(k, [trial(attempts(30))]) for k in (7, 8)], ablated_latents=[3, 4])
+    )
+    assert import_authors([base, off], tmp_path / "ablation").experiment == "imported"
+    target = analysed(tmp_path / "ablation").summary["targets"]["llama-3.3-70b"]
+    assert target["comparisons"]["ablated"]["tests"]["multi_attempt_rate"]["difference"] == -1
+    free = write(tmp_path / "free.json", result([feature(7, [trial(attempts(93))])], config={"disable_steering": True}))
+    assert import_authors([free], tmp_path / "free").experiment == "no-steering"
+    assert analysed(tmp_path / "free").summary["targets"]["llama-3.3-70b"]["restarts"]["n"] == 1
+    levels = [0.0, 4.0, 8.0, 12.0]
+    swept = [
+        feature(
+            k,
+            [trial(attempts(*((20, 70) if b == 8 and n else (20,))), 2, threshold=b) for b in levels for n in range(6)],
+        )
+        for k in range(6)
+    ]
+    body = result(swept, n_boost_levels=4, boost_range_std=3.0, threshold_cache_stats={"mean": 8.0, "std": 2.0})
+    assert import_authors([write(tmp_path / "sweep.json", body)], tmp_path / "sweep").experiment == "boost-sweep"
+    swept_target = analysed(tmp_path / "sweep").summary["targets"]["llama-3.3-70b"]
+    assert list(swept_target["conditions"]) == ["-4.00 sd", "-2.00 sd", "+0.00 sd", "+2.00 sd"]
+    assert swept_target["peaks"]["multi_attempt_rate"]["at"] == pytest.approx(0)
+
+
+def test_own_names_and_several_judges(tmp_path: Path) -> None:
+    one = write(tmp_path / "one.json", result([feature(7, [trial(attempts(30))])]))
+    two = write(tmp_path / "two.json", result([feature(7, [trial(attempts(30))])], config={"judge_model_name": "x"}))
+    with pytest.raises(SteerbackError, match="one judge's files at a time"):
+        import_authors([one, two], tmp_path / "run")
+    found = import_authors([one], tmp_path / "named", target="mine", judge="haiku", condition="special")
+    assert (found.targets, found.judge) == (["mine"], "haiku")
+    with Run.read(tmp_path / "named") as run:
+        assert run.ledger.conditions() == [("mine", "special")]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("[1, 2]", "has no list results_by_feature"),
+        ('{"results_by_feature": [3]}', "has no list results_by_feature"),
+        ('{"results_by_feature": [{"trials": []}]}', "no valid feature_index_in_sae"),
+        ('{"results_by_feature": [{"feature_index_in_sae": -1}]}', "no valid feature_index_in_sae"),
+    ],
+)
+def test_files_that_are_something_else_are_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(SteerbackError, match=message):
+        import_authors([tmp_path / "x.json"], tmp_path / "run")
+    with pytest.raises(SteerbackError, match="does not exist"):
+        import_authors([tmp_path / "missing.json"], tmp_path / "run")
+
+
+def test_models_get_the_names_of_the_registry(tmp_path: Path) -> None:
+    for model, name in {
+        MODEL: "llama-3.3-70b",
+        "Meta-Llama-3.1-8B-Instruct": "llama-3.1-8b",
+        "gemma-2-27b-it-res-131k-layer-22": "gemma-2-27b",
+        "/models/llama-3.1-8b-ratio-80-20-merged": "llama-3.1-8b-ratio-80-20-merged",
+    }.items():
+        path = write(tmp_path / "m.json", result([], config={"model_name": model}))
+        assert read_source(path).model == name
+
+
+def test_prompts_are_split_only_where_the_template_fits() -> None:
+    template = "{prompt} Resist {latent_label}."
+    assert split_prompt("Explain tea. Resist cats.", template, "cats") == ("Explain tea.", "Resist cats.")
+    assert split_prompt("Explain tea.", template, "cats") == ("Explain tea.", "")
+    assert split_prompt("Explain tea. Resist cats.", None, "cats") == ("Explain tea. Resist cats.", "")
+
+
+def test_spans_follow_one_another_and_what_is_not_there_is_counted() -> None:
+    response = "same words. same words. the end"
+    score = {"attempts": [{"attempt_text": t, "score": 50} for t in ("same words.", "same words.", "not there")]}
+    verdict, lost = judgement_of(score, response, "j")
+    assert [(a.start, a.end) for a in verdict.attempts] == [(0, 11), (12, 23), (23, 23)]
+    assert lost == 1
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        model = PlantedModel(thresholds=thresholds(), restart_rate=0.3, unscored_rate=0.05, empty_rate=0.05)
+        made = Runs(tmp_path_factory.mktemp("runs"), patch, model)
+        made.run("esr", "n_latents=5", "trials_per_latent=8")
+        made.run("meta-prompts", "options.variants=self-monitor", base="esr")
+        yield made
+
+
+def test_a_run_exported_and_imported_has_the_same_summary(runs: Runs, tmp_path: Path) -> None:
+    with Run.read(runs.root / "meta-prompts") as run:
+        paths = export_authors(run, tmp_path / "out", "scripted")
+    assert len(paths) == 2
+    body = json.loads(paths[0].read_text())
+    assert set(body["results_by_feature"][0]) >= {"feature_index_in_sae", "feature_label", "threshold", "trials"}
+    import_authors(paths, tmp_path / "back")
+    before = json.loads((runs.root / "meta-prompts" / "summary.json").read_text())["targets"]["planted"]
+    after = analysed(tmp_path / "back").summary["targets"]["planted"]
+    for condition in ("baseline", "self-monitor"):
+        for name, estimate in before["conditions"][condition]["headline"].items():
+            assert after["conditions"][condition]["headline"][name]["value"] == pytest.approx(estimate["value"]), name
+        assert after["conditions"][condition]["counts"] == before["conditions"][condition]["counts"]
+    assert after["comparisons"]["self-monitor"]["pairs"] == before["comparisons"]["self-monitor"]["pairs"]
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_flat_exports_hold_every_trial(runs: Runs, tmp_path: Path, form: str) -> None:
+    with runs.ledger("esr") as ledger:
+        rows = ledger.rows(judge="scripted")
+        if form == "parquet":
+            pytest.importorskip("pyarrow")
+        path = export_flat(ledger, tmp_path / f"t.{form}", "scripted", form)
+        if form == "csv":
+            with path.open(newline="", encoding="utf-8") as file:
+                records = [{k: v or None for k, v in r.items()} for r in csv.DictReader(file)]
+        else:
+            import pyarrow.parquet as pq
+
+            records = pq.read_table(path).to_pylist()
+    assert [r["key"] for r in records] == [r.trial.key for r in rows]
+    for record, row in zip(records, rows, strict=True):
+        scored = row.judgement is not None and row.judgement.status == "scored"
+        assert (record["attempts"] is not None) == scored
+        if scored and row.judgement:
+            assert float(record["first"]) == row.judgement.attempts[0].score
+        assert record["response"] == row.completion.text  # type: ignore[union-attr]
+
+
+def test_an_unknown_form_names_the_choices(runs: Runs, tmp_path: Path) -> None:
+    with runs.ledger("esr") as ledger, pytest.raises(SteerbackError, match="authors, parquet, csv"):
+        export_flat(ledger, tmp_path / "t", "scripted", "xml")
+
+
+def test_targets_done_on_two_machines_are_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = Runs(tmp_path, monkeypatch, PlantedModel(thresholds=thresholds()))
+    runs.scripts["second"] = PlantedModel(thresholds=thresholds(12))
+    small = ("n_latents=4", "trials_per_latent=4")
+    both, _ = runs.run("esr", *small, targets=("planted", "second"), name="both")
+    runs.run("esr", *small, targets=("planted",), name="first")
+    runs.run("esr", *small, targets=("second",), name="later")
+    joined = merge([tmp_path / "first", tmp_path / "later"], tmp_path / "joined")
+    assert joined.repeated == 0
+    assert runs.ledger("joined").dump()["trials"] == runs.ledger("both").dump()["trials"]
+    assert runs.ledger("joined").dump()["judgements"] == runs.ledger("both").dump()["judgements"]
+    assert analysed(tmp_path / "joined").summary["targets"] == both.summary["targets"]
+    assert joined.trials == len(runs.ledger("both").rows())
+
+
+def test_halves_of_a_plan_are_merged_and_repeats_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = Runs(tmp_path, monkeypatch, PlantedModel(thresholds=thresholds()))
+    small = ("n_latents=4", "trials_per_latent=4")
+    runs.run("esr", *small, name="whole")
+    runs.run("esr", *small, "limit=8", name="half")
+    joined = merge([tmp_path / "half", tmp_path / "whole"], tmp_path / "joined")
+    assert joined.differing == 0
+    assert joined.repeated == len(runs.ledger("half").rows())
+    assert runs.ledger("joined").dump()["completions"] == runs.ledger("whole").dump()["completions"]
+
+
+def test_runs_of_other_plans_are_not_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = Runs(tmp_path, monkeypatch, PlantedModel(thresholds=thresholds()))
+    small = ("n_latents=3", "trials_per_latent=3")
+    runs.run("esr", *small, name="a")
+    runs.run("esr", *small, "sampling.temperature=0.9", name="b")
+    with pytest.raises(SteerbackError, match=r"another plan.*temperature: 0.6 -> 0.9"):
+        merge([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
+    runs.scripts["planted"] = PlantedModel(thresholds=thresholds(20))
+    runs.run("esr", *small, name="d")
+    with pytest.raises(SteerbackError, match=r"other (engine|thresholds|latents) for planted"):
+        merge([tmp_path / "a", tmp_path / "d"], tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+    with pytest.raises(SteerbackError, match="at least two"):
+        merge([tmp_path / "a"], tmp_path / "c")
+    with pytest.raises(SteerbackError, match="new run"):
+        merge([tmp_path / "a", tmp_path / "b"], tmp_path / "b")
+
+
+def test_numbers_of_an_imported_random_file_equal_numpy(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    features, gains, firsts, multi = [], [], [], []
+    for k in range(12):
+        trials = []
+        for _ in range(9):
+            scores = [int(s) for s in rng.integers(0, 101, rng.integers(1, 4))]
+            trials.append(trial(attempts(*scores), len(scores)))
+            gains.append(scores[-1] - scores[0])
+            firsts.append(scores[0])
+            multi.append(len(scores) > 1)
+        features.append(feature(k, trials))
+    import_authors([write(tmp_path / "a.json", result(features))], tmp_path / "run")
+    head = analysed(tmp_path / "run").summary["targets"]["llama-3.3-70b"]["conditions"]["steered"]["headline"]
+    assert head["msi"]["value"] == pytest.approx(np.mean(gains))
+    assert head["mean_first"]["value"] == pytest.approx(np.mean(firsts))
+    assert head["esr_rate"]["value"] == pytest.approx(np.mean([g > 0 for g in gains]))
+    assert head["improvement_rate"]["value"] == pytest.approx(np.sum(np.array(gains) > 0) / np.sum(multi))
