@@ -89,7 +89,7 @@ class Detectors:
     @property
     def told(self) -> str:
         """One line: how many, by which rule, and how they do on prompts that were not searched."""
-        line = f"{len(self.latents)} detectors ({self.stored['source']})"
+        line = f"{len(self.latents)} detector{'s' * (len(self.latents) != 1)} ({self.stored['source']})"
         half = (self.stored["search"] or {}).get("held_out")
         if half is None or not self.latents:
             return line
@@ -123,7 +123,7 @@ async def look_up(study: Study, options: Mapping[str, Any]) -> Detectors:
     if stored is None:
         stored = study.fact(FACT) if own is None else None
     if stored is None:
-        stored = await _search(study, options) if own is None else await _own(study, own)
+        stored = await _search(study, options) if own is None else await _own(study, own, options["include_prompt"])
         ledger.set_fact(study.name, FACT, stored)
     return _read(stored)
 
@@ -186,20 +186,20 @@ def arms(study: Study, rows: Sequence[Row], partner: Sequence[int], **how: Any) 
     return matched, study.engine.activations([prompts[j] for j in partner], texts, **how)
 
 
-async def contrast(study: Study, latents: Sequence[int], include_prompt: bool = False) -> Separation:
-    """How `latents` separate matched from mismatched pairs of the run's own prompts, on its unsteered references."""
+async def contrast(study: Study, latents: Sequence[int], include_prompt: bool) -> tuple[Any, Any, list[int]]:
+    """Both arms (n, latents) on the run's own prompts, from its unsteered references, and the prompt's number (n,)."""
     from steerback.latents.detectors import make_pairs
-    from steerback.latents.separation import separation
 
     rows = [r for r in await study.references() if r.completion is not None]
     pairs = make_pairs([r.trial.prompt for r in rows], study.config.seeds.latents, held_out=False)
     how = {"latents": list(latents), "include_prompt": include_prompt}
-    return separation(*arms(study, rows, pairs.partner.tolist(), **how))
+    return *arms(study, rows, pairs.partner.tolist(), **how), pairs.prompt.tolist()
 
 
-async def _own(study: Study, own: Any) -> dict[str, Any]:
+async def _own(study: Study, own: Any, include_prompt: bool) -> dict[str, Any]:
     """Detectors that the user named: a list, a JSON file as the authors write it, or another run's folder."""
     from steerback.latents.sampling import check_latents
+    from steerback.latents.separation import separation
 
     where = "options.detectors"
     if isinstance(own, str):
@@ -214,7 +214,8 @@ async def _own(study: Study, own: Any) -> dict[str, Any]:
         raise SteerbackError(f"{where}: expected a list of latents, not {own!r}")
     keys = check_latents(own, study.target.labels(), study.target.n_latents or None, where=where)
     latents = [k for k in keys if isinstance(k, int)]
-    return _stored(study, latents, await contrast(study, latents), f"{len(latents)} named in {where}")
+    matched, mismatched, _ = await contrast(study, latents, include_prompt)
+    return _stored(study, latents, separation(matched, mismatched), f"{len(latents)} named in {where}")
 
 
 def _read_json(path: Path) -> Any:

@@ -103,6 +103,33 @@ def ratio_of(
     return bootstrap({"above": (above, above_cluster), "below": (below, below_cluster)}, ratio, draws, seed)
 
 
+def auc_of(low: Floats, high: Floats, cluster: Codes, draws: int, seed: int = 0) -> Estimate:
+    """P(high > low), ties one half, of two arms that share clusters, both (n,); interval from resampled clusters.
+
+    Complete separation resamples to itself; then the share of clusters that could cross is bounded (`no_event_bound`,
+    each cluster as one trial), and those that do may in both arms.
+    """
+    if not len(low):
+        return Estimate(None, None, None, 0, "no values")
+    codes = np.unique(cluster, return_inverse=True)[1].astype(np.intp)
+    member = np.eye(int(codes.max()) + 1)[codes]  # (n, clusters)
+    wins = member.T @ ((high[None] > low[:, None]) + 0.5 * (high[None] == low[:, None])) @ member
+    sizes = member.sum(axis=0)
+    value = float(wins.sum() / len(low) ** 2)
+    clusters = len(sizes)
+    if clusters < 2:
+        return Estimate(value, None, None, len(low), "one cluster: its spread is unknown", len(low), clusters)
+    generator = np.random.default_rng(seed)
+    weights = generator.multinomial(clusters, np.full(clusters, 1 / clusters), draws).astype(np.float64)
+    drawn = np.einsum("dc,ce,de->d", weights, wins, weights, optimize=True) / (weights @ sizes) ** 2
+    lower, upper = iv.percentile(drawn, clusters=clusters) or (value, value)
+    if value in (0.0, 1.0):
+        crossing = 1 - (1 - iv.no_event_bound(np.ones(clusters), icc=1.0)) ** 2
+        lower, upper = (0.0, crossing) if value == 0 else (1 - crossing, 1.0)
+    method = f"expanded percentile bootstrap over clusters, {draws} draws"
+    return Estimate(value, lower, upper, len(low), method, len(low), clusters)
+
+
 @dataclass(frozen=True)
 class RegionTest:
     """Two samples of clustered values, two-sided. `difference` is mean(b) - mean(a), its interval clustered.
