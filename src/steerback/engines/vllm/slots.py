@@ -173,11 +173,11 @@ class Slots:
         if table.used.shape[1]:
             self._write_clamps(table, cells, plans_flat)
             self._write_records(layer, table, self._send(rows), [slot for slot, _, _ in chosen])
-        marks = torch.full((len(chosen), self.settings.length), UNEDITED)
-        for n, (_, cached, plans) in enumerate(chosen):
-            if plans[0] is not None:
-                marks[n, :cached] = CACHED
-        table.marks.view(-1, self.settings.length).index_copy_(0, self._send(rows), self._send(marks))
+        marks = table.marks.view(-1, self.settings.length)
+        marks.index_fill_(0, self._send(rows), UNEDITED)
+        for slot, cached, plans in chosen:
+            if cached and plans[0] is not None:
+                marks[slot.row, :cached] = CACHED
 
     def _additions(self, plans: Sequence[tuple[Slot, LayerPlan | None]]) -> Tensor:
         like = torch.zeros(self.settings.site.d_model)
