@@ -177,6 +177,11 @@ def settings(experiment: Experiment, config: RunConfig) -> dict[str, Any]:
 PLANTED = "Built-in organisms restart because their training text does (planted): no evidence about other models."
 
 
+def organisms(targets: Iterable[str]) -> list[str]:
+    """Those of the targets that are built-in organisms, whose numbers are planted."""
+    return [name for name in targets if name.startswith("organism")]
+
+
 def planted(targets: Iterable[str]) -> str:
     """What a caption has to say where one of the targets is a built-in organism."""
-    return PLANTED if any(name.startswith("organism") for name in targets) else ""
+    return PLANTED if organisms(targets) else ""

@@ -58,6 +58,13 @@ class Table:
         writer.writerows([_no_formula(record.get(name)) for name in names] for record in records)
         return out.getvalue()
 
+    def markdown(self) -> str:
+        """A pipe table, names to the left and numbers to the right, the caption below."""
+        rule = ["---"] * self.left + ["--:"] * (len(self.columns) - self.left)
+        rows = [self.columns, rule, *self.cells]
+        lines = ["| " + " | ".join(" ".join(c.split()).replace("|", r"\|") for c in row) + " |" for row in rows]
+        return "\n".join([*lines, *(["", self.caption] if self.caption else [])]) + "\n"
+
     def latex(self) -> str:
         """A booktabs table; names, cells and caption escaped."""
         rows = [" & ".join(escape(cell) for cell in row) + r" \\" for row in (self.columns, *self.cells)]
