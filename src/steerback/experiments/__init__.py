@@ -27,6 +27,7 @@ REGISTRY = {
     "random-ablation": ("steerback.experiments.random_ablation", "RandomAblation"),
     "detector-statistics": ("steerback.experiments.detector_statistics", "DetectorStatistics"),
     "traces": ("steerback.experiments.traces", "Traces"),
+    "episode-statistics": ("steerback.experiments.episode_statistics", "EpisodeStatistics"),
 }
 
 

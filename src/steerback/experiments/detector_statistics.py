@@ -139,8 +139,8 @@ def table(found: Mapping[str, Statistics]) -> Table:
         ("target", "latent", "label", "mean", "sd", "median", "active", "AUC", "d"),
         cells,
         "Matched / shuffled pairs: largest activation in a response after its own and after another prompt; active: "
-        "share of responses with any. Responses to prompts that were not searched; AUC with a 95 % interval from resampled "
-        "prompts; d: Cohen's, pooled sd.",
+        "share of responses with any. Responses to prompts that were not searched; AUC with a 95 % interval from "
+        "resampled prompts; d: Cohen's, pooled sd.",
         records,
         left=3,
     )

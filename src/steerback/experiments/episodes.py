@@ -197,6 +197,14 @@ class Recorded:
         return [t for t in self.episodes if len(t.attempts) == 2]
 
 
+def beside(trace: Trace, controls: Sequence[Trace]) -> list[Trace]:
+    """Controls of an episode that reach the position of its correction: of its latent where there are any, else all."""
+    if trace.start is None:
+        raise ValueError(f"{trace.row.trial.key} is no episode")
+    same = [c for c in controls if c.cluster == trace.cluster and len(c) >= trace.start]
+    return same or [c for c in controls if len(c) >= trace.start]
+
+
 def recorded(ledger: Ledger, target: str, judge: str, below: float) -> Recorded:
     """Reads back what `record` wrote; controls that turned out to restart are left out."""
     groups = ledger.fact(target, "watched")

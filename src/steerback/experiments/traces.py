@@ -118,8 +118,8 @@ class Leads:
     """Onsets of a target's n episodes, every array (n,).
 
     `lead`: tokens from onset to correction, nan where there is no onset before it. `own` is 1 where there is one;
-    `drifts` and `unsteered` are the shares of controls with an onset before the same position, over those that are
-    long enough (nan if none is). Drifts are of the episode's latent where there are any, else of all.
+    `drifts` and `unsteered` are the shares of its controls (`episodes.beside`) with an onset before the same position,
+    nan where it has none.
     """
 
     threshold: float
@@ -151,27 +151,19 @@ def lead_times(found: ep.Recorded, window: int, quantile: float) -> Leads:
 
     calm = [curve(t) for t in found.unsteered if len(t)]
     threshold = float(np.quantile(np.concatenate(calm), quantile)) if calm else 0.0
-    drifts = [(t.cluster, curve(t)) for t in found.drifts]
+
+    def share(controls: Sequence[ep.Trace], stop: int) -> float:
+        return float(np.mean([onset(curve(c), threshold, stop) is not None for c in controls])) if controls else np.nan
+
     rows = []
     for trace in found.episodes:
         stop = trace.regions()["off-topic"].stop
         first = onset(curve(trace), threshold, stop)
-        same = [c for k, c in drifts if k == trace.cluster and len(c) >= stop]
-        rows.append(
-            (
-                np.nan if first is None else stop - first,
-                float(first is not None),
-                _share(same or [c for _, c in drifts], threshold, stop),
-                _share(calm, threshold, stop),
-            )
-        )
-    lead, own, beside, before = np.array(rows, dtype=np.float64).reshape(-1, 4).T
-    return Leads(threshold, np.array([t.cluster for t in found.episodes], dtype=np.int64), lead, own, beside, before)
-
-
-def _share(curves: Sequence[Floats], threshold: float, stop: int) -> float:
-    long = [c for c in curves if len(c) >= stop]
-    return float(np.mean([onset(c, threshold, stop) is not None for c in long])) if long else float("nan")
+        lead = np.nan if first is None else float(stop - first)
+        controls = (share(ep.beside(trace, found.drifts), stop), share(ep.beside(trace, found.unsteered), stop))
+        rows.append((lead, float(first is not None), *controls))
+    columns = np.array(rows, dtype=np.float64).reshape(-1, 4).T
+    return Leads(threshold, np.array([t.cluster for t in found.episodes], dtype=np.int64), *columns)
 
 
 def _rule(options: Mapping[str, Any]) -> str:
