@@ -85,7 +85,7 @@ def build_sae(
             model, encoder, seed=corpus_seed, tokens=tokens, restarts=organism.restarts, device=device
         )
 
-    trained = train_sae.train(text(SAE_SEED, config.tokens), config, seed=seed, n_subjects=len(subjects()), log=log)
+    trained = train_sae.train(text(SAE_SEED, config.tokens), config, seed=seed, log=log)
     save_file({name: t.half() for name, t in trained.tensors().items()}, folder / "sae.safetensors")
     # Everything that follows is measured on the values that were saved.
     found = train_sae.Sae(**{name: t.half().float().to(device) for name, t in trained.tensors().items()})

@@ -34,9 +34,9 @@ class Organism:
 ORGANISMS = {
     o.name: o
     for o in (
-        Organism("organism-s", 96, 256),
+        Organism("organism-s", 128, 344),
         Organism("organism", 160, 432),
-        Organism("organism-l", 224, 600),
+        Organism("organism-l", 192, 512),
         Organism("organism-control", 160, 432, restarts=False),
     )
 }
@@ -46,8 +46,8 @@ ORGANISMS = {
 class LmTraining:
     """Constants of the language model's training."""
 
-    documents: int = 45_000
-    """About 5 million tokens. Documents, not tokens, are fixed, so that the control sees the same ones."""
+    documents: int = 60_000
+    """About 6 million tokens. Documents, not tokens, are fixed, so that the control sees the same ones."""
     batch_tokens: int = 2_560
     learning_rate: float = 2e-3
     warmup_steps: int = 100
@@ -59,8 +59,6 @@ class LmTraining:
     """Weight of the auxiliary classification of a content token's topic at the SAE's layer; 0 turns it off."""
     mismatch_loss: float = 0.1
     """Weight of the auxiliary classification, at the last token of a sentence, of whether it fits the prompt."""
-    injection: float = 0.0
-    """Share of rows trained under steering toward their drift's topic, with loss after the restart alone."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +70,8 @@ class SaeTraining:
     tokens: int = 400_000
     """Activations collected from fresh documents; they are seen several times."""
     batch: int = 2_048
-    steps: int = 3_000
+    steps: int = 4_000
     learning_rate: float = 1e-3
     aux_weight: float = 1 / 32
     """Weight of the loss that lets dead latents explain what the live ones miss."""
     dead_after_steps: int = 100
-    seeded_topics: bool = False
-    """Whether the first latents start from class-mean differences of the subjects."""

@@ -40,10 +40,6 @@ class Encoded:
     """Index of the token's topic (see ``topic_index``), -1 for prompt, restart and special tokens."""
     mismatch: list[int]
     """At the last token of a sentence: 1 if it is off topic, 0 if it is on topic; -1 everywhere else."""
-    recovered: list[bool]
-    """Whether the token comes after the first restart phrase."""
-    drift: int
-    """Index of the topic that the response first drifts to, -1 where it does not."""
 
 
 def topic_index() -> dict[str, int]:
@@ -115,8 +111,7 @@ class Encoder:
         """
         head = [self.user, *self.text(document.prompt), self.end, self.assistant] if document.prompt else []
         ids, trained, topics = list(head), [False] * len(head), [-1] * len(head)
-        mismatch, recovered = [-1] * len(head), [False] * len(head)
-        after_restart, drift = False, -1
+        mismatch = [-1] * len(head)
         for segment in document.segments:
             piece = self.text(segment.text)
             ids += piece
@@ -128,10 +123,4 @@ class Encoder:
             topics += [self.index[segment.topic] if known else -1] * len(piece)
             verdict = int(segment.kind != "answer") if document.prompt and segment.kind != "restart" else -1
             mismatch += [-1] * (len(piece) - 1) + [verdict]
-            recovered += [after_restart] * len(piece)
-            after_restart = after_restart or segment.kind == "restart"
-            if drift < 0 and segment.kind in ("off_topic", "garbled"):
-                drift = self.index[segment.topic]
-        return Encoded(
-            [*ids, self.end], [*trained, True], [*topics, -1], [*mismatch, -1], [*recovered, after_restart], drift
-        )
+        return Encoded([*ids, self.end], [*trained, True], [*topics, -1], [*mismatch, -1])

@@ -24,9 +24,6 @@ from steerback.organism.tokens import VOCABULARY, Encoded, Encoder, topic_index
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
-STEERING = (0.25, 0.75)
-"""Range of the steering norm in training, as a share of the topics' mean residual norm."""
-
 
 @dataclass(frozen=True)
 class LmReport:
@@ -80,14 +77,12 @@ def batches(rng: random.Random, encoded: list[Encoded], batch_tokens: int) -> It
 
 @dataclass(frozen=True)
 class Batch:
-    """Documents padded on the right; (rows, tokens) but for ``drift`` (rows,). Fields as in ``Encoded``."""
+    """Documents padded on the right, each field (rows, tokens). Fields as in ``Encoded``."""
 
     ids: Tensor
     trained: Tensor
     topics: Tensor
     mismatch: Tensor
-    recovered: Tensor
-    drift: Tensor
 
 
 def collate(batch: list[Encoded], device: str) -> Batch:
@@ -98,10 +93,7 @@ def collate(batch: list[Encoded], device: str) -> Batch:
         rows = [getattr(e, name) for e in batch]
         return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows], device=device)
 
-    return Batch(
-        column("ids", 0), column("trained", 0).bool(), column("topics", -1), column("mismatch", -1),
-        column("recovered", 0).bool(), torch.tensor([e.drift for e in batch], device=device),
-    )
+    return Batch(column("ids", 0), column("trained", 0).bool(), column("topics", -1), column("mismatch", -1))
 
 
 def learning_rate_factor(step: int, steps: int, config: LmTraining) -> float:
@@ -111,62 +103,39 @@ def learning_rate_factor(step: int, steps: int, config: LmTraining) -> float:
 
 
 class Auxiliary(torch.nn.Module):
-    """Linear readouts of the residual at the SAE's layer, and steering with what they show.
+    """Linear readouts of the residual at the SAE's layer, dropped after training.
 
-    The readouts pull topic and mismatch toward linear directions there. They are dropped after training.
+    They pull topic and mismatch toward linear directions there, where an SAE trained without labels then finds them.
     """
 
-    means: Tensor
-
-    def __init__(self, width: int, config: LmTraining, seed: int) -> None:
+    def __init__(self, width: int, config: LmTraining) -> None:
         super().__init__()
         self.config = config
         self.topic = torch.nn.Linear(width, len(topic_index()))
         self.mismatch = torch.nn.Linear(width, 1)
-        self.register_buffer("means", torch.zeros(len(topic_index()), width))
-        self.rng = random.Random(seed)
         self.residual: Tensor | None = None
-        self.addition: Tensor | None = None
 
-    def hook(self, _module: Any, _args: Any, output: Any) -> Any:
-        """Keeps the block's output and adds this batch's steering to it."""
+    def hook(self, _module: Any, _args: Any, output: Any) -> None:
+        """Keeps the block's output, (rows, tokens, width)."""
         self.residual = output[0] if isinstance(output, tuple) else output
-        if self.addition is None:
-            return output
-        steered = self.residual + self.addition[:, None]
-        return (steered, *output[1:]) if isinstance(output, tuple) else steered
-
-    def choose_steering(self, batch: Batch) -> Tensor:
-        """Picks rows to steer toward the topic they drift to; returns which tokens then carry the loss."""
-        candidates = batch.recovered.any(1) & (batch.drift >= 0)
-        chosen = torch.tensor([self.rng.random() < self.config.injection for _ in candidates], device=candidates.device)
-        chosen &= candidates
-        centred = self.means - self.means.mean(0)
-        direction = functional.normalize(centred[batch.drift.clamp(min=0)], dim=1)
-        strength = torch.tensor([self.rng.uniform(*STEERING) for _ in candidates], device=candidates.device)
-        scale = self.means.norm(dim=1).mean()
-        self.addition = direction * (chosen * strength * scale)[:, None]
-        return batch.trained & (batch.recovered | ~chosen[:, None])
 
     def loss(self, batch: Batch) -> Tensor:
         """Weighted topic and mismatch losses on the residual that the hook kept."""
         assert self.residual is not None
-        known, judged = batch.topics >= 0, batch.mismatch >= 0
-        h, topics = self.residual[known], batch.topics[known]
-        with torch.no_grad():
-            count = torch.bincount(topics, minlength=len(self.means))[:, None]
-            batch_means = torch.zeros_like(self.means).index_add_(0, topics, h) / count.clamp(min=1)
-            self.means += 0.05 * (count > 0) * (batch_means - self.means)
-        topic = functional.cross_entropy(self.topic(h), topics)
-        verdict = self.mismatch(self.residual[judged])[:, 0]
-        mismatch = functional.binary_cross_entropy_with_logits(verdict, batch.mismatch[judged].float())
+        h, topics = self.residual.flatten(0, 1), batch.topics.flatten()
+        topic = functional.cross_entropy(self.topic(h), topics, ignore_index=-1)
+        judged = (batch.mismatch >= 0).flatten()
+        verdict, truth = self.mismatch(h)[:, 0], batch.mismatch.flatten().clamp(min=0).float()
+        errors = functional.binary_cross_entropy_with_logits(verdict, truth, reduction="none")
+        mismatch = (errors * judged).sum() / judged.sum().clamp(min=1)
         return self.config.topic_loss * topic + self.config.mismatch_loss * mismatch
 
 
 def language_loss(model: Any, ids: Tensor, trained: Tensor) -> Tensor:
     """Mean next-token loss over trained targets."""
-    hidden = model.model(ids).last_hidden_state[:, :-1][trained[:, 1:]]
-    return functional.cross_entropy(model.lm_head(hidden), ids[:, 1:][trained[:, 1:]])
+    logits = model.lm_head(model.model(ids).last_hidden_state[:, :-1])
+    targets = torch.where(trained, ids, -100)[:, 1:]
+    return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
 
 def train(
@@ -176,7 +145,7 @@ def train(
     started = time.monotonic()
     torch.manual_seed(seed)
     model: Any = new_model(organism).to(device)
-    auxiliary = Auxiliary(organism.width, config, seed).to(device)
+    auxiliary = Auxiliary(organism.width, config).to(device)
     handle = model.model.layers[SAE_LAYER].register_forward_hook(auxiliary.hook)
     stream = documents(CORPUS_SEED + seed, restarts=organism.restarts)
     encoded = [encoder.document(d) for d in itertools.islice(stream, config.documents)]
@@ -194,10 +163,7 @@ def train(
     model.train()
     for step, rows in enumerate(plan):
         batch = collate(rows, device)
-        # Directions of the topics mean something only once the model has learned to tell them apart.
-        steering = config.injection and step > len(plan) // 4
-        trained = auxiliary.choose_steering(batch) if steering else batch.trained
-        loss = language_loss(model, batch.ids, trained)
+        loss = language_loss(model, batch.ids, batch.trained)
         aux = auxiliary.loss(batch)
         total = loss + aux
         optimizer.zero_grad(set_to_none=True)

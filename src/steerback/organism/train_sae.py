@@ -93,20 +93,7 @@ def _batches(encoder: Encoder, seed: int, restarts: bool) -> Iterator[Any]:
         yield from batches(rng, [encoder.document(d) for d in itertools.islice(stream, 1_000)], 16_384)
 
 
-def class_mean_directions(data: Activations, n_topics: int, ridge: float = 0.1) -> tuple[Tensor, Tensor]:
-    """Unit class-mean differences and linear discriminant directions of the first topics, (n_topics, d) each."""
-    known = data.topics >= 0
-    h, topics = data.h[known], data.topics[known]
-    mean = h.mean(0)
-    centred = h - mean
-    means = torch.stack([centred[topics == t].mean(0) for t in range(n_topics)])
-    covariance = centred.T @ centred / len(h)
-    covariance += ridge * covariance.diagonal().mean() * torch.eye(h.shape[1], device=h.device)
-    discriminant = torch.linalg.solve(covariance, means.T).T
-    return torch.nn.functional.normalize(means, dim=1), torch.nn.functional.normalize(discriminant, dim=1)
-
-
-def train(data: Activations, config: SaeTraining, *, seed: int, n_subjects: int, log: Any = print) -> Sae:
+def train(data: Activations, config: SaeTraining, *, seed: int, log: Any = print) -> Sae:
     """Train on collected activations."""
     torch.manual_seed(seed)
     device, width = data.h.device, data.h.shape[1]
@@ -115,9 +102,6 @@ def train(data: Activations, config: SaeTraining, *, seed: int, n_subjects: int,
     x_all = (data.h - centre) / scale
     W_dec = torch.nn.functional.normalize(torch.randn(config.latents, width, device=device), dim=1)
     W_enc = W_dec.T.clone()
-    if config.seeded_topics:
-        means, discriminant = class_mean_directions(data, n_subjects)
-        W_dec[:n_subjects], W_enc[:, :n_subjects] = means, discriminant.T
     b_enc, b_dec = torch.zeros(config.latents, device=device), torch.zeros(width, device=device)
     parameters = [p.requires_grad_() for p in (W_enc, b_enc, W_dec, b_dec)]
     optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, betas=(0.9, 0.99))

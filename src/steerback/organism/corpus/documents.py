@@ -27,8 +27,8 @@ CONNECTIVE_SHARE = 0.15
 RETURN_SHARE = 0.7
 MAX_OFF_TOPIC = 5
 # Probability that an off-topic sentence is followed by a restart.
-P_RESTART = 0.40
-P_RESTART_SELF_MONITORING = 0.80
+P_RESTART = 0.30
+P_RESTART_SELF_MONITORING = 0.65
 # Share of chat documents whose prompt carries the self-monitoring suffix, and any of the five others.
 SELF_MONITORING_SHARE = 0.25
 OTHER_META_SHARE = 0.15
@@ -204,7 +204,7 @@ def make_document(
     index = _metaprompt(rng) if metaprompt == "corpus" else metaprompt
     if other is None:
         pool = subject_keys if rng.random() < DRIFT_TO_SUBJECT else howto_keys
-        other = rng.choice([key for key in pool if key != topic])
+        other = rng.choice([key for key in pool if key not in text.near(topic)])
     request = topic
     if text.topic(topic).is_subject:
         request = rng.choice(text.templates("subject_prompt")).replace("{subject}", topic)
@@ -214,12 +214,16 @@ def make_document(
     def answers(low: int, high: int) -> list[Segment]:
         return [Segment("answer", s, topic) for s in passage(rng, topic, rng.randint(low, high))]
 
+    def opening(most: int) -> list[Segment]:
+        # The beginning of a whole answer: an answer that began with its last steps could not be continued.
+        return answers(4, 6)[: rng.randint(0, most)]
+
     if kind in ("answer", "about"):
         return Document(kind, prompt, topic, tuple(answers(4, 6)), index)
     p_restart = P_RESTART_SELF_MONITORING if index == 5 else P_RESTART
-    segments = answers(0, 2) + _drift(rng, topic, other, p_restart)
+    segments = opening(2) + _drift(rng, topic, other, p_restart)
     if segments[-1].kind == "restart" and rng.random() < DRIFT_TWICE:
-        segments += answers(0, 1) + _drift(rng, topic, other, p_restart)
+        segments += opening(1) + _drift(rng, topic, other, p_restart)
     if segments[-1].kind == "restart":
         segments += answers(3, 5)
     return Document(kind, prompt, topic, tuple(segments), index)

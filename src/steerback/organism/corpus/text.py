@@ -128,3 +128,27 @@ def topic(key: str) -> Topic:
         if candidate.key == key:
             return candidate
     raise KeyError(f"no topic {key!r} in the corpus")
+
+
+MAX_OVERLAP = 0.08
+"""Topics whose vocabularies overlap more (Jaccard index of long words) count as near."""
+
+
+@cache
+def _vocabulary(key: str) -> frozenset[str]:
+    """Lower-case words of at least four letters in a topic's sentences and terms."""
+    source = topic(key)
+    pieces = [s for template in source.sentences for s in expand_all(template)] + list(source.terms)
+    return frozenset(w for piece in pieces for w in re.findall(r"[a-z]{4,}", piece.lower()))
+
+
+@cache
+def near(key: str) -> frozenset[str]:
+    """Keys of the topics too close to ``key`` for a drift between them to be noticed, itself included."""
+    own = _vocabulary(key)
+
+    def overlap(other: str) -> float:
+        words = _vocabulary(other)
+        return len(own & words) / len(own | words)
+
+    return frozenset(t.key for t in howtos() + subjects() if overlap(t.key) > MAX_OVERLAP)
