@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steerback import __version__
+from steerback import __version__, cli_results
 from steerback.errors import SteerbackError
 
 if TYPE_CHECKING:
@@ -131,6 +131,7 @@ def resume(name: RunName, no_cache: NoCache = False, runs: RunsDir = RUNS) -> No
 
 def _go(job: Job, folder: Path, dry_run: bool, no_cache: bool) -> None:
     from steerback import execute
+    from steerback.campaign import report
     from steerback.estimate import plan_lines
     from steerback.progress import make_progress
 
@@ -150,35 +151,30 @@ def _go(job: Job, folder: Path, dry_run: bool, no_cache: bool) -> None:
         progress.close()
         if cache is not None:
             cache.close()
-    _report(analysis, folder)
+    report(analysis, folder)
 
 
 def _root_option(folder: Path) -> str:
     return "" if folder.parent == RUNS else f" --runs {folder.parent}"
 
 
-def _report(analysis: Any, folder: Path) -> None:
-    for table in analysis.tables.values():
-        print()
-        print(table.text())
-    for line in analysis.lines:
-        print(line)
-    print()
-    for path in sorted(
-        p for p in folder.iterdir() if not p.name.startswith(".") and not p.name.endswith(("-wal", "-shm"))
-    ):
-        print(f"  {path}")
-
-
 @app.command()
 def figures(
-    name: RunName,
+    names: Annotated[list[str] | None, typer.Argument(help="A run; with --all: several, or all under --runs.")] = None,
     judge: Annotated[str | None, typer.Option(help="Judge whose verdicts are analysed; default: the run's.")] = None,
     draws: Annotated[int | None, typer.Option(help="Bootstrap draws.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Draw the figures of all runs named into one folder.")] = False,
+    out: Annotated[Path | None, typer.Option(help="That folder; default: figures under --runs.")] = None,
     runs: RunsDir = RUNS,
 ) -> None:
     """Analyse a run's ledger again: summary, tables and figures."""
+    if every:
+        return cli_results.draw_all(names, out, runs)
+    if len(names or ()) != 1:
+        raise SteerbackError("name one run to analyse it again, or draw those of many with --all")
+    name = (names or [""])[0]
     from steerback import execute
+    from steerback.campaign import report
     from steerback.experiments import get_experiment
     from steerback.runs import Run, find_run
 
@@ -186,11 +182,12 @@ def figures(
         chosen = _known_judge(judge or opened.config.judge, opened.ledger.judges())
         experiment = get_experiment(opened.config.experiment)
         analysis = execute.analyse(experiment, opened.ledger, opened.folder, chosen, draws or opened.config.draws)
-    _report(analysis, opened.folder)
+    report(analysis, opened.folder)
+    return None
 
 
 def _known_judge(judge: str, known: list[str]) -> str:
-    if judge not in known:
+    if known and judge not in known:
         raise SteerbackError(f"judge {judge!r} has judged nothing in this run; there are: {', '.join(known) or 'none'}")
     return judge
 
@@ -276,6 +273,8 @@ def try_command(
     told = f"{receipt.positions} positions steered, mean norm added {receipt.added_norm:.4g}"
     print(pair(prompt, what, unsteered.text, steered.text, told))
 
+
+cli_results.register(app)
 
 if __name__ == "__main__":
     main()

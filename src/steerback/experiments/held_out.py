@@ -30,6 +30,9 @@ class HeldOut:
     def conditions(self, config: RunConfig) -> int:
         return 2
 
+    def further(self, config: RunConfig) -> dict[str, int]:
+        return {"reference to held-out prompts": 20 * config.reference_responses}
+
     async def run(self, study: Study) -> None:
         """The baseline first, so that its thresholds and verdicts do not depend on the further prompts."""
         prompts = self.prompts(study)

@@ -28,15 +28,24 @@ class MatchedPrefix:
 
     name = "matched-prefix"
     title = "Matched prefix: does a correction last?"
-    options: Mapping[str, Any] = {"characters": 200, "repeats": 4, "improved_only": True}
+    options: Mapping[str, Any] = {
+        "characters": 200,  # of corrective text, at most
+        "repeats": 4,  # continuations of each prefix
+        "episodes": 100,  # at most so many, latents taking turns
+        "improved_only": True,  # whether the restart has to score higher than what was before it
+    }
 
     def conditions(self, config: RunConfig) -> int:
         self.given(config)
-        return 1  # beside the baseline: two arms, for the few responses that restart
+        return 1  # the baseline; what continues its restarts is counted by `further`
+
+    def further(self, config: RunConfig) -> dict[str, int]:
+        given = self.given(config)
+        return {STAGE: 2 * given["repeats"] * given["episodes"]}
 
     def given(self, config: RunConfig) -> dict[str, Any]:
         chosen = settings(self, config)
-        for name in ("characters", "repeats"):
+        for name in ("characters", "repeats", "episodes"):
             if not isinstance(chosen[name], int) or chosen[name] < 1:
                 raise SteerbackError(f"matched-prefix: {name} must be a positive whole number, not {chosen[name]!r}")
         return chosen
@@ -47,8 +56,11 @@ class MatchedPrefix:
         rows, tally = await study.baseline(), Counter[str]()
         unsteered = responses_by_prompt(await study.references())
         trials: list[Trial] = []
-        for row in rows:
+        turns = study.config.trials_per_latent
+        for row in sorted(rows, key=lambda r: (r.trial.index % turns, r.trial.index)):
             own, generic, why = pair(row, unsteered.get(row.trial.prompt, []), given)
+            if own and tally["used"] == given["episodes"]:
+                own, why = "", "beyond the number of episodes wanted"
             tally[why] += 1
             if own:
                 trials += continuations(study, row.trial, own, generic, given["repeats"])

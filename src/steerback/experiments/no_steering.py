@@ -27,6 +27,7 @@ class NoSteering:
     name = "no-steering"
     title = "No steering (experiment 8)"
     options: Mapping[str, Any] = {}
+    calibrates = False
 
     def conditions(self, config: RunConfig) -> int:
         return 1 if config.from_run is None else 2

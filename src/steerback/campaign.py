@@ -1,0 +1,146 @@
+"""Many runs: the steps of a plan one after the other, all their figures in one folder, analyses made again.
+
+Each step is one `execute.run`, so that it can be stopped and gone on with like any other.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from steerback import execute
+from steerback.config import RunConfig
+from steerback.errors import SteerbackError
+from steerback.estimate import of_experiment
+from steerback.experiments import get_experiment
+from steerback.experiments.base import Analysis
+from steerback.progress import make_progress
+from steerback.runs import Run, stored_config
+
+if TYPE_CHECKING:
+    from steerback.execute import Job
+    from steerback.experiments.paper import Step
+
+
+def resolved(config: RunConfig) -> RunConfig:
+    """The config with engine and judge chosen, as a run of it would store it."""
+    return execute.check(config).config
+
+
+def is_done(step: Step) -> bool:
+    """Whether a step's run was finished with this very config."""
+    if not (step.folder / "summary.json").is_file() or not (step.folder / "ledger.sqlite").is_file():
+        return False
+    return stored_config(step.folder) == step.config
+
+
+def plan_lines(steps: Sequence[Step]) -> list[str]:
+    """What would be run, and at most how many responses, tokens, verdicts and minutes that is."""
+    jobs = [(step, execute.check(step.config)) for step in steps]
+    lines, total = [], Counter[str]()
+    for step, job in jobs:
+        done = is_done(step)
+        cost = _cost(job)
+        if not done:
+            total.update(cost)
+        state = "done" if done else f"at most {cost['responses']:,} responses, {cost['tokens']:,} tokens"
+        lines.append(f"{step.folder.name}: {job.experiment.title}: {state}")
+    config = steps[0].config
+    minutes = "" if total["unknown"] else f", about {max(total['seconds'] / 60, 0.1):.0f} min at the targets' speeds"
+    lines.append(
+        f"to do: at most {total['responses']:,} responses, {total['tokens']:,} tokens, {total['verdicts']:,} verdicts "
+        f"of judge {config.judge}{minutes}; what is cached is not generated again"
+    )
+    return lines
+
+
+def _cost(job: Job) -> Counter[str]:
+    cost: Counter[str] = Counter()
+    for target in job.targets:
+        counts = of_experiment(job)
+        responses = sum(counts.values())
+        cap = min(job.config.sampling.max_new_tokens, target.max_new_tokens or job.config.sampling.max_new_tokens)
+        cost["responses"] += responses
+        cost["tokens"] += responses * cap
+        cost["verdicts"] += responses - counts["reference"]
+        speed = target.responses_per_second
+        cost["seconds"] += round(responses / speed) if speed else 0
+        cost["unknown"] += speed is None
+    return cost
+
+
+def run(steps: Sequence[Step], cached: bool, say: Callable[[str], None]) -> dict[Path, str]:
+    """Runs the steps that are not done; a step that cannot be done does not stop those that do not need it.
+
+    Returns the folders of the steps that failed, with the reason.
+    """
+    failed: dict[Path, str] = {}
+    for number, step in enumerate(steps, 1):
+        head = f"[{number}/{len(steps)}] {step.folder.name}"
+        if is_done(step):
+            say(f"{head}: done before")
+        elif step.after in failed:
+            failed[step.folder] = f"needs {step.after.name}" if step.after else ""
+        else:
+            say(head)
+            try:
+                _one(step, cached, say)
+            except SteerbackError as error:
+                failed[step.folder] = str(error)
+                say(f"{head}: not done: {error}")
+    return failed
+
+
+def _one(step: Step, cached: bool, say: Callable[[str], None]) -> None:
+    progress, cache = make_progress(), execute.open_cache(cached)
+    try:
+        analysis = execute.run(execute.check(step.config), step.folder, progress, cache)
+    finally:
+        progress.close()
+        if cache is not None:
+            cache.close()
+    for table in list(analysis.tables.values())[:1]:
+        say(table.text())
+    for line in analysis.lines:
+        say(line)
+
+
+def reanalyse(folder: Path) -> Analysis:
+    """A run's analysis, made again from its ledger and written into its folder."""
+    with Run.read(folder) as opened:
+        config = opened.config
+        return execute.analyse(
+            get_experiment(config.experiment), opened.ledger, opened.folder, config.judge, config.draws
+        )
+
+
+def report(analysis: Analysis, folder: Path) -> None:
+    """Prints tables and lines of an analysis, and where its files lie."""
+    for table in analysis.tables.values():
+        print()
+        print(table.text())
+    for line in analysis.lines:
+        print(line)
+    print()
+    for path in sorted(folder.iterdir()):
+        if not path.name.startswith(".") and not path.name.endswith(("-wal", "-shm")):
+            print(f"  {path}")
+
+
+def draw_all(folders: Sequence[Path], out: Path) -> list[Path]:
+    """Every figure of the runs in one folder; figures that several runs have carry the run's name."""
+    from steerback.figures.style import save
+
+    drawn: list[tuple[str, str, Analysis]] = []
+    for folder in folders:
+        with Run.read(folder) as opened:
+            config = opened.config
+            analysis = get_experiment(config.experiment).analyse(opened.ledger, config.judge, config.draws)
+        drawn += [(name, folder.name, analysis) for name in analysis.figures]
+    shared = Counter(name for name, _, _ in drawn)
+    paths: list[Path] = []
+    for name, run_name, analysis in drawn:
+        paths += save(analysis.figures[name](), out, name if shared[name] == 1 else f"{name}-{run_name}")
+    return paths

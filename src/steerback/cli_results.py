@@ -1,0 +1,183 @@
+"""Verbs about results: the whole paper, published numbers beside ours, figures of many runs, files in and out.
+
+Like `cli`, it only calls into the package; `cli` registers these functions.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from steerback.errors import SteerbackError, unknown
+
+RUNS = Path("runs")
+RunsDir = Annotated[Path, typer.Option("--runs", help="Folder that holds the run folders.")]
+Names = Annotated[list[str] | None, typer.Argument(help="Names of runs under --runs, or paths of their folders.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verbs to the command line."""
+    app.command()(paper)
+    app.command()(compare)
+    app.command("import")(import_command)
+    app.command()(export)
+    app.command("merge")(merge_command)
+
+
+def paper(
+    target: Annotated[list[str], typer.Option("--target", "-t", help="What to steer; may be given several times.")],
+    name: Annotated[str, typer.Option(help="Runs are called NAME-EXPERIMENT; the same name again resumes.")] = "paper",
+    preset: Annotated[str | None, typer.Option(help="specification (default), authors or quick.")] = None,
+    engine: Annotated[str | None, typer.Option(help="transformers or vllm; default: what fits this machine.")] = None,
+    judge: Annotated[str | None, typer.Option(help="offline, or a judge model.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with settings.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting, as for run.")
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only this experiment and what it starts from.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Not this experiment, nor what starts from it.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show plan and estimate, and stop.")] = False,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Neither read nor write the shared cache.")] = False,
+    runs: RunsDir = RUNS,
+) -> None:
+    """Run every experiment of the paper in order, then compare and draw."""
+    from steerback import campaign
+    from steerback.config import build_config
+    from steerback.experiments.paper import plan
+
+    overrides: dict[str, Any] = {"engine": engine, "judge": judge}
+    first = build_config("esr", tuple(target), preset, config, overrides, tuple(settings or ()))
+    steps = plan(campaign.resolved(first), runs, name, only or (), skip or ())
+    for line in campaign.plan_lines(steps):
+        print(line)
+    if dry_run:
+        return
+    try:
+        failed = campaign.run(steps, cached=not no_cache, say=print)
+    except KeyboardInterrupt:
+        print("steerback: stopped; what was done is kept: the same command goes on", file=sys.stderr)
+        sys.exit(130)
+    done = [step.folder for step in steps if campaign.is_done(step)]
+    _compared(done, runs / f"{name}-results", ("text",))
+    for path in campaign.draw_all(done, runs / f"{name}-results"):
+        print(f"  {path}")
+    if failed:
+        raise SteerbackError(
+            f"{len(failed)} of {len(steps)} experiments could not be done: "
+            + "; ".join(f"{folder.name}: {why}" for folder, why in failed.items())
+        )
+
+
+def compare(
+    names: Names = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for compare.txt, .csv and .md.")] = None,
+    form: Annotated[str, typer.Option("--format", help="What is printed: text, csv or markdown.")] = "text",
+    runs: RunsDir = RUNS,
+) -> None:
+    """Published numbers beside ours: interval, verdict, known deviations."""
+    if form not in ("text", "csv", "markdown"):
+        raise unknown("format", form, ("text", "csv", "markdown"))
+    _compared(_folders(names, runs), out, (form,))
+
+
+def _compared(folders: list[Path], out: Path | None, printed: tuple[str, ...]) -> None:
+    from steerback.experiments.published import compare_published, comparison
+    from steerback.runs import write_atomic
+
+    table, notes = comparison(compare_published(folders))
+    listed = "\n".join(["", "Deviations that are known:", *notes, ""]) if notes else ""
+    wide = 10_000  # one line a row: the terminal wraps or a pager scrolls
+    forms = {"text": table.text(wide) + listed, "csv": table.csv(), "markdown": table.markdown() + listed}
+    for form in printed:
+        print(forms[form])
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        for form, suffix in (("text", "txt"), ("csv", "csv"), ("markdown", "md")):
+            print(f"  {write_atomic(out / f'compare.{suffix}', forms[form].encode())}")
+
+
+def _folders(names: list[str] | None, root: Path) -> list[Path]:
+    """The named runs, or all finished ones under `root`."""
+    from steerback.runs import find_run
+
+    if names:
+        return [find_run(name, root) for name in names]
+    found = sorted(path.parent for path in root.glob("*/summary.json") if (path.parent / "ledger.sqlite").is_file())
+    if not found:
+        raise SteerbackError(f"no finished run in {root}; name runs, or say where they are with --runs")
+    return found
+
+
+def draw_all(names: list[str] | None, out: Path | None, runs: Path) -> None:
+    """`steerback figures --all`: every figure of many runs in one folder."""
+    from steerback import campaign
+
+    for path in campaign.draw_all(_folders(names, runs), out or runs / "figures"):
+        print(f"  {path}")
+
+
+def import_command(
+    files: Annotated[list[Path], typer.Argument(help="Result files of the authors' code; those of one run together.")],
+    name: Annotated[str | None, typer.Option(help="Name of the new run; default: the first file's.")] = None,
+    target: Annotated[str | None, typer.Option(help="Name of the model; default: from the files.")] = None,
+    judge: Annotated[str | None, typer.Option(help="Name of the judge; default: from the files.")] = None,
+    condition: Annotated[str | None, typer.Option(help="Name of the condition; default: from the files.")] = None,
+    runs: RunsDir = RUNS,
+) -> None:
+    """Read the authors' result files into a run, so that all analyses and figures work on them."""
+    from steerback import campaign
+    from steerback.interchange import import_authors
+
+    safe = "".join(c if c.isalnum() or c in "._-+" else "_" for c in files[0].stem).lstrip(".")
+    folder = runs / (name or safe or "imported")
+    found = import_authors(files, folder, target, judge, condition)
+    for line in found.lines():
+        print(line)
+    campaign.report(campaign.reanalyse(folder), folder)
+
+
+def export(
+    run: Annotated[str, typer.Argument(help="Name of a run under --runs, or path of its folder.")],
+    form: Annotated[str, typer.Option("--format", help="authors (JSON), parquet or csv.")] = "csv",
+    out: Annotated[Path | None, typer.Option(help="Where to write; default: the run's folder.")] = None,
+    judge: Annotated[str | None, typer.Option(help="Whose verdicts; default: the run's judge.")] = None,
+    runs: RunsDir = RUNS,
+) -> None:
+    """Write a run's trials: the authors' JSON, or one row a trial."""
+    from steerback.interchange import FORMATS, export_authors, export_flat
+    from steerback.runs import Run, find_run
+
+    if form not in FORMATS:
+        raise unknown("export format", form, FORMATS)
+    with Run.read(find_run(run, runs)) as opened:
+        chosen = judge or opened.config.judge
+        folder = out or opened.folder / "export"
+        folder.mkdir(parents=True, exist_ok=True)
+        if form == "authors":
+            paths = export_authors(opened, folder, chosen)
+        else:
+            paths = [export_flat(opened.ledger, folder / f"trials.{form}", chosen, form)]
+    for path in paths:
+        print(f"  {path}")
+
+
+def merge_command(
+    names: Annotated[list[str], typer.Argument(help="Runs of one plan, at least two.")],
+    name: Annotated[str, typer.Option(help="Name of the new run.")],
+    runs: RunsDir = RUNS,
+) -> None:
+    """Join runs of one plan that were done on several machines."""
+    from steerback import campaign
+    from steerback.interchange import merge
+    from steerback.runs import find_run
+
+    folder = runs / name
+    joined = merge([find_run(n, runs) for n in names], folder)
+    print(
+        f"{joined.runs} runs joined: {joined.trials:,} trials; {joined.repeated:,} had been generated twice, "
+        f"{joined.differing:,} of them with another text (the first run's is kept)"
+    )
+    campaign.report(campaign.reanalyse(folder), folder)

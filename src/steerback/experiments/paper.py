@@ -1,0 +1,83 @@
+"""The whole paper: which experiments there are, and which one each starts from. A plan; it runs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from steerback.config import RunConfig, build_config
+from steerback.errors import SteerbackError, unknown
+
+# Each with the one whose latents, thresholds, prompts and seeds (and detectors) it takes over, in order of dependency.
+STEPS: tuple[tuple[str, str | None], ...] = (
+    ("esr", None),
+    ("no-steering", "esr"),
+    ("boost-sweep", "esr"),
+    ("meta-prompts", "esr"),
+    ("held-out", "esr"),
+    ("prefill-control", "esr"),
+    ("matched-prefix", "esr"),
+    ("detectors", "esr"),
+    ("detector-ablation", "detectors"),
+    ("random-ablation", "detectors"),
+    ("detector-statistics", "detectors"),
+    ("traces", "detectors"),
+    ("episode-statistics", "detectors"),
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One run of the plan: its folder, its config, and the step that must be there first."""
+
+    folder: Path
+    config: RunConfig
+    after: Path | None
+
+
+def plan(
+    first: RunConfig,
+    root: Path,
+    prefix: str,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+) -> list[Step]:
+    """Every experiment as a run `<prefix>-<experiment>` under `root`, in dependency order.
+
+    `first` is the config of the first step (esr); the others take it over. `only` keeps the named experiments and what
+    they start from; `skip` drops the named ones and what starts from them.
+    """
+    names = [name for name, _ in STEPS]
+    for name in (*only, *skip):
+        if name not in names:
+            raise unknown("experiment of the paper", name, names)
+    origin = dict(STEPS)
+    wanted = {n for n in names if not only or n in _with(only, origin.get)}
+    wanted -= {n for n in names if _chain(n, origin.get) & set(skip)}
+    if "esr" not in wanted:
+        raise SteerbackError("the paper starts with esr; it cannot be skipped")
+    folders = {name: root / f"{prefix}-{name}" for name in names}
+    steps: list[Step] = []
+    configs: dict[str, RunConfig] = {"esr": first}
+    for name, after in STEPS:
+        if name not in wanted:
+            continue
+        if after is not None:
+            base = (str(folders[after]), configs[after])
+            configs[name] = build_config(name, first.targets, base=base)
+        steps.append(Step(folders[name], configs[name], None if after is None else folders[after]))
+    return steps
+
+
+def _with(names: Sequence[str], origin: Callable[[str], str | None]) -> set[str]:
+    return {member for name in names for member in _chain(name, origin)}
+
+
+def _chain(name: str, origin: Callable[[str], str | None]) -> set[str]:
+    """A step and everything it starts from."""
+    found = {name}
+    while (before := origin(name)) is not None:
+        found.add(before)
+        name = before
+    return found

@@ -1,0 +1,318 @@
+"""Published numbers beside ours, the plan of the whole paper, and the verbs about results."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from statsmodels.stats.proportion import proportion_confint
+
+from planted import Runs, thresholds
+from steerback import campaign, cli
+from steerback.config import RunConfig, authors, quick, specification
+from steerback.engines.scripted import PlantedModel
+from steerback.errors import SteerbackError
+from steerback.experiments import REGISTRY, paper
+from steerback.experiments.published import (
+    Ours,
+    Published,
+    compare_published,
+    comparison,
+    deviations,
+    interval_of,
+    our_number,
+    table_of_numbers,
+    verdict,
+)
+from steerback.ledger import Ledger
+from steerback.runs import write_json
+
+SMALL = ("n_latents=4", "trials_per_latent=5")
+
+
+def finished(folder: Path, config: RunConfig, targets: dict[str, Any]) -> Path:
+    """A run's folder with a summary made by hand."""
+    folder.mkdir(parents=True)
+    with Ledger(folder / "ledger.sqlite") as ledger:
+        ledger.set_fact("", "config", config.model_dump(mode="json"))
+    write_json(folder / "summary.json", {"experiment": config.experiment, "targets": targets})
+    return folder
+
+
+def rates(**values: tuple[float, float, float]) -> dict[str, Any]:
+    found = {name: dict(zip(("value", "low", "high"), v, strict=True)) | {"n": 5000} for name, v in values.items()}
+    return {"conditions": {"steered": {"headline": found}}}
+
+
+SEVENTY = rates(multi_attempt_rate=(0.07, 0.05, 0.09), msi=(0.5, 0.1, 0.9), esr_rate=(0.01, 0.005, 0.02))
+
+
+def by_quantity(lines: Any, run: str) -> dict[tuple[str, str], Any]:
+    return {(x.row.quantity, x.source): x for x in lines if x.run == run}
+
+
+def test_a_real_model_gets_verdicts(tmp_path: Path) -> None:
+    config = authors("esr", ("llama-3.3-70b",)).model_copy(update={"judge": "claude-haiku-4-5-20251001"})
+    lines = compare_published([finished(tmp_path / "big", config, {"llama-3.3-70b": SEVENTY})])
+    found = by_quantity(lines, "big")
+    assert found["multi-attempt rate at threshold", "paper"].verdict == "agrees"
+    assert found["multi-attempt rate at threshold", "specification"].verdict == "higher"
+    assert found["MSI at threshold", "specification"].verdict == "agrees"
+    assert found["ESR rate at threshold", "paper"].verdict == "lower"
+    told = found["multi-attempt rate at threshold", "specification"].deviations
+    assert "target first score 30.0, not 50" in told
+    assert not any("target first score" in d for d in found["ESR rate at threshold", "paper"].deviations)
+
+
+@pytest.mark.parametrize(
+    ("target", "judge", "expected"),
+    [
+        ("organism", "claude-sonnet-4-5-20250929", "none (built-in model)"),
+        ("organism-l", "offline", "none (built-in model)"),
+        ("llama-3.3-70b", "offline", "none (judge offline)"),
+    ],
+)
+def test_no_verdict_from_an_organism_or_the_offline_judge(
+    tmp_path: Path, target: str, judge: str, expected: str
+) -> None:
+    config = specification("esr", (target,)).model_copy(update={"judge": judge})
+    lines = compare_published([finished(tmp_path / "small", config, {target: SEVENTY})])
+    shown = [x for x in lines if x.run == "small"]
+    assert len(shown) == 4
+    assert {x.verdict for x in shown} == {expected}
+    assert all(x.target == target for x in shown)
+
+
+def test_every_published_row_is_there_even_when_nothing_was_run(tmp_path: Path) -> None:
+    rows, settings = table_of_numbers()
+    lines = compare_published([])
+    assert len(lines) == sum(len(row.targets) * len(row.published) for row in rows)
+    assert {x.verdict for x in lines} == {"not measured"}
+    known = {"finetune", "cross-judge", "episode-statistics", *REGISTRY}
+    assert {row.experiment for row in rows} <= known
+    config = specification("esr", ("x",)).model_dump(mode="json")
+    for setting in settings:
+        place: Any = config
+        for part in setting["key"].split("."):
+            place = place[part]
+    table, _ = comparison(lines)
+    assert "not measured" in table.text(10_000)
+    records = list(csv.DictReader(io.StringIO(table.csv())))
+    assert len(records) == len(lines)
+    assert table.markdown().splitlines()[1].startswith("| --- |")
+
+
+def test_what_facts_say_is_what_the_table_holds() -> None:
+    """Each number of the specification's and the paper's list, by hand."""
+    rows, _ = table_of_numbers()
+    held = {(r.quantity, t, s): v for r in rows for t in r.targets for s, v in r.published.items()}
+    big = "llama-3.3-70b"
+    assert held["multi-attempt rate at threshold", big, "specification"] == 0.017
+    assert held["multi-attempt rate at threshold", big, "paper"] == 0.074
+    assert held["MSI at threshold", big, "specification"] == 0.55
+    assert held["ESR rate at threshold", big, "paper"] == 0.038
+    assert held["multi-attempt rate, meta-prompt self-monitor", big, "specification"] == 0.098
+    assert held["multi-attempt rate, meta-prompt self-monitor", big, "paper"] == 0.317
+    assert held["MSI, meta-prompt self-monitor", big, "specification"] == 2.94
+    assert held["MSI, detectors ablated", big, "specification"] == 0.24
+    assert held["multi-attempt rate, detectors ablated", big, "specification"] == 0.0078
+    assert held["multi-attempt rate, random latents ablated", big, "paper"] == 0.079
+    assert held["detector activity, off topic / baseline", big, "specification"] == 7.7
+    assert held["first score without steering", "gemma-2-2b", "paper"] == (87.8, 91.8)
+    assert held["restarts after a steered prefix, continued unsteered", big, "reader"] == (0.07, 0.135)
+
+
+@pytest.mark.parametrize(
+    ("ours", "published", "at_most", "expected"),
+    [
+        ((0.05, 0.04, 0.06), (0.07, 0.08), False, "lower"),
+        ((0.05, 0.04, 0.06), (0.02, 0.03), False, "higher"),
+        ((0.05, 0.04, 0.06), (0.06, 0.08), False, "agrees"),
+        ((0.0, 0.0, 0.009), (0.011, 0.011), True, "agrees"),
+        ((0.0, 0.0, 0.02), (0.011, 0.011), True, "open"),
+        ((0.05, 0.03, 0.07), (0.011, 0.011), True, "higher"),
+        ((0.05, None, None), (0.05, 0.05), False, "no interval"),
+    ],
+)
+def test_verdicts(ours: Any, published: tuple[float, float], at_most: bool, expected: str) -> None:
+    assert verdict(Ours(*ours, None), published, at_most) == expected
+
+
+def test_published_rates_have_the_interval_of_their_trials() -> None:
+    low, high = interval_of(0.074, True, 4877)
+    assert (low, high) == pytest.approx(proportion_confint(361, 4877, method="wilson"))
+    assert interval_of(0.55, False, None) == (0.55, 0.55)
+    assert interval_of(0.0, True, 13118)[1] > 0
+
+
+def test_numbers_are_found_by_their_path() -> None:
+    summary = {
+        "conditions": {
+            name: {"headline": {"msi": {"value": v, "low": v - 1, "high": v + 1, "n": 100}}}
+            for name, v in (("random 1", 1.0), ("random 2", 2.0), ("baseline", 9.0))
+        },
+        "detectors": [{"latent": 1}, {"latent": 2}],
+        "peaks": {"msi": {"at": -0.3, "low": -1.0, "high": 0.2}, "esr_rate": None},
+    }
+
+    def row(path: str, **more: Any) -> Published:
+        return Published("q", "e", ("t",), path, {}, **more)
+
+    assert our_number(summary, row("conditions.random *.headline.msi")) == Ours(1.5, 0.5, 2.5, 200)
+    assert our_number(summary, row("detectors", field="count")) == Ours(2, None, None, None)
+    assert our_number(summary, row("peaks.msi", field="at")) == Ours(-0.3, -1.0, 0.2, None)
+    assert our_number(summary, row("peaks.msi", field="at", interval=False)) == Ours(-0.3, None, None, None)
+    assert our_number(summary, row("peaks.esr_rate")) is None
+    assert our_number(summary, row("nothing.here")) is None
+
+
+def test_deviations_name_what_differs() -> None:
+    _, settings = table_of_numbers()
+    config = quick("esr", ("organism",)).model_copy(update={"judge": "offline"})
+    told = deviations(config, "specification", settings)
+    assert "judge offline, not claude-sonnet-4-5-20250929" in told
+    assert "latents 12, not 50 to 150" in told
+    assert not any("temperature" in d for d in told)
+
+
+def test_a_run_without_summary_is_refused(tmp_path: Path) -> None:
+    folder = finished(tmp_path / "r", specification("esr", ("x",)), {})
+    (folder / "summary.json").unlink()
+    with pytest.raises(SteerbackError, match="not finished; go on with: steerback resume r"):
+        compare_published([folder])
+    (folder / "summary.json").write_text("{")
+    with pytest.raises(SteerbackError, match="damaged"):
+        compare_published([folder])
+
+
+def test_the_plan_is_in_dependency_order() -> None:
+    steps = paper.plan(quick("esr", ("organism",)), Path("runs"), "p")
+    folders = [step.folder for step in steps]
+    assert folders[0].name == "p-esr"
+    for step in steps:
+        assert step.after is None or folders.index(step.after) < folders.index(step.folder)
+        assert step.config.from_run == (None if step.after is None else str(step.after))
+        assert step.config.n_latents == 12
+    assert {s.config.experiment for s in steps} == {name for name, _ in paper.STEPS}
+
+
+def test_only_and_skip_follow_dependencies() -> None:
+    def names(**choice: Any) -> list[str]:
+        return [s.config.experiment for s in paper.plan(quick("esr", ("organism",)), Path("r"), "p", **choice)]
+
+    assert names(only=["detector-ablation"]) == ["esr", "detectors", "detector-ablation"]
+    left = names(skip=["detectors"])
+    assert "detectors" not in left
+    assert "random-ablation" not in left
+    assert "boost-sweep" in left
+    with pytest.raises(SteerbackError, match="unknown experiment of the paper 'nonsense'"):
+        names(only=["nonsense"])
+    with pytest.raises(SteerbackError, match="starts with esr"):
+        names(skip=["esr"])
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
+    monkeypatch.setenv("STEERBACK_CACHE", str(tmp_path / "cache"))
+    model = PlantedModel(thresholds=thresholds(), restart_rate=0.3)
+    return Runs(tmp_path / "runs", monkeypatch, model)
+
+
+def verb(*arguments: str) -> None:
+    cli.app(args=list(arguments), standalone_mode=False)
+
+
+def steps_of(runs: Runs, *only: str) -> list[paper.Step]:
+    from planted import SIZES
+    from steerback.config import build_config
+
+    first = build_config(
+        "esr",
+        ("planted",),
+        "quick",
+        overrides={"engine": "scripted", "judge": "scripted"},
+        assignments=(*SIZES, *SMALL),
+    )
+    return paper.plan(campaign.resolved(first), runs.root, "p", only)
+
+
+def test_a_paper_is_run_resumed_compared_and_drawn(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = steps_of(runs, "no-steering", "boost-sweep")
+    lines = campaign.plan_lines(steps)
+    assert len(lines) == len(steps) + 1
+    assert "at most" in lines[-1]
+    said: list[str] = []
+    assert campaign.run(steps, cached=False, say=said.append) == {}
+    assert all(campaign.is_done(step) for step in steps)
+    again: list[str] = []
+    campaign.run(steps, cached=False, say=again.append)
+    assert again == [f"[{n}/3] {s.folder.name}: done before" for n, s in enumerate(steps, 1)]
+    runs.draw = True
+    drawn = campaign.draw_all([s.folder for s in steps], runs.root / "all")
+    names = {p.name for p in drawn}
+    assert {"figure2.png", "figure3.pdf", "figureA7.png", "figureA8.png"} <= names
+    verb("compare", "--runs", str(runs.root), "--out", str(runs.root / "cmp"))
+    shown = capsys.readouterr().out
+    assert "not measured" in shown
+    assert (runs.root / "cmp" / "compare.md").read_text().startswith("| quantity |")
+
+
+def test_a_step_that_fails_stops_only_what_needs_it(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = steps_of(runs, "no-steering", "detector-ablation")
+    from steerback.experiments.detectors import DetectorExperiment
+
+    async def refuse(self: Any, study: Any) -> None:
+        raise SteerbackError("no discovery prompts")
+
+    monkeypatch.setattr(DetectorExperiment, "run", refuse)
+    failed = campaign.run(steps, cached=False, say=lambda _: None)
+    assert {folder.name: why for folder, why in failed.items()} == {
+        "p-detectors": "no discovery prompts",
+        "p-detector-ablation": "needs p-detectors",
+    }
+    assert campaign.is_done(steps[1])
+
+
+def test_verbs_import_export_merge_and_figures(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    runs.run("esr", *SMALL)
+    root = ["--runs", str(runs.root)]
+    verb("export", "esr", "--format", "authors", *root)
+    (exported,) = (runs.root / "esr" / "export").glob("*.json")
+    verb("import", str(exported), "--name", "back", *root)
+    verb("export", "back", "--format", "csv", *root)
+    assert (runs.root / "back" / "export" / "trials.csv").is_file()
+    verb("figures", "back", *root)
+    runs.run("esr", *SMALL, "limit=8", name="half")
+    verb("merge", "half", "esr", "--name", "joined", *root)
+    assert "2 runs joined" in capsys.readouterr().out
+    before = json.loads((runs.root / "esr" / "summary.json").read_text())
+    after = json.loads((runs.root / "joined" / "summary.json").read_text())
+    assert after["targets"]["planted"]["conditions"] == before["targets"]["planted"]["conditions"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["compare", "--format", "xml"],
+        ["compare"],
+        ["export", "nothing"],
+        ["figures"],
+        ["import", "missing.json"],
+        ["merge", "one", "--name", "x"],
+        ["paper", "--target", "organism", "--only", "nonsense"],
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("steerback: error: ")
+    assert said.count("\n") == 1
