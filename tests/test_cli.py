@@ -17,7 +17,7 @@ from steerback.ledger import Ledger
 SMALL = [
     *("--preset", "quick", "--engine", "scripted", "--judge", "scripted"),
     *("--set", "n_latents=3", "--set", "trials_per_latent=4", "--set", "draws=100"),
-    *("--set", "calibration.max_iterations=4", "--set", "calibration.verify_trials=2"),
+    *("--set", "calibration.max_iterations=5", "--set", "calibration.verify_trials=2"),
 ]
 
 
@@ -91,7 +91,7 @@ def test_a_run_from_nothing_to_figures_and_again(capsys: pytest.CaptureFixture[s
         (["run", "esr", "--target", "organism", "--set", "options.x=1"], "no option 'x'"),
         (["run", "esr", "--target", "organism", "--config", "none.yaml"], "none.yaml does not exist"),
         (["run", "esr", "--target", "organism", "--prompts", "none.txt"], "none.txt"),
-        (["run", "esr", "--target", "organism", "--limit", "many"], "many"),
+        (["run", "esr", "--target", "organism", "--limit", "many"], "--limit"),
         (["run", "esr", "--target", "organism", "--name", "a b"], "letters, digits"),
         (["resume", "nothing"], "no run 'nothing'"),
         (["show", "nothing"], "no run 'nothing'"),

@@ -65,6 +65,14 @@ def test_a_bad_config_file_is_one_line(tmp_path: Path, text: str, words: str) ->
         build_config("esr", ("t",), file=tmp_path / "none.yaml")
 
 
+def test_off_is_a_word_and_true_a_boolean(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("selection: {concreteness: off}\noptions: {a: true, b: no}\n")
+    built = build_config("esr", ("t",), file=file, assignments=("selection.relevance=off",))
+    assert (built.selection.concreteness, built.selection.relevance) == ("off", "off")
+    assert built.options == {"a": True, "b": "no"}
+
+
 def test_differences_name_what_changed() -> None:
     a = build_config("esr", ("t",))
     b = build_config("esr", ("t",), assignments=("sampling.temperature=1.0", "n_latents=7"))

@@ -6,6 +6,7 @@ A config names things (target, judge, engine); it does not load them.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -209,9 +210,24 @@ def differences(before: RunConfig, after: RunConfig) -> list[str]:
     ]
 
 
+class _Yaml(yaml.SafeLoader):
+    """YAML whose only booleans are true and false: `off` and `no` are words here, and settings use them."""
+
+
+_Yaml.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Yaml)  # a SafeLoader: builds plain values only
+
+
 def _read_yaml(path: Path) -> Mapping[str, Any]:
     try:
-        loaded = yaml.safe_load(path.read_text("utf-8"))
+        loaded = _parse_yaml(path.read_text("utf-8"))
     except FileNotFoundError:
         raise SteerbackError(f"config file {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -228,7 +244,7 @@ def _assignment(text: str) -> dict[str, Any]:
     if not sign or not key.strip():
         raise SteerbackError(f"--set {text!r} is not of the form key=value, e.g. --set sampling.temperature=0.8")
     try:
-        nested: Any = yaml.safe_load(value)
+        nested: Any = _parse_yaml(value)
     except yaml.YAMLError:
         raise SteerbackError(f"--set {text!r}: the value is not valid YAML") from None
     for part in reversed(key.strip().split(".")):

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from steerback import organism
 from steerback.cache import Cache, default_path
 from steerback.config import RunConfig
-from steerback.engines import default_engine, make_engine
-from steerback.errors import SteerbackError
+from steerback.engines import ENGINES, default_engine, make_engine
+from steerback.errors import SteerbackError, unknown
 from steerback.experiments import get_experiment
 from steerback.experiments.base import Analysis, Experiment
 from steerback.judging import make_judge
+from steerback.latents.selection import check_own
 from steerback.ledger import Ledger
 from steerback.pipeline import Workbench, judge_rows
 from steerback.progress import Progress, Silent
@@ -53,6 +54,10 @@ def check(config: RunConfig) -> Job:
         chosen["judge"] = _default_judge(config)
     config = config.model_copy(update=chosen)
     experiment.conditions(config)  # so does a senseless option
+    if config.engine not in ENGINES:
+        raise unknown("engine", config.engine, ("auto", *ENGINES))
+    for target in targets if config.latents is not None else ():
+        check_own(config.latents or (), target.n_latents, target.labels(), target.directions())
     make_judge(config.judge)  # a missing key or unknown judge shows now
     return Job(config, experiment, targets, load_prompts(config.prompts))
 

@@ -30,10 +30,12 @@ def make_engine(target: Target, name: str = "auto", **options: Any) -> Engine:
 
         return TransformersEngine(target, **given)
     if chosen == "scripted":
-        from steerback.engines.scripted import ScriptedEngine
+        from steerback.engines.scripted import PlantedModel, ScriptedEngine
 
         given.pop("batch_size", None)  # a fake has no batches
-        return ScriptedEngine(given.pop("script", None), target=target.name, n_latents=target.n_latents, **given)
+        prior = target.boost_prior
+        script = given.pop("script", None) or PlantedModel(threshold=prior.mean, slope=prior.sd / 5)
+        return ScriptedEngine(script, target=target.name, n_latents=target.n_latents, **given)
     if chosen == "vllm":
         raise SteerbackError("engine 'vllm' is not part of this version; use --engine transformers")
     raise unknown("engine", name, ("auto", *ENGINES))
