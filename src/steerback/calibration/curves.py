@@ -23,7 +23,7 @@ Floats = NDArray[np.float64]
 DRAW_SHAPE = 0.6
 """Shape of the gamma weights of a bootstrap draw. 1 is the Bayesian bootstrap (Rubin, 1981); the boosts follow the
 scores seen before, which that ignores, and its 95 % intervals cover about 86 %. Weights of variance 1 / 0.6 restore
-about 94 % (docs/calibration.md)."""
+93 % (docs/calibration.md)."""
 RIDGE = 0.002
 """Pulls the slope weakly towards -3 per `scale`, so that it stays finite where the data are a clean step."""
 
