@@ -128,6 +128,36 @@ def test_activations_equal_the_residual_encoded(engines: dict[str, TransformersE
         np.testing.assert_allclose(both[n], sae.encode(h[user + said], [5, 1]).amax(0).numpy(), atol=1e-3)
 
 
+DEVICES = [d for d, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())) if there]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["jumprelu", "topk"])
+def test_gpus_agree_with_the_cpu(engines: dict[str, TransformersEngine], device: str, kind: str) -> None:
+    other = tiny.engine(sae_kind=kind, device=device)
+    requests = [
+        Request(f"{n}{name}", " ".join(WORDS[: 3 + n]), n, Sampling(0.8, 0.9, 1.1, 16), items, record=Recording((1, 9)))
+        for n in range(3)
+        for name, items in PLANS.items()
+    ]
+    here, there = collect(engines[kind], requests), collect(other, requests)
+    alike = 0
+    for request in requests:
+        done = there[request.key]
+        assert done.receipt_matches(request.interventions)
+        ids = [*engines[kind].runner.prompt_of(request), *done.token_ids]
+        logits = [
+            e.teacher_forced(ids, request.interventions, done.prompt_tokens).cpu() for e in (engines[kind], other)
+        ]
+        assert (logits[0] - logits[1]).abs().max() < 1e-2 * logits[0].abs().max()
+        alike += done.token_ids == here[request.key].token_ids
+    assert alike > len(requests) * 0.8  # sampling tips over where two probabilities meet the draw
+    replies = ["how to add numbers", "when water boils"]
+    np.testing.assert_allclose(
+        other.activations(replies, replies), engines[kind].activations(replies, replies), atol=1e-2
+    )
+
+
 def test_named_directions_are_added_and_checked() -> None:
     loaded = tiny.assemble(tiny.target(), tiny.model(), tiny.tokenizer(), tiny.sae(), directions=("north",))
     sae = tiny.sae()

@@ -96,8 +96,8 @@ def target(steer: int = 2, read: int = 2, **changes: Any) -> Target:
     return Target("tiny", "memory", steer, read, PRIOR, n_latents=64, **changes)
 
 
-def loaded(kind: str = "llama", sae_kind: str = "relu", steer: int = 2, read: int = 2, **changes: Any) -> Loaded:
-    return assemble(target(steer, read), model(kind, **changes), tokenizer(), sae(sae_kind))
+def loaded(kind: str = "llama", sae_kind: str = "relu", device: str = "cpu", **changes: Any) -> Loaded:
+    return assemble(target(), model(kind, **changes).to(device), tokenizer(), sae(sae_kind).to(device))
 
 
 def engine(kind: str = "llama", sae_kind: str = "relu", rows: int = 16, **changes: Any) -> TransformersEngine:

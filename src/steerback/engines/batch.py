@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from steerback.engines.kv import PagedCache, PromptCache
+from steerback.engines.kv import FlatCache, PagedCache, PromptCache
 from steerback.engines.runner import Runner
 from steerback.engines.sampling import Sampler
 from steerback.engines.steering import GROUP, Pass, Steering
@@ -28,7 +28,7 @@ class Shape:
 
     rows: int
     prefill_rows: int = 8
-    page: int = 64
+    page: int | None = 64  # None: no pages
 
     @staticmethod
     def bucket(prompt: int) -> int:
@@ -43,7 +43,7 @@ class Slot:
 
     request: Request
     prompt: int
-    planned: tuple[int, int]  # layers edited in prompt and in generated positions
+    planned: tuple[tuple[int, ...], tuple[int, ...]]  # layers edited in prompt and in generated positions
     tokens: list[int] = field(default_factory=list)
     checked: int = 0
 
@@ -64,16 +64,15 @@ class Batch:
         for item in items:
             self.waiting.setdefault(Shape.bucket(len(item[1])), deque()).append(item)
         longest = max((len(ids) + request.sampling.max_new_tokens for request, ids in items), default=1) + BLOCK
-        pages = -(-max(longest, *self.waiting, 1) // shape.page)
+        longest = max(longest, *self.waiting, 1)
         device, rows = runner.device, shape.rows
-        self.length = pages * shape.page
         self.slots: dict[int, Slot] = {}
         self._free = list(range(rows))
-        self._cache = PagedCache(rows, pages, shape.page)
+        self._cache = PagedCache(rows, longest, shape.page) if shape.page else FlatCache(rows, longest)
         steps = max((request.sampling.max_new_tokens for request, _ in items), default=1)
         self._sampler = Sampler(rows, runner.vocabulary, steps, device)
         self._first = Sampler(shape.prefill_rows, runner.vocabulary, steps, device)
-        place = (self.length, runner.site, sae, directions, device)
+        place = (longest, runner.site, sae, directions, device)
         self._prompts = Steering("prompt", shape.prefill_rows, *place)
         self._decode = Steering("generated", rows, *place)
         self._tokens = torch.zeros(rows, dtype=torch.long, device=device)
@@ -150,13 +149,13 @@ class Batch:
         known = torch.tensor([*prompt, *state.tokens], device=self.runner.device)
         self._sampler.admit(slot, state.request.sampling, state.request.seed, known)
         size = len(prompt)
-        self._decode.tally.layers[slot, :size] = self._prompts.tally.layers[row, :size]
-        self._decode.tally.norms[slot, :size] = self._prompts.tally.norms[row, :size]
-        layer = self._decode.record_layer(state.request)
-        if layer is not None and state.request.record is not None:
+        for layer in state.planned[0]:
+            self._decode.tally.at(layer)[slot, :size] = self._prompts.tally.at(layer)[row, :size]
+        read = self._decode.record_layer(state.request)
+        if read is not None and state.request.record is not None:
             width = -(-len(state.request.record.latents) // GROUP) * GROUP
-            kept = self._prompts.records[layer].kept[row, :size, :width]
-            self._decode.records[layer].kept[slot, :size, :width] = kept
+            kept = self._prompts.records[read].kept[row, :size, :width]
+            self._decode.records[read].kept[slot, :size, :width] = kept
         self._tokens[slot] = state.tokens[0]
         self._positions[slot] = size
         self._steps[slot] = 1
@@ -166,13 +165,10 @@ class Batch:
     def _step(self, ahead: int) -> Tensor:
         """Feeds every slot its last token, `ahead` tokens beyond those known here; returns the next ones (rows,)."""
         far = max(s.prompt + len(s.tokens) for s in self.slots.values()) + ahead
-        self._cache.used = min(-(-far // self.shape.page), self._cache.pages)
-        self._cache.seek(self._positions)
+        self._cache.seek(self._positions, far)
         positions = self._positions[:, None]
         forward = Pass(positions, [(self._decode, self._live[:, None])])
-        hidden = self.runner.hidden(
-            self._tokens[:, None], positions, self._cache.used * self.shape.page, self._cache, forward
-        )
+        hidden = self.runner.hidden(self._tokens[:, None], positions, self._cache.seen, self._cache, forward)
         self._tokens = self._sampler.draw(self.runner.logits(hidden[:, 0]), self._steps)
         self._positions = self._positions + self._live
         self._steps = self._steps + self._live

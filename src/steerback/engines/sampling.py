@@ -33,15 +33,18 @@ class Sampler:
         self._penalty = torch.ones(rows, 1, device=device)
         self._seen = torch.zeros(rows, vocabulary, dtype=torch.bool, device=device)
         self._settings: dict[int, Sampling] = {}
+        self._wanted: dict[str, bool] | None = None  # what any live row needs
 
     def admit(self, row: int, sampling: Sampling, seed: int, prompt: Tensor) -> None:
         """Puts a request into a row; `prompt` (n,) are the tokens a repetition penalty starts from."""
         self._settings[row] = sampling
+        self._wanted = None
         self._greedy[row] = sampling.temperature == 0
         self._temperature[row] = sampling.temperature or 1.0
         self._top_p[row] = sampling.top_p
         self._penalty[row] = sampling.repetition_penalty
-        self._draws[row, : sampling.max_new_tokens] = uniforms(seed, sampling.max_new_tokens).to(self._draws)
+        n = min(sampling.max_new_tokens, self._draws.shape[1])
+        self._draws[row, :n] = uniforms(seed, n).to(self._draws)
         self._seen[row] = False
         if sampling.repetition_penalty != 1:
             self._seen[row, prompt] = True
@@ -49,24 +52,35 @@ class Sampler:
     def release(self, row: int) -> None:
         """Forgets a finished row; idle rows draw something that nobody reads."""
         self._settings.pop(row, None)
+        self._wanted = None
+
+    def _look(self) -> dict[str, bool]:
+        """What any live row needs; a row's numbers are the same whether what it does not need is done or not."""
+        live = self._settings.values()
+        return {
+            "penalty": any(s.repetition_penalty != 1 for s in live),
+            "greedy": any(s.temperature == 0 for s in live),
+            "random": any(s.temperature > 0 for s in live),
+            "nucleus": any(s.top_p < 1 for s in live),
+        }
 
     def draw(self, logits: Tensor, step: Tensor) -> Tensor:
         """Next tokens (rows,) from logits (rows, vocabulary); `step` (rows,) counts the tokens a row already has."""
-        live = set(self._settings.values())  # usually one
-        penalised = any(s.repetition_penalty != 1 for s in live)
+        wanted = self._wanted = self._wanted or self._look()
         logits = logits.float()
-        if penalised:
+        if wanted["penalty"]:
             logits = penalise(logits, self._seen, self._penalty)
-        tokens = logits.argmax(dim=-1)
-        if any(s.temperature > 0 for s in live):
+        if not wanted["random"]:
+            tokens = logits.argmax(dim=-1)
+        else:
             weights = torch.softmax(logits / self._temperature, dim=-1).to(self._exact)
-            at = step.clamp(max=self._draws.shape[1] - 1)
-            u = self._draws[self._row, at][:, None]
-            drawn = inverse_cdf(weights, u)
-            if any(s.top_p < 1 for s in live):
-                drawn = torch.where(self._top_p[:, 0] < 1, nucleus(weights, u, self._top_p), drawn)
-            tokens = torch.where(self._greedy, tokens, drawn)
-        if penalised:
+            u = self._draws[self._row, step.clamp(max=self._draws.shape[1] - 1)][:, None]
+            tokens = inverse_cdf(weights, u)
+            if wanted["nucleus"]:
+                tokens = torch.where(self._top_p[:, 0] < 1, nucleus(weights, u, self._top_p), tokens)
+            if wanted["greedy"]:
+                tokens = torch.where(self._greedy, logits.argmax(dim=-1), tokens)
+        if wanted["penalty"]:
             self._seen[self._row, tokens] = True
         return tokens
 

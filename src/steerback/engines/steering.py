@@ -36,6 +36,7 @@ class Columns:
             own = list(latents[n * GROUP : (n + 1) * GROUP])
             for tensor in group.values():
                 tensor[row] = 0
+            group["threshold"][row] = float("inf")  # what is not used reads 0
             if not own:
                 continue
             size = len(own)
@@ -51,9 +52,8 @@ class Columns:
     def read(self, x: Tensor, group: dict[str, Tensor], full: Tensor | None) -> Tensor:
         """z (rows, Q, GROUP) of one group; `full` is the TopK code of x, which cannot be read by columns."""
         if full is not None:
-            index = group["latent"][:, None].expand(-1, x.shape[1], -1)
-            return full.gather(2, index)
-        return self.sae.activate(x @ group["encoder"] + group["bias"], group["threshold"])
+            return full.gather(2, group["latent"][:, None].expand(-1, x.shape[1], -1)) * group["used"]
+        return self.sae.activate(torch.baddbmm(group["bias"], x, group["encoder"]), group["threshold"])
 
     def full(self, x: Tensor) -> Tensor | None:
         """The whole code where the SAE needs it (TopK), else None."""
@@ -70,6 +70,7 @@ class Columns:
             "used": (rows, 1, GROUP),
         }
         group = {name: torch.zeros(shape, device=self.device) for name, shape in shapes.items()}
+        group["threshold"].fill_(float("inf"))
         group["latent"] = torch.zeros(rows, GROUP, dtype=torch.long, device=self.device)
         return group
 
@@ -102,41 +103,46 @@ class LayerTable:
         if not self._clamped or self._columns is None:
             return self.add
         x = h.float()
-        total = torch.zeros_like(x)
+        total = self.add
         full = self._columns.full(x)
         for group in self._columns.groups:
-            z = self._columns.read(x, group, full) * group["used"]
-            total = total + clamp_delta(z, group["value"], group["decoder"])
-        return total + self.add
+            z = self._columns.read(x, group, full)
+            total = clamp_delta(z, group["value"], group["decoder"]) + total
+        return total
 
 
-@dataclass
 class Tally:
-    """Where edits really happened: layers edited and norm added per row and position (rows, length)."""
+    """Where edits really happened: per layer, the norm of what was added at each row and position, -1 where nothing."""
 
-    layers: Tensor
-    norms: Tensor
+    def __init__(self, rows: int, length: int, device: torch.device) -> None:
+        self._rows, self._length, self._device = rows, length, device
+        self._norms: dict[int, Tensor] = {}
 
-    @classmethod
-    def empty(cls, rows: int, length: int, device: torch.device) -> Tally:
-        return cls(
-            torch.zeros(rows, length, dtype=torch.int32, device=device), torch.zeros(rows, length, device=device)
-        )
+    def at(self, layer: int) -> Tensor:
+        """Norms (rows, length) of one layer."""
+        if layer not in self._norms:
+            self._norms[layer] = torch.full((self._rows, self._length), -1.0, device=self._device)
+        return self._norms[layer]
 
-    def count(self, positions: Tensor, edited: Tensor, norms: Tensor) -> None:
-        """Adds one layer's edits: positions, edited (bool) and norms are (rows, Q)."""
-        self.layers.scatter_add_(1, positions, edited.int())
-        self.norms.scatter_add_(1, positions, norms * edited)
+    def clear(self, row: int) -> None:
+        """Forgets a row."""
+        for norms in self._norms.values():
+            norms[row] = -1
 
-    def receipt(self, row: int, prompt: int, generated: int, planned: tuple[int, int]) -> Receipt:
-        """The receipt of a finished row: a position counts if all `planned` (prompt, generated) layers edited it."""
-        fed = prompt + max(generated - 1, 0)
-        layers, norms = self.layers[row, :fed].cpu(), self.norms[row, :fed].cpu()
-        wanted = torch.tensor([planned[0]] * prompt + [planned[1]] * (fed - prompt), dtype=torch.int32)
-        done = (layers == wanted) & (layers > 0)
-        n = int(done.sum())
-        mean = float(norms[layers > 0].double().sum()) / n if n else 0.0
-        return Receipt(int(done[:prompt].sum()), int(done[prompt:].sum()), mean)
+    def count(self, layer: int, positions: Tensor, edited: Tensor, norms: Tensor) -> None:
+        """Notes one layer's edits: positions, edited (bool) and norms are (rows, Q)."""
+        self.at(layer).scatter_(1, positions, norms.masked_fill(~edited, -1.0))
+
+    def receipt(self, row: int, prompt: int, generated: int, planned: Sequence[Sequence[int]]) -> Receipt:
+        """The receipt of a finished row: a position counts if all layers `planned` for its phase edited it."""
+        counts, total = [], 0.0
+        spans = (slice(0, prompt), slice(prompt, prompt + max(generated - 1, 0)))
+        for span, layers in zip(spans, planned, strict=True):
+            norms = [self.at(layer)[row, span].double().cpu() for layer in layers]
+            done = torch.stack([n >= 0 for n in norms]).all(dim=0) if norms else torch.zeros(0, dtype=torch.bool)
+            counts.append(int(done.sum()))
+            total += sum(float(n[done].sum()) for n in norms)
+        return Receipt(counts[0], counts[1], total / sum(counts) if any(counts) else 0.0)
 
 
 @dataclass
@@ -151,10 +157,8 @@ class Record:
         x = h.float()
         full = self.columns.full(x)
         for n, group in enumerate(self.columns.groups):
-            z = self.columns.read(x, group, full) * group["used"]
-            part = self.kept[:, :, n * GROUP : (n + 1) * GROUP]
-            index = positions[..., None].expand_as(z)
-            part.scatter_(1, index, torch.where(valid[..., None], z, part.gather(1, index)))
+            z = self.columns.read(x, group, full) * valid[..., None]
+            self.kept[:, :, n * GROUP : (n + 1) * GROUP].scatter_(1, positions[..., None].expand_as(z), z)
 
 
 class Steering:
@@ -174,10 +178,10 @@ class Steering:
         self.sae, self.directions, self.device = sae, directions, device
         self.tables: dict[int, LayerTable] = {}
         self.records: dict[int, Record] = {}
-        self.tally = Tally.empty(rows, length, device)
+        self.tally = Tally(rows, length, device)
 
-    def admit(self, row: int, request: Request) -> int:
-        """Puts a request's edits and recording into a row; returns how many layers it edits in this phase."""
+    def admit(self, row: int, request: Request) -> tuple[int, ...]:
+        """Puts a request's edits and recording into a row; returns the layers it edits in this phase."""
         plans = plan_layers(request.interventions, self.phase, self.site)
         for layer in plans:
             if layer not in self.tables:
@@ -185,9 +189,8 @@ class Steering:
         for layer, table in self.tables.items():
             table.set(row, plans.get(layer), self.sae, self.directions)
         self._admit_record(row, request)
-        self.tally.layers[row] = 0
-        self.tally.norms[row] = 0
-        return len(plans)
+        self.tally.clear(row)
+        return tuple(plans)
 
     def release(self, row: int) -> None:
         """Empties a row; idle rows are never edited."""
@@ -232,6 +235,11 @@ class Pass:
     residual: dict[int, Tensor] = field(default_factory=dict)  # layers to keep -> filled by the hook
     keep: frozenset[int] = frozenset()
 
+    @property
+    def alone(self) -> bool:
+        """One token per row and one phase: whatever is not to be edited has nothing to add."""
+        return len(self.parts) == 1 and self.positions.shape[1] == 1
+
     def at_layer(self, layer: int, h: Tensor) -> Tensor:
         """The residual (rows, Q, d) that leaves `layer`."""
         if layer in self.keep:
@@ -247,8 +255,11 @@ class Pass:
                 continue
             delta = table.delta(h)
             edited = where & table.active
-            steering.tally.count(self.positions, edited, torch.linalg.vector_norm(delta, dim=-1).expand_as(edited))
-            out = torch.where(edited[..., None], (h.float() + delta).to(h.dtype), out)
+            norms = torch.linalg.vector_norm(delta, dim=-1).expand_as(edited)
+            steering.tally.count(layer, self.positions, edited, norms)
+            steered = (h.float() + delta).to(h.dtype)
+            # While decoding, rows without edits have a delta of 0; among prompts, padding has to be spared.
+            out = steered if self.alone else torch.where(edited[..., None], steered, out)
         return out
 
 

@@ -75,7 +75,7 @@ class TransformersEngine:
             raise SteerbackError(f"batch_size {batch_size} is not at least 1")
         self.shape = Shape(batch_size or batch_rows(self.runner))
         if self.runner.device.type != "cpu":
-            self.shape = Shape(self.shape.rows, page=256)  # fewer launches; a GPU is not short of lanes
+            self.shape = Shape(self.shape.rows, page=None)
         # One thread of its own: the event loop stays free for judges, and OpenMP keeps one pool of threads.
         self._worker = ThreadPoolExecutor(
             1, "steerback-engine", initializer=torch.set_num_threads, initargs=(self._threads,)

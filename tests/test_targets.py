@@ -1,0 +1,162 @@
+"""Targets from the registry and from folders; labels and liveness; what is said when something is missing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tiny
+from steerback.api import LoadedTarget, load_target
+from steerback.engines import default_engine, make_engine
+from steerback.engines.scripted import ScriptedEngine
+from steerback.errors import SteerbackError
+from steerback.records import Intervention, Request, Sampling
+from steerback.targets import BoostPrior, builtin_targets, from_folder, resolve
+from steerback.targets.sae import save_native
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete target on disk, in the layout of the built-in ones."""
+    path = tmp_path_factory.mktemp("targets") / "little"
+    tiny.model().half().save_pretrained(path)
+    tiny.tokenizer().save_pretrained(path)
+    save_native(tiny.sae("jumprelu"), path, boost_prior=[6, 3, 0, 30])
+    (path / "labels.csv").write_text("index,label\n3,cats\n5,boiling water\n7, \n")
+    (path / "latents.csv").write_text(
+        "index,label,density,max_activation,kind\n3,cats,0.1,4,topic\n9,,0,0,\n11,,0.0,0,\n"
+    )
+    (path / "contexts.json").write_text(json.dumps({"3": ["the cat", "a cat"]}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def little(folder: Path) -> LoadedTarget:
+    return load_target(str(folder))
+
+
+def test_a_folder_is_a_target(folder: Path) -> None:
+    target = resolve(str(folder))
+    assert (target.steer_layer, target.sae_layer, target.read_layer, target.n_latents) == (2, 2, 2, 64)
+    assert target.boost_prior == BoostPrior(6, 3, 0, 30)
+    assert target.labels() == {3: "cats", 5: "boiling water"}
+    assert target.dead_latents() == {9, 11}
+    assert target.contexts() == {3: ("the cat", "a cat")}
+    assert json.dumps(target.describe())
+    assert from_folder(folder, steer_layer=1, dtype="bfloat16").steer_layer == 1
+
+
+def test_builtin_targets_are_listed_and_unknown_names_list_the_choices() -> None:
+    names = [t.name for t in builtin_targets()]
+    assert names[:4] == ["organism-s", "organism", "organism-l", "organism-control"]
+    assert all(t.summary for t in builtin_targets())
+    with pytest.raises(SteerbackError, match="unknown target 'organsim'; choose one of: organism-s, organism"):
+        resolve("organsim")
+
+
+def test_entries_are_checked(folder: Path) -> None:
+    with pytest.raises(SteerbackError, match="unknown key of target 'little' 'stear_layer'"):
+        from_folder(folder, stear_layer=1)
+    with pytest.raises(SteerbackError, match="unknown dtype of target 'little' 'float8'; choose one of: float32"):
+        from_folder(folder, dtype="float8")
+    with pytest.raises(SteerbackError, match="needs sd > 0"):
+        BoostPrior(1, 0, 0, 2)
+    with pytest.raises(SteerbackError, match=r"steer_layer 9 is outside 0\.\.3"):
+        load_target(from_folder(folder, steer_layer=9))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("latents.csv", "index,label\n1,x\n", "needs the columns index and density"),
+        ("latents.csv", "index,density\n1,x\n", "density 'x' of latent 1 is not a number"),
+        ("labels.csv", "index,label\none,x\n", "not a readable table"),
+        ("contexts.json", "[1]", "expected"),
+        ("contexts.json", "{", "expected"),
+    ],
+)
+def test_damaged_tables_are_named(folder: Path, tmp_path: Path, name: str, text: str, message: str) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / name).unlink()
+    (tmp_path / name).write_text(text)
+    target = resolve(str(tmp_path))
+    with pytest.raises(SteerbackError, match=message):
+        (target.labels(), target.dead_latents(), target.contexts())
+
+
+def test_generate_one_response(little: LoadedTarget) -> None:
+    plain = little.generate("the cat", temperature=0, max_new_tokens=10)
+    steered = little.generate("the cat", latent="Boiling Water", boost=8.0, temperature=0, max_new_tokens=10)
+    by_index = little.generate("the cat", latent=5, boost=8.0, temperature=0, max_new_tokens=10)
+    assert steered == by_index != plain
+    assert steered.receipt_matches((Intervention("add", 5, 8.0),))
+    assert plain.receipt.positions == 0
+    recorded = little.generate("the cat", record=[1, 2], max_new_tokens=4)
+    assert recorded.activations.shape == (recorded.prompt_tokens + len(recorded.token_ids) - 1, 2)
+    with pytest.raises(SteerbackError, match="give both"):
+        little.generate("the cat", latent=5)
+    with pytest.raises(SteerbackError, match="unknown latent label 'dogs'; choose one of: cats, boiling water"):
+        little.generate("the cat", latent="dogs", boost=1)
+    with pytest.raises(SteerbackError, match=r"fits several: 3 \(cats\), 5"):
+        little.generate("the cat", latent="at", boost=1)
+
+
+def test_generate_works_inside_a_running_loop(little: LoadedTarget) -> None:
+    import asyncio
+
+    async def notebook() -> str:
+        return little.generate("the cat", max_new_tokens=4).text
+
+    assert asyncio.run(notebook()) == little.generate("the cat", max_new_tokens=4).text
+
+
+def test_what_was_loaded_is_described(little: LoadedTarget, folder: Path) -> None:
+    facts = little.engine.describe()
+    assert json.dumps(facts)
+    files = facts["files"]
+    assert isinstance(files, dict)
+    assert {"model.safetensors", "sae.safetensors", "tokenizer.json", "config.json"} <= set(files)
+    assert str(folder) not in json.dumps(facts)
+    with load_target(str(folder), batch_size=4) as other:
+        assert other.engine.fingerprint != little.engine.fingerprint
+    with load_target(from_folder(folder, steer_layer=1)) as other:
+        assert other.engine.fingerprint != little.engine.fingerprint
+    with load_target(str(folder)) as other:
+        assert other.engine.fingerprint == little.engine.fingerprint
+
+
+def test_missing_weights_are_one_line(folder: Path, tmp_path: Path) -> None:
+    for file in folder.iterdir():
+        if file.name != "model.safetensors":
+            (tmp_path / file.name).symlink_to(file)
+    with pytest.raises(SteerbackError, match="cannot load") as caught:
+        load_target(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_make_engine_by_name(folder: Path) -> None:
+    target = resolve(str(folder))
+    assert default_engine() == "transformers"
+    assert isinstance(make_engine(target, "scripted", batch_size=None), ScriptedEngine)
+    with pytest.raises(SteerbackError, match="not part of this version"):
+        make_engine(target, "vllm")
+    with pytest.raises(SteerbackError, match="unknown engine 'vlm'; choose one of: auto, transformers, scripted"):
+        make_engine(target, "vlm")
+
+
+def test_weights_in_half_precision_are_computed_in_float32(little: LoadedTarget) -> None:
+    assert little.engine.describe()["dtype"] == "float32"
+    short = Sampling(max_new_tokens=3)
+    done = little.complete([Request("a", "water", 1, short), Request("b", "stone falls down every day", 2, short)])
+    assert done[0].prompt_tokens < done[1].prompt_tokens
+
+
+def test_targets_load_no_heavy_library() -> None:
+    code = "import sys, steerback.targets as t; t.builtin_targets(); print('torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "False"
