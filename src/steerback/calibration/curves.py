@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 DRAW_SHAPE = 0.6
-"""Shape of the gamma weights of a bootstrap draw. 1 is the Bayesian bootstrap (Rubin, 1981), whose intervals cover too
-little, as it ignores that the boosts follow the scores. Weights of variance 1 / 0.6 cover 93 % (docs/calibration.md)."""
+"""Shape of the gamma weights of a bootstrap draw. 1 is the Bayesian bootstrap (Rubin, 1981), whose intervals cover
+too little, as it ignores that the boosts follow the scores. Variance 1 / 0.6 covers 93 % (docs/calibration.md)."""
 RIDGE = 0.002
 """Pulls the slope weakly towards -3 per `scale`, so that it stays finite where the data are a clean step."""
 
