@@ -46,6 +46,10 @@ class CalibrationConfig(_Model):
     """Fresh trials per latent at the threshold, with seeds used nowhere else."""
     stop: Literal["none", "tolerance"] = "none"
     """`tolerance` is the specification's rule: stop a latent once a round's mean is within tolerance."""
+    estimate: Literal["fit", "posterior"] = "fit"
+    """`posterior` (authors): the median of the bisection's posterior instead of the fitted curve's crossing."""
+    weight: float | None = Field(None, gt=0)
+    """Pseudo-counts a round adds to the Beta distribution; None: its number of scored trials (authors: always 5)."""
 
 
 class SelectionConfig(_Model):
@@ -118,7 +122,14 @@ def authors(experiment: str, targets: tuple[str, ...]) -> RunConfig:
         update={
             "sampling": base.sampling.model_copy(update={"repetition_penalty": penalty}),
             "calibration": base.calibration.model_copy(
-                update={"target_score": 30.0, "max_iterations": 10, "verify_trials": 0}
+                update={
+                    "target_score": 30.0,
+                    "max_iterations": 10,
+                    "trials_per_iteration": 5,
+                    "verify_trials": 0,
+                    "estimate": "posterior",
+                    "weight": 5.0,
+                }
             ),
             "selection": SelectionConfig(relevance="zero", concreteness="threshold"),
         }
