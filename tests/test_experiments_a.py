@@ -314,7 +314,9 @@ def test_matched_prefix_scores_the_continuation_alone(continuing: Runs) -> None:
     for found in rows:
         by_index.setdefault(found.trial.index, []).append(found)
     for pair in by_index.values():
-        generic_row, own_row = sorted(pair, key=lambda r: r.trial.condition)
+        generic_row, own_row, whole = sorted(pair, key=lambda r: r.trial.condition)
+        assert whole.trial.prefill.endswith(own_row.trial.prefill)
+        assert len(whole.trial.prefill) > len(own_row.trial.prefill)
         assert own_row.trial.prefill.startswith(RESTART)
         assert own_row.trial.seed == generic_row.trial.seed
         assert len(own_row.trial.prefill) - 20 <= len(generic_row.trial.prefill) <= len(own_row.trial.prefill)

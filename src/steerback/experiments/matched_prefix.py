@@ -1,7 +1,8 @@
 """Matched prefix (paper's second version): does the model's own correction hold better than any on-topic text?
 
 With steering on throughout, the model goes on from the corrective text of a response in which it restarted, or from
-equally much of an unsteered response to the same prompt. The continuation alone is judged.
+equally much of an unsteered response to the same prompt; and from its own correction with all that was before it, the
+drift included, which is how it really went on. The continuation alone is judged.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from steerback.ledger import Ledger, Row
 from steerback.records import Intervention, Trial, is_degraded
 from steerback.study import Study
 
-OWN, GENERIC = "own correction", "generic prefix"
+OWN, CONTEXT, GENERIC = "own correction", "own correction after its drift", "generic prefix"
 STAGE = "continuation"
 SHORTEST = 20  # characters; less than this is hardly more than the restart phrase
 
@@ -32,6 +33,7 @@ class MatchedPrefix:
         "characters": 200,  # of corrective text, at most
         "repeats": 4,  # continuations of each prefix
         "episodes": 100,  # at most so many, latents taking turns
+        "in_context": True,  # also continue the whole response up to the same point
         "improved_only": True,  # whether the restart has to score higher than what was before it
     }
 
@@ -41,7 +43,7 @@ class MatchedPrefix:
 
     def further(self, config: RunConfig) -> dict[str, int]:
         given = self.given(config)
-        return {STAGE: 2 * given["repeats"] * given["episodes"]}
+        return {STAGE: (2 + bool(given["in_context"])) * given["repeats"] * given["episodes"]}
 
     def given(self, config: RunConfig) -> dict[str, Any]:
         chosen = settings(self, config)
@@ -58,12 +60,11 @@ class MatchedPrefix:
         trials: list[Trial] = []
         turns = study.config.trials_per_latent
         for row in sorted(rows, key=lambda r: (r.trial.index % turns, r.trial.index)):
-            own, generic, why = pair(row, unsteered.get(row.trial.prompt, []), given)
-            if own and tally["used"] == given["episodes"]:
-                own, why = "", "beyond the number of episodes wanted"
+            prefixes, why = prefixes_of(row, unsteered.get(row.trial.prompt, []), given)
+            if prefixes and tally["used"] == given["episodes"]:
+                prefixes, why = {}, "beyond the number of episodes wanted"
             tally[why] += 1
-            if own:
-                trials += continuations(study, row.trial, own, generic, given["repeats"])
+            trials += continuations(study, row.trial, prefixes, given["repeats"])
         study.run.ledger.set_fact(study.name, "matched-prefix", {"pairs": dict(tally), "repeats": given["repeats"]})
         await study.measure("matched prefix", trials)
 
@@ -71,7 +72,7 @@ class MatchedPrefix:
         """Own correction against generic prefix, paired by episode and seed."""
         from steerback.figures import conditions as figure
 
-        found = measured(ledger, judge, draws, against=lambda c: GENERIC if c == OWN else None, stage=STAGE)
+        found = measured(ledger, judge, draws, against=lambda c: None if c == GENERIC else GENERIC, stage=STAGE)
         targets = found.targets or [t for t, _ in ledger.conditions()]
         facts = {target: ledger.fact(target, "matched-prefix") for target in dict.fromkeys(targets)}
         note = "Scores are of the continuation alone, under steering. " + planted(facts)
@@ -101,27 +102,30 @@ def responses_by_prompt(rows: Sequence[Row]) -> dict[str, list[str]]:
     return found
 
 
-def pair(row: Row, unsteered: Sequence[str], given: Mapping[str, Any]) -> tuple[str, str, str]:
-    """(corrective text, on-topic text of the same length, "used"), or empty with the reason.
+def prefixes_of(row: Row, unsteered: Sequence[str], given: Mapping[str, Any]) -> tuple[dict[str, str], str]:
+    """(prefix per condition, "used"), or ({}, why there are none).
 
     Corrective text is the second attempt from its restart phrase on, at most `characters` long.
     """
     judged = row.judgement
     if not row.valid_receipt or judged is None or judged.status != "scored":
-        return "", "", "not scored"
+        return {}, "not scored"
     attempts = judged.gated_attempts()
     if len(attempts) < 2:
-        return "", "", "without a restart"
+        return {}, "without a restart"
     if given["improved_only"] and attempts[1].score <= attempts[0].score:
-        return "", "", "restarts without improvement"
-    own = shorten(row.judged_text[attempts[1].start : attempts[1].end].strip(), given["characters"])
-    long_enough = [text for text in unsteered if len(text.strip()) > len(own)]
+        return {}, "restarts without improvement"
+    text, start = row.judged_text, attempts[1].start
+    start += len(text[start:]) - len(text[start:].lstrip())
+    own = shorten(text[start : attempts[1].end].rstrip(), given["characters"])
+    long_enough = [other for other in unsteered if len(other.strip()) > len(own)]
     if len(own) < SHORTEST or is_degraded(own):
-        return "", "", "corrections too short or degraded"
+        return {}, "corrections too short or degraded"
     if not long_enough:
-        return "", "", "without an unsteered response that is long enough"
+        return {}, "without an unsteered response that is long enough"
     generic = long_enough[row.trial.index % len(long_enough)].strip()
-    return own, shorten(generic, len(own)), "used"
+    found = {OWN: own, CONTEXT: text[: start + len(own)], GENERIC: shorten(generic, len(own))}
+    return {name: prefix for name, prefix in found.items() if given["in_context"] or name != CONTEXT}, "used"
 
 
 def shorten(text: str, characters: int) -> str:
@@ -132,8 +136,8 @@ def shorten(text: str, characters: int) -> str:
     return text[:end].rstrip() if end > 0 else text[:characters]
 
 
-def continuations(study: Study, trial: Trial, own: str, generic: str, repeats: int) -> list[Trial]:
-    """Both arms, `repeats` times; the index pairs them."""
+def continuations(study: Study, trial: Trial, prefixes: Mapping[str, str], repeats: int) -> list[Trial]:
+    """Every prefix `repeats` times; the index pairs them."""
     assert trial.latent is not None
     assert trial.boost is not None
     return [
@@ -149,6 +153,6 @@ def continuations(study: Study, trial: Trial, own: str, generic: str, repeats: i
             prefill=prefix,
             interventions=(Intervention("add", trial.latent, trial.boost),),
         )
-        for condition, prefix in ((OWN, own), (GENERIC, generic))
+        for condition, prefix in prefixes.items()
         for index in range(trial.index * repeats, (trial.index + 1) * repeats)
     ]
