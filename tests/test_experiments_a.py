@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from planted import Runs, thresholds
+from planted import QuickEngine, Runs, thresholds
 from steerback.engines.scripted import RESTART, PlantedModel
 from steerback.errors import SteerbackError
 from steerback.experiments import prefill_control
@@ -399,3 +399,14 @@ def test_a_parabola_is_found_exactly() -> None:
     assert peak is not None
     assert peak.at == pytest.approx(0.75, abs=0.05)
     assert peak.value == pytest.approx(0.2, abs=0.003)
+
+
+def test_thresholds_of_other_weights_are_not_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = Runs(tmp_path, monkeypatch, PlantedModel(thresholds=thresholds()))
+    weights = {"files": "before"}
+    monkeypatch.setattr(QuickEngine, "describe", lambda self: {"engine": "scripted", **weights})
+    runs.run("esr", "n_latents=3", "trials_per_latent=3")
+    runs.run("no-steering", base="esr", name="same")
+    weights["files"] = "after"
+    with pytest.raises(SteerbackError, match="another planted: files differ"):
+        runs.run("no-steering", base="esr", name="other")
