@@ -145,7 +145,8 @@ def quick(experiment: str, targets: tuple[str, ...]) -> RunConfig:
         n_latents=12,
         trials_per_latent=20,
         reference_responses=3,
-        calibration=CalibrationConfig(max_iterations=8, trials_per_iteration=6, verify_trials=6),
+        # 12 x 5 responses a round fill one batch of 64 rows
+        calibration=CalibrationConfig(max_iterations=8, trials_per_iteration=5, verify_trials=5),
     )
 
 
