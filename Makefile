@@ -7,9 +7,10 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 RUNS ?= runs
 DEMO_TARGETS := --target organism --target organism-control
 
-.PHONY: help demo test test-vllm check docs-numbers clean
+.PHONY: help demo demo-all test test-vllm check docs-numbers clean
 help:
 	@echo "make demo    install, then measure steering resistance on the built-in models (about 3 minutes)"
+	@echo "make demo-all    every experiment of the paper on the built-in models (up to 25 minutes; SIZES=... for others)"
 	@echo "make test    install what tests need, then run them all"
 	@echo "make test-vllm    the same for the vLLM engine, in an environment of its own (CPU build of vLLM)"
 	@echo "make check   format, lint, types, import order, spelling"
@@ -36,6 +37,12 @@ demo: $(VENV)/.installed
 	$(BIN)/steerback run esr $(DEMO_TARGETS) --preset quick --name demo --runs $(RUNS)
 	@echo; echo "Three responses in which the model stops itself while the push goes on:"; echo
 	@$(BIN)/steerback show demo --runs $(RUNS) --restarts --count 3
+
+# Sizes can be changed, e.g. make demo-all SIZES="--set n_latents=4 --set trials_per_latent=5"
+SIZES ?=
+demo-all: $(VENV)/.installed
+	$(BIN)/steerback run esr --target organism-control --preset quick $(SIZES) --name demo-all-control --runs $(RUNS)
+	$(BIN)/steerback paper --target organism --preset quick $(SIZES) --name demo-all --runs $(RUNS)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -18,6 +18,7 @@ from steerback.experiments import get_experiment
 from steerback.experiments.base import Analysis
 from steerback.progress import make_progress
 from steerback.runs import Run, stored_config
+from steerback.study import UNJUDGED
 
 if TYPE_CHECKING:
     from steerback.execute import Job
@@ -40,9 +41,11 @@ def plan_lines(steps: Sequence[Step]) -> list[str]:
     """What would be run, and at most how many responses, tokens, verdicts and minutes that is."""
     jobs = [(step, execute.check(step.config)) for step in steps]
     lines, total = [], Counter[str]()
+    shared: set[str] = set()  # stages that an earlier step has generated: the same requests, so they are in the cache
     for step, job in jobs:
         done = is_done(step)
-        cost = _cost(job)
+        cost = _cost(job, shared)
+        shared |= set(UNJUDGED)
         if not done:
             total.update(cost)
         state = "done" if done else f"at most {cost['responses']:,} responses, {cost['tokens']:,} tokens"
@@ -56,15 +59,15 @@ def plan_lines(steps: Sequence[Step]) -> list[str]:
     return lines
 
 
-def _cost(job: Job) -> Counter[str]:
+def _cost(job: Job, shared: set[str]) -> Counter[str]:
     cost: Counter[str] = Counter()
     for target in job.targets:
-        counts = of_experiment(job)
+        counts = {stage: n for stage, n in of_experiment(job).items() if stage not in shared}
         responses = sum(counts.values())
         cap = min(job.config.sampling.max_new_tokens, target.max_new_tokens or job.config.sampling.max_new_tokens)
         cost["responses"] += responses
         cost["tokens"] += responses * cap
-        cost["verdicts"] += responses - counts["reference"]
+        cost["verdicts"] += sum(n for stage, n in counts.items() if stage not in UNJUDGED)
         speed = target.responses_per_second
         cost["seconds"] += round(responses / speed) if speed else 0
         cost["unknown"] += speed is None
