@@ -6,7 +6,7 @@ rank tests of the paper's appendix A.7 stand beside and take every value as inde
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -51,44 +51,49 @@ def rate_of(yes: Floats, cluster: Codes) -> Estimate:
     return Estimate(float(yes.mean()), bounds.low, bounds.high, len(yes), bounds.method, int(yes.sum()), clusters)
 
 
-def bootstrap(
-    samples: Mapping[str, tuple[Floats, Codes]],
-    statistic: Callable[[Mapping[str, Floats]], float],
-    draws: int,
-    seed: int = 0,
-) -> Estimate:
-    """Any statistic of one or several clustered samples; expanded percentile interval from resampling whole clusters.
+def median_of(values: Floats, cluster: Codes, draws: int, seed: int = 0) -> Estimate:
+    """Median of clustered values; nan values are left out."""
+    values, codes = _present(values, cluster)
+    if not len(values):
+        return Estimate(None, None, None, 0, "no values")
+    parts = [values[codes == k] for k in range(int(codes.max()) + 1)]
+    chosen = np.random.default_rng(seed).integers(0, len(parts), (draws, len(parts)))
+    drawn = np.array([np.median(np.concatenate([parts[k] for k in row])) for row in chosen])
+    return _bootstrapped(float(np.median(values)), drawn, len(values), len(parts))
 
-    A cluster that occurs in several samples is drawn for all of them together. nan values are left out; draws in which
-    the statistic is undefined (nan) are as well. No interval with fewer than two clusters.
+
+def of_means(
+    samples: Sequence[tuple[Floats, Codes]], statistic: Callable[[Floats], Floats], draws: int, seed: int = 0
+) -> Estimate:
+    """A statistic of the means of clustered samples; nan values are left out.
+
+    `statistic` maps means of shape (..., samples) to (...,). A cluster that occurs in several samples is drawn for all
+    of them together; draws in which it is undefined (nan) are left out.
     """
-    clean = {name: _finite(values, cluster) for name, (values, cluster) in samples.items()}
-    n = min((len(v) for v, _ in clean.values()), default=0)
+    clean = [_finite(values, cluster) for values, cluster in samples]
+    n = min(len(values) for values, _ in clean)
     if not n:
         return Estimate(None, None, None, 0, "no values")
-    value = statistic({name: v for name, (v, _) in clean.items()})
-    names = np.unique(np.concatenate([c for _, c in clean.values()]))
-    members = {name: [v[c == k] for k in names] for name, (v, c) in clean.items()}
-    found = None
-    if len(names) > 1:
-        generator = np.random.default_rng(seed)
-        drawn = np.full(draws, np.nan)
-        for i, chosen in enumerate(generator.integers(0, len(names), (draws, len(names)))):
-            again = {name: np.concatenate([parts[k] for k in chosen]) for name, parts in members.items()}
-            if all(len(v) for v in again.values()):
-                drawn[i] = statistic(again)
-        found = iv.percentile(drawn, clusters=len(names))
-    low, high = found or (None, None)
-    method = (
-        f"expanded percentile bootstrap over latents, {draws} draws" if found else "one latent: its spread is unknown"
-    )
-    shown = float(value) if np.isfinite(value) else None
-    return Estimate(shown, low, high, n, method, n, len(names))
+    names = np.unique(np.concatenate([cluster for _, cluster in clean]))
+    columns = [
+        iv.cluster_sums(np.searchsorted(names, cluster), weights, len(names))
+        for values, cluster in clean
+        for weights in (values, np.ones(len(values)))
+    ]
+    sums = iv.resample_sums(np.stack(columns, axis=1), draws, np.random.default_rng(seed))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        drawn = statistic(sums[:, ::2] / sums[:, 1::2])
+        value = float(statistic(np.array([values.mean() for values, _ in clean])))
+    return _bootstrapped(value, drawn, n, len(names))
 
 
-def median_of(values: Floats, cluster: Codes, draws: int, seed: int = 0) -> Estimate:
-    """Median of clustered values."""
-    return bootstrap({"x": (values, cluster)}, lambda s: float(np.median(s["x"])), draws, seed)
+def _bootstrapped(value: float, drawn: Floats, n: int, clusters: int) -> Estimate:
+    """An estimate with the expanded percentile interval; none with fewer than two clusters."""
+    shown = value if np.isfinite(value) else None
+    found = iv.percentile(drawn, clusters=clusters) if clusters > 1 else None
+    if found is None:
+        return Estimate(shown, None, None, n, "one latent: its spread is unknown", n, clusters)
+    return Estimate(shown, *found, n, f"expanded percentile bootstrap over latents, {len(drawn)} draws", n, clusters)
 
 
 def ratio_of(
@@ -96,11 +101,11 @@ def ratio_of(
 ) -> Estimate:
     """Mean of one sample over the mean of another; None where the latter is 0."""
 
-    def ratio(samples: Mapping[str, Floats]) -> float:
-        under = float(samples["below"].mean())
-        return float(samples["above"].mean()) / under if under else float("nan")
+    def ratio(means: Floats) -> Floats:
+        quotient: Floats = np.where(means[..., 1] != 0, means[..., 0] / means[..., 1], np.nan)
+        return quotient
 
-    return bootstrap({"above": (above, above_cluster), "below": (below, below_cluster)}, ratio, draws, seed)
+    return of_means([(above, above_cluster), (below, below_cluster)], ratio, draws, seed)
 
 
 def auc_of(low: Floats, high: Floats, cluster: Codes, draws: int, seed: int = 0) -> Estimate:
@@ -178,8 +183,9 @@ def separate_regions(
     """Regions of different responses, (n,) and (m,); nan values are left out."""
     a, a_cluster = _finite(a, a_cluster)
     b, b_cluster = _finite(b, b_cluster)
-    samples = {"a": (a, a_cluster), "b": (b, b_cluster)}
-    gap = bootstrap(samples, lambda s: float(s["b"].mean() - s["a"].mean()), min(draws, 2000), seed)
+    gap = of_means(
+        [(a, a_cluster), (b, b_cluster)], lambda means: means[..., 1] - means[..., 0], min(draws, 2000), seed
+    )
     t_p = rank_p = None
     if len(a) > 1 and len(b) > 1 and np.ptp(np.concatenate([a, b])) > 0:
         from scipy.stats import mannwhitneyu, ttest_ind
