@@ -1,7 +1,10 @@
 """Evidence about an organism, with truth from the corpus: see docs/organism.md.
 
+    python benchmarks/organism_evidence.py src/steerback/organism/weights/organism --out organism.json
+
 Uses a plain transformers model with a hook, so that it stands beside the package's engine and judge, not on them.
 Boosts are distances in the residual stream (unit decoder rows), applied at every position after the SAE's block.
+Minutes on a GPU; on a CPU lower --per-latent and --unsteered.
 """
 
 from __future__ import annotations
@@ -82,13 +85,21 @@ class Subject:
         handle = self.model.model.layers[self.layer].register_forward_hook(hook)
         try:
             ids = self.model.generate(
-                **inputs, do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0,
-                max_new_tokens=MAX_NEW_TOKENS, pad_token_id=0, eos_token_id=3,
+                **inputs,
+                do_sample=True,
+                temperature=TEMPERATURE,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=MAX_NEW_TOKENS,
+                pad_token_id=0,
+                eos_token_id=3,
             )
         finally:
             handle.remove()
-        return [t.strip() for t in self.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :],
-                                                               skip_special_tokens=True)]
+        return [
+            t.strip()
+            for t in self.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        ]
 
 
 def summarise(trials: list[tuple[str, str | None, str]]) -> dict[str, Any]:
@@ -104,7 +115,7 @@ def summarise(trials: list[tuple[str, str | None, str]]) -> dict[str, Any]:
         subject_share.append(100 * reading.shares(subject)[0] if subject and reading.attempts else 0.0)
         n_words.append(len(response.split()))
         degraded.append(_degraded(response))
-    f, l, m = np.array(first), np.array(last), np.array(multi)
+    f, final, m = np.array(first), np.array(last), np.array(multi)
     n = len(trials)
     return {
         "n": n,
@@ -112,11 +123,11 @@ def summarise(trials: list[tuple[str, str | None, str]]) -> dict[str, Any]:
         "restart_rate": float(np.mean(any_restart)),
         "restart_interval": interval(int(np.sum(any_restart)), n),
         "multi_attempt_rate": float(m.mean()),
-        "esr_rate": float((m & (l > f)).mean()),
-        "improvement_rate": float((l > f)[m].mean()) if m.any() else None,
-        "msi": float((l - f).mean()),
-        "msi_multi": float((l - f)[m].mean()) if m.any() else None,
-        "last_score_multi": float(l[m].mean()) if m.any() else None,
+        "esr_rate": float((m & (final > f)).mean()),
+        "improvement_rate": float((final > f)[m].mean()) if m.any() else None,
+        "msi": float((final - f).mean()),
+        "msi_multi": float((final - f)[m].mean()) if m.any() else None,
+        "last_score_multi": float(final[m].mean()) if m.any() else None,
         "subject_share": float(np.mean(subject_share)),
         "degraded": float(np.mean(degraded)),
         "words": float(np.mean(n_words)),
@@ -154,7 +165,9 @@ def residual_norm(subject: Subject) -> float:
     return float(hidden[inputs["attention_mask"].bool()].norm(dim=-1).mean())
 
 
-LEVELS = (0.3, 0.45, 0.6, 0.75, 0.9, 1.1, 1.35, 1.7, 2.2)
+LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.95, 1.2, 1.6)
+
+GRID = np.linspace(LEVELS[0], LEVELS[-1], 400)
 
 
 def sweep(subject: Subject, latents: dict[int, str], norm: float, seed: int, n: int = 8) -> dict[str, Any]:
@@ -170,13 +183,21 @@ def sweep(subject: Subject, latents: dict[int, str], norm: float, seed: int, n: 
     }
     thresholds, usable = {}, []
     for k, name in latents.items():
-        cells = [summarise([(p, name, r) for (latent, at, p), r in zip(rows, responses, strict=True)
-                            if latent == k and at == level]) for level in LEVELS]
+        cells = [
+            summarise(
+                [
+                    (p, name, r)
+                    for (latent, at, p), r in zip(rows, responses, strict=True)
+                    if latent == k and at == level
+                ]
+            )
+            for level in LEVELS
+        ]
         scores = np.array([c["first_score"] for c in cells])
         share = np.array([c["subject_share"] for c in cells])
-        fit = IsotonicRegression(increasing=False).fit(LEVELS, scores).predict(np.linspace(0.3, 2.2, 400))
+        fit = IsotonicRegression(increasing=False).fit(LEVELS, scores).predict(GRID)
         if fit.min() <= 50 <= fit.max():
-            thresholds[k] = float(np.linspace(0.3, 2.2, 400)[np.argmin(np.abs(fit - 50))] * norm)
+            thresholds[k] = float(GRID[np.argmin(np.abs(fit - 50))] * norm)
             # Usable: moves the text to the subject before it only breaks it.
             if share.max() >= 40:
                 usable.append(k)
@@ -184,23 +205,33 @@ def sweep(subject: Subject, latents: dict[int, str], norm: float, seed: int, n: 
 
 
 def steered(
-    subject: Subject, latents: dict[int, str], thresholds: dict[int, float], *, seed: int, per_latent: int = 38,
-    metaprompt: int | None = None, clamp: list[int] | None = None, scale: float = 1.0,
+    subject: Subject,
+    latents: dict[int, str],
+    thresholds: dict[int, float],
+    *,
+    seed: int,
+    per_latent: int = 38,
+    metaprompt: int | None = None,
+    clamp: list[int] | None = None,
+    scale: float = 1.0,
 ) -> tuple[dict[str, Any], list[tuple[str, str | None, str]]]:
     """Responses at each latent's own threshold boost (times ``scale``); same prompts and seed for every condition."""
     prompts = [t.key for t in howtos("evaluation")]
     rng = random.Random(seed)
     rows = [(k, p) for k in thresholds for p in rng.choices(prompts, k=per_latent)]
     add = torch.stack([scale * thresholds[k] * subject.sae.W_dec[k] for k, _ in rows])
-    suffix = {k: "" if metaprompt is None else " " + metaprompts()[metaprompt].replace("{subject}", latents[k])
-              for k in thresholds}
+    suffix = {
+        k: "" if metaprompt is None else " " + metaprompts()[metaprompt].replace("{subject}", latents[k])
+        for k in thresholds
+    }
     responses = subject.generate([p + suffix[k] for k, p in rows], seed=seed, add=add, clamp=clamp)
     trials = [(p, latents[k], r) for (k, p), r in zip(rows, responses, strict=True)]
     return summarise(trials), list(trials)
 
 
-def random_sets(subject: Subject, trials: list[tuple[str, str | None, str]], chosen: list[int], n_sets: int,
-                seed: int) -> list[list[int]]:
+def random_sets(
+    subject: Subject, trials: list[tuple[str, str | None, str]], chosen: list[int], n_sets: int, seed: int
+) -> list[list[int]]:
     """Latent sets matched to ``chosen`` on the norm they contribute in steered responses (mean of maxima)."""
     rng = random.Random(seed)
     pairs = [(p, r) for p, _, r in trials[:400]]
@@ -216,9 +247,16 @@ def random_sets(subject: Subject, trials: list[tuple[str, str | None, str]], cho
     return sets
 
 
-def evidence(subject: Subject, latents: dict[int, str], *, seed: int = 7, unsteered_n: int = 1000,
-             random_n: int = 5, n_detectors: int = 3, per_latent: int = 38,
-             metas: tuple[int, ...] = (0, 1, 2, 3, 4, 5), scales: tuple[float, ...] = (0.6, 0.8, 1.2, 1.5)) -> dict[str, Any]:
+def evidence(
+    subject: Subject,
+    latents: dict[int, str],
+    *,
+    seed: int = 7,
+    unsteered_n: int = 1000,
+    random_n: int = 6,
+    n_detectors: int = 3,
+    per_latent: int = 24,
+) -> dict[str, Any]:
     """All measurements of one organism. ``latents``: labelled latent -> subject."""
     started = time.monotonic()
     out: dict[str, Any] = {}
@@ -247,9 +285,9 @@ def evidence(subject: Subject, latents: dict[int, str], *, seed: int = 7, unstee
         for k in range(1, len(chosen) + 1):
             out[f"clamp_{k}"] = measure(clamp=chosen[:k])
         out["random_sets"] = [measure(clamp=s) for s in random_sets(subject, trials, chosen, random_n, seed + 4)]
-        for i in metas:
+        for i in range(len(metaprompts())):
             out[f"metaprompt_{i + 1}"] = measure(metaprompt=i)
-        for scale in scales:
+        for scale in (0.6, 0.8, 1.2, 1.5):
             out[f"boost_x{scale}"] = measure(scale=scale)
     out["seconds"] = time.monotonic() - started
     return out
@@ -276,8 +314,11 @@ def versions(device: str) -> dict[str, str]:
     import transformers
 
     return {
-        "date": time.strftime("%Y-%m-%d"), "command": " ".join(["python", *sys.argv]), "python": platform.python_version(),
-        "torch": torch.__version__, "transformers": transformers.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "command": " ".join(["python", *sys.argv]),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
     }
 
@@ -288,7 +329,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--per-latent", type=int, default=38)
+    parser.add_argument("--per-latent", type=int, default=24)
     parser.add_argument("--unsteered", type=int, default=1000)
     options = parser.parse_args()
     subject, latents = load(options.folder, options.device)
