@@ -259,11 +259,10 @@ def test_table(found: Mapping[str, Activity], judge: str) -> Table:
 
 
 def _told(target: str, a: Activity) -> str:
-    counts = ", ".join(f"{n} {name}" for name, n in a.recorded.counts.items())
     if ep.DETECTORS not in a.ratios:
-        return f"{target}: {counts}"
+        return f"{target}: {a.recorded.told}"
     quiet, drift = (a.ratios[ep.DETECTORS][f"off-topic / {b}"] for b in (QUIET, NO_RESTART))
     return (
         f"{target}: detectors off topic {number(quiet.value)} times as active as in unsteered responses, "
-        f"{number(drift.value)} times as in steered ones without restart; {counts}"
+        f"{number(drift.value)} times as in steered ones without restart; {a.recorded.told}"
     )

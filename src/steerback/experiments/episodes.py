@@ -192,6 +192,18 @@ class Recorded:
         }
 
     @property
+    def watched(self) -> str:
+        """Sizes of the groups, in words."""
+        many = {name: len(latents) for name, latents in self.groups.items()}
+        detectors = f"{many[DETECTORS]} detector{'s' * (many[DETECTORS] != 1)}"
+        return f"{detectors}, {many[BACKTRACKING] or 'no'} backtracking latent{'s' * (many[BACKTRACKING] != 1)}"
+
+    @property
+    def told(self) -> str:
+        """The counts, in words; replays that went differently only where there are any."""
+        return ", ".join(f"{n:,} {name}" for name, n in self.counts.items() if n or not name.startswith("replays"))
+
+    @property
     def twice(self) -> list[Trace]:
         """Episodes of exactly two attempts."""
         return [t for t in self.episodes if len(t.attempts) == 2]

@@ -2,8 +2,8 @@
 
 Episodes of the baseline are replayed with recording, steering on. The lead time is the number of tokens from the
 detectors' onset to the first token of the correction. Its rule is fixed beforehand: the summed activation, averaged
-over the last `window` tokens (never later ones), first exceeds the `quantile` of the same quantity in unsteered
-responses. The same rule is applied to responses without a restart, cut at the same position.
+over the last `window` tokens (never later ones), first exceeds what a share `quantile` of the unsteered responses never
+reach. The same rule is applied to responses without a restart, cut at the same position.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 LEAD_OPTIONS: Mapping[str, Any] = {
     "window": 3,  # tokens in the running mean
-    "quantile": 0.95,  # of the running mean over the tokens of unsteered responses: what counts as an onset
+    "quantile": 0.95,  # of the largest running mean in each unsteered response: what counts as an onset
 }
 
 
@@ -149,8 +149,8 @@ def lead_times(found: ep.Recorded, window: int, quantile: float) -> Leads:
     def curve(trace: ep.Trace) -> Floats:
         return smoothed(trace.sums[ep.DETECTORS], window)
 
-    calm = [curve(t) for t in found.unsteered if len(t)]
-    threshold = float(np.quantile(np.concatenate(calm), quantile)) if calm else 0.0
+    peaks = [float(curve(t).max()) for t in found.unsteered if len(t)]
+    threshold = float(np.quantile(peaks, quantile)) if peaks else 0.0
 
     def share(controls: Sequence[ep.Trace], stop: int) -> float:
         return float(np.mean([onset(curve(c), threshold, stop) is not None for c in controls])) if controls else np.nan
@@ -168,8 +168,8 @@ def lead_times(found: ep.Recorded, window: int, quantile: float) -> Leads:
 
 def _rule(options: Mapping[str, Any]) -> str:
     return (
-        f"onset: the detectors' sum, averaged over the last {options['window']} tokens, first exceeds the "
-        f"{options['quantile']:g} quantile of unsteered responses"
+        f"onset: the detectors' sum, averaged over the last {options['window']} tokens, first exceeds what "
+        f"{options['quantile']:.0%} of the unsteered responses never reach"
     )
 
 
@@ -190,8 +190,6 @@ def lead_table(estimates: Mapping[str, Mapping[str, Estimate]], judge: str, rule
 
 def told(target: str, found: ep.Recorded, estimates: Mapping[str, Estimate]) -> str:
     """One line: the counts, and the lead."""
-    counts = ", ".join(f"{n} {name}" for name, n in found.counts.items())
     lead = estimates["median lead"]
     said = "no onset before any correction" if lead.value is None else f"median lead {show(lead, False)} tokens"
-    watched = f"{len(found.groups[ep.DETECTORS])} detectors, {len(found.groups[ep.BACKTRACKING])} backtracking latents"
-    return f"{target}: {said}; {watched}; {counts}"
+    return f"{target}: {said}; {found.watched}; {found.told}"

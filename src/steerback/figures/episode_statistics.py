@@ -131,8 +131,5 @@ def _regions(ax: Axes, a: Activity, group: str, colour: str) -> None:
 def _caption(words: str, found: Mapping[str, Activity], judge: str, note: str) -> str:
     lines = [f"{words} Judge: {judge}. {note}".strip()]
     for target, a in found.items():
-        latents = ", ".join(f"{len(a.recorded.groups[g])} {g}" for g in a.recorded.groups)
-        lines.append(
-            f"{target}: {latents}; " + ", ".join(f"{n:,} {name}" for name, n in a.recorded.counts.items()) + "."
-        )
+        lines.append(f"{target}: {a.recorded.watched}; {a.recorded.told}.")
     return "\n".join(lines)

@@ -40,8 +40,7 @@ def draw(
         "largest value in the panel; recorded before anything is added. Shaded: first attempt, correction, second "
         f"attempt. Triangle: onset of the detectors; dotted: its threshold. Judge: {judge}. {note}".strip()
     )
-    told = [f"{t}: {len(r.groups[ep.DETECTORS])} detectors, {len(r.groups[ep.BACKTRACKING])} backtracking latents, "
-            f"{len(r.episodes)} episodes." for t, r in found.items()]  # fmt: skip
+    told = [f"{t}: {r.watched}; {len(r.episodes):,} episodes." for t, r in found.items()]
     fig, drawing = style.new_figure("full", 1.75 * max(len(chosen), 1) + 0.2, "\n".join([caption, *told]))
     axes = drawing.subplots(max(len(chosen), 1), 1, squeeze=False)[:, 0]
     if not chosen:
@@ -49,7 +48,7 @@ def draw(
         return fig
     for ax, (target, trace) in zip(axes, chosen, strict=True):
         _episode(ax, target, trace, leads[target].threshold, int(options["window"]))
-    _legend(drawing)
+    _legend(drawing, {g for _, trace in chosen for g, values in trace.sums.items() if np.any(values > 0)})
     return fig
 
 
@@ -95,12 +94,12 @@ def _token(piece: str) -> str:
     return style.plain(shown if len(shown) <= 11 else shown[:10] + "…")
 
 
-def _legend(fig: Any) -> None:
+def _legend(fig: Any, shown: set[str]) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     names = {ep.DETECTORS: "detectors", ep.BACKTRACKING: "backtracking latents", ep.STEERED: "steered latent"}
-    handles: list[Any] = [Line2D([], [], color=LINES[name], label=label) for name, label in names.items()]
+    handles: list[Any] = [Line2D([], [], color=LINES[g], label=label) for g, label in names.items() if g in shown]
     handles += [Patch(color=colour, label=name) for name, colour in SHADES.items()]
     fig.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=6.5, columnspacing=1.2)
 
@@ -118,7 +117,7 @@ def draw_leads(
     rows = max(len(found), 1)
     lines = [f"{rule[0].upper()}{rule[1:]}. 95 % intervals clustered by latent. Judge: {judge}. {note}".strip()]
     for target, recorded in found.items():
-        lines.append(f"{target}: " + ", ".join(f"{n:,} {name}" for name, n in recorded.counts.items()) + ".")
+        lines.append(f"{target}: {recorded.watched}; {recorded.told}.")
     fig, drawing = style.new_figure("full", 1.6 * rows, "\n".join(lines))
     axes = drawing.subplots(rows, 2, squeeze=False, width_ratios=[1.3, 1])
     colours = style.colours(found)
