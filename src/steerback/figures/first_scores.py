@@ -32,7 +32,8 @@ def draw(
         _histogram(ax, unsteered[target], colours[target], filled=True, label="no steering")
         if steered and target in steered:
             _histogram(ax, steered[target], style.INK, filled=False, label="at threshold")
-            ax.legend(loc="upper center")
+            if ax.get_legend_handles_labels()[0]:
+                ax.legend(loc="upper center")
         ax.grid(axis="y")
     for ax in axes.flat[len(unsteered) :]:
         ax.set_axis_off()
