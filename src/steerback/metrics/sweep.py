@@ -23,7 +23,7 @@ LEAST = 10  # trials in a metric's denominator
 
 @dataclass(frozen=True)
 class Peak:
-    """Position and height of a metric's maximum; [low, high] is the percentile interval over resampled latents.
+    """Position and height of a metric's maximum; [low, high] is the expanded percentile interval over latents.
 
     `edge` is the share of resamples whose highest level is the first or the last one: where it is large, the peak may
     lie outside the levels that were measured. `undefined` resamples had the metric at no level.
@@ -64,7 +64,7 @@ def find_peak(
     curves = curves[np.any(np.isfinite(curves), axis=1)]
     highest = _highest(curves, rng.random(len(curves)))
     places, _ = _vertex(grid, curves, highest)
-    low, high = iv.percentile(places) or (grid[0], grid[-1])
+    low, high = iv.percentile(places, clusters=len(sums)) or (grid[0], grid[-1])
     edge = float(np.mean((highest == 0) | (highest == len(grid) - 1)))
     return Peak(metric, float(at), float(value), float(low), float(high), edge, draws - len(curves))
 
