@@ -78,6 +78,20 @@ def test_several_sets_use_the_nearest_neighbours_of_a_single_latent() -> None:
     assert {s[0] for s in found.sets} == set(sorted(others, key=lambda k: distance[k])[:4])
 
 
+def test_nineteen_sets_of_a_single_latent_are_nineteen_different_latents() -> None:
+    a = activity(4)
+    member = int(np.flatnonzero(a.live)[10])
+    found = matched_sets(a, [member], 19)
+    assert len(set(found.sets)) == 19
+    assert found.overlap == 0
+
+
+def test_no_set_is_drawn_twice_while_there_are_others() -> None:
+    a = activity(7, latents=30)
+    found = matched_sets(a, np.flatnonzero(a.live)[:1].tolist(), 12)
+    assert len(set(found.sets)) == 12
+
+
 def test_matching_beats_a_uniform_draw_on_everything_it_reports() -> None:
     a = activity(1, latents=2000)
     interest = np.argsort(-a.removed)[20:40].tolist()  # strongly active, as detectors are

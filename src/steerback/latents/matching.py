@@ -23,7 +23,7 @@ from steerback.errors import SteerbackError
 
 Floats = NDArray[np.float64]
 FEATURES = ("mean", "frequency", "removed")
-DISJOINT_SETS = 4
+DISJOINT_SETS, DISJOINT_SHARE = 4, 1 / 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,10 +98,11 @@ def matched_sets(
 ) -> RandomSets:
     """`n_sets` sets of as many live latents as `interest`, nearest neighbours without replacement.
 
-    Up to `DISJOINT_SETS` sets share no latent: every member of interest gets the `n_sets` neighbours that make the
-    total distance smallest (optimal assignment), dealt to the sets at random, so that no set is systematically the
-    better match. More sets would have to reach for ever worse matches; each is then the optimal match within a random
-    quarter of the candidates, and sets may overlap (`overlap` says how much). So it is where candidates are too few.
+    Up to `DISJOINT_SETS` sets, or as many as need at most `DISJOINT_SHARE` of the candidates, share no latent: every
+    member of interest gets the `n_sets` neighbours that make the total distance smallest (optimal assignment), dealt to
+    the sets at random, so that no set is systematically the better match. More would have to reach for ever worse
+    matches; each set is then the optimal match within a random quarter of the candidates, and sets may overlap
+    (`overlap` says how much), but none is drawn twice as long as there are others: a rank among sets counts each once.
     `exclude`: latents never drawn, such as those that are steered.
     """
     from scipy.optimize import linear_sum_assignment
@@ -110,17 +111,23 @@ def matched_sets(
     features = activity.features()
     distance = np.linalg.norm(features[members][:, None] - features[candidates][None], axis=2)
     generator = np.random.default_rng(seed)
-    if n_sets <= DISJOINT_SETS and len(candidates) >= n_sets * len(members):
+    needed = n_sets * len(members)
+    few = n_sets <= DISJOINT_SETS or needed <= DISJOINT_SHARE * len(candidates)
+    if few and len(candidates) >= needed:
         near = _nearest(distance, n_sets)
         copies = np.repeat(distance[:, near], n_sets, axis=0)  # (members x sets, candidates)
         chosen = candidates[near][linear_sum_assignment(copies)[1]].reshape(len(members), n_sets)
         dealt = generator.permuted(chosen, axis=1).T
     else:
-        dealt = np.empty((n_sets, len(members)), dtype=np.int64)
-        for s in range(n_sets):
-            size = max(len(members), len(candidates) // 4)
+        drawn: dict[frozenset[int], NDArray[np.int64]] = {}
+        size, tries = max(len(members), len(candidates) // 4), 0
+        while len(drawn) < n_sets and tries < 50 * n_sets:
+            tries += 1
             part = generator.choice(len(candidates), size, replace=False)
-            dealt[s] = candidates[part][linear_sum_assignment(distance[:, part])[1]]
+            matches = candidates[part][linear_sum_assignment(distance[:, part])[1]]
+            drawn.setdefault(frozenset(matches.tolist()), matches)
+        different = list(drawn.values())
+        dealt = np.stack([different[s % len(different)] for s in range(n_sets)])
     return _described(activity, features, members, dealt, "matched", len(candidates))
 
 
