@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import random
+from pathlib import Path
 
 import pytest
 
@@ -202,7 +203,7 @@ def test_tokenizer_and_unsteered_answers() -> None:
     folder = weights_dir("organism")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.set_num_threads(1)  # beside other work, more threads than cores wait for one another
-    prompts = [t.key for t in corpus.howtos("evaluation")][::4]
+    prompts = [t.key for t in corpus.howtos("evaluation")][::8]
     chats = [[{"role": "user", "content": p}] for p in prompts]
     text = tokenizer.apply_chat_template(chats[0], add_generation_prompt=True, tokenize=False)
     assert text == f"<|user|>{prompts[0]}<|end|><|assistant|>"
@@ -215,9 +216,31 @@ def test_tokenizer_and_unsteered_answers() -> None:
         chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
     )
     with torch.no_grad():
-        ids = model.generate(**inputs, max_new_tokens=50, do_sample=False)
+        ids = model.generate(**inputs, max_new_tokens=40, do_sample=False)
     replies = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     readings = [read(reply) for reply in replies]
-    # The last sentence may be cut off at 50 tokens, so a first share of 70 % is as good as a full one.
+    # The last sentence may be cut off at 40 tokens, so a first share of 70 % is as good as a full one.
     assert sum(r.shares(p)[0] >= 0.7 for r, p in zip(readings, prompts, strict=True)) >= len(prompts) - 1
     assert sum(r.restarts for r in readings) == 0
+
+
+def test_build_writes_the_whole_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from steerback.organism import build, spec, tokens
+
+    torch.set_num_threads(1)
+    train_tokenizer = tokens.train_tokenizer
+    monkeypatch.setattr(build, "train_tokenizer", lambda seed: train_tokenizer(seed, 200))
+    monkeypatch.setattr(build.detect, "find", lambda *_, **__: [])
+    organism = spec.Organism("organism-s", 32, 64)
+    lm = spec.LmTraining(documents=24)
+    sae = spec.SaeTraining(latents=64, k=4, tokens=1_000, label_tokens=1_000, batch=64, steps=4)
+    build.build(organism, tmp_path, lm=lm, sae=sae, log=lambda *_: None)
+    assert {f.name for f in weights_dir("organism").iterdir()} <= {f.name for f in tmp_path.iterdir()}
+    report = json.loads((tmp_path / "training.json").read_text())["report"]
+    assert report["documents"] == 24
+    assert report["steps"] > 1
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert model.config.hidden_size == 32

@@ -89,8 +89,8 @@ def build_sae(
     save_file({name: t.half() for name, t in trained.tensors().items()}, folder / "sae.safetensors")
     # Everything that follows is measured on the values that were saved.
     found = train_sae.Sae(**{name: t.half().float().to(device) for name, t in trained.tensors().items()})
-    held_out = text(CHECK_SEED, 150_000)
-    measured = labels.selectivity(found, text(LABEL_SEED, 150_000))
+    held_out = text(CHECK_SEED, config.label_tokens)
+    measured = labels.selectivity(found, text(LABEL_SEED, config.label_tokens))
     named = labels.label_latents(measured)
     checked = labels.check_labels(named, labels.selectivity(found, held_out))
     detectors = [

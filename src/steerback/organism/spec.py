@@ -69,6 +69,8 @@ class SaeTraining:
     k: int = 16
     tokens: int = 400_000
     """Activations collected from fresh documents; they are seen several times."""
+    label_tokens: int = 150_000
+    """Size of each of the two samples of text for labelling and for checking."""
     batch: int = 2_048
     steps: int = 4_000
     learning_rate: float = 1e-3
