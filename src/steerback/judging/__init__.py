@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from steerback.errors import unknown
 from steerback.judging.base import Judge, JudgeItem, References
+from steerback.judging.models import JudgeModel, aliases, model_string
 
-__all__ = ["Judge", "JudgeItem", "References", "make_judge"]
+__all__ = ["Judge", "JudgeItem", "JudgeModel", "LOCAL", "References", "aliases", "make_judge"]
 
-LOCAL = ("offline", "scripted")
+LOCAL = {
+    "offline": "restart grammar and TF-IDF against unsteered responses; no key, not comparable with the paper",
+    "scripted": "reads the truth that the scripted engine writes into its responses; for tests",
+}
+"""Judges that need no key, with what they are."""
 
 
-def make_judge(name: str, **options: object) -> Judge:
-    """The judge a user asked for by name. Raises SteerbackError with the choices where there is none."""
+def make_judge(name: str, *, temperature: float | None = 0.0, base_url: str | None = None, **limits: Any) -> Judge:
+    """The judge a user asked for: a local one, an alias, or any Inspect model string ("provider/model").
+
+    `limits` are the fields of `transport.Limits`; local judges ignore all options. Raises SteerbackError for an unknown
+    name (with the choices), a missing key (naming the variable) or a missing extra.
+    """
     if name == "offline":
         from steerback.judging.offline import OfflineJudge
 
-        return OfflineJudge(**options)
+        return OfflineJudge()
     if name == "scripted":
         from steerback.judging.scripted import ScriptedJudge
 
-        return ScriptedJudge(**options)
-    raise unknown("judge", name, LOCAL)
+        return ScriptedJudge()
+    model = model_string(name)
+    if model is None:
+        raise unknown("judge", name, [*LOCAL, *(a.alias for a in aliases()), "any provider/model"])
+    from steerback.judging.llm import LLMJudge
+    from steerback.judging.transport import Limits, Transport
+
+    return LLMJudge(name, Transport(model, Limits(**limits), temperature, base_url))

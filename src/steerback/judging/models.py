@@ -1,0 +1,109 @@
+"""Which LLM judges there are: short names, the keys they need, and what they cost.
+
+Knows names and environment variables; makes no call. Any model string of Inspect AI ("provider/model") is a judge.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from steerback.errors import SteerbackError
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeModel:
+    """A judge as `steerback judges` lists it; `price` in USD per million input and output tokens, if known."""
+
+    alias: str
+    model: str
+    note: str
+    price: tuple[float, float] | None = None
+
+
+ALIASES = (
+    JudgeModel("sonnet-4.5", "anthropic/claude-sonnet-4-5-20250929", "the specification's primary judge", (3.0, 15.0)),
+    JudgeModel("haiku-4.5", "anthropic/claude-haiku-4-5-20251001", "cross-judge; in the authors' plots", (1.0, 5.0)),
+    JudgeModel("gpt-5-mini", "openrouter/openai/gpt-5-mini", "cross-judge; takes no temperature", (0.25, 2.0)),
+    JudgeModel("qwen3-32b", "openrouter/qwen/qwen3-32b", "cross-judge", (0.1, 0.45)),
+    JudgeModel("gemini-2.5-flash", "google/gemini-2.5-flash", "cross-judge", (0.3, 2.5)),
+)
+"""List prices of late 2025, for estimates only; `--judge-price IN OUT` overrides them. Provider batches cost half."""
+
+KEYS: Mapping[str, tuple[str, ...]] = {
+    "anthropic": ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN"),
+    "openai": ("OPENAI_API_KEY",),
+    "openrouter": ("OPENROUTER_API_KEY",),
+    "google": ("GOOGLE_API_KEY", "GEMINI_API_KEY"),
+    "mistral": ("MISTRAL_API_KEY",),
+    "groq": ("GROQ_API_KEY",),
+    "grok": ("XAI_API_KEY",),
+    "together": ("TOGETHER_API_KEY",),
+    "fireworks": ("FIREWORKS_API_KEY",),
+    "deepseek": ("DEEPSEEK_API_KEY",),
+    "perplexity": ("PERPLEXITY_API_KEY",),
+}
+"""Variables of which one must be set, for the providers where we can tell before the first call."""
+
+_SECRET = re.compile(r"(?:_API_KEY|_AUTH_TOKEN|_TOKEN|_SECRET)$")
+_NO_TEMPERATURE = re.compile(r"(?:^|/)(?:gpt-5|o\d)")
+
+
+def aliases() -> tuple[JudgeModel, ...]:
+    """The short names of LLM judges, for listings."""
+    return ALIASES
+
+
+def model_string(name: str) -> str | None:
+    """The Inspect model string behind an alias or given as such; None for anything else."""
+    for entry in ALIASES:
+        if name == entry.alias:
+            return entry.model
+    return name if "/" in name else None
+
+
+def price(model: str) -> tuple[float, float] | None:
+    """USD per million input and output tokens, where known."""
+    return next((entry.price for entry in ALIASES if entry.model == model), None)
+
+
+def default_temperature(model: str) -> float | None:
+    """0, or None for model families that take no temperature."""
+    return None if _NO_TEMPERATURE.search(model) else 0.0
+
+
+def read_dotenv(path: Path = Path(".env"), environment: MutableMapping[str, str] = os.environ) -> None:
+    """Adds the variables of a .env file that are not set already (NAME=value lines; quotes and `export` allowed)."""
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        match = re.match(r"\s*(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(.*?)\s*$", line)
+        if match and not line.lstrip().startswith("#"):
+            environment.setdefault(match[1], match[2].strip("\"'"))
+
+
+def check_key(model: str, environment: Mapping[str, str] = os.environ) -> None:
+    """Raises SteerbackError naming the variable where the key that `model` needs is missing."""
+    provider, _, rest = model.partition("/")
+    wanted = KEYS.get(provider, ())
+    if provider == "openai-api":
+        service = re.sub(r"\W", "_", rest.partition("/")[0]).upper()
+        wanted = (f"{service}_API_KEY",)
+        if not environment.get(f"{service}_BASE_URL"):
+            raise SteerbackError(f"judge {model}: set {service}_BASE_URL to the address of the service")
+    if wanted and not any(environment.get(name) for name in wanted):
+        others = f" (or {', '.join(wanted[1:])})" if len(wanted) > 1 else ""
+        raise SteerbackError(
+            f"judge {model}: no key; set {wanted[0]}{others} in the environment or a .env file, or use --judge offline"
+        )
+
+
+def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
+    """The text without any secret of the environment that it may quote."""
+    for name, value in environment.items():
+        if _SECRET.search(name) and len(value) >= 6:
+            text = text.replace(value, f"[{name}]")
+    return text

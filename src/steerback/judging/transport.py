@@ -1,0 +1,275 @@
+"""Asking an LLM many questions through Inspect AI: bounded, budgeted, and never raising for a single question.
+
+Inspect does providers, retries with back-off, adaptive concurrency and provider batches. This module keeps a window of
+questions in flight, counts tokens and money, and turns whatever goes wrong into a reply with a reason. Knows nothing
+of rubrics or responses; judges, graders and the synthesis of training examples share it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from steerback.errors import SteerbackError
+from steerback.judging.models import check_key, default_temperature, price, read_dotenv, redact
+from steerback.judging.prompt import Asked
+
+if TYPE_CHECKING:
+    from inspect_ai.model import Model, ModelOutput
+
+CHARACTERS_PER_TOKEN = 4.0
+"""For estimates before the first call; afterwards the provider's own counts are used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How a judge is asked. Counts and money are for the life of one transport; None means no limit."""
+
+    max_calls: int | None = None
+    max_cost: float | None = None  # USD
+    price: tuple[float, float] | None = None  # USD per million input and output tokens, where the table has none
+    batch: bool = False  # the provider's batch API
+    concurrency: int = 64
+    max_tokens: int = 4096
+    max_retries: int = 4
+    attempt_timeout: int = 120  # seconds
+    first_wait: float = 3.0  # seconds before the first retry, doubled each time
+
+
+@dataclass(frozen=True, slots=True)
+class Spend:
+    """What was or would be asked: `cost` in USD, None where the price is unknown."""
+
+    calls: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cost: float | None = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What came back: text, or "" with the reason why there is none."""
+
+    text: str
+    reason: str = ""
+
+
+@dataclass
+class Transport:
+    """One model, asked many times. `temperature` None: the provider's own; describe() tells what was really sent."""
+
+    model: str
+    limits: Limits = Limits()
+    temperature: float | None = 0.0
+    base_url: str | None = None
+    model_args: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        read_dotenv()
+        if not self.base_url or not self.model_args.get("api_key"):
+            check_key(self.model)
+        require_inspect(self.model)
+        if default_temperature(self.model) is None:
+            self.temperature = None
+        self._price = self.limits.price or price(self.model)
+        if self.limits.max_cost is not None and self._price is None:
+            raise SteerbackError(
+                f"judge {self.model}: its price is not known, so --max-judge-cost cannot be kept; "
+                "give --judge-price IN OUT (USD per million tokens) or use --max-judge-calls"
+            )
+        self._spent = Spend(cost=0.0 if self._price else None)
+        self._sent: object = "nothing asked yet"
+        self._asked = 0
+        self._reserved = 0.0
+
+    def spend(self) -> Spend:
+        """What was spent so far, by the provider's counts."""
+        return self._spent
+
+    def estimate(self, questions: Iterable[Asked], output_tokens: int = 150) -> Spend:
+        """What asking `questions` would take, from their lengths."""
+        total = Spend(cost=0.0 if self._price else None)
+        for question in questions:
+            total = self._add(total, _tokens(question), output_tokens)
+        return total
+
+    def describe(self) -> dict[str, object]:
+        """What shaped the replies; JSON-able, without secrets."""
+        return {
+            "model": self.model,
+            "temperature asked for": self.temperature,
+            "temperature sent": self._sent,
+            "max_tokens": self.limits.max_tokens,
+            "base_url": self.base_url,
+            "provider batch": self.limits.batch,
+        }
+
+    async def ask(self, questions: Iterable[tuple[str, Asked]]) -> AsyncGenerator[tuple[str, Reply]]:
+        """Yields (key, reply) in the order of completion; every question comes back exactly once."""
+        waiting = iter(questions)
+        running: dict[asyncio.Task[Reply], str] = {}
+        async with self._open() as model:
+            try:
+                while True:
+                    running.update(self._start(model, waiting, self.limits.concurrency - len(running)))
+                    if not running:
+                        return
+                    done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                    for task in done:
+                        yield running.pop(task), _result(task)
+            finally:
+                for task in running:
+                    task.cancel()
+                await asyncio.gather(*running, return_exceptions=True)
+
+    def _start(
+        self, model: Model, waiting: Iterator[tuple[str, Asked]], room: int
+    ) -> Iterator[tuple[asyncio.Task[Reply], str]]:
+        for _ in range(room):
+            following = next(waiting, None)
+            if following is None:
+                return
+            key, question = following
+            yield asyncio.create_task(self._one(model, question)), key
+
+    async def _one(self, model: Model, question: Asked) -> Reply:
+        refused = self._over_budget(question)
+        if refused:
+            return Reply("", refused)
+        expected = self._cost(_tokens(question), 150)
+        self._asked += 1
+        self._reserved += expected
+        try:
+            output = await self._generate(model, question)
+        finally:
+            self._reserved -= expected
+        usage = output.usage
+        if usage is not None:
+            cached = (usage.input_tokens_cache_read or 0) + (usage.input_tokens_cache_write or 0)
+            self._spent = self._add(self._spent, usage.input_tokens + cached, usage.output_tokens)
+        else:
+            self._spent = self._add(self._spent, _tokens(question), int(len(output.completion) / CHARACTERS_PER_TOKEN))
+        if output.error:
+            return Reply(output.completion, f"the provider reported: {_line(output.error)}")
+        if output.stop_reason == "content_filter":
+            return Reply(output.completion, "the judge refused (content filter)")
+        if output.stop_reason in ("max_tokens", "model_length"):
+            return Reply(output.completion, f"the judge's reply was cut off ({output.stop_reason})")
+        return Reply(output.completion)
+
+    async def _generate(self, model: Model, question: Asked) -> ModelOutput:
+        from inspect_ai.model import ChatMessageSystem, ChatMessageUser, GenerateConfig
+
+        messages: list[Any] = [ChatMessageSystem(content=question.system), ChatMessageUser(content=question.user)]
+        asked_with = self.temperature
+        try:
+            return await model.generate(messages, config=GenerateConfig(temperature=asked_with))
+        except Exception as error:
+            if asked_with is None or "temperature" not in str(error).lower():
+                raise
+        self.temperature = None  # this model takes none; from now on it is asked without, and describe() says so
+        return await model.generate(messages, config=GenerateConfig(temperature=None))
+
+    @contextlib.asynccontextmanager
+    async def _open(self) -> AsyncGenerator[Model]:
+        """A client of its own for this event loop, closed afterwards."""
+        from inspect_ai.model import GenerateConfig, get_model
+        from tenacity import wait_exponential_jitter
+
+        limits = self.limits
+        config = GenerateConfig(
+            max_tokens=limits.max_tokens,
+            max_retries=limits.max_retries,
+            attempt_timeout=limits.attempt_timeout,
+            batch=True if limits.batch else None,
+        )
+        model = get_model(self.model, config=config, base_url=self.base_url, memoize=False, **self.model_args)
+        waits = wait_exponential_jitter(initial=limits.first_wait, max=60.0, jitter=limits.first_wait)
+        model.api.retry_wait = lambda: waits  # type: ignore[method-assign]
+        model.api.generate = self._observed(model.api.generate)  # type: ignore[method-assign,assignment]
+        async with model:
+            yield model
+
+    def _observed(self, generate: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        """The provider's call, noting which temperature the request really carried: some drop it silently."""
+
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            result = await generate(*args, **kwargs)
+            request = getattr(result[1], "request", None) if isinstance(result, tuple) else None
+            if isinstance(request, dict) and request:
+                self._sent = _search(request, "temperature")
+            return result
+
+        return call
+
+    def _over_budget(self, question: Asked) -> str:
+        limits = self.limits
+        if limits.max_calls is not None and self._asked >= limits.max_calls:
+            return f"budget spent: --max-judge-calls {limits.max_calls}"
+        spent = (self._spent.cost or 0.0) + self._reserved + self._cost(_tokens(question), 150)
+        if limits.max_cost is not None and spent > limits.max_cost:
+            return f"budget spent: --max-judge-cost {limits.max_cost:g}"
+        return ""
+
+    def _cost(self, input_tokens: int, output_tokens: int) -> float:
+        if self._price is None:
+            return 0.0
+        dollars = (input_tokens * self._price[0] + output_tokens * self._price[1]) / 1e6
+        return dollars / 2 if self.limits.batch else dollars
+
+    def _add(self, spend: Spend, input_tokens: int, output_tokens: int) -> Spend:
+        return replace(
+            spend,
+            calls=spend.calls + 1,
+            input_tokens=spend.input_tokens + input_tokens,
+            output_tokens=spend.output_tokens + output_tokens,
+            cost=None if spend.cost is None else spend.cost + self._cost(input_tokens, output_tokens),
+        )
+
+
+def require_inspect(model: str) -> None:
+    """Raises SteerbackError where the extra is not installed."""
+    from importlib.util import find_spec
+
+    if find_spec("inspect_ai") is None:
+        raise SteerbackError(f"judge {model} needs the extra 'judges': pip install 'steerback[judges]'")
+
+
+def _search(value: object, name: str) -> object:
+    """The value of the first key `name` in nested dicts, or None."""
+    if not isinstance(value, dict):
+        return None
+    return (
+        value[name] if name in value else next((f for v in value.values() if (f := _search(v, name)) is not None), None)
+    )
+
+
+def _tokens(question: Asked) -> int:
+    return int((len(question.system) + len(question.user)) / CHARACTERS_PER_TOKEN) + 1
+
+
+def _result(task: asyncio.Task[Reply]) -> Reply:
+    if task.cancelled():
+        return Reply("", "the call was cancelled")
+    error = task.exception()
+    if error is None:
+        return task.result()
+    if not isinstance(error, Exception):
+        raise error
+    cause = _cause(error)
+    return Reply("", f"the call failed: {type(cause).__name__}: {_line(str(cause))}")
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The provider's error inside the wrapper that retries put around it."""
+    last = getattr(error, "last_attempt", None)
+    if last is not None and last.done() and not last.cancelled() and last.exception() is not None:
+        return _cause(last.exception())
+    return error
+
+
+def _line(text: str) -> str:
+    return redact(" ".join(text.split()))[:300]
