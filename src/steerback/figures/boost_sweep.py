@@ -41,8 +41,7 @@ def draw(
             style.message(ax, "nothing was measured")
     for ax in axes[1]:
         ax.set_xlabel("boost − threshold\n(sd of thresholds across latents)")
-    if len(curves) > 1:
-        legend(drawing, colours)
+    legend(drawing, colours)
     return fig
 
 

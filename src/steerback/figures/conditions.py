@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from steerback.figures import panels, style
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
@@ -40,7 +41,7 @@ def caption(found: Measured, note: str, shown: Sequence[str] | None = None) -> s
 
 
 def rows_of_conditions(
-    fig: SubFigure, found: Measured, conditions: Sequence[str], metrics: Sequence[str], width_ratios: None = None
+    fig: SubFigure, found: Measured, conditions: Sequence[str], metrics: Sequence[str]
 ) -> list[Axes]:
     """Fills a (sub)figure: conditions from top to bottom, targets within each, one panel a metric."""
     axes = list(fig.subplots(1, len(metrics), sharey=True, squeeze=False)[0])
@@ -64,14 +65,19 @@ def rows_of_conditions(
     axes[0].set_ylim(len(conditions) - 0.45, -0.55)
     for ax in axes:
         ax.tick_params(axis="y", length=0)
-    if len(found.targets) > 1:
-        legend(fig, colours)
+    legend(fig, colours)
     return axes
 
 
-def legend(fig: SubFigure, colours: dict[str, str]) -> None:
-    """Names of the targets in their colours, above the panels."""
+def legend(fig: SubFigure, colours: Mapping[str, str], more: Sequence[tuple[Artist, str]] = ()) -> None:
+    """Names of the targets in their colours (where there are several) and further entries, above the panels."""
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=c, marker="o", linestyle="none") for c in colours.values()]
-    fig.legend(handles, [style.plain(t) for t in colours], loc="outside upper center", ncols=min(len(colours), 4))
+    several = colours if len(colours) > 1 else {}
+    entries: list[tuple[Artist, str]] = [
+        *((Line2D([], [], color=c, marker="o", linestyle="none"), style.plain(t)) for t, c in several.items()),
+        *more,
+    ]
+    if entries:
+        handles, names = zip(*entries, strict=True)
+        fig.legend(handles, names, loc="outside upper center", ncols=min(len(entries), 6), columnspacing=1.2)

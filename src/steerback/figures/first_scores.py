@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from steerback.figures import style
+from steerback.figures.conditions import legend
 from steerback.metrics import Outcomes, view
 
 if TYPE_CHECKING:
@@ -29,11 +30,9 @@ def draw(
     colours = style.colours(unsteered)
     for ax, target in zip(axes.flat, unsteered, strict=False):
         ax.set_title(style.plain(target), loc="left", color=colours[target], fontweight="bold", pad=2)
-        _histogram(ax, unsteered[target], colours[target], filled=True, label="no steering")
+        _histogram(ax, unsteered[target], colours[target], filled=True)
         if steered and target in steered:
-            _histogram(ax, steered[target], style.INK, filled=False, label="at threshold")
-            if ax.get_legend_handles_labels()[0]:
-                ax.legend(loc="upper center")
+            _histogram(ax, steered[target], style.INK, filled=False)
         ax.grid(axis="y")
     for ax in axes.flat[len(unsteered) :]:
         ax.set_axis_off()
@@ -42,30 +41,25 @@ def draw(
     for ax in axes[-1]:
         ax.set_xlabel("first-attempt score")
         ax.set_xlim(0, 100)
+    if steered:
+        from matplotlib.patches import Patch
+
+        entries = (("no steering", {"color": style.GREY, "alpha": 0.75}), ("at threshold", {"fill": False}))
+        legend(drawing, {}, [(Patch(**how), name) for name, how in entries])
     drawing.supylabel("share of responses (%)", fontsize=7.5)
     return fig
 
 
-def _histogram(ax: Axes, outcomes: Outcomes, colour: str, filled: bool, label: str) -> None:
+def _histogram(ax: Axes, outcomes: Outcomes, colour: str, filled: bool) -> None:
     first = view(outcomes).first
     if not len(first):
         style.message(ax, "no valid response")
         return
     share = 100 * np.histogram(first, BINS)[0] / len(first)
-    ax.stairs(share, BINS, fill=filled, color=colour, alpha=0.75 if filled else 1, linewidth=1.0, label=label)
+    ax.stairs(share, BINS, fill=filled, color=colour, alpha=0.75 if filled else 1, linewidth=1.0)
     if filled:
         ax.axvline(float(first.mean()), color=colour, linewidth=0.8)
-        left = first.mean() > 50
-        ax.annotate(
-            f"mean {first.mean():.1f}\nn = {len(first):,}",
-            (float(first.mean()), 0.93),
-            xycoords=("data", "axes fraction"),
-            xytext=(-4 if left else 4, 0),
-            textcoords="offset points",
-            ha="right" if left else "left",
-            va="top",
-            fontsize=6.5,
-        )
+        ax.set_title(f"mean {first.mean():.1f}, n = {len(first):,}", loc="right", fontsize=6.5, pad=2)
 
 
 def _caption(unsteered: Mapping[str, Outcomes], judge: str, steered: Mapping[str, Outcomes] | None, note: str) -> str:

@@ -24,7 +24,7 @@ def draw(found: Measured, facts: Mapping[str, Mapping[str, Any]], note: str = ""
     """Conditions as rows; below, the effect of self-monitoring on each target, smallest model first."""
     conditions = list(dict.fromkeys(condition for _, condition in found.summaries))
     by_size = [t for t in found.targets if (t, EFFECT) in found.comparisons]
-    by_size.sort(key=lambda t: (facts[t]["parameters"] or 0, t))
+    by_size.sort(key=lambda t: facts[t]["parameters"] or 0)  # in the order given where sizes are not known
     rows = max(len(conditions), 1)
     top = max(1.4, 0.15 * rows * max(len(found.targets), 1) + 0.12 * rows + 0.7)
     several = len(by_size) > 1
@@ -53,7 +53,8 @@ def _effect(ax: Axes, found: Measured, facts: Mapping[str, Mapping[str, Any]], t
         ax.errorbar(x, value, yerr=spread, fmt="o", color=colours[target], capsize=2, elinewidth=1.0)
     ax.axhline(0, color=style.GREY, linewidth=0.6, linestyle=(0, (3, 2)))
     sizes = {t: facts[t]["parameters"] for t in targets}
-    names = [style.plain(t) + (f"\n{n / 1e6:.3g} M" if (n := sizes[t]) else "") for t in targets]
+    short = {t: style.plain(t.rsplit("-", 1)[-1] if len(targets) > 3 else t) for t in targets}  # colours say which
+    names = [short[t] + (f"\n{n / 1e6:.3g} M" if (n := sizes[t]) else "") for t in targets]
     ax.set_xticks(range(len(targets)), names, fontsize=6)
     ax.set_xlim(-0.6, len(targets) - 0.4)
     ax.set_ylabel(f"{EFFECT} − baseline:\n{panels.axis_label(metric)}", fontsize=6.5)

@@ -50,7 +50,7 @@ def curve(
         return
     x, value, low, high = zip(*shown, strict=True)
     ax.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
-    ax.plot(x, value, marker=marker, color=colour, label=label, linestyle="--" if dashed else "-")
+    ax.plot(x, value, marker=marker, color=colour, label=label, linestyle="--" if dashed else "-", clip_on=False)
 
 
 def dot(ax: Axes, metric: str, estimate: Estimate, y: float, colour: str, filled: bool = True) -> None:

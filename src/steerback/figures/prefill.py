@@ -25,7 +25,7 @@ LABELS = {
 @style.styled
 def draw(found: Measured, facts: Mapping[str, Mapping[str, Any]], note: str = "") -> Figure:
     """Solid: unsteered continuations; dashed: steered ones. x is the length of the prefix in characters."""
-    fig, drawing = style.new_figure("full", 1.9 if len(found.targets) < 2 else 2.1, _caption(found, facts, note))
+    fig, drawing = style.new_figure("full", 2.1, _caption(found, facts, note))
     axes = drawing.subplots(1, len(SHOWN), squeeze=False)[0]
     colours = style.colours(found.targets)
     for ax, metric in zip(axes, SHOWN, strict=True):
@@ -39,13 +39,10 @@ def draw(found: Measured, facts: Mapping[str, Mapping[str, Any]], note: str = ""
         ax.grid(axis="y")
         if not ax.lines:
             style.message(ax, "no continuation to show")
-    if axes[0].lines:
-        from matplotlib.lines import Line2D
+    from matplotlib.lines import Line2D
 
-        handles = [Line2D([], [], color=style.GREY, marker=m, linestyle=s) for m, s in (("o", "-"), ("s", "--"))]
-        axes[0].legend(handles, ["unsteered", "steered"])
-    if len(found.targets) > 1:
-        legend(drawing, colours)
+    kinds = (("o", "-", "continued unsteered"), ("s", "--", "continued steered"))
+    legend(drawing, colours, [(Line2D([], [], color=style.GREY, marker=m, linestyle=d), name) for m, d, name in kinds])
     return fig
 
 
