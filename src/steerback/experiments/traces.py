@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
+ARMS = ("episodes", "steered without restart", "unsteered")
 LEAD_OPTIONS: Mapping[str, Any] = {
     "window": 3,  # tokens in the running mean
     "quantile": 0.95,  # of the largest running mean in each unsteered response: what counts as an onset
@@ -115,55 +116,64 @@ def onset(values: Floats, threshold: float, stop: int) -> int | None:
 
 @dataclass(frozen=True, eq=False)
 class Leads:
-    """Onsets of a target's n episodes, every array (n,).
+    """Onsets of a target's n episodes.
 
-    `lead`: tokens from onset to correction, nan where there is no onset before it. `own` is 1 where there is one;
-    `drifts` and `unsteered` are the shares of its controls (`episodes.beside`) with an onset before the same position,
-    nan where it has none.
+    `lead` (n,): tokens from onset to correction, nan where there is no onset before it. `onset` and `last` map each of
+    ARMS to (n,): whether there is an onset before the correction, and whether the activity is above the threshold at
+    the very last token before it; for controls the share of those that stand beside the episode (`episodes.beside`),
+    nan where there is none.
     """
 
     threshold: float
     cluster: NDArray[np.int64]
     lead: Floats
-    own: Floats
-    drifts: Floats
-    unsteered: Floats
+    onset: Mapping[str, Floats]
+    last: Mapping[str, Floats]
 
     def estimates(self, draws: int) -> dict[str, Estimate]:
-        """Lead times in tokens and shares of responses with an onset, clustered by latent."""
-        share = (-1.0, 1.0)
-        return {
+        """Lead times in tokens and shares of responses, clustered by latent."""
+        found = {
             "median lead": median_of(self.lead, self.cluster, draws),
             "mean lead": mean_of(self.lead, self.cluster, (0.0, np.inf)),
-            "onset, episodes": rate_of(self.own, self.cluster),
-            "onset, steered without restart": mean_of(self.drifts, self.cluster, (0.0, 1.0)),
-            "onset, unsteered": mean_of(self.unsteered, self.cluster, (0.0, 1.0)),
-            "episodes − steered without restart": mean_of(self.own - self.drifts, self.cluster, share),
-            "episodes − unsteered": mean_of(self.own - self.unsteered, self.cluster, share),
         }
+        for name, shares in (("onset", self.onset), ("active at last token", self.last)):
+            own = shares[ARMS[0]]
+            found[f"{name}, {ARMS[0]}"] = rate_of(own, self.cluster)
+            for arm in ARMS[1:]:
+                found[f"{name}, {arm}"] = mean_of(shares[arm], self.cluster, (0.0, 1.0))
+            for arm in ARMS[1:]:
+                found[f"{name}, {ARMS[0]} − {arm}"] = mean_of(own - shares[arm], self.cluster, (-1.0, 1.0))
+        return found
 
 
 def lead_times(found: ep.Recorded, window: int, quantile: float) -> Leads:
     """The onset rule on every episode and, before the same positions, on the controls."""
-
-    def curve(trace: ep.Trace) -> Floats:
-        return smoothed(trace.sums[ep.DETECTORS], window)
-
-    peaks = [float(curve(t).max()) for t in found.unsteered if len(t)]
+    every = (*found.episodes, *found.drifts, *found.unsteered)
+    curves = {id(t): smoothed(t.sums[ep.DETECTORS], window) for t in every}
+    peaks = [float(curves[id(t)].max()) for t in found.unsteered if len(t)]
     threshold = float(np.quantile(peaks, quantile)) if peaks else 0.0
 
-    def share(controls: Sequence[ep.Trace], stop: int) -> float:
-        return float(np.mean([onset(curve(c), threshold, stop) is not None for c in controls])) if controls else np.nan
+    def flags(traces: Sequence[ep.Trace], stop: int) -> tuple[float, float]:
+        """Shares of responses with an onset before `stop`, and above the threshold at the last token before it."""
+        before = [curves[id(t)][:stop] > threshold for t in traces]
+        if not before or not stop:
+            return np.nan, np.nan
+        return float(np.mean([b.any() for b in before])), float(np.mean([b[-1] for b in before]))
 
-    rows = []
+    rows, lead = [], []
     for trace in found.episodes:
         stop = trace.regions()["off-topic"].stop
-        first = onset(curve(trace), threshold, stop)
-        lead = np.nan if first is None else float(stop - first)
-        controls = (share(ep.beside(trace, found.drifts), stop), share(ep.beside(trace, found.unsteered), stop))
-        rows.append((lead, float(first is not None), *controls))
-    columns = np.array(rows, dtype=np.float64).reshape(-1, 4).T
-    return Leads(threshold, np.array([t.cluster for t in found.episodes], dtype=np.int64), *columns)
+        first = onset(curves[id(trace)], threshold, stop)
+        lead.append(np.nan if first is None else float(stop - first))
+        controls = (ep.beside(trace, found.drifts), ep.beside(trace, found.unsteered))
+        rows.append([flags(traces, stop) for traces in ([trace], *controls)])
+    shares = np.array(rows, dtype=np.float64).reshape(-1, len(ARMS), 2)
+    return Leads(
+        threshold,
+        np.array([t.cluster for t in found.episodes], dtype=np.int64),
+        np.array(lead, dtype=np.float64),
+        *({arm: shares[:, i, kind] for i, arm in enumerate(ARMS)} for kind in (0, 1)),
+    )
 
 
 def _rule(options: Mapping[str, Any]) -> str:
@@ -182,8 +192,9 @@ def lead_table(estimates: Mapping[str, Mapping[str, Estimate]], judge: str, rule
             cells.append((target, name + (" (tokens)" if lead else " (%)"), f"{e.n:,}", show(e, rate=not lead)))
             records.append({"target": target, "quantity": name, "judge": judge, **asdict(e)})
     caption = (
-        f"Tokens from detector onset to the first token of the correction ({rule}), and shares of responses with an "
-        "onset before that position. 95 % intervals clustered by latent. Judge: " + judge + "."
+        f"Tokens from detector onset to the first token of the correction ({rule}); shares of responses with an onset "
+        "before that position, and above the threshold at the last token before it. 95 % intervals clustered by latent. "
+        f"Judge: {judge}."
     )
     return Table(("target", "quantity", "episodes", "value"), cells, caption, records, left=2)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from steerback.experiments import episodes as ep
-from steerback.experiments.traces import Leads, onset, smoothed
+from steerback.experiments.traces import ARMS, Leads, onset, smoothed
 from steerback.figures import style
 from steerback.metrics import Estimate
 
@@ -115,7 +115,11 @@ def draw_leads(
 ) -> Figure:
     """Left: lead times of all episodes. Right: shares of responses with an onset before the correction's position."""
     rows = max(len(found), 1)
-    lines = [f"{rule[0].upper()}{rule[1:]}. 95 % intervals clustered by latent. Judge: {judge}. {note}".strip()]
+    lines = [
+        f"{rule[0].upper()}{rule[1:]}. Right: responses with an onset before the correction's position (filled), and "
+        "above the threshold at the last token before it (open); controls at the same positions. 95 % intervals "
+        f"clustered by latent. Judge: {judge}. {note}".strip()
+    ]
     for target, recorded in found.items():
         lines.append(f"{target}: {recorded.watched}; {recorded.told}.")
     fig, drawing = style.new_figure("full", 1.6 * rows, "\n".join(lines))
@@ -157,23 +161,23 @@ def _histogram(ax: Axes, leads: Leads, median: Estimate, colour: str) -> None:
 
 
 def _shares(ax: Axes, estimates: Mapping[str, Estimate], colour: str) -> None:
-    names = {
-        "onset, episodes": "episodes",
-        "onset, steered without restart": "steered,\nno restart",
-        "onset, unsteered": "unsteered",
-    }
-    for y, key in enumerate(names):
-        e = estimates[key]
-        if e.value is None:
-            ax.text(2, y, "no data", fontsize=6, color=style.GREY, va="center")
-            continue
-        ends = [100 * (e.value if end is None else end) for end in (e.low, e.high)]
-        reach = [[max(100 * e.value - ends[0], 0)], [max(ends[1] - 100 * e.value, 0)]]
-        face = colour if y == 0 else "white"
-        ax.errorbar(100 * e.value, y, xerr=reach, fmt="o", color=colour, markerfacecolor=face, elinewidth=1, capsize=2)
-    ax.set_yticks(range(len(names)), list(names.values()))
+    """Filled: any onset before the correction's position; open: above the threshold at the last token before it."""
+    names = ("episodes", "steered,\nno restart", "unsteered")
+    for kind, offset, face in (("onset", -0.14, colour), ("active at last token", 0.14, "white")):
+        for y, arm in enumerate(ARMS):
+            e = estimates[f"{kind}, {arm}"]
+            if e.value is None:
+                ax.text(2, y + offset, "no data", fontsize=6, color=style.GREY, va="center")
+                continue
+            low, high = (100 * (e.value if end is None else end) for end in (e.low, e.high))
+            value = 100 * e.value
+            reach = [[max(value - low, 0)], [max(high - value, 0)]]
+            ax.errorbar(
+                value, y + offset, xerr=reach, fmt="o", color=colour, markerfacecolor=face, elinewidth=1, capsize=2
+            )
+    ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.set_xlim(0, 102)
-    ax.set_xlabel("onset before the correction's position (%)")
+    ax.set_xlabel("responses (%)")
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="x")
