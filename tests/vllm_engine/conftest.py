@@ -21,7 +21,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # ReLU is compiled and short of cache blocks (so that requests are preempted); the others run eagerly.
 OPTIONS: dict[str, dict[str, Any]] = {
-    "relu": {"num_gpu_blocks_override": 40, "block_size": 32, "max_num_batched_tokens": 96, "max_model_len": 256},
+    "relu": {
+        "num_gpu_blocks_override": 40,
+        "block_size": 32,
+        "enable_chunked_prefill": True,
+        "max_num_batched_tokens": 96,
+        "max_model_len": 256,
+    },
     "jumprelu": {"enforce_eager": True},
     "topk": {"enforce_eager": True},
 }

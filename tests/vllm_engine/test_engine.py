@@ -99,7 +99,7 @@ def random_request(n: int) -> Request:
         f"r{n}",
         words(n, draw.randrange(4, 60)),
         seed=n,
-        sampling=Sampling(1.0, max_new_tokens=draw.choice([8, 30, 60])),
+        sampling=Sampling(0.0, max_new_tokens=draw.choice([8, 30, 60])),
         interventions=tuple(edits),
         record=record,
     )
@@ -188,12 +188,13 @@ def test_aborted_requests_give_their_rows_back(relu: Any) -> None:
 def test_whole_sae_activations_equal_the_reference(relu: Any) -> None:
     prompts = [words(n, 5 + 7 * n) for n in range(12)]
     responses = [words(100 + n, 3 + 9 * n) for n in range(11)] + [""]
-    for latents, include in ((None, False), (None, True), ([4, 90, 2], False)):
-        got = relu.vllm.activations(prompts, responses, latents, include)
-        want = relu.reference.activations(prompts, responses, latents, include)
+    for latents, include, pool in ((None, False, "max"), (None, True, "mean"), ([4, 90, 2], False, "active")):
+        got = relu.vllm.activations(prompts, responses, latents, include, pool)
+        want = relu.reference.activations(prompts, responses, latents, include, pool)
         assert got.shape == want.shape
         np.testing.assert_allclose(got, want, atol=TOLERANCE)
         assert np.abs(got).max() > 0.5
+    np.testing.assert_array_equal(relu.vllm.decoder_norms(), relu.reference.decoder_norms())
 
 
 def test_stop_strings_and_seeds(relu: Any) -> None:

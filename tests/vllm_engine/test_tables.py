@@ -158,15 +158,18 @@ def test_a_step_that_skips_a_position_shows_in_the_receipt() -> None:
     assert (entry["prompt"], entry["generated"]) == (5, 2)
 
 
-def test_maxima_over_the_whole_sae() -> None:
+@pytest.mark.parametrize("how", ["max", "mean", "active"])
+def test_pooling_over_the_whole_sae(how: Any) -> None:
+    """In chunks, with part of them computed again after a preemption, beside another request."""
     worker, text = Worker("topk"), torch.randn(20, D)
-    worker.slots.admit([Arrival("t", Ticket("t", pool=((2, 5), (9, 20))).as_args(), 20, 0)])
+    worker.slots.admit([Arrival("t", Ticket("t", pool=((2, 5), (9, 20)), how=how).as_args(), 20, 0)])
     worker.step([("x", torch.randn(3, D), 0), ("t", text[:11], 0)])
-    worker.step([("t", text[11:], 11)])
+    worker.step([("t", text[8:14], 8)])
+    worker.step([("t", text[14:], 14)])
     entry = worker.slots.fetch([("t", 20, 20)], records=True)["t"][0]
-    chosen = text[[*range(2, 5), *range(9, 20)]]
-    wanted = worker.sae.encode(chosen).amax(dim=0).numpy()
-    np.testing.assert_allclose(np.frombuffer(entry["pooled"], dtype=np.float32), wanted, atol=1e-5)
+    z = worker.sae.encode(text[[*range(2, 5), *range(9, 20)]])
+    wanted = {"max": z.amax(dim=0), "mean": z.mean(dim=0), "active": (z > 0).float().mean(dim=0)}[how]
+    np.testing.assert_allclose(np.frombuffer(entry["pooled"], dtype=np.float32), wanted.numpy(), atol=1e-5)
 
 
 def test_salt_separates_what_is_computed_differently_and_joins_what_is_not() -> None:

@@ -7,45 +7,39 @@ nothing of judges, ledgers or experiments.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import steerback
-from steerback.engines.prompting import Prompter
 from steerback.engines.vllm.driver import Answer, Driver, Job
+from steerback.engines.vllm.loading import (
+    TESTED,
+    cpu_arguments,
+    has_cuda,
+    hash_folder,
+    lora_arguments,
+    model_alone,
+    prepare,
+    require_vllm,
+    save_directions,
+)
+from steerback.engines.vllm.selftest import fault
 from steerback.engines.vllm.settings import Settings, Ticket
 from steerback.errors import SteerbackError
-from steerback.interventions import ARITHMETIC_VERSION, Site, check, check_directions
+from steerback.interventions import ARITHMETIC_VERSION, check, check_directions
 from steerback.records import Completion, FinishReason, Intervention, Receipt, Request, digest
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from steerback.engines.base import Pooling
     from steerback.targets import Target
 
-TESTED = ("0.26.0", "0.32.0")
-"""The oldest and the newest vLLM release that the tests ran on; others have to pass the self-test at start as well."""
 WORKER = "steerback.engines.vllm.worker.SteeredWorker"
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What the engine process knows of a target without loading its model."""
-
-    prompter: Prompter
-    ends: frozenset[int]
-    site: Site
-    context: int
-    sae_hash: str | None
-    provenance: dict[str, object]
 
 
 class VllmEngine:
@@ -93,10 +87,10 @@ class VllmEngine:
             arithmetic=ARITHMETIC_VERSION,
             version=steerback.__version__,
             sae=None if target.sae is None else {"location": target.sae.location, "format": target.sae.format},
-            directions=_save(directions or {}),
+            directions=save_directions(directions or {}),
         )
         self._arguments = {
-            "model": _model_alone(target),
+            "model": model_alone(target),
             "revision": target.revision,
             "dtype": target.dtype,
             "max_model_len": length,
@@ -104,8 +98,8 @@ class VllmEngine:
             "tensor_parallel_size": tensor_parallel,
             "seed": 0,
             "generation_config": "vllm",
-            **({} if has_cuda() else {"kv_cache_memory_bytes": 1 << 30}),
-            **(_lora_arguments(lora) if lora else {}),
+            **({} if has_cuda() else cpu_arguments(length)),
+            **(lora_arguments(lora) if lora else {}),
             **(options or {}),
         }
         if self._arguments.get("pipeline_parallel_size", 1) != 1:
@@ -159,6 +153,17 @@ class VllmEngine:
         for driver in self._drivers:
             driver.close()
 
+    def _self_test(self, version: str) -> None:
+        prompt = self._loaded.prompter.tokens("What is the capital of France?")
+        for driver in self._drivers:
+            found = fault(driver, self.settings, prompt, self.target.boost_prior.high)
+            if found:
+                self.close()
+                raise SteerbackError(
+                    f"vLLM {version} (tested: {TESTED[0]} to {TESTED[1]}) does not steer this model: {found}; "
+                    "use --engine transformers"
+                )
+
     # ---- identity
 
     @property
@@ -199,7 +204,7 @@ class VllmEngine:
             "prompt_format": self._loaded.prompter.style,
             "sae": self._loaded.sae_hash,
             "directions": {k: digest(v.detach().cpu().tolist()) for k, v in sorted(directions.items())},
-            "lora": _hash_folder(lora) if lora else None,
+            "lora": hash_folder(lora) if lora else None,
             **self._loaded.provenance,
         }
 
@@ -339,11 +344,12 @@ class VllmEngine:
         responses: Sequence[str],
         latents: Sequence[int] | None = None,
         include_prompt: bool = False,
+        pool: Pooling = "max",
     ) -> NDArray[np.float32]:
-        """Unsteered SAE activations at the read layer, max-pooled over the response's tokens: (n texts, n latents).
+        """Unsteered SAE activations at the read layer, pooled over the response's tokens: (n texts, n latents).
 
         Special and template tokens are excluded; `include_prompt` pools over the user's words as well. A text without
-        such tokens gets zeros. The maxima are taken on the device while the texts are read.
+        such tokens gets zeros. Pooled on the device while the texts are read.
         """
         site = self.settings.site
         if not self.settings.poolers:
@@ -362,13 +368,23 @@ class VllmEngine:
             positions = sorted([*spoken.user, *spoken.response] if include_prompt else spoken.response)
             if not positions:
                 continue
-            ticket = Ticket(f"activations/{n}", pool=_spans(positions))
+            ticket = Ticket(f"activations/{n}", pool=_spans(positions), how=pool)
             job = Job(ticket, spoken.token_ids, {"max_tokens": 1, "temperature": 0.0, "detokenize": False})
             futures[self._drivers[n % len(self._drivers)].submit(job)] = n
         for future, n in futures.items():
             whole = np.frombuffer(future.result().entry["pooled"], dtype=np.float32)
             out[n] = whole if chosen is None else whole[chosen]
         return out
+
+    def decoder_norms(self) -> NDArray[np.float32]:
+        """L2 norm of each latent's decoder direction: (n latents,)."""
+        if self._loaded.norms is None:
+            raise SteerbackError("decoder norms need an SAE and this target has none")
+        return self._loaded.norms
+
+    def token_ends(self, completion: Completion) -> list[int]:
+        """Where each token ends in the text; a character of several tokens ends with its last one."""
+        return self._loaded.prompter.ends(completion.token_ids, len(completion.text))
 
     # ---- proof
 
@@ -391,45 +407,6 @@ class VllmEngine:
                 out[n, token] = found.logprob
         return out
 
-    def _self_test(self, version: str) -> None:
-        """Checks arithmetic, hooks and effect on every worker: an engine that cannot steer must not start."""
-        known = "" if version in TESTED else f" (tested with {' and '.join(TESTED)})"
-        for driver in self._drivers:
-            fault = self._fault(driver)
-            if fault:
-                self.close()
-                raise SteerbackError(
-                    f"vLLM {version}{known} does not steer this model: {fault}; use --engine transformers"
-                )
-
-    def _fault(self, driver: Driver) -> str | None:
-        """What is wrong with an engine's steering, if anything."""
-        site = self.settings.site
-        latents: list[int | str] = [*site.directions[:1], *range(min(site.n_latents, 1))]
-        if not latents:
-            return None
-        clamps = [
-            Intervention("clamp", k, 1.5, layer=n) for k in range(min(site.n_latents, 3)) for n in self.settings.layers
-        ]
-        mixed = Ticket("check", (Intervention("add", latents[0], 2.0, "generated"), *clamps[: self.settings.columns]))
-        error = max(driver.call("steerback_check", mixed.as_args(), 0))
-        if error > 1e-3:
-            return f"its edits are off by {error:.1e} of their size"
-        edits = (Intervention("add", latents[0], self.target.boost_prior.high),)
-        prompt = self._loaded.prompter.tokens("What is the capital of France?")
-        sampling = {"temperature": 0.0, "max_tokens": 3, "logprobs": 1, "ignore_eos": True, "detokenize": False}
-        jobs = [Job(Ticket(key, e), prompt, sampling) for key, e in (("plain", ()), ("steered", edits), ("again", ()))]
-        plain, steered, again = (driver.submit(job).result() for job in jobs)
-        entry = steered.entry or {}
-        if (entry.get("prompt"), entry.get("generated")) != (len(prompt), 2):
-            return f"of {len(prompt)} + 2 positions it edited {entry.get('prompt')} + {entry.get('generated')}"
-        first = [next(iter(a.output.outputs[0].logprobs[0].items())) for a in (plain, steered, again)]
-        if first[0][0] == first[1][0] and abs(first[0][1].logprob - first[1][1].logprob) < 1e-6:
-            return "a strong addition leaves the next token's probability as it was"
-        if first[0][0] != first[2][0] or abs(first[0][1].logprob - first[2][1].logprob) > 0.1:
-            return "an unsteered request differs before and after a steered one"
-        return None
-
 
 def _spans(positions: Sequence[int]) -> tuple[tuple[int, int], ...]:
     """Ascending positions as [first, last + 1) pairs."""
@@ -440,128 +417,3 @@ def _spans(positions: Sequence[int]) -> tuple[tuple[int, int], ...]:
         else:
             out.append([at, at + 1])
     return tuple((a, b) for a, b in out)
-
-
-def require_vllm() -> str:
-    """vLLM's version, or a SteerbackError that says how to get it."""
-    try:
-        import vllm
-    except ImportError as error:
-        raise SteerbackError(
-            f"engine 'vllm' needs vLLM ({error}); install vllm {TESTED[0]} to {TESTED[1]}, or use --engine transformers"
-        ) from error
-    return str(vllm.__version__)
-
-
-def has_cuda() -> bool:
-    """Whether vLLM will run on CUDA here (asked without initialising it)."""
-    import torch
-
-    return torch.cuda.device_count() > 0
-
-
-def prepare(target: Target, directions: tuple[str, ...]) -> Loaded:
-    """Tokenizer, layers and hashes of a target; SteerbackError for what is missing or does not fit together."""
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-
-    from steerback.engines.loading import hash_files
-    from steerback.engines.runner import end_tokens
-    from steerback.targets.sae import load_sae
-
-    folder = Path(target.model)
-    origin: dict[str, Any] = {} if folder.is_dir() else {"revision": target.revision}
-    try:
-        config = AutoConfig.from_pretrained(target.model, **origin)
-        tokenizer = AutoTokenizer.from_pretrained(target.model, **origin)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise SteerbackError(f"target {target.name!r}: cannot load {target.model}: {reason}") from error
-    try:
-        generation = GenerationConfig.from_pretrained(target.model, **origin)
-    except OSError:
-        generation = None
-    text = config.get_text_config()
-    sae_hash, sae_layer, n_latents = None, target.steer_layer, 0
-    if target.sae is not None:
-        sae = load_sae(Path(target.sae.location), target.sae.format)
-        sae.check(f"SAE of target {target.name!r}", text.hidden_size, text.num_hidden_layers)
-        sae_hash, sae_layer, n_latents = sae.hash, sae.layer, sae.n_latents
-    site = Site(
-        n_layers=text.num_hidden_layers,
-        d_model=text.hidden_size,
-        steer_layer=target.steer_layer,
-        sae_layer=sae_layer,
-        read_layer=target.read_layer,
-        n_latents=n_latents,
-        directions=directions,
-    )
-    for field in ("steer_layer", "read_layer"):
-        if not 0 <= getattr(site, field) < site.n_layers:
-            value = getattr(site, field)
-            raise SteerbackError(f"target {target.name!r}: {field} {value} is outside 0..{site.n_layers - 1}")
-    return Loaded(
-        prompter=Prompter(tokenizer, target.prompt_format),
-        ends=end_tokens(SimpleNamespace(generation_config=generation, config=config), tokenizer),
-        site=site,
-        context=getattr(text, "max_position_embeddings", 4096),
-        sae_hash=sae_hash,
-        provenance={
-            "target": target.name,
-            "model": target.model if not folder.is_dir() else target.name,
-            "revision": target.revision,
-            "files": hash_files(target.model, target.revision),
-        },
-    )
-
-
-def _cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "steerback" / "vllm"
-
-
-def _model_alone(target: Target) -> str:
-    """A folder with the model's files only: vLLM takes every safetensors file it finds for weights of the model.
-
-    Links under a name that stays, as the path is part of the key of vLLM's compile cache.
-    """
-    folder = Path(target.model)
-    if not (folder / "sae.safetensors").is_file():
-        return target.model
-    links = _cache() / "models" / digest(str(folder.resolve()))[:16]
-    links.mkdir(parents=True, exist_ok=True)
-    for old in links.iterdir():
-        old.unlink()
-    for path in folder.iterdir():
-        if path.is_file() and path.name != "sae.safetensors":
-            (links / path.name).symlink_to(path.resolve())
-    return str(links)
-
-
-def _save(directions: Mapping[str, Tensor]) -> str | None:
-    """A file with the directions, named by its contents for the same reason."""
-    if not directions:
-        return None
-    import torch
-    from safetensors.torch import save
-
-    data = save({k: v.detach().to("cpu", torch.float32).contiguous() for k, v in directions.items()})
-    path = _cache() / "directions" / f"{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-    return str(path)
-
-
-def _lora_arguments(folder: str) -> dict[str, Any]:
-    import json
-
-    path = Path(folder) / "adapter_config.json"
-    if not path.is_file():
-        raise SteerbackError(f"lora {folder!r}: no adapter_config.json there")
-    rank = int(json.loads(path.read_text(encoding="utf-8"))["r"])
-    return {"enable_lora": True, "max_lora_rank": next((r for r in (8, 16, 32, 64, 128, 256, 512) if r >= rank), rank)}
-
-
-def _hash_folder(folder: str) -> dict[str, str]:
-    from steerback.engines.loading import hash_files
-
-    return hash_files(folder, None)

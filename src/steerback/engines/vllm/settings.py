@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from steerback.engines.base import Pooling
 from steerback.interventions import Phase, Site, plan_layers
 from steerback.records import Intervention, digest
 
@@ -25,7 +26,7 @@ class Settings:
 
     rows: requests that may be in flight; columns: distinct latents that may be clamped or recorded at one time, over
     all requests in flight; room: float32 values that one request may record (positions x latents); recorders: requests
-    that may record at one time; poolers: texts whose whole-SAE maximum is taken at one time (0: not prepared).
+    that may record at one time; poolers: texts over which the whole SAE is pooled at one time (0: not prepared).
     """
 
     site: Site
@@ -60,7 +61,7 @@ class Ticket:
     """What a worker is told about one request, small enough to be sent with each.
 
     `prompt` is the first generated position (None: the request's own prompt length); `until` the last position + 1 it
-    can reach; `pool` pairs [first, last + 1) of positions over which the whole SAE's maximum is taken.
+    can reach; `pool` pairs [first, last + 1) of positions over which all latents are pooled, `how` the way.
     """
 
     key: str
@@ -70,6 +71,7 @@ class Ticket:
     until: int = 0
     prompt: int | None = None
     pool: tuple[tuple[int, int], ...] = ()
+    how: Pooling = "max"
 
     @property
     def empty(self) -> bool:
@@ -105,7 +107,7 @@ class Ticket:
     def as_args(self) -> dict[str, Any]:
         """Form that travels in `SamplingParams.extra_args`."""
         edits = [[i.mode, i.latent, i.value, i.positions, i.layer] for i in self.edits]
-        rest = {"key": self.key, "layer": self.layer, "until": self.until, "prompt": self.prompt}
+        rest = {"key": self.key, "layer": self.layer, "until": self.until, "prompt": self.prompt, "how": self.how}
         return {KEY: {"edits": edits, "record": list(self.record), "pool": [list(p) for p in self.pool], **rest}}
 
     @classmethod
@@ -122,6 +124,7 @@ class Ticket:
             until=found["until"],
             prompt=found["prompt"],
             pool=tuple((a, b) for a, b in found["pool"]),
+            how=found["how"],
         )
 
 

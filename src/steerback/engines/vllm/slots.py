@@ -52,6 +52,7 @@ class Slot:
     prompt: int
     recorder: int = -1
     pooler: int = -1
+    pooled: int = 0  # positions below are in the pool, and are not taken again after a preemption
     columns: dict[int, int] = field(default_factory=dict)
 
 
@@ -245,23 +246,28 @@ class Slots:
         for request, count, before in zip(batch.requests, batch.counts.tolist(), batch.before.tolist(), strict=True):
             slot = self._by_request.get(request)
             if slot is not None and slot.pooler >= 0:
+                low, high = max(before, slot.pooled), before + count
+                slot.pooled = max(slot.pooled, high)
                 wanted = [
-                    np.arange(max(a, before), min(b, before + count)) - before + first
+                    np.arange(max(a, low), min(b, high)) - before + first
                     for a, b in slot.ticket.pool
-                    if max(a, before) < min(b, before + count)
+                    if max(a, low) < min(b, high)
                 ]
                 if wanted:
                     self._pooling.append((slot, torch.from_numpy(np.concatenate(wanted))))
             first += count
 
     def after(self) -> None:
-        """Once the step's forward pass is under way: takes the maxima of the texts that are pooled."""
+        """Once the step's forward pass is under way: pools the texts that are pooled."""
         for slot, at in self._pooling:
             assert self.whole is not None
+            total = self.pooled[slot.pooler]
             for first in range(0, len(at), POOL_CHUNK):
-                h = self.shared.residual[self._send(at[first : first + POOL_CHUNK])].float()
-                peak = _encode(self.whole, h).amax(dim=0)
-                torch.maximum(self.pooled[slot.pooler], peak, out=self.pooled[slot.pooler])
+                z = _encode(self.whole, self.shared.residual[self._send(at[first : first + POOL_CHUNK])].float())
+                if slot.ticket.how == "max":
+                    torch.maximum(total, z.amax(dim=0), out=total)
+                else:
+                    total += (z if slot.ticket.how == "mean" else z > 0).sum(dim=0)
         self._pooling = []
 
     # ---- results
@@ -316,7 +322,10 @@ class Slots:
         return self.shared.kept[first : first + size].cpu().numpy().tobytes()
 
     def _pooled(self, slot: Slot) -> bytes:
-        return self.pooled[slot.pooler].cpu().numpy().tobytes() if slot.pooler >= 0 else b""
+        if slot.pooler < 0:
+            return b""
+        count = 1 if slot.ticket.how == "max" else sum(b - a for a, b in slot.ticket.pool)
+        return (self.pooled[slot.pooler] / count).cpu().numpy().tobytes()
 
     def release(self, keys: Iterable[str]) -> None:
         """Frees the rows of requests whose results nobody will ask for (again)."""

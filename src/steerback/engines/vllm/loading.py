@@ -1,0 +1,174 @@
+"""What the engine process knows of a target without loading its model, and the arguments that vLLM is started with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from steerback.engines.prompting import Prompter
+from steerback.errors import SteerbackError
+from steerback.interventions import Site
+from steerback.records import digest
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from steerback.targets import Target
+
+TESTED = ("0.26.0", "0.32.0")
+"""The oldest and the newest vLLM release that the tests ran on; every engine passes a self-test at its start."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What the engine process knows of a target without loading its model."""
+
+    prompter: Prompter
+    ends: frozenset[int]
+    site: Site
+    context: int
+    sae_hash: str | None
+    norms: NDArray[np.float32] | None
+    provenance: dict[str, object]
+
+
+def require_vllm() -> str:
+    """vLLM's version, or a SteerbackError that says how to get it."""
+    try:
+        import vllm
+    except ImportError as error:
+        raise SteerbackError(
+            f"engine 'vllm' needs vLLM ({error}); install vllm {TESTED[0]} to {TESTED[1]}, or use --engine transformers"
+        ) from error
+    return str(vllm.__version__)
+
+
+def has_cuda() -> bool:
+    """Whether vLLM will run on CUDA here (asked without initialising it)."""
+    import torch
+
+    return torch.cuda.device_count() > 0
+
+
+def prepare(target: Target, directions: tuple[str, ...]) -> Loaded:
+    """Tokenizer, layers and hashes of a target; SteerbackError for what is missing or does not fit together."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    from steerback.engines.loading import hash_files
+    from steerback.engines.runner import end_tokens
+    from steerback.targets.sae import load_sae
+
+    folder = Path(target.model)
+    origin: dict[str, Any] = {} if folder.is_dir() else {"revision": target.revision}
+    try:
+        config = AutoConfig.from_pretrained(target.model, **origin)
+        tokenizer = AutoTokenizer.from_pretrained(target.model, **origin)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise SteerbackError(f"target {target.name!r}: cannot load {target.model}: {reason}") from error
+    try:
+        generation = GenerationConfig.from_pretrained(target.model, **origin)
+    except OSError:
+        generation = None
+    text = config.get_text_config()
+    sae_hash, sae_layer, n_latents, norms = None, target.steer_layer, 0, None
+    if target.sae is not None:
+        sae = load_sae(Path(target.sae.location), target.sae.format)
+        sae.check(f"SAE of target {target.name!r}", text.hidden_size, text.num_hidden_layers)
+        sae_hash, sae_layer, n_latents = sae.hash, sae.layer, sae.n_latents
+        norms = sae.W_dec.float().norm(dim=1).numpy()
+    site = Site(
+        n_layers=text.num_hidden_layers,
+        d_model=text.hidden_size,
+        steer_layer=target.steer_layer,
+        sae_layer=sae_layer,
+        read_layer=target.read_layer,
+        n_latents=n_latents,
+        directions=directions,
+    )
+    for field in ("steer_layer", "read_layer"):
+        if not 0 <= getattr(site, field) < site.n_layers:
+            value = getattr(site, field)
+            raise SteerbackError(f"target {target.name!r}: {field} {value} is outside 0..{site.n_layers - 1}")
+    return Loaded(
+        prompter=Prompter(tokenizer, target.prompt_format),
+        ends=end_tokens(SimpleNamespace(generation_config=generation, config=config), tokenizer),
+        site=site,
+        context=getattr(text, "max_position_embeddings", 4096),
+        sae_hash=sae_hash,
+        norms=norms,
+        provenance={
+            "target": target.name,
+            "model": target.model if not folder.is_dir() else target.name,
+            "revision": target.revision,
+            "files": hash_files(target.model, target.revision),
+        },
+    )
+
+
+def _cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "steerback" / "vllm"
+
+
+def model_alone(target: Target) -> str:
+    """A folder with the model's files only: vLLM takes every safetensors file it finds for weights of the model.
+
+    Links under a name that stays, as the path is part of the key of vLLM's compile cache.
+    """
+    folder = Path(target.model)
+    if not (folder / "sae.safetensors").is_file():
+        return target.model
+    links = _cache() / "models" / digest(str(folder.resolve()))[:16]
+    links.mkdir(parents=True, exist_ok=True)
+    for old in links.iterdir():
+        old.unlink()
+    for path in folder.iterdir():
+        if path.is_file() and path.name != "sae.safetensors":
+            (links / path.name).symlink_to(path.resolve())
+    return str(links)
+
+
+def save_directions(directions: Mapping[str, Tensor]) -> str | None:
+    """A file with the directions, named by its contents for the same reason."""
+    if not directions:
+        return None
+    import torch
+    from safetensors.torch import save
+
+    data = save({k: v.detach().to("cpu", torch.float32).contiguous() for k, v in directions.items()})
+    path = _cache() / "directions" / f"{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return str(path)
+
+
+def cpu_arguments(length: int) -> dict[str, Any]:
+    """vLLM's CPU build fails on a seeded request whose prefill is split over steps, so it is not split there."""
+    return {
+        "kv_cache_memory_bytes": 1 << 30,
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(length, 2048),
+    }
+
+
+def lora_arguments(folder: str) -> dict[str, Any]:
+    path = Path(folder) / "adapter_config.json"
+    if not path.is_file():
+        raise SteerbackError(f"lora {folder!r}: no adapter_config.json there")
+    rank = int(json.loads(path.read_text(encoding="utf-8"))["r"])
+    return {"enable_lora": True, "max_lora_rank": next((r for r in (8, 16, 32, 64, 128, 256, 512) if r >= rank), rank)}
+
+
+def hash_folder(folder: str) -> dict[str, str]:
+    from steerback.engines.loading import hash_files
+
+    return hash_files(folder, None)

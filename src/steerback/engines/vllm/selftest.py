@@ -1,0 +1,40 @@
+"""Whether an engine that has just started steers at all: arithmetic, hooks and effect, on every worker.
+
+A release of vLLM may move a hook point without an error; what then runs is an unsteered model that looks steered.
+"""
+
+from __future__ import annotations
+
+from steerback.engines.vllm.driver import Driver, Job
+from steerback.engines.vllm.settings import Settings, Ticket
+from steerback.records import Intervention
+
+TOLERANCE = 1e-3
+"""Largest error of an edit, relative to its size, on random residuals in float32."""
+
+
+def fault(driver: Driver, settings: Settings, prompt: tuple[int, ...], boost: float) -> str | None:
+    """What is wrong with an engine's steering, if anything. `boost` is a strong one for this target."""
+    site = settings.site
+    latents: list[int | str] = [*site.directions[:1], *range(min(site.n_latents, 1))]
+    if not latents:
+        return None
+    few = range(min(site.n_latents, settings.columns, 3))
+    clamps = [Intervention("clamp", k, 1.5, layer=n) for k in few for n in settings.layers]
+    mixed = Ticket("check", (Intervention("add", latents[0], 2.0, "generated"), *clamps))
+    error = max(driver.call("steerback_check", mixed.as_args(), 0))
+    if not error < TOLERANCE:
+        return f"its edits are off by {error:.1e} of their size"
+    edits = (Intervention("add", latents[0], boost),)
+    sampling = {"temperature": 0.0, "max_tokens": 3, "logprobs": 1, "ignore_eos": True, "detokenize": False}
+    jobs = [Job(Ticket(key, e), prompt, sampling) for key, e in (("plain", ()), ("steered", edits), ("again", ()))]
+    plain, steered, again = (driver.submit(job).result() for job in jobs)
+    entry = steered.entry or {}
+    if (entry.get("prompt"), entry.get("generated")) != (len(prompt), 2):
+        return f"of {len(prompt)} + 2 positions it edited {entry.get('prompt')} + {entry.get('generated')}"
+    first = [next(iter(a.output.outputs[0].logprobs[0].items())) for a in (plain, steered, again)]
+    if first[0][0] == first[1][0] and abs(first[0][1].logprob - first[1][1].logprob) < 1e-6:
+        return "a strong addition leaves the next token's probability as it was"
+    if first[0][0] != first[2][0] or abs(first[0][1].logprob - first[2][1].logprob) > 0.1:
+        return "an unsteered request differs before and after a steered one"
+    return None
