@@ -1,0 +1,461 @@
+"""LLM judges: rubric and enclosure, parser, keys, budget, and faults over the real client libraries."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import zlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fake_judges import FAULTS, RESTART, FakeJudge
+from steerback.errors import SteerbackError
+from steerback.judging import Judge, JudgeItem, aliases, make_judge
+from steerback.judging.models import check_key, model_string, read_dotenv, redact
+from steerback.judging.parse import Quotable, find_verdict, parse_attempts, parse_whole
+from steerback.judging.prompt import ATTEMPTS, ask, encodable, rubric
+from steerback.judging.transport import Limits, Transport
+from steerback.records import Judgement
+
+pytest.importorskip("inspect_ai")
+KEY = "sk-planted-0123456789"
+PROTOCOLS = (
+    ("anthropic/claude-sonnet-4-5-20250929", ""),
+    ("openrouter/qwen/qwen3-32b", "/v1"),
+    ("google/gemini-2.5-flash", ""),
+)
+HOSTILE = [
+    json.loads('"' + line.replace('\\\\', '\\\\').replace('"', '\\"') + '"') if "\\u" in line else line
+    for line in (Path(__file__).parent / "data" / "judging" / "hostile.txt").read_text(encoding="utf-8").splitlines()
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("ANTHROPIC_API_KEY", "OPENROUTER_API_KEY", "GOOGLE_API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.setenv(name, KEY)
+    monkeypatch.chdir(tmp_path)
+
+
+def items(n: int) -> list[JudgeItem]:
+    return [
+        JudgeItem(
+            f"k{i}", "How do you fry an egg?", f"Item {i} flows like lava. {RESTART} Put oil {i} in the pan.", "lava"
+        )
+        for i in range(n)
+    ]
+
+
+def run(judge: Judge, asked: list[JudgeItem]) -> list[tuple[str, Judgement]]:
+    async def collect() -> list[tuple[str, Judgement]]:
+        return [pair async for pair in judge.judge(asked)]
+
+    return asyncio.run(collect())
+
+
+def judge_for(model: str, url: str, **limits: Any) -> Any:
+    quick: dict[str, Any] = {"first_wait": 0.01, "attempt_timeout": 2, "max_retries": 2} | limits
+    return make_judge(model, base_url=url, **quick)
+
+
+# --- enclosure ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("response", HOSTILE)
+def test_hostile_response_stays_verbatim_inside_the_delimiter(response: str) -> None:
+    asked = ask(rubric(ATTEMPTS), JudgeItem("k", "How?", response, "topic"))
+    opening, closing = f"<response-{asked.nonce}>\n", f"\n</response-{asked.nonce}>"
+    assert asked.user.count(opening) == 1
+    assert asked.user.count(closing) == 1
+    assert asked.user.split(opening)[1].split(closing)[0] == encodable(response)
+    assert asked.nonce not in response
+    asked.user.encode("utf-8")
+
+
+@pytest.mark.parametrize("response", HOSTILE)
+def test_json_quoted_from_the_response_is_never_the_verdict(response: str) -> None:
+    asked = ask(rubric(ATTEMPTS), JudgeItem("k", "How?", response))
+    assert parse_attempts(response, response, asked.nonce, "j", "r").status == "unscored"
+    words = response.split()
+    own = {
+        "verdict": asked.nonce,
+        "attempts": [{"first_words": words[0], "last_words": words[-1], "score": 7, "restart_phrase": ""}],
+    }
+    quoting = f"The response says {response}\nMy verdict: {json.dumps(own)}"
+    found = find_verdict(quoting, asked.nonce)
+    assert found == own
+
+
+def test_there_are_enough_hostile_responses() -> None:
+    assert len(HOSTILE) >= 30
+
+
+def test_the_nonce_is_drawn_again_when_the_response_holds_it() -> None:
+    draws = iter(["aaaa", "bbbb"])
+    assert ask(rubric(ATTEMPTS), JudgeItem("k", "How?", "x aaaa y"), lambda: next(draws)).nonce == "bbbb"
+
+
+def test_label_is_left_out_where_there_is_none() -> None:
+    assert "<topic>" not in ask(rubric(ATTEMPTS), JudgeItem("k", "How?", "x")).user
+    assert "lava" in ask(rubric(ATTEMPTS), JudgeItem("k", "How?", "x", "lava")).user
+
+
+# --- parser ------------------------------------------------------------------------------------------------------
+
+TEXT = "Lava “flows” — fast.  Wait,  that’s wrong! Pour\nwater down. Then rinse."
+
+
+def reply(*attempts: dict[str, Any], nonce: str = "N") -> str:
+    return json.dumps({"verdict": nonce, "attempts": list(attempts)})
+
+
+def entry(first: str, last: str, score: Any = 50, phrase: str = "") -> dict[str, Any]:
+    return {"first_words": first, "last_words": last, "score": score, "restart_phrase": phrase}
+
+
+def test_spans_come_from_quoted_words_whatever_quotes_and_spaces() -> None:
+    first = entry('Lava "flows" - fast', "fast.", 10)
+    second = entry("wait, that's wrong! Pour", "Then rinse", 90, "Wait, that's wrong!")
+    verdict = parse_attempts(f"Here:\n```json\n{reply(first, second)}\n```", TEXT, "N", "j", "r")
+    assert verdict.status == "scored"
+    cut = TEXT.index("Wait")
+    assert [(a.start, a.end, a.score, a.gated) for a in verdict.attempts] == [
+        (0, cut, 10, True),
+        (cut, len(TEXT), 90, True),
+    ]
+
+
+def test_first_words_after_the_phrase_are_extended_to_it() -> None:
+    verdict = parse_attempts(
+        reply(entry("Lava", "fast"), entry("Pour water", "rinse.", 90, "Wait, that's wrong")), TEXT, "N", "j", "r"
+    )
+    assert verdict.attempts[1].start == TEXT.index("Wait")
+    assert verdict.attempts[1].gated
+
+
+def test_an_invented_phrase_is_not_gated() -> None:
+    verdict = parse_attempts(
+        reply(entry("Lava", "fast"), entry("Pour water", "rinse.", 90, "Sorry, I drifted")), TEXT, "N", "j", "r"
+    )
+    assert [a.gated for a in verdict.attempts] == [True, False]
+    assert len(verdict.gated_attempts()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "empty"),
+        ("I would rather not.", "no JSON"),
+        (reply(entry("Lava", "rinse"), nonce="other"), "code of this response"),
+        ('{"verdict": "N", "attempts": [', "malformed or cut off"),
+        ('{"verdict": "N"}', "no list of attempts"),
+        ('{"verdict": "N", "attempts": [1]}', "no list of attempts"),
+        (reply(entry("Lava", "rinse", 101)), "outside 0-100"),
+        (reply(entry("Lava", "rinse", -1)), "outside 0-100"),
+        (reply(entry("Lava", "rinse", float("nan"))), "outside 0-100"),
+        (reply(entry("Lava", "rinse", 10**400)), "outside 0-100"),
+        (reply(entry("Lava", "rinse", True)), "no number"),
+        (reply(entry("Lava", "rinse", "high")), "no number"),
+        (reply(entry("Never said", "rinse")), "first words"),
+        (reply(entry("Lava", "never said")), "last words"),
+        (reply(entry("La", "rinse")), "first words"),
+        (reply(entry("", "rinse")), "no first words"),
+        (reply(*[entry("Lava", "Lava")] * 2), "first words"),
+        (reply(*[entry("Lava", "Lava")] * 60), "60 attempts"),
+        (reply(entry("Lava", "rinse"), entry("Pour", "rinse")), "ends after"),
+        (reply(entry("Lava", "rinse", 1)) + reply(entry("Lava", "rinse", 2)), "differ"),
+    ],
+)
+def test_unusable_replies_are_unscored_with_their_reason(text: str, reason: str) -> None:
+    verdict = parse_attempts(text, TEXT, "N", "j", "r")
+    assert verdict.status == "unscored"
+    assert reason in verdict.reason
+    assert verdict.raw == text
+
+
+def test_empty_list_is_a_clarifying_question() -> None:
+    assert parse_attempts(reply(), "What do you mean?", "N", "j", "r").status == "empty"
+
+
+def test_number_as_text_is_accepted() -> None:
+    assert parse_attempts(reply(entry("Lava", "rinse", "85/100")), TEXT, "N", "j", "r").attempts[0].score == 85
+
+
+JSONLIKE = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=12)
+    | st.sampled_from(["N", "Lava", "rinse"]),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["verdict", "attempts", "score", "first_words", "last_words", "restart_phrase", "x"]),
+            inner,
+            max_size=6,
+        )
+    ),
+    max_leaves=20,
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.text(max_size=200) | JSONLIKE.map(json.dumps), st.text(max_size=120) | st.just(TEXT))
+def test_no_reply_crashes_the_parser(text: str, response: str) -> None:
+    for candidate in (text, '{"verdict": "N", "attempts": ' + text + "}"):
+        verdict = parse_attempts(candidate, response, "N", "j", "r")
+        assert verdict.status in ("scored", "empty", "unscored")
+        assert all(0 <= a.start <= a.end <= len(response) and 0 <= a.score <= 100 for a in verdict.attempts)
+        assert parse_whole(candidate, "N").score is None or 0 <= parse_whole(candidate, "N").score <= 10  # type: ignore[operator]
+
+
+def test_deeply_nested_json_does_not_crash() -> None:
+    assert parse_attempts("[" * 100000, TEXT, "N", "j", "r").status == "unscored"
+    assert parse_attempts('{"a":' * 20000, TEXT, "N", "j", "r").status == "unscored"
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.text(max_size=80), st.data())
+def test_every_whole_slice_is_found_where_it_stands_or_earlier(text: str, data: st.DataObject) -> None:
+    pieces = text.split()
+    if not pieces:
+        return
+    i = data.draw(st.integers(0, len(pieces) - 1))
+    quoted = " ".join(pieces[i : i + 3])
+    found = Quotable(text).find(quoted)
+    if found is not None:
+        assert 0 <= found[0] < found[1] <= len(text)
+
+
+# --- keys, names, options ----------------------------------------------------------------------------------------
+
+
+def test_missing_key_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable, model in (
+        ("ANTHROPIC_API_KEY", "sonnet-4.5"),
+        ("OPENROUTER_API_KEY", "gpt-5-mini"),
+        ("GOOGLE_API_KEY", "gemini-2.5-flash"),
+        ("OPENAI_API_KEY", "openai/gpt-5-mini"),
+    ):
+        monkeypatch.delenv(variable, raising=False)
+        with pytest.raises(SteerbackError, match=variable):
+            make_judge(model)
+
+
+def test_own_service_needs_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SteerbackError, match="LAB_BASE_URL"):
+        check_key("openai-api/lab/some-model", {})
+    check_key("openai-api/lab/some-model", {"LAB_BASE_URL": "http://x", "LAB_API_KEY": "k"})
+    check_key("vllm/some-model", {})
+
+
+def test_keys_come_from_dotenv_too(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text('# comment\nexport A_API_KEY="one"\nB_API_KEY=two\n', encoding="utf-8")
+    found: dict[str, str] = {"B_API_KEY": "kept"}
+    read_dotenv(tmp_path / ".env", found)
+    assert found == {"A_API_KEY": "one", "B_API_KEY": "kept"}
+
+
+def test_aliases_cover_the_specified_judges() -> None:
+    models = {a.alias: a.model for a in aliases()}
+    assert models["sonnet-4.5"] == "anthropic/claude-sonnet-4-5-20250929"
+    assert len(models) == 5
+    assert model_string("sonnet-4.5") == models["sonnet-4.5"]
+    assert model_string("nonsense") is None
+
+
+def test_secrets_are_taken_out_of_messages() -> None:
+    assert KEY not in redact(f"Incorrect API key provided: {KEY}.")
+
+
+def test_unknown_price_refuses_a_cost_budget() -> None:
+    with pytest.raises(SteerbackError, match="--judge-price"):
+        make_judge("openai/some-model", max_cost=1.0)
+    make_judge("openai/some-model", max_cost=1.0, price=(1.0, 2.0))
+
+
+def test_fingerprint_depends_on_model_rubric_and_temperature() -> None:
+    prints = {
+        make_judge("sonnet-4.5").fingerprint,
+        make_judge("haiku-4.5").fingerprint,
+        make_judge("sonnet-4.5", temperature=0.5).fingerprint,
+    }
+    assert len(prints) == 3
+    assert make_judge("sonnet-4.5").fingerprint == make_judge("sonnet-4.5", max_calls=3).fingerprint
+    assert "attempts" in str(make_judge("sonnet-4.5").describe()["rubric text"])
+
+
+# --- mockllm -----------------------------------------------------------------------------------------------------
+
+
+def test_mock_model_scores_and_counts_tokens() -> None:
+    from inspect_ai.model import ModelOutput, ModelUsage
+
+    from fake_judges import verdict
+
+    def answer(messages: Any, *rest: Any) -> ModelOutput:
+        output = ModelOutput.from_content("mockllm/model", verdict(messages[-1].text))
+        output.usage = ModelUsage(input_tokens=100, output_tokens=20, total_tokens=120)
+        return output
+
+    from steerback.judging.llm import LLMJudge
+
+    transport = Transport("mockllm/model", Limits(price=(1.0, 10.0)), model_args={"custom_outputs": answer})
+    judge = LLMJudge("mock", transport)
+    found = dict(run(judge, [*items(3), JudgeItem("blank", "p", " ")]))
+    assert [found[f"k{i}"].status for i in range(3)] == ["scored"] * 3
+    assert found["blank"].status == "empty"
+    assert len(found["k0"].attempts) == 2
+    assert all(a.gated for a in found["k0"].attempts)
+    spend = judge.spend()
+    assert (spend.calls, spend.input_tokens, spend.output_tokens) == (3, 300, 60)
+    assert spend.cost == pytest.approx(3 * (100 * 1e-6 + 20 * 10e-6))
+
+
+# --- over HTTP ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("model", "suffix"), PROTOCOLS)
+def test_happy_path_over_each_protocol(model: str, suffix: str) -> None:
+    with FakeJudge() as server:
+        judge = judge_for(model, server.url + suffix)
+        before = judge.estimate(items(5))
+        found = dict(run(judge, items(5)))
+        again = dict(run(judge, items(1)))  # a second event loop
+        carried = json.dumps(server.requests)
+    assert {v.status for v in (found | again).values()} == {"scored"}
+    for item in items(5):
+        first, second = found[item.key].attempts
+        assert item.response[second.start :].startswith(RESTART)
+        assert (first.score, second.score) == (5.0, 10.0)
+    assert before.calls == 5
+    assert before.input_tokens > 500
+    assert judge.spend().calls == 6
+    assert KEY not in carried
+    sent = judge.describe()["temperature sent"]
+    assert sent == 0 if "anthropic" not in model else sent is None  # its present API takes none, and we say so
+
+
+@pytest.mark.parametrize("fault", ["refusal", "malformed", "hallucinated", "out of range"])
+@pytest.mark.parametrize(("model", "suffix"), PROTOCOLS)
+def test_unusable_answers_are_unscored(model: str, suffix: str, fault: str) -> None:
+    reasons = {"refusal": "refused", "malformed": "malformed", "hallucinated": "first words", "out of range": "0-100"}
+    with FakeJudge(lambda response, before: fault) as server:
+        verdict = run(judge_for(model, server.url + suffix), items(1))[0][1]
+    assert verdict.status == "unscored"
+    assert reasons[fault] in verdict.reason
+
+
+@pytest.mark.parametrize("fault", ["429", "500", "timeout", "truncated"])
+@pytest.mark.parametrize(("model", "suffix"), PROTOCOLS)
+def test_transport_faults_are_retried(model: str, suffix: str, fault: str) -> None:
+    with FakeJudge(lambda response, before: fault if before == 0 else "", stall=4) as server:
+        judge = judge_for(model, server.url + suffix)
+        verdict = run(judge, items(1))[0][1]
+    assert verdict.status == "scored", verdict.reason
+    assert judge.spend().calls == 1
+
+
+def test_a_fault_that_stays_is_unscored_without_the_key() -> None:
+    with FakeJudge(lambda response, before: "429") as server:
+        found = run(judge_for("openrouter/qwen/qwen3-32b", server.url + "/v1", max_retries=1), items(2))
+    assert {v.status for _, v in found} == {"unscored"}
+    assert all("call failed" in v.reason and KEY not in v.reason for _, v in found), found
+
+
+def test_nobody_listening_is_unscored() -> None:
+    found = run(judge_for("openrouter/qwen/qwen3-32b", "http://127.0.0.1:9/v1", max_retries=1), items(1))
+    assert found[0][1].status == "unscored"
+
+
+def test_a_model_that_takes_no_temperature_is_asked_without() -> None:
+    seen: list[str] = []
+
+    def fault(response: str, before: int) -> str:
+        seen.append(response)
+        return "temperature" if before == 0 else ""
+
+    with FakeJudge(fault) as server:
+        judge = judge_for("openrouter/qwen/qwen3-32b", server.url + "/v1")
+        before = judge.fingerprint
+        assert run(judge, items(1))[0][1].status == "scored"
+        assert "temperature" in server.requests[0]
+        assert "temperature" not in server.requests[1]
+    assert judge.describe()["temperature sent"] is None
+    assert judge.fingerprint == before
+
+
+def test_budget_of_calls_leaves_the_rest_unscored() -> None:
+    with FakeJudge() as server:
+        judge = judge_for("openrouter/qwen/qwen3-32b", server.url + "/v1", max_calls=7)
+        found = run(judge, items(20))
+        asked = sum(server.asked.values())
+    counts = Counter(v.status for _, v in found)
+    assert asked == counts["scored"] == 7
+    assert counts["unscored"] == 13
+    assert {v.reason for _, v in found if v.status == "unscored"} == {"budget spent: --max-judge-calls 7"}
+
+
+def test_budget_of_money_is_kept() -> None:
+    with FakeJudge() as server:
+        judge = judge_for("openrouter/qwen/qwen3-32b", server.url + "/v1", max_cost=0.01, price=(1.0, 10.0))
+        found = run(judge, items(40))
+    assert 0 < sum(v.status == "scored" for _, v in found) < 40
+    assert judge.spend().cost <= 0.01 * 1.05
+
+
+def mixed(response: str, before: int) -> str:
+    """5 % of each fault; half of the transport faults pass on a retry."""
+    place = zlib.crc32(response.encode()) % 200
+    if place >= 10 * len(FAULTS):
+        return ""
+    fault = FAULTS[place // 10]
+    passing = fault in ("429", "500", "timeout", "truncated") and place % 10 >= 5
+    return "" if passing and before else fault
+
+
+@pytest.mark.slow
+def test_500_trials_with_every_fault_all_end_in_one_state() -> None:
+    asked = items(500)
+    with FakeJudge(mixed, stall=3) as server:
+        found = run(judge_for("openrouter/qwen/qwen3-32b", server.url + "/v1", max_retries=1), asked)
+        answered = server.asked
+    assert Counter(k for k, _ in found) == Counter(i.key for i in asked)
+    for key, verdict in found:
+        response = asked[int(key[1:])].response
+        if not mixed(response, 0):
+            assert verdict.status == "scored", verdict.reason
+            assert answered[response] == 1  # none is judged twice
+        elif mixed(response, 1):
+            assert verdict.status == "unscored"
+            assert verdict.reason
+    share = sum(v.status == "unscored" for _, v in found) / len(found)
+    assert 0.15 < share < 0.5
+
+
+def test_stopping_early_leaves_no_call_running() -> None:
+    async def first(judge: Judge) -> str:
+        stream = judge.judge(items(50))
+        async for key, _ in stream:
+            await stream.aclose()  # type: ignore[attr-defined]
+            return key
+        return ""
+
+    with FakeJudge() as server:
+        assert asyncio.run(first(judge_for("openrouter/qwen/qwen3-32b", server.url + "/v1"))).startswith("k")
+
+
+def test_environment_is_not_printed_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    with FakeJudge() as server:
+        judge = judge_for("anthropic/claude-sonnet-4-5-20250929", server.url)
+        found = run(judge, items(1))
+    shown = capsys.readouterr()
+    assert KEY not in shown.out + shown.err + repr(found) + repr(judge.describe())
+    assert os.environ["ANTHROPIC_API_KEY"] == KEY
