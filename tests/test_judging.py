@@ -184,6 +184,22 @@ def test_scores_follow_the_true_share_on_the_organism(labels: bool) -> None:
     assert spearmanr(*zip(*mixed, strict=True))[0] > 0.6
 
 
+def test_the_second_offline_judge_is_worth_asking_and_differs() -> None:
+    data = load("heldout")
+    cases = compose(data)
+    verdicts = []
+    for name in ("offline", "offline-bayes"):
+        judge = make_judge(name)
+        judge.prepare(references(data))
+        verdicts.append(judge.judge_batch([c.item for c in cases]))  # type: ignore[attr-defined]
+        assert {v.judge for v in verdicts[-1]} == {name}
+    found = measure(cases, verdicts[1])
+    assert found.rank_correlation is not None
+    assert found.rank_correlation > 0.75
+    assert found.precision == 1.0
+    assert sum(len(a.attempts) != len(b.attempts) for a, b in zip(*verdicts, strict=True)) > 10
+
+
 def test_garbled_text_scores_low_even_with_the_prompts_own_words() -> None:
     cases, _ = organism_verdicts(1, seed=1)
     prompt = cases[0].item.prompt

@@ -12,6 +12,7 @@ __all__ = ["Judge", "JudgeItem", "JudgeModel", "LOCAL", "References", "aliases",
 
 LOCAL = {
     "offline": "restart grammar and TF-IDF against unsteered responses; no key, not comparable with the paper",
+    "offline-bayes": "another offline judge: restart classifier and naive Bayes, to compare the first with",
     "scripted": "reads the truth that the scripted engine writes into its responses; for tests",
 }
 """Judges that need no key, with what they are."""
@@ -23,10 +24,10 @@ def make_judge(name: str, *, temperature: float | None = 0.0, base_url: str | No
     `limits` are the fields of `transport.Limits`; local judges ignore all options. Raises SteerbackError for an unknown
     name (with the choices), a missing key (naming the variable) or a missing extra.
     """
-    if name == "offline":
-        from steerback.judging.offline import OfflineJudge
+    if name in ("offline", "offline-bayes"):
+        from steerback.judging.offline import bayes_judge, tfidf_judge
 
-        return OfflineJudge()
+        return tfidf_judge() if name == "offline" else bayes_judge()
     if name == "scripted":
         from steerback.judging.scripted import ScriptedJudge
 

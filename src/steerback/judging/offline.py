@@ -10,20 +10,20 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from steerback.judging.base import JudgeItem, References
 from steerback.judging.gating import gate
-from steerback.judging.restarts import find_restarts
+from steerback.judging.restarts import Restart, find_restarts
 from steerback.judging.text import sentences, words
-from steerback.records import Attempt, Judgement, digest
+from steerback.records import Attempt, Judgement, LatentKey, digest
 
 if TYPE_CHECKING:
-    from steerback.judging.relevance import Relevance
+    import numpy as np
+    from numpy.typing import NDArray
 
-RUBRIC = "offline-1"
 NOTICE = "the offline judge compares words; its scores are not comparable with the paper's"
 BATCH = 256
 STAY = 0.8
@@ -51,15 +51,35 @@ class _Piece:
     length: int
 
 
+class RelevanceModel(Protocol):
+    """What scores sentences: log-odds of being on topic for a prompt, steered towards (latent, label)."""
+
+    def knows(self, prompt: str) -> bool: ...
+
+    def log_odds(
+        self, texts: Sequence[str], prompts: Sequence[str], asked: Sequence[tuple[LatentKey | None, str | None]]
+    ) -> NDArray[np.float64]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """How an offline judge works: what finds restarts, what scores sentences, what combines them to a score."""
+
+    name: str
+    rubric: str
+    find: Callable[[str, str], list[Restart]]
+    build: Callable[[References], RelevanceModel]
+    combine: Callable[[Sequence[int], Sequence[float]], float]
+
+
 class OfflineJudge:
     """Splits at explicit restart language and scores each attempt by the length-weighted share that is on topic."""
 
-    rubric = RUBRIC
-
-    def __init__(self) -> None:
-        self.name = "offline"
+    def __init__(self, method: Method) -> None:
+        self.name, self.rubric = method.name, method.rubric
+        self._method = method
         self._references = References()
-        self._relevance: Relevance | None = None
+        self._relevance: RelevanceModel | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -81,11 +101,9 @@ class OfflineJudge:
         }
 
     def prepare(self, references: References) -> None:
-        """Builds the reference bank and calibrates it on the references themselves."""
-        from steerback.judging.relevance import Relevance
-
+        """Builds the model of relevance from the references."""
         self._references = references
-        self._relevance = Relevance(references.responses, references.contexts)
+        self._relevance = self._method.build(references)
 
     async def judge(self, items: Sequence[JudgeItem]) -> AsyncIterator[tuple[str, Judgement]]:
         """Yields (item key, judgement) in order, giving way to other tasks between batches."""
@@ -99,13 +117,13 @@ class OfflineJudge:
         """Judgements of `items`, in order."""
         verdicts: list[Judgement | None] = [self._without_scoring(item) for item in items]
         todo = [i for i, verdict in enumerate(verdicts) if verdict is None]
-        cuts = [_attempts(items[i].response, items[i].prompt) for i in todo]
+        cuts = [self._attempts(items[i].response, items[i].prompt) for i in todo]
         odds = iter(self._log_odds([(items[i], cut) for i, cut in zip(todo, cuts, strict=True)]))
         for i, cut in zip(todo, cuts, strict=True):
             attempts = []
             for start, end, phrase, pieces in cut:
                 evidence = [next(odds) for _ in pieces]
-                score = score_attempt([p.length for p in pieces], evidence)
+                score = self._method.combine([p.length for p in pieces], evidence)
                 attempts.append(Attempt(start, end, score, phrase))
             verdicts[i] = Judgement(self.name, self.rubric, "scored", gate(items[i].response, attempts))
         return [v for v in verdicts if v is not None]
@@ -138,25 +156,24 @@ class OfflineJudge:
         odds = self._relevance.log_odds(texts, prompts, topics)
         return [-math.inf if bad else float(x) for x, bad in zip(odds, degenerate, strict=True)]
 
+    def _attempts(self, response: str, prompt: str) -> list[_Cut]:
+        """(start, end, restart phrase, sentences to score) of each attempt; the phrase itself is not scored."""
+        restarts = self._method.find(response, prompt)
+        starts = [0, *(r.start for r in restarts)]
+        ends = [*(r.start for r in restarts), len(response)]
+        bodies = [0, *(r.end for r in restarts)]
+        cuts: list[_Cut] = []
+        for number, (start, end, body) in enumerate(zip(starts, ends, bodies, strict=True)):
+            phrase = response[start:body] if number else ""
+            pieces = [
+                _Piece(body + s.start, body + s.end, max(len(words(response[body + s.start : body + s.end])), 1))
+                for s in sentences(response[body:end])
+            ]
+            cuts.append((start, end, phrase, pieces))
+        return cuts
+
 
 _Cut = tuple[int, int, str, list[_Piece]]
-
-
-def _attempts(response: str, prompt: str) -> list[_Cut]:
-    """(start, end, restart phrase, sentences to score) of each attempt; the phrase itself is not scored."""
-    restarts = find_restarts(response, prompt)
-    starts = [0, *(r.start for r in restarts)]
-    ends = [*(r.start for r in restarts), len(response)]
-    bodies = [0, *(r.end for r in restarts)]
-    cuts: list[_Cut] = []
-    for number, (start, end, body) in enumerate(zip(starts, ends, bodies, strict=True)):
-        phrase = response[start:body] if number else ""
-        pieces = [
-            _Piece(body + s.start, body + s.end, max(len(words(response[body + s.start : body + s.end])), 1))
-            for s in sentences(response[body:end])
-        ]
-        cuts.append((start, end, phrase, pieces))
-    return cuts
 
 
 def score_attempt(lengths: Sequence[int], log_odds: Sequence[float]) -> float:
@@ -200,3 +217,24 @@ def is_clarifying_question(response: str) -> bool:
     asks = [bool(_ASKING.search(c)) for c in cut]
     frames = [bool(_POLITE.match(c)) and len(words(c)) <= 20 for c in cut]
     return any(asks) and all(a or f for a, f in zip(asks, frames, strict=True))
+
+
+def tfidf_judge() -> OfflineJudge:
+    """`offline`: restart grammar and classifier; self-calibrated TF-IDF relevance; sentences in context."""
+
+    def build(references: References) -> RelevanceModel:
+        from steerback.judging.relevance import Relevance
+
+        return Relevance(references.responses, references.contexts)
+
+    return OfflineJudge(Method("offline", "offline-1", find_restarts, build, score_attempt))
+
+
+def bayes_judge() -> OfflineJudge:
+    """`offline-bayes`: restart classifier alone; naive Bayes over words; each sentence by itself."""
+    from steerback.judging.bayes import BayesRelevance, find_by_classifier, mean_share
+
+    def build(references: References) -> RelevanceModel:
+        return BayesRelevance(references.responses, references.contexts)
+
+    return OfflineJudge(Method("offline-bayes", "offline-bayes-1", find_by_classifier, build, mean_share))
