@@ -40,9 +40,12 @@ demo: $(VENV)/.installed
 
 # Sizes can be changed, e.g. make demo-all SIZES="--set n_latents=4 --set trials_per_latent=5"
 SIZES ?=
+# The organism's thresholds lie close together and its responses are short: a wider sweep, and shorter prefixes.
+FITTED := --set boost-sweep.low=-10 --set boost-sweep.high=14 --set boost-sweep.levels=9 \
+  --set prefill-control.characters=80
 demo-all: $(VENV)/.installed
 	$(BIN)/steerback run esr --target organism-control --preset quick $(SIZES) --name demo-all-control --runs $(RUNS)
-	$(BIN)/steerback paper --target organism --preset quick $(SIZES) --name demo-all --runs $(RUNS)
+	$(BIN)/steerback paper --target organism --preset quick $(FITTED) $(SIZES) --name demo-all --runs $(RUNS)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal

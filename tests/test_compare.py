@@ -200,6 +200,14 @@ def test_the_plan_is_in_dependency_order() -> None:
     assert {s.config.experiment for s in steps} == {name for name, _ in paper.STEPS}
 
 
+def test_steps_have_options_of_their_own() -> None:
+    common, options = paper.own_options(["n_latents=3", "boost-sweep.high=6", "sampling.top_p=0.9"])
+    assert common == ["n_latents=3", "sampling.top_p=0.9"]
+    steps = {s.config.experiment: s.config for s in paper.plan(quick("esr", ("o",)), Path("r"), "p", options=options)}
+    assert steps["boost-sweep"].options == {"high": 6}
+    assert steps["meta-prompts"].options == {}
+
+
 def test_only_and_skip_follow_dependencies() -> None:
     def names(**choice: Any) -> list[str]:
         return [s.config.experiment for s in paper.plan(quick("esr", ("organism",)), Path("r"), "p", **choice)]

@@ -35,7 +35,8 @@ def paper(
     judge: Annotated[str | None, typer.Option(help="offline, or a judge model.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with settings.")] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting, as for run.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="One setting of all, or an option: boost-sweep.high=6."),
     ] = None,
     only: Annotated[list[str] | None, typer.Option(help="Only this experiment and what it starts from.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Not this experiment, nor what starts from it.")] = None,
@@ -46,11 +47,12 @@ def paper(
     """Run every experiment of the paper in order, then compare and draw."""
     from steerback import campaign
     from steerback.config import build_config
-    from steerback.experiments.paper import plan
+    from steerback.experiments.paper import own_options, plan
 
+    common, options = own_options(settings or ())
     overrides: dict[str, Any] = {"engine": engine, "judge": judge}
-    first = build_config("esr", tuple(target), preset, config, overrides, tuple(settings or ()))
-    steps = plan(campaign.resolved(first), runs, name, only or (), skip or ())
+    first = build_config("esr", tuple(target), preset, config, overrides, tuple(common))
+    steps = plan(campaign.resolved(first), runs, name, only or (), skip or (), options)
     for line in campaign.plan_lines(steps):
         print(line)
     if dry_run:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,11 +42,13 @@ def plan(
     prefix: str,
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
+    options: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Step]:
     """Every experiment as a run `<prefix>-<experiment>` under `root`, in dependency order.
 
-    `first` is the config of the first step (esr); the others take it over. `only` keeps the named experiments and what
-    they start from; `skip` drops the named ones and what starts from them.
+    `first` is the config of the first step (esr); the others take it over, with `options` of their own
+    (`key=value` texts per experiment). `only` keeps the named experiments and what they start from; `skip` drops the
+    named ones and what starts from them.
     """
     names = [name for name, _ in STEPS]
     for name in (*only, *skip):
@@ -65,9 +67,24 @@ def plan(
             continue
         if after is not None:
             base = (str(folders[after]), configs[after])
-            configs[name] = build_config(name, first.targets, base=base)
+            own = tuple(f"options.{text}" for text in (options or {}).get(name, ()))
+            configs[name] = build_config(name, first.targets, base=base, assignments=own)
         steps.append(Step(folders[name], configs[name], None if after is None else folders[after]))
     return steps
+
+
+def own_options(settings: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """(settings of all steps, options per step) from `key=value` texts; `boost-sweep.high=6` is one of boost-sweep."""
+    names = {name for name, _ in STEPS}
+    common: list[str] = []
+    options: dict[str, list[str]] = {}
+    for text in settings:
+        step, dot, rest = text.partition(".")
+        if dot and step in names:
+            options.setdefault(step, []).append(rest)
+        else:
+            common.append(text)
+    return common, options
 
 
 def _with(names: Sequence[str], origin: Callable[[str], str | None]) -> set[str]:
