@@ -143,9 +143,9 @@ def test_make_engine_by_name(folder: Path) -> None:
     target = resolve(str(folder))
     assert default_engine() == "transformers"
     assert isinstance(make_engine(target, "scripted", batch_size=None), ScriptedEngine)
-    with pytest.raises(SteerbackError, match="not part of this version"):
-        make_engine(target, "vllm")
-    with pytest.raises(SteerbackError, match="unknown engine 'vlm'; choose one of: auto, transformers, scripted"):
+    with pytest.raises(SteerbackError, match="unknown option of engine 'vllm' 'batchsize'; choose one of: batch_size"):
+        make_engine(target, "vllm", batchsize=3)
+    with pytest.raises(SteerbackError, match="unknown engine 'vlm'; choose one of: auto, transformers, vllm, scripted"):
         make_engine(target, "vlm")
 
 

@@ -93,7 +93,9 @@ async def _targets(job: Job, opened: Run, progress: Progress, cache: Cache | Non
         "prompts": {"source": job.config.prompts, "count": len(job.prompts), "hash": digest(list(job.prompts))},
     }
     for target in job.targets:
-        engine = make_engine(target, job.config.engine, batch_size=job.config.batch_size)
+        engine = make_engine(
+            target, job.config.engine, **{"batch_size": job.config.batch_size, **job.config.engine_options}
+        )
         try:
             judge = make_judge(job.config.judge)
             _same_engine(opened, target, engine)

@@ -1,41 +1,54 @@
-"""Engines turn requests into completions. `base` is the protocol, `transformers` the reference, `scripted` the fake."""
+"""Engines turn requests into completions: `base` is the protocol, `transformers` the reference, `scripted` the fake."""
 
 from __future__ import annotations
 
+import inspect
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from steerback.errors import SteerbackError, unknown
+from steerback.errors import unknown
 
 if TYPE_CHECKING:
     from steerback.engines.base import Engine
     from steerback.targets import Target
 
-ENGINES = ("transformers", "scripted")
+ENGINES = ("transformers", "vllm", "scripted")
 
 
 def default_engine() -> str:
-    """The engine that `auto` means on this machine."""
-    return "transformers"
+    """The engine that `auto` means on this machine: vLLM where it is installed and there is a GPU for it."""
+    if find_spec("vllm") is None:
+        return "transformers"
+    import torch
+
+    return "vllm" if torch.cuda.is_available() else "transformers"
 
 
 def make_engine(target: Target, name: str = "auto", **options: Any) -> Engine:
     """Loads a target into the named engine ("auto": `default_engine()`); options that are None are left out.
 
-    transformers: batch_size, device. scripted: script (a function or PlantedModel).
+    transformers: batch_size, device. vllm: see `VllmEngine`. scripted: script (a function or PlantedModel).
+    Raises SteerbackError for an option that the engine does not know.
     """
     chosen = default_engine() if name == "auto" else name
     given = {key: value for key, value in options.items() if value is not None}
+    make: Any
     if chosen == "transformers":
-        from steerback.engines.transformers import TransformersEngine
-
-        return TransformersEngine(target, **given)
-    if chosen == "scripted":
+        from steerback.engines.transformers import TransformersEngine as make
+    elif chosen == "vllm":
+        from steerback.engines.vllm.engine import VllmEngine as make
+    elif chosen == "scripted":
         from steerback.engines.scripted import PlantedModel, ScriptedEngine
 
         given.pop("batch_size", None)  # a fake has no batches
         prior = target.boost_prior
         script = given.pop("script", None) or PlantedModel(threshold=prior.mean, slope=prior.sd / 5)
         return ScriptedEngine(script, target=target.name, n_latents=target.n_latents, **given)
-    if chosen == "vllm":
-        raise SteerbackError("engine 'vllm' is not part of this version; use --engine transformers")
-    raise unknown("engine", name, ("auto", *ENGINES))
+    else:
+        raise unknown("engine", name, ("auto", *ENGINES))
+    known = [p for p in inspect.signature(make).parameters if p != "target"]
+    for key in given:
+        if key not in known:
+            raise unknown(f"option of engine {chosen!r}", key, known)
+    engine: Engine = make(target, **given)
+    return engine
