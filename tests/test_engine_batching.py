@@ -86,7 +86,7 @@ def test_logits_are_equal_bit_for_bit_in_every_slot(engine: TransformersEngine) 
     def trace(company: list[Request], place: int) -> torch.Tensor:
         logits.clear()
         items = [*company[:place], probe, *company[place:]]
-        batch = batch_module.Batch(runner, engine._check(items), engine.shape, engine.sae, {})
+        batch = batch_module.Batch(runner, batch_module.Queue(engine._check(items)), engine.shape, engine.sae, {})
         while "probe" not in {s.request.key for s in batch.slots.values()}:
             logits.clear()
             batch._fill() if not batch.slots else batch.advance()
@@ -308,3 +308,28 @@ def test_caches_hold_each_row_at_its_own_position(paged: bool) -> None:
     other = values.permute(1, 2, 0, 3, 4).reshape(3, cache.seen, 2)
     assert torch.equal(other[0, :6], fresh[1, 0] + 100)
     assert torch.equal(other[2, :3], fresh[0, 0, :3] + 100)
+
+
+def test_batches_side_by_side_give_the_same_responses(
+    crowd: tuple[list[Request], dict[str, Completion]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three threads share one queue and one model: every response once, and bit for bit what one thread makes."""
+    requests, together = crowd
+    engine = TransformersEngine.from_loaded(tiny.loaded(), 16, workers=3)
+    assert engine.fingerprint == tiny.engine(rows=16).fingerprint
+    done = collect(engine, requests)
+    assert set(done) == set(together)
+    assert all(same(done[key], together[key]) for key in together)
+
+    original, calls = batch_module.Batch.advance, {"n": 0}
+
+    def advance(self: batch_module.Batch) -> list[tuple[str, Completion]]:
+        calls["n"] += 1
+        if calls["n"] in (4, 5):  # two batches run out of memory, at once or one after the other
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self)
+
+    monkeypatch.setattr(batch_module.Batch, "advance", advance)
+    assert set(collect(engine, requests)) == set(together)
+    assert engine.shape.rows in (8, 4)
+    engine.close()

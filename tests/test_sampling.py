@@ -25,7 +25,7 @@ def drawn(sampling: Sampling, n: int, logits: torch.Tensor = LOGITS) -> np.ndarr
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (1.0, 0.8), (1.5, 0.95)])
 def test_distribution_is_the_closed_form(temperature: float, top_p: float) -> None:
-    n = 20_000
+    n = 4_000
     counts = np.bincount(drawn(Sampling(temperature, top_p), n), minlength=8)
     p = np.exp(LOGITS.double().numpy() / temperature)
     p /= p.sum()

@@ -7,6 +7,7 @@ Knows the runner's forward pass and nothing of how the model was loaded.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,23 +54,55 @@ BLOCK = 8
 """Decoding steps between two looks at what came out; a row that ends within a block idles until its end."""
 
 
+class Queue:
+    """Requests that wait for a slot, by padded length of their prompt; batches in several threads take from it."""
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        self._lock = threading.Lock()
+        self._buckets: dict[int, deque[Item]] = {}
+        for item in items:
+            self._buckets.setdefault(Shape.bucket(len(item[1])), deque()).append(item)
+        self.steps = max((request.sampling.max_new_tokens for request, _ in items), default=1)
+        longest = max((len(ids) + request.sampling.max_new_tokens for request, ids in items), default=1)
+        self.length = max(longest + BLOCK, *self._buckets, 1)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._buckets.values()))
+
+    def take(self, free: int, rows: int, idle: bool) -> tuple[int, list[Item]]:
+        """A bucket and up to `rows` of its requests for `free` slots, or none where it is better to wait.
+
+        A prefill costs the same for one prompt as for `rows`, so unless the batch is idle it waits for free slots.
+        """
+        with self._lock:
+            left = len(self)
+            if not left or not free or (not idle and free < min(rows, left)):
+                return 0, []
+            bucket = max(self._buckets, key=lambda b: len(self._buckets[b]))
+            queue = self._buckets[bucket]
+            return bucket, [queue.popleft() for _ in range(min(rows, free, len(queue)))]
+
+    def drain(self) -> list[Item]:
+        """All that is left, which is taken out."""
+        with self._lock:
+            left = [item for queue in self._buckets.values() for item in queue]
+            self._buckets.clear()
+            return left
+
+
 class Batch:
-    """One generation under way. `advance` does a block of steps and returns what was finished."""
+    """Slots that decode together. `advance` does a block of steps and returns what was finished."""
 
     def __init__(
-        self, runner: Runner, items: Sequence[Item], shape: Shape, sae: Sae | None, directions: Mapping[str, Tensor]
+        self, runner: Runner, queue: Queue, shape: Shape, sae: Sae | None, directions: Mapping[str, Tensor]
     ) -> None:
-        self.runner, self.shape = runner, shape
-        self.waiting: dict[int, deque[Item]] = {}
-        for item in items:
-            self.waiting.setdefault(Shape.bucket(len(item[1])), deque()).append(item)
-        longest = max((len(ids) + request.sampling.max_new_tokens for request, ids in items), default=1) + BLOCK
-        longest = max(longest, *self.waiting, 1)
+        self.runner, self.queue, self.shape = runner, queue, shape
+        self._entering: list[Item] = []
+        longest, steps = queue.length, queue.steps
         device, rows = runner.device, shape.rows
         self.slots: dict[int, Slot] = {}
         self._free = list(range(rows))
         self._cache = PagedCache(rows, longest, shape.page) if shape.page else FlatCache(rows, longest)
-        steps = max((request.sampling.max_new_tokens for request, _ in items), default=1)
         self._sampler = Sampler(rows, runner.vocabulary, steps, device)
         self._first = Sampler(shape.prefill_rows, runner.vocabulary, steps, device)
         place = (longest, runner.site, sae, directions, device)
@@ -83,12 +116,12 @@ class Batch:
     @property
     def pending(self) -> bool:
         """Whether anything is left to do."""
-        return bool(self.slots or any(self.waiting.values()))
+        return bool(self.slots or len(self.queue))
 
     def unfinished(self) -> list[Item]:
-        """Requests not finished yet, to be started anew elsewhere."""
-        running = [(s.request, self.runner.prompt_of(s.request)) for s in self.slots.values()]
-        return running + [item for queue in self.waiting.values() for item in queue]
+        """Requests taken from the queue and not finished, to be started anew elsewhere."""
+        running = {s.request.key: (s.request, self.runner.prompt_of(s.request)) for s in self.slots.values()}
+        return [*(running | {item[0].key: item for item in self._entering}).values()]
 
     @torch.inference_mode()
     def advance(self) -> list[tuple[str, Completion]]:
@@ -103,17 +136,12 @@ class Batch:
         return [done for n in list(self.slots) if (done := self._finish(n)) is not None]
 
     def _fill(self) -> None:
-        """Prefills while enough slots are free: a prefill costs the same for one prompt as for all its rows."""
-        while self._free and any(self.waiting.values()):
-            left = sum(map(len, self.waiting.values()))
-            if self.slots and len(self._free) < min(self.shape.prefill_rows, left):
+        """Prefills what the queue gives."""
+        while True:
+            bucket, self._entering = self.queue.take(len(self._free), self.shape.prefill_rows, not self.slots)
+            if not self._entering:
                 return
-            bucket = max(self.waiting, key=lambda b: len(self.waiting[b]))
-            queue = self.waiting[bucket]
-            size = min(self.shape.prefill_rows, len(self._free), len(queue))
-            self._prefill(bucket, [queue[n] for n in range(size)])
-            for _ in range(size):
-                queue.popleft()
+            self._prefill(bucket, self._entering)
 
     def _prefill(self, bucket: int, items: Sequence[Item]) -> None:
         rows, device = self.shape.prefill_rows, self.runner.device

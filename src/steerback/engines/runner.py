@@ -50,18 +50,14 @@ class Runner:
         if self._windowed:
             window = mask(positions, length, self.dtype, self.config.sliding_window)
             masks = {"full_attention": masks, "sliding_attention": window}
-        self.hooks.current = forward
-        try:
-            out = self.decoder(
+        with self.hooks.during(forward):
+            result: Tensor = self.decoder(
                 input_ids=ids,
                 position_ids=positions,
                 attention_mask=masks,
                 past_key_values=cache,
                 use_cache=cache is not None,
-            )
-            result: Tensor = out.last_hidden_state
-        finally:
-            self.hooks.current = None
+            ).last_hidden_state
         return result
 
     def residual(self, ids: Tensor, layer: int) -> Tensor:

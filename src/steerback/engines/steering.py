@@ -6,7 +6,9 @@ rows go through the same shapes (so that a row's numbers do not depend on its ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -268,19 +270,29 @@ class Enough(Exception):
 
 
 class Hooks:
-    """The hooks on a model's decoder layers; `current` is the pass under way (None: the model is left alone)."""
+    """The hooks on a model's decoder layers; each thread has a pass of its own, without one the model is left alone."""
 
     def __init__(self, layers: Sequence[torch.nn.Module]) -> None:
-        self.current: Pass | None = None
+        self._thread = threading.local()
         self._handles = [layer.register_forward_hook(self._hook(n)) for n, layer in enumerate(layers)]
+
+    @contextlib.contextmanager
+    def during(self, forward: Pass) -> Iterator[None]:
+        """This thread's forward passes are `forward` within the block."""
+        self._thread.current = forward
+        try:
+            yield
+        finally:
+            self._thread.current = None
 
     def _hook(self, layer: int) -> Callable[[torch.nn.Module, Any, Any], Any]:
         def hook(_module: torch.nn.Module, _inputs: Any, output: Any) -> Any:
-            if self.current is None:
+            current: Pass | None = getattr(self._thread, "current", None)
+            if current is None:
                 return None
             if isinstance(output, tuple):
-                return (self.current.at_layer(layer, output[0]), *output[1:])
-            return self.current.at_layer(layer, output)
+                return (current.at_layer(layer, output[0]), *output[1:])
+            return current.at_layer(layer, output)
 
         return hook
 

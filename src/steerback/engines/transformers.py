@@ -11,14 +11,14 @@ import gc
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import steerback
-from steerback.engines.batch import Batch, Item, Shape
+from steerback.engines.batch import Batch, Item, Queue, Shape
 from steerback.engines.loading import Loaded, batch_rows, load, out_of_memory
 from steerback.engines.runner import Runner
 from steerback.engines.steering import Pass, Steering
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from steerback.engines.base import Pooling
     from steerback.targets import Target
 
+SMALL = 50_000_000
+"""Models with fewer parameters than this run in one-threaded batches side by side on a CPU."""
 CHUNK_TOKENS = 1024
 """Residuals are encoded this many tokens at a time, so that tokens x latents never fills the memory."""
 
@@ -41,8 +43,9 @@ class TransformersEngine:
     """Generates steered responses for one target on CPU, CUDA or MPS.
 
     `batch_size` (rows that decode together) is estimated from the machine's memory where it is not given, and halved
-    when memory runs out all the same. A request's tokens do not depend on the others in its batch (measured bit for
-    bit on CPU); they do depend on batch size, threads, device and library versions, all of which are in `describe()`.
+    when memory runs out all the same; small models on a CPU decode in several such batches (`workers`) side by side. A
+    request's tokens do not depend on the others in its batch nor on the number of workers (measured bit for bit on
+    CPU); they do depend on batch size, threads, device and library versions, all of which are in `describe()`.
     """
 
     def __init__(
@@ -51,19 +54,26 @@ class TransformersEngine:
         batch_size: int | None = None,
         device: str | None = None,
         directions: Mapping[str, Tensor] | None = None,
+        workers: int | None = None,
     ) -> None:
-        self._setup(load(target, device, tuple(directions or ())), batch_size, directions or {})
+        self._setup(load(target, device, tuple(directions or ())), batch_size, directions or {}, workers)
 
     @classmethod
     def from_loaded(
-        cls, loaded: Loaded, batch_size: int | None = None, directions: Mapping[str, Tensor] | None = None
+        cls,
+        loaded: Loaded,
+        batch_size: int | None = None,
+        directions: Mapping[str, Tensor] | None = None,
+        workers: int | None = None,
     ) -> TransformersEngine:
         """An engine around a model, tokenizer and SAE that are in memory already."""
         engine = cls.__new__(cls)
-        engine._setup(loaded, batch_size, directions or {})
+        engine._setup(loaded, batch_size, directions or {}, workers)
         return engine
 
-    def _setup(self, loaded: Loaded, batch_size: int | None, directions: Mapping[str, Tensor]) -> None:
+    def _setup(
+        self, loaded: Loaded, batch_size: int | None, directions: Mapping[str, Tensor], workers: int | None
+    ) -> None:
         self.runner: Runner = loaded.runner
         self.sae: Sae | None = loaded.sae
         check_directions(directions, self.runner.site.d_model)
@@ -76,9 +86,13 @@ class TransformersEngine:
         self.shape = Shape(batch_size or batch_rows(self.runner))
         if self.runner.device.type != "cpu":
             self.shape = Shape(self.shape.rows, page=None)
-        # One thread of its own: the event loop stays free for judges, and OpenMP keeps one pool of threads.
-        self._worker = ThreadPoolExecutor(
-            1, "steerback-engine", initializer=torch.set_num_threads, initargs=(self._threads,)
+        # The event loop stays free for judges. Small models gain more from batches side by side than from threads
+        # within a matrix product: those wait for each other at every operation.
+        small = self.runner.device.type == "cpu" and sum(p.numel() for p in self.runner.model.parameters()) < SMALL
+        self.workers = workers or (min(self._threads, 4) if small else 1)
+        self._threads = 1 if small else self._threads
+        self._pool = ThreadPoolExecutor(
+            self.workers, "steerback-engine", initializer=torch.set_num_threads, initargs=(self._threads,)
         )
 
     @property
@@ -86,6 +100,7 @@ class TransformersEngine:
         """Hash of all that shapes a completion except the request."""
         facts = self.describe()
         del facts["halved_on_out_of_memory"]  # told by the batch shape
+        del facts["workers"]  # batches do not touch each other
         return digest(facts)
 
     def describe(self) -> dict[str, object]:
@@ -102,6 +117,7 @@ class TransformersEngine:
             "threads": self._threads if self.runner.device.type == "cpu" else None,
             "dtype": str(self.runner.dtype).removeprefix("torch."),
             "batch": {"rows": self.shape.rows, "prefill_rows": self.shape.prefill_rows, "page": self.shape.page},
+            "workers": self.workers,
             "halved_on_out_of_memory": list(self._halvings),
             "layers": {
                 "steer": self.runner.site.steer_layer,
@@ -126,25 +142,39 @@ class TransformersEngine:
     async def generate(self, requests: Sequence[Request]) -> AsyncIterator[tuple[str, Completion]]:
         """Yields (key, completion) as responses finish; everything is checked before anything is generated."""
         items = self._check(requests)
-        loop = asyncio.get_running_loop()
-        batch: Batch | None = None
-        while items or (batch is not None and batch.pending):
-            try:
-                if batch is None:
-                    batch, items = self._batch(items), []
-                finished = await loop.run_in_executor(self._worker, batch.advance)
-            except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error) or self.shape.rows == 1:
-                    raise
-                items = batch.unfinished() if batch is not None else items
-                batch = None
-                self._halve()
-                continue
-            for done in finished:
-                yield done
+        queue = Queue(items)
+        running: dict[asyncio.Future[list[tuple[str, Completion]]], Batch] = {}
+        try:
+            while running or len(queue):
+                if not running:
+                    batches = [self._batch(queue) for _ in range(self.workers)]
+                    running = {self._advance(batch): batch for batch in batches}
+                ready, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                if any(self._short_of_memory(future) for future in ready):
+                    ready, _ = await asyncio.wait(running)  # nobody may hold memory while the batch is made smaller
+                short = {future for future in ready if self._short_of_memory(future)}
+                finished = [done for future in ready - short for done in future.result()]
+                stopped = {future: running.pop(future) for future in ready}
+                if short:
+                    queue = Queue([*queue.drain(), *(item for b in stopped.values() for item in b.unfinished())])
+                    self._halve()
+                else:
+                    running |= {self._advance(batch): batch for batch in stopped.values() if batch.pending}
+                for done in finished:
+                    yield done
+        finally:
+            for future in running:
+                future.cancel()
 
-    def _batch(self, items: Sequence[Item]) -> Batch:
-        return Batch(self.runner, items, self.shape, self.sae, self.directions)
+    def _advance(self, batch: Batch) -> asyncio.Future[list[tuple[str, Completion]]]:
+        return asyncio.get_running_loop().run_in_executor(self._pool, batch.advance)
+
+    def _batch(self, queue: Queue) -> Batch:
+        return Batch(self.runner, queue, self.shape, self.sae, self.directions)
+
+    def _short_of_memory(self, future: asyncio.Future[Any]) -> bool:
+        error = future.exception()
+        return error is not None and out_of_memory(error) and self.shape.rows > 1
 
     def _halve(self) -> None:
         before, after = self.shape.rows, self.shape.rows // 2
@@ -250,7 +280,7 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Waits for the block of steps under way, if any, and lets go of the model."""
-        self._worker.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=True, cancel_futures=True)
         self.runner.hooks.remove()
         with contextlib.suppress(AttributeError):
             del self.runner.model, self.runner.decoder
