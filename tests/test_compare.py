@@ -84,7 +84,7 @@ def test_no_verdict_from_an_organism_or_the_offline_judge(
     shown = [x for x in lines if x.run == "small"]
     assert len(shown) == 4
     assert {x.verdict for x in shown} == {expected}
-    assert all(x.target == target for x in shown)
+    assert all((x.target, x.measured) == ("llama-3.3-70b", target) for x in shown)
 
 
 def test_every_published_row_is_there_even_when_nothing_was_run(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_what_facts_say_is_what_the_table_holds() -> None:
     assert held["multi-attempt rate, detectors ablated", big, "specification"] == 0.0078
     assert held["multi-attempt rate, random latents ablated", big, "paper"] == 0.079
     assert held["detector activity, off topic / baseline", big, "specification"] == 7.7
-    assert held["first score without steering", "gemma-2-2b", "paper"] == (87.8, 91.8)
+    assert held["first score without steering", "all", "paper"] == (87.8, 91.8)
     assert held["restarts after a steered prefix, continued unsteered", big, "reader"] == (0.07, 0.135)
 
 
@@ -177,6 +177,8 @@ def test_deviations_name_what_differs() -> None:
     assert "judge offline, not claude-sonnet-4-5-20250929" in told
     assert "latents 12, not 50 to 150" in told
     assert not any("temperature" in d for d in told)
+    named = config.model_copy(update={"judge": "anthropic/claude-sonnet-4-5-20250929"})
+    assert not any(d.startswith("judge") for d in deviations(named, "specification", settings))
 
 
 def test_a_run_without_summary_is_refused(tmp_path: Path) -> None:

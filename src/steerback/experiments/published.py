@@ -25,6 +25,7 @@ from steerback.runs import stored_config
 SOURCES = {"specification": "specification", "paper": "authors", "reader": "authors"}  # whose settings they had
 LOCAL_JUDGES = ("offline", "scripted")
 MAIN = "llama-3.3-70b"  # the rows that a built-in organism's numbers are shown beside
+ALL = "all"  # rows about no single model
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,11 @@ class Finished:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the comparison."""
+    """One line of the comparison: a published number about `target`, and ours, measured on `measured`."""
 
     row: Published
     target: str
+    measured: str
     source: str
     published: float | tuple[float, float]
     run: str
@@ -134,12 +136,13 @@ def _lines(
         for run in own:
             for measured in run.summary["targets"]:
                 stands_in = bool(organisms([measured])) and target == MAIN
-                if measured != target and not stands_in:
+                if target not in (measured, ALL) and not stands_in:
                     continue
                 ours = our_number(run.summary["targets"][measured], row)
                 shown = True
                 yield Line(
                     row,
+                    target,
                     measured,
                     source,
                     value,
@@ -149,7 +152,7 @@ def _lines(
                     (*deviations(run.config, SOURCES[source], settings), *row.notes),
                 )
         if not shown:
-            yield Line(row, target, source, value, "-", None, "not measured", row.notes)
+            yield Line(row, target, "-", source, value, "-", None, "not measured", row.notes)
 
 
 def our_number(summary: Mapping[str, Any], row: Published) -> Ours | None:
@@ -227,10 +230,11 @@ def deviations(config: RunConfig, column: str, settings: Sequence[Mapping[str, A
     for setting in settings:
         wanted, ours = setting.get(column), _at(flat, setting["key"])
         inside = isinstance(wanted, list) and isinstance(ours, int | float) and wanted[0] <= ours <= wanted[1]
-        if wanted is not None and ours != wanted and not inside:
+        same = ours == wanted or (isinstance(ours, str) and ours.rsplit("/", 1)[-1] == wanted)  # provider/model
+        if wanted is not None and not same and not inside:
             said = f"{wanted[0]} to {wanted[1]}" if isinstance(wanted, list) else wanted
             found.append(f"{setting['topic']} {ours}, not {said}")
-        if "note" in setting and ours == wanted:
+        if "note" in setting and same:
             found.append(setting["note"])
     if config.limit is not None:
         found.append(f"at most {config.limit} trials a condition")
@@ -258,8 +262,9 @@ def comparison(lines: Sequence[Line]) -> tuple[Table, list[str]]:
                 line.row.quantity + (" (%)" if rate else ""),
                 line.target,
                 line.source,
-                line.run,
                 _shown(line.published, rate, line.row.at_most),
+                line.run,
+                line.measured,
                 "-" if ours is None else _ours(ours, rate),
                 f"{ours.n:,}" if ours is not None and ours.n is not None else "-",
                 line.verdict,
@@ -274,6 +279,7 @@ def comparison(lines: Sequence[Line]) -> tuple[Table, list[str]]:
                 "target": line.target,
                 "source": line.source,
                 "run": line.run,
+                "measured_on": line.measured,
                 "published": line.published if isinstance(line.published, float) else None,
                 "published_low": low,
                 "published_high": high,
@@ -286,8 +292,11 @@ def comparison(lines: Sequence[Line]) -> tuple[Table, list[str]]:
                 "deviations": "; ".join(line.deviations),
             }
         )
-    columns = ("quantity", "target", "source", "run", "published", "ours", "n", "verdict", "deviations")
-    return Table(columns, cells, "", records, left=4), [f"[{i}] {text}" for text, i in notes.items()]
+    columns = (
+        *("quantity", "model", "source", "published", "run", "measured on"),
+        *("ours", "n", "verdict", "deviations"),
+    )
+    return Table(columns, cells, "", records, left=6), [f"[{i}] {text}" for text, i in notes.items()]
 
 
 def _shown(value: float | tuple[float, float], rate: bool, at_most: bool) -> str:
