@@ -23,6 +23,18 @@ from steerback.config import build_config
 from steerback.ledger import Ledger
 
 KILLS = 25
+KILLS_OF_A_MODEL = 4  # each start loads the model anew
+TINY = (
+    "n_latents=2",
+    "trials_per_latent=3",
+    "reference_responses=1",
+    "draws=100",
+    "calibration.max_iterations=3",
+    "calibration.trials_per_iteration=6",
+    "calibration.verify_trials=0",
+    "calibration.tolerance=45",
+    "sampling.max_new_tokens=30",
+)
 SMALL = (
     "n_latents=3",
     "trials_per_latent=4",
@@ -35,15 +47,13 @@ SMALL = (
 )
 
 
-def job() -> execute.Job:
-    return execute.check(
-        build_config(
-            "esr", ("organism",), "quick", overrides={"engine": "scripted", "judge": "scripted"}, assignments=SMALL
-        )
-    )
+def job(engine: str = "scripted") -> execute.Job:
+    judge, sizes = ("scripted", SMALL) if engine == "scripted" else ("offline", TINY)
+    overrides = {"engine": engine, "judge": judge}
+    return execute.check(build_config("esr", ("organism",), "quick", overrides=overrides, assignments=sizes))
 
 
-def run_counting(folder: Path, cache: Path, kill_at: int | None, calls: Any) -> None:
+def run_counting(engine: str, folder: Path, cache: Path, kill_at: int | None, calls: Any) -> None:
     """Runs the job; counts calls of Python functions in `calls`, and dies at call number `kill_at`."""
     count = 0
 
@@ -55,18 +65,18 @@ def run_counting(folder: Path, cache: Path, kill_at: int | None, calls: Any) -> 
 
     execute.analyse = lambda *_: None  # type: ignore[assignment]  # it only reads the ledger
     sys.setprofile(watch)
-    execute.run(job(), folder, cache=Cache(cache))
+    execute.run(job(engine), folder, cache=Cache(cache))
     sys.setprofile(None)
     calls.value = count
 
 
-def in_child(folder: Path, cache: Path, kill_at: int | None = None) -> tuple[int, int]:
+def in_child(engine: str, folder: Path, cache: Path, kill_at: int | None = None) -> tuple[int, int]:
     """(exit code, calls made); forked, so that imports are not paid for each time."""
     context = multiprocessing.get_context("fork")
     calls = context.Value("q", 0)
-    child = context.Process(target=run_counting, args=(folder, cache, kill_at, calls))
+    child = context.Process(target=run_counting, args=(engine, folder, cache, kill_at, calls))
     child.start()
-    child.join(120)
+    child.join(300)
     assert child.exitcode is not None
     return child.exitcode, calls.value
 
@@ -76,26 +86,32 @@ def ledger_of(folder: Path) -> dict[str, list[tuple[Any, ...]]]:
         return ledger.dump()
 
 
-@pytest.mark.parametrize("warm", [False, True], ids=["cold cache", "warm cache"])
-def test_killed_at_random_moments_and_resumed_the_ledger_is_the_same(tmp_path: Path, warm: bool) -> None:
+@pytest.mark.parametrize(
+    ("engine", "warm", "wanted"),
+    [("scripted", False, KILLS), ("scripted", True, KILLS), ("transformers", False, KILLS_OF_A_MODEL)],
+    ids=["cold cache", "warm cache", "real model"],
+)
+def test_killed_at_random_moments_and_resumed_the_ledger_is_the_same(
+    tmp_path: Path, engine: str, warm: bool, wanted: int
+) -> None:
     whole, cache = tmp_path / "whole", tmp_path / "cache.sqlite"
-    code, calls = in_child(whole, cache)
+    code, calls = in_child(engine, whole, cache)
     assert code == 0
     expected = ledger_of(whole)
     assert len(expected["judgements"]) > 30
     draw = random.Random(44)
     folder, kills, finished = tmp_path / "run0", 0, 0
-    for number in range(4 * KILLS):
+    for number in range(4 * wanted):
         own = cache if warm else tmp_path / f"cache-{folder.name}.sqlite"
-        code, _ = in_child(folder, own, draw.randint(1, calls) if kills < KILLS else None)
+        code, _ = in_child(engine, folder, own, draw.randint(1, calls) if kills < wanted else None)
         kills += code == -signal.SIGKILL
         if code == 0:
             assert ledger_of(folder) == expected
             finished += 1
-            if kills >= KILLS:
+            if kills >= wanted:
                 break
             folder = tmp_path / f"run{number + 1}"
         else:
             assert code == -signal.SIGKILL
-    assert kills == KILLS
+    assert kills == wanted
     assert finished >= 1
