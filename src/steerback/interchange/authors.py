@@ -29,6 +29,14 @@ SETS = {  # what the kinds of the files of one import come to: experiment, condi
     frozenset({"plain", "variant"}): ("meta-prompts", "baseline"),
 }
 
+WHOLE = (
+    "esr",
+    "no-steering",
+    "boost-sweep",
+    "meta-prompts",
+    "held-out",
+)  # nothing but trials and these facts is needed
+
 
 @dataclass
 class Imported:
@@ -80,7 +88,8 @@ def import_authors(
 def _experiment(sources: Sequence[Source]) -> tuple[str, str]:
     ours = {str((s.body.get("steerback") or {}).get("experiment")) for s in sources if s.kind == "ours"}
     if ours:
-        return (ours.pop() if len(ours) == 1 else "imported"), "baseline"
+        name = ours.pop()
+        return (name if not ours and name in WHOLE else "imported"), "baseline"
     return SETS.get(frozenset(s.kind for s in sources), ("imported", "baseline"))
 
 
