@@ -21,7 +21,7 @@ def default_engine() -> str:
         return "transformers"
     import torch
 
-    return "vllm" if torch.cuda.is_available() else "transformers"
+    return "vllm" if torch.cuda.device_count() else "transformers"  # counting does not initialise CUDA
 
 
 def make_engine(target: Target, name: str = "auto", **options: Any) -> Engine:

@@ -151,9 +151,11 @@ class Driver:
                 fetched = True
             return Answer(output, entry)
         finally:
-            if not fetched:
-                await asyncio.shield(self.llm.collective_rpc("steerback_release", args=([job.ticket.key],)))
-            self._gate.leave(job.ticket)
+            try:
+                if not fetched:
+                    await asyncio.shield(self.llm.collective_rpc("steerback_release", args=([job.ticket.key],)))
+            finally:
+                self._gate.leave(job.ticket)
 
     async def _collect(self, job: Job, output: Any) -> Mapping[str, Any]:
         """The worker's entry for a finished job, read together with those of others."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import steerback
+from steerback.engines.vllm import jobs
 from steerback.engines.vllm.driver import Answer, Driver, Job
 from steerback.engines.vllm.loading import (
     TESTED,
@@ -125,9 +126,14 @@ class VllmEngine:
                     own = devices[n * tensor_parallel : (n + 1) * tensor_parallel]
                     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
                 drivers.append(Driver(self.settings, self._launch, adapter))
-        except BaseException:
+        except BaseException as error:
             for driver in drivers:
                 driver.close()
+            if isinstance(error, (RuntimeError, ValueError, OSError)):
+                reason = " ".join(str(error).split())[:300]
+                raise SteerbackError(
+                    f"vLLM could not start {self.target.name!r} ({reason}); its own messages stand above"
+                ) from error
             raise
         finally:
             if replicas > 1:
@@ -185,16 +191,16 @@ class VllmEngine:
     ) -> dict[str, object]:
         import torch
 
-        site = self.settings.site
+        site, state = self.settings.site, self._drivers[0].call("steerback_state")[0]
         shown = {k: v for k, v in self._arguments.items() if k not in ("model", "revision")}
         return {
             "engine": "vllm",
             "vllm": version,
-            "runner": self._drivers[0].call("steerback_state")[0]["runner"],
+            "runner": state["runner"],
             "arithmetic": ARITHMETIC_VERSION,
             "steerback": steerback.__version__,
             "torch": torch.__version__,
-            "device": torch.cuda.get_device_name() if has_cuda() else "cpu",
+            "device": state["device"],
             "dtype": self.target.dtype,
             "arguments": {
                 k: v if isinstance(v, (int, float, str, bool, type(None))) else repr(v) for k, v in shown.items()
@@ -212,11 +218,11 @@ class VllmEngine:
 
     async def generate(self, requests: Sequence[Request]) -> AsyncIterator[tuple[str, Completion]]:
         """Yields (key, completion) as responses finish; everything is checked before anything is generated."""
-        jobs = self._check(requests)
+        planned = self._check(requests)
         loop = asyncio.get_running_loop()
         done: asyncio.Queue[tuple[Request, Any]] = asyncio.Queue()
         futures = []
-        for n, (request, job) in enumerate(zip(requests, jobs, strict=True)):
+        for n, (request, job) in enumerate(zip(requests, planned, strict=True)):
             future = self._drivers[n % len(self._drivers)].submit(job)
             futures.append(future)
 
@@ -227,7 +233,7 @@ class VllmEngine:
         try:
             for _ in futures:
                 request, finished = await done.get()
-                yield request.key, self._completion(request, finished.result())
+                yield request.key, self._completion(request, _result(finished))
         finally:
             for future in futures:
                 future.cancel()
@@ -259,82 +265,7 @@ class VllmEngine:
         )
 
     def _check(self, requests: Sequence[Request]) -> list[Job]:
-        jobs: list[Job] = []
-        keys: set[str] = set()
-        for request in requests:
-            where = f"request {request.key!r}"
-            if request.key in keys:
-                raise SteerbackError(f"{where}: another request has the same key")
-            keys.add(request.key)
-            check(where, request.interventions, request.record, self.settings.site)
-            prompt = self._loaded.prompter.tokens(request.prompt, request.prefill, request.system)
-            sampling = self._sampling(where, request)
-            self._check_length(where, len(prompt), request.sampling.max_new_tokens)
-            ticket = self._ticket(where, request, len(prompt) + request.sampling.max_new_tokens)
-            jobs.append(Job(ticket, prompt, sampling))
-        return jobs
-
-    def _check_length(self, where: str, prompt: int, new: int) -> None:
-        if prompt == 0:
-            raise SteerbackError(f"{where}: the prompt has no tokens")
-        if prompt + new > self.settings.length:
-            raise SteerbackError(
-                f"{where}: prompt of {prompt} tokens and max_new_tokens {new} exceed {self.settings.length}, the "
-                "engine's max_model_len; shorten the prompt, lower max_new_tokens or raise max_model_len"
-            )
-
-    def _ticket(self, where: str, request: Request, until: int) -> Ticket:
-        """What the worker is told, once it is known to fit its tables."""
-        site, record = self.settings.site, request.record
-        layer = -1 if record is None else site.read_layer if record.layer is None else record.layer
-        for field, used in (
-            *((f"interventions[{n}].layer", site.layer_of(i)) for n, i in enumerate(request.interventions)),
-            *((("record.layer", layer),) if record is not None else ()),
-        ):
-            if used not in self.settings.layers:
-                raise SteerbackError(
-                    f"{where}: {field} {used} is not prepared; this engine edits and reads layers "
-                    f"{', '.join(map(str, self.settings.layers))}; start it with layers=[{used}] as well"
-                )
-        latents = () if record is None else tuple(record.latents)
-        ticket = Ticket(request.key, request.interventions, latents, layer, until)
-        if len(set(latents)) != len(latents):
-            raise SteerbackError(f"{where}: record.latents names a latent twice")
-        if len(ticket.latents()) > self.settings.columns:
-            raise SteerbackError(
-                f"{where}: {len(ticket.latents())} latents clamped or recorded, the engine has {self.settings.columns} "
-                "columns; start it with more columns"
-            )
-        if until * len(latents) > self.settings.room:
-            raise SteerbackError(
-                f"{where}: record.latents: {len(latents)} latents at {until} positions are more than the "
-                f"{self.settings.room} values prepared for a request; start the engine with a higher record_latents"
-            )
-        return ticket
-
-    def _sampling(self, where: str, request: Request) -> dict[str, Any]:
-        sampling = request.sampling
-        for field, good in (
-            ("temperature", 0 <= sampling.temperature < float("inf")),
-            ("top_p", 0 < sampling.top_p <= 1),
-            ("repetition_penalty", 0 < sampling.repetition_penalty < float("inf")),
-            ("max_new_tokens", sampling.max_new_tokens >= 1),
-        ):
-            if not good:
-                raise SteerbackError(f"{where}: sampling.{field} {getattr(sampling, field)!r} is out of range")
-        if "" in sampling.stop:
-            raise SteerbackError(f"{where}: sampling.stop contains an empty string, which would stop every response")
-        return {
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "repetition_penalty": sampling.repetition_penalty,
-            "max_tokens": sampling.max_new_tokens,
-            "seed": request.seed % (1 << 31),
-            "stop": list(sampling.stop),
-            "stop_token_ids": sorted(self._loaded.ends),
-            "ignore_eos": True,  # the same tokens end a response as in the reference engine, and are kept
-            "detokenize": bool(sampling.stop),
-        }
+        return [jobs.job_of(request, self.settings, self._loaded) for request in jobs.distinct(requests)]
 
     # ---- activations
 
@@ -364,7 +295,7 @@ class VllmEngine:
         futures: dict[Any, int] = {}
         for n, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             spoken = self._loaded.prompter.spoken(prompt, response)
-            self._check_length(f"text {n}", len(spoken.token_ids), 1)
+            jobs.check_length(self.settings, f"text {n}", len(spoken.token_ids), 1)
             positions = sorted([*spoken.user, *spoken.response] if include_prompt else spoken.response)
             if not positions:
                 continue
@@ -396,7 +327,7 @@ class VllmEngine:
         The first `prompt_tokens` positions are the prompt. The text is prefilled; needs `max_logprobs=-1` in options.
         """
         check("teacher_forced", interventions, None, self.settings.site)
-        self._check_length("teacher_forced", len(token_ids), 1)
+        jobs.check_length(self.settings, "teacher_forced", len(token_ids), 1)
         ticket = Ticket("teacher_forced", tuple(interventions), prompt=prompt_tokens)
         sampling = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": -1, "logprobs": -1, "detokenize": False}
         output = self._drivers[0].submit(Job(ticket, tuple(token_ids), sampling)).result().output
@@ -406,6 +337,19 @@ class VllmEngine:
             for token, found in row.items():
                 out[n, token] = found.logprob
         return out
+
+
+def _result(future: Any) -> Answer:
+    """A finished job's answer; an engine that died is the user's to restart."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        answer: Answer = future.result()
+    except EngineDeadError as error:
+        raise SteerbackError(
+            "vLLM stopped while generating (its own messages stand above); what was finished is kept, resume the run"
+        ) from error
+    return answer
 
 
 def _spans(positions: Sequence[int]) -> tuple[tuple[int, int], ...]:

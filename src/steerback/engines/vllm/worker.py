@@ -50,8 +50,10 @@ class SteeredWorker(Base):  # type: ignore[misc]
         self.steerback.release(keys)
 
     def steerback_state(self) -> dict[str, Any]:
-        """Which generation of model runner is at work, and what of its tables is free."""
-        return {"runner": "v2" if generation(self.model_runner) is runner_v2 else "v1", **self.steerback.state()}
+        """Which generation of model runner is at work, on what, and what of its tables is free."""
+        kind = "v2" if generation(self.model_runner) is runner_v2 else "v1"
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        return {"runner": kind, "device": name, **self.steerback.state()}
 
     def steerback_check(self, ticket: dict[str, Any], seed: int) -> float:
         """Largest error of the tables against `interventions.steer` on this device, relative to the edit."""

@@ -1,0 +1,101 @@
+"""From a request to what vLLM is sent, once it is known to fit the worker's tables.
+
+Everything a worker cannot do is refused here, in one line that names the field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from steerback.engines.vllm.driver import Job
+from steerback.engines.vllm.loading import Loaded
+from steerback.engines.vllm.settings import Settings, Ticket
+from steerback.errors import SteerbackError
+from steerback.interventions import check
+from steerback.records import Request
+
+
+def distinct(requests: Sequence[Request]) -> Iterator[Request]:
+    """The requests, none of whose keys may occur twice."""
+    keys: set[str] = set()
+    for request in requests:
+        if request.key in keys:
+            raise SteerbackError(f"request {request.key!r}: another request has the same key")
+        keys.add(request.key)
+        yield request
+
+
+def job_of(request: Request, settings: Settings, loaded: Loaded) -> Job:
+    """Prompt tokens, ticket and sampling of a request; SteerbackError for what is impossible."""
+    where = f"request {request.key!r}"
+    check(where, request.interventions, request.record, settings.site)
+    prompt = loaded.prompter.tokens(request.prompt, request.prefill, request.system)
+    sampling = _sampling(where, request, loaded)
+    until = len(prompt) + request.sampling.max_new_tokens
+    check_length(settings, where, len(prompt), request.sampling.max_new_tokens)
+    return Job(_ticket(where, request, settings, until), prompt, sampling)
+
+
+def check_length(settings: Settings, where: str, prompt: int, new: int) -> None:
+    """Raises SteerbackError if prompt and response cannot both fit the engine's context."""
+    if prompt == 0:
+        raise SteerbackError(f"{where}: the prompt has no tokens")
+    if prompt + new > settings.length:
+        raise SteerbackError(
+            f"{where}: prompt of {prompt} tokens and max_new_tokens {new} exceed {settings.length}, the "
+            "engine's max_model_len; shorten the prompt, lower max_new_tokens or raise max_model_len"
+        )
+
+
+def _ticket(where: str, request: Request, settings: Settings, until: int) -> Ticket:
+    site, record = settings.site, request.record
+    layer = -1 if record is None else site.read_layer if record.layer is None else record.layer
+    used = [(f"interventions[{n}].layer", site.layer_of(i)) for n, i in enumerate(request.interventions)]
+    for field, wanted in [*used, *([("record.layer", layer)] if record is not None else [])]:
+        if wanted not in settings.layers:
+            raise SteerbackError(
+                f"{where}: {field} {wanted} is not prepared; this engine edits and reads layers "
+                f"{', '.join(map(str, settings.layers))}; start it with layers=[{wanted}] as well"
+            )
+    latents = () if record is None else tuple(record.latents)
+    if len(set(latents)) != len(latents):
+        raise SteerbackError(f"{where}: record.latents names a latent twice")
+    ticket = Ticket(request.key, request.interventions, latents, layer, until)
+    if len(ticket.latents()) > settings.columns:
+        raise SteerbackError(
+            f"{where}: {len(ticket.latents())} latents clamped or recorded, the engine has {settings.columns} "
+            "columns; start it with more columns"
+        )
+    if until * len(latents) > settings.room:
+        raise SteerbackError(
+            f"{where}: record.latents: {len(latents)} latents at {until} positions are more than the "
+            f"{settings.room} values prepared for a request; start the engine with a higher record_latents"
+        )
+    return ticket
+
+
+def _sampling(where: str, request: Request, loaded: Loaded) -> dict[str, Any]:
+    """Fields of vLLM's SamplingParams; what ends a response is what does so in the reference engine."""
+    sampling = request.sampling
+    for field, good in (
+        ("temperature", 0 <= sampling.temperature < float("inf")),
+        ("top_p", 0 < sampling.top_p <= 1),
+        ("repetition_penalty", 0 < sampling.repetition_penalty < float("inf")),
+        ("max_new_tokens", sampling.max_new_tokens >= 1),
+    ):
+        if not good:
+            raise SteerbackError(f"{where}: sampling.{field} {getattr(sampling, field)!r} is out of range")
+    if "" in sampling.stop:
+        raise SteerbackError(f"{where}: sampling.stop contains an empty string, which would stop every response")
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "repetition_penalty": sampling.repetition_penalty,
+        "max_tokens": sampling.max_new_tokens,
+        "seed": request.seed % (1 << 31),
+        "stop": list(sampling.stop),
+        "stop_token_ids": sorted(loaded.ends),
+        "ignore_eos": True,
+        "detokenize": bool(sampling.stop),
+    }
