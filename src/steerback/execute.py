@@ -22,7 +22,7 @@ from steerback.progress import Progress, Silent
 from steerback.prompts import load_prompts
 from steerback.records import Judgement, Sampling, digest
 from steerback.runs import Run, write_atomic, write_json
-from steerback.study import UNJUDGED, Study, fact_of, references
+from steerback.study import UNJUDGED, Study, references, same_weights
 from steerback.targets import Target, resolve
 
 if TYPE_CHECKING:
@@ -99,7 +99,8 @@ async def _targets(job: Job, opened: Run, progress: Progress, cache: Cache | Non
         try:
             judge = make_judge(job.config.judge)
             _same_engine(opened, target, engine)
-            _same_weights(opened, target, engine)
+            if job.config.from_run is not None:
+                same_weights(Path(job.config.from_run), target.name, engine)
             sampling = job.config.sampling.record(target.max_new_tokens)
             bench = Workbench(opened.ledger, engine, judge, sampling, progress, cache)
             study = Study(opened, target, bench, job.prompts)
@@ -126,23 +127,6 @@ def _same_engine(opened: Run, target: Target, engine: Engine) -> None:
         raise SteerbackError(
             f"run {opened.folder.name!r} was started with another engine for {target.name} "
             f"({'; '.join(changed) or 'fingerprint'}); resume it where it was started, or choose another --name"
-        )
-
-
-IDENTITY = ("model", "revision", "files", "sae", "layers", "lora")  # what thresholds belong to, in any engine
-
-
-def _same_weights(opened: Run, target: Target, engine: Engine) -> None:
-    """Latents and thresholds of another run are taken over only for the very model and SAE they were found on."""
-    if opened.config.from_run is None:
-        return
-    stored, _ = fact_of(Path(opened.config.from_run), target.name, "engine")
-    before, now = (stored or {"engine": {}})["engine"], engine.describe()
-    changed = [key for key in IDENTITY if key in before and key in now and before[key] != now[key]]
-    if changed:
-        raise SteerbackError(
-            f"run {opened.config.from_run} was made with another {target.name}: {', '.join(changed)} differ, so its "
-            "thresholds do not hold; calibrate anew: steerback run esr --target " + target.name
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from steerback.pipeline import Workbench, complete
 from steerback.records import Intervention, Latent, LatentKey, Trial
 from steerback.runs import Run
 from steerback.targets import Target
+
+if TYPE_CHECKING:
+    from steerback.engines.base import Engine
 
 BASELINE = "baseline"  # the condition in which every cell is steered at its threshold and nothing else is done
 
@@ -306,6 +309,21 @@ def fact_of(folder: Path, target: str, name: str) -> tuple[Any, str | None]:
     """(stored result of another run or None, folder of the run which that one starts from or None)."""
     with Ledger(folder / "ledger.sqlite", read_only=True) as other:
         return other.fact(target, name), (other.fact("", "config") or {}).get("from_run")
+
+
+IDENTITY = ("model", "revision", "files", "sae", "layers", "lora")  # what findings belong to, in any engine
+
+
+def same_weights(folder: Path, target: str, engine: Engine) -> None:
+    """Raises SteerbackError unless a run was made with the very model and SAE that `engine` has."""
+    stored, _ = fact_of(folder, target, "engine")
+    before, now = (stored or {"engine": {}})["engine"], engine.describe()
+    changed = [key for key in IDENTITY if key in before and key in now and before[key] != now[key]]
+    if changed:
+        raise SteerbackError(
+            f"run {folder} was made with another {target}: {', '.join(changed)} differ, so what it found does not hold; "
+            f"calibrate anew: steerback run esr --target {target}"
+        )
 
 
 def read_threshold(entry: Mapping[str, Any]) -> tuple[LatentKey, Threshold]:

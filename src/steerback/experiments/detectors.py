@@ -21,7 +21,7 @@ from steerback.experiments.base import Analysis, planted, settings
 from steerback.ledger import Ledger, Row
 from steerback.pipeline import complete
 from steerback.prompts import load_prompts
-from steerback.study import Study, fact_of
+from steerback.study import Study, fact_of, same_weights
 
 if TYPE_CHECKING:
     from steerback.latents.detectors import DetectorSearch
@@ -208,6 +208,7 @@ async def _own(study: Study, own: Any, include_prompt: bool) -> dict[str, Any]:
             stored, _ = fact_of(Path(own), study.name, FACT)
             if stored is None:
                 raise SteerbackError(f"run {own} has no detectors for {study.name}; start one: steerback run detectors")
+            same_weights(Path(own), study.name, study.engine)
             return dict(stored)
         own = _read_json(Path(own))
     if not isinstance(own, list):

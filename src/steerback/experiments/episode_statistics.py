@@ -190,7 +190,7 @@ def aligned(found: ep.Recorded, group: str, reach: int) -> dict[str, Curve]:
         NO_RESTART: [control(t, found.drifts) for t in traces],
         QUIET: [control(t, found.unsteered) for t in traces],
     }
-    return {name: _curve(np.array(r).reshape(len(traces), -1), clusters, reach) for name, r in rows.items()}
+    return {name: _curve(np.array(r).reshape(-1, 2 * reach + 1), clusters, reach) for name, r in rows.items()}
 
 
 def _nanmean(rows: Floats) -> Floats:

@@ -193,8 +193,8 @@ def lead_table(estimates: Mapping[str, Mapping[str, Estimate]], judge: str, rule
             records.append({"target": target, "quantity": name, "judge": judge, **asdict(e)})
     caption = (
         f"Tokens from detector onset to the first token of the correction ({rule}); shares of responses with an onset "
-        "before that position, and above the threshold at the last token before it. 95 % intervals clustered by latent. "
-        f"Judge: {judge}."
+        "before that position, and above the threshold at the last token before it. 95 % intervals clustered by "
+        f"latent. Judge: {judge}."
     )
     return Table(("target", "quantity", "episodes", "value"), cells, caption, records, left=2)
 
