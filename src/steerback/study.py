@@ -321,8 +321,8 @@ def same_weights(folder: Path, target: str, engine: Engine) -> None:
     changed = [key for key in IDENTITY if key in before and key in now and before[key] != now[key]]
     if changed:
         raise SteerbackError(
-            f"run {folder} was made with another {target}: {', '.join(changed)} differ, so what it found does not hold; "
-            f"calibrate anew: steerback run esr --target {target}"
+            f"run {folder} was made with another {target}: {', '.join(changed)} differ, so what it found does not "
+            f"hold; calibrate anew: steerback run esr --target {target}"
         )
 
 
