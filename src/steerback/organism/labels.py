@@ -94,23 +94,38 @@ def check_labels(labels: dict[int, int], measured: Selectivity) -> dict[str, flo
 
 @torch.no_grad()
 def top_contexts(sae: Sae, data: Activations, latents: list[int], tokenizer: Any, n: int = 5) -> dict[int, list[str]]:
-    """For each latent a few snippets (12 tokens before the peak, 6 after) of different documents."""
+    """For each latent a few snippets of different documents: whole words up to 12 tokens before the peak and 6 after.
+
+    Only sentences are shown: prompts and restart phrases would say what the document is, not what the latent reads.
+    """
     if not latents:
         return {}
     z = torch.cat([sae.encode(h)[:, latents].cpu() for h in torch.split(data.h, 8_192)])
-    documents, ids = data.document.cpu(), data.ids.cpu()
+    z[data.topics.cpu() < 0] = 0
+    documents, ids, topics = data.document.tolist(), data.ids.tolist(), data.topics.tolist()
     out: dict[int, list[str]] = {}
     for column, latent in enumerate(latents):
         snippets: list[str] = []
         used: set[int] = set()
         for position in z[:, column].topk(min(200, len(z))).indices.tolist():
-            document = int(documents[position])
-            if document in used or z[position, column] <= 0 or len(snippets) == n:
+            if documents[position] in used or z[position, column] <= 0 or len(snippets) == n:
                 continue
-            window = range(max(0, position - 12), min(len(ids), position + 7))
-            text = tokenizer.decode([int(ids[i]) for i in window if documents[i] == document]).strip()
+            text = _snippet(position, ids, documents, topics, tokenizer)
             if text not in snippets:
-                used.add(document)
+                used.add(documents[position])
                 snippets.append(text)
         out[latent] = snippets
     return out
+
+
+def _snippet(position: int, ids: list[int], documents: list[int], topics: list[int], tokenizer: Any) -> str:
+    """Whole words around a position, from the same passage."""
+    here = (documents[position], topics[position])
+    inside = [i for i in range(max(0, position - 12), min(len(ids), position + 7)) if (documents[i], topics[i]) == here]
+    text: str = tokenizer.decode([ids[i] for i in inside])
+    # A piece that begins inside a word decodes without the leading space that every word has.
+    start = 0 if text.startswith(" ") else text.find(" ")
+    after = inside[-1] + 1
+    if after < len(ids) and documents[after] == here[0] and tokenizer.decode([ids[after]])[:1].isalpha():
+        text = text[: text.rfind(" ")]
+    return text[max(0, start) :].strip()
