@@ -148,7 +148,7 @@ def quick(experiment: str, targets: tuple[str, ...]) -> RunConfig:
         trials_per_latent=20,
         reference_responses=3,
         # 12 x 5 responses a round fill one batch of 64 rows
-        calibration=CalibrationConfig(max_iterations=8, trials_per_iteration=5, verify_trials=5),
+        calibration=CalibrationConfig(max_iterations=10, trials_per_iteration=5, verify_trials=5),
     )
 
 

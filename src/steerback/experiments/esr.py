@@ -71,5 +71,10 @@ def _calibrated(target: str, report: Mapping[str, Any]) -> str:
     states = ", ".join(f"{n} {status}" for status, n in report["statuses"].items() if n)
     return (
         f"{target}: calibrated mean first score {report['mean_score']:.1f}{interval} over {report['n_judged']} latents "
-        f"({states}; {report['share_outside']:.0%} of latents off by more than the tolerance)"
+        f"({states}; {report['share_outside']:.0%} of latents off by more than the tolerance{_spread(report)})"
     )
+
+
+def _spread(report: Mapping[str, Any]) -> str:
+    """With few fresh trials a latent, most of what is off is noise; this is what is left of it."""
+    return "" if report["spread"] is None else f", spread beyond noise {report['spread']:.0f} points"

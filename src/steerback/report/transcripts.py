@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 
 from steerback.errors import SteerbackError
 from steerback.ledger import Ledger, Row
+from steerback.records import LatentKey
 
 WIDTH = 100
 BOLD, DIM, RESET = "\x1b[1m", "\x1b[2m", "\x1b[0m"
 
 
 def choose(ledger: Ledger, judge: str, key: str | None, condition: str | None, restarts: bool, count: int) -> list[Row]:
-    """The trial of that key, or up to `count` measured ones: those that restart first, the largest gains on top."""
+    """The trial of that key, or up to `count` measured ones: the largest gains first, every latent once before twice."""
     if key is not None:
         found = ledger.rows(keys=[key], judge=judge)
         if not found:
@@ -22,10 +24,15 @@ def choose(ledger: Ledger, judge: str, key: str | None, condition: str | None, r
     if not rows:
         known = ", ".join(sorted({c for _, c in ledger.conditions()})) or "none yet"
         raise SteerbackError(f"no measured responses in {ledger.path} (conditions: {known})")
-    rows.sort(key=lambda r: (-attempts(r), -gain(r), r.trial.key))
     if restarts:
         rows = [r for r in rows if attempts(r) >= 2]
-    return rows[:count]
+    rows.sort(key=lambda r: (-gain(r), -attempts(r), r.trial.key))
+    seen: Counter[LatentKey | None] = Counter()
+    turns = []
+    for row in rows:
+        turns.append((seen[row.trial.latent], len(turns), row))
+        seen[row.trial.latent] += 1
+    return [row for _, _, row in sorted(turns, key=lambda t: t[:2])[:count]]
 
 
 def attempts(row: Row) -> int:
