@@ -14,7 +14,7 @@ BOLD, DIM, RESET = "\x1b[1m", "\x1b[2m", "\x1b[0m"
 
 
 def choose(ledger: Ledger, judge: str, key: str | None, condition: str | None, restarts: bool, count: int) -> list[Row]:
-    """The trial of that key, or up to `count` measured ones: the largest gains first, every latent once before twice."""
+    """The trial of that key, or up to `count` measured ones: largest gains first, each latent once before twice."""
     if key is not None:
         found = ledger.rows(keys=[key], judge=judge)
         if not found:
