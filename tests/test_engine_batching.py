@@ -75,6 +75,32 @@ def test_a_response_does_not_depend_on_its_company(
     assert all(same(done, together[key]) for key, done in rest.items())
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_the_cache_for_gpus_gives_the_same_tokens(kind: str) -> None:
+    """Greedy, so that the last bits of another order of summation do not matter."""
+    requests = [replace(r, sampling=Sampling(0, max_new_tokens=20)) for r in make_requests(12)]
+    engine, flat = tiny.engine(kind), tiny.engine(kind)
+    flat.shape = replace(flat.shape, page=None)
+    done, other = collect(engine, requests), collect(flat, requests)
+    assert sum(done[r.key].token_ids == other[r.key].token_ids for r in requests) >= 11
+    assert all(other[r.key].receipt_matches(r.interventions) for r in requests)
+
+
+def test_bfloat16_models_are_steered_in_float32() -> None:
+    plain, half = tiny.model(), tiny.model().bfloat16()
+    made = tiny.assemble(tiny.target(), half, tiny.tokenizer(), tiny.sae())
+    engine = TransformersEngine.from_loaded(made, 8)
+    requests = make_requests(10)
+    done = collect(engine, requests)
+    assert engine.describe()["dtype"] == "bfloat16"
+    assert all(done[r.key].receipt_matches(r.interventions) for r in requests)
+    ids = engine.runner.prompter.tokens("the cat explains")
+    edits = (Intervention("add", 3, 4.0), Intervention("clamp", 5, 1.0))
+    exact = tiny.assemble(tiny.target(), plain, tiny.tokenizer(), tiny.sae())
+    wanted = TransformersEngine.from_loaded(exact, 8).teacher_forced(ids, edits, 4)
+    assert (engine.teacher_forced(ids, edits, 4) - wanted).abs().mean() < 0.05 * wanted.abs().max()
+
+
 def test_logits_are_equal_bit_for_bit_in_every_slot(engine: TransformersEngine) -> None:
     """Not tokens alone: the numbers behind them, whichever slot, whoever is next to it, however long they are."""
     logits: list[torch.Tensor] = []
@@ -299,13 +325,14 @@ def test_caches_hold_each_row_at_its_own_position(paged: bool) -> None:
     cache.seek(torch.tensor([6, 0, 3]), far=7)
     new = -torch.ones(3, 1, 1, 2)
     keys, values = cache.update(new, new, 0)
-    flat = keys.permute(1, 2, 0, 3, 4).reshape(3, cache.seen, 2)
+    keys, values = (t.permute(1, 2, 0, 3, 4) if paged else t for t in (keys, values))
+    flat = keys.reshape(3, cache.seen, 2)
     assert torch.equal(flat[0, :6], fresh[1, 0])
     assert (flat[0, 6] == -1).all()
     assert (flat[1, 0] == -1).all()
     assert torch.equal(flat[2, :3], fresh[0, 0, :3])
     assert (flat[2, 3] == -1).all()
-    other = values.permute(1, 2, 0, 3, 4).reshape(3, cache.seen, 2)
+    other = values.reshape(3, cache.seen, 2)
     assert torch.equal(other[0, :6], fresh[1, 0] + 100)
     assert torch.equal(other[2, :3], fresh[0, 0, :3] + 100)
 

@@ -139,6 +139,24 @@ def test_missing_weights_are_one_line(folder: Path, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_damaged_weights_are_refused(folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for file in folder.iterdir():
+        if file.name != "model.safetensors":
+            (tmp_path / file.name).symlink_to(file)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SteerbackError, match=r"lacks 1 weights .* model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_target(str(tmp_path))
+    whole = (folder / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(SteerbackError, match="cannot load") as caught:
+        load_target(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
 def test_make_engine_by_name(folder: Path) -> None:
     target = resolve(str(folder))
     assert default_engine() == "transformers"

@@ -110,11 +110,11 @@ class FlatCache(Cache):  # type: ignore[misc]
         self.seen = min(-(-far // 64) * 64, self.length)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
-        """Writes one token per row; returns one page (1, rows, heads, seen, dim)."""
+        """Writes one token per row; returns keys and values (rows, heads, seen, dim)."""
         assert self._index is not None
         for stored, new in zip(self._kept[layer_idx], (key_states, value_states), strict=True):
             stored.flatten(0, 1).index_copy_(0, self._index, new[:, :, 0])
-        keys, values = (stored[None, :, : self.seen].transpose(2, 3) for stored in self._kept[layer_idx])
+        keys, values = (stored[:, : self.seen].transpose(1, 2) for stored in self._kept[layer_idx])
         return keys, values
 
 
@@ -130,18 +130,18 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Attention in the interface of transformers: query (B, H, Q, D) -> (B, Q, H, D).
 
-    key and value are (B, G, L, D) for prompts, or pages (n, B, G, page, D) while decoding (Q = 1); G divides H.
-    The mask is additive, (B or 1, 1, Q, L).
+    key and value are (B, G, L, D), or pages (n, B, G, page, D) while decoding (Q = 1); G divides H. The mask is
+    additive, (B or 1, 1, Q, L). One fused operation where keys lie in one stretch and one token is asked for.
     """
     rows, heads, length, dim = query.shape
     groups = key.shape[-3]
     folded = query.reshape(rows, groups, heads // groups * length, dim)
     scaling = dim**-0.5 if scaling is None else scaling
-    if query.device.type != "cpu" and length == 1 and softcap is None and len(key) == 1 and key.ndim == 5:
+    if key.ndim == 4 and length == 1 and softcap is None:
         out = torch.nn.functional.scaled_dot_product_attention(
-            folded, key[0], value[0], attn_mask=attention_mask, scale=scaling
+            folded, key, value, attn_mask=attention_mask, scale=scaling
         )
-        return out.view(rows, heads, 1, dim).transpose(1, 2), None
+        return out.reshape(rows, 1, heads, dim), None
     folded = folded * scaling
     pages = (key[None], value[None]) if key.ndim == 4 else (key, value)
     scores = torch.cat([folded @ page.transpose(-1, -2) for page in pages[0]], dim=-1)

@@ -35,6 +35,7 @@ class Loaded:
 
 def load(target: Target, device: str | None = None, directions: tuple[str, ...] = ()) -> Loaded:
     """Loads everything of a target; SteerbackError in one line for what is missing or does not fit together."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -44,12 +45,18 @@ def load(target: Target, device: str | None = None, directions: tuple[str, ...] 
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(target.model, **origin)
-        model = AutoModelForCausalLM.from_pretrained(
-            target.model, dtype=getattr(torch, target.dtype), use_safetensors=True, **origin
-        ).to(place)
-    except (OSError, ValueError) as error:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            target.model, dtype=getattr(torch, target.dtype), use_safetensors=True, output_loading_info=True, **origin
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise SteerbackError(f"target {target.name!r}: cannot load {target.model}: {reason}") from error
+    if report["missing_keys"]:  # transformers would go on with random numbers in their place
+        raise SteerbackError(
+            f"target {target.name!r}: {target.model} lacks {len(report['missing_keys'])} weights of this architecture, "
+            f"the first is {min(report['missing_keys'])}; the file is incomplete or belongs to another config.json"
+        )
+    model = model.to(place)
     sae = None
     if target.sae is not None:
         sae = load_sae(Path(target.sae.location), target.sae.format).to(place)

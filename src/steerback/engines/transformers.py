@@ -133,6 +133,8 @@ class TransformersEngine:
     @cached_property
     def _device_name(self) -> str:
         device = self.runner.device
+        if device.type == "cpu":
+            return f"cpu {torch.backends.cpu.get_cpu_capability()}"  # kernels differ, and with them the last bits
         return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
     @cached_property
