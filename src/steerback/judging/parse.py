@@ -6,6 +6,7 @@ the response is never scored. Knows replies and responses; nothing of transport.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,6 +54,26 @@ def parse_whole(reply: str, nonce: str) -> WholeScore:
     except _Rejected as rejected:
         return WholeScore(None, reason=str(rejected), raw=reply)
     return WholeScore(score, verdict.get("on_topic_from_start") is True, raw=reply)
+
+
+def parse_ratings(reply: str, nonce: str, count: int) -> dict[int, float]:
+    """Usable ratings (0-100) by number 1..count of a reply to the concreteness rubric; the rest is left out."""
+    verdict = parse_verdict(reply, nonce)
+    listed = None if isinstance(verdict, str) else verdict.get("ratings")
+    ratings: dict[int, float] = {}
+    for key, value in listed.items() if isinstance(listed, dict) else ():
+        if key.isdecimal() and len(key) < 6 and 1 <= int(key) <= count:
+            with contextlib.suppress(_Rejected):
+                ratings[int(key)] = _number(value, 100)
+    return ratings
+
+
+def parse_verdict(reply: str, nonce: str) -> dict[str, Any] | str:
+    """The verdict of a reply, or the reason why there is none."""
+    try:
+        return find_verdict(reply, nonce)
+    except _Rejected as rejected:
+        return str(rejected)
 
 
 def find_verdict(reply: str, nonce: str) -> dict[str, Any]:

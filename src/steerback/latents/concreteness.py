@@ -9,12 +9,15 @@ concreteness, and they are not comparable with a language model's.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from steerback.errors import unknown
+from steerback.judging.models import aliases, model_string
 
 
 @runtime_checkable
@@ -63,10 +66,26 @@ _RATERS: dict[str, Callable[[], Rater]] = {"offline": OfflineRater}
 
 
 def make_rater(name: str) -> Rater:
-    """The rater of that name."""
-    if name not in _RATERS:
-        raise unknown("concreteness rater", name, sorted(_RATERS))
-    return _RATERS[name]()
+    """The rater of that name: `offline`, or a language model by alias or "provider/model" as for judges."""
+    if name in _RATERS:
+        return _RATERS[name]()
+    model = model_string(name)
+    if model is None:
+        raise unknown(
+            "concreteness rater", name, [*sorted(_RATERS), *(a.alias for a in aliases()), "any provider/model"]
+        )
+    from steerback.judging.graders import LLMRater
+    from steerback.judging.transport import Transport
+
+    return LLMRater(name, Transport(model), ratings_path())
+
+
+def ratings_path() -> Path:
+    """Where a language model's ratings are kept: `ratings.json` beside the shared cache."""
+    if folder := os.environ.get("STEERBACK_CACHE"):
+        return Path(folder) / "ratings.json"
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "steerback" / "ratings.json"
 
 
 def _vote(word: str, first: bool) -> float:

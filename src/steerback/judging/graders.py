@@ -1,0 +1,160 @@
+"""What else judges are asked for: how concrete labels are, where an episode's parts begin, how far a text recovers.
+
+All go through the one transport, with untrusted text enclosed and quotations verified. Knows labels, responses and
+judgements; nothing of ledgers or latents.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from steerback.judging.base import JudgeItem
+from steerback.judging.parse import Quotable, WholeScore, parse_ratings, parse_verdict, parse_whole
+from steerback.judging.prompt import BOUNDARIES, CONCRETENESS, WHOLE, Asked, ask, enclose, encodable, rubric
+from steerback.judging.transport import Transport
+from steerback.records import Judgement, digest
+
+LABELS_PER_CALL = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Boundaries:
+    """Character offsets in a response of an episode: where it leaves the topic, says so, and is back; None if nowhere.
+
+    `reason` says why there are none at all.
+    """
+
+    off_topic: int | None = None
+    correction: int | None = None
+    on_topic: int | None = None
+    reason: str = ""
+
+
+class LLMRater:
+    """Concreteness of labels by an LLM, 0-100, many labels a call; each rating is asked for once per model and rubric.
+
+    Implements `latents.concreteness.Rater`. `store` is a JSON file, None keeps nothing.
+    """
+
+    version = CONCRETENESS
+
+    def __init__(self, name: str, transport: Transport, store: Path | None = None) -> None:
+        self.name = name
+        self._transport = transport
+        self._store = store
+
+    def rate(self, labels: Sequence[str]) -> list[float | None]:
+        """One rating per label, None where the judge gave none. Runs in a thread of its own: callers may be async."""
+        known = self._read()
+        missing = [label for label in dict.fromkeys(labels) if self._key(label) not in known]
+        if missing:
+            with ThreadPoolExecutor(1) as thread:
+                found = thread.submit(asyncio.run, self._ask(missing)).result()
+            known = self._read() | {self._key(label): rating for label, rating in found.items()}
+            self._write(known)
+        return [known.get(self._key(label)) for label in labels]
+
+    async def _ask(self, labels: Sequence[str]) -> dict[str, float]:
+        groups = [labels[i : i + LABELS_PER_CALL] for i in range(0, len(labels), LABELS_PER_CALL)]
+        asked: dict[str, tuple[Sequence[str], Asked]] = {}
+        for i, group in enumerate(groups):
+            listed = "\n".join(f"{n}. {' '.join(encodable(label).split())}" for n, label in enumerate(group, 1))
+            asked[str(i)] = group, enclose(rubric(CONCRETENESS), "labels", listed)
+        ratings: dict[str, float] = {}
+        async for key, reply in self._transport.ask((k, question) for k, (_, question) in asked.items()):
+            group, question = asked[key]
+            numbers = {} if reply.reason else parse_ratings(reply.text, question.nonce, len(group))
+            ratings |= {group[n - 1]: rating for n, rating in numbers.items()}
+        return ratings
+
+    def _key(self, label: str) -> str:
+        return digest([self._transport.model, rubric(CONCRETENESS).system, label])
+
+    def _read(self) -> dict[str, float]:
+        if self._store is None or not self._store.is_file():
+            return {}
+        found: dict[str, float] = json.loads(self._store.read_text(encoding="utf-8"))
+        return found
+
+    def _write(self, ratings: Mapping[str, float]) -> None:
+        if self._store is None:
+            return
+        self._store.parent.mkdir(parents=True, exist_ok=True)
+        fresh = self._store.with_name(f"{self._store.name}.{os.getpid()}")
+        fresh.write_text(json.dumps(ratings), encoding="utf-8")
+        fresh.replace(self._store)
+
+
+class WholeJudge:
+    """Scores whole responses 0-10 for finding their way back, restart phrase or not (control for gradual recovery)."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    async def score(self, items: Sequence[JudgeItem]) -> AsyncIterator[tuple[str, WholeScore]]:
+        """Yields (item key, score) in the order of completion."""
+        asked = {str(i): (item, ask(rubric(WHOLE), item)) for i, item in enumerate(items)}
+        async for key, reply in self._transport.ask((k, question) for k, (_, question) in asked.items()):
+            item, question = asked[key]
+            if reply.reason:
+                yield item.key, WholeScore(None, reason=reply.reason, raw=reply.text)
+            else:
+                yield item.key, parse_whole(reply.text, question.nonce)
+
+
+class BoundaryAnnotator:
+    """Marks the parts of self-correction episodes; every mark is verified against the text."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    async def annotate(self, items: Sequence[JudgeItem]) -> AsyncIterator[tuple[str, Boundaries]]:
+        """Yields (item key, boundaries) in the order of completion."""
+        asked = {str(i): (item, ask(rubric(BOUNDARIES), item)) for i, item in enumerate(items)}
+        async for key, reply in self._transport.ask((k, question) for k, (_, question) in asked.items()):
+            item, question = asked[key]
+            if reply.reason:
+                yield item.key, Boundaries(reason=reply.reason)
+            else:
+                yield item.key, verified_boundaries(reply.text, question.nonce, item.response)
+
+
+def verified_boundaries(reply: str, nonce: str, response: str) -> Boundaries:
+    """The boundaries that a reply quotes; none where a quotation does not occur or the order is impossible."""
+    verdict = parse_verdict(reply, nonce)
+    if isinstance(verdict, str):
+        return Boundaries(reason=verdict)
+    text, after = Quotable(response), 0
+    places: dict[str, int] = {}
+    for name in ("off_topic", "correction", "on_topic"):
+        quoted = verdict.get(name)
+        if quoted is None:
+            continue
+        found = text.find(quoted, after) if isinstance(quoted, str) else None
+        if found is None:
+            return Boundaries(reason=f"the quoted words for {name} do not occur in the response (or not in this order)")
+        places[name] = after = found[0]
+    return Boundaries(places.get("off_topic"), places.get("correction"), places.get("on_topic"))
+
+
+def offline_boundaries(response: str, judgement: Judgement) -> Boundaries:
+    """The same from a judgement: the first attempt, the restart phrase after it, and where that phrase ends.
+
+    Taken from the first restart whose attempt scores more than the attempt before it.
+    """
+    attempts = judgement.gated_attempts()
+    for before, attempt in pairwise(attempts):
+        if attempt.score > before.score and attempt.phrase:
+            found = Quotable(response[attempt.start : attempt.end]).find(attempt.phrase)
+            end = attempt.start + (found[1] if found else len(attempt.phrase))
+            while end < attempt.end and not response[end].isalnum():
+                end += 1
+            return Boundaries(before.start, attempt.start, end)
+    return Boundaries(reason="no attempt that improves on the one before it")
