@@ -104,7 +104,7 @@ def test_boundaries_are_verified_against_the_text() -> None:
 
     async def one() -> Boundaries:
         annotator = BoundaryAnnotator(mock(lambda n, t: answer))
-        return [found async for _, found in annotator.annotate([JudgeItem("k", "How?", RESPONSE)])][0]
+        return dict([pair async for pair in annotator.annotate([JudgeItem("k", "How?", RESPONSE)])])["k"]
 
     assert asyncio.run(one()) == Boundaries(0, RESPONSE.index("Sorry"), RESPONSE.index("Pour"))
 
@@ -135,7 +135,7 @@ def test_offline_boundaries_come_from_attempts_and_phrase() -> None:
 def test_whole_responses_are_scored() -> None:
     async def all_of(answer: dict[str, Any]) -> Any:
         judge = WholeJudge(mock(lambda n, t: answer))
-        return [found async for _, found in judge.score([JudgeItem("k", "How?", RESPONSE)])][0]
+        return dict([pair async for pair in judge.score([JudgeItem("k", "How?", RESPONSE)])])["k"]
 
     good = asyncio.run(all_of({"score": 7, "on_topic_from_start": False}))
     assert (good.score, good.on_topic_from_start) == (7.0, False)
