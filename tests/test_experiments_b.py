@@ -333,3 +333,9 @@ def test_bootstrap_of_means_equals_resampling_by_hand() -> None:
         drawn.append(b[rows].mean() / a[rows].mean())
     tail = stats.norm.cdf(-stats.t.ppf(0.975, 11) * np.sqrt(12 / 11))
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(drawn, [tail, 1 - tail])), abs=0.04)
+
+
+def test_search_options_of_a_run_are_not_ignored_where_its_base_has_detectors(runs: Runs) -> None:
+    runs.run("detector-statistics", *SMALL, "options.rule=top", "options.limit=1", base="detectors", name="anew")
+    with runs.ledger("anew") as ledger:
+        assert len(stored_detectors(ledger, "planted").latents) == 1

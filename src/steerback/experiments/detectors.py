@@ -117,11 +117,11 @@ async def detectors_of(study: Study, options: Mapping[str, Any]) -> Detectors:
 
 
 async def look_up(study: Study, options: Mapping[str, Any]) -> Detectors:
-    """As `detectors_of`, but there may be none."""
+    """As `detectors_of`, but there may be none. Options of the search that were set for this run search anew."""
     ledger, own = study.run.ledger, options["detectors"]
     stored = ledger.fact(study.name, FACT)
-    if stored is None:
-        stored = study.fact(FACT) if own is None else None
+    if stored is None and not set(study.config.options) & set(SEARCH_OPTIONS):
+        stored = study.fact(FACT)
     if stored is None:
         stored = await _search(study, options) if own is None else await _own(study, own, options["include_prompt"])
         ledger.set_fact(study.name, FACT, stored)

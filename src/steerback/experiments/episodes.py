@@ -36,7 +36,8 @@ OPTIONS: Mapping[str, Any] = {
     **SEARCH_OPTIONS,
     "max_episodes": 200,  # at most this many of each kind are recorded, spread evenly over the latents
     "drift_below": 50.0,  # a single attempt that scores less has drifted
-    "backtracking": None,  # own latents that accompany corrections; default: found by their labels
+    "backtracking": None,  # own latents that accompany corrections; default: found by their labels ...
+    "most_backtracking": 50,  # ... at most this many, those whose labels say it most clearly
 }
 
 
@@ -137,7 +138,10 @@ async def watched(study: Study, options: Mapping[str, Any]) -> dict[str, list[in
         detectors = await detectors_of(study, options)
         backtracking = options["backtracking"]
         if backtracking is None:
-            backtracking = [found.latent for found in find_backtracking(study.target.labels())]
+            backtracking = [
+                found.latent
+                for found in find_backtracking(study.target.labels(), limit=int(options["most_backtracking"]))
+            ]
         stored = {DETECTORS: list(detectors.latents), BACKTRACKING: [int(k) for k in backtracking]}
         study.run.ledger.set_fact(study.name, "watched", stored)
     return dict(stored)
