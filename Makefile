@@ -61,6 +61,8 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 
 test-vllm: $(VLLM)/.installed
 	$(VLLM)/bin/python -m pytest tests/vllm_engine
+	PYTHONPATH=tests/vllm_engine/interpreted TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 \
+	  $(VLLM)/bin/python -m pytest tests/vllm_engine/test_engine.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -19,9 +19,12 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the second model runner, which is not compiled then
+
 # ReLU is compiled and short of cache blocks (so that requests are preempted); the others run eagerly.
 OPTIONS: dict[str, dict[str, Any]] = {
     "relu": {
+        "enforce_eager": INTERPRETED,
         "num_gpu_blocks_override": 40,
         "block_size": 32,
         "enable_chunked_prefill": True,

@@ -8,11 +8,12 @@ from the worker for all jobs that finished in the meantime at once. Knows vLLM's
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from steerback.engines.vllm.settings import Settings, Ticket
@@ -103,6 +104,7 @@ class Driver:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="steerback-vllm", daemon=True)
         self._thread.start()
+        self._numbers = itertools.count()
         self._finished: list[tuple[Job, Any, asyncio.Future[Any]]] = []
         self._collecting: asyncio.Task[None] | None = None
         try:
@@ -120,7 +122,8 @@ class Driver:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def submit(self, job: Job) -> Future[Answer]:
-        """Starts a job; cancelling the future aborts it."""
+        """Starts a job; cancelling the future aborts it. The same key may be used again, also at the same time."""
+        job = replace(job, ticket=replace(job.ticket, key=f"{next(self._numbers)}:{job.ticket.key}"))
         return asyncio.run_coroutine_threadsafe(self._run(job), self._loop)
 
     def call(self, method: str, *args: Any) -> list[Any]:

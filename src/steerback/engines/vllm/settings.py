@@ -58,7 +58,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """What a worker is told about one request, small enough to be sent with each.
+    """What a worker is told about one request, small enough to be sent with each. `key` is unique in an engine's life.
 
     `prompt` is the first generated position (None: the request's own prompt length); `until` the last position + 1 it
     can reach; `pool` pairs [first, last + 1) of positions over which all latents are pooled, `how` the way.
