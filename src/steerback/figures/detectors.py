@@ -116,6 +116,7 @@ def _caption(found: Mapping[str, Detectors], note: str) -> str:
                 if half
             )
         )
+        plural = "s" * (len(detectors.latents) != 1)
         more = f", the best {MOST} shown" if len(detectors.latents) > MOST else ""
-        lines.append(f"{target}: {len(detectors.latents)} detectors{more} ({said}).")
+        lines.append(f"{target}: {len(detectors.latents)} detector{plural}{more} ({said}).")
     return "\n".join(lines)
