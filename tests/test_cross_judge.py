@@ -1,0 +1,143 @@
+"""Experiment 7 end to end with the two offline judges, on runs whose truth is known."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steerback import execute
+from steerback.config import RunConfig
+from steerback.errors import SteerbackError
+from steerback.experiments import get_experiment
+from steerback.experiments.cross_judge import compared, gather
+from steerback.judging import References, make_judge
+from steerback.judging.base import JudgeItem
+from steerback.organism import corpus
+from steerback.records import Completion, Intervention, Receipt, Trial
+from steerback.runs import Run
+
+LATENTS = 8
+
+
+def source(root: Path, name: str, target: str, share: float, n: int, seed: int) -> Path:
+    """A finished run: unsteered references, and n responses of which `share` drift (and may restart)."""
+    rng = random.Random(seed)
+    prompts = [t.key for t in corpus.howtos()][:6]
+    subjects = [t.key for t in corpus.subjects()][:LATENTS]
+    config = RunConfig(experiment="esr", targets=(target,), judge="offline", engine="scripted")
+    texts: list[tuple[Trial, str]] = []
+    for i in range(24):
+        prompt = prompts[i % 6]
+        text = corpus.make_document(rng, "answer", prompt, metaprompt=None).response
+        texts.append((Trial(f"{target}/reference/unsteered/{i}", target, "reference", "unsteered", i, prompt, i), text))
+    for i in range(n):
+        prompt, latent = prompts[i % 6], i % LATENTS
+        kind: Any = "drift" if rng.random() < share else "answer"
+        text = corpus.make_document(rng, kind, prompt, other=subjects[latent], metaprompt=None).response
+        trial = Trial(
+            f"{target}/measure/steered/{i}",
+            target,
+            "measure",
+            "steered",
+            i,
+            prompt,
+            seed=i,
+            latent=latent,
+            label=subjects[latent],
+            boost=1.0,
+            interventions=(Intervention("add", latent, 1.0),),
+        )
+        texts.append((trial, text))
+    judge = make_judge("offline")
+    with Run.start(root / name, config) as run:
+        run.ledger.add_trials([t for t, _ in texts])
+        run.ledger.add_completions(
+            (t.key, Completion(text, (1, 2), 3, "stop", Receipt(3, 1, 1.0) if t.interventions else Receipt()), "engine")
+            for t, text in texts
+        )
+        known: dict[str, list[str]] = {}
+        for t, text in texts[:24]:
+            known.setdefault(t.prompt, []).append(text)
+        judge.prepare(References(known))
+        measured = texts[24:]
+        verdicts = judge.judge_batch([JudgeItem(t.key, t.prompt, x, t.label, t.latent) for t, x in measured])  # type: ignore[attr-defined]
+        run.ledger.add_judgements((t.key, v) for (t, _), v in zip(measured, verdicts, strict=True))
+    return root / name
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    sources = [
+        source(root, "a", "organism", 0.7, 240, seed=1),
+        source(root, "b", "organism-s", 0.2, 240, seed=2),
+    ]
+    config = RunConfig(experiment="cross-judge", targets=("organism", "organism-s"), judge="offline", engine="scripted")
+    with Run.start(root / "cross", config) as opened:
+        count = gather(opened, sources, sample=240, minimum=60)
+        assert gather(opened, sources, sample=240, minimum=60) == count  # again: nothing is added
+        assert len(opened.ledger.rows(stage="measure")) == count
+    for judge in ("offline", "offline-bayes"):
+        execute.judge_run(root / "cross", judge)
+    return root / "cross"
+
+
+def test_the_sample_holds_all_multi_attempt_trials_and_enough_single_ones(run: Path) -> None:
+    with Run.read(run) as opened:
+        for target, folder in (("organism", "a"), ("organism-s", "b")):
+            rows = opened.ledger.rows(target, "measure", judge="offline")
+            fact = opened.ledger.fact(target, "cross-judge sample")
+            several = [r for r in rows if r.judgement and len(r.judgement.gated_attempts()) > 1]
+            with Run.read(run.parent / folder) as other:
+                all_rows = other.ledger.rows(target, "measure", judge="offline")
+            assert len(several) == sum(len(r.judgement.gated_attempts()) > 1 for r in all_rows if r.judgement)
+            assert len(rows) >= 60
+            assert fact["several"] == len(several)
+            assert fact["weights"]["single"] == pytest.approx((240 - len(several)) / fact["single"])
+
+
+def test_nothing_is_judged_twice(run: Path) -> None:
+    assert execute.judge_run(run, "offline-bayes") == 0
+    with Run.read(run) as opened:
+        assert opened.ledger.judges() == ["offline", "offline-bayes"]
+
+
+def test_agreement_and_order_of_models(run: Path) -> None:
+    with Run.read(run) as opened:
+        found = compared(opened.ledger, draws=200)
+        plain = opened.ledger.rows("organism", "measure", judge="offline")
+    pair = found.pairs["offline", "offline-bayes"]
+    a = {r.trial.key: len(r.judgement.gated_attempts()) > 1 for r in plain if r.judgement}
+    assert 0.9 < (pair.several.value or 0) <= 1
+    assert 0.8 < (pair.several_kappa.value or 0) <= 1
+    assert (pair.first.value or 0) > 0.6
+    assert pair.several.low is not None
+    assert pair.several.low < (pair.several.value or 0)
+    assert (found.alpha_several.value or 0) > 0.8
+    assert found.orders["multi_attempt_rate"]["offline"] == ["organism", "organism-s"]
+    assert found.same_order("multi_attempt_rate")
+    with Run.read(run.parent / "a") as other:
+        rows = other.ledger.rows("organism", "measure", judge="offline")
+        true = sum(len(r.judgement.gated_attempts()) > 1 for r in rows if r.judgement) / len(rows)
+    assert found.weighted["offline", "organism"]["multi_attempt_rate"] == pytest.approx(true)
+    assert sum(a.values()) / len(a) > true  # the sample itself is richer in restarts
+
+
+def test_the_analysis_writes_tables_and_figures(run: Path, tmp_path: Path) -> None:
+    with Run.read(run) as opened:
+        analysis = execute.analyse(get_experiment("cross-judge"), opened.ledger, tmp_path, "offline", 100)
+    for name in ("figureA2.png", "figureA3.pdf", "figureA4.png", "agreement.txt", "judges.csv", "summary.json"):
+        assert (tmp_path / name).stat().st_size > 100
+    assert "rank them alike" in analysis.lines[0] or "differ" in analysis.lines[0]
+    assert analysis.summary["pairs"]["offline / offline-bayes"]["several"]["value"] > 0.9
+
+
+def test_one_judge_is_not_enough(run: Path) -> None:
+    with Run.read(run.parent / "a") as opened, pytest.raises(SteerbackError, match="two judges"):
+        compared(opened.ledger, 100)
+    config = RunConfig(experiment="cross-judge", targets=("organism",))
+    with Run.start(run.parent / "void", config) as opened, pytest.raises(SteerbackError, match="no judged trial"):
+        gather(opened, [])
