@@ -2,8 +2,8 @@
 
     python benchmarks/engine_speed.py [--target organism] [--batch 64] [--threads 2] [--device cuda] [--out FILE]
 
-Without weights of the target (or with --target random) a random Llama of the organism's shape is used: speed does not
-depend on the values of weights, only on how long responses get, and here all have the same length. Both sides decode
+With --target random:SHAPE a random Llama of that shape is used: speed does not depend on the values of weights, only
+on how long responses get, and here all have the same length. Both sides decode
 `batch` rows of the same prompts and the same number of tokens; the engine steers each row with a latent of its own,
 clamps two more and keeps receipts, which `generate` does not. Each is measured three times, the best counts.
 """
@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import copy
 import json
+import os
 import platform
 import sys
 import time
@@ -129,7 +131,7 @@ def measure(engine: TransformersEngine, plain: Any, batch: int, tokens: int, dev
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", default="random:organism", help="built-in target, or random:organism|1b|8b")
+    parser.add_argument("--target", default="organism", help="built-in target, or random:organism|1b|8b")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
@@ -137,18 +139,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "engine_speed.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    import copy
-
+    load_before = os.getloadavg()[0]  # another job on the same cores makes the numbers worthless
     loaded = load(args.target, args.device)
     plain = copy.deepcopy(loaded.runner.model) if args.device == "cpu" else load(args.target, args.device).runner.model
     plain.set_attn_implementation("sdpa")
     engine = TransformersEngine.from_loaded(loaded, args.batch)
+    if engine.workers > 1:  # side by side they decode as many rows as `generate` does
+        engine = TransformersEngine.from_loaded(loaded, max(args.batch // engine.workers, 1))
     rates = measure(engine, plain, args.batch, args.tokens, args.device)
     found = {
         "command": f"engine_speed.py --target {args.target} --batch {args.batch} --tokens {args.tokens}"
         f" --threads {args.threads} --device {args.device}",
         **{key: round(rate, 1) for key, rate in rates.items()},
         "steered_over_generate": round(rates["steered_tokens_per_s"] / rates["generate_tokens_per_s"], 3),
+        "load_average_before": round(load_before, 1),
+        "cores": os.cpu_count(),
         "torch": torch.__version__,
         "machine": platform.processor() or platform.machine(),
         "device": torch.cuda.get_device_name() if args.device != "cpu" else "cpu",
