@@ -110,8 +110,8 @@ def pick_device(name: str | None) -> torch.device:
 def batch_rows(runner: Runner) -> int:
     """How many rows decode together: what fits in half of the memory the weights leave, at most 256 (48 on CPU).
 
-    More rows than 48 gain little on a CPU and idle while a small round ends. Estimated for 1,024 tokens a row from the machine's whole memory, not from
-    what happens to be free, so that the same machine gives the same shape again.
+    More rows than 48 gain little on a CPU and idle while a small round ends. Estimated for 1,024 tokens a row from the
+    machine's whole memory, not from what happens to be free, so that the same machine gives the same shape again.
     """
     config = runner.config
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
