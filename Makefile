@@ -62,7 +62,7 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 test-vllm: $(VLLM)/.installed
 	$(VLLM)/bin/python -m pytest tests/vllm_engine
 	PYTHONPATH=tests/vllm_engine/interpreted TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 \
-	  $(VLLM)/bin/python -m pytest tests/vllm_engine/test_engine.py
+	  $(VLLM)/bin/python -m pytest tests/vllm_engine/test_engine.py -k "not jumprelu and not topk"
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -166,7 +166,7 @@ class VllmEngine:
             if found:
                 self.close()
                 raise SteerbackError(
-                    f"vLLM {version} (tested: {TESTED[0]} to {TESTED[1]}) does not steer this model: {found}; "
+                    f"vLLM {version} (tested: {TESTED}) does not steer this model: {found}; "
                     "use --engine transformers"
                 )
 

@@ -1,0 +1,60 @@
+"""A LoRA adapter beside the model, steered: as the merged weights, steered, in the reference engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import small
+import torch
+from safetensors.torch import load_file, save_file
+from test_engine import CASES, EFFECT, TOLERANCE, tokens
+
+from steerback.targets import from_folder
+
+
+def write_adapter(model: Path, adapter: Path, merged: Path) -> None:
+    """A random adapter of rank 8 for all query and output projections, and the weights it makes."""
+    draw = torch.Generator().manual_seed(3)
+    weights, parts = load_file(model / "model.safetensors"), {}
+    for name in [n for n in weights if n.endswith(("q_proj.weight", "o_proj.weight"))]:
+        rows, columns = weights[name].shape
+        a, b = torch.randn(8, columns, generator=draw) * 0.1, torch.randn(rows, 8, generator=draw) * 0.1
+        stem = f"base_model.model.{name.removesuffix('.weight')}"
+        parts |= {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
+        weights[name] = weights[name] + 2 * b @ a
+    for folder in (adapter, merged):
+        folder.mkdir()
+    save_file(parts, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "o_proj"], "bias": "none"} | {
+        "task_type": "CAUSAL_LM"
+    }
+    (adapter / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    for path in model.iterdir():
+        if path.name != "model.safetensors":
+            (merged / path.name).symlink_to(path)
+    save_file(weights, merged / "model.safetensors", {"format": "pt"})
+
+
+def test_adapter_is_steered_like_merged_weights(tmp_path: Path) -> None:
+    from steerback.engines.transformers import TransformersEngine
+    from steerback.engines.vllm.engine import VllmEngine
+
+    target = small.write(tmp_path / "model")
+    write_adapter(tmp_path / "model", tmp_path / "adapter", tmp_path / "merged")
+    merged = TransformersEngine(from_folder(tmp_path / "merged", steer_layer=1, read_layer=2), batch_size=2)
+    plain = TransformersEngine(target, batch_size=2)
+    options = {"enforce_eager": True, "max_logprobs": -1}
+    engine = VllmEngine(target, batch_size=4, lora=str(tmp_path / "adapter"), options=options)
+    try:
+        ids = tokens(9, 30)
+        for edits in (CASES["add and clamp"], CASES["generated"], ()):
+            got = engine.teacher_forced(ids, edits, 12)
+            want = merged.teacher_forced(ids, edits, 12).log_softmax(-1).numpy()
+            np.testing.assert_allclose(got, want, atol=TOLERANCE)
+            without = plain.teacher_forced(ids, edits, 12).log_softmax(-1).numpy()
+            assert np.abs(want - without).max() > EFFECT / 4
+        assert engine.describe()["lora"]
+    finally:
+        engine.close()
