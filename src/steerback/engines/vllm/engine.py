@@ -166,8 +166,7 @@ class VllmEngine:
             if found:
                 self.close()
                 raise SteerbackError(
-                    f"vLLM {version} (tested: {TESTED}) does not steer this model: {found}; "
-                    "use --engine transformers"
+                    f"vLLM {version} (tested: {TESTED}) does not steer this model: {found}; use --engine transformers"
                 )
 
     # ---- identity
