@@ -7,8 +7,9 @@ nothing of judges, ledgers or experiments.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -106,8 +107,13 @@ class VllmEngine:
         if self._arguments.get("pipeline_parallel_size", 1) != 1:
             raise SteerbackError("the vLLM engine does not steer under pipeline parallelism; use tensor_parallel")
         self._drivers = self._start(replicas, tensor_parallel, lora)
-        self._facts = self._describe(version, replicas, tensor_parallel, lora, directions or {})
-        self._self_test(version)
+        try:
+            with _one_line():
+                self._facts = self._describe(version, replicas, tensor_parallel, lora, directions or {})
+                self._self_test(version)
+        except BaseException:
+            self.close()
+            raise
 
     # ---- start and end
 
@@ -164,7 +170,6 @@ class VllmEngine:
         for driver in self._drivers:
             found = fault(driver, self.settings, prompt, self.target.boost_prior.high)
             if found:
-                self.close()
                 raise SteerbackError(
                     f"vLLM {version} (tested: {TESTED}) does not steer this model: {found}; use --engine transformers"
                 )
@@ -232,7 +237,9 @@ class VllmEngine:
         try:
             for _ in futures:
                 request, finished = await done.get()
-                yield request.key, self._completion(request, _result(finished))
+                with _one_line():
+                    answer = finished.result()
+                yield request.key, self._completion(request, answer)
         finally:
             for future in futures:
                 future.cancel()
@@ -302,7 +309,8 @@ class VllmEngine:
             job = Job(ticket, spoken.token_ids, {"max_tokens": 1, "temperature": 0.0, "detokenize": False})
             futures[self._drivers[n % len(self._drivers)].submit(job)] = n
         for future, n in futures.items():
-            whole = np.frombuffer(future.result().entry["pooled"], dtype=np.float32)
+            with _one_line():
+                whole = np.frombuffer(future.result().entry["pooled"], dtype=np.float32)
             out[n] = whole if chosen is None else whole[chosen]
         return out
 
@@ -338,17 +346,17 @@ class VllmEngine:
         return out
 
 
-def _result(future: Any) -> Answer:
-    """A finished job's answer; an engine that died is the user's to restart."""
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    """A vLLM that died is the user's to restart."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
     try:
-        answer: Answer = future.result()
+        yield
     except EngineDeadError as error:
         raise SteerbackError(
-            "vLLM stopped while generating (its own messages stand above); what was finished is kept, resume the run"
+            "vLLM stopped (its own messages stand above); what was finished is kept, resume the run"
         ) from error
-    return answer
 
 
 def _spans(positions: Sequence[int]) -> tuple[tuple[int, int], ...]:
