@@ -67,29 +67,37 @@ def test_exact_p_equals_scipy_sign_flips_over_latents(seed) -> None:
 
 @pytest.mark.parametrize("metric", ["improvement_rate", "msi", "multi_attempt_rate"])
 def test_exact_p_equals_swapping_by_hand(metric) -> None:
-    """Ratio metrics: the whole latent changes sides, numerator and denominator together."""
+    """The whole latent changes sides with what it says about the difference, at the ratio of both together."""
     a, b = random_pair(3, latents=6, per=7)
-
-    def value(side: Outcomes) -> float:
+    parts = []
+    for side in (a, b):
         multi, gain = side.attempts >= 2, side.last - side.first
-        parts = {
-            "improvement_rate": (gain[multi] > 0),
-            "msi": gain,
-            "multi_attempt_rate": multi,
-        }[metric]
-        return float(np.mean(parts))
-
-    observed = abs(value(b) - value(a))
+        top = {"improvement_rate": multi & (gain > 0), "msi": gain, "multi_attempt_rate": multi}[metric]
+        parts.append((top.astype(float), (multi if metric == "improvement_rate" else np.ones(len(gain))).astype(float)))
+    (top_a, under_a), (top_b, under_b) = parts
+    r = (top_a.sum() + top_b.sum()) / (under_a.sum() + under_b.sum())
+    residual = (top_b - r * under_b) / under_b.sum() - (top_a - r * under_a) / under_a.sum()
+    found = compare(a, b)[metric]
+    assert residual.sum() == pytest.approx(found.difference)
     hits = 0
-    for flips in itertools.product([False, True], repeat=6):
-        swap = np.array(flips)[a.cluster]
-        x, y = np.where(swap, 1, 0), np.where(swap, 0, 1)
-        arms = [
-            made(*(np.choose(choice, [getattr(a, f), getattr(b, f)]) for f in ("first", "last", "attempts", "cluster")))
-            for choice in (x, y)
-        ]
-        hits += abs(value(arms[1]) - value(arms[0])) >= observed - 1e-12
-    assert compare(a, b)[metric].p == pytest.approx(hits / 2**6)
+    for flips in itertools.product([1, -1], repeat=6):
+        hits += abs(np.sum(np.array(flips)[a.cluster] * residual)) >= abs(residual.sum()) - 1e-12
+    assert found.p == pytest.approx(hits / 2**6)
+
+
+@pytest.mark.parametrize("rate", [0.4, 0.1, 0.03])
+def test_rates_of_few_events_do_not_differ_just_because_the_events_are_few(rate) -> None:
+    """Equal improvement rates over unequal numbers of second attempts, as after an ablation: p <= 0.05 in 5 %."""
+    rng = np.random.default_rng(4)
+    hits = []
+    for _ in range(400):
+        sums = []
+        for level in (0.4, rate):
+            multi = rng.binomial(20, np.clip(level * np.exp(rng.normal(0, 0.5, 12)), 0, 1))
+            sums.append(np.stack([rng.binomial(multi, 0.55), multi], axis=1).astype(float))
+        if sums[1][:, 1].sum():
+            hits.append(swap_test(*sums)[0] <= 0.05)
+    assert np.mean(hits) <= 0.08
 
 
 def test_monte_carlo_agrees_with_enumeration_and_is_never_zero() -> None:

@@ -157,29 +157,27 @@ def swap_test(
 ) -> tuple[float, str]:
     """Two-sided permutation test of equal ratios in two paired conditions, swapping them within whole clusters.
 
-    `a`, `b`: (clusters, 2) sums of numerator and denominator. Where both denominators agree, a swap flips the sign
-    of the cluster's summed difference, so this is the sign-flip test. Clusters without a difference swap to
-    themselves and are left out. Exact over all 2^k swaps for k <= exact_clusters, else Monte Carlo with
-    (1 + hits) / (1 + draws). A swap that leaves one ratio undefined counts as a hit.
+    `a`, `b`: (clusters, 2) sums of numerator and denominator, with totals A and B of the denominators above 0. With r
+    the ratio of both together, a cluster speaks for b by e = (num_b - r den_b) / B - (num_a - r den_a) / A, which has
+    mean 0 where the ratios are equal, however much the denominators differ; e sums to the difference of the ratios, and
+    a swap flips its sign. (Where denominators agree, e is the cluster's summed difference. Swapping the sums themselves
+    would test whether the denominators differ as well.) Clusters with e = 0 are left out. Exact over all 2^k swaps for
+    k <= exact_clusters, else Monte Carlo with (1 + hits) / (1 + draws).
     """
-    shift = b - a
-    moving = shift[np.any(shift != 0, axis=1)]
+    total_a, total_b = a.sum(axis=0), b.sum(axis=0)
+    ratio = (total_a[0] + total_b[0]) / (total_a[1] + total_b[1])
+    spoken = (b[:, 0] - ratio * b[:, 1]) / total_b[1] - (a[:, 0] - ratio * a[:, 1]) / total_a[1]
+    moving = spoken[np.abs(spoken) > 1e-12 * max(np.abs(spoken).max(initial=0.0), abs(ratio) / len(a))]
     k = len(moving)
     if k == 0:
         return 1.0, "no latent differs"
     exact = k <= exact_clusters
     if exact:
-        moved = ((np.arange(2**k)[:, None] >> np.arange(k)) & 1).astype(np.float64) @ moving
+        swaps = (np.arange(2**k)[:, None] >> np.arange(k)) & 1
     else:
-        rng = np.random.default_rng(seed)
-        block = max(1, iv.CELLS // k)
-        sizes = [min(block, draws - start) for start in range(0, draws, block)]
-        moved = np.concatenate([rng.integers(0, 2, (n, k), np.int8).astype(np.float64) @ moving for n in sizes])
-    total_a, total_b = a.sum(0) + moved, b.sum(0) - moved
-    with np.errstate(invalid="ignore", divide="ignore"):
-        statistic = np.abs(total_b[:, 0] / total_b[:, 1] - total_a[:, 0] / total_a[:, 1])
-        observed = abs(b[:, 0].sum() / b[:, 1].sum() - a[:, 0].sum() / a[:, 1].sum())
-    hits = int(np.sum(~(statistic < observed * (1 - 1e-12) - 1e-15)))
+        swaps = np.random.default_rng(seed).integers(0, 2, size=(draws, k))
+    statistic, observed = np.abs((1.0 - 2.0 * swaps) @ moving), abs(moving.sum())
+    hits = int(np.sum(statistic >= observed * (1 - 1e-12) - 1e-15))
     if exact:
         return hits / 2**k, f"swaps within latents, all 2^{k}"
     return (1 + hits) / (1 + draws), f"swaps within latents, {draws} drawn"
