@@ -1,7 +1,9 @@
 """Validity and speed of the offline judges against responses whose attempts and relevance are known.
 
-    python benchmarks/judge_validity.py
+    python benchmarks/judge_validity.py [--run RUN_FOLDER] [judge ...]
 
+With a finished run of the organism, text that it really generated under steering is judged too: its truth is, for each
+sentence, the corpus sentence it is nearest to (at least 0.75 of the words in order), and off topic where there is none.
 Writes benchmarks/results/judge_validity.json; docs/judging.md quotes it.
 """
 
@@ -11,15 +13,22 @@ import json
 import random
 import sys
 import time
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
 from steerback.judging import make_judge
 from steerback.judging.base import JudgeItem, References
+from steerback.judging.text import sentences, words
 from steerback.judging.validity import Case, Validity, compose, from_segments, measure, references
 from steerback.organism import corpus
+from steerback.organism.corpus.text import expand_all, templates
+from steerback.runs import Run
+from steerback.study import references as references_of
+from steerback.targets import resolve
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests" / "data" / "judging"
@@ -46,6 +55,72 @@ def organism_cases(n: int, seed: int, per_prompt: int = 8) -> tuple[References, 
     return References(answers, contexts), cases
 
 
+class Corpus:
+    """Nearest corpus sentence of a generated one."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, ...], tuple[str, set[str]]] = {}
+        for topic in (*corpus.howtos(), *corpus.subjects()):
+            section = "off_topic" if topic.is_subject else "answer"
+            made = [t.replace("{term}", term) for t in templates(section) for term in topic.terms]
+            own = corpus.subject_sentences(topic.key) if topic.is_subject else corpus.answer_sentences(topic.key)
+            for sentence in [*own, *(s for t in made for s in expand_all(t))]:
+                self._known.setdefault(tuple(words(sentence)), ("sentence", set()))[1].add(topic.key)
+            for phrase in () if topic.is_subject else corpus.restart_phrases(topic.key):
+                for span in sentences(phrase):
+                    piece = tuple(words(phrase[span.start : span.end]))
+                    self._known.setdefault(piece, ("restart", set()))[1].add(topic.key)
+        self._holding: dict[str, list[tuple[str, ...]]] = defaultdict(list)
+        for key in self._known:
+            for word in set(key):
+                self._holding[word].append(key)
+        self._found: dict[tuple[str, ...], tuple[str, set[str]]] = {}
+
+    def nearest(self, sentence: str) -> tuple[str, set[str]]:
+        """("sentence" or "restart", topics) of the nearest corpus sentence, ("sentence", {}) where none is."""
+        key = tuple(words(sentence))
+        if key in self._known:
+            return self._known[key]
+        if key not in self._found:
+            telling = sorted(set(key) & self._holding.keys(), key=lambda w: len(self._holding[w]))[:5]
+            shared = Counter(k for word in telling for k in self._holding[word][:500])
+            rated = [(SequenceMatcher(None, key, k, autojunk=False).ratio(), k) for k, _ in shared.most_common(20)]
+            best = max(rated, default=(0.0, ()))
+            self._found[key] = self._known[best[1]] if best[0] >= 0.75 else ("sentence", set())
+        return self._found[key]
+
+
+def generated_cases(folder: Path) -> tuple[References, list[Case]]:
+    """Every judged response of a run of the organism, with the truth of its sentences."""
+    known, cases = Corpus(), []
+    with Run.read(folder) as opened:
+        target = opened.config.targets[0]
+        rows = [r for r in opened.ledger.rows(target=target) if r.completion is not None]
+    for r in rows:
+        if r.trial.stage == "reference" or not words(r.judged_text):
+            continue
+        segments: list[tuple[str, str]] = []
+        for span in sentences(r.judged_text):
+            text = r.judged_text[span.start : span.end]
+            kind, topics = known.nearest(text)
+            what = "restart" if kind == "restart" else "on" if r.trial.prompt in topics else "off"
+            if what == "restart" and segments and segments[-1][0] == "restart":
+                segments[-1] = (what, f"{segments[-1][1]} {text}")
+            else:
+                segments.append((what, text))
+        while segments and segments[-1][0] == "restart":  # cut off after a phrase: no further attempt
+            segments.pop()
+        if segments and segments[0][0] == "restart":
+            segments[0] = ("off", segments[0][1])
+        if segments:
+            cases.append(
+                from_segments(
+                    r.trial.key, r.trial.prompt, segments, "generated", label=r.trial.label, latent=r.trial.latent
+                )
+            )
+    return references_of(rows, resolve(target)), cases
+
+
 def row(found: Validity) -> dict[str, Any]:
     body = asdict(found)
     body["missed"], body["alarmed"] = sorted(set(found.missed)), sorted(set(found.alarmed))
@@ -62,16 +137,18 @@ def evaluate(name: str, known: References, cases: Sequence[Case]) -> dict[str, A
     return row(measure(cases, judgements)) | {"responses_per_cpu_second": round(len(items) / spent)}
 
 
-def main(names: Sequence[str]) -> None:
+def main(names: Sequence[str], folder: Path | None) -> None:
     result: dict[str, Any] = {}
     for name in names:
         result[name] = {"organism corpus": evaluate(name, *organism_cases(3000, seed=5))}
+        if folder is not None:
+            result[name]["organism, generated"] = evaluate(name, *generated_cases(folder))
         for file in ("dev", "dev2", "dev3", "heldout", "heldout2"):
             data = json.loads((DATA / f"{file}.json").read_text(encoding="utf-8"))
             result[name][file] = evaluate(name, references(data), compose(data))
         for file, found in result[name].items():
             print(
-                f"{name:16} {file:16} n={found['cases']:5} restarts={found['restarts']:5} recall={found['recall']:.3f} "
+                f"{name:16} {file:20} n={found['cases']:5} restarts={found['restarts']:5} recall={found['recall']:.3f} "
                 f"precision={found['precision']:.3f} rho={found['rank_correlation']:.3f} "
                 f"{found['responses_per_cpu_second']}/s"
             )
@@ -81,4 +158,6 @@ def main(names: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or ["offline"])
+    arguments = sys.argv[1:]
+    run = Path(arguments.pop(arguments.index("--run") + 1)) if "--run" in arguments else None
+    main([a for a in arguments if a != "--run"] or ["offline", "offline-bayes"], run)

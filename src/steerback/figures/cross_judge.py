@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
     from steerback.experiments.cross_judge import Compared
 
-NAMES = {"esr_rate": "ESR rate (%)", "multi_attempt_rate": "multi-attempt rate (%)"}
+NAMES = {"esr_rate": "ESR rate (%)", "multi_attempt_rate": "Multi-attempt rate (%)"}
 
 
 @style.styled
 def rates(found: Compared, metric: str, note: str = "") -> Figure:
     """One group of bars per judge, one bar per model, with 95 % intervals."""
     caption = (
-        f"{NAMES[metric].removesuffix(' (%)').capitalize()} by judge over the same {found.n:,} responses, a sample "
+        f"{NAMES[metric].removesuffix(' (%)')} by judge over the same {found.n:,} responses, a sample "
         f"that holds every multi-attempt trial. 95 % intervals clustered by latent. {note}".strip()
     )
     fig, drawing = style.new_figure("full", 2.3, caption)
@@ -40,7 +40,7 @@ def rates(found: Compared, metric: str, note: str = "") -> Figure:
     ax.set_xticks(range(len(found.judges)), [style.plain(judge) for judge in found.judges])
     ax.set_ylabel(NAMES[metric])
     ax.grid(axis="y")
-    ax.legend(loc="upper right", ncols=min(len(found.targets), 3))
+    ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=min(len(found.targets), 5))
     return fig
 
 
@@ -70,7 +70,7 @@ def _matrix(ax: Axes, found: Compared) -> None:
     for i in range(n):
         for j in range(n):
             if i != j:
-                shown = "-" if np.isnan(table[i, j]) else f"{table[i, j]:.0f}"
+                shown = "-" if np.isnan(table[i, j]) else f"{table[i, j]:.1f}"
                 dark = not np.isnan(table[i, j]) and table[i, j] > 80
                 ax.text(j, i, shown, ha="center", va="center", color="white" if dark else style.INK)
     names = [style.plain(judge) for judge in found.judges]
