@@ -76,4 +76,5 @@ def _match(sets: Mapping[str, Any]) -> str:
     ratios = [q["removed_ratio"] for q in sets["quality"] if q["removed_ratio"] is not None]
     norm = f"; they remove {np.mean(ratios):.2f} times the norm that the detectors' clamp removes" if ratios else ""
     overlap = f", sharing {sets['overlap']:.0%} of their latents" if sets["overlap"] else ""
-    return f"{len(sets['sets'])} {sets['method']} sets of {len(sets['sets'][0])} latents{overlap}{norm}."
+    size = len(sets["sets"][0])
+    return f"{len(sets['sets'])} {sets['method']} sets of {size} latent{'s' * (size != 1)}{overlap}{norm}."
