@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fake_judges import FakeJudge
 from steerback import execute
 from steerback.config import RunConfig
 from steerback.errors import SteerbackError
@@ -16,7 +19,9 @@ from steerback.experiments.cross_judge import compared, gather
 from steerback.judging import References, make_judge
 from steerback.judging.base import JudgeItem
 from steerback.organism import corpus
-from steerback.records import Completion, Intervention, Receipt, Trial
+from steerback.pipeline import Workbench, judge_rows
+from steerback.progress import Silent
+from steerback.records import Completion, Intervention, Receipt, Sampling, Trial
 from steerback.runs import Run
 
 LATENTS = 8
@@ -133,6 +138,35 @@ def test_the_analysis_writes_tables_and_figures(run: Path, tmp_path: Path) -> No
         assert (tmp_path / name).stat().st_size > 100
     assert "rank them alike" in analysis.lines[0] or "differ" in analysis.lines[0]
     assert analysis.summary["pairs"]["offline / offline-bayes"]["several"]["value"] > 0.9
+
+
+def test_a_model_judges_the_run_too_and_its_key_is_nowhere(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("inspect_ai")
+    key = "sk-planted-9876543210"
+    folder = tmp_path / "copy"
+    shutil.copytree(run, folder)
+    monkeypatch.setenv("OPENROUTER_API_KEY", key)
+    with FakeJudge(lambda response, before: "429" if "sock" in response else "") as server:
+        monkeypatch.setenv("OPENROUTER_BASE_URL", server.url + "/v1")
+        server.keep_requests = False
+        with Run.reopen(folder) as opened:
+            few = [r.trial.key for r in opened.ledger.rows(stage="measure")][:12]
+            rows = opened.ledger.rows(keys=few)
+            judge: Any = make_judge("qwen3-32b", first_wait=0.01, attempt_timeout=5, max_retries=1)
+            bench = Workbench(opened.ledger, None, judge, Sampling(), Silent(), None)
+            asyncio.run(judge_rows(bench, rows))
+        assert sum(server.asked.values()) >= len(few)
+    with Run.read(folder) as opened:
+        found = [r.judgement for r in opened.ledger.rows(keys=few, judge="qwen3-32b")]
+        assert opened.ledger.judges() == ["offline", "offline-bayes", "qwen3-32b"]
+    assert all(j is not None and (j.status == "scored" or j.reason) for j in found)
+    assert sum(j is not None and j.status == "scored" for j in found) >= 8
+    shown = capsys.readouterr()
+    assert key not in shown.out + shown.err + str(judge.describe())
+    for file in (f for f in folder.rglob("*") if f.is_file()):
+        assert key.encode() not in file.read_bytes(), file
 
 
 def test_one_judge_is_not_enough(run: Path) -> None:
