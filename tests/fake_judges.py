@@ -118,7 +118,8 @@ class FakeJudge:
         text = json.dumps(payload).encode()
         extra = "retry-after: 0\r\n" if fault == "429" else ""
         writer.write(
-            f"HTTP/1.1 {status} X\r\ncontent-type: application/json\r\ncontent-length: {len(text)}\r\n{extra}\r\n".encode()
+            f"HTTP/1.1 {status} X\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(text)}\r\n{extra}\r\n".encode()
         )
         writer.write(text[: len(text) // 2] if fault == "truncated" else text)
         await writer.drain()

@@ -28,7 +28,7 @@ def choose(ledger: Ledger, judge: str, key: str | None, condition: str | None, r
         rows = [r for r in rows if attempts(r) >= 2]
     rows.sort(key=lambda r: (-gain(r), -attempts(r), r.trial.key))
     seen: Counter[LatentKey | None] = Counter()
-    turns = []
+    turns: list[tuple[int, int, Row]] = []
     for row in rows:
         turns.append((seen[row.trial.latent], len(turns), row))
         seen[row.trial.latent] += 1
