@@ -12,6 +12,8 @@ import math
 import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib import resources
 from typing import TYPE_CHECKING, Protocol
 
 from steerback.judging.base import JudgeItem, References
@@ -80,16 +82,21 @@ class OfflineJudge:
         self._method = method
         self._references = References()
         self._relevance: RelevanceModel | None = None
+        self._fingerprint: str | None = None
 
     @property
     def fingerprint(self) -> str:
-        body = {
-            "judge": self.name,
-            "rubric": self.rubric,
-            "responses": {p: list(r) for p, r in self._references.responses.items()},
-            "contexts": {str(k): list(c) for k, c in self._references.contexts.items()},
-        }
-        return digest(body)
+        """Hash of method, references and the code and word lists of this package: any of them changes verdicts."""
+        if self._fingerprint is None:
+            body = {
+                "judge": self.name,
+                "rubric": self.rubric,
+                "code": _code_hash(),
+                "responses": {p: list(r) for p, r in self._references.responses.items()},
+                "contexts": {str(k): list(c) for k, c in self._references.contexts.items()},
+            }
+            self._fingerprint = digest(body)  # asked for with every verdict, so computed once
+        return self._fingerprint
 
     def describe(self) -> dict[str, object]:
         return {
@@ -102,7 +109,7 @@ class OfflineJudge:
 
     def prepare(self, references: References) -> None:
         """Builds the model of relevance from the references."""
-        self._references = references
+        self._references, self._fingerprint = references, None
         self._relevance = self._method.build(references)
 
     async def judge(self, items: Sequence[JudgeItem]) -> AsyncIterator[tuple[str, Judgement]]:
@@ -171,6 +178,14 @@ class OfflineJudge:
             ]
             cuts.append((start, end, phrase, pieces))
         return cuts
+
+
+@cache
+def _code_hash() -> str:
+    names = ("bayes", "discourse", "offline", "phrases", "relevance", "restarts", "text")
+    files = [resources.files("steerback.judging") / f"{name}.py" for name in names]
+    files += [resources.files("steerback.judging") / name for name in ("discourse.txt", "restart_weights.json")]
+    return digest([file.read_text(encoding="utf-8") for file in files])
 
 
 _Cut = tuple[int, int, str, list[_Piece]]

@@ -165,13 +165,16 @@ class Transport:
 
         messages: list[Any] = [ChatMessageSystem(content=question.system), ChatMessageUser(content=question.user)]
         asked_with = self.temperature
+        output: ModelOutput
         try:
-            return await model.generate(messages, config=GenerateConfig(temperature=asked_with))
+            output = await model.generate(messages, config=GenerateConfig(temperature=asked_with))
+            return output
         except Exception as error:
             if asked_with is None or "temperature" not in str(error).lower():
                 raise
         self.temperature = None  # this model takes none; from now on it is asked without, and describe() says so
-        return await model.generate(messages, config=GenerateConfig(temperature=None))
+        output = await model.generate(messages, config=GenerateConfig(temperature=None))
+        return output
 
     @contextlib.asynccontextmanager
     async def _open(self) -> AsyncGenerator[Model]:
@@ -188,8 +191,9 @@ class Transport:
         )
         model = get_model(self.model, config=config, base_url=self.base_url, memoize=False, **self.model_args)
         waits = wait_exponential_jitter(initial=limits.first_wait, max=60.0, jitter=limits.first_wait)
-        model.api.retry_wait = lambda: waits  # type: ignore[method-assign]
-        model.api.generate = self._observed(model.api.generate)  # type: ignore[method-assign,assignment]
+        api: Any = model.api
+        api.retry_wait = lambda: waits
+        api.generate = self._observed(api.generate)
         async with model:
             yield model
 
