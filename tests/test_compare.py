@@ -255,6 +255,8 @@ def test_a_paper_is_run_resumed_compared_and_drawn(runs: Runs, capsys: pytest.Ca
     lines = campaign.plan_lines(steps)
     assert len(lines) == len(steps) + 1
     assert "at most" in lines[-1]
+    (searched,) = [x for x in campaign.plan_lines(steps_of(runs, "detectors")) if x.startswith("p-detectors")]
+    assert "at most 500 responses" in searched  # the references are in the cache by then, the discovery is not
     said: list[str] = []
     assert campaign.run(steps, cached=False, say=said.append) == {}
     assert all(campaign.is_done(step) for step in steps)

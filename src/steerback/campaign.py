@@ -45,7 +45,7 @@ def plan_lines(steps: Sequence[Step]) -> list[str]:
     for step, job in jobs:
         done = is_done(step)
         cost = _cost(job, shared)
-        shared |= set(UNJUDGED)
+        shared |= {stage for stage, n in of_experiment(job).items() if n and stage in UNJUDGED}
         if not done:
             total.update(cost)
         state = "done" if done else f"at most {cost['responses']:,} responses, {cost['tokens']:,} tokens"
