@@ -28,7 +28,8 @@ def draw_aligned(
     rows, columns = max(len(found), 1), max((len(a.groups) for a in found.values()), default=1) or 1
     words = (
         "Summed activation at each token before and after the first token of the correction: means over episodes "
-        "(points), smoothing splines (lines), 95 % intervals clustered by latent (band). Controls: same positions."
+        "(points), smoothing splines on either side (lines), 95 % intervals clustered by latent (band). Controls: "
+        "same positions."
     )
     fig, drawing = style.new_figure("full", 1.9 * rows + 0.25, _caption(words, found, judge, note))
     axes = drawing.subplots(rows, columns, squeeze=False)
@@ -59,8 +60,9 @@ def _aligned(ax: Axes, curves: Mapping[str, Curve], colour: str) -> None:
         if not there.any():
             continue
         x, y = curve.offsets[there], curve.mean[there]
-        ax.plot(x, y, "o", color=own, markersize=1.6, alpha=0.55, markeredgewidth=0)
-        ax.plot(x, spline(x, y), color=own, linestyle=dash)
+        ax.plot(x, y, "o-", color=own, markersize=2.2, linewidth=0.4, alpha=0.55, markeredgewidth=0)
+        for side in (x < 0, x >= 0):  # what comes to a sudden end at the correction must not be smoothed across it
+            ax.plot(x[side], spline(x[side], y[side]), color=own, linestyle=dash)
         banded = np.isfinite(curve.low) & np.isfinite(curve.high)
         if name not in CONTROLS and banded.any():
             at = curve.offsets[banded]

@@ -38,7 +38,8 @@ def draw(
     caption = (
         f"Summed activations of the groups, averaged over the last {options['window']} tokens and scaled to their "
         "largest value in the panel; recorded before anything is added. Shaded: first attempt, correction, second "
-        f"attempt. Triangle: onset of the detectors; dotted: its threshold. Judge: {judge}. {note}".strip()
+        "attempt. Triangle: onset of the detectors, unless it lies before the panel; dotted: its threshold. "
+        f"Judge: {judge}. {note}".strip()
     )
     told = [f"{t}: {r.watched}; {len(r.episodes):,} episodes." for t, r in found.items()]
     fig, drawing = style.new_figure("full", 1.75 * max(len(chosen), 1) + 0.2, "\n".join([caption, *told]))
