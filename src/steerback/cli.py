@@ -236,6 +236,20 @@ def judge_command(
 
 
 @app.command()
+def judges() -> None:
+    """List the judges and the keys they need."""
+    from steerback.judging import LOCAL, aliases
+    from steerback.judging.models import KEYS
+
+    for name, what in LOCAL.items():
+        print(f"{name:<18} {what}")
+    for model in aliases():
+        keys = " or ".join(KEYS.get(model.model.split("/")[0], ()))
+        print(f"{model.alias:<18} {model.model}: {model.note}; key: {keys}")
+    print("provider/model     any other model that Inspect AI knows (extra `judges`)")
+
+
+@app.command()
 def targets() -> None:
     """List what can be steered."""
     from steerback.targets import builtin_targets

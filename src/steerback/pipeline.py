@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 FLUSH_SECONDS = 1.0  # at most this much work is lost by a kill
 FLUSH_ROWS = 64
-JUDGE_BATCH = 64
+JUDGE_BATCH = 512  # an LLM judge keeps many requests in flight; each batch waits for its slowest
 
 
 @dataclass(slots=True)
