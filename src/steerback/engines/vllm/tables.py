@@ -136,7 +136,7 @@ def edit(layer: Any, positions: Tensor, hidden: Tensor, residual: Tensor | None)
         _record(layer, row, positions, z)
         if layer.steerback_reads:
             at = torch.arange(hidden.shape[0], device=hidden.device)
-            layer.steerback_residual.index_put_((at,), h.to(hidden.dtype))
+            layer.steerback_residual.index_put_((at,), h.to(layer.steerback_residual.dtype))
     norm = torch.sqrt((delta * delta).sum(dim=-1))
     at = torch.where(layer.steerback_active[cell], row * layer.steerback_length + positions, 0)
     layer.steerback_marks.index_put_((at,), norm)
