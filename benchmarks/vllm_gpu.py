@@ -33,7 +33,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama-70b-fp8": {"model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
     | {"num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256, "steer": 33, "fp8": True},
     "tiny": {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
-    | {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 512, "steer": 2},
+    | {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 16384, "steer": 2},
 }
 PROMPT, NEW, CLAMPED, LENGTH = 48, 256, 26, 512
 
