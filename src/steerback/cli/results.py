@@ -1,4 +1,4 @@
-"""Verbs about results: the whole paper, published numbers beside ours, figures of many runs, files in and out.
+"""Verbs about results: the whole paper, figures, transcripts, published numbers beside ours, files in and out.
 
 Like `cli`, it only calls into the package; `cli` registers these functions.
 """
@@ -11,16 +11,17 @@ from typing import Annotated, Any
 
 import typer
 
+from steerback.cli.options import RUNS, NoCache, RunName, RunsDir
 from steerback.errors import SteerbackError, unknown
 
-RUNS = Path("runs")
-RunsDir = Annotated[Path, typer.Option("--runs", help="Folder that holds the run folders.")]
 Names = Annotated[list[str] | None, typer.Argument(help="Names of runs under --runs, or paths of their folders.")]
 
 
 def register(app: typer.Typer) -> None:
     """Adds the verbs to the command line."""
     app.command()(paper)
+    app.command()(figures)
+    app.command()(show)
     app.command()(compare)
     app.command("import")(import_command)
     app.command()(export)
@@ -41,7 +42,7 @@ def paper(
     only: Annotated[list[str] | None, typer.Option(help="Only this experiment and what it starts from.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Not this experiment, nor what starts from it.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show plan and estimate, and stop.")] = False,
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Neither read nor write the shared cache.")] = False,
+    no_cache: NoCache = False,
     runs: RunsDir = RUNS,
 ) -> None:
     """Run every experiment of the paper in order, then compare and draw."""
@@ -71,6 +72,66 @@ def paper(
             f"{len(failed)} of {len(steps)} experiments could not be done: "
             + "; ".join(f"{folder.name}: {why}" for folder, why in failed.items())
         )
+
+
+def figures(
+    names: Annotated[list[str] | None, typer.Argument(help="A run; with --all: several, or all under --runs.")] = None,
+    judge: Annotated[str | None, typer.Option(help="Judge whose verdicts are analysed; default: the run's.")] = None,
+    draws: Annotated[int | None, typer.Option(help="Bootstrap draws.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Draw the figures of all runs named into one folder.")] = False,
+    out: Annotated[Path | None, typer.Option(help="That folder; default: figures under --runs.")] = None,
+    runs: RunsDir = RUNS,
+) -> None:
+    """Analyse a run's ledger again: summary, tables and figures."""
+    if every:
+        return _draw_all(names, out, runs)
+    if len(names or ()) != 1:
+        raise SteerbackError("name one run to analyse it again, or draw those of many with --all")
+    name = (names or [""])[0]
+    from steerback import execute
+    from steerback.campaign import report
+    from steerback.experiments import get_experiment
+    from steerback.runs import Run, find_run
+
+    with Run.read(find_run(name, runs)) as opened:
+        chosen = _known_judge(judge or opened.config.judge, opened.ledger.judges())
+        experiment = get_experiment(opened.config.experiment)
+        analysis = execute.analyse(experiment, opened.ledger, opened.folder, chosen, draws or opened.config.draws)
+    report(analysis, opened.folder)
+    return None
+
+
+def _known_judge(judge: str, known: list[str]) -> str:
+    if known and judge not in known:
+        raise SteerbackError(f"judge {judge!r} has judged nothing in this run; there are: {', '.join(known) or 'none'}")
+    return judge
+
+
+def show(
+    name: RunName,
+    trial: Annotated[str | None, typer.Argument(help="Key of a trial; default: a choice of them.")] = None,
+    judge: Annotated[str | None, typer.Option(help="Whose verdicts; default: the run's judge.")] = None,
+    condition: Annotated[str | None, typer.Option(help="Only this condition.")] = None,
+    restarts: Annotated[bool, typer.Option("--restarts", help="Only responses with two or more attempts.")] = False,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many transcripts.")] = 3,
+    runs: RunsDir = RUNS,
+) -> None:
+    """Print transcripts with their attempts, scores and spans."""
+    from steerback.report.transcripts import choose, transcript
+    from steerback.runs import Run, find_run
+
+    with Run.read(find_run(name, runs)) as opened:
+        rows = choose(opened.ledger, judge or opened.config.judge, trial, condition, restarts, count)
+    for row in rows:
+        print(transcript(row, colour=sys.stdout.isatty()))
+
+
+def _draw_all(names: list[str] | None, out: Path | None, runs: Path) -> None:
+    """`steerback figures --all`: every figure of many runs in one folder."""
+    from steerback import campaign
+
+    for path in campaign.draw_all(_folders(names, runs), out or runs / "figures"):
+        print(f"  {path}")
 
 
 def compare(
@@ -111,14 +172,6 @@ def _folders(names: list[str] | None, root: Path) -> list[Path]:
     if not found:
         raise SteerbackError(f"no finished run in {root}; name runs, or say where they are with --runs")
     return found
-
-
-def draw_all(names: list[str] | None, out: Path | None, runs: Path) -> None:
-    """`steerback figures --all`: every figure of many runs in one folder."""
-    from steerback import campaign
-
-    for path in campaign.draw_all(_folders(names, runs), out or runs / "figures"):
-        print(f"  {path}")
 
 
 def import_command(

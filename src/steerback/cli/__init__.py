@@ -1,0 +1,67 @@
+"""The command line: verbs, options and messages. Everything it does is a call into the package.
+
+A mistake of the user's is one line on stderr and exit code 2; a stop by Ctrl-C is exit code 130 with how to go on.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from steerback import __version__
+from steerback.cli import judging, results, running, targets
+from steerback.errors import SteerbackError
+
+app = typer.Typer(
+    name="steerback",
+    help="Measure, explain and change how language models resist activation steering.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+# typer brings its own copy of click in some releases, so its base error is found through what typer exports
+USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: runs a verb and turns every expected failure into one line and an exit code."""
+    try:
+        code = app(args=arguments, prog_name="steerback", standalone_mode=False)
+    except SteerbackError as error:
+        fail(str(error))
+    except USAGE_ERROR as error:
+        fail(f"{error.format_message()} (see steerback --help)")  # type: ignore[attr-defined]
+    except (KeyboardInterrupt, typer.Abort):
+        print("steerback: stopped; what was done is kept", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output (head, less) has left
+        sys.stderr.close()
+        sys.exit(141)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def fail(message: str) -> None:
+    print("steerback: error: " + " ".join(message.split("\n")), file=sys.stderr)
+    sys.exit(2)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"steerback {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None: ...
+
+
+for group in (running, results, judging, targets):
+    group.register(app)

@@ -1,0 +1,50 @@
+"""Verbs about judges: list them, add one's verdicts to a run."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from steerback.cli.options import RUNS, NoCache, RunName, RunsDir
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verbs to the command line."""
+    app.command("judge")(judge_command)
+    app.command()(judges)
+
+
+def judge_command(
+    name: RunName,
+    judge: Annotated[str, typer.Option(help="offline, or a judge model.")],
+    retry_unscored: Annotated[bool, typer.Option("--retry-unscored", help="Ask again where it gave no score.")] = False,
+    no_cache: NoCache = False,
+    runs: RunsDir = RUNS,
+) -> None:
+    """Add a judge's verdicts to a finished run."""
+    from steerback import execute
+    from steerback.progress import make_progress
+    from steerback.runs import find_run
+
+    progress, cache = make_progress(), execute.open_cache(not no_cache)
+    try:
+        done = execute.judge_run(find_run(name, runs), judge, progress, cache, retry_unscored)
+    finally:
+        progress.close()
+        if cache is not None:
+            cache.close()
+    print(f"{done} responses judged by {judge}; see them with: steerback figures {name} --judge {judge}")
+
+
+def judges() -> None:
+    """List the judges and the keys they need."""
+    from steerback.judging import LOCAL, aliases
+    from steerback.judging.models import KEYS
+
+    for name, what in LOCAL.items():
+        print(f"{name:<18} {what}")
+    for model in aliases():
+        keys = " or ".join(KEYS.get(model.model.split("/")[0], ()))
+        print(f"{model.alias:<18} {model.model}: {model.note}; key: {keys}")
+    print("provider/model     any other model that Inspect AI knows (extra `judges`)")

@@ -1,0 +1,137 @@
+"""Verbs that generate: run an experiment or a whole paper, go on with one, try one latent."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from steerback.cli.options import RUNS, NoCache, RunName, RunsDir
+from steerback.errors import SteerbackError
+
+if TYPE_CHECKING:
+    from steerback.execute import Job
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verbs to the command line."""
+    app.command("run")(run_command)
+    app.command()(resume)
+    app.command("try")(try_command)
+
+
+def run_command(
+    experiment: Annotated[str, typer.Argument(help="Which experiment, e.g. esr.")],
+    target: Annotated[
+        list[str] | None, typer.Option("--target", "-t", help="What to steer; may be given several times.")
+    ] = None,
+    from_run: Annotated[
+        str | None, typer.Option("--from", help="Run whose latents, thresholds, prompts and seeds are used again.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run; the same name again resumes it.")] = None,
+    preset: Annotated[str | None, typer.Option(help="specification (default), authors or quick.")] = None,
+    engine: Annotated[str | None, typer.Option(help="transformers or vllm; default: what fits this machine.")] = None,
+    judge: Annotated[str | None, typer.Option(help="offline, or a judge model.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with settings.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting, e.g. sampling.temperature=0.8.")
+    ] = None,
+    latents: Annotated[
+        str | None, typer.Option(help="Own latents: a file, a comma-separated list, or how many.")
+    ] = None,
+    prompts: Annotated[str | None, typer.Option(help="Built-in list or text file, one prompt a line.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most this many measured trials per condition.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
+    no_cache: NoCache = False,
+    runs: RunsDir = RUNS,
+) -> None:
+    """Run an experiment: calibrate, generate, judge, measure, draw."""
+    from steerback import execute
+    from steerback.config import build_config
+    from steerback.latents.sampling import parse_latents
+    from steerback.runs import find_run, stored_config
+    from steerback.targets import resolve
+
+    base = None
+    if from_run is not None:
+        folder = find_run(from_run, runs)
+        base = (str(folder), stored_config(folder))
+    chosen = tuple(target or (base[1].targets if base else ()))
+    if not chosen:
+        raise SteerbackError("say what to steer with --target (see steerback targets), or start from a run with --from")
+    overrides: dict[str, Any] = {"engine": engine, "judge": judge, "prompts": prompts, "limit": limit}
+    if latents is not None:
+        own = parse_latents(latents, resolve(chosen[0]).labels())
+        overrides |= {"n_latents": own} if isinstance(own, int) else {"latents": own}
+    built = build_config(experiment, chosen, preset, config, overrides, tuple(settings or ()), base)
+    job = execute.check(built)
+    _go(job, runs / (name or f"{experiment}-{'+'.join(chosen)}"), dry_run, no_cache)
+
+
+def resume(name: RunName, no_cache: NoCache = False, runs: RunsDir = RUNS) -> None:
+    """Go on with a run that was stopped."""
+    from steerback import execute
+    from steerback.runs import find_run, stored_config
+
+    folder = find_run(name, runs)
+    _go(execute.check(stored_config(folder)), folder, False, no_cache)
+
+
+def _go(job: Job, folder: Path, dry_run: bool, no_cache: bool) -> None:
+    from steerback import execute
+    from steerback.campaign import report
+    from steerback.estimate import plan_lines
+    from steerback.progress import make_progress
+
+    for line in plan_lines(job, folder):
+        print(line)
+    if dry_run:
+        return
+    progress = make_progress()
+    cache = execute.open_cache(not no_cache)
+    try:
+        analysis = execute.run(job, folder, progress, cache)
+    except KeyboardInterrupt:
+        progress.close()
+        print(f"steerback: stopped; resume with: steerback resume {folder.name}{_root_option(folder)}", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        progress.close()
+        if cache is not None:
+            cache.close()
+    report(analysis, folder)
+
+
+def _root_option(folder: Path) -> str:
+    return "" if folder.parent == RUNS else f" --runs {folder.parent}"
+
+
+def try_command(
+    target: Annotated[str, typer.Argument(help="What to steer, e.g. organism.")],
+    prompt: Annotated[str, typer.Argument(help="The prompt.")],
+    latent: Annotated[str, typer.Option(help="Latent index, or its label.")],
+    boost: Annotated[float, typer.Option(help="How much of its decoder direction to add.")],
+    seed: Annotated[int, typer.Option(help="Seed of both responses.")] = 44,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.6,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 160,
+) -> None:
+    """Show one steered response beside the unsteered one."""
+    from steerback.api import load_target
+    from steerback.records import Intervention, Request, Sampling
+    from steerback.report.transcripts import pair
+
+    with load_target(target) as loaded:
+        key = loaded.latent(latent)
+        sampling = Sampling(temperature=temperature, max_new_tokens=max_new_tokens)
+        edits = (Intervention("add", key, boost),)
+        requests = [Request(name, prompt, seed, sampling, e) for name, e in (("plain", ()), ("steered", edits))]
+        unsteered, steered = loaded.complete(requests)
+        label = loaded.target.labels().get(key) if isinstance(key, int) else None
+    receipt = steered.receipt
+    if not steered.receipt_matches(edits):
+        raise SteerbackError(f"the response was not steered as planned: {receipt}; please report this")
+    what = f"latent {key}{f' ({label})' if label else ''}, boost {boost:g}, seed {seed}"
+    told = f"{receipt.positions} positions steered, mean norm added {receipt.added_norm:.4g}"
+    print(pair(prompt, what, unsteered.text, steered.text, told))
