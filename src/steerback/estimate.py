@@ -34,9 +34,9 @@ def of_experiment(job: Job) -> dict[str, int]:
     """Responses per target and stage of a job: experiments may do without calibration, or need further stages."""
     config, experiment = job.config, job.experiment
     counts = responses(config, len(job.prompts), experiment.conditions(config))
-    if not getattr(experiment, "calibrates", True):
+    if not experiment.calibrates:
         counts |= {"calibration": 0, "verification": 0}
-    return counts | (experiment.further(config) if hasattr(experiment, "further") else {})
+    return counts | experiment.further(config)
 
 
 def plan_lines(job: Job, folder: Path) -> list[str]:

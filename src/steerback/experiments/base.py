@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from steerback.config import RunConfig
 from steerback.ledger import Ledger, Row
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from steerback.report.tables import Table
+    from steerback.runs import Run
     from steerback.study import Study
 
 Key = tuple[str, str]  # (target, condition)
@@ -35,24 +37,43 @@ class Analysis:
     data: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Experiment(Protocol):
-    """A plan and an analysis. `options` are the settings (with defaults) that only this experiment knows."""
+class Experiment(ABC):
+    """A plan and an analysis. `options` are the settings (with defaults) that only this experiment knows.
+
+    `authors` are their values under the preset of that name. An experiment that does not calibrate needs no
+    thresholds; one that does not generate collects rows of finished runs instead.
+    """
 
     name: str
     title: str
-    options: Mapping[str, Any]
+    options: Mapping[str, Any] = {}
+    authors: Mapping[str, Any] = {}
+    calibrates = True
+    generates = True
 
+    @abstractmethod
     def conditions(self, config: RunConfig) -> int:
         """How many conditions it measures, for the estimate before a run."""
-        ...
 
+    def further(self, config: RunConfig) -> dict[str, int]:
+        """Responses per target beyond the usual stages, by stage, for the estimate before a run."""
+        return {}
+
+    def judges(self, config: RunConfig) -> tuple[str, ...]:
+        """Whose verdicts it needs."""
+        return (config.judge,)
+
+    @abstractmethod
     async def run(self, study: Study) -> None:
         """Plans the trials of one target's conditions and completes them."""
-        ...
 
+    def collect(self, run: Run) -> None:
+        """In place of `run` for one that does not generate: fills the ledger with rows to be judged."""
+        raise NotImplementedError(f"{self.name} generates")
+
+    @abstractmethod
     def analyse(self, ledger: Ledger, judge: str, draws: int) -> Analysis:
         """Everything the experiment reports, from the ledger alone."""
-        ...
 
 
 def outcomes_of(rows: Sequence[Row], cluster: Callable[[Trial], LatentKey | None] = lambda t: t.latent) -> Outcomes:
@@ -170,7 +191,7 @@ def measured(
 
 def settings(experiment: Experiment, config: RunConfig) -> dict[str, Any]:
     """The experiment's options: its defaults, the authors' values under their preset, then what the user set."""
-    authors = getattr(experiment, "authors", {}) if config.preset == "authors" else {}
+    authors = experiment.authors if config.preset == "authors" else {}
     return {**experiment.options, **authors, **config.options}
 
 

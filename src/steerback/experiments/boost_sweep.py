@@ -12,7 +12,7 @@ from typing import Any
 
 from steerback.config import RunConfig
 from steerback.errors import SteerbackError
-from steerback.experiments.base import Analysis, Measured, measured, planted, settings
+from steerback.experiments.base import Analysis, Experiment, Measured, measured, planted, settings
 from steerback.ledger import Ledger
 from steerback.metrics import METRICS, Peak, find_peak
 from steerback.records import Intervention
@@ -22,7 +22,7 @@ from steerback.study import Study
 PEAKS = ("multi_attempt_rate", "esr_rate", "improvement_rate", "msi", "mean_attempts")
 
 
-class BoostSweep:
+class BoostSweep(Experiment):
     """Restarts and recovery from weak to strong steering, and where each peaks."""
 
     name = "boost-sweep"

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from steerback.config import RunConfig
 from steerback.errors import SteerbackError
-from steerback.experiments.base import Analysis, outcomes_of, planted
+from steerback.experiments.base import Analysis, Experiment, outcomes_of, planted
 from steerback.ledger import Ledger, Row
 from steerback.metrics import Estimate, Summary, agreement, alpha, rank_correlation, summarize
 from steerback.records import Judgement
@@ -36,7 +36,7 @@ Floats = NDArray[np.float64]
 SAMPLE, MINIMUM, SEED = 1000, 100, 42
 
 
-class CrossJudge:
+class CrossJudge(Experiment):
     """Agreement of several judges on one sample of responses."""
 
     name = "cross-judge"

@@ -14,7 +14,7 @@ from typing import Any
 
 from steerback.config import RunConfig
 from steerback.errors import SteerbackError
-from steerback.experiments.base import Analysis, Measured, measured, planted, settings
+from steerback.experiments.base import Analysis, Experiment, Measured, measured, planted, settings
 from steerback.experiments.detectors import AUTHORS, SEARCH_OPTIONS, detectors_of, searched, stored_detectors
 from steerback.ledger import Ledger
 from steerback.metrics import Trend, trend
@@ -25,7 +25,7 @@ ABLATED = "ablated"
 TRENDS = ("multi_attempt_rate", "esr_rate", "msi", "mean_first")
 
 
-class DetectorAblation:
+class DetectorAblation(Experiment):
     """Does resistance need the detectors? Baseline against all of them at zero, and the doses between."""
 
     name = "detector-ablation"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from steerback.config import RunConfig
-from steerback.experiments.base import Analysis, planted, settings
+from steerback.experiments.base import Analysis, Experiment, planted, settings
 from steerback.experiments.detectors import (
     AUTHORS,
     SEARCH_OPTIONS,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 FACT = "pair activations"
 
 
-class DetectorStatistics:
+class DetectorStatistics(Experiment):
     """Mean, sd, median, frequency, AUC and effect size of each detector, matched against shuffled."""
 
     name = "detector-statistics"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from steerback.config import RunConfig
 from steerback.errors import SteerbackError
-from steerback.experiments.base import Analysis, planted, settings
+from steerback.experiments.base import Analysis, Experiment, planted, settings
 from steerback.ledger import Ledger, Row
 from steerback.pipeline import complete
 from steerback.prompts import load_prompts
@@ -41,7 +41,7 @@ SEARCH_OPTIONS: Mapping[str, Any] = {
 AUTHORS: Mapping[str, Any] = {"rule": "authors", "include_prompt": True, "limit": None}
 
 
-class DetectorExperiment:
+class DetectorExperiment(Experiment):
     """Which latents are more active when a response does not fit its prompt, and is that more than chance?"""
 
     name = "detectors"

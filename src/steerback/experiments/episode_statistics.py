@@ -16,7 +16,7 @@ import numpy as np
 
 from steerback.config import RunConfig
 from steerback.experiments import episodes as ep
-from steerback.experiments.base import Analysis, planted, settings
+from steerback.experiments.base import Analysis, Experiment, planted, settings
 from steerback.experiments.detectors import AUTHORS, searched
 from steerback.experiments.traces import options_of
 from steerback.ledger import Ledger
@@ -49,7 +49,7 @@ SEPARATE = (
 )
 
 
-class EpisodeStatistics:
+class EpisodeStatistics(Experiment):
     """Region means, tests and aligned curves of all episodes with two attempts."""
 
     name = "episode-statistics"

@@ -11,14 +11,14 @@ from typing import Any
 
 from steerback.calibration import assess
 from steerback.config import RunConfig
-from steerback.experiments.base import Analysis, measured, planted
+from steerback.experiments.base import Analysis, Experiment, measured, planted
 from steerback.ledger import Ledger
 from steerback.study import Study, read_threshold
 
 CONDITION = "steered"
 
 
-class Esr:
+class Esr(Experiment):
     """Incidence of Endogenous Steering Resistance at calibrated boosts."""
 
     name = "esr"

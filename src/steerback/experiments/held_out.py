@@ -12,7 +12,7 @@ from typing import Any
 
 from steerback.config import RunConfig
 from steerback.errors import SteerbackError
-from steerback.experiments.base import Analysis, measured, planted, settings
+from steerback.experiments.base import Analysis, Experiment, measured, planted, settings
 from steerback.ledger import Ledger
 from steerback.prompts import load_prompts
 from steerback.study import Study
@@ -20,7 +20,7 @@ from steerback.study import Study
 CONDITION = "held-out"
 
 
-class HeldOut:
+class HeldOut(Experiment):
     """Resistance on prompts that nothing was fitted to."""
 
     name = "held-out"

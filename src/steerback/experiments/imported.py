@@ -11,12 +11,12 @@ from typing import Any
 
 from steerback.config import RunConfig
 from steerback.errors import SteerbackError
-from steerback.experiments.base import Analysis, measured, planted
+from steerback.experiments.base import Analysis, Experiment, measured, planted
 from steerback.ledger import Ledger
 from steerback.study import Study
 
 
-class ImportedConditions:
+class ImportedConditions(Experiment):
     """An analysis without a plan."""
 
     name = "imported"

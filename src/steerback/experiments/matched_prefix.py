@@ -14,7 +14,7 @@ from typing import Any
 
 from steerback.config import RunConfig
 from steerback.errors import SteerbackError
-from steerback.experiments.base import Analysis, measured, planted, settings
+from steerback.experiments.base import Analysis, Experiment, measured, planted, settings
 from steerback.ledger import Ledger, Row
 from steerback.records import Intervention, Trial, is_degraded
 from steerback.study import Study
@@ -24,7 +24,7 @@ STAGE = "continuation"
 SHORTEST = 20  # characters; less than this is hardly more than the restart phrase
 
 
-class MatchedPrefix:
+class MatchedPrefix(Experiment):
     """Continuations under steering from corrective text against length-matched on-topic text."""
 
     name = "matched-prefix"

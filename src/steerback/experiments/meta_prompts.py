@@ -11,7 +11,7 @@ from typing import Any
 
 from steerback.config import RunConfig
 from steerback.errors import unknown
-from steerback.experiments.base import Analysis, measured, planted, settings
+from steerback.experiments.base import Analysis, Experiment, measured, planted, settings
 from steerback.ledger import Ledger
 from steerback.prompts import AUTHORS_META_PROMPTS, META_PROMPTS
 from steerback.study import Study
@@ -20,7 +20,7 @@ KNOWN = {**META_PROMPTS, **AUTHORS_META_PROMPTS}
 SETS = {"specification": tuple(META_PROMPTS), "authors": tuple(AUTHORS_META_PROMPTS)}
 
 
-class MetaPrompts:
+class MetaPrompts(Experiment):
     """Whether telling the model to watch itself makes it resist more."""
 
     name = "meta-prompts"

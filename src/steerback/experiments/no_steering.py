@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from steerback.config import RunConfig
-from steerback.experiments.base import Analysis, Measured, measured, outcomes_of, planted
+from steerback.experiments.base import Analysis, Experiment, Measured, measured, outcomes_of, planted
 from steerback.ledger import Ledger, Row
 from steerback.metrics import Estimate, Outcomes, summarize
 from steerback.records import Trial
@@ -21,7 +21,7 @@ from steerback.study import BASELINE, Study
 CONDITION = "unsteered"
 
 
-class NoSteering:
+class NoSteering(Experiment):
     """How often the model restarts when nothing pushes it."""
 
     name = "no-steering"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from steerback.config import RunConfig
 from steerback.errors import SteerbackError
-from steerback.experiments.base import Analysis, measured, planted, settings
+from steerback.experiments.base import Analysis, Experiment, measured, planted, settings
 from steerback.ledger import Ledger, Row
 from steerback.records import Judgement, Trial, is_degraded
 from steerback.study import Cell, Study
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 ARMS = ("unsteered", "steered")
 
 
-class PrefillControl:
+class PrefillControl(Experiment):
     """Restarts from prefixes of steered responses, with steering off and on."""
 
     name = "prefill-control"

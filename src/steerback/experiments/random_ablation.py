@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from steerback.config import RunConfig
 from steerback.errors import unknown
-from steerback.experiments.base import Analysis, Measured, measured, planted, settings
+from steerback.experiments.base import Analysis, Experiment, Measured, measured, planted, settings
 from steerback.experiments.detector_ablation import ABLATED, ablate
 from steerback.experiments.detectors import AUTHORS, SEARCH_OPTIONS, detectors_of, searched
 from steerback.ledger import Ledger, Row
@@ -29,7 +29,7 @@ RANKED = ("multi_attempt_rate", "esr_rate", "msi", "mean_attempts", "mean_first"
 METHODS = ("matched", "uniform")
 
 
-class RandomAblation:
+class RandomAblation(Experiment):
     """Detector ablation against ablations of random sets."""
 
     name = "random-ablation"

@@ -17,7 +17,7 @@ import numpy as np
 
 from steerback.config import RunConfig, parse_config
 from steerback.experiments import episodes as ep
-from steerback.experiments.base import Analysis, planted, settings
+from steerback.experiments.base import Analysis, Experiment, planted, settings
 from steerback.experiments.detectors import AUTHORS, searched
 from steerback.ledger import Ledger
 from steerback.metrics import Estimate
@@ -37,7 +37,7 @@ LEAD_OPTIONS: Mapping[str, Any] = {
 }
 
 
-class Traces:
+class Traces(Experiment):
     """Detector onset, correction and return, token by token, with the lead time over all episodes."""
 
     name = "traces"
