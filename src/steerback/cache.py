@@ -7,13 +7,13 @@ how long a run takes and nothing else. A hit is copied into the run's ledger.
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from steerback.folders import user_folder
 from steerback.ledger import open_database, pack_array, sqlite_errors, unpack_array
 from steerback.records import Attempt, Completion, Judgement, Receipt, digest
 
@@ -23,11 +23,8 @@ SCHEMA = "CREATE TABLE entries (key TEXT PRIMARY KEY, value BLOB NOT NULL, activ
 
 
 def default_path() -> Path:
-    """`$STEERBACK_CACHE`, else `$XDG_CACHE_HOME/steerback`, else `~/.cache/steerback`."""
-    if folder := os.environ.get("STEERBACK_CACHE"):
-        return Path(folder) / "cache.sqlite"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "steerback" / "cache.sqlite"
+    """`cache.sqlite` in the user's folder."""
+    return user_folder("cache.sqlite")
 
 
 class Cache:

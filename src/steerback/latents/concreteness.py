@@ -9,7 +9,6 @@ concreteness, and they are not comparable with a language model's.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from steerback.errors import unknown
+from steerback.folders import user_folder
 from steerback.judging.models import aliases, model_string
 
 
@@ -82,10 +82,7 @@ def make_rater(name: str) -> Rater:
 
 def ratings_path() -> Path:
     """Where a language model's ratings are kept: `ratings.json` beside the shared cache."""
-    if folder := os.environ.get("STEERBACK_CACHE"):
-        return Path(folder) / "ratings.json"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "steerback" / "ratings.json"
+    return user_folder("ratings.json")
 
 
 def _vote(word: str, first: bool) -> float:
