@@ -1,9 +1,14 @@
-"""Where things of the user are kept between runs. It knows nothing of what is in there."""
+"""Where things of the user are kept, and files written whole or not at all. It knows nothing of what is in them."""
 
 from __future__ import annotations
 
+import json
 import os
+import tempfile
 from pathlib import Path
+from typing import Any
+
+from steerback.errors import SteerbackError
 
 
 def user_folder(*parts: str) -> Path:
@@ -12,3 +17,26 @@ def user_folder(*parts: str) -> Path:
         return Path(chosen, *parts)
     base = os.environ.get("XDG_CACHE_HOME")
     return Path(base or Path.home() / ".cache", "steerback", *parts)
+
+
+def write_json(path: Path, body: Any) -> Path:
+    """Writes JSON so that the file is either the old one or the whole new one."""
+    text = json.dumps(body, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    return write_atomic(path, text.encode("utf-8"))
+
+
+def write_atomic(path: Path, content: bytes) -> Path:
+    """Writes a file whole or not at all."""
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise SteerbackError(f"{path} cannot be written: {error.strerror}") from None
+    return path

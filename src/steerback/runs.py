@@ -10,7 +10,6 @@ import platform
 import re
 import subprocess
 import sys
-import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +17,8 @@ from typing import IO, Any
 from steerback import __version__
 from steerback.config import RunConfig, differences, parse_config
 from steerback.errors import SteerbackError
+from steerback.folders import write_atomic as write_atomic
+from steerback.folders import write_json as write_json
 from steerback.ledger import Ledger
 
 PACKAGES = ("numpy", "scipy", "scikit-learn", "torch", "transformers", "tokenizers", "safetensors", "pydantic")
@@ -119,29 +120,6 @@ def find_run(name_or_path: str, root: Path) -> Path:
     if (path / "ledger.sqlite").is_file():
         return path
     return root / name_or_path
-
-
-def write_json(path: Path, body: Any) -> Path:
-    """Writes JSON so that the file is either the old one or the whole new one."""
-    text = json.dumps(body, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-    return write_atomic(path, text.encode("utf-8"))
-
-
-def write_atomic(path: Path, content: bytes) -> Path:
-    """Writes a file whole or not at all."""
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise SteerbackError(f"{path} cannot be written: {error.strerror}") from None
-    return path
 
 
 def versions() -> dict[str, str]:
