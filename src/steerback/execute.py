@@ -56,10 +56,24 @@ def check(config: RunConfig) -> Job:
     experiment.conditions(config)  # so does a senseless option
     if config.engine not in ENGINES:
         raise unknown("engine", config.engine, ("auto", *ENGINES))
-    for target in targets if config.latents is not None else ():
-        check_own(config.latents or (), target.n_latents, target.labels(), target.directions())
+    targets = tuple(_steerable(target, config, experiment) for target in targets)
     make_judge(config.judge)  # a missing key or unknown judge shows now
     return Job(config, experiment, targets, load_prompts(config.prompts))
+
+
+def _steerable(target: Target, config: RunConfig, experiment: Experiment) -> Target:
+    """The target with the directions that the run uses, if it has what the experiment needs."""
+    if target.sae is None and experiment.needs_sae:
+        raise SteerbackError(f"{experiment.name} reads SAE latents and target {target.name!r} has no SAE")
+    if target.sae is None and not target.directions():
+        raise SteerbackError(
+            f"target {target.name!r} has neither an SAE nor directions to steer with; make one with: "
+            f"steerback directions make {target.name} NAME --topic FILE"
+        )
+    if config.latents is None:
+        return target if target.sae is None else target.with_directions(())
+    keys = check_own(config.latents, target.n_latents, target.labels(), target.directions())
+    return target.with_directions([key for key in keys if isinstance(key, str)])
 
 
 def _default_judge(config: RunConfig) -> str:

@@ -124,9 +124,12 @@ class Study:
 
     async def _select(self) -> dict[str, Any]:
         labels = self.target.labels()
-        if self.config.latents is not None:
+        if self.config.latents is None and self.target.sae is None and self.target.directions():
+            keys: list[LatentKey] = [*self.target.directions()]
+            counts: Mapping[str, Any] = {"directions of the target": len(keys)}
+        elif self.config.latents is not None:
             keys = choose.check_own(self.config.latents, self.target.n_latents, labels, self.target.directions())
-            counts: Mapping[str, Any] = {"own list": len(keys)}
+            counts = {"own list": len(keys)}
         else:
             peaks = await self._peaks() if self.config.selection.relevance != "off" else None
             chosen = choose.select(
@@ -172,7 +175,7 @@ class Study:
     async def _calibrate(self) -> dict[LatentKey, Threshold]:
         latents = await self.latents()
         settings = self._settings()
-        calibrators = {x.key: Calibrator(self.prior(), settings) for x in latents}
+        calibrators = {x.key: Calibrator(self.prior(x.key), settings) for x in latents}
         per_round = settings.trials_per_iteration
         for number in range(settings.max_iterations):
             boosts = {key: b for key, c in calibrators.items() if (b := c.next_boost()) is not None}
@@ -236,8 +239,8 @@ class Study:
         """Prompts take turns, each latent starting elsewhere, so that all occur equally often."""
         return self.prompts[(position * self.config.trials_per_latent + i) % len(self.prompts)]
 
-    def prior(self) -> BoostPrior:
-        p = self.target.boost_prior
+    def prior(self, key: LatentKey) -> BoostPrior:
+        p = self.target.prior_of(key)
         return BoostPrior(p.mean, p.sd, p.low, p.high)
 
     def _settings(self) -> CalibrationSettings:

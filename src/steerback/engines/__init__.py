@@ -46,6 +46,10 @@ def make_engine(target: Target, name: str = "auto", **options: Any) -> Engine:
         return ScriptedEngine(script, target=target.name, n_latents=target.n_latents, **given)
     else:
         raise unknown("engine", name, ("auto", *ENGINES))
+    if chosen != "scripted" and target.direction_files and "directions" not in given:
+        from steerback.targets.directions import load_directions
+
+        given["directions"] = load_directions(target.direction_files, target.steer_layer, target.name)
     known = [p for p in inspect.signature(make).parameters if p != "target"]
     for key in given:
         if key not in known:

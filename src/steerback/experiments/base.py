@@ -41,7 +41,8 @@ class Experiment(ABC):
     """A plan and an analysis. `options` are the settings (with defaults) that only this experiment knows.
 
     `authors` are their values under the preset of that name. An experiment that does not calibrate needs no
-    thresholds; one that does not generate collects rows of finished runs instead.
+    thresholds; one that does not generate collects rows of finished runs instead. `needs_sae`: it reads or clamps
+    SAE latents, so a target with directions alone will not do.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Experiment(ABC):
     authors: Mapping[str, Any] = {}
     calibrates = True
     generates = True
+    needs_sae = False
 
     @abstractmethod
     def conditions(self, config: RunConfig) -> int:

@@ -29,6 +29,7 @@ class DetectorAblation(Experiment):
     """Does resistance need the detectors? Baseline against all of them at zero, and the doses between."""
 
     name = "detector-ablation"
+    needs_sae = True
     title = "Detectors clamped to zero, with dose curve (experiment 3)"
     options: Mapping[str, Any] = {
         **SEARCH_OPTIONS,

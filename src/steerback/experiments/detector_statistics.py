@@ -43,6 +43,7 @@ class DetectorStatistics(Experiment):
     """Mean, sd, median, frequency, AUC and effect size of each detector, matched against shuffled."""
 
     name = "detector-statistics"
+    needs_sae = True
     title = "Detectors on matched and shuffled pairs (Table A1)"
     options: Mapping[str, Any] = SEARCH_OPTIONS
     authors: Mapping[str, Any] = AUTHORS

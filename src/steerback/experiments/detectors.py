@@ -45,6 +45,7 @@ class DetectorExperiment(Experiment):
     """Which latents are more active when a response does not fit its prompt, and is that more than chance?"""
 
     name = "detectors"
+    needs_sae = True
     title = "Search for off-topic detectors (experiment 3)"
     options = SEARCH_OPTIONS
     authors = AUTHORS

@@ -53,6 +53,7 @@ class EpisodeStatistics(Experiment):
     """Region means, tests and aligned curves of all episodes with two attempts."""
 
     name = "episode-statistics"
+    needs_sae = True
     title = "Activity around corrections (appendix A.7, Figs. A5, A6)"
     options: Mapping[str, Any] = {**ep.OPTIONS, "reach": 40}  # tokens before and after the correction in Fig. A5
     authors: Mapping[str, Any] = AUTHORS

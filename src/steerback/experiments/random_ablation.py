@@ -33,6 +33,7 @@ class RandomAblation(Experiment):
     """Detector ablation against ablations of random sets."""
 
     name = "random-ablation"
+    needs_sae = True
     title = "Detector ablation against matched random sets (appendix A5.2)"
     options: Mapping[str, Any] = {
         **SEARCH_OPTIONS,

@@ -41,6 +41,7 @@ class Traces(Experiment):
     """Detector onset, correction and return, token by token, with the lead time over all episodes."""
 
     name = "traces"
+    needs_sae = True
     title = "Activation traces of episodes and lead time (experiment 6)"
     options: Mapping[str, Any] = {
         **ep.OPTIONS,

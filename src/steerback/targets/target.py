@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 import math
 import tomllib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from steerback.errors import SteerbackError, unknown
 from steerback.records import LatentKey
+from steerback.targets.directions import Facts, find_directions, read_facts
 from steerback.targets.labels import read_contexts, read_dead, read_labels, read_metadata
 
 REGISTRY = Path(__file__).with_name("registry.toml")
@@ -72,6 +73,8 @@ class Target:
     """Measured while calibrating on two CPU cores; for the estimate before a run only."""
     discovery_prompts: str = "discovery"
     random_sets: int = 3
+    direction_files: tuple[tuple[str, str], ...] = ()
+    """(name, file) of each direction that can be added beside (or instead of) SAE latents; see `targets.directions`."""
 
     def labels(self) -> dict[int, str]:
         """Label per latent; latents without a label are absent."""
@@ -79,7 +82,10 @@ class Target:
 
     def contexts(self) -> dict[LatentKey, tuple[str, ...]]:
         """Top-activating text snippets per latent (empty where unknown)."""
-        return {} if self.labels_folder is None else read_contexts(Path(self.labels_folder))
+        found: dict[LatentKey, tuple[str, ...]] = {}
+        if self.labels_folder is not None:
+            found |= read_contexts(Path(self.labels_folder))
+        return found | {name: texts for name in self.directions() if (texts := self.direction_facts(name).contexts)}
 
     def dead_latents(self) -> frozenset[int]:
         """Latents that never fired on the SAE's own corpus, by its metadata."""
@@ -87,7 +93,20 @@ class Target:
 
     def directions(self) -> tuple[str, ...]:
         """Names of the directions that can be added beside (or instead of) SAE latents."""
-        return ()
+        return tuple(name for name, _ in self.direction_files)
+
+    def direction_facts(self, name: str) -> Facts:
+        """What is known of a direction beside its vector."""
+        return read_facts(Path(dict(self.direction_files)[name]))
+
+    def with_directions(self, names: Collection[str]) -> Target:
+        """The same target with these of its directions alone, so that what a run does not use does not shape it."""
+        return replace(self, direction_files=tuple(f for f in self.direction_files if f[0] in names))
+
+    def prior_of(self, key: LatentKey) -> BoostPrior:
+        """The boost prior of a latent; that of a direction beside an SAE is scaled to the residual's norm if known."""
+        values = self.direction_facts(key).prior() if isinstance(key, str) and self.sae is not None else None
+        return self.boost_prior if values is None else BoostPrior(*values)
 
     def parameters(self) -> int | None:
         """Number of the model's parameters, from the headers of its safetensors files; None where there are none."""
@@ -134,7 +153,7 @@ def from_folder(folder: Path, **changes: Any) -> Target:
 def _from_entry(name: str, entry: Mapping[str, Any], complete: bool) -> Target:
     """A target from a table of the registry; `complete` reads the SAE's layer and size from its folder."""
     entry = dict(entry)
-    strange = set(entry) - set(Target.__dataclass_fields__) - {"labels"}
+    strange = set(entry) - set(Target.__dataclass_fields__) - {"labels", "directions"}
     if strange:
         raise unknown(f"key of target {name!r}", sorted(strange)[0], sorted(Target.__dataclass_fields__))
     if entry["model"] == "builtin":
@@ -146,6 +165,10 @@ def _from_entry(name: str, entry: Mapping[str, Any], complete: bool) -> Target:
         entry["sae"] = SaeSource(str(folder))
     labels = entry.pop("labels", str(folder) if folder.is_dir() else None)
     entry.setdefault("labels_folder", labels)
+    entry.setdefault("direction_files", find_directions(entry.pop("directions", ()), name))
+    if entry.get("sae") is None and "boost_prior" not in entry:
+        known = (read_facts(Path(file)).prior() for _, file in entry["direction_files"])
+        entry["boost_prior"] = next((p for p in known if p is not None), None)
     if complete:
         _complete_from_sae(name, entry)
     for key, choices in (("dtype", get_args(Dtype)), ("prompt_format", get_args(PromptFormat))):

@@ -1,0 +1,205 @@
+"""Named directions of the residual stream: steering without an SAE.
+
+    NAME.safetensors    our own: tensor `direction` (d,), and facts about it in the header (see `Facts`)
+    other safetensors   one tensor (d,), or `direction.N` / `N` per layer
+    .npy                one array (d,)
+    .gguf               control vector of llama.cpp: `direction.N` acts on the residual after block N
+
+A direction is steered with at length 1, so a boost is the L2 norm of what is added, comparable among directions.
+Names and facts are read without a tensor library. It knows nothing of models, texts or engines.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from steerback.errors import SteerbackError
+from steerback.folders import user_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SUFFIXES = (".safetensors", ".npy", ".gguf")
+KEY, HEADER = "direction", "steerback.direction"
+PRIOR = (0.5, 0.3, 2.0)
+"""Threshold boost of a direction before any trial: mean, sd and upper bound as shares of the residual's norm."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of a direction beside its vector; foreign files say none of it.
+
+    `norm` is its length before it was scaled to 1, `residual_norm` the median norm of the residual it was read from.
+    """
+
+    layer: int | None = None  # 0-based, the residual after the block
+    norm: float | None = None
+    residual_norm: float | None = None
+    source: str = ""
+    model: str = ""
+    contexts: tuple[str, ...] = ()
+    """A few of the texts that it stands for: what an offline judge compares with."""
+
+    def prior(self) -> tuple[float, float, float, float] | None:
+        """(mean, sd, low, high) of the threshold boost by the residual's norm; None where that is unknown."""
+        if self.residual_norm is None:
+            return None
+        mean, sd, high = (share * self.residual_norm for share in PRIOR)
+        return mean, sd, 0.0, high
+
+
+def user_directions(target: str) -> Path:
+    """Folder in which the user's own directions of a target are found by name."""
+    return user_folder("directions", target)
+
+
+def find_directions(given: Any, target: str) -> tuple[tuple[str, str], ...]:
+    """(name, file) per direction, from a table {name: file}, or a file, a folder or a list of them, then the user's.
+
+    A file gives its direction its own name (without the suffix). Raises SteerbackError for what is not there.
+    """
+    found: dict[str, str] = {}
+    named = given.items() if isinstance(given, Mapping) else [(None, p) for p in _listed(given)]
+    for name, place in named:
+        path = Path(str(place)).expanduser()
+        files = _in_folder(path) if path.is_dir() else [path]
+        if name is not None and path.is_dir():
+            raise SteerbackError(f"target {target!r}: direction {name!r} is the folder {path}; name a file")
+        for file in files:
+            if not file.is_file() or file.suffix not in SUFFIXES:
+                raise SteerbackError(
+                    f"target {target!r}: directions {str(place)!r}: no such folder or {', '.join(SUFFIXES)} file"
+                )
+            found[name or file.stem] = str(file)
+    for file in _in_folder(user_directions(target)):
+        found.setdefault(file.stem, str(file))
+    return tuple(found.items())
+
+
+def _listed(given: Any) -> Iterable[Any]:
+    return [given] if isinstance(given, str | Path) else given
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("*") if p.suffix in SUFFIXES) if folder.is_dir() else []
+
+
+def read_facts(path: Path) -> Facts:
+    """The facts in the header of one of our own files; empty for any other."""
+    if path.suffix != ".safetensors":
+        return Facts()
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size)) if size < 100_000_000 else None
+        stored = json.loads(header.get("__metadata__", {}).get(HEADER, "{}"))
+        return Facts(**{**stored, "contexts": tuple(stored.get("contexts", ()))})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise SteerbackError(f"direction {path}: not a readable safetensors file ({error})") from error
+
+
+def read_vector(path: Path, layer: int) -> Tensor:
+    """The vector (d,) float32 in a file, as it stands there; of one per layer, that of `layer`."""
+    import torch
+
+    reader = {".safetensors": _safetensors, ".npy": _npy, ".gguf": _gguf}.get(path.suffix)
+    if reader is None:
+        raise SteerbackError(f"direction {path}: unknown suffix; readable are {', '.join(SUFFIXES)}")
+    if not path.is_file():
+        raise SteerbackError(f"direction {path}: there is no such file")
+    vector: Tensor = _one(path, reader(path), layer).to(torch.float32)
+    if vector.ndim != 1:
+        raise SteerbackError(
+            f"direction {path}: has shape {tuple(vector.shape)}, expected one vector (width of the model,)"
+        )
+    if not bool(vector.isfinite().all()) or float(vector.norm()) == 0:
+        raise SteerbackError(f"direction {path}: is zero or contains NaN or infinity")
+    return vector
+
+
+def _one(path: Path, tensors: Mapping[str, Tensor], layer: int) -> Tensor:
+    """The only tensor, or the one of `layer` among `direction.N`, `layer_N` or `N`."""
+    if len(tensors) == 1 and not re.search(r"\d$", next(iter(tensors))):
+        return next(iter(tensors.values()))
+    by_layer = {int(m[1]): t for key, t in tensors.items() if (m := re.search(r"(?:^|\D)(\d+)$", key))}
+    if len(by_layer) != len(tensors) or layer not in by_layer:
+        held = ", ".join(sorted(tensors)[:8]) or "nothing"
+        raise SteerbackError(f"direction {path}: holds no vector for layer {layer}; it has {held}")
+    return by_layer[layer]
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError) as error:
+        raise SteerbackError(f"direction {path}: not a readable safetensors file ({error})") from error
+
+
+def _npy(path: Path) -> dict[str, Tensor]:
+    import numpy as np
+    import torch
+
+    try:
+        array = np.load(path, allow_pickle=False)
+        return {KEY: torch.from_numpy(np.asarray(array, dtype=np.float32))}
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        raise SteerbackError(f"direction {path}: not a readable .npy file of numbers ({error})") from error
+
+
+def _gguf(path: Path) -> dict[str, Tensor]:
+    import torch
+
+    try:
+        from gguf import GGUFReader
+        from gguf.quants import dequantize
+    except ImportError:
+        raise SteerbackError(
+            f"direction {path}: gguf files need the extra 'gguf': pip install 'steerback[gguf]'"
+        ) from None
+    try:
+        found = GGUFReader(path).tensors
+        return {t.name: torch.from_numpy(dequantize(t.data, t.tensor_type).copy()) for t in found}
+    except Exception as error:  # that library lets anything through that a damaged file provokes
+        raise SteerbackError(f"direction {path}: not a readable gguf file ({' '.join(str(error).split())})") from error
+
+
+def save_direction(path: Path, vector: Tensor, facts: Facts) -> None:
+    """Writes our own format, whole or not at all; the vector (d,) keeps its length."""
+    import torch
+    from safetensors.torch import save
+
+    from steerback.folders import write_atomic
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = vector.detach().to("cpu", torch.float32).contiguous()
+    write_atomic(path, save({KEY: kept}, {HEADER: json.dumps(asdict(facts), ensure_ascii=False)}))
+
+
+def load_directions(files: Iterable[tuple[str, str]], layer: int, target: str) -> dict[str, Tensor]:
+    """Unit vectors (d,) by name; SteerbackError where one was made at another layer than the target steers at."""
+    found = {}
+    for name, place in files:
+        made_at = read_facts(Path(place)).layer
+        if made_at is not None and made_at != layer:
+            raise SteerbackError(
+                f"direction {name!r} was made at layer {made_at} and target {target!r} steers at layer {layer}: "
+                f"make it anew with --layer {layer}, or give the target steer_layer = {made_at}"
+            )
+        vector = read_vector(Path(place), layer)
+        found[name] = vector / vector.norm()
+    return found
+
+
+def difference_of_means(positive: Tensor, negative: Tensor) -> Tensor:
+    """(d,): mean of one row per positive text (n, d) minus that of the negative ones (m, d), in float64."""
+    import torch
+
+    return (positive.double().mean(0) - negative.double().mean(0)).to(torch.float32)
