@@ -63,15 +63,15 @@ def check(config: RunConfig) -> Job:
 
 def _steerable(target: Target, config: RunConfig, experiment: Experiment) -> Target:
     """The target with the directions that the run uses, if it has what the experiment needs."""
-    if target.sae is None and experiment.needs_sae:
+    if experiment.needs_sae and not target.has_sae:
         raise SteerbackError(f"{experiment.name} reads SAE latents and target {target.name!r} has no SAE")
-    if target.sae is None and not target.directions():
+    if not target.has_sae and not target.directions():
         raise SteerbackError(
             f"target {target.name!r} has neither an SAE nor directions to steer with; make one with: "
             f"steerback directions make {target.name} NAME --topic FILE"
         )
     if config.latents is None:
-        return target if target.sae is None else target.with_directions(())
+        return target.with_directions(()) if target.has_sae else target
     keys = check_own(config.latents, target.n_latents, target.labels(), target.directions())
     return target.with_directions([key for key in keys if isinstance(key, str)])
 

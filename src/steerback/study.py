@@ -124,7 +124,7 @@ class Study:
 
     async def _select(self) -> dict[str, Any]:
         labels = self.target.labels()
-        if self.config.latents is None and self.target.sae is None and self.target.directions():
+        if self.config.latents is None and not self.target.has_sae:
             keys: list[LatentKey] = [*self.target.directions()]
             counts: Mapping[str, Any] = {"directions of the target": len(keys)}
         elif self.config.latents is not None:

@@ -91,6 +91,11 @@ class Target:
         """Latents that never fired on the SAE's own corpus, by its metadata."""
         return frozenset() if self.labels_folder is None else read_dead(Path(self.labels_folder))
 
+    @property
+    def has_sae(self) -> bool:
+        """Whether there are latents to steer with and to read, or directions alone."""
+        return self.sae is not None or self.n_latents > 0
+
     def directions(self) -> tuple[str, ...]:
         """Names of the directions that can be added beside (or instead of) SAE latents."""
         return tuple(name for name, _ in self.direction_files)
@@ -105,7 +110,7 @@ class Target:
 
     def prior_of(self, key: LatentKey) -> BoostPrior:
         """The boost prior of a latent; that of a direction beside an SAE is scaled to the residual's norm if known."""
-        values = self.direction_facts(key).prior() if isinstance(key, str) and self.sae is not None else None
+        values = self.direction_facts(key).prior() if isinstance(key, str) and self.has_sae else None
         return self.boost_prior if values is None else BoostPrior(*values)
 
     def parameters(self) -> int | None:
