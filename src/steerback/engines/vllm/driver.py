@@ -18,8 +18,9 @@ from typing import Any
 
 from steerback.engines.vllm.settings import Settings, Ticket
 
-PAUSE = 0.02
-"""Seconds between two readings of results: each stops the worker for about a millisecond."""
+PAUSE, GLANCE = 0.02, 0.002
+"""Seconds between two readings of results (each stops the worker for about a millisecond), and between two looks
+whether anything that is worth waiting for is still running."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +171,10 @@ class Driver:
 
     async def _collect_all(self) -> None:
         while self._finished:
-            await asyncio.sleep(PAUSE)
+            for _ in range(round(PAUSE / GLANCE)):
+                await asyncio.sleep(GLANCE)
+                if len(self._finished) == self._gate.running:
+                    break
             batch, self._finished = self._finished, []
             wanted = []
             for job, output, _ in batch:

@@ -66,7 +66,7 @@ class VllmEngine:
         layers: Sequence[int] = (),
         columns: int = 128,
         record_latents: int = 32,
-        poolers: int = 32,
+        poolers: int = 128,
         lora: str | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from steerback.engines.base import Pooling
-from steerback.interventions import Phase, Site, plan_layers
+from steerback.interventions import Phase, Site
 from steerback.records import Intervention, digest
 
 KEY = "steerback"
@@ -83,11 +83,6 @@ class Ticket:
         clamped = {i.latent for i in self.edits if i.mode == "clamp" and isinstance(i.latent, int)}
         return frozenset(clamped | set(self.record))
 
-    def layers(self, site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The layers edited in prompt and in generated positions."""
-        prompt, generated = (tuple(plan_layers(self.edits, phase, site)) for phase in PHASES)
-        return prompt, generated
-
     def salt(self, prompt_tokens: int) -> str | None:
         """Keeps this request's blocks in the prefix cache apart from all that were computed otherwise.
 
@@ -97,7 +92,7 @@ class Ticket:
         """
         if self.empty:
             return None
-        body: list[Any] = [asdict(i) for i in self.edits]
+        body: list[Any] = [_fields(i) for i in self.edits]
         if any(i.positions != "all" for i in self.edits):
             body.append(prompt_tokens if self.prompt is None else self.prompt)
         if self.record or self.pool:
@@ -106,7 +101,7 @@ class Ticket:
 
     def as_args(self) -> dict[str, Any]:
         """Form that travels in `SamplingParams.extra_args`."""
-        edits = [[i.mode, i.latent, i.value, i.positions, i.layer] for i in self.edits]
+        edits = [_fields(i) for i in self.edits]
         rest = {"key": self.key, "layer": self.layer, "until": self.until, "prompt": self.prompt, "how": self.how}
         return {KEY: {"edits": edits, "record": list(self.record), "pool": [list(p) for p in self.pool], **rest}}
 
@@ -126,6 +121,10 @@ class Ticket:
             pool=tuple((a, b) for a, b in found["pool"]),
             how=found["how"],
         )
+
+
+def _fields(edit: Intervention) -> list[Any]:
+    return [edit.mode, edit.latent, edit.value, edit.positions, edit.layer]
 
 
 def _edit(fields: Sequence[Any]) -> Intervention:

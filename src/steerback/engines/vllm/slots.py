@@ -17,7 +17,7 @@ from torch import Tensor
 
 from steerback.engines.vllm.settings import PHASES, Settings, Ticket
 from steerback.engines.vllm.tables import CACHED, UNEDITED, LayerTable, Shared
-from steerback.interventions import LayerPlan, added_vector, plan_layers
+from steerback.interventions import LayerPlan, direction, plan_layers
 from steerback.targets.sae import Sae
 
 POOL_CHUNK = 1024
@@ -54,6 +54,7 @@ class Slot:
     pooler: int = -1
     pooled: int = 0  # positions below are in the pool, and are not taken again after a preemption
     columns: dict[int, int] = field(default_factory=dict)
+    plans: tuple[dict[int, LayerPlan], ...] = ({}, {})  # what happens at which layer, in prompt and generated positions
 
 
 class Slots:
@@ -85,6 +86,11 @@ class Slots:
         self._pooling: list[tuple[Slot, Tensor]] = []
         self.preemptions = 0
 
+    @property
+    def transient_bytes(self) -> int:
+        """What pooling takes for a moment: the code of a chunk, and which of it is below threshold."""
+        return 5 * POOL_CHUNK * self.pooled.shape[1]
+
     def state(self) -> dict[str, int]:
         """How much of each table is free, and how often a request had to be computed again."""
         return {
@@ -106,6 +112,7 @@ class Slots:
             if ticket is None or arrival.request in self._by_request:
                 continue
             slot = Slot(ticket, self._free_rows.pop(), arrival.prompt_tokens)
+            slot.plans = tuple(plan_layers(ticket.edits, phase, self.settings.site) for phase in PHASES)
             for latent in sorted(ticket.latents()):
                 held = self._columns.get(latent)
                 if held is None:
@@ -158,7 +165,7 @@ class Slots:
         dirty = self._dirty[layer]
         chosen: list[tuple[Slot, int, tuple[LayerPlan | None, ...]]] = []
         for slot, cached in fresh:
-            plans = tuple(plan_layers(slot.ticket.edits, p, self.settings.site).get(layer) for p in PHASES)
+            plans = tuple(plan.get(layer) for plan in slot.plans)
             records = bool(slot.ticket.record) and slot.ticket.layer == layer
             if records or any(plans) or slot.row in dirty:
                 chosen.append((slot, cached, plans))
@@ -181,30 +188,32 @@ class Slots:
                 marks[slot.row, :cached] = CACHED
 
     def _additions(self, plans: Sequence[tuple[Slot, LayerPlan | None]]) -> Tensor:
-        like = torch.zeros(self.settings.site.d_model)
+        """The sum of each cell's additions (cells, d): one gather for all of them."""
         out = torch.zeros(len(plans), self.settings.site.d_model)
-        for n, (_, plan) in enumerate(plans):
-            if plan is not None and plan.add:
-                out[n] = added_vector(plan, self.sae, self.directions, like)
+        terms = [(n, *term) for n, (_, plan) in enumerate(plans) if plan is not None for term in plan.add]
+        if terms:
+            cells, keys, boosts = zip(*terms, strict=True)
+            vectors = torch.stack([direction(key, self.sae, self.directions).float() for key in keys])
+            out.index_add_(0, torch.tensor(cells), torch.tensor(boosts)[:, None] * vectors)
         return out
 
     def _write_clamps(self, table: LayerTable, cells: Tensor, plans: Sequence[tuple[Slot, LayerPlan | None]]) -> None:
-        value = torch.zeros(len(plans), table.used.shape[1])
-        used = torch.zeros_like(value)
+        value = np.zeros((len(plans), table.used.shape[1]), dtype=np.float32)
+        used = np.zeros_like(value)
         for n, (slot, plan) in enumerate(plans):
-            for latent, wanted in () if plan is None else plan.clamp:
-                value[n, slot.columns[latent]] = wanted
-                used[n, slot.columns[latent]] = 1
-        table.value.index_copy_(0, cells, self._send(value))
-        table.used.index_copy_(0, cells, self._send(used))
+            if plan is not None and plan.clamp:
+                at = [slot.columns[latent] for latent, _ in plan.clamp]
+                value[n, at] = [wanted for _, wanted in plan.clamp]
+                used[n, at] = 1
+        table.value.index_copy_(0, cells, self._send(torch.from_numpy(value)))
+        table.used.index_copy_(0, cells, self._send(torch.from_numpy(used)))
 
     def _write_records(self, layer: int, table: LayerTable, rows: Tensor, slots: Sequence[Slot]) -> None:
-        place = torch.full((len(slots), table.slot.shape[1]), -1, dtype=torch.int32)
+        place = np.full((len(slots), table.slot.shape[1]), -1, dtype=np.int32)
         for n, slot in enumerate(slots):
-            if slot.ticket.layer == layer:
-                for k, latent in enumerate(slot.ticket.record):
-                    place[n, slot.columns[latent]] = k
-        table.slot.index_copy_(0, rows, self._send(place))
+            if slot.ticket.record and slot.ticket.layer == layer:
+                place[n, [slot.columns[latent] for latent in slot.ticket.record]] = range(len(slot.ticket.record))
+        table.slot.index_copy_(0, rows, self._send(torch.from_numpy(place)))
 
     def _send(self, tensor: Tensor) -> Tensor:
         if self.device.type == "cpu":
@@ -282,10 +291,12 @@ class Slots:
         out: dict[str, list[dict[str, Any]]] = {key: [] for key, _, _ in wanted}
         if slots:
             marks = self._marks([slot for _, slot, _, _ in slots], max(fed for *_, fed in slots))
+            kept = self._recorded([(slot, fed) for _, slot, _, fed in slots]) if records else []
+            pooled = self._pooled([slot for _, slot, _, _ in slots]) if records else []
             for n, (key, slot, prompt, fed) in enumerate(slots):
                 entry: dict[str, Any] = self._receipt(slot, {i: m[n, :fed] for i, m in marks.items()}, prompt)
                 if records:
-                    entry |= {"record": self._recorded(slot, fed), "pooled": self._pooled(slot)}
+                    entry |= {"record": kept[n], "pooled": pooled[n]}
                 out[key].append(entry)
         self.release([key for key, _, _ in wanted])
         return out
@@ -302,9 +313,7 @@ class Slots:
         """A position counts when every layer that was to edit it did."""
         boundary = prompt if slot.ticket.prompt is None else slot.ticket.prompt
         counts, norm, computed = [], 0.0, 0
-        for planned, part in zip(
-            slot.ticket.layers(self.settings.site), (slice(0, boundary), slice(boundary, None)), strict=True
-        ):
+        for planned, part in zip(slot.plans, (slice(0, boundary), slice(boundary, None)), strict=True):
             own = [marks[layer][part] for layer in planned]
             done = np.all([m != UNEDITED for m in own], axis=0) if own else np.zeros(0, dtype=bool)
             counts.append(int(done.sum()))
@@ -314,18 +323,25 @@ class Slots:
                 norm += float(sum(m[fresh].sum(dtype=np.float64) for m in own))
         return {"prompt": counts[0], "generated": counts[1], "norm": norm / computed if computed else 0.0}
 
-    def _recorded(self, slot: Slot, fed: int) -> bytes:
-        if slot.recorder < 0:
-            return b""
-        first = 1 + slot.recorder * self.settings.room
-        size = min(fed, slot.ticket.until) * len(slot.ticket.record)
-        return self.shared.kept[first : first + size].cpu().numpy().tobytes()
+    def _recorded(self, slots: Sequence[tuple[Slot, int]]) -> list[bytes]:
+        """What each request recorded in the positions it fed, read from the device at once."""
+        parts = []
+        for slot, fed in slots:
+            first = 1 + max(slot.recorder, 0) * self.settings.room
+            size = min(fed, slot.ticket.until) * len(slot.ticket.record) if slot.recorder >= 0 else 0
+            parts.append(self.shared.kept[first : first + size])
+        whole = torch.cat(parts).cpu().numpy()
+        ends = np.cumsum([len(part) for part in parts])
+        return [part.tobytes() for part in np.split(whole, ends[:-1])]
 
-    def _pooled(self, slot: Slot) -> bytes:
-        if slot.pooler < 0:
-            return b""
-        count = 1 if slot.ticket.how == "max" else sum(b - a for a, b in slot.ticket.pool)
-        return (self.pooled[slot.pooler] / count).cpu().numpy().tobytes()
+    def _pooled(self, slots: Sequence[Slot]) -> list[bytes]:
+        """What was pooled for each request, read from the device at once."""
+        rows = [slot.pooler for slot in slots if slot.pooler >= 0]
+        read = iter(self.pooled[self._send(torch.tensor(rows, dtype=torch.long))].cpu().numpy())
+        counts = [1 if s.ticket.how == "max" else sum(b - a for a, b in s.ticket.pool) for s in slots]
+        return [
+            b"" if s.pooler < 0 else (next(read) / np.float32(n)).tobytes() for s, n in zip(slots, counts, strict=True)
+        ]
 
     def release(self, keys: Iterable[str]) -> None:
         """Frees the rows of requests whose results nobody will ask for (again)."""

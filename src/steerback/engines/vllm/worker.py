@@ -38,7 +38,11 @@ class SteeredWorker(Base):  # type: ignore[misc]
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
         out = super().load_model(*args, **kwargs)
         settings = Settings.from_config(self.vllm_config.additional_config)
+        before = allocated(self.device)
         self.steerback = install(self.model_runner, settings, self.device, first=self.rank == 0)
+        # Some releases size their cache from what loading the weights took; tables are to be counted with them.
+        taken = allocated(self.device) - before + self.steerback.transient_bytes
+        self.model_runner.model_memory_usage = getattr(self.model_runner, "model_memory_usage", 0) + taken
         return out
 
     def steerback_fetch(self, wanted: list[list[Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -55,10 +59,23 @@ class SteeredWorker(Base):  # type: ignore[misc]
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         return {"runner": kind, "device": name, **self.steerback.state()}
 
+    def steerback_memory(self) -> int:
+        """The most bytes that tensors held on this device since the last call."""
+        if self.device.type == "cpu":
+            return 0
+        peak = torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return peak
+
     def steerback_check(self, ticket: dict[str, Any], seed: int) -> float:
         """Largest error of the tables against `interventions.steer` on this device, relative to the edit."""
         layers = decoder_layers(self.model_runner.get_model(), self.steerback.settings)
         return check_arithmetic(self.steerback, layers, ticket, seed)
+
+
+def allocated(device: torch.device) -> int:
+    """Bytes that tensors hold on a device (0 on a CPU, where vLLM is told how much to take)."""
+    return 0 if device.type == "cpu" else torch.cuda.memory_allocated(device)
 
 
 def generation(runner: Any) -> Any:
@@ -78,7 +95,7 @@ def install(runner: Any, settings: Settings, device: torch.device, first: bool) 
     sae = load(settings)
     whole = None
     if sae is not None and (sae.kind == "topk" or settings.poolers):
-        whole = sae.to(device, torch.float32)
+        whole = replace(sae, W_dec=sae.W_dec[:0]).to(device, torch.float32)  # all of the encoder
     shared = Shared.empty(settings, hooks.token_room(runner), runner.model_config.dtype, device)
     tables = {layer: LayerTable.empty(settings, device) for layer in settings.layers}
     for layer, table in tables.items():
