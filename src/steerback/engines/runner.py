@@ -7,7 +7,7 @@ Knows nothing of requests, sampling or what a pass edits.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -60,13 +60,13 @@ class Runner:
             ).last_hidden_state
         return result
 
-    def residual(self, ids: Tensor, layer: int) -> Tensor:
-        """The unsteered residual (rows, T, d) after `layer` of ids (rows, T); later layers are not computed."""
+    def residuals(self, ids: Tensor, layers: Collection[int]) -> dict[int, Tensor]:
+        """The unsteered residual (rows, T, d) after each of `layers` of ids (rows, T); no later layer is computed."""
         positions = torch.arange(ids.shape[1], device=self.device)[None]
-        forward = Pass(positions, [], stop_after=layer, keep=frozenset({layer}))
+        forward = Pass(positions, [], stop_after=max(layers), keep=frozenset(layers))
         with contextlib.suppress(Enough):
             self.hidden(ids.to(self.device), positions, ids.shape[1], None, forward)
-        return forward.residual[layer]
+        return forward.residual
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., vocabulary) of final hidden states (..., d), soft-capped where the model does so."""

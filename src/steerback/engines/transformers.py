@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from torch import Tensor
 import steerback
 from steerback.engines.batch import Batch, Item, Queue, Shape
 from steerback.engines.loading import Loaded, batch_rows, load, out_of_memory
+from steerback.engines.prompting import Spoken
 from steerback.engines.runner import Runner
 from steerback.engines.steering import Pass, Steering
 from steerback.errors import SteerbackError
@@ -224,6 +225,38 @@ class TransformersEngine:
                 raise SteerbackError(f"activations: latent {latent} is outside 0..{self.sae.n_latents - 1}")
         spoken = [self.runner.prompter.spoken(p, r) for p, r in zip(prompts, responses, strict=True)]
         out = np.zeros((len(spoken), self.sae.n_latents if latents is None else len(latents)), dtype=np.float32)
+        layer = self.runner.site.read_layer
+        for n, states in self._states(spoken, (layer,)):
+            chosen = [*spoken[n].user, *spoken[n].response] if include_prompt else [*spoken[n].response]
+            for first in range(0, len(chosen), CHUNK_TOKENS):
+                z = self.sae.encode(states[layer][chosen[first : first + CHUNK_TOKENS]].float(), latents)
+                if pool == "max":
+                    np.maximum(out[n], z.amax(dim=0).float().cpu().numpy(), out=out[n])
+                else:
+                    z = z if pool == "mean" else (z > 0).float()
+                    out[n] += z.sum(dim=0).float().cpu().numpy() / len(chosen)
+        return out
+
+    @torch.inference_mode()
+    def residuals(
+        self, prompts: Sequence[str], responses: Sequence[str], layers: Collection[int]
+    ) -> Iterator[tuple[int, tuple[int, ...], dict[int, Tensor]]]:
+        """Unsteered residuals over the words of each response, as (text, its token ids, {layer: (tokens, d) float32}).
+
+        Texts come in order of length; special and template tokens are excluded. Raises SteerbackError for a layer that
+        the model does not have or a text that does not fit its context.
+        """
+        for layer in layers:
+            if not 0 <= layer < self.runner.site.n_layers:
+                raise SteerbackError(f"layer {layer} is outside 0..{self.runner.site.n_layers - 1}")
+        spoken = [self.runner.prompter.spoken(p, r) for p, r in zip(prompts, responses, strict=True)]
+        for n, states in self._states(spoken, layers):
+            chosen = list(spoken[n].response)
+            ids = tuple(spoken[n].token_ids[i] for i in chosen)
+            yield n, ids, {layer: h[chosen].float() for layer, h in states.items()}
+
+    def _states(self, spoken: Sequence[Spoken], layers: Collection[int]) -> Iterator[tuple[int, dict[int, Tensor]]]:
+        """For each text the residuals (padded T, d) of all its tokens after `layers`, shortest text first."""
         rows = self.shape.prefill_rows
         order = sorted(range(len(spoken)), key=lambda n: Shape.bucket(len(spoken[n].token_ids)))
         while order:
@@ -234,17 +267,9 @@ class TransformersEngine:
             for row, n in enumerate(part):
                 self.runner.check_length(f"text {n}", len(spoken[n].token_ids), 0)
                 ids[row, : len(spoken[n].token_ids)] = torch.tensor(spoken[n].token_ids)
-            residual = self.runner.residual(ids, self.runner.site.read_layer)
+            found = self.runner.residuals(ids, layers)
             for row, n in enumerate(part):
-                chosen = [*spoken[n].user, *spoken[n].response] if include_prompt else [*spoken[n].response]
-                for first in range(0, len(chosen), CHUNK_TOKENS):
-                    z = self.sae.encode(residual[row, chosen[first : first + CHUNK_TOKENS]].float(), latents)
-                    if pool == "max":
-                        np.maximum(out[n], z.amax(dim=0).float().cpu().numpy(), out=out[n])
-                    else:
-                        z = z if pool == "mean" else (z > 0).float()
-                        out[n] += z.sum(dim=0).float().cpu().numpy() / len(chosen)
-        return out
+                yield n, {layer: h[row] for layer, h in found.items()}
 
     def decoder_norms(self) -> NDArray[np.float32]:
         """L2 norm of each latent's decoder direction: (n latents,)."""
