@@ -1,6 +1,6 @@
 """Speed of fine-tuning on one GPU: a LoRA training step of the Llama-3.1-8B shape through the trainer users use.
 
-    python benchmarks/finetune_gpu.py --out benchmarks/results/finetune_gpu.json      (add --shape tiny to try it on CPU)
+    python benchmarks/finetune_gpu.py --out benchmarks/results/finetune_gpu.json    (--shape tiny to try it on CPU)
 
 Random weights in bfloat16, the specification's LoRA settings (rank 32 on all linear layers, effective batch 8), rows of
 exactly the sequence length of which the second half is trained, nothing padded. Per case: optimizer steps timed after

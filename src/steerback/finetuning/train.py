@@ -115,7 +115,8 @@ def fit(
             smaller = sizes[position + 1 : position + 2]
             if not smaller:
                 raise SteerbackError(
-                    f"{name or folder}: memory runs out with a single row; lower sequence_length or turn checkpointing on"
+                    f"{name or folder}: memory runs out with a single row; lower sequence_length or turn "
+                    "checkpointing on"
                 )
             halved.append(f"{micro} -> {smaller[0]}")
             say(f"{name}: out of memory at a micro-batch of {micro}; going on with {smaller[0]}, same effective batch")
