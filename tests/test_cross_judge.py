@@ -90,18 +90,30 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "cross"
 
 
-def test_the_sample_holds_all_multi_attempt_trials_and_enough_single_ones(run: Path) -> None:
+def test_the_sample_takes_multi_attempt_trials_first_and_enough_single_ones(run: Path) -> None:
     with Run.read(run) as opened:
         for target, folder in (("organism", "a"), ("organism-s", "b")):
             rows = opened.ledger.rows(target, "measure", judge="offline")
             fact = opened.ledger.fact(target, "cross-judge sample")
-            several = [r for r in rows if r.judgement and len(r.judgement.gated_attempts()) > 1]
             with Run.read(run.parent / folder) as other:
                 all_rows = other.ledger.rows(target, "measure", judge="offline")
-            assert len(several) == sum(len(r.judgement.gated_attempts()) > 1 for r in all_rows if r.judgement)
-            assert len(rows) >= 60
-            assert fact["several"] == len(several)
-            assert fact["weights"]["single"] == pytest.approx((240 - len(several)) / fact["single"])
+            all_several = sum(len(r.judgement.gated_attempts()) > 1 for r in all_rows if r.judgement)
+            several = sum(len(r.judgement.gated_attempts()) > 1 for r in rows if r.judgement)
+            assert len(rows) == 120  # 240 in all, over two targets
+            assert several == fact["several"] == min(all_several, 120 - 30)  # half of the minimum stays for single ones
+            assert fact["single"] == 120 - several
+            assert fact["weights"]["several"] == pytest.approx(all_several / several)
+            assert fact["weights"]["single"] == pytest.approx((240 - all_several) / fact["single"])
+
+
+def test_agreement_per_target_is_in_the_summary_where_compare_looks_for_it(run: Path) -> None:
+    with Run.read(run) as opened:
+        found = compared(opened.ledger, draws=100)
+        rows = {j: opened.ledger.rows("organism-s", "measure", judge=j) for j in found.judges}
+    seen = {j: [len(r.judgement.gated_attempts()) > 1 for r in own if r.judgement] for j, own in rows.items()}
+    equal = [a == b for a, b in zip(*seen.values(), strict=True)]
+    agreement = found.to_json()["targets"]["organism-s"]["agreement"]["offline / offline-bayes"]
+    assert agreement["multi_attempt"]["value"] == pytest.approx(sum(equal) / len(equal))
 
 
 def test_nothing_is_judged_twice(run: Path) -> None:

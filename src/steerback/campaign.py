@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 from steerback import execute
 from steerback.config import RunConfig
 from steerback.errors import SteerbackError
-from steerback.estimate import of_experiment
+from steerback.estimate import judge_estimate, of_experiment, response_tokens
 from steerback.experiments import get_experiment
 from steerback.experiments.base import Analysis
+from steerback.judging import Maker, make_judge
 from steerback.progress import make_progress
 from steerback.runs import Run, stored_config
 from steerback.study import UNJUDGED
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
     from steerback.experiments.paper import Step
 
 
-def resolved(config: RunConfig) -> RunConfig:
+def resolved(config: RunConfig, judges: Maker = make_judge) -> RunConfig:
     """The config with engine and judge chosen, as a run of it would store it."""
-    return execute.check(config).config
+    return execute.check(config, judges).config
 
 
 def is_done(step: Step) -> bool:
@@ -37,9 +38,9 @@ def is_done(step: Step) -> bool:
     return stored_config(step.folder) == step.config
 
 
-def plan_lines(steps: Sequence[Step]) -> list[str]:
+def plan_lines(steps: Sequence[Step], judges: Maker = make_judge) -> list[str]:
     """What would be run, and at most how many responses, tokens, verdicts and minutes that is."""
-    jobs = [(step, execute.check(step.config)) for step in steps]
+    jobs = [(step, execute.check(step.config, judges)) for step in steps]
     lines, total = [], Counter[str]()
     shared: set[str] = set()  # stages that an earlier step has generated: the same requests, so they are in the cache
     for step, job in jobs:
@@ -56,6 +57,9 @@ def plan_lines(steps: Sequence[Step]) -> list[str]:
         f"to do: at most {total['responses']:,} responses, {total['tokens']:,} tokens, {total['verdicts']:,} verdicts "
         f"of judge {config.judge}{minutes}; what is cached is not generated again"
     )
+    cap = max(response_tokens(job.config, target) for _, job in jobs for target in job.targets or ())
+    asked = judge_estimate(judges(config.judge), total["verdicts"], cap)
+    lines += [] if asked is None else [f"judge {config.judge}: at most {asked}"]
     return lines
 
 
@@ -64,7 +68,7 @@ def _cost(job: Job, shared: set[str]) -> Counter[str]:
     for target in job.targets:
         counts = {stage: n for stage, n in of_experiment(job).items() if stage not in shared}
         responses = sum(counts.values())
-        cap = min(job.config.sampling.max_new_tokens, target.max_new_tokens or job.config.sampling.max_new_tokens)
+        cap = response_tokens(job.config, target)
         cost["responses"] += responses
         cost["tokens"] += responses * cap
         cost["verdicts"] += sum(n for stage, n in counts.items() if stage not in UNJUDGED)
@@ -74,7 +78,7 @@ def _cost(job: Job, shared: set[str]) -> Counter[str]:
     return cost
 
 
-def run(steps: Sequence[Step], cached: bool, say: Callable[[str], None]) -> dict[Path, str]:
+def run(steps: Sequence[Step], cached: bool, say: Callable[[str], None], judges: Maker = make_judge) -> dict[Path, str]:
     """Runs the steps that are not done; a step that cannot be done does not stop those that do not need it.
 
     Returns the folders of the steps that failed, with the reason.
@@ -89,17 +93,17 @@ def run(steps: Sequence[Step], cached: bool, say: Callable[[str], None]) -> dict
         else:
             say(head)
             try:
-                _one(step, cached, say)
+                _one(step, cached, say, judges)
             except SteerbackError as error:
                 failed[step.folder] = str(error)
                 say(f"{head}: not done: {error}")
     return failed
 
 
-def _one(step: Step, cached: bool, say: Callable[[str], None]) -> None:
+def _one(step: Step, cached: bool, say: Callable[[str], None], judges: Maker) -> None:
     progress, cache = make_progress(), execute.open_cache(cached)
     try:
-        analysis = execute.run(execute.check(step.config), step.folder, progress, cache)
+        analysis = execute.run(execute.check(step.config, judges), step.folder, progress, cache)
     finally:
         progress.close()
         if cache is not None:

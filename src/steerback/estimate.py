@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from steerback.config import RunConfig
+from steerback.judging.base import Judge, JudgeItem
+from steerback.judging.spending import Spend, estimated
+from steerback.runs import Run
+from steerback.study import UNJUDGED
 
 if TYPE_CHECKING:
-    from steerback.execute import Job
+    from steerback.execute import Job, Judging
     from steerback.targets import Target
 
 
@@ -33,6 +37,8 @@ def responses(config: RunConfig, prompts: int, conditions: int = 1) -> dict[str,
 def of_experiment(job: Job) -> dict[str, int]:
     """Responses per target and stage of a job: experiments may do without calibration, or need further stages."""
     config, experiment = job.config, job.experiment
+    if not experiment.generates:
+        return experiment.further(config)
     counts = responses(config, len(job.prompts), experiment.conditions(config))
     if not experiment.calibrates:
         counts |= {"calibration": 0, "verification": 0}
@@ -50,12 +56,52 @@ def plan_lines(job: Job, folder: Path) -> list[str]:
         counts = of_experiment(job)
         total = sum(counts.values())
         detail = " + ".join(f"{n} {stage}" for stage, n in counts.items() if n)
-        cap = min(config.sampling.max_new_tokens, target.max_new_tokens or config.sampling.max_new_tokens)
+        cap = response_tokens(config, target)
+        verdicts = sum(n for stage, n in counts.items() if stage not in UNJUDGED)
+        asked = judge_estimate(job.judges(config.judge), verdicts, cap)
         lines.append(
             f"  {target.name}: at most {total} responses ({detail}), {total * cap:,} tokens, {_time(target, total)}"
         )
         lines.append(f"  {target.name}: {_fits(target)}")
+        lines += [] if asked is None else [f"  {target.name}: judge {config.judge}: at most {asked}"]
+    return lines if job.experiment.generates else lines + _collecting(job)
+
+
+def _collecting(job: Job) -> list[str]:
+    """What an experiment that generates nothing takes from where, and what its judges would take."""
+    config = job.config
+    settings = {**job.experiment.options, **config.options}
+    lines = [f"  {key}: {', '.join(map(str, v)) if isinstance(v, list) else v}" for key, v in settings.items()]
+    count = sum(of_experiment(job).values())
+    for name in job.experiment.judges(config):
+        asked = judge_estimate(job.judges(name), count, config.sampling.max_new_tokens)
+        lines += [] if asked is None else [f"  judge {name}: at most {asked}"]
     return lines
+
+
+def response_tokens(config: RunConfig, target: Target) -> int:
+    """The most tokens a response may have."""
+    return min(config.sampling.max_new_tokens, target.max_new_tokens or config.sampling.max_new_tokens)
+
+
+def judge_estimate(judge: Judge, verdicts: int, tokens: int) -> Spend | None:
+    """What judging so many responses of so many tokens would take; None for a judge that costs nothing."""
+    words = "word " * tokens  # about one token each, and five characters
+    one = estimated(judge, [JudgeItem("", "a prompt of about ten words that asks for something", words, "a label")])
+    return None if one is None else one * verdicts
+
+
+def judging_line(work: Judging) -> str:
+    """What a judge would be asked about a finished run."""
+    taken = "" if work.estimate is None else f": about {work.estimate}"
+    return f"{work.count} responses to be judged by {work.judge.name}{taken}; what is cached is not asked again"
+
+
+def spent_lines(folder: Path) -> list[str]:
+    """What each judge of a run has been paid."""
+    with Run.read(folder) as opened:
+        paid = opened.ledger.fact("", "judge spend") or {}
+    return [f"spent on judge {name}: {Spend(**spend)}" for name, spend in paid.items()]
 
 
 def _time(target: Target, total: int) -> str:

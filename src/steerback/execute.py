@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,14 @@ from steerback.engines import ENGINES, default_engine, make_engine
 from steerback.errors import SteerbackError, unknown
 from steerback.experiments import get_experiment
 from steerback.experiments.base import Analysis, Experiment
-from steerback.judging import make_judge
+from steerback.judging import Judge, Maker, make_judge
+from steerback.judging.spending import Spend, drain, estimated
 from steerback.latents.selection import check_own
-from steerback.ledger import Ledger
-from steerback.pipeline import Workbench, judge_rows
+from steerback.ledger import Ledger, Row
+from steerback.pipeline import Workbench, judge_item, judge_rows
 from steerback.progress import Progress, Silent
 from steerback.prompts import load_prompts
-from steerback.records import Judgement, Sampling, digest
+from steerback.records import Judgement, LatentKey, Sampling, digest
 from steerback.runs import Run, write_atomic, write_json
 from steerback.study import UNJUDGED, Study, references, same_weights
 from steerback.targets import Target, resolve
@@ -37,28 +39,33 @@ class Job:
     experiment: Experiment
     targets: tuple[Target, ...]
     prompts: tuple[str, ...]
+    judges: Maker
 
 
-def check(config: RunConfig) -> Job:
-    """Resolves every name in the config, so that a mistake shows before anything is loaded or written."""
+def check(config: RunConfig, judges: Maker = make_judge) -> Job:
+    """Resolves every name in the config, so that a mistake shows before anything is loaded or written.
+
+    `judges` makes the judges (`judging.judge_maker` for ones with a budget).
+    """
     experiment = get_experiment(config.experiment)
     strange = sorted(set(config.options) - set(experiment.options))
     if strange:
         known = ", ".join(sorted(experiment.options)) or "none"
         raise SteerbackError(f"{experiment.name} has no option {strange[0]!r}; its options: {known}")
-    targets = tuple(resolve(name) for name in config.targets)
+    targets = tuple(resolve(name) for name in config.targets) if experiment.generates else ()
     chosen = {"engine": config.engine, "judge": config.judge}
     if config.engine == "auto":
         chosen["engine"] = default_engine()
     if config.judge == "auto":
-        chosen["judge"] = _default_judge(config)
+        chosen["judge"] = _default_judge(config) if experiment.generates else experiment.judges(config)[0]
     config = config.model_copy(update=chosen)
     experiment.conditions(config)  # so does a senseless option
     if config.engine not in ENGINES:
         raise unknown("engine", config.engine, ("auto", *ENGINES))
     targets = tuple(_steerable(target, config, experiment) for target in targets)
-    make_judge(config.judge)  # a missing key or unknown judge shows now
-    return Job(config, experiment, targets, load_prompts(config.prompts))
+    for name in experiment.judges(config):
+        judges(name)  # a missing key or unknown judge shows now
+    return Job(config, experiment, targets, load_prompts(config.prompts), judges)
 
 
 def _steerable(target: Target, config: RunConfig, experiment: Experiment) -> Target:
@@ -97,7 +104,10 @@ def run(
     Raises SteerbackError for what the user must mend. KeyboardInterrupt leaves all committed work in the ledger.
     """
     with Run.start(folder, job.config) as opened:
-        asyncio.run(_targets(job, opened, progress or Silent(), cache))
+        if job.experiment.generates:
+            asyncio.run(_targets(job, opened, progress or Silent(), cache))
+        else:
+            _collected(job, opened, progress or Silent(), cache)
         return analyse(job.experiment, opened.ledger, opened.folder, job.config.judge, job.config.draws)
 
 
@@ -111,7 +121,7 @@ async def _targets(job: Job, opened: Run, progress: Progress, cache: Cache | Non
             target, job.config.engine, **{"batch_size": job.config.batch_size, **job.config.engine_options}
         )
         try:
-            judge = make_judge(job.config.judge)
+            judge = job.judges(job.config.judge)
             _same_engine(opened, target, engine)
             if job.config.from_run is not None:
                 same_weights(Path(job.config.from_run), target.name, engine)
@@ -122,9 +132,33 @@ async def _targets(job: Job, opened: Run, progress: Progress, cache: Cache | Non
             parts["targets"][target.name] = {"target": target.describe(), "engine": engine.describe()}
             parts["judge"] = judge.describe()
             opened.write_manifest(parts)
-            await job.experiment.run(study)
+            try:
+                await job.experiment.run(study)
+            finally:
+                note_judge(opened, judge)
         finally:
             engine.close()
+
+
+def _collected(job: Job, opened: Run, progress: Progress, cache: Cache | None) -> None:
+    """Rows of finished runs, judged by every judge that the experiment names."""
+    job.experiment.collect(opened)
+    opened.write_manifest({"options": dict(job.config.options)})
+    for name in job.experiment.judges(job.config):
+        _judge_all(opened, job.judges(name), progress, cache)
+
+
+def note_judge(opened: Run, judge: Judge) -> None:
+    """Keeps what the judge is (with its rubric's text) and what it has been paid, in ledger and manifest."""
+    known = opened.ledger.fact("", "judges") or {}
+    known[judge.name] = judge.describe()
+    spent = drain(judge)
+    if spent is not None:
+        paid = opened.ledger.fact("", "judge spend") or {}
+        before = Spend(**paid[judge.name]) if judge.name in paid else Spend()
+        opened.ledger.set_fact("", "judge spend", paid | {judge.name: asdict(before + spent)})
+    opened.ledger.set_fact("", "judges", known)
+    opened.amend_manifest({"judges": known, "judge spend": opened.ledger.fact("", "judge spend")})
 
 
 def _same_engine(opened: Run, target: Target, engine: Engine) -> None:
@@ -165,25 +199,71 @@ def open_cache(enabled: bool = True) -> Cache | None:
     return Cache(default_path()) if enabled else None
 
 
+@dataclass(frozen=True, slots=True)
+class Judging:
+    """What a judge has to do in a run: rows per target, and what asking about them would take (None: nothing)."""
+
+    judge: Judge
+    rows: Mapping[str, Sequence[Row]]
+    estimate: Spend | None
+
+    @property
+    def count(self) -> int:
+        return sum(map(len, self.rows.values()))
+
+
+def to_judge(opened: Run, judge: Judge, retry: bool = False) -> Judging:
+    """The rows of a run that `judge` has no verdict about; with `retry` also those that it left unscored.
+
+    Every scored stage counts, so that another judge's first scores stand beside the thresholds.
+    """
+    rows = {
+        target: [
+            r
+            for r in opened.ledger.rows(target=target, judge=judge.name)
+            if r.trial.stage not in UNJUDGED and r.completion is not None and _open(r.judgement, retry)
+        ]
+        for target in opened.config.targets
+    }
+    valid = [judge_item(r) for own in rows.values() for r in own if r.valid_receipt]
+    return Judging(judge, rows, estimated(judge, valid))
+
+
 def judge_run(
-    folder: Path, name: str, progress: Progress | None = None, cache: Cache | None = None, retry: bool = False
+    folder: Path,
+    name: str,
+    progress: Progress | None = None,
+    cache: Cache | None = None,
+    retry: bool = False,
+    judges: Maker = make_judge,
 ) -> int:
     """Adds a judge's verdicts to a finished run; returns how many responses it judged.
 
-    Every scored stage is judged, so that another judge's first scores stand beside the thresholds; `retry` asks
-    again for what this judge left unscored.
+    `retry` asks again for what this judge left unscored. Nothing is judged twice.
     """
     with Run.reopen(folder) as opened:
-        total = 0
-        for target in (resolve(t) for t in opened.config.targets):
-            judge = make_judge(name)
-            rows = opened.ledger.rows(target=target.name, judge=judge.name)
-            judge.prepare(references(rows, target))
-            todo = [r for r in rows if r.trial.stage not in UNJUDGED and _open(r.judgement, retry)]
-            bench = Workbench(opened.ledger, None, judge, Sampling(), progress or Silent(), cache)
-            asyncio.run(judge_rows(bench, todo, f"{target.name}: judging with {judge.name}"))
-            total += len(todo)
-        return total
+        return _judge_all(opened, judges(name), progress or Silent(), cache, retry)
+
+
+def _judge_all(opened: Run, judge: Judge, progress: Progress, cache: Cache | None, retry: bool = False) -> int:
+    work = to_judge(opened, judge, retry)
+    try:
+        for target, rows in work.rows.items():
+            if rows:
+                judge.prepare(references(opened.ledger.rows(target=target), _contexts(target)))
+                bench = Workbench(opened.ledger, None, judge, Sampling(), progress, cache)
+                asyncio.run(judge_rows(bench, rows, f"{target}: judging with {judge.name}"))
+    finally:
+        note_judge(opened, judge)
+    return work.count
+
+
+def _contexts(name: str) -> Mapping[LatentKey, Sequence[str]]:
+    """Contexts of a target's latents; none for the model of an imported run, which need not be a target of ours."""
+    try:
+        return resolve(name).contexts()
+    except SteerbackError:
+        return {}
 
 
 def _open(judgement: Judgement | None, retry: bool) -> bool:

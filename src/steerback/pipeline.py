@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from steerback.cache import Cache, cache_key
 from steerback.errors import SteerbackError
 from steerback.judging.base import Judge, JudgeItem
+from steerback.judging.spending import OVER_BUDGET
 from steerback.ledger import Ledger, Row
 from steerback.records import Completion, Judgement, Sampling, Trial, digest
 
@@ -177,12 +178,13 @@ async def _judge_batch(bench: Workbench, judge: Judge, rows: Sequence[Row]) -> N
     known = bench.cache.judgements(list(keys.values())) if bench.cache is not None else {}
     verdicts = {key: known[keys[key]] for key in items if keys[key] in known}
     fresh: dict[str, Judgement] = {}
+    refused: dict[str, Judgement] = {}
     try:
         asked = [item for key, item in items.items() if key not in verdicts]
         if asked:
             async for key, judgement in judge.judge(asked):
-                fresh[key] = judgement
-            missing = [item.key for item in asked if item.key not in fresh]
+                (refused if judgement.reason.startswith(OVER_BUDGET) else fresh)[key] = judgement
+            missing = [item.key for item in asked if item.key not in fresh and item.key not in refused]
             if missing:
                 raise RuntimeError(f"judge {judge.name} lost {len(missing)} responses, e.g. {missing[0]!r}")
     finally:
@@ -193,6 +195,9 @@ async def _judge_batch(bench: Workbench, judge: Judge, rows: Sequence[Row]) -> N
             bench.cache.put_judgements({keys[key]: j for key, j in fresh.items()})
     unscored = sum(j.status == "unscored" for j in verdicts.values())
     bench.progress.update(judged=len(verdicts), unscored=unscored)
+    if refused:  # thresholds found with half of the verdicts would stay: better no result than that
+        reason = next(iter(refused.values())).reason
+        raise SteerbackError(f"judge {judge.name}: {reason}; all verdicts so far are kept: go on with a higher one")
 
 
 def judge_item(row: Row) -> JudgeItem:

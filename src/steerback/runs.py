@@ -100,6 +100,12 @@ class Run:
         }
         return write_json(self.folder / "manifest.json", body)
 
+    def amend_manifest(self, parts: dict[str, Any]) -> None:
+        """Sets `parts` in the manifest that is there; an imported run has none, and gets none."""
+        path = self.folder / "manifest.json"
+        if path.is_file():
+            write_json(path, json.loads(path.read_text("utf-8")) | parts)
+
 
 def stored_config(folder: Path) -> RunConfig:
     """The config a run was started with."""

@@ -103,7 +103,7 @@ class Study:
         if more:
             rows = rows + await self.references(more, "unsteered, further prompts")
         if self.bench.judge is not None:
-            self.bench.judge.prepare(references(rows, self.target))
+            self.bench.judge.prepare(references(rows, self.target.contexts()))
 
     async def references(self, prompts: Sequence[str] | None = None, condition: str = "unsteered") -> list[Row]:
         """`reference_responses` unsteered responses per prompt (default: the run's prompts)."""
@@ -292,13 +292,13 @@ class Study:
         return await complete(self.bench, trials, stage=f"{self.name}: {condition}")
 
 
-def references(rows: Sequence[Row], target: Target) -> References:
+def references(rows: Sequence[Row], contexts: Mapping[LatentKey, Sequence[str]]) -> References:
     """What an offline judge compares with: the unsteered responses among `rows`, and the latents' contexts."""
     responses: dict[str, list[str]] = {}
     for row in rows:
         if row.trial.stage == "reference" and row.completion is not None:
             responses.setdefault(row.trial.prompt, []).append(row.completion.text)
-    return References(responses, target.contexts())
+    return References(responses, contexts)
 
 
 def first_score(row: Row) -> float | None:

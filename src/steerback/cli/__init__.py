@@ -30,7 +30,9 @@ USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: runs a verb and turns every expected failure into one line and an exit code."""
     try:
-        code = app(args=arguments, prog_name="steerback", standalone_mode=False)
+        code = app(
+            args=spread(sys.argv[1:] if arguments is None else arguments), prog_name="steerback", standalone_mode=False
+        )
     except SteerbackError as error:
         fail(str(error))
     except USAGE_ERROR as error:
@@ -42,6 +44,23 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stderr.close()
         sys.exit(141)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+SEVERAL = ("--from", "--judges", "--target", "-t")
+
+
+def spread(arguments: list[str]) -> list[str]:
+    """`run cross-judge --judges a b` as `--judges a --judges b`: options of `run` that may be given several times."""
+    if arguments[:1] != ["run"] or arguments[1:2] == [] or arguments[1].startswith("-"):
+        return arguments
+    words, option = arguments[:2], ""
+    for word in arguments[2:]:
+        if word.startswith("-"):
+            option = word if word in SEVERAL else ""
+        elif option and words[-1] != option:
+            words.append(option)
+        words.append(word)
+    return words
 
 
 def fail(message: str) -> None:

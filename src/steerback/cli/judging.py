@@ -6,38 +6,61 @@ from typing import Annotated
 
 import typer
 
-from steerback.cli.options import RUNS, NoCache, RunName, RunsDir
+from steerback.cli.options import (
+    RUNS,
+    Batch,
+    MaxCalls,
+    MaxCost,
+    NoCache,
+    Price,
+    RunName,
+    RunsDir,
+    judges_within,
+)
 
 
 def register(app: typer.Typer) -> None:
     """Adds the verbs to the command line."""
     app.command("judge")(judge_command)
-    app.command()(judges)
+    app.command("judges")(list_judges)
 
 
 def judge_command(
     name: RunName,
     judge: Annotated[str, typer.Option(help="offline, or a judge model.")],
     retry_unscored: Annotated[bool, typer.Option("--retry-unscored", help="Ask again where it gave no score.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")] = False,
+    max_judge_calls: MaxCalls = None,
+    max_judge_cost: MaxCost = None,
+    judge_price: Price = None,
+    judge_batch: Batch = False,
     no_cache: NoCache = False,
     runs: RunsDir = RUNS,
 ) -> None:
     """Add a judge's verdicts to a finished run."""
     from steerback import execute
+    from steerback.estimate import judging_line, spent_lines
     from steerback.progress import make_progress
-    from steerback.runs import find_run
+    from steerback.runs import Run, find_run
 
+    folder, judges = find_run(name, runs), judges_within(max_judge_calls, max_judge_cost, judge_price, judge_batch)
+    with Run.read(folder) as opened:
+        print(judging_line(execute.to_judge(opened, judges(judge), retry_unscored)))
+    if dry_run:
+        return
     progress, cache = make_progress(), execute.open_cache(not no_cache)
     try:
-        done = execute.judge_run(find_run(name, runs), judge, progress, cache, retry_unscored)
+        done = execute.judge_run(folder, judge, progress, cache, retry_unscored, judges)
     finally:
         progress.close()
         if cache is not None:
             cache.close()
+    for line in spent_lines(folder):
+        print(line)
     print(f"{done} responses judged by {judge}; see them with: steerback figures {name} --judge {judge}")
 
 
-def judges() -> None:
+def list_judges() -> None:
     """List the judges and the keys they need."""
     from steerback.judging import LOCAL, aliases
     from steerback.judging.models import KEYS

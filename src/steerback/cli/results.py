@@ -11,7 +11,17 @@ from typing import Annotated, Any
 
 import typer
 
-from steerback.cli.options import RUNS, NoCache, RunName, RunsDir
+from steerback.cli.options import (
+    RUNS,
+    Batch,
+    MaxCalls,
+    MaxCost,
+    NoCache,
+    Price,
+    RunName,
+    RunsDir,
+    judges_within,
+)
 from steerback.errors import SteerbackError, unknown
 
 Names = Annotated[list[str] | None, typer.Argument(help="Names of runs under --runs, or paths of their folders.")]
@@ -43,6 +53,10 @@ def paper(
     skip: Annotated[list[str] | None, typer.Option(help="Not this experiment, nor what starts from it.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show plan and estimate, and stop.")] = False,
     no_cache: NoCache = False,
+    max_judge_calls: MaxCalls = None,
+    max_judge_cost: MaxCost = None,
+    judge_price: Price = None,
+    judge_batch: Batch = False,
     runs: RunsDir = RUNS,
 ) -> None:
     """Run every experiment of the paper in order, then compare and draw."""
@@ -52,14 +66,15 @@ def paper(
 
     common, options = own_options(settings or ())
     overrides: dict[str, Any] = {"engine": engine, "judge": judge}
+    judges = judges_within(max_judge_calls, max_judge_cost, judge_price, judge_batch)
     first = build_config("esr", tuple(target), preset, config, overrides, tuple(common))
-    steps = plan(campaign.resolved(first), runs, name, only or (), skip or (), options)
-    for line in campaign.plan_lines(steps):
+    steps = plan(campaign.resolved(first, judges), runs, name, only or (), skip or (), options)
+    for line in campaign.plan_lines(steps, judges):
         print(line)
     if dry_run:
         return
     try:
-        failed = campaign.run(steps, cached=not no_cache, say=print)
+        failed = campaign.run(steps, not no_cache, print, judges)
     except KeyboardInterrupt:
         print("steerback: stopped; what was done is kept: the same command goes on", file=sys.stderr)
         sys.exit(130)

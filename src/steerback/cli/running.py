@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steerback.cli.options import RUNS, NoCache, RunName, RunsDir
+from steerback.cli.options import (
+    RUNS,
+    Batch,
+    MaxCalls,
+    MaxCost,
+    NoCache,
+    Price,
+    RunName,
+    RunsDir,
+    judges_within,
+)
 from steerback.errors import SteerbackError
 
 if TYPE_CHECKING:
@@ -28,7 +38,8 @@ def run_command(
         list[str] | None, typer.Option("--target", "-t", help="What to steer; may be given several times.")
     ] = None,
     from_run: Annotated[
-        str | None, typer.Option("--from", help="Run whose latents, thresholds, prompts and seeds are used again.")
+        list[str] | None,
+        typer.Option("--from", help="Run whose latents, thresholds, prompts and seeds are used again."),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run; the same name again resumes it.")] = None,
     preset: Annotated[str | None, typer.Option(help="specification (default), authors or quick.")] = None,
@@ -43,7 +54,13 @@ def run_command(
     ] = None,
     prompts: Annotated[str | None, typer.Option(help="Built-in list or text file, one prompt a line.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most this many measured trials per condition.")] = None,
+    judges: Annotated[list[str] | None, typer.Option("--judges", help="cross-judge: two judges or more.")] = None,
+    sample: Annotated[int | None, typer.Option(min=1, help="cross-judge: how many responses are judged.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
+    max_judge_calls: MaxCalls = None,
+    max_judge_cost: MaxCost = None,
+    judge_price: Price = None,
+    judge_batch: Batch = False,
     no_cache: NoCache = False,
     runs: RunsDir = RUNS,
 ) -> None:
@@ -55,34 +72,65 @@ def run_command(
     from steerback.targets import resolve
 
     base = None
-    if from_run is not None:
-        folder = find_run(from_run, runs)
+    options: dict[str, Any] = {}
+    if experiment == "cross-judge":
+        target, options = _to_compare(from_run, judges, sample, runs)
+    elif judges or sample:
+        raise SteerbackError(f"--judges and --sample belong to cross-judge, not to {experiment}; use --judge")
+    elif from_run:
+        if len(from_run) > 1:
+            raise SteerbackError(f"{experiment} starts from one run, not from {len(from_run)}; give --from once")
+        folder = find_run(from_run[0], runs)
         base = (str(folder), stored_config(folder))
     chosen = tuple(target or (base[1].targets if base else ()))
     if not chosen:
         raise SteerbackError("say what to steer with --target (see steerback targets), or start from a run with --from")
     overrides: dict[str, Any] = {"engine": engine, "judge": judge, "prompts": prompts, "limit": limit}
+    overrides |= {"options": options} if options else {}
     if latents is not None:
         own = parse_latents(latents, resolve(chosen[0]).labels())
         overrides |= {"n_latents": own} if isinstance(own, int) else {"latents": own}
     built = build_config(experiment, chosen, preset, config, overrides, tuple(settings or ()), base)
-    job = execute.check(built)
+    job = execute.check(built, judges_within(max_judge_calls, max_judge_cost, judge_price, judge_batch))
     _go(job, runs / (name or f"{experiment}-{'+'.join(chosen)}"), dry_run, no_cache)
 
 
-def resume(name: RunName, no_cache: NoCache = False, runs: RunsDir = RUNS) -> None:
+def _to_compare(
+    sources: list[str] | None, judges: list[str] | None, sample: int | None, runs: Path
+) -> tuple[list[str], dict[str, Any]]:
+    """Targets and options of a cross-judge run: everything comes from the finished runs it starts from."""
+    from steerback.runs import find_run, stored_config
+
+    folders = [find_run(name, runs) for name in sources or ()]
+    if not folders:
+        raise SteerbackError("cross-judge compares verdicts on finished runs: name them with --from RUN RUN ...")
+    targets = list(dict.fromkeys(t for folder in folders for t in stored_config(folder).targets))
+    given: dict[str, Any] = {"judges": judges, "sample": sample}
+    return targets, {"sources": [str(f) for f in folders], **{k: v for k, v in given.items() if v is not None}}
+
+
+def resume(
+    name: RunName,
+    max_judge_calls: MaxCalls = None,
+    max_judge_cost: MaxCost = None,
+    judge_price: Price = None,
+    judge_batch: Batch = False,
+    no_cache: NoCache = False,
+    runs: RunsDir = RUNS,
+) -> None:
     """Go on with a run that was stopped."""
     from steerback import execute
     from steerback.runs import find_run, stored_config
 
     folder = find_run(name, runs)
-    _go(execute.check(stored_config(folder)), folder, False, no_cache)
+    judges = judges_within(max_judge_calls, max_judge_cost, judge_price, judge_batch)
+    _go(execute.check(stored_config(folder), judges), folder, False, no_cache)
 
 
 def _go(job: Job, folder: Path, dry_run: bool, no_cache: bool) -> None:
     from steerback import execute
     from steerback.campaign import report
-    from steerback.estimate import plan_lines
+    from steerback.estimate import plan_lines, spent_lines
     from steerback.progress import make_progress
 
     for line in plan_lines(job, folder):
@@ -102,6 +150,8 @@ def _go(job: Job, folder: Path, dry_run: bool, no_cache: bool) -> None:
         if cache is not None:
             cache.close()
     report(analysis, folder)
+    for line in spent_lines(folder):
+        print(line)
 
 
 def _root_option(folder: Path) -> str:

@@ -4,8 +4,8 @@ A sample of finished runs is judged by several judges: do they see the same rest
 and do they rank the models alike? Nothing is generated: `gather` copies responses into a run of its own, judging adds
 each judge's verdicts, and the analysis compares them from the ledger alone.
 
-The sample holds every multi-attempt trial it can, so rates over it are higher than over the runs; `weighted` undoes
-that by weighing trials with how many each stands for.
+The sample takes multi-attempt trials first, so rates over it are higher than over the runs; `weighted` undoes that by
+weighing trials with how many each stands for.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from steerback.config import RunConfig
 from steerback.errors import SteerbackError
-from steerback.experiments.base import Analysis, Experiment, outcomes_of, planted
+from steerback.experiments.base import Analysis, Experiment, outcomes_of, planted, settings
 from steerback.ledger import Ledger, Row
 from steerback.metrics import Estimate, Summary, agreement, alpha, rank_correlation, summarize
 from steerback.records import Judgement
@@ -42,13 +42,31 @@ class CrossJudge(Experiment):
     name = "cross-judge"
     title = "Cross-judge validation (experiment 7)"
     options: Mapping[str, Any] = {"sources": [], "judges": [], "sample": SAMPLE, "minimum": MINIMUM}
+    generates = False
 
     def conditions(self, config: RunConfig) -> int:
         return 0
 
+    def further(self, config: RunConfig) -> dict[str, int]:
+        """How many responses are judged, at most."""
+        chosen = settings(self, config)
+        return {"sample": max(chosen["sample"], chosen["minimum"] * len(config.targets))}
+
+    def judges(self, config: RunConfig) -> tuple[str, ...]:
+        """Two or more, each named once."""
+        names = tuple(dict.fromkeys(settings(self, config)["judges"]))
+        if len(names) < 2:
+            raise SteerbackError("cross-judge compares two judges or more: name them with --judges A B ...")
+        return names
+
     async def run(self, study: Any) -> None:
         """There is nothing to generate."""
-        raise SteerbackError("cross-judge generates nothing; give it finished runs with --from RUN")
+        raise NotImplementedError("cross-judge generates nothing")
+
+    def collect(self, run: Run) -> None:
+        """The sample of the runs it starts from."""
+        chosen = settings(self, run.config)
+        gather(run, [Path(s) for s in chosen["sources"]], chosen["sample"], chosen["minimum"])
 
     def analyse(self, ledger: Ledger, judge: str, draws: int) -> Analysis:
         """Agreement of every pair of judges, alpha over all, rates per judge and model, and the models' order."""
@@ -74,8 +92,8 @@ class CrossJudge(Experiment):
 def gather(opened: Run, sources: Sequence[Path], sample: int = SAMPLE, minimum: int = MINIMUM) -> int:
     """Copies the sample, its references and the verdicts it has into `opened`; returns how many trials. Idempotent.
 
-    Per target: all multi-attempt trials (by the source run's judge), then single ones, `sample` in all and at least
-    `minimum` a target, at least half of that minimum single-attempt ones so that agreement means something.
+    Stratified by target, `sample` in all but at least `minimum` each: multi-attempt trials (by the source run's judge)
+    first, and at least half of the minimum single-attempt ones, so that agreement on the difference means something.
     """
     pools: dict[str, list[tuple[Row, str, Path]]] = defaultdict(list)
     kept: list[tuple[Row, str, Path]] = []
@@ -94,13 +112,18 @@ def gather(opened: Run, sources: Sequence[Path], sample: int = SAMPLE, minimum: 
     quota = max(minimum, sample // len(pools))
     chosen: list[tuple[Row, str, Path]] = []
     for target, pool in pools.items():
-        several = [entry for entry in pool if _attempts(entry[0]) > 1]
-        single = [entry for entry in pool if _attempts(entry[0]) == 1]
-        random.Random(SEED).shuffle(single)
-        taken = single[: max(quota - len(several), minimum // 2)]
-        chosen += several + taken
-        weights = {"several": 1.0, "single": len(single) / len(taken) if taken else 0.0}
-        counted = {"available": len(pool), "several": len(several), "single": len(taken), "weights": weights}
+        strata = {
+            "several": [entry for entry in pool if _attempts(entry[0]) > 1],
+            "single": [entry for entry in pool if _attempts(entry[0]) == 1],
+        }
+        for stratum in strata.values():
+            random.Random(SEED).shuffle(stratum)
+        several = strata["several"][: quota - min(len(strata["single"]), minimum // 2)]
+        single = strata["single"][: quota - len(several)]
+        chosen += several + single
+        taken = {"several": several, "single": single}
+        weights = {name: len(strata[name]) / len(own) if own else 0.0 for name, own in taken.items()}
+        counted = {"available": len(pool), "several": len(several), "single": len(single), "weights": weights}
         keys = [key for key, _ in _renamed(several)]
         opened.ledger.set_fact(target, "cross-judge sample", {**counted, "several keys": keys})
     _copy(opened, [*kept, *chosen])
@@ -158,6 +181,7 @@ class Compared:
     alpha_first: Estimate
     summaries: Mapping[tuple[str, str], Summary]  # (judge, target)
     weighted: Mapping[tuple[str, str], Mapping[str, float | None]]
+    by_target: Mapping[str, Mapping[tuple[str, str], Pair]]
     orders: Mapping[str, Mapping[str, Sequence[str]]]  # metric -> judge -> targets, highest first
     first: Mapping[str, Floats]
     unscored: Mapping[str, int]
@@ -184,6 +208,10 @@ class Compared:
                 }
                 for judge in self.judges
             },
+            "targets": {
+                target: {"agreement": {" / ".join(names): _shares(pair) for names, pair in pairs.items()}}
+                for target, pairs in self.by_target.items()
+            },
             "orders": {m: {j: list(o) for j, o in orders.items()} for m, orders in self.orders.items()},
             "same order": {metric: self.same_order(metric) for metric in self.orders},
         }
@@ -199,13 +227,17 @@ def compared(ledger: Ledger, draws: int) -> Compared:
     targets = list(dict.fromkeys(r.trial.target for r in plan))
     cluster = np.unique([f"{r.trial.target}/{r.trial.latent}" for r in plan], return_inverse=True)[1]
     seen = {judge: np.array([_seen(r.judgement) for r in found]).T for judge, found in rows.items()}
-    pairs = {}
-    for a, b in combinations(judges, 2):
-        both = (seen[a][0] == 1) & (seen[b][0] == 1)
-        several = agreement(seen[a][0], seen[b][0], cluster, draws)
-        direction = agreement(seen[a][1][both], seen[b][1][both], cluster[both], draws)
-        first = rank_correlation(seen[a][2], seen[b][2], cluster, draws)
-        pairs[a, b] = Pair(several.share, several.kappa, direction.share, direction.kappa, first)
+    owner = np.array([r.trial.target for r in plan])
+    couples = list(combinations(judges, 2))
+    pairs = {(a, b): _pair(seen[a], seen[b], cluster, draws) for a, b in couples}
+    by_target = {
+        target: {
+            (a, b): _pair(seen[a][:, mine], seen[b][:, mine], cluster[mine], draws)
+            for a, b in couples
+            for mine in (owner == target,)
+        }
+        for target in targets
+    }
     summaries, weighted = {}, {}
     for judge in judges:
         for target in targets:
@@ -225,10 +257,24 @@ def compared(ledger: Ledger, draws: int) -> Compared:
         alpha_first=alpha(np.stack([seen[j][2] for j in judges]), cluster, "interval", draws),
         summaries=summaries,
         weighted=weighted,
+        by_target=by_target,
         orders=orders,
         first={j: seen[j][2] for j in judges},
         unscored={j: int(np.isnan(seen[j][0]).sum()) for j in judges},
     )
+
+
+def _pair(a: Floats, b: Floats, cluster: NDArray[np.intp], draws: int) -> Pair:
+    """Agreement of two judges' verdicts (3, n responses), as `_seen` gives them."""
+    both = (a[0] == 1) & (b[0] == 1)
+    several = agreement(a[0], b[0], cluster, draws)
+    direction = agreement(a[1][both], b[1][both], cluster[both], draws)
+    first = rank_correlation(a[2], b[2], cluster, draws)
+    return Pair(several.share, several.kappa, direction.share, direction.kappa, first)
+
+
+def _shares(pair: Pair) -> dict[str, Any]:
+    return {"multi_attempt": asdict(pair.several), "direction": asdict(pair.direction)}
 
 
 def _seen(judgement: Judgement | None) -> tuple[float, float, float]:
@@ -323,7 +369,7 @@ def judge_table(found: Compared) -> Table:
         "MSI (runs)",
     )
     caption = (
-        "Over the sample, which holds every multi-attempt trial, with 95 % intervals; "
+        "Over the sample, which takes multi-attempt trials first, with 95 % intervals; "
         "(runs): weighed back to the runs it was drawn from."
     )
     return Table(columns, cells, caption, left=2)

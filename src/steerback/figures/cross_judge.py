@@ -22,7 +22,7 @@ def rates(found: Compared, metric: str, note: str = "") -> Figure:
     """One group of bars per judge, one bar per model, with 95 % intervals."""
     caption = (
         f"{NAMES[metric].removesuffix(' (%)')} by judge over the same {found.n:,} responses, a sample "
-        f"that holds every multi-attempt trial. 95 % intervals clustered by latent. {note}".strip()
+        f"that takes multi-attempt trials first. 95 % intervals clustered by latent. {note}".strip()
     )
     fig, drawing = style.new_figure("full", 2.3, caption)
     ax = drawing.subplots()

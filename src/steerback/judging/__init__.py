@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from steerback.errors import unknown
 from steerback.judging.base import Judge, JudgeItem, References
 from steerback.judging.models import JudgeModel, aliases, model_string
 
-__all__ = ["Judge", "JudgeItem", "JudgeModel", "LOCAL", "References", "aliases", "make_judge"]
+__all__ = ["Judge", "JudgeItem", "JudgeModel", "LOCAL", "References", "Maker", "aliases", "judge_maker", "make_judge"]
+
+Maker = Callable[[str], Judge]
 
 LOCAL = {
     "offline": "restart grammar and TF-IDF against unsteered responses; no key, not comparable with the paper",
@@ -39,3 +43,8 @@ def make_judge(name: str, *, temperature: float | None = 0.0, base_url: str | No
     from steerback.judging.transport import Limits, Transport
 
     return LLMJudge(name, Transport(model, Limits(**limits), temperature, base_url))
+
+
+def judge_maker(**limits: Any) -> Maker:
+    """`make_judge` with these limits; a name gives the same judge each time, so that its budget holds for all uses."""
+    return functools.cache(functools.partial(make_judge, **limits))

@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator, Sequence
 from steerback.judging.base import JudgeItem, References
 from steerback.judging.parse import parse_attempts
 from steerback.judging.prompt import ATTEMPTS, Asked, ask, rubric
-from steerback.judging.transport import Spend, Transport
+from steerback.judging.spending import Spend
+from steerback.judging.transport import Transport
 from steerback.records import Judgement, digest
 
 
@@ -53,6 +54,10 @@ class LLMJudge:
     def spend(self) -> Spend:
         """What was spent so far."""
         return self.transport.spend()
+
+    def drain(self) -> Spend:
+        """What was spent since the last call of this method."""
+        return self.transport.drain()
 
     async def judge(self, items: Sequence[JudgeItem]) -> AsyncIterator[tuple[str, Judgement]]:
         """Yields (item key, judgement) in the order of completion; failures are unscored with their reason."""

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from steerback.errors import SteerbackError
 from steerback.judging.models import check_key, default_temperature, price, read_dotenv, redact
 from steerback.judging.prompt import Asked
+from steerback.judging.spending import OVER_BUDGET, Spend
 
 if TYPE_CHECKING:
     from inspect_ai.model import Model, ModelOutput
@@ -37,16 +39,6 @@ class Limits:
     max_retries: int = 4
     attempt_timeout: int = 120  # seconds
     first_wait: float = 3.0  # seconds before the first retry, doubled each time
-
-
-@dataclass(frozen=True, slots=True)
-class Spend:
-    """What was or would be asked: `cost` in USD, None where the price is unknown."""
-
-    calls: int = 0
-    input_tokens: int = 0
-    output_tokens: int = 0
-    cost: float | None = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +73,7 @@ class Transport:
                 "give --judge-price IN OUT (USD per million tokens) or use --max-judge-calls"
             )
         self._spent = Spend(cost=0.0 if self._price else None)
+        self._drained = self._spent
         self._sent: object = "nothing asked yet"
         self._asked = 0
         self._reserved = 0.0
@@ -88,6 +81,11 @@ class Transport:
     def spend(self) -> Spend:
         """What was spent so far, by the provider's counts."""
         return self._spent
+
+    def drain(self) -> Spend:
+        """What was spent since the last call of this method."""
+        spent, self._drained = self._spent - self._drained, self._spent
+        return spent
 
     def estimate(self, questions: Iterable[Asked], output_tokens: int = 150) -> Spend:
         """What asking `questions` would take, from their lengths."""
@@ -109,12 +107,12 @@ class Transport:
 
     async def ask(self, questions: Iterable[tuple[str, Asked]]) -> AsyncGenerator[tuple[str, Reply]]:
         """Yields (key, reply) in the order of completion; every question comes back exactly once."""
-        waiting = iter(questions)
+        waiting = deque(questions)
         running: dict[asyncio.Task[Reply], str] = {}
         async with self._open() as model:
             try:
                 while True:
-                    running.update(self._start(model, waiting, self.limits.concurrency - len(running)))
+                    running.update(self._start(model, waiting, len(running)))
                     if not running:
                         return
                     done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -126,26 +124,32 @@ class Transport:
                 await asyncio.gather(*running, return_exceptions=True)
 
     def _start(
-        self, model: Model, waiting: Iterator[tuple[str, Asked]], room: int
+        self, model: Model, waiting: deque[tuple[str, Asked]], running: int
     ) -> Iterator[tuple[asyncio.Task[Reply], str]]:
-        for _ in range(room):
-            following = next(waiting, None)
-            if following is None:
-                return
-            key, question = following
-            yield asyncio.create_task(self._one(model, question)), key
+        asked = running
+        while waiting and running < self.limits.concurrency:
+            key, question = waiting[0]
+            refused = self._over_budget(question)
+            if refused and asked:
+                return  # what is in flight may turn out cheaper than was set aside for it
+            waiting.popleft()
+            running += 1
+            if not refused:
+                asked += 1
+                self._asked += 1
+                self._reserved += self._expected(question)
+            yield asyncio.create_task(self._one(model, question, refused)), key
 
-    async def _one(self, model: Model, question: Asked) -> Reply:
-        refused = self._over_budget(question)
+    def _expected(self, question: Asked) -> float:
+        return self._cost(_tokens(question), 150)
+
+    async def _one(self, model: Model, question: Asked, refused: str) -> Reply:
         if refused:
             return Reply("", refused)
-        expected = self._cost(_tokens(question), 150)
-        self._asked += 1
-        self._reserved += expected
         try:
             output = await self._generate(model, question)
         finally:
-            self._reserved -= expected
+            self._reserved = max(self._reserved - self._expected(question), 0.0)
         usage = output.usage
         if usage is not None:
             cached = (usage.input_tokens_cache_read or 0) + (usage.input_tokens_cache_write or 0)
@@ -212,10 +216,10 @@ class Transport:
     def _over_budget(self, question: Asked) -> str:
         limits = self.limits
         if limits.max_calls is not None and self._asked >= limits.max_calls:
-            return f"budget spent: --max-judge-calls {limits.max_calls}"
-        spent = (self._spent.cost or 0.0) + self._reserved + self._cost(_tokens(question), 150)
+            return f"{OVER_BUDGET}: --max-judge-calls {limits.max_calls}"
+        spent = (self._spent.cost or 0.0) + self._reserved + self._expected(question)
         if limits.max_cost is not None and spent > limits.max_cost:
-            return f"budget spent: --max-judge-cost {limits.max_cost:g}"
+            return f"{OVER_BUDGET}: --max-judge-cost {limits.max_cost:g}"
         return ""
 
     def _cost(self, input_tokens: int, output_tokens: int) -> float:
@@ -225,13 +229,8 @@ class Transport:
         return dollars / 2 if self.limits.batch else dollars
 
     def _add(self, spend: Spend, input_tokens: int, output_tokens: int) -> Spend:
-        return replace(
-            spend,
-            calls=spend.calls + 1,
-            input_tokens=spend.input_tokens + input_tokens,
-            output_tokens=spend.output_tokens + output_tokens,
-            cost=None if spend.cost is None else spend.cost + self._cost(input_tokens, output_tokens),
-        )
+        cost = None if self._price is None else self._cost(input_tokens, output_tokens)
+        return spend + Spend(1, input_tokens, output_tokens, cost)
 
 
 def require_inspect(model: str) -> None:

@@ -1,0 +1,180 @@
+"""What judges cost and compare, as a user meets it: estimates, budgets, spend, cross-judge; over a local server."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fake_judges import FakeJudge
+from steerback.cli import main, spread
+from steerback.judging.spending import Spend
+from steerback.runs import Run
+
+KEY = "sk-planted-1234567890"
+SMALL = [
+    *("--preset", "quick", "--engine", "scripted", "--judge", "scripted"),
+    *("--set", "n_latents=3", "--set", "trials_per_latent=4", "--set", "draws=100"),
+    *("--set", "calibration.max_iterations=4", "--set", "calibration.verify_trials=0"),
+]
+JUDGED = 3 * 4 + 3 * 4 * 5  # measured, and in calibration
+
+
+def steerback(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeJudge]:
+    pytest.importorskip("inspect_ai")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STEERBACK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OPENROUTER_API_KEY", KEY)
+    with FakeJudge() as running:
+        monkeypatch.setenv("OPENROUTER_BASE_URL", running.url + "/v1")
+        yield running
+
+
+def test_estimate_budget_spend_and_going_on(server: FakeJudge, capsys: pytest.CaptureFixture[str]) -> None:
+    assert steerback("run", "esr", "--target", "organism", "--name", "a", *SMALL) == 0
+    judge = ["judge", "a", "--judge", "qwen3-32b"]
+    capsys.readouterr()
+
+    assert steerback(*judge, "--dry-run") == 0
+    said = capsys.readouterr().out
+    calls = int(re.search(r"about (\d+) calls", said)[1])  # type: ignore[index]
+    assert f"{calls} responses to be judged by qwen3-32b" in said
+    assert " USD" in said
+    assert 12 < calls <= JUDGED
+    assert not server.asked
+
+    assert steerback(*judge, "--max-judge-calls", "5") == 2
+    said = capsys.readouterr().err
+    assert "judge qwen3-32b: budget spent: --max-judge-calls 5; all verdicts so far are kept" in said
+    assert sum(server.asked.values()) == 5
+    with Run.read(Path("runs/a")) as run:
+        assert sum(r.judgement is not None for r in run.ledger.rows(judge="qwen3-32b")) == 5
+        assert run.ledger.fact("", "judge spend")["qwen3-32b"]["calls"] == 5
+
+    assert steerback(*judge) == 0
+    spent = sum(server.asked.values())
+    assert 5 < spent <= calls  # equal responses to one prompt come from the cache
+    said = capsys.readouterr().out
+    assert f"{calls - 5} responses to be judged" in said
+    assert f"spent on judge qwen3-32b: {spent} calls" in said
+    assert steerback(*judge) == 0
+    assert sum(server.asked.values()) == spent  # nothing is judged twice
+    with Run.read(Path("runs/a")) as run:
+        assert {r.judgement.status for r in run.ledger.rows(stage="measure", judge="qwen3-32b") if r.judgement} == {
+            "scored"
+        }
+
+    manifest = json.loads(Path("runs/a/manifest.json").read_text("utf-8"))
+    assert manifest["judge spend"]["qwen3-32b"]["calls"] == sum(server.asked.values())
+    assert "attempt" in manifest["judges"]["qwen3-32b"]["rubric text"]
+    assert "scripted" in manifest["judges"]
+    for file in (f for f in Path("runs").rglob("*") if f.is_file()):
+        assert KEY.encode() not in file.read_bytes(), file
+
+
+def test_a_run_estimates_its_judge_and_keeps_to_the_budget(
+    server: FakeJudge, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["run", "esr", "--target", "organism", "--name", "b", *SMALL, "--judge", "openrouter/some/model"]
+    assert steerback(*arguments, "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert f"judge openrouter/some/model: at most {JUDGED} calls" in said
+    assert "price unknown" in said
+    assert steerback(*arguments, "--max-judge-cost", "1") == 2
+    assert "--judge-price IN OUT" in capsys.readouterr().err
+    arguments += ["--judge-price", "1", "5"]
+    assert steerback(*arguments, "--max-judge-cost", "0.008") == 2
+    assert "budget spent: --max-judge-cost 0.008" in capsys.readouterr().err
+    with Run.read(Path("runs/b")) as run:
+        paid = run.ledger.fact("", "judge spend")["openrouter/some/model"]
+        assert run.ledger.fact("organism", "thresholds") is None
+    assert 0.006 < paid["cost"] <= 0.008  # what is set aside for calls in flight is given back
+    assert paid["calls"] == sum(server.asked.values()) < JUDGED
+    assert steerback("resume", "b", "--judge-price", "1", "5") in (0, 2)  # its scores are word counts
+    assert sum(server.asked.values()) > paid["calls"]
+    with Run.read(Path("runs/b")) as run:
+        assert run.ledger.fact("organism", "thresholds") is not None
+
+
+def test_cross_judge_from_the_command_line(server: FakeJudge, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, target in (("a", "organism"), ("b", "organism-s")):
+        assert steerback("run", "esr", "--target", target, "--name", name, *SMALL) == 0
+    run = ["run", "cross-judge", "--from", "a", "b", "--judges", "offline", "offline-bayes", "qwen3-32b"]
+    run += ["--sample", "20", "--set", "options.minimum=6", "--set", "draws=100", "--name", "c"]
+    capsys.readouterr()
+    assert steerback(*run, "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "judges: offline, offline-bayes, qwen3-32b" in said
+    assert "judge qwen3-32b: at most 20 calls" in said
+    assert not Path("runs/c").exists()
+    assert steerback(*run) == 0
+    said = capsys.readouterr().out
+    assert "models by ESR rate" in said
+    assert "spent on judge qwen3-32b" in said
+    for name in ("figureA2.png", "figureA3.pdf", "figureA4.png", "agreement.tex", "judges.csv"):
+        assert Path("runs/c", name).stat().st_size > 100
+    asked = sum(server.asked.values())
+    assert 0 < asked <= 20
+    assert steerback("resume", "c") == 0
+    assert sum(server.asked.values()) == asked
+    capsys.readouterr()
+    assert steerback("compare", "c", "--format", "csv") == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "judges' agreement" in line]
+    assert rows
+    assert all("none (built-in model)" in row for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "cross-judge"], "--from RUN"),
+        (["run", "cross-judge", "--from", "nothing", "--judges", "offline", "offline-bayes"], "no run 'nothing'"),
+        (["run", "esr", "--target", "organism", "--judges", "offline"], "belong to cross-judge"),
+        (["run", "esr", "--target", "organism", "--max-judge-calls", "-1"], "--max-judge-calls"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: list[str],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert steerback(*arguments) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
+    assert not Path("runs").exists()
+
+
+def test_several_values_after_one_option() -> None:
+    said = ["run", "cross-judge", "--judges", "a", "b", "--set", "x=1", "--from", "r", "--judges", "c"]
+    wanted = ["run", "cross-judge", *("--judges", "a", "--judges", "b"), "--set", "x=1", "--from", "r", "--judges", "c"]
+    assert spread(said) == wanted
+    for left_alone in (["run", "--from", "a", "esr"], ["show", "run", "trial"], [], ["run"]):
+        assert spread(left_alone) == left_alone
+
+
+amounts = st.builds(Spend, *[st.integers(0, 10**9)] * 3, st.none() | st.integers(0, 10**6).map(float))
+
+
+@given(amounts, amounts)
+def test_spend_adds_up(a: Spend, b: Spend) -> None:
+    assert a + b == b + a
+    if a.cost is not None and b.cost is not None:
+        assert (a + b) - b == a
+    assert a * 2 == a + a
