@@ -95,7 +95,7 @@ def test_edits_the_residual_after_the_named_block(kind: str) -> None:
     with torch.no_grad():
         states = plain(ids, output_hidden_states=True).hidden_states
         for layer in range(3):
-            assert torch.allclose(engine.runner.residual(ids, layer)[0], states[layer + 1][0], atol=2e-4)
+            assert torch.allclose(engine.runner.residuals(ids, {layer})[layer][0], states[layer + 1][0], atol=2e-4)
         block = plain.get_decoder().layers[1]
         handle = block.register_forward_hook(lambda _m, _i, out: out + 5 * sae.W_dec[3])
         wanted = plain(ids).logits[0]
