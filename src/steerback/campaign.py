@@ -40,38 +40,59 @@ def is_done(step: Step) -> bool:
 
 def plan_lines(steps: Sequence[Step], judges: Maker = make_judge) -> list[str]:
     """What would be run, and at most how many responses, tokens, verdicts and minutes that is."""
-    jobs = [(step, execute.check(step.config, judges)) for step in steps]
-    lines, total = [], Counter[str]()
+    jobs = [(step, _checked(step, judges)) for step in steps]
+    lines, total, verdicts = [], Counter[str](), Counter[str]()
     shared: set[str] = set()  # stages that an earlier step has generated: the same requests, so they are in the cache
     for step, job in jobs:
-        done = is_done(step)
-        cost = _cost(job, shared)
+        cost, asked = _cost(job, shared), _verdicts(job)
         shared |= {stage for stage, n in of_experiment(job).items() if n and stage in UNJUDGED}
-        if not done:
+        state = f"at most {cost['responses']:,} responses, {cost['tokens']:,} tokens"
+        if not job.experiment.generates:
+            state = f"at most {max(asked.values())} of them judged by {', '.join(asked)}"
+        if is_done(step):
+            state = "done"
+        else:
             total.update(cost)
-        state = "done" if done else f"at most {cost['responses']:,} responses, {cost['tokens']:,} tokens"
+            verdicts.update(asked)
         lines.append(f"{step.folder.name}: {job.experiment.title}: {state}")
-    config = steps[0].config
     minutes = "" if total["unknown"] else f", about {max(total['seconds'] / 60, 0.1):.0f} min at the targets' speeds"
+    counted = ", ".join(f"{n:,} verdicts of judge {name}" for name, n in verdicts.items())
     lines.append(
-        f"to do: at most {total['responses']:,} responses, {total['tokens']:,} tokens, {total['verdicts']:,} verdicts "
-        f"of judge {config.judge}{minutes}; what is cached is not generated again"
+        f"to do: at most {total['responses']:,} responses, {total['tokens']:,} tokens, {counted}{minutes}; "
+        "what is cached is not done again"
     )
-    cap = max(response_tokens(job.config, target) for _, job in jobs for target in job.targets or ())
-    asked = judge_estimate(judges(config.judge), total["verdicts"], cap)
-    lines += [] if asked is None else [f"judge {config.judge}: at most {asked}"]
+    longest = max(response_tokens(job.config, target) for _, job in jobs for target in job.targets)
+    for name, n in verdicts.items():
+        asked_for = judge_estimate(judges(name), n, longest)
+        lines += [] if asked_for is None else [f"judge {name}: at most {asked_for}"]
     return lines
+
+
+def _checked(step: Step, judges: Maker) -> Job:
+    try:
+        return execute.check(step.config, judges)
+    except SteerbackError as error:
+        raise SteerbackError(
+            f"{step.folder.name}: {error} (leave it out with --skip {step.config.experiment})"
+        ) from None
+
+
+def _verdicts(job: Job) -> Counter[str]:
+    """At most how many verdicts a job needs, by judge."""
+    counts = of_experiment(job)
+    if not job.experiment.generates:  # the runs' own verdicts are taken over
+        names = [name for name in job.experiment.judges(job.config) if name != job.config.judge]
+        return Counter({name: sum(counts.values()) for name in names})
+    each = sum(n for stage, n in counts.items() if stage not in UNJUDGED)
+    return Counter({job.config.judge: each * len(job.targets)})
 
 
 def _cost(job: Job, shared: set[str]) -> Counter[str]:
     cost: Counter[str] = Counter()
     for target in job.targets:
-        counts = {stage: n for stage, n in of_experiment(job).items() if stage not in shared}
-        responses = sum(counts.values())
-        cap = response_tokens(job.config, target)
+        responses = sum(n for stage, n in of_experiment(job).items() if stage not in shared)
         cost["responses"] += responses
-        cost["tokens"] += responses * cap
-        cost["verdicts"] += sum(n for stage, n in counts.items() if stage not in UNJUDGED)
+        cost["tokens"] += responses * response_tokens(job.config, target)
         speed = target.responses_per_second
         cost["seconds"] += round(responses / speed) if speed else 0
         cost["unknown"] += speed is None
@@ -103,7 +124,7 @@ def run(steps: Sequence[Step], cached: bool, say: Callable[[str], None], judges:
 def _one(step: Step, cached: bool, say: Callable[[str], None], judges: Maker) -> None:
     progress, cache = make_progress(), execute.open_cache(cached)
     try:
-        analysis = execute.run(execute.check(step.config, judges), step.folder, progress, cache)
+        analysis = execute.run(_checked(step, judges), step.folder, progress, cache)
     finally:
         progress.close()
         if cache is not None:

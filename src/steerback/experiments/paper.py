@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from steerback.config import RunConfig, build_config
 from steerback.errors import SteerbackError, unknown
@@ -24,7 +25,10 @@ STEPS: tuple[tuple[str, str | None], ...] = (
     ("detector-statistics", "detectors"),
     ("traces", "detectors"),
     ("episode-statistics", "detectors"),
+    ("cross-judge", "esr"),
 )
+OFFLINE = ("offline", "offline-bayes")
+SPECIFIED = ("sonnet-4.5", "gpt-5-mini", "qwen3-32b", "haiku-4.5", "gemini-2.5-flash")
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,16 @@ def plan(
         if after is not None:
             base = (str(folders[after]), configs[after])
             own = tuple(f"options.{text}" for text in (options or {}).get(name, ()))
-            configs[name] = build_config(name, first.targets, base=base, assignments=own)
+            given = _judged_again(first.judge, folders["esr"]) if name == "cross-judge" else {}
+            configs[name] = build_config(name, first.targets, overrides=given, base=base, assignments=own)
         steps.append(Step(folders[name], configs[name], None if after is None else folders[after]))
     return steps
+
+
+def _judged_again(judge: str, source: Path) -> dict[str, Any]:
+    """Options of cross-judge: the run's judge and others of its kind, which are the specification's for a model."""
+    others = OFFLINE if judge in (*OFFLINE, "scripted") else SPECIFIED
+    return {"options": {"sources": [str(source)], "judges": list(dict.fromkeys((judge, *others)))}}
 
 
 def own_options(settings: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
