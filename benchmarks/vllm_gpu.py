@@ -1,27 +1,33 @@
 """Speed of steering on vLLM on a GPU: tokens/s by what is done to the requests, and whole-SAE activations.
 
-    python benchmarks/vllm_gpu.py speed llama-8b --requests 256 512 --out benchmarks/results/vllm_8b.json
-    python benchmarks/vllm_gpu.py speed gemma-9b --requests 256 --out benchmarks/results/vllm_gemma.json
-    python benchmarks/vllm_gpu.py speed llama-70b-fp8 --requests 256 --out benchmarks/results/vllm_70b.json
-    python benchmarks/vllm_gpu.py pool llama-8b --out benchmarks/results/vllm_pool.json
+    python benchmarks/vllm_gpu.py llama-8b --requests 256 512 --pool --out benchmarks/results/vllm_8b.json
+    python benchmarks/vllm_gpu.py gemma-9b --kinds add+clamp+record --out benchmarks/results/vllm_gemma.json
+    python benchmarks/vllm_gpu.py llama-70b-fp8 --kinds add+clamp+record --apart --out benchmarks/results/vllm_70b.json
 
 Shapes are real, weights are random (`dummy`): these runs measure speed alone. Numbers are checked by
 `pytest tests/vllm_engine`, which runs on a GPU too. Every request has a latent and a boost of its own; clamped and
-recorded latents are 26, the same for all. Stock vLLM and the steered engine run in one process after one another, the
-variants of the steered engine in turn.
+recorded latents are 26, the same for all; receipts and lengths are checked in every run. Stock vLLM and the steered
+engine live side by side on one GPU and are measured in turn (one idles while the other works), so that what drifts
+drifts for both; `--apart` measures one after the other, for models of which two do not fit.
+What is found is written after every measurement: a run that is cut off leaves what it had.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import gc
 import json
+import os
+import platform
 import random
-import shutil
+import shlex
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +42,37 @@ SHAPES: dict[str, dict[str, Any]] = {
     | {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 16384, "steer": 2},
 }
 PROMPT, NEW, CLAMPED, LENGTH = 48, 256, 26, 512
+KINDS = ("idle", "add", "add+clamp", "add+clamp+record")
 
 
-def write_target(shape: str, folder: Path, latents: int) -> Any:
-    """A folder with the shape's config, the built-in model's tokenizer and a random SAE in bfloat16."""
-    import torch
+class Report:
+    """Measurements, written whenever one is added."""
+
+    def __init__(self, out: Path | None, **facts: Any) -> None:
+        self.out, self.begin = out, time.perf_counter()
+        self.found: dict[str, Any] = {
+            "command": shlex.join(["python", *sys.argv]),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "python": platform.python_version(),
+            **facts,
+        }
+
+    def add(self, **facts: Any) -> None:
+        self.found |= facts
+        self.found["seconds_in_all"] = round(time.perf_counter() - self.begin, 1)
+        print(f"[{self.found['seconds_in_all']:.0f} s] {json.dumps(facts)[:1500]}", flush=True)
+        if self.out:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.out.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
+
+
+def write_model(shape: str, folder: Path) -> int:
+    """A folder with the shape's config and the built-in model's tokenizer; returns the layer to steer."""
+    import shutil
+
     from transformers import AutoConfig
 
     from steerback.organism import weights_dir
-    from steerback.targets import from_folder
-    from steerback.targets.sae import Sae, save_native
 
     fields = dict(SHAPES[shape])
     steer, _ = fields.pop("steer"), fields.pop("fp8", None)
@@ -54,22 +81,26 @@ def write_target(shape: str, folder: Path, latents: int) -> Any:
     config.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(weights_dir("organism") / name, folder / name)
+    return int(steer)
+
+
+def write_target(shape: str, folder: Path, latents: int) -> Any:
+    """The model's folder with a random SAE in bfloat16."""
+    import torch
+
+    from steerback.targets import from_folder
+    from steerback.targets.sae import Sae, save_native
+
+    steer = write_model(shape, folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    d = fields["hidden_size"]
+    d = SHAPES[shape]["hidden_size"]
     decoder = torch.nn.functional.normalize(torch.randn(latents, d, device=device), dim=1).bfloat16().cpu()
     zeros = torch.zeros(latents)
     sae = Sae("relu", steer, decoder.T.contiguous(), zeros, decoder, torch.zeros(d), zeros)
     save_native(sae, folder, torch.bfloat16, boost_prior=[4.0, 2.0, 0.0, 40.0])
+    if device == "cuda":
+        torch.cuda.empty_cache()
     return from_folder(folder, steer_layer=steer, read_layer=steer, dtype="bfloat16", prompt_format="plain")
-
-
-def engine_of(target: Any, shape: str, batch: int, **more: Any) -> Any:
-    from steerback.engines.vllm.engine import VllmEngine
-
-    options: dict[str, Any] = {"load_format": "dummy", "gpu_memory_utilization": 0.85, **more}
-    if SHAPES[shape].get("fp8"):
-        options["quantization"] = "fp8"
-    return VllmEngine(target, batch_size=batch, max_model_len=LENGTH, options=options)
 
 
 def stock_driver(engine: Any) -> Any:
@@ -83,6 +114,31 @@ def stock_driver(engine: Any) -> Any:
         return AsyncLLM.from_engine_args(AsyncEngineArgs(**engine._arguments, disable_log_stats=True))
 
     return Driver(engine.settings, launch)
+
+
+def start(target: Any, args: argparse.Namespace) -> tuple[Any, Any]:
+    """The steered engine and stock vLLM (None if `--apart`), started at the same time."""
+    from steerback.engines.vllm.engine import VllmEngine
+
+    class Beside(VllmEngine):
+        stock: Any = None
+
+        def _start(self, *rest: Any) -> Any:
+            if args.apart:
+                return super()._start(*rest)
+            with ThreadPoolExecutor(1) as pool:
+                stock = pool.submit(stock_driver, self)
+                drivers = super()._start(*rest)
+                self.stock = stock.result()
+            return drivers
+
+    options: dict[str, Any] = {"load_format": "dummy", "gpu_memory_utilization": 0.85 if args.apart else 0.4}
+    if args.kv_gib:  # without it the two engines would watch each other's memory while they start
+        options["kv_cache_memory_bytes"] = args.kv_gib << 30
+    if SHAPES[args.shape].get("fp8"):
+        options["quantization"] = "fp8"
+    engine = Beside(target, batch_size=max(args.requests), max_model_len=LENGTH, options=options)
+    return engine, engine.stock
 
 
 def jobs_of(kind: str, requests: int, engine: Any, seed: int) -> list[Any]:
@@ -99,7 +155,7 @@ def jobs_of(kind: str, requests: int, engine: Any, seed: int) -> list[Any]:
     out = []
     for n in range(requests):
         add = Intervention("add", draw.randrange(site.n_latents), draw.uniform(1, 8))
-        edits = {"plain": (), "add": (add,)}.get(kind, (add, *clamps))
+        edits = {"stock": (), "idle": (), "add": (add,)}.get(kind, (add, *clamps))
         record = tuple(shared) if kind == "add+clamp+record" else ()
         ticket = Ticket(f"{kind}/{seed}/{n}", edits, record, site.read_layer, PROMPT + NEW)
         ids = tuple(draw.randrange(10, vocabulary) for _ in range(PROMPT))
@@ -110,6 +166,7 @@ def jobs_of(kind: str, requests: int, engine: Any, seed: int) -> list[Any]:
 
 def timed(driver: Any, jobs: Sequence[Any]) -> float:
     """Seconds until all are answered; checks lengths, receipts and recordings."""
+    gc.collect()
     begin = time.perf_counter()
     answers = [future.result() for future in [driver.submit(job) for job in jobs]]
     seconds = time.perf_counter() - begin
@@ -122,107 +179,121 @@ def timed(driver: Any, jobs: Sequence[Any]) -> float:
     return seconds
 
 
-def measure(driver: Any, kinds: Sequence[str], requests: int, engine: Any, repeats: int) -> dict[str, list[float]]:
-    """Tokens/s of each kind, `repeats` times in turn after one warm-up each."""
-    speeds: dict[str, list[float]] = {kind: [] for kind in kinds}
-    for repeat in range(repeats + 1):
-        for kind in kinds:
-            seconds = timed(driver, jobs_of(kind, requests, engine, seed=1000 * requests + repeat))
-            if repeat:
-                speeds[kind].append(requests * NEW / seconds)
-    return speeds
-
-
-def speed(args: argparse.Namespace) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
-        target = write_target(args.shape, Path(scratch), args.latents)
-        engine = engine_of(target, args.shape, max(args.requests))
-        kinds = ("plain", "add", "add+clamp", "add+clamp+record")
-        found = {n: measure(engine._drivers[0], kinds, n, engine, args.repeats) for n in args.requests}
-        facts = engine.describe()
-        engine.close()
-        gc.collect()
-        stock = stock_driver(engine)
-        for n in args.requests:
-            found[n] |= {"stock": measure(stock, ("plain",), n, engine, args.repeats)["plain"]}
-        stock.close()
-    table = {}
-    for n, speeds in found.items():
-        base = statistics.median(speeds["stock"])
-        table[n] = {
-            kind: {
-                "tokens_per_second": [round(s) for s in values],
-                "median": round(statistics.median(values)),
-                "of_stock": round(statistics.median(values) / base, 4),
-            }
-            for kind, values in speeds.items()
-        }
-    return {"shape": args.shape, "prompt": PROMPT, "new": NEW, "engine": facts, "requests": table}
-
-
-def pool(args: argparse.Namespace) -> dict[str, Any]:
-    """Prompts/s of whole-SAE maxima over 256-token texts, against the same texts only read."""
-    import torch
-
-    from steerback.engines.vllm.driver import Job
-    from steerback.engines.vllm.settings import Ticket
-
-    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
-        target = write_target(args.shape, Path(scratch), args.latents)
-        engine = engine_of(target, args.shape, 256)
-        driver, texts, length = engine._drivers[0], 512, 256
-        vocabulary = engine._loaded.prompter.tokenizer.vocab_size
-        rates: dict[str, list[float]] = {"read": [], "pooled": []}
-        free: list[float] = []
-        for repeat in range(args.repeats + 1):
-            for kind in rates:
-                draw = random.Random(repeat + 100 * (kind == "read"))
-                sampling = {"temperature": 0.0, "max_tokens": 1, "detokenize": False}
-                jobs = [
-                    Job(
-                        Ticket(f"{kind}/{repeat}/{n}", pool=((0, length),) if kind == "pooled" else ()),
-                        tuple(draw.randrange(10, vocabulary) for _ in range(length)),
-                        sampling,
-                    )
-                    for n in range(texts)
-                ]
-                begin = time.perf_counter()
-                for future in [driver.submit(job) for job in jobs]:
-                    future.result()
-                if repeat:
-                    rates[kind].append(texts / (time.perf_counter() - begin))
-                if torch.cuda.is_available():
-                    free.append(torch.cuda.mem_get_info()[0] / 2**30)
-        facts = engine.describe()
-        engine.close()
-    medians = {kind: statistics.median(values) for kind, values in rates.items()}
+def table_of(speeds: dict[str, list[float]]) -> dict[str, Any]:
+    """Median, spread and share of stock vLLM's median, by kind."""
+    base = statistics.median(speeds["stock"]) if speeds.get("stock") else None
     return {
-        "shape": args.shape,
-        "latents": args.latents,
-        "text_tokens": length,
-        "texts_per_second": {kind: [round(v, 1) for v in values] for kind, values in rates.items()},
-        "of_reading": round(medians["pooled"] / medians["read"], 4),
-        "least_free_gib": round(min(free), 2) if free else None,
-        "engine": facts,
+        kind: {
+            "tokens_per_second": [round(s) for s in values],
+            "median": round(statistics.median(values)),
+            "spread": round((max(values) - min(values)) / statistics.median(values), 4),
+            **({} if base is None else {"of_stock": round(statistics.median(values) / base, 4)}),
+        }
+        for kind, values in speeds.items()
+        if values
     }
 
 
+def measure(drivers: dict[str, Any], engine: Any, args: argparse.Namespace, report: Report) -> None:
+    """Tokens/s of each kind for every number of requests, `--repeats` times in turn after one warm-up each."""
+    for requests in args.requests:
+        speeds = RAW.setdefault(requests, {})
+        speeds.update({kind: [] for kind in drivers})
+        for repeat in range(args.repeats + 1):
+            for kind, driver in drivers.items():
+                seconds = timed(driver, jobs_of(kind, requests, engine, seed=1000 * requests + repeat))
+                if repeat:
+                    speeds[kind].append(requests * NEW / seconds)
+            report.add(tokens_per_second={str(n): table_of(kinds) for n, kinds in RAW.items()})
+
+
+RAW: dict[int, dict[str, list[float]]] = {}
+"""Tokens/s by number of requests and kind."""
+
+
+def compare(engine: Any, stock: Any, args: argparse.Namespace, report: Report) -> None:
+    """Speed of every kind, and of stock vLLM."""
+    steered = dict.fromkeys(args.kinds, engine._drivers[0])
+    if stock is not None:
+        measure({"stock": stock} | steered, engine, args, report)
+        return
+    measure(steered, engine, args, report)
+    engine.close()
+    gc.collect()
+    alone = stock_driver(engine)
+    measure({"stock": alone}, engine, args, report)
+    alone.close()
+
+
+def pool(engine: Any, stock: Any, args: argparse.Namespace, report: Report) -> None:
+    """Texts/s of whole-SAE maxima over 256-token texts, against the same texts only read; peak memory of both."""
+    from steerback.engines.vllm.driver import Job
+    from steerback.engines.vllm.settings import Ticket
+
+    driver, texts, length = engine._drivers[0], args.texts, 256
+    vocabulary = engine._loaded.prompter.tokenizer.vocab_size
+    sampling = {"temperature": 0.0, "max_tokens": 1, "detokenize": False}
+    rates: dict[str, list[float]] = {}
+    peaks: dict[str, float] = {}
+    kinds = {"read by stock": stock, "read": driver, "pooled": driver}
+    for repeat in range(args.repeats + 1):
+        for number, (kind, on) in enumerate(kinds.items()):
+            if on is None:
+                continue
+            draw = random.Random(repeat + 100 * number)
+            spans = ((0, length),) if kind == "pooled" else ()
+            jobs = [
+                Job(
+                    Ticket(f"{kind}/{repeat}/{n}", pool=spans),
+                    tuple(draw.randrange(10, vocabulary) for _ in range(length)),
+                    sampling,
+                )
+                for n in range(texts)
+            ]
+            driver.call("steerback_memory")
+            begin = time.perf_counter()
+            for future in [on.submit(job) for job in jobs]:
+                future.result()
+            if repeat:
+                rates.setdefault(kind, []).append(texts / (time.perf_counter() - begin))
+            if on is driver:
+                peaks[kind] = max(peaks.get(kind, 0.0), driver.call("steerback_memory")[0] / 2**30)
+        if repeat:
+            medians = {kind: statistics.median(values) for kind, values in rates.items()}
+            of = {f"of_{kind.replace(' ', '_')}": round(medians["pooled"] / medians[kind], 4) for kind in medians}
+            del of["of_pooled"]
+            shown = {kind: [round(v, 1) for v in values] for kind, values in rates.items()}
+            peak = {kind: round(v, 3) for kind, v in peaks.items()}
+            report.add(pool={"text_tokens": length, "texts": texts, "texts_per_second": shown, "peak_gib": peak} | of)
+
+
 def main() -> None:
+    os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")  # torch has used the GPU before vLLM starts
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "pool"))
     parser.add_argument("shape", choices=tuple(SHAPES))
-    parser.add_argument("--requests", type=int, nargs="+", default=[256])
+    parser.add_argument("--requests", type=int, nargs="*", default=[256])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--latents", type=int, default=65536)
+    parser.add_argument("--pool", action="store_true", help="whole-SAE activations as well")
+    parser.add_argument("--texts", type=int, default=512)
+    parser.add_argument("--apart", action="store_true", help="stock vLLM after the steered engine, not beside it")
+    parser.add_argument("--kv-gib", type=int, default=28, help="cache of each engine; 0: as vLLM chooses")
     parser.add_argument("--scratch", default=None, help="folder for the random SAE (1 GB for 8B)")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    result = {"speed": speed, "pool": pool}[args.what](args)
-    text = json.dumps(result, indent=1)
-    print(text)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text + "\n", encoding="utf-8")
+    report = Report(args.out, shape=args.shape, prompt=PROMPT, new=NEW, clamped=CLAMPED, latents=args.latents)
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+        target = write_target(args.shape, Path(scratch), args.latents)
+        report.add(target_written=True)
+        engine, stock = start(target, args)
+        report.add(engine=engine.describe())
+        if args.pool:
+            pool(engine, stock, args, report)
+        compare(engine, stock, args, report)
+        engine.close()
+        if stock is not None:
+            stock.close()
 
 
 if __name__ == "__main__":
