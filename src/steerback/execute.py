@@ -77,10 +77,16 @@ def _steerable(target: Target, config: RunConfig, experiment: Experiment) -> Tar
             f"target {target.name!r} has neither an SAE nor directions to steer with; make one with: "
             f"steerback directions make {target.name} NAME --topic FILE"
         )
+    if config.latents is not None:
+        check_own(config.latents, target.n_latents, target.labels(), target.directions())
+    return _used(target, config)
+
+
+def _used(target: Target, config: RunConfig) -> Target:
+    """The target with the directions that a run's latents name; all of them where there is no SAE and no list."""
     if config.latents is None:
         return target.with_directions(()) if target.has_sae else target
-    keys = check_own(config.latents, target.n_latents, target.labels(), target.directions())
-    return target.with_directions([key for key in keys if isinstance(key, str)])
+    return target.with_directions([key for key in config.latents if isinstance(key, str)])
 
 
 def _default_judge(config: RunConfig) -> str:
@@ -250,7 +256,7 @@ def _judge_all(opened: Run, judge: Judge, progress: Progress, cache: Cache | Non
     try:
         for target, rows in work.rows.items():
             if rows:
-                judge.prepare(references(opened.ledger.rows(target=target), _contexts(target)))
+                judge.prepare(references(opened.ledger.rows(target=target), _contexts(target, opened.config)))
                 bench = Workbench(opened.ledger, None, judge, Sampling(), progress, cache)
                 asyncio.run(judge_rows(bench, rows, f"{target}: judging with {judge.name}"))
     finally:
@@ -258,10 +264,10 @@ def _judge_all(opened: Run, judge: Judge, progress: Progress, cache: Cache | Non
     return work.count
 
 
-def _contexts(name: str) -> Mapping[LatentKey, Sequence[str]]:
+def _contexts(name: str, config: RunConfig) -> Mapping[LatentKey, Sequence[str]]:
     """Contexts of a target's latents; none for the model of an imported run, which need not be a target of ours."""
     try:
-        return resolve(name).contexts()
+        return _used(resolve(name), config).contexts()
     except SteerbackError:
         return {}
 

@@ -88,7 +88,8 @@ def run_command(
     overrides: dict[str, Any] = {"engine": engine, "judge": judge, "prompts": prompts, "limit": limit}
     overrides |= {"options": options} if options else {}
     if latents is not None:
-        own = parse_latents(latents, resolve(chosen[0]).labels())
+        first = resolve(chosen[0])
+        own = parse_latents(latents, first.labels(), directions=first.directions())
         overrides |= {"n_latents": own} if isinstance(own, int) else {"latents": own}
     built = build_config(experiment, chosen, preset, config, overrides, tuple(settings or ()), base)
     job = execute.check(built, judges_within(max_judge_calls, max_judge_cost, judge_price, judge_batch))
