@@ -99,9 +99,9 @@ def test_weights_are_checked(tmp_path: Path) -> None:
     save_native(replace(sae, b_enc=sae.b_enc[:-1]), tmp_path)
     with pytest.raises(SteerbackError, match=r"b_enc has shape \(63,\), expected \(64,\)"):
         load_sae(tmp_path)
-    with pytest.raises(SteerbackError, match="unknown SAE format 'goodfire'; choose one of: steerback"):
-        load_sae(tmp_path, "goodfire")
-    with pytest.raises(SteerbackError, match=r"no sae\.json there"):
+    with pytest.raises(SteerbackError, match="unknown SAE format 'goodfyre'; choose one of: steerback, goodfire"):
+        load_sae(tmp_path, "goodfyre")
+    with pytest.raises(SteerbackError, match="no such folder or file"):
         load_sae(tmp_path / "absent")
     with pytest.raises(SteerbackError, match="the model has 48"):
         sae.check("here", 48)

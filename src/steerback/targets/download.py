@@ -29,6 +29,10 @@ Progress = Callable[[int, int | None], None]
 """Called with the bytes that are there and the size of the file, None where the server does not say."""
 
 
+class NoSuchFile(SteerbackError):
+    """The repository is there, the file is not: not an error to who can do without it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Downloaded:
     """A whole file: where it is, the SHA-256 of its contents, and its size in bytes."""
@@ -291,7 +295,7 @@ def hub_file(
             "and point HF_HOME at that cache"
         ) from error
     except errors.EntryNotFoundError as error:
-        raise SteerbackError(f"{repo}: no file {file!r} at revision {version!r}; see {page}/tree/{version}") from error
+        raise NoSuchFile(f"{repo}: no file {file!r} at revision {version!r}; see {page}/tree/{version}") from error
     except errors.HfHubHTTPError as error:
         status = getattr(error.response, "status_code", 0)
         raise SteerbackError(_refusal(status, f"{page}/resolve/{version}/{file}", _token() is not None)) from error

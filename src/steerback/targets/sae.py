@@ -1,7 +1,8 @@
-"""Sparse autoencoders: one frozen class for ReLU, JumpReLU and TopK, and a registry of file formats.
+"""Sparse autoencoders: one frozen class for ReLU, JumpReLU and TopK, whatever file it came from, and our own format.
 
 Convention: pre = h @ W_enc + b_enc (no input-bias subtraction, no normalisation), z = pre * (pre > threshold),
-reconstruction = z @ W_dec + b_dec. Loaders fold other conventions into this one or refuse.
+reconstruction = z @ W_dec + b_dec. Loaders (`targets.formats`) fold other conventions into this one or refuse.
+Weights may be views of a file on disk, so nothing here makes a second copy of a whole matrix unless it says so.
 It knows nothing of models beyond the width and layer it was trained for.
 """
 
@@ -9,11 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,8 +22,13 @@ from torch import Tensor
 from steerback.errors import SteerbackError, unknown
 from steerback.targets.labels import read_metadata
 
+if TYPE_CHECKING:
+    from steerback.targets.target import SaeSource
+
 Kind = Literal["relu", "jumprelu", "topk"]
 TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+BLOCK = 1 << 26
+"""Elements of a matrix that are converted at a time: 256 MB as float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +37,7 @@ class Sae:
 
     W_enc (d, n), b_enc (n,), W_dec (n, d), b_dec (d,), threshold (n,) (zeros for ReLU and TopK). JumpReLU compares
     strictly: an activation equal to its threshold is 0. TopK keeps the k largest pre-activations above threshold.
+    Weights are float32 or bfloat16; arithmetic is in the wider of the weights' and the residual's type.
     """
 
     kind: Kind
@@ -56,14 +63,25 @@ class Sae:
         ReLU and JumpReLU compute only the columns asked for; TopK has to encode everything to know which k win.
         """
         h = h.to(torch.promote_types(h.dtype, self.W_enc.dtype))
-        if self.kind == "topk":
-            z = self.activate(h @ self.W_enc.to(h) + self.b_enc.to(h), self.threshold.to(h))
+        if self.kind == "topk" or latents is None:
+            z = self.activate(self._pre(h), self.threshold.to(h))
             return z if latents is None else z[..., list(latents)]
-        if latents is None:
-            return self.activate(h @ self.W_enc.to(h) + self.b_enc.to(h), self.threshold.to(h))
         columns = list(latents)
         pre = h @ self.W_enc[:, columns].to(h) + self.b_enc[columns].to(h)
         return self.activate(pre, self.threshold[columns].to(h))
+
+    def _pre(self, h: Tensor) -> Tensor:
+        """Pre-activations (..., n) of all latents; weights of another type or device are converted in blocks."""
+        if self.W_enc.dtype == h.dtype and self.W_enc.device == h.device:
+            return h @ self.W_enc + self.b_enc
+        pre = h.new_empty(*h.shape[:-1], self.n_latents)
+        for part in self._latent_blocks():
+            pre[..., part] = h @ self.W_enc[:, part].to(h) + self.b_enc[part].to(h)
+        return pre
+
+    def _latent_blocks(self) -> Iterator[slice]:
+        step = max(BLOCK // self.d_model, 1)
+        return (slice(first, first + step) for first in range(0, self.n_latents, step))
 
     def activate(self, pre: Tensor, threshold: Tensor) -> Tensor:
         """Activations from pre-activations; TopK needs all latents in the last dimension."""
@@ -76,7 +94,12 @@ class Sae:
 
     def decode(self, z: Tensor) -> Tensor:
         """Reconstruction (..., d) of activations (..., n)."""
-        return z @ self.W_dec.to(z) + self.b_dec.to(z)
+        if self.W_dec.dtype == z.dtype and self.W_dec.device == z.device:
+            return z @ self.W_dec + self.b_dec
+        total = self.b_dec.to(z).expand(*z.shape[:-1], -1).clone()
+        for part in self._latent_blocks():
+            total += z[..., part] @ self.W_dec[part].to(z)
+        return total
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Sae:
         """The same SAE on another device or in another float type."""
@@ -87,10 +110,37 @@ class Sae:
         """SHA-256 of kind, layer, k and all weights (as float32): part of every cache key."""
         state = hashlib.sha256(json.dumps([self.kind, self.layer, self.k]).encode())
         for name in TENSORS:
-            tensor = getattr(self, name)
+            tensor = getattr(self, name).detach()
             state.update(f"{name}{tuple(tensor.shape)}".encode())
-            state.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data)
+            for part in _blocks(tensor, 0):
+                state.update(part.to("cpu", torch.float32).contiguous().numpy().data)
         return state.hexdigest()
+
+    @cached_property
+    def decoder_norms(self) -> Tensor:
+        """L2 norm of each latent's decoder direction, (n,) float32 on the CPU."""
+        return torch.cat([part.float().norm(dim=1).cpu() for part in _blocks(self.W_dec.detach(), 0)])
+
+    def norms(self) -> dict[str, float]:
+        """Summary of the decoder norms; the formats known here have unit norms, so others deserve a second look."""
+        norms = self.decoder_norms
+        low, middle, high = torch.quantile(norms[:: max(len(norms) // 1_000_000, 1)], torch.tensor([0.05, 0.5, 0.95]))
+        return {
+            "min": float(norms.min()),
+            "5 %": float(low),
+            "median": float(middle),
+            "95 %": float(high),
+            "max": float(norms.max()),
+            "zero": int((norms == 0).sum()),
+        }
+
+    @cached_property
+    def _damaged(self) -> str | None:
+        """The first tensor that holds NaN or infinity; looked for once, as it reads all weights."""
+        for name in TENSORS:
+            if not all(bool(torch.stack(part.aminmax()).isfinite().all()) for part in _blocks(getattr(self, name))):
+                return name
+        return None
 
     def check(self, where: str, d_model: int | None = None, n_layers: int | None = None) -> Sae:
         """Itself, or a SteerbackError saying which shape, value or layer is wrong; `where` names the file."""
@@ -99,13 +149,15 @@ class Sae:
         if self.W_enc.ndim != 2:
             raise SteerbackError(f"{where}: W_enc has shape {tuple(self.W_enc.shape)}, expected (d_model, n_latents)")
         d, n = self.W_enc.shape
+        if not d * n:
+            raise SteerbackError(f"{where}: W_enc has shape ({d}, {n}); it holds no latents")
         shapes = {"W_enc": (d, n), "b_enc": (n,), "W_dec": (n, d), "b_dec": (d,), "threshold": (n,)}
         for name, shape in shapes.items():
             tensor = getattr(self, name)
             if tuple(tensor.shape) != shape:
                 raise SteerbackError(f"{where}: {name} has shape {tuple(tensor.shape)}, expected {shape}")
-            if not bool(tensor.isfinite().all()):
-                raise SteerbackError(f"{where}: {name} contains NaN or infinity; the file is damaged")
+        if self._damaged is not None:
+            raise SteerbackError(f"{where}: {self._damaged} contains NaN or infinity; the file is damaged")
         if self.kind == "topk" and not (self.k is not None and 1 <= self.k <= n):
             raise SteerbackError(f"{where}: a topk SAE needs k between 1 and {n}, not {self.k!r}")
         if d_model is not None and d != d_model:
@@ -117,28 +169,25 @@ class Sae:
         return self
 
 
-Loader = Callable[[Path], Sae]
-LOADERS: dict[str, Loader] = {}
+def _blocks(tensor: Tensor, dim: int | None = None) -> Iterator[Tensor]:
+    """Parts of a tensor of about BLOCK elements, along `dim` or along the dimension in which it is stored."""
+    if tensor.ndim == 1:
+        yield tensor
+        return
+    along = dim if dim is not None else max(range(tensor.ndim), key=tensor.stride)
+    step = max(BLOCK * tensor.shape[along] // max(tensor.numel(), 1), 1)
+    for first in range(0, tensor.shape[along], step):
+        yield tensor.narrow(along, first, min(step, tensor.shape[along] - first))
 
 
-def loader(name: str) -> Callable[[Loader], Loader]:
-    """Registers a function that reads an SAE folder or file of format `name`."""
+def load_sae(source: Path | SaeSource, format: str = "steerback") -> Sae:
+    """Reads an SAE on the CPU and checks it: a folder or file of a format, or a source (which names its own)."""
+    from steerback.targets.formats import read
+    from steerback.targets.target import SaeSource
 
-    def register(function: Loader) -> Loader:
-        LOADERS[name] = function
-        return function
-
-    return register
+    return read(source if isinstance(source, SaeSource) else SaeSource(str(source), format))
 
 
-def load_sae(path: Path, kind: str = "steerback") -> Sae:
-    """Reads an SAE of file format `kind` on the CPU and checks it."""
-    if kind not in LOADERS:
-        raise unknown("SAE format", kind, sorted(LOADERS))
-    return LOADERS[kind](path).check(str(path))
-
-
-@loader("steerback")
 def load_native(folder: Path) -> Sae:
     """Our own format: `sae.safetensors` (W_enc, b_enc, W_dec, b_dec, threshold) and `sae.json` beside it."""
     from safetensors import SafetensorError
@@ -160,12 +209,17 @@ def load_native(folder: Path) -> Sae:
         kind=meta["kind"],
         layer=meta["layer"],
         k=meta.get("k"),
-        **{name: tensors[name].to(torch.float32) for name in TENSORS},
+        **{name: stored(tensors[name]) for name in TENSORS},
     ).check(str(weights))
     for name, value in (("d_model", sae.d_model), ("n_latents", sae.n_latents)):
         if meta.get(name, value) != value:
             raise SteerbackError(f"{folder}: sae.json says {name} {meta[name]}, the weights say {value}")
     return sae
+
+
+def stored(tensor: Tensor) -> Tensor:
+    """A tensor in a type that an `Sae` may have: bfloat16 as it is, any other as float32."""
+    return tensor if tensor.dtype == torch.bfloat16 else tensor.to(torch.float32)
 
 
 def save_native(sae: Sae, folder: Path, dtype: torch.dtype = torch.float32, **extra: Any) -> None:

@@ -40,12 +40,19 @@ class BoostPrior:
 
 @dataclass(frozen=True, slots=True)
 class SaeSource:
-    """Where an SAE comes from: a format known to `targets.sae`, a folder or hub id, a file in it, a revision."""
+    """Where an SAE comes from: a format known to `targets.formats`, a folder or hub id, a file in it, a revision.
+
+    `layer` is the target's `sae_layer`, for files that do not say theirs; `dtype` None keeps bfloat16 and makes
+    anything else float32; `input_scale` is the constant that training multiplied inputs by, where the file lacks it.
+    """
 
     location: str
     format: str = "steerback"
     file: str | None = None
     revision: str | None = None
+    layer: int | None = None
+    dtype: Dtype | None = None
+    input_scale: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
