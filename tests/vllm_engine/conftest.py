@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob = ["test_engine*.py"]  # these need vLLM; `make test-vllm` makes an environment that has it
@@ -18,6 +19,10 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+GPU = torch.cuda.device_count() > 0
+if GPU:
+    os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # attention in float32 as the reference has it, not in TF32
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the second model runner, which is not compiled then
 
@@ -44,11 +49,21 @@ class Pair:
         from steerback.engines.vllm.engine import VllmEngine
 
         length = options.pop("max_model_len", None)
+        if GPU:  # little memory, so that two such runs may share a GPU
+            options |= {"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 1 << 30}
         self.target = target
         self.vllm = VllmEngine(
             target, batch_size=32, max_model_len=length, layers=(0,), options={"max_logprobs": -1, **options}
         )
-        self.reference = TransformersEngine(target, batch_size=2)
+        self.reference = TransformersEngine(target, batch_size=2, device="cpu")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Says how far from the reference the engine was, tolerances aside."""
+    import small
+
+    for what, worst in sorted(small.SEEN.items()):
+        terminalreporter.write_line(f"largest difference from the reference, {what}: {worst:.1e}")
 
 
 @pytest.fixture(scope="session")

@@ -5,15 +5,34 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from steerback.targets import Target, from_folder
 from steerback.targets.sae import Kind, Sae, save_native
 
+GPU = torch.cuda.device_count() > 0
+TOLERANCE = 1e-3 if GPU else 1e-4
+"""On log-probabilities and activations in float32; kernels differ in the order of their sums."""
+POOLED = 2e-2 if GPU else TOLERANCE
+"""On whole-SAE activations, which are computed in TensorFloat-32 on a GPU."""
+EFFECT = 1.0
+"""What an intervention has to move the log-probabilities by, at least, for agreement to mean anything."""
+SEEN: dict[str, float] = {}
+"""The largest differences met, by what was compared."""
+
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,!?"
 TEMPLATE = (
     "{{ '<s>' }}{% for m in messages %}<u>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 )
+
+
+def near(what: str, got: Any, want: Any, tolerance: float = TOLERANCE) -> None:
+    """Asserts that two arrays agree, and remembers how well."""
+    got, want = np.asarray(got), np.asarray(want)
+    assert got.shape == want.shape
+    SEEN[what] = max(SEEN.get(what, 0.0), float(np.abs(got - want).max(initial=0.0)))
+    np.testing.assert_allclose(got, want, atol=tolerance, rtol=tolerance)
 
 
 def tokenizer() -> Any:

@@ -10,15 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small import EFFECT, POOLED, TOLERANCE, near
 
 from steerback.engines.vllm.driver import Job
 from steerback.errors import SteerbackError
 from steerback.records import Completion, Intervention, Recording, Request, Sampling, expected_positions
-
-TOLERANCE = 1e-4
-"""On log-probabilities in float32; kernels differ in the order of their sums, and about 1e-5 is seen."""
-EFFECT = 1.0
-"""What an intervention has to move the log-probabilities by, at least, for agreement to mean anything."""
 
 ADD = Intervention("add", 3, 4.0)
 CASES: dict[str, tuple[Intervention, ...]] = {
@@ -53,7 +49,7 @@ def close_to_reference(pair: Any, ids: list[int], edits: tuple[Intervention, ...
     got = pair.vllm.teacher_forced(ids, edits, prompt)
     want = pair.reference.teacher_forced(ids, edits, prompt).log_softmax(-1).numpy()
     plain = pair.reference.teacher_forced(ids, (), prompt).log_softmax(-1).numpy()
-    np.testing.assert_allclose(got, want, atol=TOLERANCE)
+    near("log-probabilities", got, want)
     return float(np.abs(want - plain).max())
 
 
@@ -81,8 +77,8 @@ def check_recordings(pair: Any, requests: list[Request]) -> None:
         assert mine.finish == its.finish
         assert mine.receipt_matches(request.interventions)
         assert mine.receipt.positions == its.receipt.positions
-        assert mine.receipt.added_norm == pytest.approx(its.receipt.added_norm, rel=1e-4)
-        np.testing.assert_allclose(mine.activations, its.activations, atol=TOLERANCE)
+        assert mine.receipt.added_norm == pytest.approx(its.receipt.added_norm, rel=TOLERANCE)
+        near("recorded activations", mine.activations, its.activations)
         assert np.abs(mine.activations).max() > 0.1
 
 
@@ -120,9 +116,7 @@ def test_mixed_requests_in_one_batch_are_each_steered_as_alone(relu: Any) -> Non
         prompt = list(answer.output.prompt_token_ids)
         ids = prompt + list(output.token_ids)
         want = relu.reference.teacher_forced(ids[:-1], request.interventions, len(prompt)).log_softmax(-1).numpy()
-        for n, found in enumerate(output.logprobs):
-            for token, value in found.items():
-                assert value.logprob == pytest.approx(want[len(prompt) + n - 1, token], abs=TOLERANCE), (request, n)
+        sampled_near(output, want[len(prompt) - 1 :])
     after = relu.vllm._drivers[0].call("steerback_state")[0]
     assert after["preemptions"] > before["preemptions"], "no request was preempted; the test must force it"
     assert {k: after[k] for k in before if k != "preemptions"} == {k: before[k] for k in before if k != "preemptions"}
@@ -154,10 +148,14 @@ def check_greedy(pair: Any, request: Request) -> Completion:
     assert completion.receipt_matches(request.interventions)
     ids, prompt = [*job.token_ids, *completion.token_ids], len(job.token_ids)
     want = pair.reference.teacher_forced(ids[:-1], request.interventions, prompt).log_softmax(-1).numpy()
-    for n, found in enumerate(answer.output.outputs[0].logprobs):
-        for token, value in found.items():
-            assert value.logprob == pytest.approx(want[prompt + n - 1, token], abs=TOLERANCE), (request, n)
+    sampled_near(answer.output.outputs[0], want[prompt - 1 :])
     return completion
+
+
+def sampled_near(output: Any, want: Any) -> None:
+    """The log-probabilities that came with generated tokens are those of the reference, `want` (n, vocabulary)."""
+    found = [(n, token, v.logprob) for n, step in enumerate(output.logprobs) for token, v in step.items()]
+    near("log-probabilities while generating", [v for *_, v in found], [want[n, token] for n, token, _ in found])
 
 
 def test_cache_is_used_by_requests_with_equal_interventions(relu: Any) -> None:
@@ -198,8 +196,7 @@ def test_whole_sae_activations_equal_the_reference(relu: Any) -> None:
     for latents, include, pool in ((None, False, "max"), (None, True, "mean"), ([4, 90, 2], False, "active")):
         got = relu.vllm.activations(prompts, responses, latents, include, pool)
         want = relu.reference.activations(prompts, responses, latents, include, pool)
-        assert got.shape == want.shape
-        np.testing.assert_allclose(got, want, atol=TOLERANCE)
+        near("whole-SAE activations", got, want, POOLED)
         assert np.abs(got).max() > 0.5
     np.testing.assert_array_equal(relu.vllm.decoder_norms(), relu.reference.decoder_norms())
 

@@ -9,7 +9,8 @@ import numpy as np
 import small
 import torch
 from safetensors.torch import load_file, save_file
-from test_engine import CASES, EFFECT, TOLERANCE, tokens
+from small import EFFECT, near
+from test_engine import CASES, tokens
 
 from steerback.targets import from_folder
 
@@ -52,7 +53,7 @@ def test_adapter_is_steered_like_merged_weights(tmp_path: Path) -> None:
         for edits in (CASES["add and clamp"], CASES["generated"], ()):
             got = engine.teacher_forced(ids, edits, 12)
             want = merged.teacher_forced(ids, edits, 12).log_softmax(-1).numpy()
-            np.testing.assert_allclose(got, want, atol=TOLERANCE)
+            near("log-probabilities with an adapter", got, want)
             without = plain.teacher_forced(ids, edits, 12).log_softmax(-1).numpy()
             assert np.abs(want - without).max() > EFFECT / 4
         assert engine.describe()["lora"]
