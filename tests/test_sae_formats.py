@@ -71,6 +71,49 @@ def test_saelens_folders(tmp_path: Path, architecture: str, subtract: bool) -> N
     same(load_sae(SaeSource(str(folder), "saelens")), Reference(W, kind, subtract, k=4), inputs())
 
 
+@pytest.mark.parametrize("subtract", [True, False])
+@pytest.mark.parametrize(
+    ("architecture", "extra"),
+    [
+        ("standard", {}),
+        ("jumprelu", {}),
+        ("topk", {"k": 4}),
+        ("topk", {"k": 4, "rescale_acts_by_decoder_norm": True}),
+    ],
+)
+def test_saelens_itself_agrees(tmp_path: Path, architecture: str, extra: dict[str, Any], subtract: bool) -> None:
+    sae_lens = pytest.importorskip("sae_lens")
+    folder = sae_files.saelens(tmp_path, W, architecture, apply_b_dec_to_input=subtract, **extra)
+    theirs, ours = sae_lens.SAE.load_from_disk(folder), load_sae(SaeSource(str(folder), "saelens"))
+    with torch.no_grad():
+        wanted = theirs.encode(inputs())
+        assert torch.allclose(ours.encode(inputs()), wanted, atol=1e-5)
+        assert ((ours.encode(inputs()) > 0) == (wanted > 0)).all()
+        assert torch.allclose(ours.decode(wanted), theirs.decode(wanted), atol=1e-5)
+
+
+def test_saelens_reads_the_other_files_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaders = pytest.importorskip("sae_lens.loading.pretrained_sae_loaders")
+    monkeypatch.setattr(loaders, "hf_hub_download", lambda repo_id, filename, subfolder="", **_: tmp_path / filename)
+    sae_files.goodfire(tmp_path / "Llama-3.1-8B-Instruct-SAE-l19.pth", W)
+    sae_files.gemma_scope(tmp_path, W)
+    for theirs, ours in (
+        (
+            loaders.get_goodfire_huggingface_loader(
+                "Goodfire/Llama-3.1-8B-Instruct-SAE-l19", "Llama-3.1-8B-Instruct-SAE-l19.pth"
+            ),
+            SaeSource(str(tmp_path), "goodfire", layer=LAYER),
+        ),
+        (
+            loaders.gemma_2_sae_huggingface_loader("google/gemma-scope-2b-pt-res", "layer_3/width_16k/average_l0_5"),
+            SaeSource(str(tmp_path), "gemma-scope", layer=LAYER),
+        ),
+    ):
+        config, tensors, _ = theirs
+        assert not config["apply_b_dec_to_input"]
+        assert all(torch.equal(getattr(load_sae(ours), name), tensors[name]) for name in TENSORS[:4])
+
+
 def test_saelens_scaling_is_folded(tmp_path: Path) -> None:
     folder = sae_files.saelens(
         tmp_path / "a", W, "jumprelu", normalize_activations="expected_average_only_in", apply_b_dec_to_input=True
