@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from steerback.errors import SteerbackError, unknown
-from steerback.records import LatentKey
+from steerback.records import LatentKey, digest
 from steerback.targets.directions import Facts, find_directions, read_facts
+from steerback.targets.label_files import read_user_labels
 from steerback.targets.labels import read_contexts, read_dead, read_labels, read_metadata
 
 REGISTRY = Path(__file__).with_name("registry.toml")
@@ -74,6 +75,8 @@ class Target:
     sae_layer: int | None = None
     n_latents: int = 0
     labels_folder: str | None = None
+    label_source: str | None = None
+    """Where `steerback labels fetch` gets labels from; see `targets.label_fetch`."""
     prompt_format: PromptFormat = "chat"
     max_new_tokens: int | None = None
     responses_per_second: float | None = None
@@ -84,8 +87,17 @@ class Target:
     """(name, file) of each direction that can be added beside (or instead of) SAE latents; see `targets.directions`."""
 
     def labels(self) -> dict[int, str]:
-        """Label per latent; latents without a label are absent."""
+        """Label per latent, the user's own (fetched, imported, made) before the target's; others are absent."""
+        return self.own_labels() | {k: named.label for k, named in read_user_labels(self.user_key).items()}
+
+    def own_labels(self) -> dict[int, str]:
+        """The labels that come with the target."""
         return {} if self.labels_folder is None else read_labels(Path(self.labels_folder))
+
+    @property
+    def user_key(self) -> str:
+        """Name of the folders in which the user's labels and directions for this target are kept."""
+        return user_key(self.name, self.model)
 
     def contexts(self) -> dict[LatentKey, tuple[str, ...]]:
         """Top-activating text snippets per latent (empty where unknown)."""
@@ -128,6 +140,11 @@ class Target:
     def describe(self) -> dict[str, Any]:
         """JSON-able form for the manifest."""
         return asdict(self)
+
+
+def user_key(name: str, model: str) -> str:
+    """A built-in target's name; any other's with a mark of its model, as two folders may have one name."""
+    return name if name.split("@")[0] in _registry() else f"{name}-{digest(model)[:8]}"
 
 
 def _count_parameters(path: Path) -> int:
@@ -177,7 +194,7 @@ def _from_entry(name: str, entry: Mapping[str, Any], complete: bool) -> Target:
         entry["sae"] = SaeSource(str(folder))
     labels = entry.pop("labels", str(folder) if folder.is_dir() else None)
     entry.setdefault("labels_folder", labels)
-    entry.setdefault("direction_files", find_directions(entry.pop("directions", ()), name))
+    entry.setdefault("direction_files", find_directions(entry.pop("directions", ()), user_key(name, entry["model"])))
     if entry.get("sae") is None and "boost_prior" not in entry:
         known = (read_facts(Path(file)).prior() for _, file in entry["direction_files"])
         entry["boost_prior"] = next((p for p in known if p is not None), None)
