@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -88,7 +89,7 @@ class VllmEngine:
             length=length,
             arithmetic=ARITHMETIC_VERSION,
             version=steerback.__version__,
-            sae=None if target.sae is None else {"location": target.sae.location, "format": target.sae.format},
+            sae=None if target.sae is None else asdict(target.sae),
             directions=save_directions(directions or {}),
         )
         self._arguments = {

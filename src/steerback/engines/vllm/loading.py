@@ -82,7 +82,7 @@ def prepare(target: Target, directions: tuple[str, ...]) -> Loaded:
     text = config.get_text_config()
     sae_hash, sae_layer, n_latents, norms = None, target.steer_layer, 0, None
     if target.sae is not None:
-        sae = load_sae(Path(target.sae.location), target.sae.format)
+        sae = load_sae(target.sae)
         sae.check(f"SAE of target {target.name!r}", text.hidden_size, text.num_hidden_layers)
         sae_hash, sae_layer, n_latents = sae.hash, sae.layer, sae.n_latents
         norms = sae.W_dec.float().norm(dim=1).numpy()

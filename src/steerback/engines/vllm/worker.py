@@ -7,7 +7,6 @@ stream is whole on each of them, so all edit alike.
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from steerback.engines.vllm.tables import LayerTable, Shared, edit, steer_layer
 from steerback.errors import SteerbackError
 from steerback.interventions import steer
 from steerback.targets.sae import Sae, load_sae
+from steerback.targets.target import SaeSource
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as Base
@@ -158,7 +158,7 @@ def load(settings: Settings) -> Sae | None:
     """The SAE on the CPU: only the columns in use, and for pooling its encoder, go to the device."""
     if settings.sae is None:
         return None
-    return load_sae(Path(settings.sae["location"]), settings.sae["format"])
+    return load_sae(SaeSource(**settings.sae))
 
 
 def load_directions(settings: Settings) -> dict[str, Tensor]:
