@@ -45,15 +45,19 @@ class Pair:
     """A target in both engines."""
 
     def __init__(self, target: Any, **options: Any) -> None:
+        import small
+
         from steerback.engines.transformers import TransformersEngine
         from steerback.engines.vllm.engine import VllmEngine
 
         length = options.pop("max_model_len", None)
-        if GPU:  # little memory, so that two such runs may share a GPU
-            options |= {"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 1 << 30}
         self.target = target
         self.vllm = VllmEngine(
-            target, batch_size=32, max_model_len=length, layers=(0,), options={"max_logprobs": -1, **options}
+            target,
+            batch_size=32,
+            max_model_len=length,
+            layers=(0,),
+            options={"max_logprobs": -1, **small.LITTLE, **options},
         )
         self.reference = TransformersEngine(target, batch_size=2, device="cpu")
 

@@ -18,6 +18,8 @@ POOLED = 2e-2 if GPU else TOLERANCE
 """On whole-SAE activations, which are computed in TensorFloat-32 on a GPU."""
 EFFECT = 1.0
 """What an intervention has to move the log-probabilities by, at least, for agreement to mean anything."""
+LITTLE: dict[str, float] = {"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 1 << 30} if GPU else {}
+"""Little memory, so that two runs of the tests may share a GPU."""
 SEEN: dict[str, float] = {}
 """The largest differences met, by what was compared."""
 

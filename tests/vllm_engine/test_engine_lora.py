@@ -46,7 +46,7 @@ def test_adapter_is_steered_like_merged_weights(tmp_path: Path) -> None:
     write_adapter(tmp_path / "model", tmp_path / "adapter", tmp_path / "merged")
     merged = TransformersEngine(from_folder(tmp_path / "merged", steer_layer=1, read_layer=2), batch_size=2)
     plain = TransformersEngine(target, batch_size=2)
-    options = {"enforce_eager": True, "max_logprobs": -1}
+    options = {"enforce_eager": True, "max_logprobs": -1, **small.LITTLE}
     engine = VllmEngine(target, batch_size=4, lora=str(tmp_path / "adapter"), options=options)
     try:
         ids = tokens(9, 30)
