@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 RUNS ?= runs
 DEMO_TARGETS := --target organism --target organism-control
 
-.PHONY: help demo demo-all test test-vllm check docs-numbers clean
+.PHONY: help demo demo-all demo-all-small test test-vllm check docs-numbers clean
 help:
 	@echo "make demo    install, then measure steering resistance on the built-in models (about 3 minutes)"
 	@echo "make demo-all    every experiment of the paper on the built-in models (up to 25 minutes; SIZES=... for others)"
@@ -46,6 +46,11 @@ FITTED := --set boost-sweep.low=-10 --set boost-sweep.high=14 --set boost-sweep.
 demo-all: $(VENV)/.installed
 	$(BIN)/steerback run esr --target organism-control --preset quick $(SIZES) --name demo-all-control --runs $(RUNS)
 	$(BIN)/steerback paper --target organism --preset quick $(FITTED) $(SIZES) --name demo-all --runs $(RUNS)
+
+# Too small to conclude anything from; shows that every experiment runs, and goes on to figures and comparison.
+demo-all-small:
+	$(MAKE) demo-all RUNS=$(RUNS) SIZES="--set n_latents=4 --set trials_per_latent=5" \
+	  FITTED="$(FITTED) --set boost-sweep.levels=4 --set random-ablation.sets=3"
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
