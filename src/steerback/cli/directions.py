@@ -47,7 +47,7 @@ def make(
             f"direction name {name!r} must have a letter and no slash; it is a file's name and a label"
         )
     chosen = resolve(target).with_directions(())
-    path = (out or user_directions(chosen.name)) / f"{name}.safetensors"
+    path = (out or user_directions(chosen.user_key)) / f"{name}.safetensors"
     if path.exists() and not overwrite:
         raise SteerbackError(f"{path} exists already; choose another name or add --overwrite")
     own = read_texts(positive or topic) if positive or topic else ()  # type: ignore[arg-type]

@@ -55,7 +55,7 @@ def fetch_labels(target: str, source: str, say: Say = lambda _: None) -> Fetched
     if not labels.labels:
         raise SteerbackError(f"labels of {source}: the files hold no label")
     write_json(
-        folder.parent / f"{name}.json.txt",
+        folder.parent / f"{name}.json",
         {
             "source": source,
             "fetched": datetime.now(UTC).isoformat(timespec="seconds"),
