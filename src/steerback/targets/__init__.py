@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
-from steerback.targets.target import BoostPrior, SaeSource, Target, builtin_targets, from_folder, resolve
+from steerback.targets.registry import builtin_targets, from_folder, list_targets, read_targets, resolve
+from steerback.targets.target import BoostPrior, SaeSource, Target
 
-__all__ = ["BoostPrior", "SaeSource", "Target", "builtin_targets", "from_folder", "resolve"]
+__all__ = [
+    "BoostPrior",
+    "SaeSource",
+    "Target",
+    "builtin_targets",
+    "from_folder",
+    "list_targets",
+    "read_targets",
+    "resolve",
+]

@@ -1,28 +1,29 @@
 """What is steered: a model, its SAE, the layers, labels and the prior for the threshold boost.
 
-A `Target` is plain data read from a registry (TOML) or a folder; it loads no weights and knows nothing of engines.
+A `Target` is plain data, made by `targets.registry` from a table or a folder, or by hand; it loads no weights and knows
+nothing of engines.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from steerback.errors import SteerbackError, unknown
+from steerback.errors import SteerbackError
 from steerback.records import LatentKey, digest
-from steerback.targets.directions import Facts, find_directions, read_facts
+from steerback.targets.directions import Facts, read_facts
 from steerback.targets.label_files import read_user_labels
-from steerback.targets.labels import read_contexts, read_dead, read_labels, read_metadata
+from steerback.targets.labels import read_contexts, read_dead, read_labels
 
-REGISTRY = Path(__file__).with_name("registry.toml")
 Dtype = Literal["float32", "bfloat16"]
-PromptFormat = Literal["chat", "plain"]
+PromptFormat = Literal["chat", "plain", "authors"]
+"""The tokenizer's chat template, the prompt as it is, or the template with Llama's header doubled (see `Prompter`)."""
+BYTES = {"float32": 4.0, "bfloat16": 2.0, "fp8": 1.0}
+"""Per parameter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,8 @@ class SaeSource:
 class Target:
     """Everything that says what is steered and where. Layers are 0-based, the residual stream after the block.
 
-    `model` is a folder or a hub id; `n_latents` is 0 without an SAE. `labels_folder` None means no labels.
+    `model` is a folder or a hub id; `n_latents` is 0 without an SAE. `labels_folder` None means no labels. Additions
+    act at `steer_layer`, recording at `read_layer`, clamps at `clamp_layer` (None: the SAE's own layer).
     """
 
     name: str
@@ -73,7 +75,12 @@ class Target:
     dtype: Dtype = "float32"
     sae: SaeSource | None = None
     sae_layer: int | None = None
+    clamp_layer: int | None = None
     n_latents: int = 0
+    n_layers: int | None = None
+    d_model: int | None = None
+    n_parameters: int | None = None
+    """Of the model; layers, width and parameters are for estimates before it is loaded."""
     labels_folder: str | None = None
     label_source: str | None = None
     """Where `steerback labels fetch` gets labels from; see `targets.label_fetch`."""
@@ -85,6 +92,8 @@ class Target:
     random_sets: int = 3
     direction_files: tuple[tuple[str, str], ...] = ()
     """(name, file) of each direction that can be added beside (or instead of) SAE latents; see `targets.directions`."""
+    provenance: tuple[tuple[str, str], ...] = ()
+    """(field, where its value comes from): specification, authors, measured, derived, published, assumed, ..."""
 
     def labels(self) -> dict[int, str]:
         """Label per latent, the user's own (fetched, imported, made) before the target's; others are absent."""
@@ -133,9 +142,19 @@ class Target:
         return self.boost_prior if values is None else BoostPrior(*values)
 
     def parameters(self) -> int | None:
-        """Number of the model's parameters, from the headers of its safetensors files; None where there are none."""
+        """Number of the model's parameters, from the headers of its safetensors files or as given; None if unknown."""
         names = [p for p in Path(self.model).glob("*.safetensors") if p.name != "sae.safetensors"]
-        return sum(map(_count_parameters, names)) or None
+        return sum(map(_count_parameters, names)) or self.n_parameters
+
+    def memory(self, dtype: str | None = None) -> int | None:
+        """Estimated bytes on the device (weights, 5 %, and 1.5 GB for caches and the SAE's columns in use)."""
+        count = self.parameters()
+        return None if count is None else int(count * BYTES[dtype or self.dtype] * 1.05 + 1.5e9 * (count > 1e8))
+
+    @property
+    def sae_bytes(self) -> int:
+        """Size of the SAE in float32, which is its download and what it takes of the machine's memory."""
+        return 8 * self.n_latents * (self.d_model or 0)
 
     def describe(self) -> dict[str, Any]:
         """JSON-able form for the manifest."""
@@ -144,104 +163,12 @@ class Target:
 
 def user_key(name: str, model: str) -> str:
     """A built-in target's name; any other's with a mark of its model, as two folders may have one name."""
-    return name if name.split("@")[0] in _registry() else f"{name}-{digest(model)[:8]}"
+    from steerback.targets.registry import tables
+
+    return name if name.split("@")[0] in tables() else f"{name}-{digest(model)[:8]}"
 
 
 def _count_parameters(path: Path) -> int:
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
-
-
-def builtin_targets() -> tuple[Target, ...]:
-    """All built-in targets, whether their weights are there or not."""
-    return tuple(_from_entry(name, entry, complete=False) for name, entry in _registry().items())
-
-
-def resolve(name: str) -> Target:
-    """A built-in target by name, or a folder in our own format by its path.
-
-    Raises SteerbackError listing the choices for an unknown name, and saying what to build where weights are missing.
-    """
-    if name in _registry():
-        return _from_entry(name, _registry()[name], complete=True)
-    folder = Path(name).expanduser()
-    if folder.is_dir() and (folder / "config.json").is_file():
-        return from_folder(folder)
-    raise unknown("target", name, [*_registry(), "(a folder with config.json and sae.json)"])
-
-
-def from_folder(folder: Path, **changes: Any) -> Target:
-    """A target from a folder: config.json, weights, tokenizer, sae.json + sae.safetensors, optional labels.
-
-    `boost_prior` ([mean, sd, low, high]) in sae.json wins over the registry's; `changes` set any other key.
-    """
-    return _from_entry(folder.name, {"model": str(folder), **changes}, complete=True)
-
-
-def _from_entry(name: str, entry: Mapping[str, Any], complete: bool) -> Target:
-    """A target from a table of the registry; `complete` reads the SAE's layer and size from its folder."""
-    entry = dict(entry)
-    strange = set(entry) - set(Target.__dataclass_fields__) - {"labels", "directions"}
-    if strange:
-        raise unknown(f"key of target {name!r}", sorted(strange)[0], sorted(Target.__dataclass_fields__))
-    if entry["model"] == "builtin":
-        entry["model"] = str(_builtin_folder(name, check=complete))
-    folder = Path(entry["model"])
-    if isinstance(entry.get("sae"), Mapping):
-        entry["sae"] = SaeSource(**entry["sae"])
-    elif "sae" not in entry and (not complete or (folder / "sae.json").is_file()):
-        entry["sae"] = SaeSource(str(folder))
-    labels = entry.pop("labels", str(folder) if folder.is_dir() else None)
-    entry.setdefault("labels_folder", labels)
-    entry.setdefault("direction_files", find_directions(entry.pop("directions", ()), user_key(name, entry["model"])))
-    if entry.get("sae") is None and "boost_prior" not in entry:
-        known = (read_facts(Path(file)).prior() for _, file in entry["direction_files"])
-        entry["boost_prior"] = next((p for p in known if p is not None), None)
-    if complete:
-        _complete_from_sae(name, entry)
-    for key, choices in (("dtype", get_args(Dtype)), ("prompt_format", get_args(PromptFormat))):
-        if key in entry and entry[key] not in choices:
-            raise unknown(f"{key} of target {name!r}", entry[key], choices)
-    entry["boost_prior"] = _prior(name, entry.get("boost_prior"))
-    return Target(name=name, steer_layer=entry.pop("steer_layer", -1), read_layer=entry.pop("read_layer", -1), **entry)
-
-
-def _complete_from_sae(name: str, entry: dict[str, Any]) -> None:
-    """Fills layers, size and prior from `sae.json` where the entry leaves them out."""
-    source = entry.get("sae")
-    if source is not None and source.format == "steerback":
-        meta = read_metadata(Path(source.location))
-        entry.setdefault("sae_layer", meta["layer"])
-        entry.setdefault("n_latents", int(meta.get("n_latents", 0)))
-        if "boost_prior" in meta:  # measured with these very weights
-            entry["boost_prior"] = meta["boost_prior"]
-    layer = entry.get("sae_layer")
-    for key in ("steer_layer", "read_layer"):
-        if entry.setdefault(key, layer) is None:
-            raise SteerbackError(f"target {name!r} has no SAE, so it has to say its {key}")
-
-
-def _prior(name: str, value: Any) -> BoostPrior:
-    try:
-        if isinstance(value, BoostPrior):
-            return value
-        return BoostPrior(**value) if isinstance(value, Mapping) else BoostPrior(*map(float, value))
-    except TypeError:
-        raise SteerbackError(
-            f"target {name!r}: boost_prior {value!r} should be {{mean, sd, low, high}}, in raw decoder units"
-        ) from None
-
-
-def _builtin_folder(name: str, check: bool) -> Path:
-    from steerback.organism import weights_dir
-
-    folder = weights_dir(name)
-    if check and not (folder / "config.json").is_file():
-        raise SteerbackError(f"{name}: no weights in {folder}; make them with: python -m steerback.organism build")
-    return folder
-
-
-@cache
-def _registry() -> dict[str, dict[str, Any]]:
-    return tomllib.loads(REGISTRY.read_text(encoding="utf-8"))
