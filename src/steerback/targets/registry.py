@@ -62,7 +62,8 @@ def read_targets(file: Path) -> dict[str, dict[str, Any]]:
         if not isinstance(entry, dict):
             raise SteerbackError(f"file of targets {file}: {name!r} is not a table; each target is one, [{name}]")
         if "model" not in entry:
-            raise SteerbackError(f"file of targets {file}: target {name!r} says no model (a folder or a hub id)")
+            hint = "" if len(entry) != 1 else f'; a name with a dot has to be quoted, ["{name}.{next(iter(entry))}"]'
+            raise SteerbackError(f"file of targets {file}: target {name!r} says no model (a folder or a hub id){hint}")
         if name in tables():
             raise SteerbackError(f"file of targets {file}: {name!r} is a built-in target; choose another name")
     found = {name: _absolute(entry, file.resolve().parent) for name, entry in _variants(loaded).items()}
