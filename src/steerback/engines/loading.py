@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from steerback.engines.checks import site_of
 from steerback.engines.prompting import Prompter
 from steerback.engines.runner import Runner, decoder_layers
 from steerback.errors import SteerbackError, unknown
-from steerback.interventions import Site
 from steerback.targets.sae import Sae, load_sae
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def load(target: Target, device: str | None = None, directions: tuple[str, ...] 
     model = model.to(place)
     sae = None
     if target.sae is not None:
-        sae = load_sae(Path(target.sae.location), target.sae.format).to(place)
+        sae = load_sae(target.sae).to(place)
     provenance: dict[str, object] = {
         "target": target.name,
         "model": target.model if not folder.is_dir() else target.name,
@@ -79,20 +79,7 @@ def assemble(
 ) -> Loaded:
     """Checks that model, SAE and layers of a target fit together."""
     n_layers, d_model = len(decoder_layers(model)), model.get_decoder().config.hidden_size
-    if sae is not None:
-        sae.check(f"SAE of target {target.name!r}", d_model, n_layers)
-    for field, layer in (("steer_layer", target.steer_layer), ("read_layer", target.read_layer)):
-        if not 0 <= layer < n_layers:
-            raise SteerbackError(f"target {target.name!r}: {field} {layer} is outside 0..{n_layers - 1}")
-    site = Site(
-        n_layers=n_layers,
-        d_model=d_model,
-        steer_layer=target.steer_layer,
-        sae_layer=sae.layer if sae is not None else target.steer_layer,
-        read_layer=target.read_layer,
-        n_latents=sae.n_latents if sae is not None else 0,
-        directions=directions,
-    )
+    site = site_of(target, n_layers, d_model, sae, directions)
     runner = Runner(model, Prompter(tokenizer, target.prompt_format), site)
     return Loaded(runner, sae, provenance or {"target": target.name})
 

@@ -5,6 +5,7 @@ Knows nothing of models or steering.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,14 +23,27 @@ class Spoken:
     response: tuple[int, ...]
 
 
+STYLES = ("chat", "plain", "authors")
+SECOND_HEADER = "<|begin_of_text|><|start_header_id|>assistant<|end_header_id|>\n\n"
+"""What the authors' code appends to Llama's chat prompt, which ends in an assistant header already."""
+DATE = "26 Jul 2024"
+"""The date that Llama's templates tell the model: their own default, never the day of the run."""
+
+
 class Prompter:
-    """Renders and tokenises for one tokenizer. `style` is "chat" (the tokenizer's template) or "plain"."""
+    """Renders and tokenises for one tokenizer.
+
+    `style` is "chat" (the tokenizer's template), "plain" (the prompt as it is) or "authors" (Llama's template with the
+    second header that the authors' prompts had: malformed, and kept for reproduction).
+    """
 
     def __init__(self, tokenizer: Any, style: str = "chat") -> None:
-        if style not in ("chat", "plain"):
-            raise unknown("prompt_format", style, ("chat", "plain"))
-        if style == "chat" and not getattr(tokenizer, "chat_template", None):
+        if style not in STYLES:
+            raise unknown("prompt_format", style, STYLES)
+        if style != "plain" and not getattr(tokenizer, "chat_template", None):
             raise SteerbackError("the tokenizer has no chat template; give the target prompt_format = 'plain'")
+        if style == "authors" and _lacks(tokenizer, SECOND_HEADER):
+            raise SteerbackError("prompt_format 'authors' doubles Llama 3's header, which this tokenizer does not know")
         self.tokenizer, self.style = tokenizer, style
         self._tokens: dict[tuple[str, str, str | None], tuple[int, ...]] = {}
 
@@ -107,7 +121,12 @@ class Prompter:
         from jinja2 import TemplateError
 
         try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            text = str(
+                self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True, date_string=DATE
+                )
+            )
+            return text + SECOND_HEADER if self.style == "authors" and text else text
         except TemplateError as error:
             if may_fail:
                 return ""
@@ -116,3 +135,9 @@ class Prompter:
     def _encode(self, text: str, **options: Any) -> Any:
         # A template brings its own beginning-of-text token; plain text gets the tokenizer's.
         return self.tokenizer(text, add_special_tokens=self.style == "plain", **options)
+
+
+def _lacks(tokenizer: Any, text: str) -> bool:
+    """Whether a special token in a text is none to this tokenizer."""
+    known = tokenizer.get_vocab()
+    return any(token not in known for token in re.findall(r"<\|\w+\|>", text))

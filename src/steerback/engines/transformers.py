@@ -19,6 +19,7 @@ from torch import Tensor
 
 import steerback
 from steerback.engines.batch import Batch, Item, Queue, Shape
+from steerback.engines.checks import check_texts, checked
 from steerback.engines.loading import Loaded, batch_rows, load, out_of_memory
 from steerback.engines.prompting import Spoken
 from steerback.engines.runner import Runner
@@ -188,15 +189,8 @@ class TransformersEngine:
             torch.cuda.empty_cache()
 
     def _check(self, requests: Sequence[Request]) -> list[Item]:
-        keys: set[str] = set()
         items: list[Item] = []
-        for request in requests:
-            where = f"request {request.key!r}"
-            if request.key in keys:
-                raise SteerbackError(f"{where}: another request has the same key")
-            keys.add(request.key)
-            _check_sampling(where, request)
-            check(where, request.interventions, request.record, self.runner.site)
+        for where, request in checked(requests, self.runner.site):
             prompt = self.runner.prompt_of(request)
             self.runner.check_length(where, len(prompt), request.sampling.max_new_tokens)
             items.append((request, prompt))
@@ -216,13 +210,8 @@ class TransformersEngine:
         Special and template tokens are excluded; `include_prompt` pools over the user's words as well. A text without
         such tokens gets zeros.
         """
-        if self.sae is None:
-            raise SteerbackError("activations need an SAE and this target has none")
-        if len(prompts) != len(responses):
-            raise SteerbackError(f"activations: {len(prompts)} prompts and {len(responses)} responses")
-        for latent in latents or ():
-            if not 0 <= latent < self.sae.n_latents:
-                raise SteerbackError(f"activations: latent {latent} is outside 0..{self.sae.n_latents - 1}")
+        check_texts(prompts, responses, latents, self.runner.site)
+        assert self.sae is not None
         spoken = [self.runner.prompter.spoken(p, r) for p, r in zip(prompts, responses, strict=True)]
         out = np.zeros((len(spoken), self.sae.n_latents if latents is None else len(latents)), dtype=np.float32)
         layer = self.runner.site.read_layer
@@ -312,17 +301,3 @@ class TransformersEngine:
         with contextlib.suppress(AttributeError):
             del self.runner.model, self.runner.decoder
         self.sae = None
-
-
-def _check_sampling(where: str, request: Request) -> None:
-    sampling = request.sampling
-    for field, good in (
-        ("temperature", 0 <= sampling.temperature < float("inf")),
-        ("top_p", 0 < sampling.top_p <= 1),
-        ("repetition_penalty", 0 < sampling.repetition_penalty < float("inf")),
-        ("max_new_tokens", sampling.max_new_tokens >= 1),
-    ):
-        if not good:
-            raise SteerbackError(f"{where}: sampling.{field} {getattr(sampling, field)!r} is out of range")
-    if "" in sampling.stop:
-        raise SteerbackError(f"{where}: sampling.stop contains an empty string, which would stop every response")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import steerback
+from steerback.engines.checks import check_texts, checked
 from steerback.engines.vllm import jobs
 from steerback.engines.vllm.driver import Answer, Driver, Job
 from steerback.engines.vllm.loading import (
@@ -272,7 +273,7 @@ class VllmEngine:
         )
 
     def _check(self, requests: Sequence[Request]) -> list[Job]:
-        return [jobs.job_of(request, self.settings, self._loaded) for request in jobs.distinct(requests)]
+        return [jobs.job_of(*one, self.settings, self._loaded) for one in checked(requests, self.settings.site)]
 
     # ---- activations
 
@@ -290,13 +291,7 @@ class VllmEngine:
         such tokens gets zeros. Pooled on the device while the texts are read.
         """
         site = self.settings.site
-        if not self.settings.poolers:
-            raise SteerbackError("activations need an SAE and this target has none")
-        if len(prompts) != len(responses):
-            raise SteerbackError(f"activations: {len(prompts)} prompts and {len(responses)} responses")
-        for latent in latents or ():
-            if not 0 <= latent < site.n_latents:
-                raise SteerbackError(f"activations: latent {latent} is outside 0..{site.n_latents - 1}")
+        check_texts(prompts, responses, latents, site)
         chosen = None if latents is None else list(latents)
         out = np.zeros((len(prompts), site.n_latents if chosen is None else len(chosen)), dtype=np.float32)
         futures: dict[Any, int] = {}

@@ -5,36 +5,21 @@ Everything a worker cannot do is refused here, in one line that names the field.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 from steerback.engines.vllm.driver import Job
 from steerback.engines.vllm.loading import Loaded
 from steerback.engines.vllm.settings import Settings, Ticket
 from steerback.errors import SteerbackError
-from steerback.interventions import check
 from steerback.records import Request
 
 
-def distinct(requests: Sequence[Request]) -> Iterator[Request]:
-    """The requests, none of whose keys may occur twice."""
-    keys: set[str] = set()
-    for request in requests:
-        if request.key in keys:
-            raise SteerbackError(f"request {request.key!r}: another request has the same key")
-        keys.add(request.key)
-        yield request
-
-
-def job_of(request: Request, settings: Settings, loaded: Loaded) -> Job:
-    """Prompt tokens, ticket and sampling of a request; SteerbackError for what is impossible."""
-    where = f"request {request.key!r}"
-    check(where, request.interventions, request.record, settings.site)
+def job_of(where: str, request: Request, settings: Settings, loaded: Loaded) -> Job:
+    """Prompt tokens, ticket and sampling of a checked request; SteerbackError for what this engine cannot do."""
     prompt = loaded.prompter.tokens(request.prompt, request.prefill, request.system)
-    sampling = _sampling(where, request, loaded)
     until = len(prompt) + request.sampling.max_new_tokens
     check_length(settings, where, len(prompt), request.sampling.max_new_tokens)
-    return Job(_ticket(where, request, settings, until), prompt, sampling)
+    return Job(_ticket(where, request, settings, until), prompt, _sampling(request, loaded))
 
 
 def check_length(settings: Settings, where: str, prompt: int, new: int) -> None:
@@ -75,19 +60,9 @@ def _ticket(where: str, request: Request, settings: Settings, until: int) -> Tic
     return ticket
 
 
-def _sampling(where: str, request: Request, loaded: Loaded) -> dict[str, Any]:
+def _sampling(request: Request, loaded: Loaded) -> dict[str, Any]:
     """Fields of vLLM's SamplingParams; what ends a response is what does so in the reference engine."""
     sampling = request.sampling
-    for field, good in (
-        ("temperature", 0 <= sampling.temperature < float("inf")),
-        ("top_p", 0 < sampling.top_p <= 1),
-        ("repetition_penalty", 0 < sampling.repetition_penalty < float("inf")),
-        ("max_new_tokens", sampling.max_new_tokens >= 1),
-    ):
-        if not good:
-            raise SteerbackError(f"{where}: sampling.{field} {getattr(sampling, field)!r} is out of range")
-    if "" in sampling.stop:
-        raise SteerbackError(f"{where}: sampling.stop contains an empty string, which would stop every response")
     return {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,

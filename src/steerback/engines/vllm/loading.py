@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from steerback.engines.checks import site_of
 from steerback.engines.prompting import Prompter
 from steerback.errors import SteerbackError
 from steerback.interventions import Site
@@ -80,32 +81,15 @@ def prepare(target: Target, directions: tuple[str, ...]) -> Loaded:
     except OSError:
         generation = None
     text = config.get_text_config()
-    sae_hash, sae_layer, n_latents, norms = None, target.steer_layer, 0, None
-    if target.sae is not None:
-        sae = load_sae(target.sae)
-        sae.check(f"SAE of target {target.name!r}", text.hidden_size, text.num_hidden_layers)
-        sae_hash, sae_layer, n_latents = sae.hash, sae.layer, sae.n_latents
-        norms = sae.W_dec.float().norm(dim=1).numpy()
-    site = Site(
-        n_layers=text.num_hidden_layers,
-        d_model=text.hidden_size,
-        steer_layer=target.steer_layer,
-        sae_layer=sae_layer,
-        read_layer=target.read_layer,
-        n_latents=n_latents,
-        directions=directions,
-    )
-    for field in ("steer_layer", "read_layer"):
-        if not 0 <= getattr(site, field) < site.n_layers:
-            value = getattr(site, field)
-            raise SteerbackError(f"target {target.name!r}: {field} {value} is outside 0..{site.n_layers - 1}")
+    sae = None if target.sae is None else load_sae(target.sae)
+    site = site_of(target, text.num_hidden_layers, text.hidden_size, sae, directions)
     return Loaded(
         prompter=Prompter(tokenizer, target.prompt_format),
         ends=end_tokens(SimpleNamespace(generation_config=generation, config=config), tokenizer),
         site=site,
         context=getattr(text, "max_position_embeddings", 4096),
-        sae_hash=sae_hash,
-        norms=norms,
+        sae_hash=None if sae is None else sae.hash,
+        norms=None if sae is None else sae.decoder_norms.numpy(),
         provenance={
             "target": target.name,
             "model": target.model if not folder.is_dir() else target.name,

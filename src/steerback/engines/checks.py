@@ -1,0 +1,73 @@
+"""What every engine asks of its target and its requests before anything is generated, in one line naming the field.
+
+Whether a prompt fits is asked by each engine itself, as their contexts differ. Knows nothing of models in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from steerback.errors import SteerbackError
+from steerback.interventions import Site, check
+from steerback.records import Request
+
+if TYPE_CHECKING:
+    from steerback.targets import Target
+    from steerback.targets.sae import Sae
+
+
+def site_of(target: Target, n_layers: int, d_model: int, sae: Sae | None, directions: tuple[str, ...]) -> Site:
+    """Where a target is edited and read, once it is known that model, SAE and layers fit together."""
+    if sae is not None:
+        sae.check(f"SAE of target {target.name!r}", d_model, n_layers)
+    for field, layer in (("steer_layer", target.steer_layer), ("read_layer", target.read_layer)):
+        if not 0 <= layer < n_layers:
+            raise SteerbackError(f"target {target.name!r}: {field} {layer} is outside 0..{n_layers - 1}")
+    return Site(
+        n_layers=n_layers,
+        d_model=d_model,
+        steer_layer=target.steer_layer,
+        sae_layer=sae.layer if sae is not None else target.steer_layer,
+        read_layer=target.read_layer,
+        n_latents=sae.n_latents if sae is not None else 0,
+        directions=directions,
+    )
+
+
+def checked(requests: Sequence[Request], site: Site) -> Iterator[tuple[str, Request]]:
+    """("request 'key'", request) for each request, none of whose keys may occur twice."""
+    keys: set[str] = set()
+    for request in requests:
+        where = f"request {request.key!r}"
+        if request.key in keys:
+            raise SteerbackError(f"{where}: another request has the same key")
+        keys.add(request.key)
+        _check_sampling(where, request)
+        check(where, request.interventions, request.record, site)
+        yield where, request
+
+
+def _check_sampling(where: str, request: Request) -> None:
+    sampling = request.sampling
+    for field, good in (
+        ("temperature", 0 <= sampling.temperature < float("inf")),
+        ("top_p", 0 < sampling.top_p <= 1),
+        ("repetition_penalty", 0 < sampling.repetition_penalty < float("inf")),
+        ("max_new_tokens", sampling.max_new_tokens >= 1),
+    ):
+        if not good:
+            raise SteerbackError(f"{where}: sampling.{field} {getattr(sampling, field)!r} is out of range")
+    if "" in sampling.stop:
+        raise SteerbackError(f"{where}: sampling.stop contains an empty string, which would stop every response")
+
+
+def check_texts(prompts: Sequence[str], responses: Sequence[str], latents: Sequence[int] | None, site: Site) -> None:
+    """Raises SteerbackError if the activations of these texts cannot be given."""
+    if not site.n_latents:
+        raise SteerbackError("activations need an SAE and this target has none")
+    if len(prompts) != len(responses):
+        raise SteerbackError(f"activations: {len(prompts)} prompts and {len(responses)} responses")
+    for latent in latents or ():
+        if not 0 <= latent < site.n_latents:
+            raise SteerbackError(f"activations: latent {latent} is outside 0..{site.n_latents - 1}")
