@@ -1,0 +1,73 @@
+"""Prompt formats: the tokenizer's template, no system role, Llama's header doubled, the date pinned."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+import tiny
+from steerback.engines.prompting import Prompter
+from steerback.errors import SteerbackError
+
+HEAD = "<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>"
+LLAMA = (
+    "{{ '<|begin_of_text|>' }}{{ 'Today: ' + (date_string if date_string is defined else strftime_now('%d %b %Y')) }}"
+    "{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content + '<|eot_id|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+GEMMA = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}{{ '<bos>' }}"
+    "{% for m in messages %}{{ '<start_of_turn>' + m.role + '\n' + m.content + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+
+
+def tokenizer(template: str) -> Any:
+    made = copy.deepcopy(tiny.tokenizer())
+    made.chat_template = template
+    words = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<bos>", "<start_of_turn>"]
+    made.add_special_tokens({"additional_special_tokens": words if template == LLAMA else words[4:]})
+    return made
+
+
+def test_llama_is_told_the_templates_own_date() -> None:
+    asked = Prompter(tokenizer(LLAMA)).render("Explain tides.", system="Be short.")
+    assert asked == (
+        "<|begin_of_text|>Today: 26 Jul 2024"
+        + HEAD.format(role="system", text="Be short.")
+        + HEAD.format(role="user", text="Explain tides.")
+        + "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+
+
+def test_the_authors_header_is_doubled_and_nothing_else() -> None:
+    plain, doubled = Prompter(tokenizer(LLAMA)), Prompter(tokenizer(LLAMA), "authors")
+    second = "<|begin_of_text|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    for system in (None, "Be short."):
+        assert doubled.render("Hi", system) == plain.render("Hi", system) + second
+    assert len(doubled.tokens("Hi")) == len(plain.tokens("Hi")) + len(
+        plain.tokenizer(second, add_special_tokens=False)["input_ids"]
+    )
+    spoken = doubled.spoken("the cat", "a stone")
+    said = plain.tokenizer.decode([spoken.token_ids[n] for n in spoken.response])
+    assert said == "a stone"  # headers are no one's words
+    assert plain.tokenizer.decode([spoken.token_ids[n] for n in spoken.user]) == "the cat"
+
+
+def test_the_authors_format_is_llamas_alone() -> None:
+    with pytest.raises(SteerbackError, match="doubles Llama 3's header, which this tokenizer does not know"):
+        Prompter(tokenizer(GEMMA), "authors")
+    with pytest.raises(SteerbackError, match="unknown prompt_format 'author'; choose one of: chat, plain, authors"):
+        Prompter(tokenizer(LLAMA), "author")
+
+
+def test_gemma_has_no_system_role() -> None:
+    prompter = Prompter(tokenizer(GEMMA))
+    asked = "<bos><start_of_turn>user\nBe short.\n\nExplain tides.<end_of_turn>\n<start_of_turn>model\n"
+    assert prompter.render("Explain tides.", system="Be short.") == asked
+    assert (
+        prompter.tokens("Explain tides.", system="Be short.").count(prompter.tokenizer.convert_tokens_to_ids("<bos>"))
+        == 1
+    )  # the template brings it; the tokenizer adds no second one
