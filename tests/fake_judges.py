@@ -114,7 +114,7 @@ class FakeJudge:
         if fault == "timeout":
             await asyncio.sleep(self.stall)
             return False
-        status, payload = reply(protocol, message, fault)
+        status, payload = reply(protocol, message, fault, graded(json.dumps(body), message))
         text = json.dumps(payload).encode()
         extra = "retry-after: 0\r\n" if fault == "429" else ""
         writer.write(
@@ -135,14 +135,27 @@ def read(path: str, body: dict[str, Any]) -> tuple[str, str]:
     return ("anthropic" if path.endswith("/messages") else "openai"), text
 
 
-def reply(protocol: str, message: str, fault: str) -> tuple[int, dict[str, Any]]:
+def graded(body: str, message: str) -> str:
+    """The reply to another rubric than attempts; "" for that one."""
+    found = _ENCLOSED.search(message)
+    nonce, response = found.groups() if found else ("", "")
+    words = response.split()
+    if "on_topic_from_start" in body:
+        return json.dumps({"verdict": nonce, "score": len(words) % 11, "on_topic_from_start": len(words) % 2 == 0})
+    if "off_topic" in body:
+        places = {"off_topic": words[1:4], "correction": words[4:7], "on_topic": words[7:10]}
+        return json.dumps({"verdict": nonce, **{name: " ".join(quoted) for name, quoted in places.items()}})
+    return ""
+
+
+def reply(protocol: str, message: str, fault: str, other: str = "") -> tuple[int, dict[str, Any]]:
     """HTTP status and body of the answer in the protocol's form."""
     if fault == "temperature":
         return 400, {"error": {"type": "invalid_request_error", "message": "temperature is not supported"}}
     if fault in ("429", "500"):
         kind = "rate_limit_error" if fault == "429" else "api_error"
         return int(fault), {"type": "error", "error": {"type": kind, "message": "try later", "code": int(fault)}}
-    text = "" if fault == "refusal" else verdict(message, fault)
+    text = "" if fault == "refusal" else other or verdict(message, fault)
     used_in, used_out = len(message) // 4, len(text) // 4
     if protocol == "anthropic":
         return 200, {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,8 +24,10 @@ from steerback.experiments.episode_statistics import aligned, region_values
 from steerback.experiments.random_ablation import rank
 from steerback.experiments.traces import lead_times, onset, smoothed
 from steerback.figures import style
+from steerback.grading import grade_run
 from steerback.metrics.regions import auc_of, of_means
 from steerback.prompts import load_prompts
+from steerback.runs import Run
 
 DETECTORS, BACKTRACKER = (3, 11, 40), 7
 RATE, EFFECT, LEAD = 0.4, 0.5, 4
@@ -249,6 +252,37 @@ def test_aligned_curves_peak_at_the_planted_offsets(recorded: ep.Recorded) -> No
     assert high.tolist() == list(range(-LEAD, 0))
     assert np.nanmax(curves["steered, no restart"].mean) < 2
     assert np.nanmax(curves["unsteered"].mean) < 2
+
+
+def test_boundaries_that_a_judge_has_marked_bound_the_regions(
+    runs: Runs, recorded: ep.Recorded, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(runs.root / "traces", folder)
+    assert grade_run(folder, "offline", "boundaries") > 0
+    assert grade_run(folder, "offline", "boundaries") == 0  # nothing is graded twice
+    with Run.reopen(folder) as run:
+        marks = run.ledger.fact("planted", ep.boundaries_fact("offline"))
+        run.ledger.set_fact("planted", ep.boundaries_fact("scripted"), marks)
+        same = ep.recorded(run.ledger, "planted", "scripted", 50.0)
+        assert same.unmarked == 0
+        before = {t.row.trial.key: t.regions() for t in recorded.twice}
+        assert {t.row.trial.key: t.regions() for t in same.twice} == before
+        # off topic from where the planted words begin: all of the region is high; one episode has no mark
+        ends = run.ledger.fact("planted", "token ends")
+        for trace in recorded.twice:
+            key = trace.row.trial.key
+            marks[key]["off_topic"] = ([0, *ends[key]])[trace.start - LEAD]
+        lost = recorded.twice[0].row.trial.key
+        marks[lost]["on_topic"] = None
+        run.ledger.set_fact("planted", ep.boundaries_fact("scripted"), marks)
+        found = ep.recorded(run.ledger, "planted", "scripted", 50.0)
+    assert found.unmarked == 1
+    assert len(found.twice) == len(recorded.twice) - 1
+    for trace in found.twice:
+        region = trace.sums[ep.DETECTORS][trace.regions()["off-topic"]]
+        assert len(region) == LEAD
+        assert region.min() > 4
 
 
 def test_a_run_again_changes_nothing(runs: Runs, recorded: ep.Recorded) -> None:

@@ -15,7 +15,7 @@ ORDER = [
     *("errors", "folders", "records", "config", "data", "prompts", "organism", "targets", "interventions"),
     *("engines", "judging", "latents", "calibration", "ledger", "cache", "runs", "progress"),
     *("pipeline", "metrics", "study", "experiments", "finetuning", "figures", "report"),
-    *("interchange", "estimate", "api", "execute", "campaign", "cli", "__main__"),
+    *("interchange", "estimate", "api", "doctor", "execute", "grading", "campaign", "cli", "__main__"),
 ]
 # Drawn or printed things are handed down as functions; these two are the seams (experiments name their figures).
 DOWNWARD_EXCEPTIONS = {("experiments", "figures"), ("experiments", "report")}

@@ -137,6 +137,37 @@ def test_cross_judge_from_the_command_line(server: FakeJudge, capsys: pytest.Cap
     assert all("none (built-in model)" in row for row in rows)
 
 
+def test_other_rubrics(server: FakeJudge, capsys: pytest.CaptureFixture[str]) -> None:
+    assert steerback("run", "esr", "--target", "organism", "--name", "a", *SMALL) == 0
+    whole = ["judge", "a", "--judge", "qwen3-32b", "--rubric", "whole"]
+    capsys.readouterr()
+    assert steerback(*whole, "--dry-run") == 0
+    assert "12 responses to be asked about (whole) by qwen3-32b: about 12 calls" in capsys.readouterr().out
+    assert steerback(*whole, "--max-judge-calls", "5") == 2
+    assert "budget spent" in capsys.readouterr().err
+    assert steerback(*whole) == 0
+    said = capsys.readouterr().out
+    assert "7 responses to be asked about" in said  # the five are kept
+    assert "recovered in silence" in said
+    assert sum(server.asked.values()) == 12
+    with Run.read(Path("runs/a")) as run:
+        rows = {r.trial.key: r for r in run.ledger.rows(stage="measure", judge="scripted")}
+        found = run.ledger.fact("organism", "whole by qwen3-32b")
+        assert {k: v["score"] for k, v in found.items()} == {
+            k: len(r.judged_text.split()) % 11 for k, r in rows.items()
+        }
+        assert run.ledger.fact("", "judge spend")["qwen3-32b (whole)"]["calls"] == 12
+    mean = sum(v["score"] for v in found.values()) / 12
+    assert f"{mean:.3g}"[:4] in Path("runs/a/whole.txt").read_text("utf-8")
+    for judge in ("qwen3-32b", "offline"):
+        assert steerback("judge", "a", "--judge", judge, "--rubric", "boundaries") == 0
+    capsys.readouterr()
+    assert steerback("judge", "a", "--judge", "offline", "--rubric", "whole") == 2
+    assert "needs a judge model" in capsys.readouterr().err
+    assert steerback("judge", "a", "--judge", "qwen3-32b", "--rubric", "hole") == 2
+    assert "unknown rubric 'hole'; choose one of: attempts, whole, boundaries" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

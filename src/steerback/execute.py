@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,13 +158,11 @@ def note_judge(opened: Run, judge: Judge) -> None:
     """Keeps what the judge is (with its rubric's text) and what it has been paid, in ledger and manifest."""
     known = opened.ledger.fact("", "judges") or {}
     known[judge.name] = judge.describe()
+    opened.ledger.set_fact("", "judges", known)
+    opened.amend_manifest({"judges": known})
     spent = drain(judge)
     if spent is not None:
-        paid = opened.ledger.fact("", "judge spend") or {}
-        before = Spend(**paid[judge.name]) if judge.name in paid else Spend()
-        opened.ledger.set_fact("", "judge spend", paid | {judge.name: asdict(before + spent)})
-    opened.ledger.set_fact("", "judges", known)
-    opened.amend_manifest({"judges": known, "judge spend": opened.ledger.fact("", "judge spend")})
+        opened.add_spend(judge.name, spent)
 
 
 def _same_engine(opened: Run, target: Target, engine: Engine) -> None:

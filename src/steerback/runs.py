@@ -10,6 +10,7 @@ import platform
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +20,7 @@ from steerback.config import RunConfig, differences, parse_config
 from steerback.errors import SteerbackError
 from steerback.folders import write_atomic as write_atomic
 from steerback.folders import write_json as write_json
+from steerback.judging.spending import Spend
 from steerback.ledger import Ledger
 
 PACKAGES = ("numpy", "scipy", "scikit-learn", "torch", "transformers", "tokenizers", "safetensors", "pydantic")
@@ -99,6 +101,14 @@ class Run:
             **parts,
         }
         return write_json(self.folder / "manifest.json", body)
+
+    def add_spend(self, name: str, spent: Spend) -> None:
+        """Adds to what a judge of this run has been paid."""
+        paid = self.ledger.fact("", "judge spend") or {}
+        before = Spend(**paid[name]) if name in paid else Spend()
+        paid[name] = asdict(before + spent)
+        self.ledger.set_fact("", "judge spend", paid)
+        self.amend_manifest({"judge spend": paid})
 
     def amend_manifest(self, parts: dict[str, Any]) -> None:
         """Sets `parts` in the manifest that is there; an imported run has none, and gets none."""

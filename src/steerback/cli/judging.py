@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -15,7 +16,7 @@ from steerback.cli.options import (
     Price,
     RunName,
     RunsDir,
-    judges_within,
+    given_limits,
 )
 
 
@@ -28,6 +29,9 @@ def register(app: typer.Typer) -> None:
 def judge_command(
     name: RunName,
     judge: Annotated[str, typer.Option(help="offline, or a judge model.")],
+    rubric: Annotated[
+        str, typer.Option(help="attempts, whole (recovery 0-10) or boundaries (of self-correction episodes).")
+    ] = "attempts",
     retry_unscored: Annotated[bool, typer.Option("--retry-unscored", help="Ask again where it gave no score.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")] = False,
     max_judge_calls: MaxCalls = None,
@@ -40,14 +44,19 @@ def judge_command(
     """Add a judge's verdicts to a finished run."""
     from steerback import execute
     from steerback.estimate import judging_line, spent_lines
+    from steerback.judging import judge_maker
     from steerback.progress import make_progress
     from steerback.runs import Run, find_run
 
-    folder, judges = find_run(name, runs), judges_within(max_judge_calls, max_judge_cost, judge_price, judge_batch)
+    folder = find_run(name, runs)
+    budget = given_limits(max_judge_calls, max_judge_cost, judge_price, judge_batch)
+    if rubric != "attempts":
+        return _grade(folder, judge, rubric, retry_unscored, dry_run, budget)
+    judges = judge_maker(**budget)
     with Run.read(folder) as opened:
         print(judging_line(execute.to_judge(opened, judges(judge), retry_unscored)))
     if dry_run:
-        return
+        return None
     progress, cache = make_progress(), execute.open_cache(not no_cache)
     try:
         done = execute.judge_run(folder, judge, progress, cache, retry_unscored, judges)
@@ -58,6 +67,32 @@ def judge_command(
     for line in spent_lines(folder):
         print(line)
     print(f"{done} responses judged by {judge}; see them with: steerback figures {name} --judge {judge}")
+    return None
+
+
+def _grade(folder: Path, judge: str, rubric: str, retry: bool, dry_run: bool, budget: dict[str, Any]) -> None:
+    from steerback import grading
+    from steerback.estimate import spent_lines
+    from steerback.progress import make_progress
+    from steerback.runs import Run
+
+    with Run.read(folder) as opened:
+        work = grading.Grader(judge, rubric, **budget).todo(opened, retry)
+    taken = "" if work.estimate is None else f": about {work.estimate}"
+    print(f"{work.count} responses to be asked about ({rubric}) by {judge}{taken}")
+    if dry_run:
+        return
+    progress = make_progress()
+    try:
+        done = grading.grade_run(folder, judge, rubric, retry, progress, **budget)
+    finally:
+        progress.close()
+    for line in spent_lines(folder):
+        print(line)
+    if rubric == "whole":
+        print((folder / "whole.txt").read_text("utf-8"))
+    else:
+        print(f"{done} responses done; analyses by judge {judge} use them: steerback figures {folder} --judge {judge}")
 
 
 def list_judges() -> None:

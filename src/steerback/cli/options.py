@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,9 +26,16 @@ Price = Annotated[
 Batch = Annotated[bool, typer.Option("--judge-batch", help="Use the provider's batches: slower, half the price.")]
 
 
+def given_limits(
+    calls: int | None, cost: float | None, price: tuple[float, float] | None, batch: bool
+) -> dict[str, Any]:
+    """Fields of `judging.transport.Limits` that the user has set."""
+    given = {"max_calls": calls, "max_cost": cost, "price": price, "batch": batch or None}
+    return {key: value for key, value in given.items() if value is not None}
+
+
 def judges_within(calls: int | None, cost: float | None, price: tuple[float, float] | None, batch: bool) -> Maker:
     """What makes the judges of one command; each has this budget for all that the command does."""
     from steerback.judging import judge_maker
 
-    given = {"max_calls": calls, "max_cost": cost, "price": price, "batch": batch or None}
-    return judge_maker(**{key: value for key, value in given.items() if value is not None})
+    return judge_maker(**given_limits(calls, cost, price, batch))

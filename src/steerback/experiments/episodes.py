@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,7 @@ class Trace:
     """One recorded response of T fed-back tokens.
 
     `pieces` are the tokens as text (T,), `sums` maps a group of latents to its summed activation per token (T,).
-    For an episode `start` is the first token of the correction (the restart phrase), `resume` the first token after
+    For an episode `begin` is the first token off the topic (0 unless a judge has marked boundaries), `start` is the first token of the correction (the restart phrase), `resume` the first token after
     it, `stop` the end of the second attempt; otherwise the three are None.
     """
 
@@ -56,6 +56,7 @@ class Trace:
     start: int | None = None
     resume: int | None = None
     stop: int | None = None
+    begin: int = 0
 
     def __len__(self) -> int:
         return len(self.pieces)
@@ -83,7 +84,7 @@ class Trace:
         if self.start is None or self.resume is None or self.stop is None:
             raise ValueError(f"{self.row.trial.key} is no episode")
         return {
-            "off-topic": slice(0, self.start),
+            "off-topic": slice(self.begin, self.start),
             "correction": slice(self.start, self.resume),
             "on-topic": slice(self.resume, self.stop),
         }
@@ -182,6 +183,7 @@ class Recorded:
     groups: Mapping[str, Sequence[int]]
     changed: int
     lost: int  # replays of episodes that are no episode any more
+    unmarked: int = 0  # episodes left out because a judge was asked for boundaries and gave none that hold
 
     @property
     def counts(self) -> dict[str, int]:
@@ -193,6 +195,7 @@ class Recorded:
             "latents": len({t.cluster for t in self.episodes}),
             "replays with another text": self.changed,
             "replays that are no episode": self.lost,
+            "replays without verified boundaries": self.unmarked,
         }
 
     @property
@@ -229,7 +232,8 @@ def recorded(ledger: Ledger, target: str, judge: str, below: float) -> Recorded:
         raise SteerbackError(f"{ledger.path}: {target} has no recorded episodes yet; resume the run")
     texts = {r.trial.index: r.completion.text for r in ledger.rows(target, "measure") if r.completion is not None}
     traces: dict[str, list[Trace]] = {EPISODES: [], DRIFTS: [], UNSTEERED: []}
-    changed = lost = 0
+    marks = ledger.fact(target, boundaries_fact(judge))
+    changed = lost = unmarked = 0
     for row in ledger.rows(target, REPLAY, judge=judge, activations=True):
         condition = row.trial.condition
         if row.completion is None or row.completion.activations is None or not row.valid_receipt:
@@ -238,8 +242,30 @@ def recorded(ledger: Ledger, target: str, judge: str, below: float) -> Recorded:
         if condition == EPISODES and not is_episode(row):
             lost += 1
         elif condition == EPISODES or is_drift(row, below if condition == DRIFTS else math.inf):
-            traces[condition].append(trace(row, ends[row.trial.key], groups))
-    return Recorded(traces[EPISODES], traces[DRIFTS], traces[UNSTEERED], groups, changed, lost)
+            found = trace(row, ends[row.trial.key], groups)
+            if condition == EPISODES and marks is not None:
+                marked = bounded(found, ends[row.trial.key], marks.get(row.trial.key, {}))
+                unmarked += marked is None
+                found = marked or found
+                if marked is None:
+                    continue
+            traces[condition].append(found)
+    return Recorded(traces[EPISODES], traces[DRIFTS], traces[UNSTEERED], groups, changed, lost, unmarked)
+
+
+def boundaries_fact(judge: str) -> str:
+    """Name of the fact that holds the boundaries a judge has marked."""
+    return f"boundaries by {judge}"
+
+
+def bounded(trace: Trace, ends: Sequence[int], marks: Mapping[str, Any]) -> Trace | None:
+    """The episode with regions from marked boundaries (characters); None where one of the three is missing."""
+    places = [marks.get(name) for name in ("off_topic", "correction", "on_topic")]
+    if None in places or trace.stop is None:
+        return None
+    begin, start, resume = (min(token_at(ends, int(p)), len(trace)) for p in places if p is not None)
+    resume = max(resume, start + 1)
+    return replace(trace, begin=min(begin, start), start=start, resume=resume, stop=max(trace.stop, resume))
 
 
 def trace(row: Row, ends: Sequence[int], groups: Mapping[str, Sequence[int]]) -> Trace:

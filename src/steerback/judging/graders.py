@@ -18,6 +18,7 @@ from pathlib import Path
 from steerback.judging.base import JudgeItem
 from steerback.judging.parse import Quotable, WholeScore, parse_ratings, parse_verdict, parse_whole
 from steerback.judging.prompt import BOUNDARIES, CONCRETENESS, WHOLE, Asked, ask, enclose, encodable, rubric
+from steerback.judging.spending import Spend
 from steerback.judging.transport import Transport
 from steerback.records import Judgement, digest
 
@@ -98,6 +99,10 @@ class WholeJudge:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
 
+    def estimate(self, items: Sequence[JudgeItem]) -> Spend:
+        """What asking about `items` would take."""
+        return self._transport.estimate(ask(rubric(WHOLE), item) for item in items)
+
     async def score(self, items: Sequence[JudgeItem]) -> AsyncIterator[tuple[str, WholeScore]]:
         """Yields (item key, score) in the order of completion."""
         asked = {str(i): (item, ask(rubric(WHOLE), item)) for i, item in enumerate(items)}
@@ -114,6 +119,10 @@ class BoundaryAnnotator:
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
+
+    def estimate(self, items: Sequence[JudgeItem]) -> Spend:
+        """What asking about `items` would take."""
+        return self._transport.estimate(ask(rubric(BOUNDARIES), item) for item in items)
 
     async def annotate(self, items: Sequence[JudgeItem]) -> AsyncIterator[tuple[str, Boundaries]]:
         """Yields (item key, boundaries) in the order of completion."""
