@@ -44,6 +44,7 @@ def run_command(
     name: Annotated[str | None, typer.Option(help="Name of the run; the same name again resumes it.")] = None,
     preset: Annotated[str | None, typer.Option(help="specification (default), authors or quick.")] = None,
     engine: Annotated[str | None, typer.Option(help="transformers or vllm; default: what fits this machine.")] = None,
+    replicas: Annotated[int | None, typer.Option(min=1, help="vllm: engines side by side, one GPU each.")] = None,
     judge: Annotated[str | None, typer.Option(help="offline, or a judge model.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with settings.")] = None,
     settings: Annotated[
@@ -87,6 +88,7 @@ def run_command(
         raise SteerbackError("say what to steer with --target (see steerback targets), or start from a run with --from")
     overrides: dict[str, Any] = {"engine": engine, "judge": judge, "prompts": prompts, "limit": limit}
     overrides |= {"options": options} if options else {}
+    overrides |= {"engine_options": {"replicas": replicas}} if replicas else {}
     if latents is not None:
         first = resolve(chosen[0])
         own = parse_latents(latents, first.labels(), directions=first.directions())
