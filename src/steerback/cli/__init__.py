@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from steerback import __version__
-from steerback.cli import directions, judging, labels, results, running, targets
+from steerback.cli import directions, doctor, judging, labels, results, running, targets
 from steerback.errors import SteerbackError
 
 app = typer.Typer(
@@ -82,5 +82,5 @@ def _root(
 ) -> None: ...
 
 
-for group in (running, results, judging, targets, directions, labels):
+for group in (running, results, judging, targets, doctor, directions, labels):
     group.register(app)

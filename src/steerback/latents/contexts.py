@@ -1,0 +1,125 @@
+"""Where in given texts latents are most active: a snippet around each peak, the word under it, and how high it is.
+
+    found = top_contexts(engine, texts, n=8)
+    found.of(17)     # [Context(before="The lava ", word="flows", after=" into the sea.", activation=12.3), ...]
+
+Each text gives a latent at most one context. It knows the reference engine and nothing of labels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from steerback.errors import SteerbackError
+
+if TYPE_CHECKING:
+    from steerback.engines.transformers import TransformersEngine
+
+AROUND = 60
+"""Characters of a snippet on either side of the word."""
+CHUNK_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """A latent's peak in one text."""
+
+    before: str
+    word: str
+    after: str
+    activation: float
+
+    @property
+    def text(self) -> str:
+        return f"{self.before}{self.word}{self.after}".strip()
+
+    @property
+    def marked(self) -> str:
+        """The snippet with its peak between « and »."""
+        return f"{self.before}«{self.word}»{self.after}".strip()
+
+
+@dataclass
+class Contexts:
+    """Top contexts of all latents: `values` (n_latents, n) descending, 0 where there are fewer."""
+
+    values: NDArray[np.float32]
+    text: NDArray[np.int64]
+    token: NDArray[np.int64]
+    tokens: dict[int, tuple[int, ...]]
+    decode: TextOf
+    _ends: dict[int, tuple[str, list[int]]] = field(default_factory=dict)
+
+    def of(self, latent: int) -> list[Context]:
+        """Contexts of a latent, most active first; empty where it was never active."""
+        row = zip(self.values[latent], self.text[latent], self.token[latent], strict=True)
+        return [self._at(int(text), int(token), float(value)) for value, text, token in row if value > 0]
+
+    def active(self) -> NDArray[np.int64]:
+        """Latents that were active anywhere, most active first."""
+        peaks = self.values[:, 0]
+        order = np.argsort(-peaks, kind="stable")
+        return order[: int((peaks > 0).sum())]
+
+    def _at(self, text: int, token: int, value: float) -> Context:
+        if text not in self._ends:
+            self._ends[text] = self.decode(self.tokens[text])
+        whole, ends = self._ends[text]
+        start, end = ends[token - 1] if token else 0, ends[token]
+        start += len(whole[start:end]) - len(whole[start:end].lstrip())
+        if re.search(r"\w", whole[start:end]):  # the whole word that the token is a piece of
+            while start and re.match(r"\w", whole[start - 1]):
+                start -= 1
+            while end < len(whole) and re.match(r"\w", whole[end]):
+                end += 1
+        left, right = max(start - AROUND, 0), min(end + AROUND, len(whole))
+        while left and left < start and not whole[left - 1].isspace():
+            left += 1
+        while right < len(whole) and right > end and not whole[right].isspace():
+            right -= 1
+        return Context(whole[left:start], whole[start:end], whole[end:right], value)
+
+
+class TextOf:
+    """Decodes tokens to a text and the character at which each token ends."""
+
+    def __init__(self, engine: TransformersEngine) -> None:
+        self._prompter = engine.runner.prompter
+
+    def __call__(self, token_ids: Sequence[int]) -> tuple[str, list[int]]:
+        text = self._prompter.text(token_ids)
+        return text, self._prompter.ends(token_ids, len(text))
+
+
+def top_contexts(engine: TransformersEngine, texts: Sequence[str], n: int = 8, layer: int | None = None) -> Contexts:
+    """The `n` texts in which each latent peaks highest; `layer` other than the SAE's own is for diagnosis.
+
+    Memory is n_latents x n and one chunk of tokens x n_latents, whatever the number of texts.
+    """
+    import torch
+
+    sae = engine.sae
+    if sae is None:
+        raise SteerbackError("contexts need an SAE and this target has none")
+    at = sae.layer if layer is None else layer
+    values = torch.zeros(sae.n_latents, n)
+    where = torch.zeros(2, sae.n_latents, n, dtype=torch.long)
+    tokens: dict[int, tuple[int, ...]] = {}
+    for number, ids, states in engine.residuals([""] * len(texts), texts, (at,)):
+        tokens[number] = ids
+        peak, token = torch.zeros(sae.n_latents), torch.zeros(sae.n_latents, dtype=torch.long)
+        for first in range(0, len(ids), CHUNK_TOKENS):
+            best = sae.encode(states[at][first : first + CHUNK_TOKENS]).max(dim=0)
+            higher = best.values.float().cpu() > peak
+            peak = torch.where(higher, best.values.float().cpu(), peak)
+            token = torch.where(higher, best.indices.cpu() + first, token)
+        values, order = torch.cat([values, peak[:, None]], dim=1).topk(n, dim=1)
+        here = torch.stack([torch.full_like(token, number), token])[..., None]
+        where = torch.cat([where, here], dim=2).gather(2, order.expand(2, -1, -1))
+    return Contexts(values.numpy(), where[0].numpy(), where[1].numpy(), tokens, TextOf(engine))
