@@ -38,7 +38,10 @@ class LayerPlan:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where a target is edited and read, and what there is to edit with. `n_latents` is 0 without an SAE."""
+    """Where a target is edited and read, and what there is to edit with. `n_latents` is 0 without an SAE.
+
+    `sae_layer` is where clamps act: the SAE's own layer unless the target says another.
+    """
 
     n_layers: int
     d_model: int

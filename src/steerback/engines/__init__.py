@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from steerback.errors import unknown
+from steerback.targets.fit import check_ready, gpus
 
 if TYPE_CHECKING:
     from steerback.engines.base import Engine
@@ -37,6 +38,9 @@ def make_engine(target: Target, name: str = "auto", **options: Any) -> Engine:
         from steerback.engines.transformers import TransformersEngine as make
     elif chosen == "vllm":
         from steerback.engines.vllm.engine import VllmEngine as make
+
+        room = sum(size for _, size in gpus()[: given.get("tensor_parallel", 1)])
+        check_ready(target, "GPU memory", room, dict(given.get("options", {})).get("quantization"))
     elif chosen == "scripted":
         from steerback.engines.scripted import PlantedModel, ScriptedEngine
 

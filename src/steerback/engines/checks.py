@@ -21,14 +21,22 @@ def site_of(target: Target, n_layers: int, d_model: int, sae: Sae | None, direct
     """Where a target is edited and read, once it is known that model, SAE and layers fit together."""
     if sae is not None:
         sae.check(f"SAE of target {target.name!r}", d_model, n_layers)
-    for field, layer in (("steer_layer", target.steer_layer), ("read_layer", target.read_layer)):
+        if target.n_latents and target.n_latents != sae.n_latents:
+            raise SteerbackError(
+                f"target {target.name!r}: n_latents is {target.n_latents}, its SAE has {sae.n_latents}; correct it"
+            )
+    clamp_layer = target.clamp_layer
+    if clamp_layer is None:
+        clamp_layer = target.steer_layer if sae is None else sae.layer
+    layers = {"steer_layer": target.steer_layer, "read_layer": target.read_layer, "clamp_layer": clamp_layer}
+    for field, layer in layers.items():
         if not 0 <= layer < n_layers:
             raise SteerbackError(f"target {target.name!r}: {field} {layer} is outside 0..{n_layers - 1}")
     return Site(
         n_layers=n_layers,
         d_model=d_model,
         steer_layer=target.steer_layer,
-        sae_layer=sae.layer if sae is not None else target.steer_layer,
+        sae_layer=clamp_layer,
         read_layer=target.read_layer,
         n_latents=sae.n_latents if sae is not None else 0,
         directions=directions,

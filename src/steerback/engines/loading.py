@@ -18,6 +18,9 @@ from steerback.engines.checks import site_of
 from steerback.engines.prompting import Prompter
 from steerback.engines.runner import Runner, decoder_layers
 from steerback.errors import SteerbackError, unknown
+from steerback.records import digest
+from steerback.targets.fit import available_memory, check_ready
+from steerback.targets.formats import describe
 from steerback.targets.sae import Sae, load_sae
 
 if TYPE_CHECKING:
@@ -40,8 +43,10 @@ def load(target: Target, device: str | None = None, directions: tuple[str, ...] 
     from transformers.utils import logging
 
     place = pick_device(device)
+    check_ready(target, *free_memory(place))
     folder = Path(target.model)
     origin: dict[str, Any] = {} if folder.is_dir() else {"revision": target.revision}
+    sae = None if target.sae is None else on_device(load_sae(target.sae), place)
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(target.model, **origin)
@@ -56,17 +61,63 @@ def load(target: Target, device: str | None = None, directions: tuple[str, ...] 
             f"target {target.name!r}: {target.model} lacks {len(report['missing_keys'])} weights of this architecture, "
             f"the first is {min(report['missing_keys'])}; the file is incomplete or belongs to another config.json"
         )
+    if target.adapter is not None:
+        model = with_adapter(target, model)
     model = model.to(place)
-    sae = None
-    if target.sae is not None:
-        sae = load_sae(target.sae).to(place)
     provenance: dict[str, object] = {
         "target": target.name,
         "model": target.model if not folder.is_dir() else target.name,
         "revision": target.revision,
+        "commit": getattr(model.config, "_commit_hash", None),
         "files": hash_files(target.model, target.revision),
+        "tokenizer": hash_tokenizer(tokenizer),
     }
+    if target.adapter is not None:
+        provenance["lora"] = hash_adapter(target.adapter)
+    if sae is not None and target.sae is not None:
+        provenance |= {"sae_source": describe(target.sae), "decoder_norms": sae.norms()}
     return assemble(target, model, tokenizer, sae, provenance, directions)
+
+
+def with_adapter(target: Target, model: Any) -> Any:
+    """The model with the target's LoRA adapter beside its weights, not merged into them."""
+    from importlib.util import find_spec
+
+    if find_spec("peft") is None:
+        raise SteerbackError(f"target {target.name!r} has an adapter: pip install 'steerback[finetune]'")
+    from peft import PeftModel
+
+    assert target.adapter is not None
+    try:
+        return PeftModel.from_pretrained(model, target.adapter).get_base_model()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise SteerbackError(f"target {target.name!r}: cannot use adapter {target.adapter}: {reason[:300]}") from error
+
+
+def hash_adapter(folder: str) -> dict[str, str]:
+    """SHA-256 of an adapter's weights and configuration."""
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    return {name: _sha256(Path(folder) / name) for name in names if (Path(folder) / name).is_file()}
+
+
+def on_device(sae: Sae, place: torch.device) -> Sae:
+    """TopK on the device, as it has to encode everything; of the others only what is used goes there, when it is."""
+    return sae.to(place) if sae.kind == "topk" and place.type != "cpu" else sae
+
+
+def free_memory(place: torch.device) -> tuple[str, int]:
+    """What kind of memory models take on a device, and how many bytes of it are free."""
+    if place.type == "cuda":
+        return "GPU memory", int(torch.cuda.mem_get_info(place)[0])
+    return "memory", available_memory()
+
+
+def hash_tokenizer(tokenizer: Any) -> str:
+    """Hash of all that a fast tokenizer and its chat template do."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    return digest([rules, tokenizer.chat_template])
 
 
 def assemble(

@@ -215,16 +215,26 @@ class TransformersEngine:
         spoken = [self.runner.prompter.spoken(p, r) for p, r in zip(prompts, responses, strict=True)]
         out = np.zeros((len(spoken), self.sae.n_latents if latents is None else len(latents)), dtype=np.float32)
         layer = self.runner.site.read_layer
+        sae = self.sae if latents is not None else self._encoder
         for n, states in self._states(spoken, (layer,)):
             chosen = [*spoken[n].user, *spoken[n].response] if include_prompt else [*spoken[n].response]
             for first in range(0, len(chosen), CHUNK_TOKENS):
-                z = self.sae.encode(states[layer][chosen[first : first + CHUNK_TOKENS]].float(), latents)
+                z = sae.encode(states[layer][chosen[first : first + CHUNK_TOKENS]].float(), latents)
                 if pool == "max":
                     np.maximum(out[n], z.amax(dim=0).float().cpu().numpy(), out=out[n])
                 else:
                     z = z if pool == "mean" else (z > 0).float()
                     out[n] += z.sum(dim=0).float().cpu().numpy() / len(chosen)
         return out
+
+    @cached_property
+    def _encoder(self) -> Sae:
+        """The SAE for encoding everything: its encoder goes to the device once, unless there is no room for it."""
+        assert self.sae is not None
+        try:
+            return self.sae.encoder_to(self.runner.device)
+        except torch.OutOfMemoryError:
+            return self.sae  # copied in blocks at each use
 
     @torch.inference_mode()
     def residuals(
@@ -264,7 +274,7 @@ class TransformersEngine:
         """L2 norm of each latent's decoder direction: (n latents,)."""
         if self.sae is None:
             raise SteerbackError("decoder norms need an SAE and this target has none")
-        norms: NDArray[np.float32] = self.sae.W_dec.float().norm(dim=1).cpu().numpy()
+        norms: NDArray[np.float32] = self.sae.decoder_norms.numpy()
         return norms
 
     def token_ends(self, completion: Completion) -> list[int]:
@@ -301,3 +311,4 @@ class TransformersEngine:
         with contextlib.suppress(AttributeError):
             del self.runner.model, self.runner.decoder
         self.sae = None
+        self.__dict__.pop("_encoder", None)

@@ -80,12 +80,16 @@ def hash_file(path: Path) -> str:
 
 def check_space(folder: Path, size: int, what: str) -> None:
     """SteerbackError where `size` more bytes do not fit the disk that `folder` is (or will be) on."""
-    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(place).free
-    if free < size + SPARE:
+    if (free := free_space(folder)) < size + SPARE:
         raise SteerbackError(
-            f"{what} needs {gigabytes(size)} of disk and {place} has {gigabytes(free)} free; make room there"
+            f"{what} needs {gigabytes(size)} of disk and {folder} has {gigabytes(free)} free; make room there"
         )
+
+
+def free_space(folder: Path) -> int:
+    """Free bytes of the disk that a folder is, or would be, on."""
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    return shutil.disk_usage(place).free
 
 
 def gigabytes(size: float) -> str:
@@ -270,16 +274,32 @@ def hub_file(
     and HF_HUB_OFFLINE. Large files are checked against the hash the hub gives and are resumed. The commit that a
     branch stood for is in the path (`commit_of`). Raises SteerbackError for anything that goes wrong.
     """
-    import httpx2
-    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub import hf_hub_download
 
-    where = endpoint or os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    page, version = f"{where}/{repo}", revision or "main"
-    try:
+    where, version = endpoint or hub_place(), revision or "main"
+    with hub_errors(repo, version, file, where):
         reached = _prefetch(repo, file, version, where, progress)
         return Path(hf_hub_download(repo, file, revision=version, endpoint=where, local_files_only=not reached))
+
+
+def hub_place() -> str:
+    """Address of the model hub: HF_ENDPOINT, or the public one."""
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+@contextlib.contextmanager
+def hub_errors(repo: str, version: str, file: str, where: str | None = None) -> Iterator[None]:
+    """What the hub's library raises about a file of a repository, as one line that says what to do."""
+    import httpx2
+    from huggingface_hub import errors
+
+    where = where or hub_place()
+    page, known = f"{where}/{repo}", _token() is not None
+    address = f"{page}/resolve/{version}/{file}"
+    try:
+        yield
     except errors.GatedRepoError as error:
-        raise SteerbackError(f"{repo}: gated; {_access(page, _token() is not None)}") from error
+        raise SteerbackError(f"{repo}: gated; {_access(page, known)}") from error
     except errors.RevisionNotFoundError as error:
         raise SteerbackError(f"{repo}: no revision {version!r} there; see {page}/commits/main") from error
     except errors.RepositoryNotFoundError as error:
@@ -289,7 +309,7 @@ def hub_file(
     except errors.LocalEntryNotFoundError as error:
         if isinstance(error.__cause__, errors.HfHubHTTPError):
             status = getattr(error.__cause__.response, "status_code", 0)
-            raise SteerbackError(_refusal(status, f"{page}/resolve/{version}/{file}", _token() is not None)) from error
+            raise SteerbackError(_refusal(status, address, known)) from error
         raise SteerbackError(
             f"{repo}: {file} is not in the cache and {where} cannot be reached; connect once, or fetch it elsewhere "
             "and point HF_HOME at that cache"
@@ -297,8 +317,7 @@ def hub_file(
     except errors.EntryNotFoundError as error:
         raise NoSuchFile(f"{repo}: no file {file!r} at revision {version!r}; see {page}/tree/{version}") from error
     except errors.HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", 0)
-        raise SteerbackError(_refusal(status, f"{page}/resolve/{version}/{file}", _token() is not None)) from error
+        raise SteerbackError(_refusal(getattr(error.response, "status_code", 0), address, known)) from error
     except errors.HFValidationError as error:
         raise SteerbackError(f"{repo!r} is not the name of a hub repository (owner/name)") from error
     except (httpx2.HTTPError, OSError) as error:

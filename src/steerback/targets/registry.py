@@ -36,6 +36,8 @@ def list_targets(own: Tables | None = None) -> tuple[Target, ...]:
 def resolve(name: str, own: Tables | None = None) -> Target:
     """A target by name (a user's `own` before the built-in ones), or a folder in our own format by its path.
 
+    NAME+FOLDER is a target with the LoRA adapter of a folder.
+
     Raises SteerbackError listing the choices for an unknown name, and saying what to build where weights are missing.
     """
     known = {**tables(), **(own or {})}
@@ -44,7 +46,18 @@ def resolve(name: str, own: Tables | None = None) -> Target:
     folder = Path(name).expanduser()
     if folder.is_dir() and (folder / "config.json").is_file():
         return from_folder(folder)
+    base, plus, adapter = name.partition("+")
+    if plus and (base in known or Path(base).expanduser().is_dir()):
+        return _adapted(resolve(base, own), Path(adapter).expanduser())
     raise unknown("target", name, [*known, "(a folder with config.json and sae.json)"])
+
+
+def _adapted(target: Target, adapter: Path) -> Target:
+    if not (adapter / "adapter_config.json").is_file():
+        raise SteerbackError(
+            f"target {target.name}+{adapter}: no LoRA adapter there (adapter_config.json, adapter_model.safetensors)"
+        )
+    return target.with_adapter(adapter.resolve())
 
 
 def read_targets(file: Path) -> dict[str, dict[str, Any]]:

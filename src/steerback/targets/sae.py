@@ -105,6 +105,10 @@ class Sae:
         """The same SAE on another device or in another float type."""
         return replace(self, **{name: getattr(self, name).to(device, dtype) for name in TENSORS})
 
+    def encoder_to(self, device: torch.device | str) -> Sae:
+        """The same SAE with what encoding needs on another device, the decoder where it is."""
+        return replace(self, **{name: getattr(self, name).to(device) for name in ("W_enc", "b_enc", "threshold")})
+
     @cached_property
     def hash(self) -> str:
         """SHA-256 of kind, layer, k and all weights (as float32): part of every cache key."""

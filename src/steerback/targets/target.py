@@ -72,6 +72,8 @@ class Target:
     boost_prior: BoostPrior
     summary: str = ""
     revision: str | None = None
+    adapter: str | None = None
+    """Folder of a LoRA adapter that the model is served with, unmerged; see `with_adapter`."""
     dtype: Dtype = "float32"
     sae: SaeSource | None = None
     sae_layer: int | None = None
@@ -106,7 +108,7 @@ class Target:
     @property
     def user_key(self) -> str:
         """Name of the folders in which the user's labels and directions for this target are kept."""
-        return user_key(self.name, self.model)
+        return user_key(self.base, self.model)
 
     def contexts(self) -> dict[LatentKey, tuple[str, ...]]:
         """Top-activating text snippets per latent (empty where unknown)."""
@@ -136,6 +138,15 @@ class Target:
         """The same target with these of its directions alone, so that what a run does not use does not shape it."""
         return replace(self, direction_files=tuple(f for f in self.direction_files if f[0] in names))
 
+    def with_adapter(self, folder: Path) -> Target:
+        """The same target with a LoRA adapter, named after both: BASE+FOLDER. Labels and directions stay the base's."""
+        return replace(self, name=f"{self.base}+{folder.name}", adapter=str(folder))
+
+    @property
+    def base(self) -> str:
+        """Name of the target without its adapter."""
+        return self.name if self.adapter is None else self.name.rpartition("+")[0]
+
     def prior_of(self, key: LatentKey) -> BoostPrior:
         """The boost prior of a latent; that of a direction beside an SAE is scaled to the residual's norm if known."""
         values = self.direction_facts(key).prior() if isinstance(key, str) and self.has_sae else None
@@ -149,7 +160,9 @@ class Target:
     def memory(self, dtype: str | None = None) -> int | None:
         """Estimated bytes on the device (weights, 5 %, and 1.5 GB for caches and the SAE's columns in use)."""
         count = self.parameters()
-        return None if count is None else int(count * BYTES[dtype or self.dtype] * 1.05 + 1.5e9 * (count > 1e8))
+        if count is None:
+            return None
+        return int(count * BYTES.get(dtype or self.dtype, 1.0) * 1.05 + (1.5e9 if count > 1e8 else 0))
 
     @property
     def sae_bytes(self) -> int:

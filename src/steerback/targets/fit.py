@@ -1,0 +1,174 @@
+"""What a target needs and whether this machine has it: memory, disk, access. Said before anything is loaded.
+
+Sizes are estimates from the number of parameters; access and what is still to be downloaded are asked of the hub.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from steerback.errors import SteerbackError
+from steerback.targets.download import check_space, free_space, gigabytes, hub_errors, hub_place
+from steerback.targets.target import Target
+
+MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja"]
+"""What is loaded of a hub model; other forms of its weights are left there."""
+NOT_MODEL_FILES = ["original/*", "*/*"]
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What there is: (name, bytes) of each GPU, bytes of memory and of free disk where models are kept."""
+
+    gpus: tuple[tuple[str, int], ...]
+    memory: int
+    disk: int
+
+    def describe(self) -> str:
+        gpus = ", ".join(f"{name} ({gigabytes(size)})" for name, size in self.gpus) or "no GPU"
+        return f"{gpus}; {gigabytes(self.memory)} of memory; {gigabytes(self.disk)} of disk free"
+
+
+def this_machine() -> Machine:
+    """The machine this runs on."""
+    from huggingface_hub import constants
+
+    return Machine(gpus(), total_memory(), free_space(Path(constants.HF_HUB_CACHE)))
+
+
+def gpus() -> tuple[tuple[str, int], ...]:
+    """(name, bytes) of the GPUs that a process here may use; asked of the driver, so that CUDA is not started by it."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return ()
+    asked = [program, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    said = subprocess.run(asked, capture_output=True, text=True, check=False)
+    rows = [line.rsplit(",", 1) for line in said.stdout.splitlines() if "," in line]
+    found = [(name.strip(), int(size) << 20) for name, size in rows if size.strip().isdecimal()]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None or not all(part.strip().isdecimal() for part in visible.split(",") if part.strip()):
+        return tuple(found)
+    return tuple(found[int(part)] for part in visible.split(",") if part.strip() and int(part) < len(found))
+
+
+def total_memory() -> int:
+    """Bytes of memory of this machine; 0 where the system does not say."""
+    return _meminfo().get("MemTotal", 0) or _pages("SC_PHYS_PAGES")
+
+
+def available_memory() -> int:
+    """Bytes of memory that can be had without swapping; 0 where the system does not say."""
+    return _meminfo().get("MemAvailable", 0) or _pages("SC_PHYS_PAGES")
+
+
+def _meminfo() -> dict[str, int]:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return {}
+    fields = (line.split() for line in lines if line.endswith("kB"))
+    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in fields}
+
+
+def _pages(name: str) -> int:
+    try:
+        return os.sysconf(name) * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 0
+
+
+def download_bytes(target: Target) -> int:
+    """Bytes of a hub target's model (in 16 bits) and SAE; 0 for what is in folders."""
+    model = 0 if Path(target.model).is_dir() or not target.n_parameters else 2 * target.n_parameters
+    local = target.sae is None or Path(target.sae.location).expanduser().exists()
+    return model + (0 if local else target.sae_bytes)
+
+
+def verdict(target: Target, machine: Machine) -> str:
+    """How a target can run on a machine, or why it cannot."""
+    if target.memory() is None:
+        return "unknown: its size is not known"
+    reasons = []
+    if (download := download_bytes(target)) > machine.disk:
+        reasons.append(f"{gigabytes(download)} of disk needed if nothing of it is there")
+    forms = ("bfloat16", "fp8") if target.dtype == "bfloat16" else (target.dtype,)
+    for form in forms:
+        needed = target.memory(form) or 0
+        where = _where(needed, machine, form)
+        if where is not None:
+            return " but ".join([f"yes: {form} {where}", *reasons])
+    least = gigabytes(target.memory(forms[-1]) or 0)
+    return "; ".join([f"no: {forms[-1]} needs {least} of GPU memory, or of memory to run slowly", *reasons])
+
+
+def _where(needed: int, machine: Machine, form: str) -> str | None:
+    sizes = sorted((size for _, size in machine.gpus), reverse=True)
+    for count in (1, 2, 4, 8):
+        if len(sizes) >= count and needed <= sizes[count - 1] * count * 0.95:
+            several = f"on {count} GPUs with vLLM (tensor_parallel = {count})" if count > 1 else "on one GPU"
+            return several if form != "fp8" or count > 1 else "on one GPU with vLLM (quantization = fp8)"
+    if form != "fp8" and needed <= machine.memory * 0.95:
+        return "in memory, on the CPU" if not machine.gpus else "on the CPU (--set engine_options.device=cpu)"
+    return None
+
+
+def check_ready(target: Target, kind: str = "", free: int = 0, form: str | None = None) -> None:
+    """SteerbackError in one line where a target does not fit `free` bytes of a `kind` of memory, or cannot be had.
+
+    `form` is the type of its weights, if not the target's own; `free` 0 leaves memory out. The hub is asked for access
+    and sizes, and the disk for room for what is not in its cache.
+    """
+    needed = target.memory(form)
+    if free and needed is not None and needed > free:
+        raise SteerbackError(
+            f"target {target.name!r} needs about {gigabytes(needed)} of {kind} as {form or target.dtype} and "
+            f"{gigabytes(free)} are free; steerback targets --fit says what fits this machine"
+        )
+    if not Path(target.model).is_dir():
+        _check_hub_model(target)
+
+
+def _check_hub_model(target: Target) -> None:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    asked: Mapping[str, Any] = {"repo_id": target.model, "revision": target.revision, "endpoint": hub_place()}
+    chosen: Mapping[str, Any] = {"allow_patterns": MODEL_FILES, "ignore_patterns": NOT_MODEL_FILES}
+    if target.model.count("/") != 1:
+        raise SteerbackError(
+            f"target {target.name!r}: model {target.model!r} is neither a folder nor the name of a repository"
+        )
+    with hub_errors(target.model, target.revision or "main", "config.json"):
+        try:
+            files = snapshot_download(**asked, **chosen, dry_run=True)
+        except LocalEntryNotFoundError:  # no network: what is in the cache may be enough
+            if snapshot_is_whole(target):
+                return
+            raise
+    missing = sum(file.file_size or 0 for file in files if file.will_download)
+    if not any(file.filename.endswith(".safetensors") for file in files):
+        raise SteerbackError(f"{target.model}: no safetensors files there; weights in pickles are not loaded")
+    check_space(Path(constants.HF_HUB_CACHE), missing, f"target {target.name!r}: the rest of {target.model}")
+
+
+def snapshot_is_whole(target: Target) -> bool:
+    """Whether the hub's cache has config and weights of a target's model."""
+    import json
+
+    from huggingface_hub import try_to_load_from_cache as cached
+
+    def there(name: str) -> str | None:
+        found = cached(target.model, name, revision=target.revision)
+        return found if isinstance(found, str) else None
+
+    index = there("model.safetensors.index.json")
+    if index is not None:
+        names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+        return there("config.json") is not None and all(there(name) for name in names)
+    return there("config.json") is not None and there("model.safetensors") is not None
