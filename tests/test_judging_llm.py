@@ -1,4 +1,4 @@
-"""LLM judges: rubric and enclosure, parser, keys, budget, and faults over the real client libraries."""
+"""LLM judges: keys, budget, and faults over the real client libraries."""
 
 from __future__ import annotations
 
@@ -11,15 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fake_judges import FAULTS, RESTART, FakeJudge
 from steerback.errors import SteerbackError
 from steerback.judging import Judge, JudgeItem, aliases, make_judge
 from steerback.judging.models import check_key, model_string, read_dotenv, redact
-from steerback.judging.parse import Quotable, find_verdict, parse_attempts, parse_whole
-from steerback.judging.prompt import ATTEMPTS, ask, encodable, rubric
 from steerback.judging.transport import Limits, Transport
 from steerback.records import Judgement
 
@@ -30,10 +26,6 @@ PROTOCOLS = (
     ("openrouter/qwen/qwen3-32b", "/v1"),
     ("google/gemini-2.5-flash", ""),
 )
-HOSTILE = [
-    json.loads('"' + line.replace('\\\\', '\\\\').replace('"', '\\"') + '"') if "\\u" in line else line
-    for line in (Path(__file__).parent / "data" / "judging" / "hostile.txt").read_text(encoding="utf-8").splitlines()
-]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -62,176 +54,6 @@ def run(judge: Judge, asked: list[JudgeItem]) -> list[tuple[str, Judgement]]:
 def judge_for(model: str, url: str, **limits: Any) -> Any:
     quick: dict[str, Any] = {"first_wait": 0.01, "attempt_timeout": 2, "max_retries": 2} | limits
     return make_judge(model, base_url=url, **quick)
-
-
-# --- enclosure ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("response", HOSTILE)
-def test_hostile_response_stays_verbatim_inside_the_delimiter(response: str) -> None:
-    asked = ask(rubric(ATTEMPTS), JudgeItem("k", "How?", response, "topic"))
-    opening, closing = f"<response-{asked.nonce}>\n", f"\n</response-{asked.nonce}>"
-    assert asked.user.count(opening) == 1
-    assert asked.user.count(closing) == 1
-    assert asked.user.split(opening)[1].split(closing)[0] == encodable(response)
-    assert asked.nonce not in response
-    asked.user.encode("utf-8")
-
-
-@pytest.mark.parametrize("response", HOSTILE)
-def test_json_quoted_from_the_response_is_never_the_verdict(response: str) -> None:
-    asked = ask(rubric(ATTEMPTS), JudgeItem("k", "How?", response))
-    assert parse_attempts(response, response, asked.nonce, "j", "r").status == "unscored"
-    words = response.split()
-    own = {
-        "verdict": asked.nonce,
-        "attempts": [{"first_words": words[0], "last_words": words[-1], "score": 7, "restart_phrase": ""}],
-    }
-    quoting = f"The response says {response}\nMy verdict: {json.dumps(own)}"
-    found = find_verdict(quoting, asked.nonce)
-    assert found == own
-
-
-def test_there_are_enough_hostile_responses() -> None:
-    assert len(HOSTILE) >= 30
-
-
-def test_the_nonce_is_drawn_again_when_the_response_holds_it() -> None:
-    draws = iter(["aaaa", "bbbb"])
-    assert ask(rubric(ATTEMPTS), JudgeItem("k", "How?", "x aaaa y"), lambda: next(draws)).nonce == "bbbb"
-
-
-def test_label_is_left_out_where_there_is_none() -> None:
-    assert "<topic>" not in ask(rubric(ATTEMPTS), JudgeItem("k", "How?", "x")).user
-    assert "lava" in ask(rubric(ATTEMPTS), JudgeItem("k", "How?", "x", "lava")).user
-
-
-# --- parser ------------------------------------------------------------------------------------------------------
-
-TEXT = "Lava “flows” — fast.  Wait,  that’s wrong! Pour\nwater down. Then rinse."
-
-
-def reply(*attempts: dict[str, Any], nonce: str = "N") -> str:
-    return json.dumps({"verdict": nonce, "attempts": list(attempts)})
-
-
-def entry(first: str, last: str, score: Any = 50, phrase: str = "") -> dict[str, Any]:
-    return {"first_words": first, "last_words": last, "score": score, "restart_phrase": phrase}
-
-
-def test_spans_come_from_quoted_words_whatever_quotes_and_spaces() -> None:
-    first = entry('Lava "flows" - fast', "fast.", 10)
-    second = entry("wait, that's wrong! Pour", "Then rinse", 90, "Wait, that's wrong!")
-    verdict = parse_attempts(f"Here:\n```json\n{reply(first, second)}\n```", TEXT, "N", "j", "r")
-    assert verdict.status == "scored"
-    cut = TEXT.index("Wait")
-    assert [(a.start, a.end, a.score, a.gated) for a in verdict.attempts] == [
-        (0, cut, 10, True),
-        (cut, len(TEXT), 90, True),
-    ]
-
-
-def test_first_words_after_the_phrase_are_extended_to_it() -> None:
-    verdict = parse_attempts(
-        reply(entry("Lava", "fast"), entry("Pour water", "rinse.", 90, "Wait, that's wrong")), TEXT, "N", "j", "r"
-    )
-    assert verdict.attempts[1].start == TEXT.index("Wait")
-    assert verdict.attempts[1].gated
-
-
-def test_an_invented_phrase_is_not_gated() -> None:
-    verdict = parse_attempts(
-        reply(entry("Lava", "fast"), entry("Pour water", "rinse.", 90, "Sorry, I drifted")), TEXT, "N", "j", "r"
-    )
-    assert [a.gated for a in verdict.attempts] == [True, False]
-    assert len(verdict.gated_attempts()) == 1
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("", "empty"),
-        ("I would rather not.", "no JSON"),
-        (reply(entry("Lava", "rinse"), nonce="other"), "code of this response"),
-        ('{"verdict": "N", "attempts": [', "malformed or cut off"),
-        ('{"verdict": "N"}', "no list of attempts"),
-        ('{"verdict": "N", "attempts": [1]}', "no list of attempts"),
-        (reply(entry("Lava", "rinse", 101)), "outside 0-100"),
-        (reply(entry("Lava", "rinse", -1)), "outside 0-100"),
-        (reply(entry("Lava", "rinse", float("nan"))), "outside 0-100"),
-        (reply(entry("Lava", "rinse", 10**400)), "outside 0-100"),
-        (reply(entry("Lava", "rinse", True)), "no number"),
-        (reply(entry("Lava", "rinse", "high")), "no number"),
-        (reply(entry("Never said", "rinse")), "first words"),
-        (reply(entry("Lava", "never said")), "last words"),
-        (reply(entry("La", "rinse")), "first words"),
-        (reply(entry("", "rinse")), "no first words"),
-        (reply(*[entry("Lava", "Lava")] * 2), "first words"),
-        (reply(*[entry("Lava", "Lava")] * 60), "60 attempts"),
-        (reply(entry("Lava", "rinse"), entry("Pour", "rinse")), "ends after"),
-        (reply(entry("Lava", "rinse", 1)) + reply(entry("Lava", "rinse", 2)), "differ"),
-    ],
-)
-def test_unusable_replies_are_unscored_with_their_reason(text: str, reason: str) -> None:
-    verdict = parse_attempts(text, TEXT, "N", "j", "r")
-    assert verdict.status == "unscored"
-    assert reason in verdict.reason
-    assert verdict.raw == text
-
-
-def test_empty_list_is_a_clarifying_question() -> None:
-    assert parse_attempts(reply(), "What do you mean?", "N", "j", "r").status == "empty"
-
-
-def test_number_as_text_is_accepted() -> None:
-    assert parse_attempts(reply(entry("Lava", "rinse", "85/100")), TEXT, "N", "j", "r").attempts[0].score == 85
-
-
-JSONLIKE = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=12)
-    | st.sampled_from(["N", "Lava", "rinse"]),
-    lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.dictionaries(
-            st.sampled_from(["verdict", "attempts", "score", "first_words", "last_words", "restart_phrase", "x"]),
-            inner,
-            max_size=6,
-        )
-    ),
-    max_leaves=20,
-)
-
-
-@settings(deadline=None, max_examples=150)
-@given(st.text(max_size=200) | JSONLIKE.map(json.dumps), st.text(max_size=120) | st.just(TEXT))
-def test_no_reply_crashes_the_parser(text: str, response: str) -> None:
-    for candidate in (text, '{"verdict": "N", "attempts": ' + text + "}"):
-        verdict = parse_attempts(candidate, response, "N", "j", "r")
-        assert verdict.status in ("scored", "empty", "unscored")
-        assert all(0 <= a.start <= a.end <= len(response) and 0 <= a.score <= 100 for a in verdict.attempts)
-        assert parse_whole(candidate, "N").score is None or 0 <= parse_whole(candidate, "N").score <= 10  # type: ignore[operator]
-
-
-def test_deeply_nested_json_does_not_crash() -> None:
-    assert parse_attempts("[" * 100000, TEXT, "N", "j", "r").status == "unscored"
-    assert parse_attempts('{"a":' * 20000, TEXT, "N", "j", "r").status == "unscored"
-
-
-@settings(deadline=None, max_examples=80)
-@given(st.text(max_size=80), st.data())
-def test_every_whole_slice_is_found_where_it_stands_or_earlier(text: str, data: st.DataObject) -> None:
-    pieces = text.split()
-    if not pieces:
-        return
-    i = data.draw(st.integers(0, len(pieces) - 1))
-    quoted = " ".join(pieces[i : i + 3])
-    found = Quotable(text).find(quoted)
-    if found is not None:
-        assert 0 <= found[0] < found[1] <= len(text)
 
 
 # --- keys, names, options ----------------------------------------------------------------------------------------
