@@ -15,6 +15,8 @@ import sys
 import time
 import zlib
 from collections import Counter
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +51,9 @@ def measure(protocol: str, n: int) -> dict[str, Any]:
         JudgeItem(f"k{i}", "How do you fry an egg?", f"Item {i} flows. {RESTART} Put oil {i} in the pan.", "lava")
         for i in range(n)
     ]
-    with FakeJudge(mixed, stall=4.0) as server:
+    with FakeJudge(mixed, stall=8.0) as server:
         server.keep_requests = False
-        judge = make_judge(model, base_url=server.url + suffix, first_wait=0.05, attempt_timeout=2, max_retries=1)
+        judge = make_judge(model, base_url=server.url + suffix, first_wait=0.05, attempt_timeout=5, max_retries=1)
 
         async def collect() -> list[tuple[str, Judgement]]:
             return [pair async for pair in judge.judge(items)]
@@ -84,7 +86,13 @@ def main(n: int, protocols: list[str]) -> None:
     target = ROOT / "benchmarks" / "results" / "judge_faults.json"
     result = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}
     for protocol in protocols:
-        result[protocol] = measure(protocol, n)
+        made = {
+            "command": f"python benchmarks/judge_faults.py {n} {protocol}",
+            "date": datetime.now(UTC).date().isoformat(),
+            "inspect_ai": version("inspect_ai"),
+            "load average before": round(os.getloadavg()[0], 1),
+        }
+        result[protocol] = measure(protocol, n) | made
         print(protocol, json.dumps(result[protocol], indent=1), flush=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
