@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 
@@ -46,9 +47,26 @@ def load_prompts(source: str) -> tuple[str, ...]:
     return tuple(prompts)
 
 
-def _read(path: Path) -> str:
+def load_subjects(source: str | None = None) -> dict[str, tuple[str, ...]]:
+    """Off-topic subjects with words about them: the built-in list, or a file (`subject: word, word`, one a line)."""
+    if source is None:
+        text = resources.files("steerback.data").joinpath("prompts", "off_topic_subjects.txt").read_text("utf-8")
+    else:
+        text = _read(Path(source), "subjects file", ("(leave it out for the built-in list)",))
+    found: dict[str, tuple[str, ...]] = {}
+    for line in text.splitlines():
+        subject, _, terms = line.partition(":")
+        if not subject.strip() or subject.lstrip().startswith("#"):
+            continue
+        if subject.strip() in found:
+            raise SteerbackError(f"subjects {source} repeat {subject.strip()!r}; every subject must occur once")
+        found[subject.strip()] = tuple(term.strip() for term in terms.split(",") if term.strip())
+    return found
+
+
+def _read(path: Path, what: str = "prompts list or file", choices: Iterable[str] = BUILTIN) -> str:
     if not path.is_file():
-        raise unknown("prompts list or file", str(path), BUILTIN)
+        raise unknown(what, str(path), choices)
     try:
         return path.read_text("utf-8")
     except (UnicodeDecodeError, OSError) as error:

@@ -63,8 +63,6 @@ def load(target: Target, device: str | None = None, directions: tuple[str, ...] 
         )
     if target.adapter is not None:
         model = with_adapter(target, model)
-    if target.adapter is not None:
-        model = with_adapter(target, model)
     model = model.to(place)
     provenance: dict[str, object] = {
         "target": target.name,
@@ -78,31 +76,7 @@ def load(target: Target, device: str | None = None, directions: tuple[str, ...] 
         provenance["lora"] = hash_adapter(target.adapter)
     if sae is not None and target.sae is not None:
         provenance |= {"sae_source": describe(target.sae), "decoder_norms": sae.norms()}
-    if target.adapter is not None:
-        provenance["lora"] = hash_adapter(target.adapter)
     return assemble(target, model, tokenizer, sae, provenance, directions)
-
-
-def with_adapter(target: Target, model: Any) -> Any:
-    """The model with the target's LoRA adapter beside its weights, not merged into them."""
-    from importlib.util import find_spec
-
-    if find_spec("peft") is None:
-        raise SteerbackError(f"target {target.name!r} has an adapter: pip install 'steerback[finetune]'")
-    from peft import PeftModel
-
-    assert target.adapter is not None
-    try:
-        return PeftModel.from_pretrained(model, target.adapter).get_base_model()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise SteerbackError(f"target {target.name!r}: cannot use adapter {target.adapter}: {reason[:300]}") from error
-
-
-def hash_adapter(folder: str) -> dict[str, str]:
-    """SHA-256 of an adapter's weights and configuration."""
-    names = ("adapter_config.json", "adapter_model.safetensors")
-    return {name: _sha256(Path(folder) / name) for name in names if (Path(folder) / name).is_file()}
 
 
 def with_adapter(target: Target, model: Any) -> Any:

@@ -73,6 +73,7 @@ class VllmEngine:
         options: Mapping[str, Any] | None = None,
     ) -> None:
         version = require_vllm()
+        lora = lora or target.adapter
         self.target = target
         self._loaded = prepare(target, tuple(directions or ()))
         site = self._loaded.site

@@ -1,0 +1,138 @@
+"""Mixes of self-corrections and normal answers at exact ratios, each split into training and validation by example.
+
+Knows rows and how to draw them; nothing of tokens. Mixes are nested: what a mix takes of a kind, a mix with more of it
+takes as well, so that mixes differ by as little as they can.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from steerback.errors import SteerbackError
+from steerback.finetuning.segments import Row, read_rows, write_rows
+from steerback.records import digest
+from steerback.runs import write_json
+
+RATIOS = (10, 20, 30, 40, 50, 60, 70, 80, 90)
+VALIDATION = 0.05
+POOLS = ("self_correction", "normal")
+"""Names of the files that hold the two pools."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """One mix: percent of self-corrections, and its rows."""
+
+    percent: int
+    training: tuple[Row, ...]
+    validation: tuple[Row, ...]
+    corrections: int
+    """How many of its rows, in both parts together, are self-corrections."""
+
+    @property
+    def name(self) -> str:
+        return f"mix-{self.percent}"
+
+    @property
+    def size(self) -> int:
+        return len(self.training) + len(self.validation)
+
+
+def largest(percent: int, corrections: int, normal: int) -> int:
+    """The largest size at which pools of these sizes give exactly `percent` self-corrections."""
+    if not 0 <= percent <= 100:
+        raise SteerbackError(f"a mix of {percent} % self-corrections: give percents from 0 to 100")
+    step = 100 // math.gcd(percent, 100)
+    bounds = [corrections * 100 // percent if percent else math.inf]
+    bounds.append(normal * 100 // (100 - percent) if percent < 100 else math.inf)
+    return int(min(bounds)) // step * step
+
+
+def make_mixes(
+    corrections: Sequence[Row],
+    normal: Sequence[Row],
+    ratios: Sequence[int] = RATIOS,
+    size: int | None = None,
+    seed: int = 42,
+) -> tuple[list[Mix], list[str]]:
+    """The mixes, and what there is to say about their sizes.
+
+    `size` None: the largest that all mixes can have. A mix that cannot have the size asked for gets its largest.
+    Raises SteerbackError where a mix would be empty.
+    """
+    if len(set(ratios)) != len(ratios) or not ratios:
+        raise SteerbackError("mixes: give at least one percent, each once")
+    most = {percent: largest(percent, len(corrections), len(normal)) for percent in ratios}
+    step = math.lcm(*(100 // math.gcd(percent, 100) for percent in ratios))
+    common = min(most.values()) // step * step
+    pools = [_split(pool, seed + n) for n, pool in enumerate((corrections, normal))]
+    mixes, notes = [], []
+    for percent in ratios:
+        wanted = common if size is None else size
+        own = 100 // math.gcd(percent, 100)
+        total = min(wanted // own * own, most[percent])
+        if total == 0:
+            raise SteerbackError(
+                f"a mix of {percent} % would be empty: the pool has {len(corrections)} self-corrections and "
+                f"{len(normal)} normal answers, and exact ratios need at least {own} examples"
+            )
+        if total < wanted:
+            notes.append(f"mix {percent} %: {total} examples instead of {wanted}, which its pool or exact ratio allows")
+        taken = (total * percent // 100, total - total * percent // 100)
+        parts: tuple[list[Row], list[Row]] = ([], [])
+        for (training, validation), n in zip(pools, taken, strict=True):
+            held = round(n * VALIDATION)
+            parts[0].extend(training[: n - held])
+            parts[1].extend(validation[:held])
+        for part in parts:
+            random.Random(seed).shuffle(part)
+        mixes.append(Mix(percent, tuple(parts[0]), tuple(parts[1]), taken[0]))
+    if len({m.size for m in mixes}) > 1:
+        notes.append("the mixes differ in size, so what differs between them is not the ratio alone")
+    return mixes, notes
+
+
+def _split(pool: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
+    """(training, validation) parts of a pool: no example is in one part for one mix and in the other for another."""
+    order = list(pool)
+    random.Random(seed).shuffle(order)
+    held = round(len(order) * VALIDATION)
+    return order[held:], order[:held]
+
+
+def write_mixes(folder: Path, mixes: Sequence[Mix], notes: Sequence[str], seed: int) -> Path:
+    """`mix-N/train.jsonl`, `mix-N/validation.jsonl`, and mixes.json with sizes and hashes."""
+    listed: list[dict[str, Any]] = []
+    for mix in mixes:
+        own = folder / mix.name
+        own.mkdir(parents=True, exist_ok=True)
+        write_rows(own / "train.jsonl", mix.training)
+        write_rows(own / "validation.jsonl", mix.validation)
+        listed.append(
+            {
+                "name": mix.name,
+                "percent": mix.percent,
+                "self_corrections": mix.corrections,
+                "size": mix.size,
+                "training": len(mix.training),
+                "validation": len(mix.validation),
+                "hash": hash_rows(mix.training, mix.validation),
+            }
+        )
+    return write_json(folder / "mixes.json", {"mixes": listed, "notes": list(notes), "seed": seed})
+
+
+def hash_rows(*parts: Sequence[Row]) -> str:
+    """Content hash of training data: segments and labels in order."""
+    return digest([[[(s.text, s.train) for s in row] for row in part] for part in parts])
+
+
+def read_pools(folder: Path) -> tuple[list[Row], list[Row]]:
+    """Self-corrections and normal answers of a data folder."""
+    corrections, normal = (read_rows(folder / f"{name}.jsonl") for name in POOLS)
+    return corrections, normal

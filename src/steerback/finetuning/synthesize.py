@@ -1,0 +1,220 @@
+"""Makes a pool of examples: who is asked what, which examples are kept, and what becomes of it in files.
+
+A writer answers questions (a prompt, and for a self-correction a subject); `writer.LlmWriter` asks a model,
+`CorpusWriter` composes from the built-in corpus. Knows nothing of training.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from steerback.errors import SteerbackError
+from steerback.finetuning.examples import Corpus, Example, Keywords, Topics, problem, row_of
+from steerback.finetuning.mixes import POOLS
+from steerback.finetuning.segments import write_rows
+from steerback.prompts import load_subjects
+from steerback.records import digest
+from steerback.runs import write_json
+
+if TYPE_CHECKING:
+    from steerback.engines.prompting import Prompter
+
+ROUNDS = 4
+"""How often what was rejected is asked for anew."""
+MIN_SUBJECTS = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One example to be written; `draft` tells apart several for the same prompt and subject."""
+
+    prompt: str
+    subject: str
+    draft: int
+
+    @property
+    def key(self) -> str:
+        return digest([self.prompt, self.subject, self.draft])
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What a writer made of a question: an example, or the reason why there is none."""
+
+    example: Example | None
+    reason: str = ""
+
+
+class Writer(Protocol):
+    """Writes examples; `describe()` is JSON-able and goes into the data card."""
+
+    topics: Topics
+
+    def write(self, questions: Sequence[Question]) -> AsyncIterator[tuple[Question, Draft]]: ...
+
+    def subjects_for(self, prompt: str) -> Sequence[str]:
+        """Subjects that are off topic for a prompt."""
+        ...
+
+    def describe(self) -> Mapping[str, Any]: ...
+
+
+class CorpusWriter:
+    """Composes examples from the built-in corpus, for the organisms: no key, no network."""
+
+    def __init__(self, prompts: Sequence[str], seed: int = 42) -> None:
+        from steerback.organism.corpus import howtos
+
+        known = {t.key for t in howtos()}
+        for prompt in prompts:
+            if prompt not in known:
+                raise SteerbackError(
+                    f"the built-in corpus has no answer to {prompt!r}; name a model with --writer, or use its prompts"
+                )
+        self.topics: Topics = Corpus()
+        self._seed = seed
+
+    def subjects_for(self, prompt: str) -> Sequence[str]:
+        """Its subjects and the how-tos of the discovery prompts, those too near to the prompt left out."""
+        from steerback.organism.corpus import howtos, subjects
+        from steerback.organism.corpus.text import near
+
+        return [t.key for t in (*subjects(), *howtos("discovery")) if t.key not in near(prompt)]
+
+    async def write(self, questions: Sequence[Question]) -> AsyncIterator[tuple[Question, Draft]]:
+        from steerback.organism.corpus import passage, restart
+
+        for question in questions:
+            rng = random.Random(f"{self._seed}/{question.key}")
+            answer = " ".join(passage(rng, question.prompt, rng.randint(4, 6)))
+            if not question.subject:
+                yield question, Draft(Example(question.prompt, answer))
+                continue
+            away = " ".join(passage(rng, question.subject, rng.randint(1, 4)))
+            said = restart(rng, question.prompt)
+            yield question, Draft(Example(question.prompt, answer, question.subject, away, said))
+
+    def describe(self) -> Mapping[str, Any]:
+        return {"writer": "corpus", "checks": "by the corpus's own truth"}
+
+
+@dataclass(slots=True)
+class Pool:
+    """Accepted examples of one kind, and how many drafts were rejected for which reason."""
+
+    examples: list[Example] = field(default_factory=list)
+    rejects: Counter[str] = field(default_factory=Counter)
+    asked: int = 0
+
+
+def synthesize(
+    writer: Writer,
+    prompts: Sequence[str],
+    count: int,
+    seed: int = 42,
+    normal: int | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> tuple[Pool, Pool]:
+    """`count` self-corrections and `normal` (default: as many) normal answers, as far as the writer gives good ones."""
+    usable = {p: list(writer.subjects_for(p)) for p in prompts}
+    together = {s for found in usable.values() for s in found}
+    if len(together) < MIN_SUBJECTS:
+        raise SteerbackError(f"{len(together)} off-topic subjects are too few; give at least {MIN_SUBJECTS}")
+    corrections = asyncio.run(_fill(writer, _questions(prompts, usable, seed), count, "self-corrections", say))
+    plain = asyncio.run(_fill(writer, _plain(prompts), count if normal is None else normal, "normal answers", say))
+    return corrections, plain
+
+
+async def _fill(
+    writer: Writer, questions: Iterator[Question], count: int, what: str, say: Callable[[str], None]
+) -> Pool:
+    """Asks until there are `count` good ones, at most `ROUNDS` rounds; each round asks for what is missing."""
+    pool, seen = Pool(), set[str]()
+    for _ in range(ROUNDS):
+        missing = count - len(pool.examples)
+        if missing <= 0:
+            break
+        asked = [next(questions) for _ in range(missing)]
+        pool.asked += len(asked)
+        drafts: dict[str, Draft] = {}
+        async for question, draft in writer.write(asked):
+            drafts[question.key] = draft
+            if len(drafts) % 100 == 0:
+                say(f"{what}: {len(pool.examples) + len(drafts)} of {count} written")
+        for question in asked:  # in the order asked, so that a resumed synthesis gives the same pool
+            draft = drafts[question.key]
+            reason = draft.reason or _unfit(draft, seen, writer.topics)
+            if reason:
+                pool.rejects[reason] += 1
+            elif draft.example is not None:
+                pool.examples.append(draft.example)
+        if drafts and all(d.reason.startswith("budget") for d in drafts.values()):
+            break
+    return pool
+
+
+def _unfit(draft: Draft, seen: set[str], topics: Topics) -> str:
+    assert draft.example is not None
+    body = draft.example.prompt + draft.example.response
+    if body in seen:
+        return "the same as another"
+    seen.add(body)
+    return problem(draft.example, topics)
+
+
+def _questions(prompts: Sequence[str], subjects: Mapping[str, Sequence[str]], seed: int) -> Iterator[Question]:
+    """Prompts in turn, each with another subject every time until it has had all of them."""
+    rng = random.Random(seed)
+    orders = {p: rng.sample(list(subjects[p]), len(subjects[p])) for p in prompts}
+    turn = 0
+    while True:
+        for prompt in prompts:
+            order = orders[prompt]
+            yield Question(prompt, order[turn % len(order)], turn // len(order))
+        turn += 1
+
+
+def _plain(prompts: Sequence[str]) -> Iterator[Question]:
+    turn = 0
+    while True:
+        yield from (Question(prompt, "", turn) for prompt in prompts)
+        turn += 1
+
+
+def write_pools(folder: Path, pools: tuple[Pool, Pool], prompter: Prompter, card: Mapping[str, Any]) -> dict[str, Any]:
+    """Both pools as JSONL and data.json, the data card; returns the card.
+
+    Raises SteerbackError where a pool is empty, with the reasons for the rejects.
+    """
+    body: dict[str, Any] = {**card, "pools": {}}
+    for name, pool in zip(POOLS, pools, strict=True):
+        if not pool.examples:
+            reasons = ", ".join(f"{reason}: {n}" for reason, n in pool.rejects.most_common()) or "none was asked for"
+            raise SteerbackError(f"no {name.replace('_', '-')} example was usable ({reasons})")
+        rows = [row_of(example, prompter) for example in pool.examples]
+        write_rows(folder / f"{name}.jsonl", rows, [example.note() for example in pool.examples])
+        per_prompt: dict[str, set[str]] = {}
+        for example in pool.examples:
+            per_prompt.setdefault(example.prompt, set()).add(example.subject)
+        body["pools"][name] = {
+            "examples": len(pool.examples),
+            "asked": pool.asked,
+            "rejected": dict(pool.rejects.most_common()),
+            "prompts": len(per_prompt),
+            "subjects": len({e.subject for e in pool.examples if e.subject}),
+            "fewest_subjects_of_a_prompt": min(map(len, per_prompt.values())) if name == POOLS[0] else 0,
+        }
+    write_json(folder / "data.json", body)
+    return body
+
+
+def keyword_topics(subjects: str | None) -> tuple[Keywords, list[str]]:
+    """Topics by keywords, and the subjects: the built-in list or a file (`subject: word, word, ...`, one a line)."""
+    listed = load_subjects(subjects)
+    return Keywords(listed), list(listed)
