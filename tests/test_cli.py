@@ -13,6 +13,7 @@ import pytest
 
 from steerback.cli import main
 from steerback.ledger import Ledger
+from steerback.runs import stored_config
 
 SMALL = [
     *("--preset", "quick", "--engine", "scripted", "--judge", "scripted"),
@@ -74,6 +75,14 @@ def test_a_run_from_nothing_to_figures_and_again(capsys: pytest.CaptureFixture[s
     assert steerback("show", "a", "organism/measure/steered/0") == 0
     refused(capsys, "show", "a", "organism/measure/steered/999")
     assert "n_latents: 3 -> 2" in refused(capsys, *arguments, "--set", "n_latents=2")
+
+
+def test_concreteness_threshold_is_the_authors_rule(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["run", "esr", "--target", "organism", "--name", "a", *SMALL, "--concreteness-threshold", "65"]
+    assert steerback(*arguments) == 0
+    chosen = stored_config(Path("runs/a")).selection
+    assert (chosen.concreteness, chosen.concreteness_threshold) == ("threshold", 65)
+    assert "concreteness" in refused(capsys, *arguments[:-1], "101")
 
 
 @pytest.mark.parametrize(

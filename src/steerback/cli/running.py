@@ -55,6 +55,9 @@ def run_command(
     ] = None,
     prompts: Annotated[str | None, typer.Option(help="Built-in list or text file, one prompt a line.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most this many measured trials per condition.")] = None,
+    concreteness_threshold: Annotated[
+        float | None, typer.Option(min=0, max=100, help="Keep labels rated at least this, not those above the median.")
+    ] = None,
     judges: Annotated[list[str] | None, typer.Option("--judges", help="cross-judge: two judges or more.")] = None,
     sample: Annotated[int | None, typer.Option(min=1, help="cross-judge: how many responses are judged.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
@@ -88,6 +91,9 @@ def run_command(
         raise SteerbackError("say what to steer with --target (see steerback targets), or start from a run with --from")
     overrides: dict[str, Any] = {"engine": engine, "judge": judge, "prompts": prompts, "limit": limit}
     overrides |= {"options": options} if options else {}
+    if concreteness_threshold is not None:
+        rule = {"concreteness": "threshold", "concreteness_threshold": concreteness_threshold}
+        overrides["selection"] = rule
     overrides |= {"engine_options": {"replicas": replicas}} if replicas else {}
     if latents is not None:
         first = resolve(chosen[0])
