@@ -18,8 +18,12 @@ POOLED = 2e-2 if GPU else TOLERANCE
 """On whole-SAE activations, which are computed in TensorFloat-32 on a GPU."""
 EFFECT = 1.0
 """What an intervention has to move the log-probabilities by, at least, for agreement to mean anything."""
-LITTLE: dict[str, float] = {"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 1 << 30} if GPU else {}
-"""Little memory, so that two runs of the tests may share a GPU."""
+OPTIONS: dict[str, Any] = (
+    {"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 1 << 30}
+    if GPU
+    else {"distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor"}
+)
+"""GPU: little memory, so that two runs of the tests may share one. CPU: one process less to start."""
 SEEN: dict[str, float] = {}
 """The largest differences met, by what was compared."""
 

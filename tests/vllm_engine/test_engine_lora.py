@@ -1,17 +1,18 @@
-"""A LoRA adapter beside the model, steered: as the merged weights, steered, in the reference engine."""
+"""A LoRA adapter beside the model, steered (with a TopK SAE): as the merged weights are in the reference engine."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import numpy as np
 import small
 import torch
+from conftest import Pair
 from safetensors.torch import load_file, save_file
-from small import EFFECT, near
-from test_engine import CASES, tokens
+from small import EFFECT
+from test_engine import CASES, check_all_edits, tokens
 
+from steerback.engines.transformers import TransformersEngine
 from steerback.targets import from_folder
 
 
@@ -39,23 +40,17 @@ def write_adapter(model: Path, adapter: Path, merged: Path) -> None:
 
 
 def test_adapter_is_steered_like_merged_weights(tmp_path: Path) -> None:
-    from steerback.engines.transformers import TransformersEngine
-    from steerback.engines.vllm.engine import VllmEngine
-
-    target = small.write(tmp_path / "model")
+    target = small.write(tmp_path / "model", "topk")
     write_adapter(tmp_path / "model", tmp_path / "adapter", tmp_path / "merged")
-    merged = TransformersEngine(from_folder(tmp_path / "merged", steer_layer=1, read_layer=2), batch_size=2)
-    plain = TransformersEngine(target, batch_size=2)
-    options = {"enforce_eager": True, "max_logprobs": -1, **small.LITTLE}
-    engine = VllmEngine(target, batch_size=4, lora=str(tmp_path / "adapter"), options=options)
+    pair = Pair(target, lora=str(tmp_path / "adapter"), enforce_eager=True)
     try:
-        ids = tokens(9, 30)
-        for edits in (CASES["add and clamp"], CASES["generated"], ()):
-            got = engine.teacher_forced(ids, edits, 12)
-            want = merged.teacher_forced(ids, edits, 12).log_softmax(-1).numpy()
-            near("log-probabilities with an adapter", got, want)
-            without = plain.teacher_forced(ids, edits, 12).log_softmax(-1).numpy()
-            assert np.abs(want - without).max() > EFFECT / 4
-        assert engine.describe()["lora"]
+        plain = pair.reference
+        merged = from_folder(tmp_path / "merged", steer_layer=1, read_layer=2)
+        pair.reference = TransformersEngine(merged, batch_size=2, device="cpu")
+        check_all_edits(pair)
+        ids, edits = tokens(9, 30), CASES["add and clamp"]
+        with_adapter, without = (e.teacher_forced(ids, edits, 12).log_softmax(-1) for e in (pair.reference, plain))
+        assert (with_adapter - without).abs().max() > EFFECT / 4
+        assert pair.vllm.describe()["lora"]
     finally:
-        engine.close()
+        pair.vllm.close()

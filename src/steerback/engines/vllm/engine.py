@@ -107,8 +107,6 @@ class VllmEngine:
             **(lora_arguments(lora) if lora else {}),
             **(options or {}),
         }
-        if self._arguments.get("pipeline_parallel_size", 1) != 1:
-            raise SteerbackError("the vLLM engine does not steer under pipeline parallelism; use tensor_parallel")
         self._drivers = self._start(replicas, tensor_parallel, lora)
         try:
             with _one_line():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vllm.platforms import current_platform
 
 from steerback.engines.vllm import runner_v1, runner_v2
+from steerback.engines.vllm.hooks import token_room
 from steerback.engines.vllm.settings import Settings, Ticket
 from steerback.engines.vllm.slots import Arrival, Batch, Slots
 from steerback.engines.vllm.tables import LayerTable, Shared, edit, steer_layer
@@ -55,9 +56,8 @@ class SteeredWorker(Base):  # type: ignore[misc]
 
     def steerback_state(self) -> dict[str, Any]:
         """Which generation of model runner is at work, on what, and what of its tables is free."""
-        kind = "v2" if generation(self.model_runner) is runner_v2 else "v1"
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
-        return {"runner": kind, "device": name, **self.steerback.state()}
+        return {"runner": generation(self.model_runner).NAME, "device": name, **self.steerback.state()}
 
     def steerback_memory(self) -> int:
         """The most bytes that tensors held on this device since the last call."""
@@ -81,14 +81,17 @@ def allocated(device: torch.device) -> int:
 def generation(runner: Any) -> Any:
     """The module that knows this model runner's hook points."""
     for module in (runner_v2, runner_v1):
-        if module.matches(runner):
+        if all(hasattr(runner, name) for name in module.NEEDS):
             return module
-    raise SteerbackError(f"vLLM {vllm.__version__}: {type(runner).__name__} has none of the known hook points")
+    raise SteerbackError(
+        f"vLLM {vllm.__version__}: its model runner {type(runner).__name__} has none of the known hook points "
+        f"({', '.join(runner_v2.NEEDS)}, or {', '.join(runner_v1.NEEDS)}); use --engine transformers"
+    )
 
 
 def install(runner: Any, settings: Settings, device: torch.device, first: bool) -> Slots:
     """Steers the loaded model of `runner`; the `first` worker also pools over the whole SAE."""
-    hooks = generation(runner)
+    kind = generation(runner)
     layers = decoder_layers(runner.get_model(), settings)
     if not first:
         settings = replace(settings, poolers=0)
@@ -96,13 +99,13 @@ def install(runner: Any, settings: Settings, device: torch.device, first: bool) 
     whole = None
     if sae is not None and (sae.kind == "topk" or settings.poolers):
         whole = replace(sae, W_dec=sae.W_dec[:0]).to(device, torch.float32)  # all of the encoder
-    shared = Shared.empty(settings, hooks.token_room(runner), runner.model_config.dtype, device)
+    shared = Shared.empty(settings, token_room(runner), runner.model_config.dtype, device)
     tables = {layer: LayerTable.empty(settings, device) for layer in settings.layers}
     for layer, table in tables.items():
         reads = settings.poolers > 0 and layer == settings.site.read_layer
         steer_layer(layers[layer], shared, table, settings, whole or sae, reads)
     slots = Slots(settings, shared, tables, sae, load_directions(settings), whole)
-    hooks.hook(runner, slots)
+    kind.hook(runner, slots)
     return slots
 
 
