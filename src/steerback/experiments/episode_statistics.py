@@ -14,11 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from steerback.config import RunConfig
 from steerback.experiments import episodes as ep
-from steerback.experiments.base import Analysis, Experiment, planted, settings
-from steerback.experiments.detectors import AUTHORS, searched
-from steerback.experiments.traces import options_of
+from steerback.experiments.base import Analysis, planted
 from steerback.ledger import Ledger
 from steerback.metrics import Estimate
 from steerback.metrics.regions import (
@@ -30,7 +27,6 @@ from steerback.metrics.regions import (
     separate_regions,
 )
 from steerback.report.tables import Table, number, p_value, show
-from steerback.study import Study
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,30 +45,18 @@ SEPARATE = (
 )
 
 
-class EpisodeStatistics(Experiment):
+class EpisodeStatistics(ep.EpisodeExperiment):
     """Region means, tests and aligned curves of all episodes with two attempts."""
 
     name = "episode-statistics"
-    needs_sae = True
     title = "Activity around corrections (appendix A.7, Figs. A5, A6)"
     options: Mapping[str, Any] = {**ep.OPTIONS, "reach": 40}  # tokens before and after the correction in Fig. A5
-    authors: Mapping[str, Any] = AUTHORS
-
-    def conditions(self, config: RunConfig) -> int:
-        return 1
-
-    def further(self, config: RunConfig) -> dict[str, int]:
-        return searched(settings(self, config)) | ep.replays(settings(self, config))
-
-    async def run(self, study: Study) -> None:
-        """Baseline, then episodes and controls with recording."""
-        await ep.record(study, settings(self, study.config))
 
     def analyse(self, ledger: Ledger, judge: str, draws: int) -> Analysis:
         """Means, ratios to the unsteered responses, tests; Figures A5 and A6."""
         from steerback.figures import episode_statistics as figure
 
-        options = options_of(self, ledger)
+        options = ep.options_of(self, ledger)
         found = {
             target: activity(ep.recorded(ledger, target, judge, float(options["drift_below"])), draws)
             for target in ep.recorded_targets(ledger)

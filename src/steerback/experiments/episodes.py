@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from steerback.config import RunConfig, parse_config
 from steerback.errors import SteerbackError
-from steerback.experiments.detectors import SEARCH_OPTIONS, detectors_of, targets_with
+from steerback.experiments.base import Experiment, settings
+from steerback.experiments.detectors import AUTHORS, SEARCH_OPTIONS, detectors_of, searched, targets_with
 from steerback.latents.backtracking import find_backtracking
 from steerback.ledger import Ledger, Row
 from steerback.metrics import cluster_code
@@ -46,8 +48,9 @@ class Trace:
     """One recorded response of T fed-back tokens.
 
     `pieces` are the tokens as text (T,), `sums` maps a group of latents to its summed activation per token (T,).
-    For an episode `begin` is the first token off the topic (0 unless a judge has marked boundaries), `start` is the first token of the correction (the restart phrase), `resume` the first token after
-    it, `stop` the end of the second attempt; otherwise the three are None.
+    For an episode `begin` is the first token off the topic (0 unless a judge has marked boundaries), `start` is the
+    first token of the correction (the restart phrase), `resume` the first token after it, `stop` the end of the second
+    attempt; otherwise these three are None.
     """
 
     row: Row
@@ -90,6 +93,29 @@ class Trace:
         }
 
 
+class EpisodeExperiment(Experiment):
+    """What the experiments about episodes share: baseline, then episodes and controls with recording."""
+
+    needs_sae = True
+    authors: Mapping[str, Any] = AUTHORS
+
+    def conditions(self, config: RunConfig) -> int:
+        return 1
+
+    def further(self, config: RunConfig) -> dict[str, int]:
+        chosen = settings(self, config)
+        return searched(chosen) | {REPLAY: 3 * int(chosen["max_episodes"])}
+
+    async def run(self, study: Study) -> None:
+        """Baseline, then episodes and controls with recording."""
+        await record(study, settings(self, study.config))
+
+
+def options_of(experiment: Any, ledger: Ledger) -> dict[str, Any]:
+    """The options a run was started with."""
+    return settings(experiment, parse_config(ledger.fact("", "config")))
+
+
 async def record(study: Study, options: Mapping[str, Any]) -> None:
     """Measures the baseline, picks episodes and controls from it, and replays them with recording."""
     groups = await watched(study, options)
@@ -120,11 +146,6 @@ def _replay(study: Study, trial: Trial, condition: str, groups: Mapping[str, Seq
         interventions=() if condition == UNSTEERED else trial.interventions,
         record=Recording(tuple(latents)),
     )
-
-
-def replays(options: Mapping[str, Any]) -> dict[str, int]:
-    """Responses that `record` adds to the baseline, at most."""
-    return {REPLAY: 3 * int(options["max_episodes"])}
 
 
 def recorded_targets(ledger: Ledger) -> list[str]:

@@ -15,15 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from steerback.config import RunConfig, parse_config
 from steerback.experiments import episodes as ep
-from steerback.experiments.base import Analysis, Experiment, planted, settings
-from steerback.experiments.detectors import AUTHORS, searched
+from steerback.experiments.base import Analysis, planted
 from steerback.ledger import Ledger
 from steerback.metrics import Estimate
 from steerback.metrics.regions import mean_of, median_of, rate_of
 from steerback.report.tables import Table, show
-from steerback.study import Study
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -37,11 +34,10 @@ LEAD_OPTIONS: Mapping[str, Any] = {
 }
 
 
-class Traces(Experiment):
+class Traces(ep.EpisodeExperiment):
     """Detector onset, correction and return, token by token, with the lead time over all episodes."""
 
     name = "traces"
-    needs_sae = True
     title = "Activation traces of episodes and lead time (experiment 6)"
     options: Mapping[str, Any] = {
         **ep.OPTIONS,
@@ -49,23 +45,12 @@ class Traces(Experiment):
         "show": 3,  # the figure shows the episodes that gained most ...
         "trials": None,  # ... or the trials of these indices
     }
-    authors: Mapping[str, Any] = AUTHORS
-
-    def conditions(self, config: RunConfig) -> int:
-        return 1
-
-    def further(self, config: RunConfig) -> dict[str, int]:
-        return searched(settings(self, config)) | ep.replays(settings(self, config))
-
-    async def run(self, study: Study) -> None:
-        """Baseline, then episodes and controls with recording."""
-        await ep.record(study, settings(self, study.config))
 
     def analyse(self, ledger: Ledger, judge: str, draws: int) -> Analysis:
         """Lead times with intervals; Figure 7 and the distribution of leads."""
         from steerback.figures import traces as figure
 
-        options = options_of(self, ledger)
+        options = ep.options_of(self, ledger)
         rule = _rule(options)
         found, leads = {}, {}
         for target in ep.recorded_targets(ledger):
@@ -94,11 +79,6 @@ class Traces(Experiment):
             },
             lines=[told(t, found[t], estimates[t]) for t in found],
         )
-
-
-def options_of(experiment: Any, ledger: Ledger) -> dict[str, Any]:
-    """The options a run was started with."""
-    return settings(experiment, parse_config(ledger.fact("", "config")))
 
 
 def smoothed(values: Floats, window: int) -> Floats:
