@@ -59,7 +59,7 @@ class Runs:
         self.draw = False
         patch.setattr(style, "save", lambda *given: save(*given) if self.draw else [])
         self.root, self.scripts = root, {name: script or PlantedModel(thresholds=thresholds())}
-        patch.setattr(execute, "resolve", lambda wanted: target(wanted))
+        patch.setattr(execute, "resolve", lambda wanted, own=None: target(wanted))
         patch.setattr(
             execute,
             "make_engine",

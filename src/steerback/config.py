@@ -103,6 +103,8 @@ class RunConfig(_Model):
     seeds: SeedConfig = SeedConfig()
     options: dict[str, Any] = Field(default_factory=dict)
     """What only this experiment knows; checked by the experiment."""
+    definitions: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """The user's own targets among `targets`, as their TOML file had them: with these a run needs no file."""
 
     @model_validator(mode="after")
     def _no_target_twice(self) -> RunConfig:
@@ -116,10 +118,18 @@ def specification(experiment: str, targets: tuple[str, ...]) -> RunConfig:
     return RunConfig(experiment=experiment, targets=targets)
 
 
+AUTHORS_MODELS = {"llama-3.3-70b": 1.2, "llama-3.1-8b": 1.15, "gemma-2-2b": 1.1, "gemma-2-9b": 1.1, "gemma-2-27b": 1.1}
+"""The paper's models, with the repetition penalty of the authors' code."""
+
+
 def authors(experiment: str, targets: tuple[str, ...]) -> RunConfig:
-    """The authors' code where it differs: target score 30, 10 bisection steps, their filters and penalties."""
+    """The authors' code where it differs: target score 30, 10 bisection steps, their filters and penalties.
+
+    The paper's models become their variants NAME@authors (layers, clamps at the steer layer, prompt format).
+    """
+    targets = tuple(f"{name}@authors" if name in AUTHORS_MODELS else name for name in targets)
     base = RunConfig(experiment=experiment, targets=targets, preset="authors")
-    penalty = {"llama-3.3-70b": 1.2, "llama-3.1-8b": 1.15}.get(targets[0].split("@")[0], 1.1)
+    penalty = AUTHORS_MODELS.get(targets[0].split("@")[0], 1.1)
     return base.model_copy(
         update={
             "sampling": base.sampling.model_copy(update={"repetition_penalty": penalty}),

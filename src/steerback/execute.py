@@ -25,7 +25,7 @@ from steerback.prompts import load_prompts
 from steerback.records import Judgement, LatentKey, Sampling, digest
 from steerback.runs import Run, write_atomic, write_json
 from steerback.study import UNJUDGED, Study, references, same_weights
-from steerback.targets import Target, resolve
+from steerback.targets import Target, resolve, user_tables
 
 if TYPE_CHECKING:
     from steerback.engines.base import Engine
@@ -52,8 +52,10 @@ def check(config: RunConfig, judges: Maker = make_judge) -> Job:
     if strange:
         known = ", ".join(sorted(experiment.options)) or "none"
         raise SteerbackError(f"{experiment.name} has no option {strange[0]!r}; its options: {known}")
-    targets = tuple(resolve(name) for name in config.targets) if experiment.generates else ()
-    chosen = {"engine": config.engine, "judge": config.judge}
+    own = {**user_tables(), **config.definitions}
+    targets = tuple(resolve(name, own) for name in config.targets) if experiment.generates else ()
+    chosen: dict[str, Any] = {"engine": config.engine, "judge": config.judge}
+    chosen["definitions"] = {name: own[name] for name in config.targets if name in own}
     if config.engine == "auto":
         chosen["engine"] = default_engine()
     if config.judge == "auto":
@@ -265,7 +267,7 @@ def _judge_all(opened: Run, judge: Judge, progress: Progress, cache: Cache | Non
 def _contexts(name: str, config: RunConfig) -> Mapping[LatentKey, Sequence[str]]:
     """Contexts of a target's latents; none for the model of an imported run, which need not be a target of ours."""
     try:
-        return _used(resolve(name), config).contexts()
+        return _used(resolve(name, config.definitions), config).contexts()
     except SteerbackError:
         return {}
 

@@ -5,6 +5,8 @@ A mistake of the user's is one line on stderr and exit code 2; a stop by Ctrl-C 
 
 from __future__ import annotations
 
+import itertools
+import os
 import sys
 from typing import Annotated
 
@@ -29,10 +31,10 @@ USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: runs a verb and turns every expected failure into one line and an exit code."""
+    words = hoist(spread(sys.argv[1:] if arguments is None else arguments))
+    before = os.environ.get(USER_FILE)
     try:
-        code = app(
-            args=spread(sys.argv[1:] if arguments is None else arguments), prog_name="steerback", standalone_mode=False
-        )
+        code = app(args=words, prog_name="steerback", standalone_mode=False)
     except SteerbackError as error:
         fail(str(error))
     except USAGE_ERROR as error:
@@ -43,7 +45,28 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output (head, less) has left
         sys.stderr.close()
         sys.exit(141)
+    finally:
+        if before is None:
+            os.environ.pop(USER_FILE, None)
+        else:
+            os.environ[USER_FILE] = before
     sys.exit(code if isinstance(code, int) else 0)
+
+
+USER_FILE = "STEERBACK_TARGETS"
+
+
+def hoist(arguments: list[str]) -> list[str]:
+    """Moves `--targets FILE` to the front: it may stand anywhere, as it serves every verb that takes a target."""
+    rest: list[str] = []
+    found: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word == "--targets":
+            found += [word, *itertools.islice(words, 1)]
+        else:
+            (found if word.startswith("--targets=") else rest).append(word)
+    return found + rest
 
 
 SEVERAL = ("--from", "--judges", "--target", "-t")
@@ -74,8 +97,22 @@ def _version(wanted: bool) -> None:
         raise typer.Exit()
 
 
+def _own_targets(file: str | None) -> None:
+    if file:
+        os.environ[USER_FILE] = file
+
+
 @app.callback()
 def _root(
+    targets: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            envvar=USER_FILE,
+            callback=_own_targets,
+            help="TOML file with targets of your own; may stand anywhere in a command.",
+        ),
+    ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,

@@ -136,7 +136,7 @@ def _lines(
         for run in own:
             for measured in run.summary["targets"]:
                 stands_in = bool(organisms([measured])) and target == MAIN
-                if target not in (measured, ALL) and not stands_in:
+                if target not in (measured, measured.split("@")[0], ALL) and not stands_in:
                     continue
                 ours = our_number(run.summary["targets"][measured], row)
                 shown = True

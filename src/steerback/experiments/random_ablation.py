@@ -46,7 +46,9 @@ class RandomAblation(Experiment):
         from steerback.targets import resolve
 
         given = settings(self, config)["sets"]
-        return 2 + max(int(given) if given is not None else resolve(t).random_sets for t in config.targets)
+        if given is not None:
+            return 2 + int(given)
+        return 2 + max(resolve(t, config.definitions).random_sets for t in config.targets)
 
     def further(self, config: RunConfig) -> dict[str, int]:
         return searched(settings(self, config))

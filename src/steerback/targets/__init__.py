@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from steerback.targets.registry import builtin_targets, from_folder, list_targets, read_targets, resolve
+from steerback.targets.registry import (
+    builtin_targets,
+    from_folder,
+    list_targets,
+    read_targets,
+    resolve,
+    user_tables,
+)
 from steerback.targets.target import BoostPrior, SaeSource, Target
 
 __all__ = [
@@ -14,4 +21,5 @@ __all__ = [
     "list_targets",
     "read_targets",
     "resolve",
+    "user_tables",
 ]

@@ -6,6 +6,7 @@ One table of TOML is one target. It reads what tables and `sae.json` say and loa
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from collections.abc import Mapping
 from functools import cache
@@ -27,20 +28,21 @@ def builtin_targets() -> tuple[Target, ...]:
     return tuple(_from_entry(name, entry, complete=False) for name, entry in tables().items())
 
 
-def list_targets(own: Tables | None = None) -> tuple[Target, ...]:
-    """All built-in targets and those of a user's file, each as completely as what is on this machine allows."""
-    entries = {**tables(), **(own or {})}
+def list_targets() -> tuple[Target, ...]:
+    """All built-in targets and those of the user's file, each as completely as what is on this machine allows."""
+    entries = {**tables(), **user_tables()}
     return tuple(_from_entry(name, entry, complete=_is_there(name, entry)) for name, entry in entries.items())
 
 
 def resolve(name: str, own: Tables | None = None) -> Target:
-    """A target by name (a user's `own` before the built-in ones), or a folder in our own format by its path.
+    """A target by name, or a folder in our own format by its path.
 
+    Names are those of `own` (a run's definitions), of the user's file and of the built-in targets, in this order.
     NAME+FOLDER is a target with the LoRA adapter of a folder.
 
     Raises SteerbackError listing the choices for an unknown name, and saying what to build where weights are missing.
     """
-    known = {**tables(), **(own or {})}
+    known = {**tables(), **user_tables(), **(own or {})}
     if name in known:
         return _from_entry(name, known[name], complete=True)
     folder = Path(name).expanduser()
@@ -58,6 +60,16 @@ def _adapted(target: Target, adapter: Path) -> Target:
             f"target {target.name}+{adapter}: no LoRA adapter there (adapter_config.json, adapter_model.safetensors)"
         )
     return target.with_adapter(adapter.resolve())
+
+
+USER_FILE = "STEERBACK_TARGETS"
+"""Environment variable with the path of the user's file of targets; the option --targets sets it."""
+
+
+def user_tables() -> dict[str, dict[str, Any]]:
+    """The targets of the user's file, by name; none where STEERBACK_TARGETS names no file."""
+    file = os.environ.get(USER_FILE)
+    return read_targets(Path(file).expanduser()) if file else {}
 
 
 def read_targets(file: Path) -> dict[str, dict[str, Any]]:
