@@ -19,6 +19,7 @@ ATTEMPTS = "attempts-1"
 WHOLE = "whole-1"
 CONCRETENESS = "concreteness-1"
 BOUNDARIES = "boundaries-1"
+LABEL = "label-1"
 
 
 @dataclass(frozen=True, slots=True)
