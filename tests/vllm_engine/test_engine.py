@@ -246,3 +246,20 @@ def test_description_says_what_ran(pair: Any) -> None:
     assert facts["runner"] == ("v2" if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1" else "v1")
     assert facts["sae"] == pair.reference.describe()["sae"]
     assert len(pair.vllm.fingerprint) == 64
+
+
+def test_models_and_releases_that_cannot_be_steered_are_refused() -> None:
+    """In one line each: a model class without one list of decoder layers, a runner without the known hook points."""
+    from torch import nn
+
+    from steerback.engines.vllm.settings import Settings
+    from steerback.engines.vllm.worker import decoder_layers, generation
+    from steerback.interventions import Site
+
+    settings = Settings(Site(2, 4, 0, 0, 0, 0), (0,), 1, 0, 1, 1, 0, 8, "1", "0")
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.Linear(4, 4)])  # one layer, where two are expected
+    with pytest.raises(SteerbackError, match="no single list of 2 decoder layers"):
+        decoder_layers(model, settings)
+    with pytest.raises(SteerbackError, match="none of the known hook points"):
+        generation(object())

@@ -73,6 +73,8 @@ class VllmEngine:
         options: Mapping[str, Any] | None = None,
     ) -> None:
         version = require_vllm()
+        if (options or {}).get("pipeline_parallel_size", 1) != 1:
+            raise SteerbackError("the vLLM engine does not steer under pipeline parallelism; use tensor_parallel")
         lora = lora or target.adapter
         self.target = target
         self._loaded = prepare(target, tuple(directions or ()))

@@ -24,9 +24,9 @@ def fault(driver: Driver, settings: Settings, prompt: tuple[int, ...], boost: fl
     few = range(min(site.n_latents, settings.columns, 3))
     clamps = [Intervention("clamp", k, 1.5, layer=n) for k in few for n in settings.layers]
     mixed = Ticket("check", (Intervention("add", latents[0], 2.0, "generated"), *clamps))
-    error = max(driver.call("steerback_check", mixed.as_args(), 0))
-    if not error < TOLERANCE:
-        return f"its edits are off by {error:.1e} of their size"
+    for error in driver.call("steerback_check", mixed.as_args(), 0):
+        if not error < TOLERANCE:  # nor NaN
+            return f"its edits are off by {error:.1e} of their size"
     edits = (Intervention("add", latents[0], boost),)
     sampling = {"temperature": 0.0, "max_tokens": 3, "logprobs": 5, "ignore_eos": True, "detokenize": False}
     jobs = [Job(Ticket(key, e), prompt, sampling) for key, e in (("plain", ()), ("steered", edits), ("again", ()))]

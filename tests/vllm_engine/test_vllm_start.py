@@ -1,0 +1,146 @@
+"""What is refused when an engine starts, and how replicas share GPUs; vLLM itself is not needed for it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import small
+import torch
+
+from steerback.engines.vllm import engine as module
+from steerback.engines.vllm.engine import VllmEngine
+from steerback.engines.vllm.selftest import fault
+from steerback.engines.vllm.settings import Settings
+from steerback.errors import SteerbackError
+from steerback.interventions import Site
+from steerback.records import Request, Sampling
+from steerback.targets.sae import save_native
+
+SITE = Site(n_layers=3, d_model=16, steer_layer=0, sae_layer=1, read_layer=1, n_latents=40)
+SETTINGS = Settings(SITE, (0, 1), 8, 20, 96, 8, 2, 24, "1", "0", {})
+
+
+class Started:
+    """Stands for a vLLM engine with workers that steer, or fail to in one way."""
+
+    def __init__(
+        self, error: float = 1e-7, edited: tuple[int, int] = (4, 2), after: float = -1.0, effect: float = 3.0
+    ) -> None:
+        self.error, self.edited, self.after, self.effect = error, edited, after, effect
+        self.visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        self.jobs: list[Any] = []
+        self.closed = False
+
+    def call(self, method: str, *args: Any) -> list[float]:
+        return [1e-7, self.error]
+
+    def submit(self, job: Any) -> Future[Any]:
+        self.jobs.append(job)
+        prompt, generated = self.edited
+        value = {"plain": -1.0, "steered": -1.0 - self.effect, "again": self.after}.get(job.ticket.key, 0.0)
+        logprobs = [{7: SimpleNamespace(logprob=value), 9: SimpleNamespace(logprob=-20.0)}]
+        output = SimpleNamespace(outputs=[SimpleNamespace(logprobs=logprobs)])
+        future: Future[Any] = Future()
+        future.set_result(SimpleNamespace(output=output, entry={"prompt": prompt, "generated": generated}))
+        return future
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        ({}, None),
+        ({"error": 0.3}, "off by 3.0e-01"),
+        ({"error": float("nan")}, "off by nan"),
+        ({"edited": (0, 0)}, "4 \\+ 2 positions it edited 0 \\+ 0"),
+        ({"edited": (4, 1)}, "edited 4 \\+ 1"),
+        ({"effect": 0.0}, "leaves the next token"),
+        ({"after": -4.0}, "differs before and after"),
+        ({"after": -1.05}, None),
+    ],
+)
+def test_an_engine_that_does_not_steer_is_found_out_at_its_start(broken: Any, says: str | None) -> None:
+    """Whatever its release: arithmetic, hooks, effect and leaks are looked at, on every worker."""
+    found = fault(Started(**broken), SETTINGS, (1, 2, 3, 4), 40.0)  # type: ignore[arg-type]
+    assert (found is None) if says is None else (found is not None and re.search(says, found)), found
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Starts no vLLM; what is set in the dictionary decides how the pretended ones behave."""
+    behaviour: dict[str, Any] = {}
+    started: list[Started] = []
+
+    def start(*_: Any) -> Started:
+        started.append(Started(edited=behaviour["edited"]))
+        return started[-1]
+
+    monkeypatch.setattr(module, "require_vllm", lambda: "99.0")
+    monkeypatch.setattr(module, "Driver", start)
+    monkeypatch.setattr(module, "_one_line", contextlib.nullcontext)
+    monkeypatch.setattr(VllmEngine, "_completion", lambda self, request, answer: request.key)
+    monkeypatch.setattr(VllmEngine, "_describe", lambda self, *_: {})
+    behaviour["started"] = started
+    return behaviour
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Any:
+    return small.write(tmp_path)
+
+
+def prompt_tokens(target: Any) -> int:
+    from steerback.engines.vllm.loading import prepare
+
+    return len(prepare(target, ()).prompter.tokens("What is the capital of France?"))
+
+
+def test_replicas_have_gpus_of_their_own_and_share_the_requests(
+    pretend: dict[str, Any], target: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1,0,2,5,7")
+    pretend["edited"] = (prompt_tokens(target), 2)
+    engine = VllmEngine(target, replicas=3, tensor_parallel=2, max_model_len=256)
+    assert [one.visible for one in pretend["started"]] == ["3,1", "0,2", "5,7"]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,1,0,2,5,7"
+    for one in pretend["started"]:
+        one.jobs.clear()  # those of the self-test
+    requests = [Request(f"r{n}", "hello", n, Sampling(max_new_tokens=5)) for n in range(6)]
+
+    async def run() -> set[str]:
+        return {key async for key, _ in engine.generate(requests)}
+
+    assert asyncio.run(run()) == {request.key for request in requests}
+    assert [len(one.jobs) for one in pretend["started"]] == [2, 2, 2]
+    engine.close()
+    assert all(one.closed for one in pretend["started"])
+
+
+def test_a_release_that_fails_its_self_test_is_refused_and_closed(pretend: dict[str, Any], target: Any) -> None:
+    pretend["edited"] = (0, 0)
+    with pytest.raises(SteerbackError, match=r"vLLM 99.0 .*does not steer this model.*use --engine transformers"):
+        VllmEngine(target, max_model_len=256)
+    assert all(one.closed for one in pretend["started"])
+
+
+def test_what_cannot_work_is_refused_before_vllm_starts(pretend: dict[str, Any], target: Any, tmp_path: Path) -> None:
+    with pytest.raises(SteerbackError, match="pipeline parallelism"):
+        VllmEngine(target, options={"pipeline_parallel_size": 2})
+    with pytest.raises(SteerbackError, match=r"direction 'north' has shape \(5,\); this model needs \(64,\)"):
+        VllmEngine(target, directions={"north": torch.zeros(5)})
+    with pytest.raises(SteerbackError, match=r"no adapter_config.json"):
+        VllmEngine(target, lora=str(tmp_path))
+    save_native(small.sae("relu", 32, 96, layer=2), tmp_path, boost_prior=[2.0, 1.0, 0.0, 10.0])
+    with pytest.raises(SteerbackError, match=r"reads width 32, the model has 64"):
+        VllmEngine(target)
+    assert pretend["started"] == []
