@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "steerback"
 ORDER = [
     *("errors", "folders", "records", "config", "data", "prompts", "organism", "targets", "interventions"),
     *("engines", "judging", "latents", "calibration", "ledger", "cache", "runs", "progress"),
-    *("pipeline", "metrics", "study", "experiments", "finetuning", "figures", "report"),
+    *("pipeline", "metrics", "study", "finetuning", "experiments", "figures", "report"),
     *("interchange", "estimate", "api", "doctor", "execute", "grading", "campaign", "cli", "__main__"),
 ]
 # Drawn or printed things are handed down as functions; these two are the seams (experiments name their figures).

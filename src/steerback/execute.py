@@ -64,7 +64,7 @@ def check(config: RunConfig, judges: Maker = make_judge) -> Job:
     experiment.conditions(config)  # so does a senseless option
     if config.engine not in ENGINES:
         raise unknown("engine", config.engine, ("auto", *ENGINES))
-    targets = tuple(_steerable(target, config, experiment) for target in targets)
+    targets = experiment.variants(config, tuple(_steerable(target, config, experiment) for target in targets))
     for name in experiment.judges(config):
         judges(name)  # a missing key or unknown judge shows now
     return Job(config, experiment, targets, load_prompts(config.prompts), judges)
@@ -92,7 +92,7 @@ def _used(target: Target, config: RunConfig) -> Target:
 
 
 def _default_judge(config: RunConfig) -> str:
-    real = [name for name in config.targets if name not in organism.NAMES]
+    real = [name for name in config.targets if name.partition("+")[0] not in organism.NAMES]
     if real:
         raise SteerbackError(
             f"{real[0]} is a real model: name its judge with --judge (see steerback judges); "
@@ -229,7 +229,7 @@ def to_judge(opened: Run, judge: Judge, retry: bool = False) -> Judging:
             for r in opened.ledger.rows(target=target, judge=judge.name)
             if r.trial.stage not in UNJUDGED and r.completion is not None and _open(r.judgement, retry)
         ]
-        for target in opened.config.targets
+        for target in dict.fromkeys([*opened.config.targets, *(name for name, _ in opened.ledger.conditions())])
     }
     valid = [judge_item(r) for own in rows.values() for r in own if r.valid_receipt]
     return Judging(judge, rows, estimated(judge, valid))

@@ -36,6 +36,7 @@ SEED_OFFSETS = {
     "reference": 3_000_000,
     "discovery": 4_000_000,
 }
+FURTHER = "unsteered, further prompts"
 UNJUDGED = ("reference", "discovery")  # what is unsteered and only compared with
 
 
@@ -99,11 +100,18 @@ class Study:
 
         `more` are prompts beyond the run's own that will be measured as well.
         """
-        rows = await self.references()
-        if more:
-            rows = rows + await self.references(more, "unsteered, further prompts")
+        rows = self._borrowed(bool(more)) if self.target.adapter is not None else []
+        if not rows:
+            rows = await self.references()
+            if more:
+                rows = rows + await self.references(more, FURTHER)
         if self.bench.judge is not None:
             self.bench.judge.prepare(references(rows, self.target.contexts()))
+
+    def _borrowed(self, more: bool) -> list[Row]:
+        """The base's references where it is in this run: its adapters are measured with the same yardstick."""
+        rows = self.run.ledger.rows(target=self.target.base, stage="reference")
+        return [r for r in rows if more or r.trial.condition != FURTHER]
 
     async def references(self, prompts: Sequence[str] | None = None, condition: str = "unsteered") -> list[Row]:
         """`reference_responses` unsteered responses per prompt (default: the run's prompts)."""
@@ -263,10 +271,15 @@ class Study:
                     f"{self.name}: no latent reached target score {self.config.calibration.target_score:g}: {states}; "
                     "widen the target's boost prior, choose other latents or raise calibration.max_iterations"
                 )
+        return self.grid(latents, boosts)
+
+    def grid(self, latents: Sequence[Latent], boosts: Mapping[LatentKey, float]) -> list[Cell]:
+        """Cells of the latents that have a boost; prompts and seeds are those of a latent's place in `latents`."""
         per_latent = self.config.trials_per_latent
         grid = [
             Cell(i, latent, boosts[latent.key], self.prompt(n, t), self.seed("measure", i))
             for n, latent in enumerate(latents)
+            if latent.key in boosts
             for t in range(per_latent)
             for i in (n * per_latent + t,)
         ]
@@ -320,7 +333,11 @@ IDENTITY = ("model", "revision", "files", "sae", "layers", "lora")  # what findi
 def same_weights(folder: Path, target: str, engine: Engine) -> None:
     """Raises SteerbackError unless a run was made with the very model and SAE that `engine` has."""
     stored, _ = fact_of(folder, target, "engine")
-    before, now = (stored or {"engine": {}})["engine"], engine.describe()
+    now_with = engine.describe()
+    if stored is None and now_with.get("lora"):  # the run may have been made with the base, without this adapter
+        stored, _ = fact_of(folder, target.rpartition("+")[0], "engine")
+        now_with = {key: value for key, value in now_with.items() if key != "lora"}
+    before, now = (stored or {"engine": {}})["engine"], now_with
     changed = [key for key in IDENTITY if key in before and key in now and before[key] != now[key]]
     if changed:
         raise SteerbackError(

@@ -28,6 +28,7 @@ REGISTRY = {
     "detector-statistics": ("steerback.experiments.detector_statistics", "DetectorStatistics"),
     "traces": ("steerback.experiments.traces", "Traces"),
     "episode-statistics": ("steerback.experiments.episode_statistics", "EpisodeStatistics"),
+    "finetuning": ("steerback.experiments.finetuning", "Finetuning"),
     "cross-judge": ("steerback.experiments.cross_judge", "CrossJudge"),
 }
 

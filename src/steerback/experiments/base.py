@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from steerback.report.tables import Table
     from steerback.runs import Run
     from steerback.study import Study
+    from steerback.targets import Target
 
 Key = tuple[str, str]  # (target, condition)
 
@@ -64,6 +65,10 @@ class Experiment(ABC):
     def judges(self, config: RunConfig) -> tuple[str, ...]:
         """Whose verdicts it needs."""
         return (config.judge,)
+
+    def variants(self, config: RunConfig, targets: Sequence[Target]) -> tuple[Target, ...]:
+        """The targets that are measured, in order: those of the config unless the experiment has more."""
+        return tuple(targets)
 
     @abstractmethod
     async def run(self, study: Study) -> None:

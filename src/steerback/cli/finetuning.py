@@ -1,0 +1,197 @@
+"""Verbs of experiment 4's training: make examples, mix them, train adapters. The evaluation is `run finetuning`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from steerback.cli.options import Batch, MaxCalls, MaxCost, Price, given_limits
+from steerback.errors import SteerbackError, unknown
+
+DATA = Path("finetuning")
+app = typer.Typer(help="Train adapters on synthetic self-corrections.", no_args_is_help=True)
+
+Folder = Annotated[Path, typer.Option("--data", help="Folder of examples and mixes.")]
+TargetName = Annotated[str, typer.Option("--target", "-t", help="What is trained later, e.g. organism-control.")]
+Ratios = Annotated[list[int] | None, typer.Option("--ratio", help="Percent of self-corrections; default: 10 to 90.")]
+Size = Annotated[int | None, typer.Option(min=1, help="Examples per mix; default: the most that all mixes can have.")]
+Seed = Annotated[int, typer.Option(help="Of subjects, drafts and mixes.")]
+
+
+def register(root: typer.Typer) -> None:
+    """Adds the verbs to the command line, under `finetune`."""
+    root.add_typer(app, name="finetune")
+
+
+@app.command()
+def data(
+    target: TargetName,
+    examples: Annotated[int, typer.Option(min=1, help="Self-corrections; and as many normal answers.")] = 1000,
+    writer: Annotated[
+        str | None, typer.Option(help="Model that writes them, e.g. anthropic/...; or corpus (built-in models only).")
+    ] = None,
+    prompts: Annotated[str, typer.Option(help="Built-in list or text file, one prompt a line.")] = "evaluation",
+    subjects: Annotated[Path | None, typer.Option(help="Off-topic subjects, `subject: word, word` a line.")] = None,
+    folder: Folder = DATA,
+    ratio: Ratios = None,
+    size: Size = None,
+    seed: Seed = 42,
+    max_calls: MaxCalls = None,
+    max_cost: MaxCost = None,
+    price: Price = None,
+    batch: Batch = False,
+) -> None:
+    """Write self-corrections and normal answers, check them, and mix them."""
+    from steerback.engines.prompting import Prompter
+    from steerback.finetuning.adapters import load_tokenizer
+    from steerback.finetuning.synthesize import CorpusWriter, Writer, synthesize, write_pools
+    from steerback.prompts import load_prompts
+    from steerback.targets import resolve
+
+    resolved, asked = resolve(target), load_prompts(prompts)
+    if writer is None:
+        if not resolved.base.startswith("organism"):
+            raise SteerbackError(
+                "name the model that writes the examples with --writer, e.g. anthropic/claude-sonnet-4-5"
+            )
+        writer = "corpus"
+    prompter = Prompter(load_tokenizer(resolved), resolved.prompt_format)
+    folder.mkdir(parents=True, exist_ok=True)
+    made: Writer
+    if writer == "corpus":
+        made = CorpusWriter(asked, seed)
+    else:
+        from steerback.finetuning.writer import LlmWriter
+        from steerback.judging.transport import Limits
+
+        limits = Limits(**given_limits(max_calls, max_cost, price, batch))
+        made = LlmWriter(writer, folder, limits, None if subjects is None else str(subjects))
+    pools = synthesize(made, asked, examples, seed, say=print)
+    settings = {"target": resolved.name, "prompts": prompts, "seed": seed, "asked_for": examples}
+    card = write_pools(folder, pools, prompter, {**settings, **made.describe()})
+    for name, pool in card["pools"].items():
+        rejected = ", ".join(f"{reason}: {n}" for reason, n in pool["rejected"].items()) or "none"
+        print(f"{name.replace('_', '-')}: {pool['examples']} examples, {pool['prompts']} prompts, ", end="")
+        print(f"{pool['subjects']} subjects; rejected: {rejected}")
+    _mix(folder, ratio, size, seed)
+
+
+@app.command()
+def mixes(folder: Folder = DATA, ratio: Ratios = None, size: Size = None, seed: Seed = 42) -> None:
+    """Mix examples anew: other ratios or another size."""
+    _mix(folder, ratio, size, seed)
+
+
+def _mix(folder: Path, ratio: list[int] | None, size: int | None, seed: int) -> None:
+    from steerback.finetuning.mixes import RATIOS, make_mixes, read_pools, write_mixes
+
+    corrections, normal = read_pools(folder)
+    made, notes = make_mixes(corrections, normal, ratio or RATIOS, size, seed)
+    path = write_mixes(folder, made, notes, seed)
+    for mix in made:
+        print(f"{mix.name}: {len(mix.training)} training and {len(mix.validation)} validation examples, ", end="")
+        print(f"{mix.corrections} of {mix.size} self-corrections")
+    for note in notes:
+        print(note)
+    print(path)
+
+
+@app.command()
+def train(
+    target: TargetName,
+    chosen: Annotated[
+        list[str] | None, typer.Argument(metavar="[MIX]...", help="Mixes (50 or mix-50) or files; default: all mixes.")
+    ] = None,
+    folder: Folder = DATA,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the adapters; default: adapters beside the mixes.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A training setting, e.g. learning_rate=1e-4."),
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Processes that train together, one GPU each.")] = 1,
+    export: Annotated[
+        str | None, typer.Option(help="axolotl: write its configuration files and train nothing.")
+    ] = None,
+) -> None:
+    """Train a LoRA adapter per mix. The same command again goes on where it stopped."""
+    from steerback.finetuning.adapters import Job, train_adapter, train_together
+    from steerback.finetuning.settings import from_mapping
+    from steerback.targets import resolve
+
+    resolved = resolve(target)
+    chosen_settings = from_mapping(_settings(settings or []))
+    place = out or folder / "adapters"
+    jobs = [Job(target, str(data), str(place / name), chosen_settings) for name, data in _chosen(folder, chosen or [])]
+    if export is not None:
+        if export != "axolotl":
+            raise unknown("export", export, ["axolotl"])
+        from steerback.finetuning.axolotl import export as write
+
+        for job in jobs:
+            print(write(job, resolved, place))
+        return
+    cards = []
+    for number, job in enumerate(jobs, 1):
+        head = f"[{number}/{len(jobs)}] {job.name}"
+        print(head, flush=True)
+
+        def say(text: str, head: str = head) -> None:
+            print(f"{head}: {text}", flush=True)
+
+        cards.append(train_together(job, processes, say) if processes > 1 else train_adapter(job, say))
+    print()
+    for card in cards:
+        done, ends = card["training"], card["validation_loss"]
+        held = f", validation loss {ends[-1]['trained']:.3f}" if ends else ""
+        print(f"{card['name']}: {done['steps']} steps, {done['seconds']:.0f} s{held}")
+    _draw([Path(job.out) for job in jobs], place)
+    print(place)
+
+
+def _draw(folders: list[Path], place: Path) -> None:
+    import json
+
+    from steerback.figures.finetuning import draw_losses
+    from steerback.figures.style import save
+
+    save(draw_losses({f.name: json.loads((f / "losses.json").read_text("utf-8")) for f in folders}), place, "losses")
+
+
+def _settings(texts: list[str]) -> dict[str, Any]:
+    import yaml
+
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, sign, value = text.partition("=")
+        if not sign:
+            raise SteerbackError(f"--set {text!r} is not of the form key=value, e.g. --set learning_rate=0.0001")
+        try:
+            found[key.strip()] = float(value)  # 1e-4 is a word to YAML
+        except ValueError:
+            found[key.strip()] = yaml.safe_load(value)
+        else:
+            number = found[key.strip()]
+            found[key.strip()] = int(number) if number.is_integer() and set(value) <= set("0123456789+-") else number
+    return found
+
+
+def _chosen(folder: Path, names: list[str]) -> list[tuple[str, Path]]:
+    """(name of the adapter, where its data is) of the mixes and files named; all mixes of the folder by default."""
+    if not names:
+        found = sorted(folder.glob("mix-*/train.jsonl"), key=lambda p: (len(p.parent.name), p.parent.name))
+        if not found:
+            raise SteerbackError(f"no mixes in {folder}; make them with: steerback finetune data")
+        return [(path.parent.name, path.parent) for path in found]
+    chosen = []
+    for name in names:
+        inside = folder / (f"mix-{name}" if name.isdecimal() else name)
+        path = inside if inside.exists() else Path(name)
+        if not path.exists():
+            known = sorted(p.parent.name for p in folder.glob("mix-*/train.jsonl"))
+            raise unknown("mix or file", name, known or [f"(no mixes in {folder})"])
+        chosen.append((path.stem if path.is_file() else path.name, path))
+    return chosen
