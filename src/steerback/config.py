@@ -92,7 +92,7 @@ class RunConfig(_Model):
     """At most this many measured trials per condition and target."""
     batch_size: int | None = Field(None, ge=1)
     engine_options: dict[str, Any] = Field(default_factory=dict)
-    """What only this engine knows (vllm: replicas, tensor_parallel, lora, ...); checked when the engine is made."""
+    """What only this engine knows (vllm: replicas, tensor_parallel, columns, ...); checked when the engine is made."""
     from_run: str | None = None
     """Folder of a run whose latents, thresholds, prompts and seeds are reused, so that comparisons are paired."""
     draws: int = Field(2000, ge=100)

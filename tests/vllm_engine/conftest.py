@@ -37,7 +37,7 @@ TIGHT: dict[str, Any] = {
 class Pair:
     """A target in both engines."""
 
-    def __init__(self, target: Any, lora: str | None = None, **options: Any) -> None:
+    def __init__(self, target: Any, **options: Any) -> None:
         import small
 
         from steerback.engines.transformers import TransformersEngine
@@ -45,7 +45,7 @@ class Pair:
 
         self.target = target
         options = small.OPTIONS | {"max_logprobs": -1} | options
-        self.vllm = VllmEngine(target, batch_size=32, max_model_len=256, layers=(0,), lora=lora, options=options)
+        self.vllm = VllmEngine(target, batch_size=32, max_model_len=256, layers=(0,), options=options)
         self.reference = TransformersEngine(target, batch_size=2, device="cpu")
 
 

@@ -139,7 +139,7 @@ def test_what_cannot_work_is_refused_before_vllm_starts(pretend: dict[str, Any],
     with pytest.raises(SteerbackError, match=r"direction 'north' has shape \(5,\); this model needs \(64,\)"):
         VllmEngine(target, directions={"north": torch.zeros(5)})
     with pytest.raises(SteerbackError, match=r"no adapter_config.json"):
-        VllmEngine(target, lora=str(tmp_path))
+        VllmEngine(target.with_adapter(tmp_path / "none"))
     save_native(small.sae("relu", 32, 96, layer=2), tmp_path, boost_prior=[2.0, 1.0, 0.0, 10.0])
     with pytest.raises(SteerbackError, match=r"reads width 32, the model has 64"):
         VllmEngine(target)

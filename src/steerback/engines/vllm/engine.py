@@ -52,8 +52,8 @@ class VllmEngine:
     batch_size: requests that run together (vLLM's `max_num_seqs`); replicas: engines, one GPU (or `tensor_parallel`
     GPUs) each; max_model_len: longest prompt + response, at most the model's context; layers: further layers that
     interventions and recordings may name; columns: distinct latents that may be clamped or recorded at one time;
-    record_latents: how many latents a request of full length may record (shorter requests: more); lora: folder of an
-    adapter; options: further arguments of vLLM's engine.
+    record_latents: how many latents a request of full length may record (shorter requests: more); options: further
+    arguments of vLLM's engine. A target's LoRA adapter is served beside its model, not merged.
     """
 
     def __init__(
@@ -69,13 +69,11 @@ class VllmEngine:
         columns: int = 128,
         record_latents: int = 32,
         poolers: int = 128,
-        lora: str | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         version = require_vllm()
         if (options or {}).get("pipeline_parallel_size", 1) != 1:
             raise SteerbackError("the vLLM engine does not steer under pipeline parallelism; use tensor_parallel")
-        lora = lora or target.adapter
         self.target = target
         self._loaded = prepare(target, tuple(directions or ()))
         site = self._loaded.site
@@ -106,13 +104,13 @@ class VllmEngine:
             "seed": 0,
             "generation_config": "vllm",
             **({} if has_cuda() else cpu_arguments(length)),
-            **(lora_arguments(lora) if lora else {}),
+            **(lora_arguments(target.adapter) if target.adapter else {}),
             **(options or {}),
         }
-        self._drivers = self._start(replicas, tensor_parallel, lora)
+        self._drivers = self._start(replicas, tensor_parallel)
         try:
             with _one_line():
-                self._facts = self._describe(version, replicas, tensor_parallel, lora, directions or {})
+                self._facts = self._describe(version, replicas, directions or {})
                 self._self_test(version)
         except BaseException:
             self.close()
@@ -120,12 +118,12 @@ class VllmEngine:
 
     # ---- start and end
 
-    def _start(self, replicas: int, tensor_parallel: int, lora: str | None) -> list[Driver]:
+    def _start(self, replicas: int, tensor_parallel: int) -> list[Driver]:
         adapter = None
-        if lora:
+        if self.target.adapter:
             from vllm.lora.request import LoRARequest
 
-            adapter = LoRARequest("adapter", 1, lora)
+            adapter = LoRARequest("adapter", 1, self.target.adapter)
         drivers: list[Driver] = []
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         try:
@@ -188,14 +186,7 @@ class VllmEngine:
         """What is needed to repeat a run, JSON-able. vLLM promises equal plans and seeds, not equal texts."""
         return dict(self._facts)
 
-    def _describe(
-        self,
-        version: str,
-        replicas: int,
-        tensor_parallel: int,
-        lora: str | None,
-        directions: Mapping[str, Tensor],
-    ) -> dict[str, object]:
+    def _describe(self, version: str, replicas: int, directions: Mapping[str, Tensor]) -> dict[str, object]:
         import torch
 
         site, state = self.settings.site, self._drivers[0].call("steerback_state")[0]
@@ -217,7 +208,7 @@ class VllmEngine:
             "prompt_format": self._loaded.prompter.style,
             "sae": self._loaded.sae_hash,
             "directions": {k: digest(v.detach().cpu().tolist()) for k, v in sorted(directions.items())},
-            "lora": hash_folder(lora) if lora else None,
+            "lora": hash_folder(self.target.adapter) if self.target.adapter else None,
             **self._loaded.provenance,
         }
 
