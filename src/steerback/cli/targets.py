@@ -1,18 +1,149 @@
-"""Verbs about what is steered."""
+"""The verb `targets`: what can be steered, where each value comes from, what fits this machine."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Annotated, Any
+
 import typer
 
+if TYPE_CHECKING:
+    from steerback.targets import Target
 
-def register(app: typer.Typer) -> None:
+app = typer.Typer(help="List what can be steered.", rich_markup_mode=None)
+
+
+def register(into: typer.Typer) -> None:
     """Adds the verbs to the command line."""
-    app.command()(targets)
+    into.add_typer(app, name="targets")
 
 
-def targets() -> None:
-    """List what can be steered."""
-    from steerback.targets import builtin_targets
+@app.callback(invoke_without_command=True)
+def targets(
+    context: typer.Context,
+    fit: Annotated[bool, typer.Option("--fit", help="Say which of them this machine can run, and how.")] = False,
+) -> None:
+    """List what can be steered, built in and in your own file (steerback targets --targets FILE)."""
+    from steerback.report.tables import Table
+    from steerback.targets import list_targets
 
-    for target in builtin_targets():
-        print(f"{target.name:<20} {target.summary}")
+    if context.invoked_subcommand is not None:
+        return
+    known = list_targets()
+    if fit:
+        from steerback.targets.fit import this_machine, verdict
+
+        machine = this_machine()
+        print(f"this machine: {machine.describe()}")
+        note = "Estimated from the number of parameters. Without a GPU, more than a few billion are slow."
+        print(Table(("target", "fits"), [(t.name, verdict(t, machine)) for t in known], note, left=2).text(400), end="")
+        return
+    note = "Layers are 0-based. Where each value comes from: steerback targets show NAME. What fits here: --fit."
+    print(Table(COLUMNS, [_row(target) for target in known], note, left=3).text(400), end="")
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(help="A target, e.g. llama-3.3-70b@authors, or its folder.")]) -> None:
+    """Show every value of a target and where it comes from."""
+    from steerback.report.tables import Table
+    from steerback.targets import resolve
+
+    target = resolve(name)
+    print(f"{target.name}: {target.summary}" if target.summary else target.name)
+    print(Table(("key", "value", "from"), _values(target), left=3).text(400), end="")
+
+
+COLUMNS = ("target", "model", "SAE", "width", "steer", "read", "depth", "labels", "bf16", "fp8", "boost prior")
+
+
+def _row(target: Target) -> tuple[str, ...]:
+    return (
+        target.name,
+        _place(target.model),
+        "-" if target.sae is None else _place(target.sae.location),
+        str(target.n_latents or "-"),
+        *(str(layer) if layer >= 0 else "-" for layer in (target.steer_layer, target.read_layer)),
+        "-" if target.n_layers is None else f"{100 * target.steer_layer / target.n_layers:.1f} %",
+        _labels(target),
+        *(_memory(target, form) for form in ("bfloat16", "fp8")),
+        _prior(target),
+    )
+
+
+def _place(location: str) -> str:
+    """A hub id as it is, a folder by its name."""
+    from pathlib import Path
+
+    return Path(location).name if Path(location).is_absolute() else location
+
+
+def _labels(target: Target) -> str:
+    if target.n_latents and (count := len(target.labels())):
+        return str(count)
+    return "to be fetched" if target.label_source else "none"
+
+
+def _memory(target: Target, form: str) -> str:
+    from steerback.targets.download import gigabytes
+
+    needed = target.memory(form)
+    return "-" if needed is None else gigabytes(needed)
+
+
+def _prior(target: Target) -> str:
+    prior = target.boost_prior
+    return f"N({prior.mean:g}, {prior.sd:g}) on [{prior.low:g}, {prior.high:g}]"
+
+
+def _values(target: Target) -> list[tuple[str, str, str]]:
+    """(key, value, where it comes from) of all that a target says."""
+    known: dict[str, Any] = dict(target.provenance)
+    clamp = target.clamp_layer if target.clamp_layer is not None else target.sae_layer
+    values: dict[str, Any] = {
+        "model": target.model,
+        "revision": target.revision or "the newest; its commit is recorded",
+        "dtype": target.dtype,
+        "sae": "none" if target.sae is None else _source(target),
+        "sae_layer": target.sae_layer,
+        "n_latents": target.n_latents or None,
+        "steer_layer": target.steer_layer,
+        "read_layer": target.read_layer,
+        "clamp_layer": clamp,
+        "n_layers": target.n_layers,
+        "d_model": target.d_model,
+        "n_parameters": target.parameters(),
+        "boost_prior": _prior(target),
+        "labels": _labels(target),
+        "label_source": target.label_source,
+        "directions": ", ".join(target.directions()) or None,
+        "prompt_format": target.prompt_format,
+        "max_new_tokens": target.max_new_tokens,
+        "discovery_prompts": target.discovery_prompts,
+        "random_sets": target.random_sets,
+    }
+    values |= {f"memory as {form}": _memory(target, form) for form in ("bfloat16", "fp8")}
+    return [
+        (key, f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value), _origin(key, target, known))
+        for key, value in values.items()
+        if value is not None or key in known
+    ]
+
+
+def _source(target: Target) -> str:
+    assert target.sae is not None
+    parts = [target.sae.format, target.sae.location, target.sae.file, target.sae.revision and f"@{target.sae.revision}"]
+    return " ".join(part for part in parts if part)
+
+
+def _origin(key: str, target: Target, known: dict[str, str]) -> str:
+    if key in known:
+        return known[key]
+    if key.startswith("memory"):
+        return "derived: parameters x bytes, 5 % more, 1.5 GB for caches"
+    if key == "labels":
+        return "counted"
+    if key == "clamp_layer" and target.clamp_layer is None:
+        return "derived: the SAE's layer"
+    fields = type(target).__dataclass_fields__
+    if key in fields and getattr(target, key) == fields[key].default:
+        return "default"
+    return "the target's files" if target.labels_folder is not None else "given"
