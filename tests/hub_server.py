@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import threading
 from collections.abc import Iterator
@@ -59,6 +60,8 @@ def _handler(site: Site) -> type[BaseHTTPRequestHandler]:
             path = unquote(self.path)
             headers = {name.lower(): value for name, value in self.headers.items()}
             site.seen.append((self.command, path, headers))
+            if path.startswith("/api/models/"):
+                return self.tell(path)
             repo = "/".join(path.split("/")[1:3])
             known = any(name.startswith(f"/{repo}/resolve/") for name in site.files)
             if path in site.redirect:
@@ -74,6 +77,26 @@ def _handler(site: Site) -> type[BaseHTTPRequestHandler]:
                     error = "RevisionNotFound"
                 return self.refuse(404, {"X-Error-Code": error})
             return self.send(site.files[path], headers, body)
+
+        def tell(self, path: str) -> None:
+            """What a hub says of a repository: its commit, or the files of one."""
+            words = path.split("?")[0].split("/")
+            repo, about = "/".join(words[3:5]), words[5] if len(words) > 5 else "revision"
+            start = f"/{repo}/resolve/{COMMIT}/"
+            files = {name[len(start) :]: data for name, data in site.files.items() if name.startswith(start)}
+            if not files:
+                return self.refuse(404, {"X-Error-Code": "RepoNotFound"})
+            if about == "revision":
+                said: object = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
+            else:
+                said = [{"type": "file", "path": n, "size": len(d), "oid": "0" * 40} for n, d in files.items()]
+            data = json.dumps(said).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+            return None
 
         def refuse(self, code: int, headers: dict[str, str] | None = None) -> None:
             self.send_response(code)

@@ -19,6 +19,7 @@ from steerback.engines.prompting import Prompter
 from steerback.engines.runner import Runner, decoder_layers
 from steerback.errors import SteerbackError, unknown
 from steerback.records import digest
+from steerback.targets.download import commit_of
 from steerback.targets.fit import available_memory, check_ready
 from steerback.targets.formats import describe
 from steerback.targets.sae import Sae, load_sae
@@ -68,7 +69,7 @@ def load(target: Target, device: str | None = None, directions: tuple[str, ...] 
         "target": target.name,
         "model": target.model if not folder.is_dir() else target.name,
         "revision": target.revision,
-        "commit": getattr(model.config, "_commit_hash", None),
+        "commit": hub_commit(target.model, target.revision),
         "files": hash_files(target.model, target.revision),
         "tokenizer": hash_tokenizer(tokenizer),
     }
@@ -174,16 +175,23 @@ def out_of_memory(error: BaseException) -> bool:
     return bool(re.search(r"out of memory|can't allocate memory", str(error)))
 
 
+def hub_commit(model: str, revision: str | None) -> str | None:
+    """The commit that a hub model was loaded from, whatever branch or tag was named; None for a folder."""
+    return None if Path(model).is_dir() else commit_of(_folder(model, revision) / "config.json")
+
+
+def _folder(model: str, revision: str | None) -> Path:
+    """The folder of a model's files: its own, or that of a hub model in the local cache."""
+    if Path(model).is_dir():
+        return Path(model)
+    from transformers.utils import cached_file
+
+    return Path(str(cached_file(model, "config.json", revision=revision, local_files_only=True))).parent
+
+
 def hash_files(model: str, revision: str | None) -> dict[str, str]:
     """SHA-256 per weight, config and tokenizer file of a folder, or of a hub model's files in the local cache."""
-    folder = Path(model)
-    if not folder.is_dir():
-        from transformers.utils import cached_file
-
-        found = cached_file(model, "config.json", revision=revision)
-        if found is None:
-            return {}
-        folder = Path(found).parent
+    folder = _folder(model, revision)
     names = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json") and p.stem != "contexts")
     return {path.name: _sha256(path) for path in names if path.is_file()}
 

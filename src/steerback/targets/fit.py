@@ -5,10 +5,11 @@ Sizes are estimates from the number of parameters; access and what is still to b
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,32 +136,45 @@ def check_ready(target: Target, kind: str = "", free: int = 0, form: str | None 
 
 
 def _check_hub_model(target: Target) -> None:
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub import constants, errors, snapshot_download
 
-    asked: Mapping[str, Any] = {"repo_id": target.model, "revision": target.revision, "endpoint": hub_place()}
-    chosen: Mapping[str, Any] = {"allow_patterns": MODEL_FILES, "ignore_patterns": NOT_MODEL_FILES}
     if target.model.count("/") != 1:
         raise SteerbackError(
-            f"target {target.name!r}: model {target.model!r} is neither a folder nor the name of a repository"
+            f"target {target.name!r}: model {target.model!r} is neither a folder nor the name of a hub repository"
         )
+    if re.fullmatch(r"[0-9a-f]{40}", target.revision or "") and snapshot_is_whole(target):
+        return
+    asked: dict[str, Any] = {"repo_id": target.model, "revision": target.revision, "endpoint": hub_place()}
     with hub_errors(target.model, target.revision or "main", "config.json"):
         try:
-            files = snapshot_download(**asked, **chosen, dry_run=True)
-        except LocalEntryNotFoundError:  # no network: what is in the cache may be enough
-            if snapshot_is_whole(target):
+            files = snapshot_download(
+                **asked,
+                allow_patterns=MODEL_FILES,
+                ignore_patterns=NOT_MODEL_FILES,
+                tqdm_class=quiet_bar(),
+                dry_run=True,
+            )
+        except errors.DryRunError as error:
+            if snapshot_is_whole(target):  # without a network
                 return
-            raise
-    missing = sum(file.file_size or 0 for file in files if file.will_download)
+            if isinstance(error.__cause__, errors.HfHubHTTPError):
+                raise error.__cause__ from None
+            raise errors.LocalEntryNotFoundError(str(error)) from error.__cause__
     if not any(file.filename.endswith(".safetensors") for file in files):
         raise SteerbackError(f"{target.model}: no safetensors files there; weights in pickles are not loaded")
+    missing = sum(file.file_size or 0 for file in files if file.will_download)
     check_space(Path(constants.HF_HUB_CACHE), missing, f"target {target.name!r}: the rest of {target.model}")
+
+
+def quiet_bar() -> Any:
+    """A progress bar that shows nothing."""
+    from tqdm import tqdm
+
+    return type("Quiet", (tqdm,), {"__init__": lambda self, *a, **k: tqdm.__init__(self, *a, **k | {"disable": True})})
 
 
 def snapshot_is_whole(target: Target) -> bool:
     """Whether the hub's cache has config and weights of a target's model."""
-    import json
-
     from huggingface_hub import try_to_load_from_cache as cached
 
     def there(name: str) -> str | None:
