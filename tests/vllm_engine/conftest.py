@@ -22,7 +22,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if torch.cuda.device_count():
     os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # attention in float32 as the reference has it, not in TF32
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the second model runner, which is not compiled then
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the second model runner on a CPU, which is not compiled then
+SECOND = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 
 # Short of cache blocks, so that requests are preempted, and of tokens in a step, so that prefills are split.
 TIGHT: dict[str, Any] = {
@@ -51,10 +52,10 @@ class Pair:
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The pair that most tests share: ReLU and compiled, or JumpReLU where Triton is interpreted."""
+    """The pair that most tests share: ReLU with the first model runner, JumpReLU with the second."""
     import small
 
-    made = Pair(small.write(tmp_path_factory.mktemp("model"), "jumprelu" if INTERPRETED else "relu"), **TIGHT)
+    made = Pair(small.write(tmp_path_factory.mktemp("model"), "jumprelu" if SECOND else "relu"), **TIGHT)
     yield made
     made.vllm.close()
 
