@@ -81,7 +81,7 @@ class RunConfig(_Model):
     judge: str = "auto"
     """`auto`: the offline judge for the built-in organisms; any other target needs one named."""
     prompts: str = "evaluation"
-    """Name of a built-in list or path of a text file."""
+    """Name of a built-in list or path of a text file; `authors`: theirs, see `steerback fetch-paper-data`."""
     n_latents: int = Field(50, ge=1)
     latents: tuple[LatentKey, ...] | None = None
     """An own list; filters and sampling are skipped."""
@@ -125,10 +125,12 @@ AUTHORS_MODELS = {"llama-3.3-70b": 1.2, "llama-3.1-8b": 1.15, "gemma-2-2b": 1.1,
 def authors(experiment: str, targets: tuple[str, ...]) -> RunConfig:
     """The authors' code where it differs: target score 30, 10 bisection steps, their filters and penalties.
 
-    The paper's models become their variants NAME@authors (layers, clamps at the steer layer, prompt format).
+    The paper's models become their variants NAME@authors (layers, clamps at the steer layer, prompt format). Prompts
+    are the authors' own, which the user has to have fetched; an organism keeps those that its corpus knows.
     """
     targets = tuple(f"{name}@authors" if name in AUTHORS_MODELS else name for name in targets)
-    base = RunConfig(experiment=experiment, targets=targets, preset="authors")
+    prompts = "evaluation" if all(name.startswith("organism") for name in targets) else "authors"
+    base = RunConfig(experiment=experiment, targets=targets, preset="authors", prompts=prompts)
     penalty = AUTHORS_MODELS.get(targets[0].split("@")[0], 1.1)
     return base.model_copy(
         update={

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steerback import organism
+from steerback import organism, paper_data
 from steerback.cache import Cache, default_path
 from steerback.config import RunConfig
 from steerback.engines import ENGINES, default_engine, make_engine
 from steerback.errors import SteerbackError, unknown
 from steerback.experiments import get_experiment
-from steerback.experiments.base import Analysis, Experiment
+from steerback.experiments.base import Analysis, Experiment, settings
 from steerback.judging import Judge, Maker, make_judge
 from steerback.judging.spending import Spend, drain, estimated
 from steerback.latents.selection import check_own
@@ -65,6 +65,8 @@ def check(config: RunConfig, judges: Maker = make_judge) -> Job:
     if config.engine not in ENGINES:
         raise unknown("engine", config.engine, ("auto", *ENGINES))
     targets = experiment.variants(config, tuple(_steerable(target, config, experiment) for target in targets))
+    for name in paper_data.used(config.prompts, settings(experiment, config).get("detectors")):
+        paper_data.path_of(name)
     for name in experiment.judges(config):
         judges(name)  # a missing key or unknown judge shows now
     return Job(config, experiment, targets, load_prompts(config.prompts), judges)
@@ -81,7 +83,18 @@ def _steerable(target: Target, config: RunConfig, experiment: Experiment) -> Tar
         )
     if config.latents is not None:
         check_own(config.latents, target.n_latents, target.labels(), target.directions())
+    elif config.preset == "authors" and config.selection.concreteness != "off":
+        _authors_labels(target)
     return _used(target, config)
+
+
+def _authors_labels(target: Target) -> None:
+    """Refuses a target whose labels the authors filter by, as long as the user has not fetched them."""
+    if target.label_source and not target.labels():
+        how = "fetch-paper-data" if target.base in paper_data.LABELLED else f"labels fetch {target.name}"
+        raise SteerbackError(
+            f"preset authors filters latents by their labels and {target.name} has none here: run steerback {how}"
+        )
 
 
 def _used(target: Target, config: RunConfig) -> Target:
@@ -124,6 +137,8 @@ async def _targets(job: Job, opened: Run, progress: Progress, cache: Cache | Non
         "targets": {},
         "prompts": {"source": job.config.prompts, "count": len(job.prompts), "hash": digest(list(job.prompts))},
     }
+    if used := paper_data.used(job.config.prompts, settings(job.experiment, job.config).get("detectors")):
+        parts["paper data"] = {"repository": paper_data.REPOSITORY, "commit": paper_data.COMMIT, "sha256": used}
     for target in job.targets:
         engine = make_engine(
             target, job.config.engine, **{"batch_size": job.config.batch_size, **job.config.engine_options}
@@ -137,7 +152,11 @@ async def _targets(job: Job, opened: Run, progress: Progress, cache: Cache | Non
             bench = Workbench(opened.ledger, engine, judge, sampling, progress, cache)
             study = Study(opened, target, bench, job.prompts)
             await study.prepare()
-            parts["targets"][target.name] = {"target": target.describe(), "engine": engine.describe()}
+            parts["targets"][target.name] = {
+                "target": target.describe(),
+                "labels": {"count": len(labels := target.labels()), "hash": digest(sorted(labels.items()))},
+                "engine": engine.describe(),
+            }
             parts["judge"] = judge.describe()
             opened.write_manifest(parts)
             try:

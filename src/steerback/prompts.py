@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 
+from steerback import paper_data
 from steerback.errors import SteerbackError, unknown
 
 BUILTIN = {
@@ -33,8 +34,13 @@ AUTHORS_META_PROMPTS = {
 
 
 def load_prompts(source: str) -> tuple[str, ...]:
-    """Prompts of a built-in list (by name) or of a text file (by path), in file order."""
-    if source in BUILTIN:
+    """Prompts of a built-in list (by name) or of a text file (by path), in file order.
+
+    `authors` is the list of the authors' repository, once the user has fetched it.
+    """
+    if source == "authors":
+        text = _read(paper_data.path_of(paper_data.PROMPTS))
+    elif source in BUILTIN:
         text = resources.files("steerback.data").joinpath("prompts", BUILTIN[source]).read_text("utf-8")
     else:
         text = _read(Path(source))

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from steerback import __version__
-from steerback.cli import directions, doctor, finetuning, judging, labels, results, running, targets
+from steerback.cli import data, directions, doctor, finetuning, judging, labels, results, running, targets
 from steerback.errors import SteerbackError
 
 app = typer.Typer(
@@ -119,5 +119,5 @@ def _root(
 ) -> None: ...
 
 
-for group in (running, results, judging, targets, doctor, directions, labels, finetuning):
+for group in (running, results, judging, targets, doctor, directions, labels, data, finetuning):
     group.register(app)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from steerback import paper_data
 from steerback.config import RunConfig
 from steerback.ledger import Ledger, Row
 from steerback.metrics import Comparison, Outcomes, Summary, compare, correct, summarize
@@ -198,8 +199,18 @@ def measured(
 
 def settings(experiment: Experiment, config: RunConfig) -> dict[str, Any]:
     """The experiment's options: its defaults, the authors' values under their preset, then what the user set."""
-    authors = experiment.authors if config.preset == "authors" else {}
+    theirs = _authors_detectors(experiment, config) if config.preset == "authors" else {}
+    authors = {**experiment.authors, **theirs} if config.preset == "authors" else {}
     return {**experiment.options, **authors, **config.options}
+
+
+def _authors_detectors(experiment: Experiment, config: RunConfig) -> dict[str, Any]:
+    """The authors' list, where their model is measured and the experiment is not itself the search for detectors."""
+    if set(config.targets) != {"llama-3.3-70b@authors"} or "detectors" not in experiment.options:
+        return {}
+    if experiment.name == "detectors" or config.options.get("detectors") is not None:
+        return {}
+    return {"detectors": str(paper_data.folder() / paper_data.DETECTORS)}  # that it is there is checked before a run
 
 
 PLANTED = "Built-in organisms restart because their training text does (planted): no evidence about other models."

@@ -227,7 +227,9 @@ def _read_json(path: Path) -> Any:
         raise SteerbackError(f"options.detectors: {path} is neither a JSON file nor the folder of a run") from None
     except (OSError, ValueError) as error:
         raise SteerbackError(f"options.detectors: {path} cannot be read as JSON: {error}") from None
-    return found["latents"] if isinstance(found, dict) and "latents" in found else found
+    if isinstance(found, dict):
+        return next((found[key] for key in ("latents", "off_topic_detectors") if key in found), found)
+    return found
 
 
 def _stored(

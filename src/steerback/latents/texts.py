@@ -6,6 +6,7 @@ It knows nothing of engines; an organism gets sentences of its own corpus, as it
 from __future__ import annotations
 
 import random
+import re
 from importlib import resources
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def read_texts(path: Path) -> tuple[str, ...]:
 
 def usual_texts(target: str) -> tuple[str, ...]:
     """Plain English of this project's own; for an organism (by name, variants included) passages of its corpus."""
-    if target.split("@")[0] not in organism.NAMES:
+    if re.split("[@+]", target)[0] not in organism.NAMES:
         return _lines(
             resources.files("steerback.data").joinpath("plain_texts.txt").read_text("utf-8"), "plain_texts.txt"
         )
