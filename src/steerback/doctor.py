@@ -170,7 +170,7 @@ def fits(engine: TransformersEngine, texts: Sequence[str], layers: Sequence[int]
         active = silent = 0
         for n, h in usual.items():
             error[n] = 0.0
-            for part in h.split(CHUNK_TOKENS):
+            for part in torch.split(h, CHUNK_TOKENS):
                 z = sae.encode(part.to(sae.W_enc.device))
                 error[n] += float((sae.decode(z).cpu().double() - part.double()).square().sum())
                 fired = (z > 0).sum(dim=1)

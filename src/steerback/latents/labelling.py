@@ -65,12 +65,12 @@ def _activity(engine: TransformersEngine, texts: Sequence[str]) -> tuple[Any, li
         for first in range(0, len(ids), CHUNK_TOKENS):
             z = sae.encode(states[sae.layer][first : first + CHUNK_TOKENS])
             token, latent = (x.cpu().numpy() for x in z.nonzero(as_tuple=True))
-            values = z[token, latent].float().cpu().numpy()
-            parts.append((latent, np.array(said)[first + token], values))
+            height = z[token, latent].float().cpu().numpy()
+            parts.append((latent, np.array(said)[first + token], height))
             seen[latent] = True
         active_in += seen
-    latent, word, value = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-    activity = coo_array((value, (latent, word)), shape=(sae.n_latents, len(index))).tocsr()  # sums what repeats
+    rows, columns, values = (np.concatenate(found) for found in zip(*parts, strict=True))
+    activity = coo_array((values, (rows, columns)), shape=(sae.n_latents, len(index))).tocsr()  # sums what repeats
     return activity, list(index), occurs, active_in
 
 
