@@ -64,7 +64,7 @@ def check(config: RunConfig, judges: Maker = make_judge) -> Job:
     experiment.conditions(config)  # so does a senseless option
     if config.engine not in ENGINES:
         raise unknown("engine", config.engine, ("auto", *ENGINES))
-    targets = experiment.variants(config, tuple(_steerable(target, config, experiment) for target in targets))
+    targets = experiment.own_targets(config, tuple(_steerable(target, config, experiment) for target in targets))
     for name in paper_data.used(config.prompts, settings(experiment, config).get("detectors")):
         paper_data.path_of(name)
     for name in experiment.judges(config):

@@ -67,7 +67,7 @@ class Experiment(ABC):
         """Whose verdicts it needs."""
         return (config.judge,)
 
-    def variants(self, config: RunConfig, targets: Sequence[Target]) -> tuple[Target, ...]:
+    def own_targets(self, config: RunConfig, targets: Sequence[Target]) -> tuple[Target, ...]:
         """The targets that are measured, in order: those of the config unless the experiment has more."""
         return tuple(targets)
 

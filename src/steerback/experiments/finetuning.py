@@ -57,7 +57,7 @@ class Finetuning(Experiment):
             "verification": latents * cal.verify_trials,
         }
 
-    def variants(self, config: RunConfig, targets: Sequence[Target]) -> tuple[Target, ...]:
+    def own_targets(self, config: RunConfig, targets: Sequence[Target]) -> tuple[Target, ...]:
         """The base, then the base with each adapter, fewest corrections first."""
         from steerback.finetuning.adapters import find_adapters
 
