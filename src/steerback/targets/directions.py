@@ -96,7 +96,9 @@ def read_facts(path: Path) -> Facts:
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size)) if size < 100_000_000 else {}
+            if size > 100_000_000:
+                raise ValueError("its header is too long")
+            header = json.loads(file.read(size))
         stored = json.loads(header.get("__metadata__", {}).get(HEADER, "{}"))
         return Facts(**{**stored, "contexts": tuple(stored.get("contexts", ()))})
     except (OSError, ValueError, TypeError, AttributeError) as error:
