@@ -12,6 +12,8 @@ import torch
 
 import tiny
 from reference_llama import encode
+from steerback.engines.loading import on_device
+from steerback.engines.steering import GROUP, Columns
 from steerback.errors import SteerbackError
 from steerback.targets.sae import TENSORS, Sae, load_sae, save_native
 
@@ -130,3 +132,21 @@ def test_truncated_and_scrambled_files_give_one_clear_error(tmp_path: Path) -> N
         (tmp_path / name).write_bytes(good[name])
     assert len(said) >= 35
     assert all(str(tmp_path) in line and "\n" not in line for line in said)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_what_is_used_goes_to_the_device(kind: str) -> None:
+    """Asked of PyTorch's meta device, which has sizes and no memory."""
+    device = torch.device("meta")
+    sae = on_device(tiny.sae(kind), device)
+    assert sae.W_enc.device.type == ("meta" if kind == "topk" else "cpu")
+    if kind == "topk":
+        return
+    columns = Columns(sae, 2, device)
+    columns.set(1, [3, 9, 40], [0.0, 0.0, 0.0])
+    (group,) = columns.groups
+    assert {tensor.device.type for tensor in group.values()} == {"meta"}
+    assert group["encoder"].shape == (2, 32, GROUP)  # of the 64 latents, the group of 8 that is in use
+    assert group["decoder"].shape == (2, GROUP, 32)
+    encoder = sae.encoder_to(device)
+    assert (encoder.W_enc.device.type, encoder.W_dec.device.type) == ("meta", "cpu")
