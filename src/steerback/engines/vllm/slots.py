@@ -18,6 +18,7 @@ from torch import Tensor
 from steerback.engines.vllm.settings import PHASES, Settings, Ticket
 from steerback.engines.vllm.tables import CACHED, UNEDITED, LayerTable, Shared
 from steerback.interventions import LayerPlan, direction, plan_layers
+from steerback.records import Intervention
 from steerback.targets.sae import Sae
 
 POOL_CHUNK = 1024
@@ -112,7 +113,7 @@ class Slots:
             if ticket is None or arrival.request in self._by_request:
                 continue
             slot = Slot(ticket, self._free_rows.pop(), arrival.prompt_tokens)
-            slot.plans = tuple(plan_layers(ticket.edits, phase, self.settings.site) for phase in PHASES)
+            slot.plans = self._plans(ticket.edits)
             for latent in sorted(ticket.latents()):
                 held = self._columns.get(latent)
                 if held is None:
@@ -132,6 +133,12 @@ class Slots:
             self._write_rows([slot for slot, _ in fresh])
             for layer, table in self.tables.items():
                 self._write_layer(layer, table, fresh)
+
+    def _plans(self, edits: Sequence[Intervention]) -> tuple[dict[int, LayerPlan], ...]:
+        """What happens at which layer in prompt and generated positions; planned once where it is the same."""
+        if all(edit.positions == "all" for edit in edits):
+            return (plan_layers(edits, "prompt", self.settings.site),) * 2
+        return tuple(plan_layers(edits, phase, self.settings.site) for phase in PHASES)
 
     def _write_columns(self, latents: Sequence[int]) -> None:
         if not latents or self.sae is None:
@@ -315,12 +322,12 @@ class Slots:
         counts, norm, computed = [], 0.0, 0
         for planned, part in zip(slot.plans, (slice(0, boundary), slice(boundary, None)), strict=True):
             own = [marks[layer][part] for layer in planned]
-            done = np.all([m != UNEDITED for m in own], axis=0) if own else np.zeros(0, dtype=bool)
-            counts.append(int(done.sum()))
+            done = np.logical_and.reduce([m != UNEDITED for m in own]) if own else np.zeros(0, dtype=bool)
+            counts.append(int(np.count_nonzero(done)))
             if own:  # what came out of the cache was edited when it was computed; its norm is not known here
                 fresh = done & (own[0] != CACHED)
-                computed += int(fresh.sum())
-                norm += float(sum(m[fresh].sum(dtype=np.float64) for m in own))
+                computed += int(np.count_nonzero(fresh))
+                norm += sum(float(m.sum(dtype=np.float64, where=fresh)) for m in own)
         return {"prompt": counts[0], "generated": counts[1], "norm": norm / computed if computed else 0.0}
 
     def _recorded(self, slots: Sequence[tuple[Slot, int]]) -> list[bytes]:
