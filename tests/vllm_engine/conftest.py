@@ -36,9 +36,9 @@ TIGHT: dict[str, Any] = {
 
 
 class Pair:
-    """A target in both engines."""
+    """A target in both engines; the reference engine may have another one that should answer alike."""
 
-    def __init__(self, target: Any, **options: Any) -> None:
+    def __init__(self, target: Any, reference: Any = None, **options: Any) -> None:
         import small
 
         from steerback.engines.transformers import TransformersEngine
@@ -47,7 +47,7 @@ class Pair:
         self.target = target
         options = small.OPTIONS | {"max_logprobs": -1} | options
         self.vllm = VllmEngine(target, batch_size=32, max_model_len=256, layers=(0,), options=options)
-        self.reference = TransformersEngine(target, batch_size=2, device="cpu")
+        self.reference = TransformersEngine(reference or target, batch_size=2, device="cpu")
 
 
 @pytest.fixture(scope="session")

@@ -42,10 +42,10 @@ def write_adapter(model: Path, adapter: Path, merged: Path) -> None:
 def test_adapter_is_steered_like_merged_weights(tmp_path: Path) -> None:
     target = small.write(tmp_path / "model", "topk")
     write_adapter(tmp_path / "model", tmp_path / "adapter", tmp_path / "merged")
-    pair = Pair(target.with_adapter(tmp_path / "adapter"), enforce_eager=True)
+    merged = from_folder(tmp_path / "merged", steer_layer=1, read_layer=2)
+    pair = Pair(target.with_adapter(tmp_path / "adapter"), merged, enforce_eager=True)
     try:
-        merged = from_folder(tmp_path / "merged", steer_layer=1, read_layer=2)
-        plain, pair.reference = (TransformersEngine(t, batch_size=2, device="cpu") for t in (target, merged))
+        plain = TransformersEngine(target, batch_size=2, device="cpu")
         check_all_edits(pair)
         ids, edits = tokens(9, 30), CASES["add and clamp"]
         with_adapter, without = (e.teacher_forced(ids, edits, 12).log_softmax(-1) for e in (pair.reference, plain))
