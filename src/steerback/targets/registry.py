@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from steerback.errors import SteerbackError, unknown
-from steerback.targets.directions import find_directions, read_facts
+from steerback.targets.directions import PRIOR, find_directions, read_facts
 from steerback.targets.labels import read_metadata
 from steerback.targets.target import BoostPrior, Dtype, PromptFormat, SaeSource, Target, user_key
 
@@ -148,19 +148,19 @@ def _from_entry(name: str, entry: Mapping[str, Any], complete: bool) -> Target:
     known = (set(Target.__dataclass_fields__) | {"labels", "directions"}) - {"name"}
     if strange := sorted(set(entry) - known):
         raise unknown(f"key of target {name!r}", strange[0], sorted(known))
-    if entry["model"] == "builtin":
+    builtin = entry["model"] == "builtin"
+    if builtin:
         entry["model"] = str(_builtin_folder(name, check=complete))
     folder = Path(entry["model"])
     if isinstance(entry.get("sae"), Mapping):
         entry["sae"] = _source(name, entry["sae"], entry.get("sae_layer"))
-    elif "sae" not in entry and (not complete or (folder / "sae.json").is_file()):
+    elif "sae" not in entry and ((builtin and not complete) or (folder / "sae.json").is_file()):
         entry["sae"] = SaeSource(str(folder))
     labels = entry.pop("labels", str(folder) if folder.is_dir() else None)
     entry.setdefault("labels_folder", labels)
     entry.setdefault("direction_files", find_directions(entry.pop("directions", ()), user_key(name, entry["model"])))
     if entry.get("sae") is None and "boost_prior" not in entry:
-        priors = (read_facts(Path(file)).prior() for _, file in entry["direction_files"])
-        entry["boost_prior"] = next((p for p in priors if p is not None), None)
+        entry["boost_prior"] = _prior_of_directions(name, entry["direction_files"])
     if complete:
         _complete_from_sae(name, entry)
     for key, choices in (("dtype", get_args(Dtype)), ("prompt_format", get_args(PromptFormat))):
@@ -171,6 +171,17 @@ def _from_entry(name: str, entry: Mapping[str, Any], complete: bool) -> Target:
     if folder.is_dir():
         _from_model(folder, entry)
     return Target(name=name, steer_layer=entry.pop("steer_layer", -1), read_layer=entry.pop("read_layer", -1), **entry)
+
+
+def _prior_of_directions(name: str, files: Sequence[tuple[str, str]]) -> tuple[float, ...]:
+    """The prior by the residual's norm where one of the directions says it; as long as there is none, any will do."""
+    priors = [read_facts(Path(file)).prior() for _, file in files]
+    if files and not any(priors):
+        raise SteerbackError(
+            f"target {name!r}: none of its directions says the residual's norm, so the table has to give a boost_prior "
+            f"[mean, sd, low, high]; or take a file over with: steerback directions make {name} NAME --file FILE"
+        )
+    return next((p for p in priors if p), (*PRIOR[:2], 0.0, PRIOR[2]))
 
 
 def _complete_from_sae(name: str, entry: dict[str, Any]) -> None:
