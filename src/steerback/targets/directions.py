@@ -58,10 +58,10 @@ def user_directions(target: str) -> Path:
     return user_folder("directions", target)
 
 
-def find_directions(given: Any, target: str) -> tuple[tuple[str, str], ...]:
+def find_directions(given: Any, target: str, key: str | None = None) -> tuple[tuple[str, str], ...]:
     """(name, file) per direction, from a table {name: file}, or a file, a folder or a list of them, then the user's.
 
-    A file gives its direction its own name (without the suffix). Raises SteerbackError for what is not there.
+    `key` is the target's folder among the user's. A file gives its direction its own name (without the suffix). Raises SteerbackError for what is not there.
     """
     found: dict[str, str] = {}
     named = given.items() if isinstance(given, Mapping) else [(None, p) for p in _listed(given)]
@@ -76,7 +76,7 @@ def find_directions(given: Any, target: str) -> tuple[tuple[str, str], ...]:
                     f"target {target!r}: directions {str(place)!r}: no such folder or {', '.join(SUFFIXES)} file"
                 )
             found[name or file.stem] = str(file)
-    for file in _in_folder(user_directions(target)):
+    for file in _in_folder(user_directions(key or target)):
         found.setdefault(file.stem, str(file))
     return tuple(found.items())
 

@@ -103,6 +103,8 @@ def _absolute(entry: Mapping[str, Any], base: Path) -> dict[str, Any]:
     def fixed(value: Any) -> Any:
         if isinstance(value, str) and value and (base / Path(value).expanduser()).exists():
             return str((base / Path(value).expanduser()).resolve())
+        if isinstance(value, dict):
+            return {k: fixed(v) for k, v in value.items()}
         return [fixed(v) for v in value] if isinstance(value, list) else value
 
     done = {k: fixed(v) if k in ("model", "labels", "directions", "discovery_prompts") else v for k, v in entry.items()}
@@ -158,7 +160,7 @@ def _from_entry(name: str, entry: Mapping[str, Any], complete: bool) -> Target:
         entry["sae"] = SaeSource(str(folder))
     labels = entry.pop("labels", str(folder) if folder.is_dir() else None)
     entry.setdefault("labels_folder", labels)
-    entry.setdefault("direction_files", find_directions(entry.pop("directions", ()), user_key(name, entry["model"])))
+    entry.setdefault("direction_files", find_directions(entry.pop("directions", ()), name, user_key(name, entry["model"])))
     if entry.get("sae") is None and "boost_prior" not in entry:
         entry["boost_prior"] = _prior_of_directions(name, entry["direction_files"])
     if complete:
