@@ -160,7 +160,9 @@ def _from_entry(name: str, entry: Mapping[str, Any], complete: bool) -> Target:
         entry["sae"] = SaeSource(str(folder))
     labels = entry.pop("labels", str(folder) if folder.is_dir() else None)
     entry.setdefault("labels_folder", labels)
-    entry.setdefault("direction_files", find_directions(entry.pop("directions", ()), name, user_key(name, entry["model"])))
+    entry.setdefault(
+        "direction_files", find_directions(entry.pop("directions", ()), name, user_key(name, entry["model"]))
+    )
     if entry.get("sae") is None and "boost_prior" not in entry:
         entry["boost_prior"] = _prior_of_directions(name, entry["direction_files"])
     if complete:
