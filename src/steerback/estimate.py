@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +10,8 @@ from steerback.judging.base import Judge, JudgeItem
 from steerback.judging.spending import Spend, estimated
 from steerback.runs import Run
 from steerback.study import UNJUDGED
+from steerback.targets.download import gigabytes
+from steerback.targets.fit import this_machine, verdict
 
 if TYPE_CHECKING:
     from steerback.execute import Job, Judging
@@ -113,32 +112,6 @@ def _time(target: Target, total: int) -> str:
 
 
 def _fits(target: Target) -> str:
-    needed, there = weight_bytes(Path(target.model), target.dtype), available_memory()
-    if needed is None or there is None:
-        return "memory needed is known once the model's files are here"
-    verdict = "fits" if needed < there else "DOES NOT FIT"
-    return f"weights take {needed / 2**30:.2f} GiB as {target.dtype}, {there / 2**30:.1f} GiB are free: {verdict}"
-
-
-def weight_bytes(folder: Path, dtype: str) -> int | None:
-    """Bytes of all parameters in a folder as `dtype`, from the headers of its safetensors files; None without any."""
-    parameters = 0
-    for path in folder.glob("*.safetensors"):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        parameters += sum(math.prod(t["shape"]) for name, t in header.items() if name != "__metadata__")
-    return parameters * {"float32": 4, "bfloat16": 2}[dtype] if parameters else None
-
-
-def available_memory() -> int | None:
-    """Free bytes where the model would live: the GPU if there is one, else RAM."""
-    try:
-        import torch
-    except ImportError:
-        return None
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return None
+    needed, there = target.memory(), this_machine()
+    known = "" if needed is None else f"about {gigabytes(needed)} as {target.dtype}; "
+    return f"{known}does it fit this machine ({there.describe()})? {verdict(target, there)}"

@@ -96,7 +96,7 @@ def run_command(
         overrides["selection"] = rule
     overrides |= {"engine_options": {"replicas": replicas}} if replicas else {}
     if latents is not None:
-        first = resolve(chosen[0])
+        first = resolve(chosen[0], base[1].definitions if base else None)
         own = parse_latents(latents, first.labels(), directions=first.directions())
         overrides |= {"n_latents": own} if isinstance(own, int) else {"latents": own}
     built = build_config(experiment, chosen, preset, config, overrides, tuple(settings or ()), base)
