@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -312,3 +314,43 @@ def test_verbs_make_show_and_try(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_loaded_targets_know_their_directions(tmp_path: Path) -> None:
     loaded = LoadedTarget(Target("x", "m", 0, 0, BoostPrior(1, 1, 0, 2), direction_files=(("a", "f"),)), None)  # type: ignore[arg-type]
     assert loaded.latent("a") == "a"
+
+
+def test_a_table_with_directions_alone_is_a_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.model().half().save_pretrained(tmp_path / "bare")
+    tiny.tokenizer().save_pretrained(tmp_path / "bare")
+    (tmp_path / "words.txt").write_text("\n".join(" ".join(WORDS[n : n + 5]) for n in range(6)))
+    table = '[bare]\nmodel = "bare"\nsteer_layer = 2\nread_layer = 2\nmax_new_tokens = 8\n'
+    file = tmp_path / "own.toml"
+    file.write_text(table)
+    monkeypatch.setenv("STEERBACK_TARGETS", str(file))
+    assert not resolve("bare").has_sae
+    config = RunConfig(experiment="esr", targets=("bare",), judge="offline", engine="transformers")
+    with pytest.raises(SteerbackError, match="make one with: steerback directions make bare NAME --topic FILE"):
+        check(config)
+    with pytest.raises(SystemExit) as left:
+        main(["directions", "make", "bare", "words", "--topic", str(tmp_path / "words.txt")])
+    assert left.value.code == 0
+    found = resolve("bare")
+    facts = found.direction_facts("words")
+    assert found.directions() == ("words",)
+    assert facts.residual_norm is not None
+    assert found.boost_prior.mean == pytest.approx(0.5 * facts.residual_norm)
+    assert check(config).targets[0].directions() == ("words",)
+    np.save(tmp_path / "foreign.npy", VECTOR.numpy())
+    file.write_text(table.replace("bare", "other", 1) + 'directions = "foreign.npy"\n')
+    with pytest.raises(SteerbackError, match="none of its directions says the residual's norm"):
+        resolve("other")
+    file.write_text(table + 'directions = { warmth = "foreign.npy" }\nboost_prior = [4, 2, 0, 20]\n')
+    with make_and_close(resolve("bare")) as engine:
+        assert set(engine.directions) == {"warmth", "words"}
+    assert resolve("bare").boost_prior == BoostPrior(4, 2, 0, 20)
+
+
+@contextlib.contextmanager
+def make_and_close(target: Target) -> Iterator[Any]:
+    engine = make_engine(target, "transformers", batch_size=2)
+    try:
+        yield engine
+    finally:
+        engine.close()
