@@ -61,7 +61,8 @@ def user_directions(target: str) -> Path:
 def find_directions(given: Any, target: str, key: str | None = None) -> tuple[tuple[str, str], ...]:
     """(name, file) per direction, from a table {name: file}, or a file, a folder or a list of them, then the user's.
 
-    `key` is the target's folder among the user's. A file gives its direction its own name (without the suffix). Raises SteerbackError for what is not there.
+    `key` is the target's folder among the user's. A file gives its direction its own name (without the suffix).
+    Raises SteerbackError for what is not there.
     """
     found: dict[str, str] = {}
     named = given.items() if isinstance(given, Mapping) else [(None, p) for p in _listed(given)]
