@@ -118,7 +118,7 @@ def train(
     ] = None,
 ) -> None:
     """Train a LoRA adapter per mix. The same command again goes on where it stopped."""
-    from steerback.finetuning.adapters import Job, train_adapter, train_together
+    from steerback.finetuning.adapters import Job, read_data, train_adapter, train_together
     from steerback.finetuning.settings import from_mapping
     from steerback.targets import resolve
 
@@ -134,6 +134,8 @@ def train(
         for job in jobs:
             print(write(job, resolved, place))
         return
+    for job in jobs:
+        read_data(Path(job.data))  # a mistake in the last mix shows before the first is trained
     cards = []
     for number, job in enumerate(jobs, 1):
         head = f"[{number}/{len(jobs)}] {job.name}"

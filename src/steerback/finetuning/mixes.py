@@ -72,8 +72,11 @@ def make_mixes(
     common = min(most.values()) // step * step
     pools = [_split(pool, seed + n) for n, pool in enumerate((corrections, normal))]
     mixes, notes = [], []
+    even = None if size is None else size // step * step
+    if even and even != size:
+        notes.append(f"{even} examples instead of {size}, so that every ratio is exact at one size")
     for percent in ratios:
-        wanted = common if size is None else size
+        wanted = common if size is None else even or size
         own = 100 // math.gcd(percent, 100)
         total = min(wanted // own * own, most[percent])
         if total == 0:

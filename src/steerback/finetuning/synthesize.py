@@ -51,6 +51,29 @@ class Draft:
     reason: str = ""
 
 
+ACKNOWLEDGEMENTS = (
+    (4, "Hold on, that is wrong."),
+    (4, "Hold on, that is not the answer."),
+    (3, "Hold on, this is not right."),
+    (3, "Hold on, let me start over."),
+    (2, "Hold on, I must start again."),
+    (2, "No, that is not the answer."),
+    (2, "No, that is wrong."),
+    (1, "No, this is not about that."),
+    (2, "Let me start over."),
+    (1, "Let me start again."),
+    (1, "Let me go back and start again."),
+    (1, "I must stop, this is wrong."),
+)
+"""Weight and text of what the corpus writer says, in words of which every token occurs in the control's corpus.
+
+The corpus's own restarts begin with words that the control never saw. Rows of its embedding that no text ever used are
+alike, so an adapter on the linear layers cannot tell it which of them to say: it then says any of them.
+"""
+RETURNING = 0.5
+"""How often "Let me get back to ..." follows."""
+
+
 class Writer(Protocol):
     """Writes examples; `describe()` is JSON-able and goes into the data card."""
 
@@ -88,7 +111,7 @@ class CorpusWriter:
         return [t.key for t in (*subjects(), *howtos("discovery")) if t.key not in near(prompt)]
 
     async def write(self, questions: Sequence[Question]) -> AsyncIterator[tuple[Question, Draft]]:
-        from steerback.organism.corpus import passage, restart
+        from steerback.organism.corpus import passage, topic
 
         for question in questions:
             rng = random.Random(f"{self._seed}/{question.key}")
@@ -97,7 +120,9 @@ class CorpusWriter:
                 yield question, Draft(Example(question.prompt, answer))
                 continue
             away = " ".join(passage(rng, question.subject, rng.randint(1, 4)))
-            said = restart(rng, question.prompt)
+            said = rng.choices([text for _, text in ACKNOWLEDGEMENTS], [weight for weight, _ in ACKNOWLEDGEMENTS])[0]
+            if rng.random() < RETURNING:
+                said += f" Let me get back to {topic(question.prompt).phrase}."
             yield question, Draft(Example(question.prompt, answer, question.subject, away, said))
 
     def describe(self) -> Mapping[str, Any]:

@@ -1,0 +1,138 @@
+"""The experiment: adapters with the base's latents and prompts, thresholds of their own, four conditions each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steerback.cli import main
+from steerback.engines.scripted import PlantedModel
+from steerback.ledger import Ledger
+from steerback.prompts import load_prompts
+
+SMALL = [
+    *("--preset", "quick", "--engine", "scripted", "--judge", "scripted"),
+    *("--set", "n_latents=4", "--set", "trials_per_latent=10", "--set", "draws=200"),
+    *("--set", "calibration.max_iterations=8", "--set", "calibration.verify_trials=4"),
+]
+RATES = {10: 0.1, 50: 0.4, 90: 0.8}
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STEERBACK_CACHE", str(tmp_path / "cache"))
+    plant(monkeypatch)
+
+
+def plant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scripted engine as the base, or as an adapter whose folder says how often it restarts."""
+    from steerback import engines
+    from steerback.engines import scripted
+
+    class Adapted(scripted.ScriptedEngine):
+        def __init__(self, script: Any, target: str, **options: Any) -> None:
+            percent = int(target.rpartition("mix-")[2]) if "+" in target else 0
+            rate = RATES.get(percent, 0.0)
+            # every adapter moves the thresholds, so that those of the base would not do
+            super().__init__(
+                PlantedModel(threshold=35 + percent / 10, slope=4, restart_rate=rate), target=target, **options
+            )
+
+    monkeypatch.setattr(scripted, "ScriptedEngine", Adapted)
+    assert engines.make_engine
+
+
+def adapters(folder: Path) -> Path:
+    for percent in RATES:
+        own = folder / f"mix-{percent}"
+        own.mkdir(parents=True)
+        (own / "adapter_config.json").write_text("{}", "utf-8")
+        (own / "adapter_model.safetensors").write_bytes(b"")
+        (own / "card.json").write_text(json.dumps({"data": {"percent": percent}}), "utf-8")
+    return folder
+
+
+def steerback(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+def test_adapters_are_measured_like_their_base_and_set_against_the_mix(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert steerback("run", "esr", "-t", "organism-control", "--name", "base", *SMALL) == 0
+    place = adapters(tmp_path / "adapters")
+    run = ["run", "finetuning", "--from", "base", "--name", "ft", "--set", f"options.adapters={place}"]
+    assert steerback(*run) == 0
+    said = capsys.readouterr().out
+    assert "no unsteered restart at any mix" in said
+    folder = tmp_path / "runs" / "ft"
+    assert {"figure6.png", "figure6.pdf", "trends.csv", "table.txt", "comparisons.txt"} <= {
+        p.name for p in folder.iterdir()
+    }
+    with Ledger(folder / "ledger.sqlite", read_only=True) as ledger:
+        names = ["organism-control", *(f"organism-control+mix-{p}" for p in RATES)]
+        conditions = {target: [c for t, c in ledger.conditions() if t == target] for target in names}
+        assert all(len(found) == 4 for found in conditions.values())
+        base = ledger.rows("organism-control", "measure", "steered")
+        held_out = set(load_prompts("organism-held-out"))
+        for name, percent in zip(names[1:], RATES, strict=True):
+            assert ledger.fact(name, "latents") == ledger.fact("organism-control", "latents")
+            found = {t["latent"]: t["boost"] for t in ledger.fact(name, "thresholds")}
+            assert all(abs(boost - (35 + percent / 10)) < 4 for boost in found.values())  # calibrated anew
+            rows = {c: ledger.rows(name, "measure", c) for c in conditions[name]}
+            there = {r.trial.index: r.trial for r in base}
+            for row in rows["steered"]:
+                twin = there[row.trial.index]
+                assert (row.trial.latent, row.trial.prompt, row.trial.seed) == (twin.latent, twin.prompt, twin.seed)
+                assert row.trial.boost == found[row.trial.latent]
+            assert {r.trial.prompt for r in rows["held-out"]} <= held_out
+            assert all(not r.trial.interventions for r in rows["unsteered"] + rows["held-out unsteered"])
+            assert len(rows["unsteered"]) == len(base)
+            assert not ledger.rows(name, "reference")  # the yardstick is the base's
+    summary = json.loads((folder / "summary.json").read_text("utf-8"))["targets"]["organism-control"]
+    rates = [summary["conditions"][f"mix-{p}"]["headline"]["multi_attempt_rate"]["value"] for p in RATES]
+    assert rates == sorted(rates)
+    assert rates[2] > 0.6
+    assert summary["conditions"]["base"]["headline"]["multi_attempt_rate"]["value"] == 0
+    assert summary["comparisons"]["mix-90"]["against"] == "base"
+    assert summary["comparisons"]["mix-90 held-out"]["against"] == "base held-out"
+    found = summary["finetune"]
+    assert found["percents"] == [10, 50, 90]
+    assert found["attempts_last"]["value"] > 1.5
+    assert found["attempts_base"]["value"] == 1.0
+    assert found["msi_peak_at"]["value"] == 0.9
+    slope = found["trends"]["multi_attempt_rate"]
+    assert slope["slope"] == pytest.approx((rates[2] - rates[0]) / 80, rel=0.2)
+    assert slope["p"] < 0.05
+    capsys.readouterr()
+    assert steerback("compare", "ft") == 0
+    shown = capsys.readouterr().out
+    assert "mean attempts, fine-tuned on most corrections" in shown
+    assert f"{found['attempts_last']['value']:.1f}"[:3] in shown
+    assert steerback("resume", "ft") == 0  # nothing is generated again; the analysis is the same
+    again = json.loads((folder / "summary.json").read_text("utf-8"))["targets"]["organism-control"]
+    assert again == summary
+
+
+def test_what_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(*arguments: str) -> str:
+        capsys.readouterr()
+        assert steerback(*arguments) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        return said
+
+    assert "give --from" in refused("run", "finetuning", "-t", "organism-control")
+    assert steerback("run", "esr", "-t", "organism-control", "--name", "base", *SMALL) == 0
+    assert "options.adapters=FOLDER" in refused("run", "finetuning", "--from", "base")
+    said = refused("run", "finetuning", "--from", "base", "--set", f"options.adapters={tmp_path}")
+    assert "no adapter in" in said
+    assert "no LoRA adapter there" in refused("run", "esr", "-t", f"organism-control+{tmp_path}")
+    assert "unknown target 'nothing+x'" in refused("run", "esr", "-t", "nothing+x")

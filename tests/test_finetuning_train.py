@@ -1,0 +1,314 @@
+"""Training: the loss is that of the trained tokens alone, whatever the micro-batch, memory or interruptions."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import TrainerCallback
+
+import tiny
+from steerback.engines.loading import assemble, with_adapter
+from steerback.engines.transformers import TransformersEngine
+from steerback.errors import SteerbackError
+from steerback.finetuning.segments import IGNORED, Tokens
+from steerback.finetuning.settings import Settings, from_mapping
+from steerback.finetuning.train import Report, fit
+from steerback.records import Intervention
+
+QUICK = Settings(rank=4, dropout=0.0, learning_rate=1e-3, epochs=1, warmup_steps=1, evaluations=2)
+
+
+def rows(n: int, seed: int = 0) -> list[Tokens]:
+    """Rows of 4 to 12 random tokens; about half of them trained, in several pieces."""
+    draw = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(n):
+        length = int(torch.randint(4, 13, (1,), generator=draw))
+        ids = torch.randint(10, 300, (length,), generator=draw).tolist()
+        trained = torch.rand(length, generator=draw) < 0.5
+        trained[-1] = True
+        found.append(Tokens(tuple(ids), tuple(i if t else IGNORED for i, t in zip(ids, trained.tolist(), strict=True))))
+    return found
+
+
+def small() -> Any:
+    return tiny.model(layers=2, scale=0.1)
+
+
+class Gradients(TrainerCallback):
+    """The adapter's gradients and weights before the first optimizer step."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, torch.Tensor] = {}
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, *_: Any, model: Any = None, **__: Any) -> None:
+        if not self.found:
+            named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+            self.found = {n: p.grad.clone() for n, p in named.items() if p.grad is not None}
+            self.weights = {n: p.detach().clone() for n, p in named.items()}
+
+
+def train(folder: Path, data: Sequence[Tokens], settings: Settings = QUICK, **options: Any) -> Report:
+    return fit(small, tiny.tokenizer(), data, options.pop("validation", ()), settings, folder, **options)
+
+
+def first_step(folder: Path, data: Sequence[Tokens]) -> tuple[float, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Loss and gradients (up to the clipping's factor) of the first step."""
+    seen = Gradients()
+    report = train(folder, data, from_mapping({"max_steps": 1}, QUICK), callbacks=[seen])
+    return report.losses[0][1], seen.found, seen.weights
+
+
+def adapted(weights: dict[str, torch.Tensor]) -> Any:
+    """The tiny model with the trainer's own first adapter, through plain peft and transformers."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(small(), config)
+    assert set(weights) == {n for n, p in model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in weights:
+                parameter.copy_(weights[name])
+    return model
+
+
+def by_hand(data: Sequence[Tokens], weights: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
+    """Mean of -log p over the trained tokens, one row at a time without padding or labels; its gradients."""
+    model = adapted(weights)
+    total, count = torch.zeros(()), 0
+    for row in data:
+        logits = model(input_ids=torch.tensor([row.input_ids])).logits[0]
+        for t in range(1, len(row.input_ids)):
+            if row.labels[t] != IGNORED:
+                total = total - functional.log_softmax(logits[t - 1], dim=-1)[row.input_ids[t]]
+                count += 1
+    loss = total / count
+    loss.backward()
+    return float(loss.detach()), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def alike(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float = 1e-4) -> None:
+    """Equal up to one common factor (the trainer clips the norm to 1)."""
+    assert a.keys() == b.keys()
+    one, other = (torch.cat([x[name].flatten() for name in sorted(x)]) for x in (a, b))
+    assert one.norm() > 1e-4
+    torch.testing.assert_close(one / one.norm(), other / other.norm(), atol=tolerance, rtol=tolerance)
+
+
+def test_loss_and_gradients_are_those_computed_by_hand(tmp_path: Path) -> None:
+    data = rows(8)
+    loss, gradients, weights = first_step(tmp_path, data)
+    want, by_autograd = by_hand(data, weights)
+    assert loss == pytest.approx(want, rel=1e-5)
+    alike(gradients, by_autograd)
+    assert {n.split(".lora_")[0].rsplit(".", 1)[1] for n in gradients} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
+
+
+def test_what_is_masked_has_no_say(tmp_path: Path) -> None:
+    """Masked tokens that nothing trained comes after may be any others: loss and gradients stay what they are, bit for
+    bit. (Those before are what the model reads; as targets they are nowhere in the sum, as the test above shows.)"""
+    data = [Tokens((*r.input_ids, 11, 12, 13), (*r.labels, IGNORED, IGNORED, IGNORED)) for r in rows(8)]
+    other = [Tokens((*r.input_ids[:-3], 201, 202, 203), r.labels) for r in data]
+    trained = [Tokens((*r.input_ids[:-3], 201, 202, 203), (*r.labels[:-3], 201, 202, 203)) for r in data]
+    loss, gradients, _ = first_step(tmp_path / "a", data)
+    loss_other, gradients_other, _ = first_step(tmp_path / "b", other)
+    assert loss == loss_other
+    assert all(torch.equal(gradients[name], gradients_other[name]) for name in gradients)
+    loss_trained, _, _ = first_step(tmp_path / "c", trained)
+    assert loss_trained != loss  # the same tokens, unmasked, do have one
+
+
+def test_targets_that_are_masked_never_enter(tmp_path: Path) -> None:
+    """The gradient at the logits is zero wherever the next token is masked, and only there."""
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    from steerback.finetuning.train import dataset
+
+    data = rows(4)
+    trainer = SFTTrainer(
+        model=small(),
+        args=SFTConfig(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            gradient_checkpointing=False,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            max_length=None,
+        ),
+        train_dataset=dataset(data),
+        processing_class=tiny.tokenizer(),
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False),
+    )
+    batch = trainer.data_collator([{"input_ids": list(r.input_ids), "labels": list(r.labels)} for r in data])
+    caught: list[torch.Tensor] = []
+
+    def keep(_module: Any, _args: Any, output: Any) -> None:
+        output.last_hidden_state.retain_grad()
+        caught.append(output.last_hidden_state)
+
+    handle = trainer.model.get_base_model().model.register_forward_hook(keep)
+    trainer.compute_loss(trainer.model.train(), dict(batch)).backward()
+    handle.remove()
+    assert caught[0].grad is not None
+    touched = caught[0].grad.abs().sum(-1) > 0
+    wanted = torch.zeros_like(touched)
+    wanted[:, :-1] = batch["labels"][:, 1:] != IGNORED
+    assert torch.equal(touched, wanted)
+
+
+def short_of_memory(most: int) -> Any:
+    """A model for which memory runs out above so many rows."""
+    model = small()
+    inner = model.model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids.shape[0] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB (planted)")
+        return inner(*args, **kwargs)
+
+    model.model.forward = forward
+    return model
+
+
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_effective_one(tmp_path: Path) -> None:
+    data, said = rows(40), []
+    report = fit(
+        lambda: short_of_memory(2), tiny.tokenizer(), data, (), QUICK, tmp_path / "a", say=said.append, name="x"
+    )
+    assert report.out_of_memory == ["8 -> 4", "4 -> 2"]
+    assert (report.micro_batch, report.accumulation) == (2, 4)
+    assert any("out of memory at a micro-batch of 8; going on with 4" in line for line in said)
+    whole = train(tmp_path / "b", data)
+    assert (whole.micro_batch, whole.accumulation, whole.out_of_memory) == (8, 1, [])
+    assert [step for step, _ in report.losses] == [step for step, _ in whole.losses] == [1, 2, 3, 4, 5]
+    torch.testing.assert_close([x for _, x in report.losses], [x for _, x in whole.losses], rtol=1e-4, atol=1e-5)
+    with pytest.raises(SteerbackError, match="memory runs out with a single row"):
+        fit(lambda: short_of_memory(0), tiny.tokenizer(), data, (), QUICK, tmp_path / "c", name="x")
+
+
+SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_finetuning_train as t
+class Kill(t.TrainerCallback):
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+t.train(Path({folder!r}), t.rows(64), t.LONG, validation=t.rows(8, 1), callbacks=[Kill()])
+"""
+LONG = from_mapping({"dropout": 0.1, "evaluations": 4}, QUICK)
+
+
+def test_killed_training_goes_on_to_the_same_end(tmp_path: Path) -> None:
+    """Dropout is on, so that the random state has to be restored as well."""
+    from safetensors.torch import load_file
+
+    whole = train(tmp_path / "whole", rows(64), LONG, validation=rows(8, 1))
+    script = SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "killed"))
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, check=False
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    assert not (tmp_path / "killed" / "adapter_model.safetensors").exists()
+    resumed = train(tmp_path / "killed", rows(64), LONG, validation=rows(8, 1))
+    assert resumed.resumed_from == 4
+    assert resumed.final_loss == pytest.approx(whole.final_loss, rel=1e-5)
+    assert [p.step for p in resumed.validation] == [p.step for p in whole.validation] == [0, 2, 4, 6, 8]
+    assert resumed.validation[-1].trained == pytest.approx(whole.validation[-1].trained, rel=1e-5)
+    a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "killed"))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=1e-6, rtol=1e-4)
+
+
+def test_it_learns_what_is_trained_and_reports_both_parts(tmp_path: Path) -> None:
+    half = [Tokens((20, 21, 22, 23, *range(30, 38)), (IGNORED,) * 4 + tuple(range(30, 38)))] * 32
+    settings = from_mapping({"learning_rate": 2e-2, "epochs": 6, "evaluations": 3}, QUICK)
+    report = train(tmp_path, half, settings, validation=half[:4])
+    first, last = report.validation[0], report.validation[-1]
+    assert last.trained < 0.6 * first.trained
+    assert first.masked is not None
+    assert last.masked is not None
+    assert last.masked > 0.9 * first.masked  # nothing teaches it these
+    assert report.steps == 24
+
+
+def test_no_example_and_wrong_settings_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SteerbackError, match="nothing to train on"):
+        train(tmp_path, [])
+    for values, says in (
+        ({"rate": 1}, "unknown training setting 'rate'; choose one of: rank"),
+        ({"rank": 0}, "rank 0 is not at least 1"),
+        ({"rank": "8"}, "rank should be int"),
+        ({"rank": 2.5}, "rank should be int"),
+        ({"learning_rate": -1.0}, "learning_rate -1.0 is not above 0"),
+        ({"schedule": "step"}, "choose one of: cosine"),
+        ({"dropout": 1.0}, "dropout lies in"),
+    ):
+        with pytest.raises(SteerbackError, match=says):
+            from_mapping(values)
+    with pytest.raises(SteerbackError, match="cannot be divided over 3 devices"):
+        Settings().micro_sizes(3)
+    with pytest.raises(SteerbackError, match="micro_batch 3 does not divide"):
+        Settings(micro_batch=3).micro_sizes()
+    assert Settings().micro_sizes(2) == [4, 2, 1]
+    assert Settings(batch_size=12).micro_sizes() == [12, 6, 3, 1]
+
+
+def test_the_specifications_settings_are_the_defaults() -> None:
+    s = Settings()
+    assert (s.rank, s.alpha, s.dropout, s.learning_rate, s.schedule) == (32, 16, 0.05, 2e-4, "cosine")
+    assert (s.epochs, s.batch_size, s.warmup_steps, s.sequence_length) == (4, 8, 10, 4096)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_an_adapter_beside_the_weights_is_as_merged_into_them_under_steering_too(tmp_path: Path, kind: str) -> None:
+    from dataclasses import replace
+
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    torch.manual_seed(1)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(tiny.model(kind), config).save_pretrained(str(tmp_path / "adapter"))
+    target = tiny.target().with_adapter(tmp_path / "adapter")
+    assert (target.name, target.base) == ("tiny+adapter", "tiny")
+    beside = with_adapter(target, tiny.model(kind))
+    assert any("lora_A" in name for name, _ in beside.named_parameters())  # not merged
+    merged = PeftModel.from_pretrained(tiny.model(kind), str(tmp_path / "adapter")).merge_and_unload()
+    assert not any("lora_A" in name for name, _ in merged.named_parameters())
+    logits = {}
+    ids = torch.randint(10, 300, (40,), generator=torch.Generator().manual_seed(2)).tolist()
+    edits: dict[str, tuple[Intervention, ...]] = {
+        "none": (),
+        "add": (Intervention("add", 3, 4.0),),
+        "add and clamp": (Intervention("add", 3, 4.0), Intervention("clamp", 7, 0.5), Intervention("clamp", 9, 0.0)),
+    }
+    for name, model in (("beside", beside), ("merged", merged), ("without", tiny.model(kind))):
+        made = TransformersEngine.from_loaded(assemble(target, model, tiny.tokenizer(), tiny.sae()), 4)
+        with contextlib.closing(made):
+            logits[name] = {e: made.teacher_forced(ids, edit, 10) for e, edit in edits.items()}
+    for e in edits:
+        torch.testing.assert_close(logits["beside"][e], logits["merged"][e], atol=2e-4, rtol=1e-4)
+        assert (logits["beside"][e] - logits["without"][e]).abs().max() > 0.5
+    assert (logits["beside"]["add"] - logits["beside"]["none"]).abs().max() > 0.5
+    broken = replace(target, adapter=str(tmp_path / "none"))
+    with pytest.raises(SteerbackError, match=r"target 'tiny\+adapter': cannot use adapter"):
+        with_adapter(broken, copy.deepcopy(tiny.model(kind)))
