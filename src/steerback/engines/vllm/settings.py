@@ -6,13 +6,14 @@ a steered graph, nor the other way round. Knows nothing of vLLM itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 from steerback.engines.base import Pooling
 from steerback.interventions import Phase, Site
-from steerback.records import Intervention, digest
+from steerback.records import Intervention, LatentKey, Mode, Positions, digest
 
 KEY = "steerback"
 """Under this name settings lie in `additional_config` and tickets in a request's `extra_args`."""
@@ -113,7 +114,7 @@ class Ticket:
         found = args[KEY]
         return cls(
             key=found["key"],
-            edits=tuple(_edit(e) for e in found["edits"]),
+            edits=tuple(_edit(*e) for e in found["edits"]),
             record=tuple(found["record"]),
             layer=found["layer"],
             until=found["until"],
@@ -127,6 +128,7 @@ def _fields(edit: Intervention) -> list[Any]:
     return [edit.mode, edit.latent, edit.value, edit.positions, edit.layer]
 
 
-def _edit(fields: Sequence[Any]) -> Intervention:
-    mode, latent, value, positions, layer = fields
+@lru_cache(4096)
+def _edit(mode: Mode, latent: LatentKey, value: float, positions: Positions, layer: int | None) -> Intervention:
+    """The same clamps come with every request of a condition."""
     return Intervention(mode, latent, value, positions, layer)
