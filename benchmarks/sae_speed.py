@@ -50,7 +50,7 @@ def main() -> None:
             print(json.dumps(rows[-1], indent=1), flush=True)
         finally:
             shutil.rmtree(folder)
-    write_results(given, rows)
+        write_results(given, rows)
 
 
 def steps(given: argparse.Namespace) -> list[str]:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
 
 Kind = Literal["relu", "jumprelu", "topk"]
 TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
-BLOCK = 1 << 26
-"""Elements of a matrix that are converted at a time: 256 MB as float32."""
+BLOCK = 1 << 24
+"""Elements of a matrix that are looked at or converted at a time: 64 MB as float32."""
+TILE = 1024
+"""Matrices are hashed in squares of this size: fast for either order in which a file may have stored them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,19 +114,26 @@ class Sae:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 of kind, layer, k and all weights (as float32): part of every cache key."""
+        """SHA-256 of kind, layer, k and all weights (as float32, tile by tile): part of every cache key."""
         state = hashlib.sha256(json.dumps([self.kind, self.layer, self.k]).encode())
         for name in TENSORS:
             tensor = getattr(self, name).detach()
             state.update(f"{name}{tuple(tensor.shape)}".encode())
-            for part in _blocks(tensor, 0):
-                state.update(part.to("cpu", torch.float32).contiguous().numpy().data)
+            with ThreadPoolExecutor() as pool:  # hashing and copying let other threads run
+                for part in pool.map(partial(_hash_rows, tensor), range(0, tensor.shape[0], TILE)):
+                    state.update(part)
         return state.hexdigest()
 
     @cached_property
     def decoder_norms(self) -> Tensor:
         """L2 norm of each latent's decoder direction, (n,) float32 on the CPU."""
-        return torch.cat([part.float().norm(dim=1).cpu() for part in _blocks(self.W_dec.detach(), 0)])
+        weights = self.W_dec.detach()
+        squares = torch.zeros(self.n_latents, dtype=torch.float64)
+        if weights.stride(0) >= weights.stride(1):
+            return torch.cat([part.float().norm(dim=1).cpu() for part in _blocks(weights)])
+        for part in _blocks(weights):  # a view of (d, n): add up in the order in which it is stored
+            squares += part.float().square().sum(dim=1).cpu()
+        return squares.sqrt().float()
 
     def norms(self) -> dict[str, float]:
         """Summary of the decoder norms; the formats known here have unit norms, so others deserve a second look."""
@@ -173,12 +183,20 @@ class Sae:
         return self
 
 
-def _blocks(tensor: Tensor, dim: int | None = None) -> Iterator[Tensor]:
-    """Parts of a tensor of about BLOCK elements, along `dim` or along the dimension in which it is stored."""
+def _hash_rows(tensor: Tensor, first: int) -> bytes:
+    """SHA-256 of TILE rows of a matrix (or entries of a vector), in squares from left to right."""
+    state, rows = hashlib.sha256(), tensor[first : first + TILE]
+    for tile in rows[None] if tensor.ndim == 1 else rows.split(TILE, dim=1):  # type: ignore[no-untyped-call]
+        state.update(tile.to("cpu", torch.float32).contiguous().numpy().data)
+    return state.digest()
+
+
+def _blocks(tensor: Tensor) -> Iterator[Tensor]:
+    """Parts of a tensor of about BLOCK elements, along the dimension in which it is stored."""
     if tensor.ndim == 1:
         yield tensor
         return
-    along = dim if dim is not None else max(range(tensor.ndim), key=tensor.stride)
+    along = max(range(tensor.ndim), key=tensor.stride)
     step = max(BLOCK * tensor.shape[along] // max(tensor.numel(), 1), 1)
     for first in range(0, tensor.shape[along], step):
         yield tensor.narrow(along, first, min(step, tensor.shape[along] - first))
