@@ -274,8 +274,12 @@ H100 = ("H100", 85_000_000_000)
 @pytest.mark.parametrize(
     ("name", "machine", "expected"),
     [
-        ("llama-3.3-70b", Machine((H100, H100), 10**12, 10**12), "yes: bfloat16 on 2 GPUs with vLLM"),
-        ("llama-3.3-70b", Machine((H100,), 10**11, 10**12), "yes: fp8 on one GPU with vLLM (quantization = fp8)"),
+        (
+            "llama-3.3-70b",
+            Machine((H100, H100), 10**12, 10**12),
+            "yes: bfloat16 on 2 GPUs with vLLM (--set engine_options.tensor_parallel=2)",
+        ),
+        ("llama-3.3-70b", Machine((H100,), 10**11, 10**12), "yes: fp8 on one GPU with vLLM (--set"),
         ("llama-3.3-70b", Machine((), 10**12, 10**12), "yes: bfloat16 in memory, on the CPU"),
         ("gemma-2-27b", Machine((H100,), 10**11, 10**12), "yes: bfloat16 on one GPU"),
         ("gemma-2-9b", Machine((("small", 8 * 10**9),), 10**10, 10**9), "no: fp8 needs 11.2 GB of GPU memory"),

@@ -112,8 +112,10 @@ def _where(needed: int, machine: Machine, form: str) -> str | None:
     sizes = sorted((size for _, size in machine.gpus), reverse=True)
     for count in (1, 2, 4, 8):
         if len(sizes) >= count and needed <= sizes[count - 1] * count * 0.95:
-            several = f"on {count} GPUs with vLLM (tensor_parallel = {count})" if count > 1 else "on one GPU"
-            return several if form != "fp8" or count > 1 else "on one GPU with vLLM (quantization = fp8)"
+            how = [f"--set engine_options.tensor_parallel={count}"] * (count > 1)
+            how += ["--set engine_options.options.quantization=fp8"] * (form == "fp8")
+            place = "on one GPU" if count == 1 else f"on {count} GPUs"
+            return f"{place} with vLLM ({' '.join(how)})" if how else place
     if form != "fp8" and needed <= machine.memory * 0.95:
         return "in memory, on the CPU" if not machine.gpus else "on the CPU (--set engine_options.device=cpu)"
     return None
