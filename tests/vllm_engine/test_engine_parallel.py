@@ -20,7 +20,7 @@ from steerback.records import Request, Sampling
 ASKED = os.environ.get("STEERBACK_TEST_PARALLEL") == "1"
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2 and not ASKED, reason="needs two GPUs")
 
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 
 
 class Parallel:
