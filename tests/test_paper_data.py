@@ -14,7 +14,7 @@ from steerback import paper_data
 from steerback.cli import main
 from steerback.config import build_config
 from steerback.errors import SteerbackError
-from steerback.execute import check
+from steerback.execute import check, run
 from steerback.experiments import get_experiment
 from steerback.experiments.base import settings
 from steerback.experiments.detectors import _read_json
@@ -192,3 +192,20 @@ def test_an_altered_file_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         load_prompts("authors")
     fetched(monkeypatch, capsys, "--no-labels")  # a file of another hash is fetched anew
     assert load_prompts("authors")[0] == "Explain how to whistle."
+
+
+def test_a_run_writes_down_what_it_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    fetched(monkeypatch, capsys)
+    given = {"judge": "scripted", "engine": "scripted", "trials_per_latent": 2, "draws": 100, "n_latents": 1}
+    config = build_config("esr", (GEMMA,), "authors", overrides=given)
+    run(
+        check(config.model_copy(update={"selection": config.selection.model_copy(update={"relevance": "off"})})),
+        tmp_path / "r",
+    )
+    manifest = json.loads((tmp_path / "r" / "manifest.json").read_text())
+    assert manifest["paper data"]["sha256"] == {PROMPTS: paper_data.FILES[PROMPTS].sha256}
+    assert manifest["paper data"]["commit"] == paper_data.COMMIT
+    assert manifest["prompts"]["source"] == "authors"
+    assert manifest["targets"]["gemma-2-2b@authors"]["labels"]["count"] == 1
