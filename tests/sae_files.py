@@ -103,7 +103,7 @@ def saelens(folder: Path, w: dict[str, torch.Tensor], architecture: str, **confi
         "apply_b_dec_to_input": False,
         "normalize_activations": "none",
         "reshape_activations": "none",
-        "metadata": {"hook_name": f"blocks.{LAYER}.hook_resid_post", "model_name": "none"},
+        "metadata": {"hook_name": f"blocks.{LAYER}.hook_resid_post", "sae_lens_version": "6.54.12"},
     }
     (folder / "cfg.json").write_text(json.dumps(said | config))
     return folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -357,3 +358,25 @@ def test_from_a_hub_with_a_pinned_revision(tmp_path: Path, monkeypatch: pytest.M
                 assert len(site.requests()) == asked  # what is in the cache is not fetched again
         with pytest.raises(SteerbackError, match="say which file of the repository"):
             load_sae(SaeSource("goodfire/sae", "goodfire", layer=LAYER))
+
+
+def test_a_release_through_saelens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaders = pytest.importorskip("sae_lens.loading.pretrained_sae_loaders")
+    from huggingface_hub.errors import EntryNotFoundError
+
+    def local(repo_id: str, filename: str, **_: object) -> str:
+        if not (tmp_path / filename).is_file():
+            raise EntryNotFoundError(filename)
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr(loaders, "hf_hub_download", local)
+    sae_files.saelens(tmp_path / "blocks.3", W, "jumprelu", apply_b_dec_to_input=True)
+    sae = load_sae(SaeSource("owner/some-release", "sae-lens", "blocks.3", layer=LAYER))
+    same(sae, Reference(W, "jumprelu", subtract=True), inputs())
+    assert describe(SaeSource("owner/some-release", "sae-lens", "blocks.3"))["location"] == "owner/some-release"
+
+
+def test_saelens_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sae_lens", None)
+    with pytest.raises(SteerbackError, match=r"install it with: pip install 'steerback\[sae-lens\]'"):
+        load_sae(SaeSource("release", "sae-lens", "id"))

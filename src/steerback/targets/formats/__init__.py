@@ -96,8 +96,10 @@ def locate(source: SaeSource) -> Place:
 def describe(source: SaeSource) -> dict[str, Any]:
     """Where an SAE that was read came from, for the manifest: with the commit and the file's SHA-256 if from a hub."""
     said: dict[str, Any] = {"format": source.format, "revision": source.revision, "file": source.file}
-    if Path(source.location).expanduser().exists() or not _format(source).suffixes:
-        return said | {"location": Path(source.location).name}
+    if not _format(source).suffixes:
+        return said | {"location": source.location}
+    if (here := Path(source.location).expanduser()).exists():
+        return said | {"location": here.name}
     weights = locate(source).weights
     return said | {"location": source.location, "commit": commit_of(weights), "sha256": weights.resolve().name}
 
