@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from steerback.errors import SteerbackError
 from steerback.latents.contexts import top_contexts
 from steerback.latents.texts import usual_texts
 from steerback.records import Completion, Intervention, Receipt
+from steerback.targets.sae import Sae
 from tiny import WORDS
 
 TEXTS = [" ".join(WORDS[n : n + 6]) for n in range(10)]
@@ -28,6 +31,19 @@ TEXTS = [" ".join(WORDS[n : n + 6]) for n in range(10)]
 @pytest.fixture(scope="module")
 def organism() -> LoadedTarget:
     return load_target("organism-s", "transformers")
+
+
+@contextlib.contextmanager
+def holding(engine: Any, sae: Sae) -> Iterator[None]:
+    """The engine with another SAE for a while."""
+    right = engine.sae
+    engine.sae = sae
+    engine.__dict__.pop("encoder", None)
+    try:
+        yield
+    finally:
+        engine.sae = right
+        engine.__dict__.pop("encoder", None)
 
 
 def verdicts(loaded: LoadedTarget, layer: int | None = None) -> dict[str, str]:
@@ -69,11 +85,8 @@ def test_a_wrong_sae_is_told(organism: LoadedTarget, damage: str) -> None:
         wrong = replace(right, W_enc=torch.randn(right.W_enc.shape, generator=g) / right.d_model**0.5)
     else:  # thresholds that nothing reaches
         wrong = replace(right, threshold=right.threshold + 1e4)
-    engine.sae = wrong
-    try:
+    with holding(engine, wrong):
         assert verdicts(organism)["layer"] == "failed"
-    finally:
-        engine.sae = right
     assert verdicts(organism)["layer"] == "ok"
 
 
@@ -82,11 +95,8 @@ def test_a_prior_of_another_scale_and_a_missing_direction_are_told(organism: Loa
     assert verdicts(LoadedTarget(loud, organism.engine))["boost prior"] == "warning"
     engine: Any = organism.engine
     right = engine.sae
-    engine.sae = replace(right, W_dec=right.W_dec.clone().index_fill_(0, torch.tensor([5]), 0.0))
-    try:
+    with holding(engine, replace(right, W_dec=right.W_dec.clone().index_fill_(0, torch.tensor([5]), 0.0))):
         assert verdicts(organism)["SAE"] == "warning"
-    finally:
-        engine.sae = right
 
 
 def test_receipts_that_do_not_fit_are_failures(organism: LoadedTarget, monkeypatch: pytest.MonkeyPatch) -> None:

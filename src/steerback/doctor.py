@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from steerback.targets.sae import Sae
 
 Verdict = Literal["ok", "warning", "failed"]
-TEXTS, CHUNK_TOKENS = 24, 512
+TEXTS, CHUNK_TOKENS = 24, 1024
 STEPS = (1, 2, 4, 8, 16)
 """Distances of the neighbouring layers; a model of at most twelve layers is read at all of them."""
 BETTER, OFTEN = 0.02, 0.9
@@ -113,7 +113,7 @@ def _loaded(engine: TransformersEngine) -> Check:
 
 def _weights(sae: Sae) -> Check:
     """Shapes and finite values were checked when it was loaded; here what is suspicious in them."""
-    norms = sae.W_dec.float().norm(dim=1).cpu().numpy()
+    norms = sae.decoder_norms.numpy()
     low, middle, high = (float(x) for x in np.quantile(norms, (0.0, 0.5, 1.0)))
     zero = int((norms < 1e-6).sum())
     line = (
@@ -162,27 +162,24 @@ def fits(engine: TransformersEngine, texts: Sequence[str], layers: Sequence[int]
                 kept[layer][n] = h.cpu()
     found = {}
     for layer, by_text in kept.items():
-        norms = torch.cat([h.norm(dim=1) for h in by_text.values()])
-        limit = OUTLIER * float(norms.median())
-        usual = {n: h[h.norm(dim=1) <= limit] for n, h in by_text.items()}
-        mean = torch.cat(list(usual.values())).double().mean(0)
-        error, spread = {}, {}
-        active = silent = 0
-        for n, h in usual.items():
-            error[n] = 0.0
-            for part in torch.split(h, CHUNK_TOKENS):
-                z = sae.encode(part.to(sae.W_enc.device))
-                error[n] += float((sae.decode(z).cpu().double() - part.double()).square().sum())
-                fired = (z > 0).sum(dim=1)
-                active, silent = active + int(fired.sum()), silent + int((fired == 0).sum())
-            spread[n] = float((h.double() - mean).square().sum())
-        total = sum(map(len, usual.values()))
+        h = torch.cat(list(by_text.values()))
+        text = torch.cat([torch.full((len(part),), n) for n, part in by_text.items()])
+        norms = h.norm(dim=1)
+        usual = norms <= OUTLIER * norms.median()
+        h, text = h[usual], text[usual]
+        error, fired = [], []
+        for part in torch.split(h, CHUNK_TOKENS):  # all texts together: weights in host memory are copied per chunk
+            z = engine.encoder.encode(part.to(engine.runner.device))
+            error.append((sae.decode(z).cpu().double() - part.double()).square().sum(dim=1))
+            fired.append((z > 0).sum(dim=1).cpu())
+        errors, active = torch.cat(error), torch.cat(fired)
+        spread = (h.double() - h.double().mean(0)).square().sum(dim=1)
         found[layer] = Fit(
-            explained=1 - sum(error.values()) / sum(spread.values()),
-            l0=active / total,
-            silent=silent / total,
-            errors={n: error[n] / spread[n] for n in error if spread[n] > 0},
-            outliers=len(norms) - total,
+            explained=1 - float(errors.sum() / spread.sum()),
+            l0=float(active.double().mean()),
+            silent=float((active == 0).double().mean()),
+            errors={n: float(errors[text == n].sum() / spread[text == n].sum()) for n in text.unique().tolist()},
+            outliers=int((~usual).sum()),
         )
     return found
 

@@ -215,7 +215,7 @@ class TransformersEngine:
         spoken = [self.runner.prompter.spoken(p, r) for p, r in zip(prompts, responses, strict=True)]
         out = np.zeros((len(spoken), self.sae.n_latents if latents is None else len(latents)), dtype=np.float32)
         layer = self.runner.site.read_layer
-        sae = self.sae if latents is not None else self._encoder
+        sae = self.sae if latents is not None else self.encoder
         for n, states in self._states(spoken, (layer,)):
             chosen = [*spoken[n].user, *spoken[n].response] if include_prompt else [*spoken[n].response]
             for first in range(0, len(chosen), CHUNK_TOKENS):
@@ -228,7 +228,7 @@ class TransformersEngine:
         return out
 
     @cached_property
-    def _encoder(self) -> Sae:
+    def encoder(self) -> Sae:
         """The SAE for encoding everything: its encoder goes to the device once, unless there is no room for it."""
         assert self.sae is not None
         try:
@@ -311,4 +311,4 @@ class TransformersEngine:
         with contextlib.suppress(AttributeError):
             del self.runner.model, self.runner.decoder
         self.sae = None
-        self.__dict__.pop("_encoder", None)
+        self.__dict__.pop("encoder", None)

@@ -115,7 +115,7 @@ def top_contexts(engine: TransformersEngine, texts: Sequence[str], n: int = 8, l
         tokens[number] = ids
         peak, token = torch.zeros(sae.n_latents), torch.zeros(sae.n_latents, dtype=torch.long)
         for first in range(0, len(ids), CHUNK_TOKENS):
-            best = sae.encode(states[at][first : first + CHUNK_TOKENS]).max(dim=0)
+            best = engine.encoder.encode(states[at][first : first + CHUNK_TOKENS]).max(dim=0)
             higher = best.values.float().cpu() > peak
             peak = torch.where(higher, best.values.float().cpu(), peak)
             token = torch.where(higher, best.indices.cpu() + first, token)

@@ -63,7 +63,7 @@ def _activity(engine: TransformersEngine, texts: Sequence[str]) -> tuple[Any, li
             occurs[word] += 1
         seen = np.zeros(sae.n_latents, dtype=bool)
         for first in range(0, len(ids), CHUNK_TOKENS):
-            z = sae.encode(states[sae.layer][first : first + CHUNK_TOKENS])
+            z = engine.encoder.encode(states[sae.layer][first : first + CHUNK_TOKENS])
             token, latent = (x.cpu().numpy() for x in z.nonzero(as_tuple=True))
             height = z[token, latent].float().cpu().numpy()
             parts.append((latent, np.array(said)[first + token], height))
