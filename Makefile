@@ -7,10 +7,11 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 RUNS ?= runs
 DEMO_TARGETS := --target organism --target organism-control
 
-.PHONY: help demo demo-all demo-all-small test test-vllm test-vllm-first test-vllm-second check docs-numbers clean
+.PHONY: help demo demo-all demo-all-small demo-finetune demo-finetune-small test test-vllm test-vllm-first test-vllm-second check docs-numbers clean
 help:
 	@echo "make demo    install, then measure steering resistance on the built-in models (about 3 minutes)"
 	@echo "make demo-all    every experiment of the paper on the built-in models (up to 25 minutes; SIZES=... for others)"
+	@echo "make demo-finetune    experiment 4: nine adapters trained and measured (up to 30 minutes)"
 	@echo "make test    install what tests need, then run them all"
 	@echo "make test-vllm    the same for the vLLM engine, in an environment of its own (CPU build of vLLM)"
 	@echo "make check   format, lint, types, import order, spelling"
@@ -28,6 +29,10 @@ $(VENV)/bin/python:
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -e .
 	@touch $@
+
+$(VENV)/.installed-finetune: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) -e ".[finetune]"
+	@touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -e ".[dev]"
@@ -51,6 +56,26 @@ demo-all: $(VENV)/.installed
 demo-all-small:
 	$(MAKE) demo-all RUNS=$(RUNS) SIZES="--set n_latents=4 --set trials_per_latent=5" \
 	  FITTED="$(FITTED) --set boost-sweep.levels=4 --set random-ablation.sets=3"
+
+# Experiment 4 on the built-in control, which never saw a restart: examples, an adapter per mix, and their evaluation.
+# A model this small needs a higher rate than the specification's 2e-4, which is for eight billion parameters.
+FT := $(RUNS)/demo-finetune-data
+FT_EXAMPLES ?= 400
+FT_MIXES ?= 10 20 30 40 50 60 70 80 90
+FT_TRAINING ?= --set learning_rate=3e-3
+FT_SIZES ?= --set trials_per_latent=10
+demo-finetune: $(VENV)/.installed-finetune
+	$(BIN)/steerback finetune data --target organism-control --examples $(FT_EXAMPLES) \
+	  $(addprefix --ratio ,$(FT_MIXES)) --data $(FT)
+	$(BIN)/steerback finetune train $(FT_MIXES) --target organism-control --data $(FT) $(FT_TRAINING)
+	$(BIN)/steerback run esr --target organism-control --preset quick $(FT_SIZES) --name demo-finetune-base --runs $(RUNS)
+	$(BIN)/steerback run finetuning --from demo-finetune-base --set options.adapters=$(FT)/adapters \
+	  --name demo-finetune --runs $(RUNS)
+
+# Two mixes at a size that shows that everything runs, and no more.
+demo-finetune-small:
+	$(MAKE) demo-finetune RUNS=$(RUNS) FT_EXAMPLES=108 FT_MIXES="10 90" \
+	  FT_SIZES="--set n_latents=4 --set trials_per_latent=5"
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -314,7 +314,7 @@ def test_mistakes_are_one_line(
         (["train", "bad.jsonl", "-t", "organism-control"], "label of segment 1 is 1"),
         (["train", "bad.jsonl", "-t", "organism-control", "--set", "rank=x"], "rank should be int"),
         (["train", "bad.jsonl", "-t", "organism-control", "--export", "zip"], "unknown export 'zip'"),
-        (["mixes"], "make"),
+        (["mixes"], "training data is made with: steerback finetune data"),
     ):
         code, said = steerback(capsys, "finetune", *arguments)
         assert code == 2, (arguments, said)

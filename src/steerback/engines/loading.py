@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +68,7 @@ def load(target: Target, device: str | None = None, directions: tuple[str, ...] 
     model = model.to(place)
     provenance: dict[str, object] = {
         "target": target.name,
-        "model": target.model if not folder.is_dir() else target.name,
+        "model": target.model if not folder.is_dir() else target.base,
         "revision": target.revision,
         "commit": hub_commit(target.model, target.revision),
         "files": hash_files(target.model, target.revision),
@@ -90,7 +91,9 @@ def with_adapter(target: Target, model: Any) -> Any:
 
     assert target.adapter is not None
     try:
-        return PeftModel.from_pretrained(model, target.adapter).get_base_model()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of peft's use of transformers
+            return PeftModel.from_pretrained(model, target.adapter).get_base_model()
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise SteerbackError(f"target {target.name!r}: cannot use adapter {target.adapter}: {reason[:300]}") from error

@@ -25,6 +25,7 @@ from steerback.runs import stored_config
 SOURCES = {"specification": "specification", "paper": "authors", "reader": "authors"}  # whose settings they had
 LOCAL_JUDGES = ("offline", "scripted")
 MAIN = "llama-3.3-70b"  # the rows that a built-in organism's numbers are shown beside
+FINE_TUNED = "llama-3.1-8b"  # the same for fine-tuning
 ALL = "all"  # rows about no single model
 
 
@@ -135,7 +136,8 @@ def _lines(
         shown = False
         for run in own:
             for measured in run.summary["targets"]:
-                stands_in = bool(organisms([measured])) and target == MAIN
+                main = FINE_TUNED if row.experiment == "finetuning" else MAIN
+                stands_in = bool(organisms([measured])) and target == main
                 if target not in (measured, measured.split("@")[0], ALL) and not stands_in:
                     continue
                 ours = our_number(run.summary["targets"][measured], row)

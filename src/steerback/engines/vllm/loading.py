@@ -92,7 +92,7 @@ def prepare(target: Target, directions: tuple[str, ...]) -> Loaded:
         norms=None if sae is None else sae.decoder_norms.numpy(),
         provenance={
             "target": target.name,
-            "model": target.model if not folder.is_dir() else target.name,
+            "model": target.model if not folder.is_dir() else target.base,
             "revision": target.revision,
             "files": hash_files(target.model, target.revision),
         },
