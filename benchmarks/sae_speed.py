@@ -3,7 +3,8 @@
     python benchmarks/sae_speed.py                       # 65,536 x 4,096 in every format, about 4.3 GB of /tmp
     python benchmarks/sae_speed.py --width 8192 --formats goodfire --tokens 0
 
-Each step runs in a process of its own, so that its peak memory is its own. Memory mapped from a file counts as peak
+Each step runs in a process of its own, so that its peak memory is its own. `cpu_seconds` is processor time of all
+threads, which a busy machine changes less than `seconds`. Memory mapped from a file counts as peak
 memory while it is looked at, but is the file's cache, not a copy; `anonymous` is what cannot be given back.
 """
 
@@ -98,7 +99,18 @@ def run_step(given: argparse.Namespace, form: str, folder: Path, step: str) -> d
     return result
 
 
-def loaded(given: argparse.Namespace, folder: Path) -> tuple[Any, float]:
+class Clock:
+    """Wall and processor seconds since it was made."""
+
+    def __init__(self) -> None:
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+    def read(self, digits: int = 2) -> dict[str, float]:
+        wall, cpu = time.perf_counter() - self.wall, time.process_time() - self.cpu
+        return {"seconds": round(wall, digits), "cpu_seconds": round(cpu, digits)}
+
+
+def loaded(given: argparse.Namespace, folder: Path) -> tuple[Any, dict[str, float]]:
     import torch
 
     from steerback.targets import SaeSource
@@ -106,8 +118,8 @@ def loaded(given: argparse.Namespace, folder: Path) -> tuple[Any, float]:
 
     torch.set_num_threads(given.threads)
     source = SaeSource(str(folder), given.formats[0], layer=0)
-    begun = time.perf_counter()
-    return load_sae(source), time.perf_counter() - begun
+    clock = Clock()
+    return load_sae(source), clock.read()
 
 
 def memory() -> dict[str, float]:
@@ -128,28 +140,28 @@ def step_load(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     assert torch.__version__
     assert steerback.targets.formats.FORMATS  # imports are not loading
     before = memory()
-    _, seconds = loaded(given, folder)
-    return {"seconds": round(seconds, 2), "before_gb": before["peak_gb"], **memory()}
+    _, times = loaded(given, folder)
+    return {**times, "before_gb": before["peak_gb"], **memory()}
 
 
 def step_columns(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """What a steered run takes of it: 64 columns of the encoder and rows of the decoder."""
     sae, _ = loaded(given, folder)
     chosen = list(range(0, given.latents, given.latents // 64))[:64]
-    begun = time.perf_counter()
+    clock = Clock()
     taken = sae.W_enc[:, chosen].contiguous().float(), sae.W_dec[chosen].contiguous().float()
-    seconds = time.perf_counter() - begun
-    return {"seconds": round(seconds, 4), "taken_mb": round(sum(t.nbytes for t in taken) / 1e6, 2)}
+    return {**clock.read(4), "taken_mb": round(sum(t.nbytes for t in taken) / 1e6, 2)}
 
 
 def step_hash(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """SHA-256 of all weights as float32, part of every cache key, and the summary of decoder norms."""
     sae, _ = loaded(given, folder)
-    begun = time.perf_counter()
+    clock = Clock()
     assert len(sae.hash) == 64
-    middle = time.perf_counter()
+    times = clock.read()
+    clock = Clock()
     assert sae.norms()["max"] > 0
-    return {"seconds": round(middle - begun, 2), "norms_seconds": round(time.perf_counter() - middle, 2), **memory()}
+    return {**times, "norms": clock.read(), **memory()}
 
 
 def step_encode(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -158,15 +170,15 @@ def step_encode(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     sae, _ = loaded(given, folder)
     residual = torch.randn(given.tokens, given.width, generator=torch.Generator().manual_seed(1))
-    active, begun = 0, time.perf_counter()
+    active, clock = 0, Clock()
     with torch.inference_mode():
         for first in range(0, given.tokens, 1024):
             active += int((sae.encode(residual[first : first + 1024]) > 0).sum())
-    seconds = time.perf_counter() - begun
+    times = clock.read()
     return {
-        "seconds": round(seconds, 2),
-        "tokens_per_second": round(given.tokens / seconds, 1),
-        "gflops": round(2 * given.tokens * given.width * given.latents / seconds / 1e9, 1),
+        **times,
+        "tokens_per_second": round(given.tokens / times["seconds"], 1),
+        "gflops_per_cpu_second": round(2 * given.tokens * given.width * given.latents / times["cpu_seconds"] / 1e9, 1),
         "active_per_token": round(active / given.tokens, 1),
         **memory(),
     }
