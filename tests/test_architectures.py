@@ -148,8 +148,10 @@ def by_hand(
     return result.logits[0], seen["before"], seen["after"]
 
 
-@pytest.mark.parametrize("layer", [1, LAYERS - 1])
-@pytest.mark.parametrize("positions", ["all", "prompt", "generated"])
+@pytest.mark.parametrize(
+    ("positions", "layer"),
+    [("all", 1), ("prompt", 1), ("generated", 1), ("all", LAYERS - 1), ("generated", LAYERS - 1)],
+)
 def test_generation_is_steered_after_the_block(
     pair: tuple[TransformersEngine, Any], positions: Positions, layer: int
 ) -> None:
