@@ -337,6 +337,7 @@ def test_a_table_with_directions_alone_is_a_target(tmp_path: Path, monkeypatch: 
     assert facts.residual_norm is not None
     assert found.boost_prior.mean == pytest.approx(0.5 * facts.residual_norm)
     assert check(config).targets[0].directions() == ("words",)
+    assert check(config).config.latents == ("words",)  # pinned: one more in the folder does not change the run
     np.save(tmp_path / "foreign.npy", VECTOR.numpy())
     file.write_text(table.replace("bare", "other", 1) + 'directions = "foreign.npy"\n')
     with pytest.raises(SteerbackError, match="none of its directions says the residual's norm"):

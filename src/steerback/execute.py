@@ -60,6 +60,9 @@ def check(config: RunConfig, judges: Maker = make_judge) -> Job:
         chosen["engine"] = default_engine()
     if config.judge == "auto":
         chosen["judge"] = _default_judge(config) if experiment.generates else experiment.judges(config)[0]
+    if config.latents is None and targets and not any(target.has_sae for target in targets):
+        shared = {target.directions() for target in targets}
+        chosen["latents"] = (shared.pop() or None) if len(shared) == 1 else None  # as the run is started, so it goes on
     config = config.model_copy(update=chosen)
     experiment.conditions(config)  # so does a senseless option
     if config.engine not in ENGINES:
