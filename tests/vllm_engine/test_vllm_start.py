@@ -133,7 +133,9 @@ def test_a_release_that_fails_its_self_test_is_refused_and_closed(pretend: dict[
     assert all(one.closed for one in pretend["started"])
 
 
-def test_what_cannot_work_is_refused_before_vllm_starts(pretend: dict[str, Any], target: Any, tmp_path: Path) -> None:
+def test_what_cannot_work_is_refused_before_vllm_starts(
+    pretend: dict[str, Any], target: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(SteerbackError, match="pipeline parallelism"):
         VllmEngine(target, options={"pipeline_parallel_size": 2})
     with pytest.raises(SteerbackError, match=r"direction 'north' has shape \(5,\); this model needs \(64,\)"):
@@ -143,4 +145,7 @@ def test_what_cannot_work_is_refused_before_vllm_starts(pretend: dict[str, Any],
     save_native(small.sae("relu", 32, 96, layer=2), tmp_path, boost_prior=[2.0, 1.0, 0.0, 10.0])
     with pytest.raises(SteerbackError, match=r"reads width 32, the model has 64"):
         VllmEngine(target)
+    monkeypatch.setattr(module, "gpus", lambda: 3)
+    with pytest.raises(SteerbackError, match="2 replicas of 2 GPUs each need 4, and 3 are visible"):
+        VllmEngine(target, replicas=2, tensor_parallel=2)
     assert pretend["started"] == []

@@ -22,7 +22,7 @@ from steerback.engines.vllm.driver import Answer, Driver, Job
 from steerback.engines.vllm.loading import (
     TESTED,
     cpu_arguments,
-    has_cuda,
+    gpus,
     hash_folder,
     lora_arguments,
     model_alone,
@@ -74,12 +74,17 @@ class VllmEngine:
         version = require_vllm()
         if (options or {}).get("pipeline_parallel_size", 1) != 1:
             raise SteerbackError("the vLLM engine does not steer under pipeline parallelism; use tensor_parallel")
+        if 0 < (there := gpus()) < (needed := replicas * tensor_parallel):
+            raise SteerbackError(
+                f"{replicas} replicas of {tensor_parallel} GPUs each need {needed}, and {there} are visible here; "
+                "lower replicas or tensor_parallel"
+            )
         self.target = target
         self._loaded = prepare(target, tuple(directions or ()))
         site = self._loaded.site
         check_directions(directions or {}, site.d_model)
         length = min(max_model_len or 4096, self._loaded.context)
-        rows = batch_size or (256 if has_cuda() else 64)
+        rows = batch_size or (256 if gpus() else 64)
         self.settings = Settings(
             site=site,
             layers=tuple(sorted({site.steer_layer, site.sae_layer, site.read_layer, *layers})),
@@ -103,7 +108,7 @@ class VllmEngine:
             "tensor_parallel_size": tensor_parallel,
             "seed": 0,
             "generation_config": "vllm",
-            **({} if has_cuda() else cpu_arguments(length)),
+            **({} if gpus() else cpu_arguments(length)),
             **(lora_arguments(target.adapter) if target.adapter else {}),
             **(options or {}),
         }

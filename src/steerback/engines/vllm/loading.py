@@ -53,11 +53,11 @@ def require_vllm() -> str:
     return str(vllm.__version__)
 
 
-def has_cuda() -> bool:
-    """Whether vLLM will run on CUDA here (asked without initialising it)."""
+def gpus() -> int:
+    """How many GPUs vLLM will find here (asked without initialising CUDA)."""
     import torch
 
-    return torch.cuda.device_count() > 0
+    return torch.cuda.device_count()
 
 
 def prepare(target: Target, directions: tuple[str, ...]) -> Loaded:
