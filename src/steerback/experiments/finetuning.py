@@ -73,8 +73,10 @@ class Finetuning(Experiment):
         steered, every = await self._grids(study)
         await self._measure(study, steered, every, (STEERED, UNSTEERED))
         await study.prepare(further)
-        moved = [[replace(c, prompt=further[c.index % len(further)]) for c in cells] for cells in (steered, every)]
-        await self._measure(study, *moved, (HELD_OUT, HELD_OUT_UNSTEERED))
+        steered, every = (
+            [replace(cell, prompt=further[cell.index % len(further)]) for cell in cells] for cells in (steered, every)
+        )
+        await self._measure(study, steered, every, (HELD_OUT, HELD_OUT_UNSTEERED))
 
     async def _measure(
         self, study: Study, steered: Sequence[Cell], every: Sequence[Cell], names: tuple[str, str]

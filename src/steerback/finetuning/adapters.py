@@ -172,7 +172,7 @@ def load_base(target: Target) -> PreTrainedModel:
         raise SteerbackError(
             f"base {target.name!r}: cannot load {target.model}: {' '.join(str(error).split())}"
         ) from None
-    return model.to(place)  # type: ignore[arg-type]
+    return model.to(place)
 
 
 def load_tokenizer(target: Target) -> Any:

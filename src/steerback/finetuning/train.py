@@ -182,7 +182,7 @@ def _fit(
     )
     lora = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]
+        lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules="all-linear",
         bias="none",
@@ -283,7 +283,7 @@ def _spoken(say: Callable[[str], None]) -> TrainerCallback:
     """Tells how far the training is, its loss and the time left, now and then."""
     from transformers import TrainerCallback
 
-    class Spoken(TrainerCallback):
+    class Spoken(TrainerCallback):  # type: ignore[misc]
         def __init__(self) -> None:
             self.began = self.spoke = time.monotonic()
             self.first, self.loss = 0, ""
