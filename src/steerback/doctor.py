@@ -178,7 +178,7 @@ def fits(engine: TransformersEngine, texts: Sequence[str], layers: Sequence[int]
             explained=1 - float(errors.sum() / spread.sum()),
             l0=float(active.double().mean()),
             silent=float((active == 0).double().mean()),
-            errors={n: float(errors[text == n].sum() / spread[text == n].sum()) for n in text.unique().tolist()},
+            errors={n: float(errors[text == n].sum() / spread[text == n].sum()) for n in set(text.tolist())},
             outliers=int((~usual).sum()),
         )
     return found

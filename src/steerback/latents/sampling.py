@@ -113,7 +113,7 @@ def _near(wanted: str, labels: Mapping[int, str]) -> str:
     by_label = {label.strip().casefold(): index for index, label in labels.items()}
     close = [label for label in by_label if wanted in label][:3] or difflib.get_close_matches(wanted, by_label, 3)
     if not close:
-        return "list the labels with: steerback labels TARGET"
+        return "list the labels with: steerback labels show TARGET"
     return "did you mean " + " or ".join(f"{by_label[label]} ({label})" for label in close) + "?"
 
 
