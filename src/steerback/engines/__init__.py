@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from steerback.errors import unknown
-from steerback.targets.fit import check_ready, fetch_model, gpus
+from steerback.targets.fit import check_ready, fetch, gpus
 
 if TYPE_CHECKING:
     from steerback.engines.base import Engine
@@ -41,7 +41,7 @@ def make_engine(target: Target, name: str = "auto", **options: Any) -> Engine:
 
         room = sum(size for _, size in gpus()[: given.get("tensor_parallel", 1)])
         check_ready(target, "GPU memory", room, dict(given.get("options", {})).get("quantization"))
-        fetch_model(target)
+        fetch(target)
     elif chosen == "scripted":
         from steerback.engines.scripted import PlantedModel, ScriptedEngine
 

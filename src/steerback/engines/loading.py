@@ -21,7 +21,7 @@ from steerback.engines.runner import Runner, decoder_layers
 from steerback.errors import SteerbackError, unknown
 from steerback.records import digest
 from steerback.targets.download import commit_of
-from steerback.targets.fit import available_memory, check_ready, fetch_model
+from steerback.targets.fit import available_memory, check_ready, fetch
 from steerback.targets.formats import describe
 from steerback.targets.sae import Sae, load_sae
 
@@ -46,7 +46,7 @@ def load(target: Target, device: str | None = None, directions: tuple[str, ...] 
 
     place = pick_device(device)
     check_ready(target, *free_memory(place))
-    fetch_model(target)
+    fetch(target)
     folder = Path(target.model)
     origin: dict[str, Any] = {} if folder.is_dir() else {"revision": target.revision}
     sae = None if target.sae is None else on_device(load_sae(target.sae), place)

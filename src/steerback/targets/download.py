@@ -349,8 +349,23 @@ def _prefetch(repo: str, file: str, version: str, endpoint: str, progress: Progr
         return True  # a small file, not named by its SHA-256
     blob = Path(constants.HF_HUB_CACHE) / ("models--" + repo.replace("/", "--")) / "blobs" / known.etag
     if not blob.exists():
-        download(url, blob, sha256=known.etag, token=token, progress=progress)
+        with _bar(file) as shown:
+            download(url, blob, sha256=known.etag, token=token, progress=progress or shown)
     return True
+
+
+@contextlib.contextmanager
+def _bar(name: str) -> Iterator[Progress]:
+    """A progress bar where a person is looking (stderr is a terminal)."""
+    from tqdm import tqdm
+
+    with tqdm(desc=Path(name).name, unit="B", unit_scale=True, disable=None) as bar:
+
+        def show(done: int, total: int | None) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
 
 
 def commit_of(path: Path) -> str | None:

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,7 @@ def _check_hub_model(target: Target) -> None:
         raise SteerbackError(
             f"target {target.name!r}: model {target.model!r} is neither a folder nor the name of a hub repository"
         )
-    if re.fullmatch(r"[0-9a-f]{40}", target.revision or "") and snapshot_is_whole(target):
+    if _pinned(target) and snapshot_is_whole(target):
         return
     asked: dict[str, Any] = {"repo_id": target.model, "revision": target.revision, "endpoint": hub_place()}
     with hub_errors(target.model, target.revision or "main", "config.json"):
@@ -166,6 +167,31 @@ def _check_hub_model(target: Target) -> None:
         raise SteerbackError(f"{target.model}: no safetensors files there; weights in pickles are not loaded")
     missing = sum(file.file_size or 0 for file in files if file.will_download)
     check_space(Path(constants.HF_HUB_CACHE), missing, f"target {target.name!r}: the rest of {target.model}")
+
+
+def fetch(target: Target) -> None:
+    """Downloads what the hub's cache lacks of a target, the SAE first, and shows how far it is at a terminal."""
+    from huggingface_hub import snapshot_download
+
+    from steerback.targets.formats import FORMATS, locate
+
+    if target.sae is not None and target.sae.format in FORMATS and FORMATS[target.sae.format].suffixes:
+        locate(target.sae)
+    if Path(target.model).is_dir() or (_pinned(target) and snapshot_is_whole(target)):
+        return
+    with hub_errors(target.model, target.revision or "main", "config.json"):
+        snapshot_download(
+            target.model,
+            revision=target.revision,
+            endpoint=hub_place(),
+            allow_patterns=MODEL_FILES,
+            ignore_patterns=NOT_MODEL_FILES,
+            tqdm_class=None if sys.stderr.isatty() else quiet_bar(),
+        )
+
+
+def _pinned(target: Target) -> bool:
+    return re.fullmatch(r"[0-9a-f]{40}", target.revision or "") is not None
 
 
 def quiet_bar() -> Any:
