@@ -124,7 +124,7 @@ class Finetuning(Experiment):
                 },
             ),
             tables={
-                **found.tables(),
+                **steered_comparisons(found).tables(),
                 "trends": trend_table({t: trends for t, (_, trends) in findings.items()}, judge),
             },
             figures={"figure6": partial(figure.draw, found, facts, note=planted(found.targets))},
@@ -162,6 +162,12 @@ def by_mix(ledger: Ledger, judge: str, draws: int, facts: Mapping[str, Mapping[s
         comparisons={(t, c): tests[f"{t}\n{c}"] for t, c in against},
         against=against,
     )
+
+
+def steered_comparisons(found: Measured) -> Measured:
+    """The same with the comparisons of steered responses on the run's prompts alone, for tables that can be read."""
+    shown = {key: test for key, test in found.comparisons.items() if found.against[key] == BASE}
+    return replace(found, comparisons=shown)
 
 
 def levels(
@@ -221,18 +227,17 @@ def trend_table(trends: Mapping[str, Mapping[str, Trend]], judge: str) -> Table:
 
 
 def restart_lines(found: Measured, target: str, facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Whether restarts also appear without a reason, in one line per adapter that shows any."""
-    lines = []
-    for percent, name in levels(found, target, facts, UNSTEERED):
-        rate = found.summaries[target, name]["multi_attempt_rate"]
-        if rate.events:
-            ends = "" if rate.low is None or rate.high is None else f" [{rate.low:.1%}, {rate.high:.1%}]"
-            lines.append(
-                f"{target}: {name} restarts in {rate.value or 0:.1%}{ends} of {rate.n} responses ({percent:g} %)"
-            )
-    along = levels(found, target, facts, UNSTEERED)
-    if along and not lines:
-        highs = [h for _, name in along if (h := found.summaries[target, name]["multi_attempt_rate"].high) is not None]
-        bound = f" (95 % upper bound per mix at most {max(highs):.1%})" if highs else ""
-        lines.append(f"{target}: no unsteered restart at any mix{bound}")
+    """Whether restarts also appear without a reason: one line per mix and kind of prompts that shows any."""
+    lines: list[str] = []
+    for condition in (UNSTEERED, HELD_OUT_UNSTEERED):
+        along = levels(found, target, facts, condition)
+        rates = {name: found.summaries[target, name]["multi_attempt_rate"] for _, name in along}
+        for name, rate in rates.items():
+            if rate.events and rate.value is not None:
+                ends = "" if rate.low is None or rate.high is None else f" [{rate.low:.1%}, {rate.high:.1%}]"
+                lines.append(f"{target}: {name} restarts in {rate.value:.1%}{ends} of {rate.n} responses")
+        highs = [rate.high for rate in rates.values() if rate.high is not None]
+        if rates and not any(rate.events for rate in rates.values()):
+            bound = f" (95 % upper bound of a mix at most {max(highs):.1%})" if highs else ""
+            lines.append(f"{target}: no {condition} restart at any mix{bound}")
     return lines
