@@ -37,15 +37,16 @@ class Layer(nn.Module):
 class Worker:
     """What a vLLM worker does, without vLLM: two steered layers and the slots."""
 
-    def __init__(self, kind: Kind, rows: int = 6, columns: int = 20) -> None:
+    def __init__(self, kind: Kind, rows: int = 6, columns: int = 20, poolers: int = 2) -> None:
         self.sae: Sae = small.sae(kind, D, N, layer=1)
         self.north = {"north": torch.linspace(-1, 1, D)}
-        self.settings = Settings(SITE, (0, 1), rows, columns, LENGTH * 4, rows, 2, LENGTH, "1", "0", {"location": ""})
+        sizes = (rows, columns, LENGTH * 4, rows, poolers, LENGTH)
+        self.settings = Settings(SITE, (0, 1), *sizes, "1", "0", {"location": ""})
         shared = Shared.empty(self.settings, 64, torch.float32, torch.device("cpu"))
         tables = {n: LayerTable.empty(self.settings, torch.device("cpu")) for n in (0, 1)}
         self.layers = {n: Layer() for n in (0, 1)}
         for n, layer in self.layers.items():
-            steer_layer(layer, shared, tables[n], self.settings, self.sae, reads=n == 1)
+            steer_layer(layer, shared, tables[n], self.settings, self.sae, reads=poolers > 0 and n == 1)
         self.slots = Slots(self.settings, shared, tables, self.sae, self.north, self.sae)
 
     def step(self, parts: list[tuple[str, Tensor, int]]) -> dict[tuple[str, int], Tensor]:
@@ -170,6 +171,16 @@ def test_pooling_over_the_whole_sae(how: Any) -> None:
     z = worker.sae.encode(text[[*range(2, 5), *range(9, 20)]])
     wanted = {"max": z.amax(dim=0), "mean": z.mean(dim=0), "active": (z > 0).float().mean(dim=0)}[how]
     np.testing.assert_allclose(np.frombuffer(entry["pooled"], dtype=np.float32), wanted.numpy(), atol=1e-5)
+
+
+def test_a_worker_that_does_not_pool_computes_the_text_and_answers() -> None:
+    """Under tensor parallelism only the first worker pools; another that failed would leave the first one waiting."""
+    worker, text = Worker("relu", poolers=0), torch.randn(20, D)
+    worker.slots.admit([Arrival("t", Ticket("t", pool=((2, 5),)).as_args(), 20, 0)])
+    worker.step([("t", text, 0)])
+    (entry,) = worker.slots.fetch([("t", 20, 20)], records=False)["t"]
+    assert (entry["prompt"], entry["generated"]) == (0, 0)
+    assert worker.slots.state() == Worker("relu", poolers=0).slots.state()
 
 
 def test_salt_separates_what_is_computed_differently_and_joins_what_is_not() -> None:

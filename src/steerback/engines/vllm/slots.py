@@ -123,7 +123,7 @@ class Slots:
                 slot.columns[latent] = held[0]
             if ticket.record:
                 slot.recorder = self._free_recorders.pop()
-            if ticket.pool:
+            if ticket.pool and self.settings.poolers:  # one worker pools; the others only compute the text
                 slot.pooler = self._free_poolers.pop()
             self._by_request[arrival.request] = slot
             self._by_key.setdefault(ticket.key, []).append(arrival.request)
