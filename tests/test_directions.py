@@ -255,6 +255,8 @@ def test_without_an_sae_what_needs_one_says_so() -> None:
         with pytest.raises(SteerbackError, match=f"{name} reads SAE latents and target 'bare' has no SAE"):
             _steerable(led, config, get_experiment(name))
     assert _steerable(led, config, get_experiment("esr")) == led  # all its directions are steered with
+    with pytest.raises(SteerbackError, match="target 'bare' has no SAE, so there is no latent 7; its directions: a"):
+        _steerable(led, config.model_copy(update={"latents": ("a", 7)}), get_experiment("esr"))
     assert led.prior_of("a") == prior
 
 
