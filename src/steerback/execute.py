@@ -87,7 +87,9 @@ def _steerable(target: Target, config: RunConfig, experiment: Experiment) -> Tar
     indices = [key for key in config.latents or () if isinstance(key, int)]
     if indices and not target.has_sae:
         known = ", ".join(target.directions())
-        raise SteerbackError(f"target {target.name!r} has no SAE, so there is no latent {indices[0]}; its directions: {known}")
+        raise SteerbackError(
+            f"target {target.name!r} has no SAE, so there is no latent {indices[0]}; its directions: {known}"
+        )
     if config.latents is not None:
         check_own(config.latents, target.n_latents, target.labels(), target.directions())
     elif config.preset == "authors" and config.selection.concreteness != "off":
