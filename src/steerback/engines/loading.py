@@ -67,19 +67,24 @@ def load(target: Target, device: str | None = None, directions: tuple[str, ...] 
     if target.adapter is not None:
         model = with_adapter(target, model)
     model = model.to(place)
-    provenance: dict[str, object] = {
+    return assemble(target, model, tokenizer, sae, provenance_of(target, tokenizer, sae), directions)
+
+
+def provenance_of(target: Target, tokenizer: Any, sae: Sae | None) -> dict[str, object]:
+    """Which model, adapter, tokenizer and SAE were loaded: names, commits, hashes, a summary of the decoder norms."""
+    known: dict[str, object] = {
         "target": target.name,
-        "model": target.model if not folder.is_dir() else target.base,
+        "model": target.base if Path(target.model).is_dir() else target.model,
         "revision": target.revision,
         "commit": hub_commit(target.model, target.revision),
         "files": hash_files(target.model, target.revision),
         "tokenizer": hash_tokenizer(tokenizer),
     }
     if target.adapter is not None:
-        provenance["lora"] = hash_adapter(target.adapter)
+        known["lora"] = hash_adapter(target.adapter)
     if sae is not None and target.sae is not None:
-        provenance |= {"sae_source": describe(target.sae), "decoder_norms": sae.norms()}
-    return assemble(target, model, tokenizer, sae, provenance, directions)
+        known |= {"sae_source": describe(target.sae), "decoder_norms": sae.norms()}
+    return known
 
 
 def with_adapter(target: Target, model: Any) -> Any:
