@@ -182,7 +182,7 @@ def test_a_target_may_be_an_object(folder: Path) -> None:
         ("[llama-3.3]\nmodel = 'x'", r'a name with a dot has to be quoted, \["llama-3.3"\]'),
         ("[organism]\nmodel = 'x'", "'organism' is a built-in target; choose another name"),
         ("[a]\nmodel = 'x'\nstear_layer = 1\nboost_prior = [1, 1, 0, 2]", "unknown key of target 'a' 'stear_layer'"),
-        ("[a]\nmodel = 'x'\nsae = {location = 'y', fromat = 'z'}", "unknown key of target 'a', sae: 'fromat'"),
+        ("[a]\nmodel = 'x'\nsae = {location = 'y', fmt = 'z'}", "unknown key of target 'a', sae: 'fmt'"),
         ("[a]\nmodel = 'x'\nsae = {format = 'z'}", "sae needs a location"),
         ("[a]\nmodel = 'x'\nboost_prior = 3", "boost_prior 3 should be"),
     ],

@@ -9,6 +9,7 @@ is in it but tensors is refused before it runs. It is mapped into memory; its ma
 from __future__ import annotations
 
 import pickle
+import warnings
 import zipfile
 from typing import TYPE_CHECKING
 
@@ -28,8 +29,9 @@ def read(place: Place, source: SaeSource) -> Sae:
     """The SAE of a checkpoint."""
     path = place.weights
     try:
-        # only the zip form of a checkpoint can be mapped; the older form is read whole
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings(action="ignore"):  # about pickle protocols; what matters is raised
+            # only the zip form of a checkpoint can be mapped; the older form is read whole
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise SteerbackError(
             f"{path}: a pickle with more in it than tensors; it was refused, as loading it would run its code"
