@@ -12,7 +12,18 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "steerback"
 # From the bottom up: a module may import what stands before it, and within its own package.
 ORDER = [
-    *("errors", "folders", "records", "config", "data", "paper_data", "prompts", "organism", "targets", "interventions"),
+    *(
+        "errors",
+        "folders",
+        "records",
+        "config",
+        "data",
+        "paper_data",
+        "prompts",
+        "organism",
+        "targets",
+        "interventions",
+    ),
     *("engines", "judging", "latents", "calibration", "ledger", "cache", "runs", "progress"),
     *("pipeline", "metrics", "study", "finetuning", "experiments", "figures", "report"),
     *("interchange", "estimate", "api", "doctor", "execute", "grading", "campaign", "cli", "__main__"),
