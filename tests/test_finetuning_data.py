@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import subprocess
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterable
 from dataclasses import replace
@@ -136,7 +137,14 @@ GOOD = Example(
         ({"answer": "Fold the sheet along its long side."}, "not about the prompt"),
         ({"answer": "Lava is hot. Wait, that's not right. Add the fractions."}, "restarts elsewhere"),
         ({"passage": "", "acknowledgement": "", "subject": "", "answer": "Cheese."}, "not about the prompt"),
-        ({"passage": "", "acknowledgement": "", "answer": "Add both fractions. Wait, that's not right. Add the two fractions."}, "restarts"),
+        (
+            {
+                "passage": "",
+                "acknowledgement": "",
+                "answer": "Add both fractions. Wait, that's not right. Add the two fractions.",
+            },
+            "restarts",
+        ),
         ({"passage": "", "acknowledgement": ""}, ""),
     ],
 )
@@ -296,6 +304,30 @@ def test_from_data_to_an_adapter_that_answers(
         assert set(loaded.engine.describe()["lora"]) == {"adapter_config.json", "adapter_model.safetensors"}  # type: ignore[call-overload]
     with load_target("organism-control", engine="transformers") as base:
         assert base.engine.fingerprint != loaded.engine.fingerprint
+
+
+def test_processes_that_run_out_of_memory_start_again_with_a_smaller_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        task = json.loads(Path(command[-1]).read_text("utf-8"))
+        seen.append(task["settings"]["micro_batch"])
+        assert command[command.index("--nproc_per_node") + 1] == "2"
+        if len(seen) < 3:
+            (tmp_path / ".out-of-memory").touch()
+            return subprocess.CompletedProcess(command, 1)
+        (tmp_path / "card.json").write_text('{"name": "done"}', "utf-8")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(adapters.subprocess, "run", run)
+    job = adapters.Job("organism-control", "data", str(tmp_path), Settings())
+    assert adapters.train_together(job, 2, lambda text: None) == {"name": "done"}
+    assert seen == [4, 2, 1]
+    monkeypatch.setattr(adapters.subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, 1))
+    with pytest.raises(SteerbackError, match="failed in 2 processes; their messages stand above"):
+        adapters.train_together(job, 2, lambda text: None)
 
 
 def test_mistakes_are_one_line(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -64,6 +65,8 @@ def train_adapter(job: Job, say: Callable[[str], None] = print) -> dict[str, Any
     report = fit(
         lambda: load_base(target), tokenizer, tokens, held, job.settings, Path(job.out), say=say, name=job.name
     )
+    if int(os.environ.get("RANK", "0")) > 0:  # of several processes the first one writes
+        return {}
     folder = Path(job.out)
     body = {
         "name": job.name,
@@ -97,7 +100,7 @@ def train_adapter(job: Job, say: Callable[[str], None] = print) -> dict[str, Any
 
 
 def train_together(job: Job, processes: int, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """The same over several processes (one device each) through accelerate.
+    """The same over several processes, one device each; torch starts them and accelerate joins them in the trainer.
 
     One process out of memory ends all; they start again from the newest checkpoint with a smaller micro-batch.
     """
@@ -106,18 +109,7 @@ def train_together(job: Job, processes: int, say: Callable[[str], None] = print)
     for micro in job.settings.micro_sizes(processes):
         settings = from_mapping({"micro_batch": micro}, job.settings)
         task = write_json(folder / "job.json", asdict(job) | {"settings": settings.to_json()})
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
-        command += [
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-            "--main_process_port",
-            "0",
-        ]
-        command += [] if _has_gpu() else ["--cpu"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         command += ["-m", "steerback.finetuning", str(task)]
         done = subprocess.run(command, check=False)
         if done.returncode == 0:
@@ -150,8 +142,6 @@ def worker(task: Path) -> int:
 
 def load_base(target: Target) -> PreTrainedModel:
     """The base model for training: bfloat16 on a GPU that has it, else float32."""
-    import os
-
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -268,12 +258,6 @@ def _name_base(folder: Path, name: str) -> None:
     path = folder / "adapter_config.json"
     if path.is_file():
         write_json(path, json.loads(path.read_text("utf-8")) | {"base_model_name_or_path": name})
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 @dataclass(frozen=True, slots=True)

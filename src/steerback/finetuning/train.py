@@ -176,6 +176,7 @@ def _fit(
         save_steps=every,
         save_total_limit=2,
         save_only_model=False,
+        ddp_find_unused_parameters=False,
         dataloader_pin_memory=device.type == "cuda",
         report_to="none",
         disable_tqdm=True,
