@@ -76,7 +76,8 @@ def write_model(shape: str, folder: Path) -> int:
 
     fields = dict(SHAPES[shape])
     steer, _ = fields.pop("steer"), fields.pop("fp8", None)
-    config = AutoConfig.for_model(**fields, max_position_embeddings=8192, tie_word_embeddings=False)
+    tied = fields["model_type"] == "gemma2"
+    config = AutoConfig.for_model(**fields, max_position_embeddings=8192, tie_word_embeddings=tied)
     config.architectures = [{"llama": "LlamaForCausalLM", "gemma2": "Gemma2ForCausalLM"}[fields["model_type"]]]
     config.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):

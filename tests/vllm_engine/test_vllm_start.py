@@ -64,7 +64,7 @@ class Started:
         ({"error": float("nan")}, "off by nan"),
         ({"edited": (0, 0)}, "4 \\+ 2 positions it edited 0 \\+ 0"),
         ({"edited": (4, 1)}, "edited 4 \\+ 1"),
-        ({"effect": 0.0}, "leaves the next token"),
+        ({"effect": 0.0}, "leaves the next token's probabilities"),
         ({"after": -4.0}, "differs before and after"),
         ({"after": -1.05}, None),
     ],

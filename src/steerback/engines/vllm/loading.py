@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from steerback.targets import Target
 
-TESTED = "0.32.0"
-"""The vLLM release that the tests ran on; with any release, every engine has to pass a self-test at its start."""
+TESTED = "0.26.0 and 0.32.0"
+"""The vLLM releases that the tests ran on; with any release, every engine has to pass a self-test at its start."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def require_vllm() -> str:
         import vllm
     except ImportError as error:
         raise SteerbackError(
-            f"engine 'vllm' needs vLLM ({error}); install vllm ({TESTED} is tested), or use --engine transformers"
+            f"engine 'vllm' needs vLLM ({error}); install vllm (tested: {TESTED}), or use --engine transformers"
         ) from error
     return str(vllm.__version__)
 

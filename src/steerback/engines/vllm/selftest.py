@@ -35,9 +35,9 @@ def fault(driver: Driver, settings: Settings, prompt: tuple[int, ...], boost: fl
     if (entry.get("prompt"), entry.get("generated")) != (len(prompt), 2):
         return f"of {len(prompt)} + 2 positions it edited {entry.get('prompt')} + {entry.get('generated')}"
     found = [{t: v.logprob for t, v in a.output.outputs[0].logprobs[0].items()} for a in (plain, steered, again)]
+    if all(abs(value - found[1].get(token, -math.inf)) < 1e-6 for token, value in found[0].items()):
+        return "a strong addition leaves the next token's probabilities as they were"
     best = max(found[0], key=lambda token: found[0][token])
-    if abs(found[0][best] - found[1].get(best, -math.inf)) < 1e-6:
-        return "a strong addition leaves the next token's probability as it was"
     if abs(found[0][best] - found[2].get(best, -math.inf)) > 0.1:  # two equally good tokens may change places
         return "an unsteered request differs before and after a steered one"
     return None
