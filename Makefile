@@ -74,7 +74,7 @@ demo-finetune: $(VENV)/.installed-finetune
 
 # Two mixes at a size that shows that everything runs, and no more.
 demo-finetune-small:
-	$(MAKE) demo-finetune RUNS=$(RUNS) FT_EXAMPLES=108 FT_MIXES="10 90" \
+	$(MAKE) demo-finetune RUNS=$(RUNS) FT_EXAMPLES=54 FT_MIXES="10 90" \
 	  FT_SIZES="--set n_latents=4 --set trials_per_latent=5"
 
 test: $(VENV)/.installed-dev
