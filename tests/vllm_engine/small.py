@@ -111,13 +111,13 @@ def write(
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=1,
-        tie_word_embeddings=False,
+        tie_word_embeddings=model == "gemma2",
         **shape,
     )
     lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
-        lm.get_output_embeddings().weight.mul_(8)  # logits with an opinion
-        lm.get_input_embeddings().weight.mul_(8)
+        for weight in {lm.get_output_embeddings().weight, lm.get_input_embeddings().weight}:
+            weight.mul_(8)  # logits with an opinion
     lm.save_pretrained(folder)
     words.save_pretrained(folder)
     save_native(sae(kind, shape["hidden_size"], n, layer), folder, boost_prior=[2.0, 1.0, 0.0, 10.0])

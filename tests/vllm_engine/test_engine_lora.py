@@ -1,4 +1,4 @@
-"""A LoRA adapter beside the model, steered (with a TopK SAE): as the merged weights are in the reference engine."""
+"""A LoRA adapter beside a Gemma 2 with a TopK SAE, steered: as the merged weights are in the reference engine."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write_adapter(model: Path, adapter: Path, merged: Path) -> None:
 
 
 def test_adapter_is_steered_like_merged_weights(tmp_path: Path) -> None:
-    target = small.write(tmp_path / "model", "topk")
+    target = small.write(tmp_path / "model", "topk", model="gemma2")
     write_adapter(tmp_path / "model", tmp_path / "adapter", tmp_path / "merged")
     merged = from_folder(tmp_path / "merged", steer_layer=1, read_layer=2)
     pair = Pair(target.with_adapter(tmp_path / "adapter"), merged, enforce_eager=True)
