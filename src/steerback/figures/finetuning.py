@@ -73,7 +73,7 @@ def _legend(drawing: Any) -> None:
 
 @style.styled
 def draw_losses(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Training loss, and validation losses on trained and masked tokens, by step; one panel per adapter (losses.json)."""
+    """Training and validation losses (trained and masked tokens) by step; one panel per adapter (losses.json)."""
     text = "Loss per token. Training: trained tokens. Validation: trained tokens, and the tokens that are masked."
     fig, drawing = style.new_figure("full", 1.9 * -(-len(curves) // 3), text)
     rows = -(-len(curves) // 3)
