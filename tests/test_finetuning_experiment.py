@@ -116,6 +116,11 @@ def test_adapters_are_measured_like_their_base_and_set_against_the_mix(
     shown = capsys.readouterr().out
     assert "mean attempts, fine-tuned on most corrections" in shown
     assert f"{found['attempts_last']['value']:.1f}"[:3] in shown
+    assert steerback("judge", "ft", "--judge", "offline") == 0
+    with Ledger(folder / "ledger.sqlite", read_only=True) as ledger:
+        for name in names:  # adapters are compared with their base's responses
+            verdicts = [r.judgement for r in ledger.rows(name, "measure", judge="offline")]
+            assert sum(v is not None and v.status == "scored" for v in verdicts) > 0.9 * len(verdicts)
     assert steerback("resume", "ft") == 0  # nothing is generated again; the analysis is the same
     again = json.loads((folder / "summary.json").read_text("utf-8"))["targets"]["organism-control"]
     assert again == summary

@@ -284,7 +284,9 @@ def _judge_all(opened: Run, judge: Judge, progress: Progress, cache: Cache | Non
     try:
         for target, rows in work.rows.items():
             if rows:
-                judge.prepare(references(opened.ledger.rows(target=target), _contexts(target, opened.config)))
+                # an adapter is compared with its base's unsteered responses, as when it was measured
+                known = (opened.ledger.rows(t, "reference") for t in (target, target.rpartition("+")[0]))
+                judge.prepare(references(next(filter(None, known), []), _contexts(target, opened.config)))
                 bench = Workbench(opened.ledger, None, judge, Sampling(), progress, cache)
                 asyncio.run(judge_rows(bench, rows, f"{target}: judging with {judge.name}"))
     finally:
