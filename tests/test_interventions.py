@@ -134,3 +134,10 @@ def test_check_allows_what_is_possible() -> None:
 def test_values_have_to_be_finite(value: float) -> None:
     with pytest.raises(SteerbackError, match="not finite"):
         Intervention("add", 1, value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e39, -1e300])
+def test_a_value_that_no_engine_can_hold_is_refused(value: float) -> None:
+    with pytest.raises(SteerbackError, match="latent 3 is not finite"):
+        Intervention("add", 3, value)
+    assert Intervention("add", 3, 3.4e38).value == 3.4e38

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import asdict, dataclass, field
 from operator import eq
 from typing import Any, Literal
@@ -28,6 +27,10 @@ class Latent:
 
     key: LatentKey
     label: str | None = None
+
+
+FLOAT32_MAX = 3.4028234663852886e38
+"""Engines compute in float32 or less: a larger number would become infinite there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +53,8 @@ class Intervention:
             raise SteerbackError(f"intervention mode {self.mode!r} is not one of: add, clamp")
         if self.positions not in ("all", "generated", "prompt"):
             raise SteerbackError(f"intervention positions {self.positions!r} is not one of: all, generated, prompt")
-        if not math.isfinite(self.value):
-            raise SteerbackError(f"intervention value {self.value!r} for latent {self.latent!r} is not finite")
+        if not abs(self.value) <= FLOAT32_MAX:  # NaN compares false
+            raise SteerbackError(f"intervention value {self.value!r} for latent {self.latent!r} is not finite in float32")
 
 
 @dataclass(frozen=True, slots=True)
