@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import copy
+import dataclasses
 import json
 import os
 import platform
@@ -71,7 +72,8 @@ def load(name: str, device: str) -> Loaded:
     model = random_model(shape, device, dtype)
     layers = model.config.num_hidden_layers
     sae = tiny.sae("jumprelu", layers // 2, model.config.hidden_size, 1024).to(device)
-    return assemble(tiny.target(layers // 2, layers // 2), model, tiny.tokenizer(), sae)
+    target = dataclasses.replace(tiny.target(layers // 2, layers // 2), n_latents=sae.n_latents)
+    return assemble(target, model, tiny.tokenizer(), sae)
 
 
 def best(work: Callable[[], int], device: str, times: int = 3) -> float:
