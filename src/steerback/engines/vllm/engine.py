@@ -23,7 +23,6 @@ from steerback.engines.vllm.loading import (
     TESTED,
     cpu_arguments,
     gpus,
-    hash_folder,
     lora_arguments,
     model_alone,
     prepare,
@@ -213,7 +212,6 @@ class VllmEngine:
             "prompt_format": self._loaded.prompter.style,
             "sae": self._loaded.sae_hash,
             "directions": {k: digest(v.detach().cpu().tolist()) for k, v in sorted(directions.items())},
-            "lora": hash_folder(self.target.adapter) if self.target.adapter else None,
             **self._loaded.provenance,
         }
 

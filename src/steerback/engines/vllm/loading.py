@@ -64,12 +64,11 @@ def prepare(target: Target, directions: tuple[str, ...]) -> Loaded:
     """Tokenizer, layers and hashes of a target; SteerbackError for what is missing or does not fit together."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    from steerback.engines.loading import hash_files
+    from steerback.engines.loading import provenance_of
     from steerback.engines.runner import end_tokens
     from steerback.targets.sae import load_sae
 
-    folder = Path(target.model)
-    origin: dict[str, Any] = {} if folder.is_dir() else {"revision": target.revision}
+    origin: dict[str, Any] = {} if Path(target.model).is_dir() else {"revision": target.revision}
     try:
         config = AutoConfig.from_pretrained(target.model, **origin)
         tokenizer = AutoTokenizer.from_pretrained(target.model, **origin)
@@ -90,12 +89,7 @@ def prepare(target: Target, directions: tuple[str, ...]) -> Loaded:
         context=getattr(text, "max_position_embeddings", 4096),
         sae_hash=None if sae is None else sae.hash,
         norms=None if sae is None else sae.decoder_norms.numpy(),
-        provenance={
-            "target": target.name,
-            "model": target.model if not folder.is_dir() else target.base,
-            "revision": target.revision,
-            "files": hash_files(target.model, target.revision),
-        },
+        provenance=provenance_of(target, tokenizer, sae),
     )
 
 
@@ -151,9 +145,3 @@ def lora_arguments(folder: str) -> dict[str, Any]:
         raise SteerbackError(f"lora {folder!r}: no adapter_config.json there")
     rank = int(json.loads(path.read_text(encoding="utf-8"))["r"])
     return {"enable_lora": True, "max_lora_rank": next((r for r in (8, 16, 32, 64, 128, 256, 512) if r >= rank), rank)}
-
-
-def hash_folder(folder: str) -> dict[str, str]:
-    from steerback.engines.loading import hash_files
-
-    return hash_files(folder, None)
