@@ -138,6 +138,6 @@ def test_values_have_to_be_finite(value: float) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e39, -1e300])
 def test_a_value_that_no_engine_can_hold_is_refused(value: float) -> None:
-    with pytest.raises(SteerbackError, match="latent 3 is no finite"):
+    with pytest.raises(SteerbackError, match="latent 3 is not finite"):
         Intervention("add", 3, value)
     assert Intervention("add", 3, 3.4e38).value == 3.4e38
