@@ -54,7 +54,7 @@ class Intervention:
         if self.positions not in ("all", "generated", "prompt"):
             raise SteerbackError(f"intervention positions {self.positions!r} is not one of: all, generated, prompt")
         if not abs(self.value) <= FLOAT32_MAX:  # NaN compares false
-            raise SteerbackError(f"intervention value {self.value!r} of latent {self.latent!r} is not finite in float32")
+            raise SteerbackError(f"intervention value {self.value!r} of latent {self.latent!r} is not finite (float32)")
 
 
 @dataclass(frozen=True, slots=True)
