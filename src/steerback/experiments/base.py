@@ -71,9 +71,9 @@ class Experiment(ABC):
         """The targets that are measured, in order: those of the config unless the experiment has more."""
         return tuple(targets)
 
-    @abstractmethod
     async def run(self, study: Study) -> None:
-        """Plans the trials of one target's conditions and completes them."""
+        """Plans the trials of one target's conditions and completes them, for one that generates."""
+        raise NotImplementedError(f"{self.name} generates nothing")
 
     def collect(self, run: Run) -> None:
         """In place of `run` for one that does not generate: fills the ledger with rows to be judged."""
@@ -187,13 +187,18 @@ def measured(
         for target, condition in outcomes
         if (other := against(condition)) is not None and (target, other) in outcomes
     }
-    tests = correct({f"{t}\n{c}": compare(outcomes[t, other], outcomes[t, c]) for (t, c), other in pairs.items()})
+    return paired(judge, outcomes, pairs, draws)
+
+
+def paired(judge: str, outcomes: Mapping[Key, Outcomes], against: Mapping[Key, str], draws: int) -> Measured:
+    """Summaries of the outcomes, and each one's tests against the condition of its target that `against` names."""
+    tests = correct({f"{t}\n{c}": compare(outcomes[t, other], outcomes[t, c]) for (t, c), other in against.items()})
     return Measured(
         judge=judge,
         outcomes=outcomes,
         summaries={key: summarize(x, draws) for key, x in outcomes.items()},
-        comparisons={(t, c): tests[f"{t}\n{c}"] for t, c in pairs},
-        against=pairs,
+        comparisons={(t, c): tests[f"{t}\n{c}"] for t, c in against},
+        against=against,
     )
 
 

@@ -59,10 +59,6 @@ class CrossJudge(Experiment):
             raise SteerbackError("cross-judge compares two judges or more: name them with --judges A B ...")
         return names
 
-    async def run(self, study: Any) -> None:
-        """There is nothing to generate."""
-        raise NotImplementedError("cross-judge generates nothing")
-
     def collect(self, run: Run) -> None:
         """The sample of the runs it starts from."""
         chosen = settings(self, run.config)

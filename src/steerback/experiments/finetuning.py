@@ -15,10 +15,10 @@ from typing import Any
 
 from steerback.config import RunConfig
 from steerback.errors import SteerbackError
-from steerback.experiments.base import Analysis, Experiment, Key, Measured, outcomes_of, planted, settings
+from steerback.experiments.base import Analysis, Experiment, Key, Measured, outcomes_of, paired, planted, settings
 from steerback.experiments.held_out import HeldOut
 from steerback.ledger import Ledger
-from steerback.metrics import Outcomes, Trend, compare, correct, summarize, trend
+from steerback.metrics import Outcomes, Trend, trend
 from steerback.report.tables import Table, number
 from steerback.study import Cell, Study, read_threshold
 from steerback.targets import Target
@@ -154,14 +154,7 @@ def by_mix(ledger: Ledger, judge: str, draws: int, facts: Mapping[str, Mapping[s
         if fact is not None:
             against[key] = condition_name(BASE, condition)
     against = {key: other for key, other in against.items() if (key[0], other) in outcomes}
-    tests = correct({f"{t}\n{c}": compare(outcomes[t, other], outcomes[t, c]) for (t, c), other in against.items()})
-    return Measured(
-        judge=judge,
-        outcomes=outcomes,
-        summaries={key: summarize(x, draws) for key, x in outcomes.items()},
-        comparisons={(t, c): tests[f"{t}\n{c}"] for t, c in against},
-        against=against,
-    )
+    return paired(judge, outcomes, against, draws)
 
 
 def steered_comparisons(found: Measured) -> Measured:

@@ -135,20 +135,47 @@ def _fit(
     say: Callable[[str], None],
     callbacks: Sequence[TrainerCallback],
 ) -> Report:
-    from peft import LoraConfig
     from transformers import PrinterCallback
     from transformers.trainer_utils import get_last_checkpoint
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTTrainer
 
     model = make_model()
+    arguments = _arguments(model, settings, folder, micro, len(training), bool(validation))
+    trainer = SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=dataset(training),
+        eval_dataset=_validation(validation),
+        processing_class=tokenizer,
+        peft_config=_lora(settings),
+        callbacks=[_spoken(say), *callbacks],
+    )
+    trainer.remove_callback(PrinterCallback)  # ours speaks
+    checkpoint = get_last_checkpoint(arguments.output_dir) if (folder / CHECKPOINTS).is_dir() else None
+    resumed = None if checkpoint is None else int(checkpoint.rsplit("-", 1)[1])
+    started = time.monotonic()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.monotonic() - started
+    report = _report(trainer, micro, settings, seconds, resumed, halved)
+    if trainer.is_world_process_zero():
+        save(trainer.model, folder)
+    return report
+
+
+def _arguments(
+    model: PreTrainedModel, settings: Settings, folder: Path, micro: int, examples: int, validates: bool
+) -> Any:
+    """The settings in the words of trl (an SFTConfig)."""
+    from trl import SFTConfig
+
     device = next(model.parameters()).device
     devices = int(os.environ.get("WORLD_SIZE", "1"))
-    steps = total_steps(len(training), settings)
+    steps = total_steps(examples, settings)
     every = max(1, math.ceil(steps / settings.evaluations))
     checkpointing = settings.checkpointing
     if checkpointing is None:
         checkpointing = device.type == "cuda" and sum(p.numel() for p in model.parameters()) >= LARGE
-    arguments = SFTConfig(
+    return SFTConfig(
         output_dir=str(folder / CHECKPOINTS),
         per_device_train_batch_size=micro,
         per_device_eval_batch_size=micro,
@@ -169,8 +196,8 @@ def _fit(
         dataset_kwargs={"skip_prepare_dataset": True},
         logging_steps=max(1, steps // 100),
         logging_first_step=True,
-        eval_strategy="steps" if validation else "no",
-        eval_on_start=bool(validation),
+        eval_strategy="steps" if validates else "no",
+        eval_on_start=validates,
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
@@ -181,7 +208,13 @@ def _fit(
         report_to="none",
         disable_tqdm=True,
     )
-    lora = LoraConfig(
+
+
+def _lora(settings: Settings) -> Any:
+    """The adapter's shape in the words of peft (a LoraConfig)."""
+    from peft import LoraConfig
+
+    return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
@@ -189,25 +222,6 @@ def _fit(
         bias="none",
         task_type="CAUSAL_LM",
     )
-    trainer = SFTTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=dataset(training),
-        eval_dataset=_validation(validation),
-        processing_class=tokenizer,
-        peft_config=lora,
-        callbacks=[_spoken(say), *callbacks],
-    )
-    trainer.remove_callback(PrinterCallback)  # ours speaks
-    checkpoint = get_last_checkpoint(arguments.output_dir) if (folder / CHECKPOINTS).is_dir() else None
-    resumed = None if checkpoint is None else int(checkpoint.rsplit("-", 1)[1])
-    started = time.monotonic()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.monotonic() - started
-    report = _report(trainer, micro, settings, seconds, resumed, halved)
-    if trainer.is_world_process_zero():
-        save(trainer.model, folder)
-    return report
 
 
 def save(model: Any, folder: Path) -> None:
