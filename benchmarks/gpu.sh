@@ -14,10 +14,10 @@ tests() {  # numbers, by both model runners, at the same time: small models on o
   VLLM_CACHE_ROOT=$cache/v1 VLLM_USE_V2_MODEL_RUNNER=0 python3 -m pytest tests/vllm_engine > "$out/tests_v1.log" 2>&1
   wait; tail -n 25 "$out"/tests_v?.log
 }
-speed() { python3 benchmarks/vllm_gpu.py llama-8b --requests 256 512 --pool --out "$out/vllm_8b.json"; }
+speed() { python3 benchmarks/vllm_gpu.py llama-8b --requests 256 512 --stream 1024 --pool --out "$out/vllm_8b.json"; }
 layer() { python3 benchmarks/vllm_layer.py --out "$out/vllm_layer.json"; }
 peers() {
-  VLLM_LENS_DISABLE='' python3 benchmarks/vllm_peers.py lens llama-8b --requests 256 --out "$out/vllm_lens.json"
+  VLLM_LENS_DISABLE='' python3 benchmarks/vllm_peers.py lens llama-8b --requests 32 256 --new 16 --repeats 2 --out "$out/vllm_lens.json"
   python3 benchmarks/vllm_peers.py transformers llama-8b --requests 256 --out "$out/vllm_transformers.json"
 }
 gemma() { python3 benchmarks/vllm_gpu.py gemma-9b --kinds add+clamp+record --latents 16384 --out "$out/vllm_gemma.json"; }

@@ -6,9 +6,10 @@
 
 Shapes are real, weights are random (`dummy`): these runs measure speed alone. Numbers are checked by
 `pytest tests/vllm_engine`, which runs on a GPU too. Every request has a latent and a boost of its own; clamped and
-recorded latents are 26, the same for all; receipts and lengths are checked in every run. Stock vLLM and the steered
-engine live side by side on one GPU and are measured in turn (one idles while the other works), so that what drifts
-drifts for both; `--apart` measures one after the other, for models of which two do not fit.
+recorded latents are 26, the same for all; receipts and lengths are checked in every run. All requests arrive at once
+and are of one length, or (`--stream`) end at different times and make room for others, as in a study. Stock vLLM and
+the steered engine live side by side on one GPU and are measured in turn (one idles while the other works), so that what
+drifts drifts for both; `--apart` measures one after the other, for models of which two do not fit.
 What is found is written after every measurement: a run that is cut off leaves what it had.
 """
 
@@ -145,8 +146,8 @@ def start(target: Any, args: argparse.Namespace) -> tuple[Any, Any]:
     return engine, engine.stock
 
 
-def jobs_of(kind: str, requests: int, engine: Any, seed: int) -> list[Any]:
-    """Requests with a latent and boost of their own, and what `kind` adds to that."""
+def jobs_of(kind: str, requests: int, engine: Any, seed: int, shortest: int = NEW) -> list[Any]:
+    """Requests with a latent and boost of their own, and what `kind` adds to that; `shortest` to NEW new tokens."""
     from steerback.engines.vllm.driver import Job
     from steerback.engines.vllm.settings import Ticket
     from steerback.records import Intervention
@@ -163,7 +164,8 @@ def jobs_of(kind: str, requests: int, engine: Any, seed: int) -> list[Any]:
         record = tuple(shared) if kind == "add+clamp+record" else ()
         ticket = Ticket(f"{kind}/{seed}/{n}", edits, record, site.read_layer, PROMPT + NEW)
         ids = tuple(draw.randrange(10, vocabulary) for _ in range(PROMPT))
-        sampling = {"temperature": 1.0, "seed": n, "max_tokens": NEW, "ignore_eos": True, "detokenize": False}
+        new = draw.randint(shortest, NEW)
+        sampling = {"temperature": 1.0, "seed": n, "max_tokens": new, "ignore_eos": True, "detokenize": False}
         out.append(Job(ticket, ids, sampling))
     return out
 
@@ -175,11 +177,12 @@ def timed(driver: Any, jobs: Sequence[Any]) -> float:
     answers = [future.result() for future in [driver.submit(job) for job in jobs]]
     seconds = time.perf_counter() - begin
     for job, answer in zip(jobs, answers, strict=True):
-        assert len(answer.output.outputs[0].token_ids) == NEW
+        new = job.sampling["max_tokens"]
+        assert len(answer.output.outputs[0].token_ids) == new
         if job.ticket.edits:
-            assert (answer.entry["prompt"], answer.entry["generated"]) == (PROMPT, NEW - 1), answer.entry
+            assert (answer.entry["prompt"], answer.entry["generated"]) == (PROMPT, new - 1), answer.entry
         if job.ticket.record:
-            assert len(answer.entry["record"]) == 4 * len(job.ticket.record) * (PROMPT + NEW - 1)
+            assert len(answer.entry["record"]) == 4 * len(job.ticket.record) * (PROMPT + new - 1)
     return seconds
 
 
@@ -200,19 +203,23 @@ def table_of(speeds: dict[str, list[float]]) -> dict[str, Any]:
 
 def measure(drivers: dict[str, Any], engine: Any, args: argparse.Namespace, report: Report) -> None:
     """Tokens/s of each kind for every number of requests, `--repeats` times in turn after one warm-up each."""
-    for requests in args.requests:
-        speeds = RAW.setdefault(requests, {})
+    batches = [(str(n), n, NEW) for n in args.requests]
+    if args.stream:
+        batches.append((f"{args.stream} of 64 to {NEW} new tokens, {max(args.requests)} at a time", args.stream, 64))
+    for name, requests, shortest in batches:
+        speeds = RAW.setdefault(name, {})
         speeds.update({kind: [] for kind in drivers})
         for repeat in range(args.repeats + 1):
             for kind, driver in drivers.items():
-                seconds = timed(driver, jobs_of(kind, requests, engine, seed=1000 * requests + repeat))
+                jobs = jobs_of(kind, requests, engine, 1000 * requests + repeat, shortest)
+                seconds = timed(driver, jobs)
                 if repeat:
-                    speeds[kind].append(requests * NEW / seconds)
-            report.add(tokens_per_second={str(n): table_of(kinds) for n, kinds in RAW.items()})
+                    speeds[kind].append(sum(job.sampling["max_tokens"] for job in jobs) / seconds)
+            report.add(tokens_per_second={batch: table_of(kinds) for batch, kinds in RAW.items()})
 
 
-RAW: dict[int, dict[str, list[float]]] = {}
-"""Tokens/s by number of requests and kind."""
+RAW: dict[str, dict[str, list[float]]] = {}
+"""Tokens/s by batch of requests and kind."""
 
 
 def compare(engine: Any, stock: Any, args: argparse.Namespace, report: Report) -> None:
@@ -279,6 +286,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--latents", type=int, default=65536)
+    parser.add_argument("--stream", type=int, default=0, help="a study of so many requests of various lengths as well")
     parser.add_argument("--pool", action="store_true", help="whole-SAE activations as well")
     parser.add_argument("--texts", type=int, default=512)
     parser.add_argument("--apart", action="store_true", help="stock vLLM after the steered engine, not beside it")

@@ -1,9 +1,10 @@
 """What users would take instead, at the task of `vllm_gpu.py`: each request steered by a vector of its own.
 
-    python benchmarks/vllm_peers.py lens llama-8b --requests 256 --out FILE            (vllm-lens has to be installed)
+    python benchmarks/vllm_peers.py lens llama-8b --requests 32 256 --new 16 --out FILE      (needs vllm-lens)
     python benchmarks/vllm_peers.py transformers llama-8b --requests 256 64 --out FILE
 
-`lens`: vLLM's offline interface with vllm-lens steering vectors. `transformers`: `generate` of one batch with a forward
+`lens`: vLLM's offline interface with vllm-lens steering vectors; its work per step grows with the square of the number
+of vectors, so that `--new` (tokens per request) has to be small. `transformers`: `generate` of one batch with a forward
 hook that adds a vector to each row. Random weights; no clamps, recordings or receipts in either.
 """
 
@@ -18,7 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vllm_gpu import NEW, PROMPT, SHAPES, Report, write_model
+from vllm_gpu import NEW as LONG
+from vllm_gpu import PROMPT, SHAPES, Report, write_model
 
 
 def prompts(requests: int, seed: int) -> list[list[int]]:
@@ -26,7 +28,7 @@ def prompts(requests: int, seed: int) -> list[list[int]]:
     return [[draw.randrange(10, 2000) for _ in range(PROMPT)] for _ in range(requests)]
 
 
-def lens(folder: Path, shape: str, steer: int, most: int) -> Callable[[int, int], int]:
+def lens(folder: Path, shape: str, steer: int, most: int, new: int) -> Callable[[int, int], int]:
     """vLLM with vllm-lens, which makes it eager."""
     import torch
     import vllm_lens
@@ -45,7 +47,7 @@ def lens(folder: Path, shape: str, steer: int, most: int) -> Callable[[int, int]
 
     def run(requests: int, seed: int) -> int:
         torch.manual_seed(seed)
-        rest = {"temperature": 1.0, "max_tokens": NEW, "ignore_eos": True, "detokenize": False}
+        rest = {"temperature": 1.0, "max_tokens": new, "ignore_eos": True, "detokenize": False}
         params = [
             SamplingParams(
                 **rest,
@@ -65,7 +67,7 @@ def lens(folder: Path, shape: str, steer: int, most: int) -> Callable[[int, int]
     return run
 
 
-def hooked(folder: Path, shape: str, steer: int, most: int) -> Callable[[int, int], int]:
+def hooked(folder: Path, shape: str, steer: int, most: int, new: int) -> Callable[[int, int], int]:
     """transformers with a forward hook on the steered layer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -94,8 +96,8 @@ def hooked(folder: Path, shape: str, steer: int, most: int) -> Callable[[int, in
                 temperature=1.0,
                 top_k=0,
                 pad_token_id=0,
-                max_new_tokens=NEW,
-                min_new_tokens=NEW,
+                max_new_tokens=new,
+                min_new_tokens=new,
             )
         return int(out.shape[0] * (out.shape[1] - PROMPT))
 
@@ -107,13 +109,16 @@ def main() -> None:
     parser.add_argument("peer", choices=("lens", "transformers"))
     parser.add_argument("shape", choices=tuple(SHAPES))
     parser.add_argument("--requests", type=int, nargs="+", default=[256])
+    parser.add_argument("--new", type=int, default=LONG, help="new tokens of each request")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    report = Report(args.out, peer=args.peer, shape=args.shape, prompt=PROMPT, new=NEW)
+    report = Report(args.out, peer=args.peer, shape=args.shape, prompt=PROMPT, new=args.new)
     with tempfile.TemporaryDirectory() as scratch:
         steer = write_model(args.shape, Path(scratch))
-        run = {"lens": lens, "transformers": hooked}[args.peer](Path(scratch), args.shape, steer, max(args.requests))
+        run = {"lens": lens, "transformers": hooked}[args.peer](
+            Path(scratch), args.shape, steer, max(args.requests), args.new
+        )
         report.add(started=True)
         found: dict[str, Any] = {}
         for requests in args.requests:

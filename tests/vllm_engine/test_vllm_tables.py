@@ -139,15 +139,30 @@ def test_a_preempted_request_keeps_its_row_and_counts_each_position_once() -> No
     np.testing.assert_allclose(record, worker.sae.encode(text[:12], [1])[:, 0].numpy(), atol=1e-5)
 
 
-def test_positions_out_of_the_cache_count_only_where_the_prompt_is_edited() -> None:
+@pytest.mark.parametrize(
+    ("positions", "boundary", "wanted"),
+    [
+        ("all", None, (6, 2)),
+        ("generated", None, (0, 2)),
+        ("prompt", None, (6, 0)),
+        ("all", 3, (3, 5)),
+        ("generated", 3, (0, 5)),
+        ("prompt", 3, (3, 0)),
+    ],
+)
+def test_positions_out_of_the_cache_count_only_where_they_are_edited(
+    positions: Any, boundary: int | None, wanted: tuple[int, int]
+) -> None:
+    """Also generated positions that were resubmitted as part of a prompt: with `boundary`, the prompt ends there."""
     worker = Worker("relu")
-    for key, positions, wanted in (("a", "all", (6, 2)), ("b", "generated", (0, 2))):
-        edit = (Intervention("add", 3, 2.0, positions),)  # type: ignore[arg-type]
-        worker.slots.admit([Arrival(key, Ticket(key, edit).as_args(), 6, 4)])
+    for key in ("a", "b"):  # the second finds the first one's row
+        edit = (Intervention("add", 3, 2.0, positions),)
+        worker.slots.admit([Arrival(key, Ticket(key, edit, prompt=boundary).as_args(), 6, 4)])
         worker.step([(key, torch.randn(4, D), 4)])
         entry = worker.slots.fetch([(key, 6, 8)], records=False)[key][0]
         assert (entry["prompt"], entry["generated"]) == wanted
-        assert entry["norm"] == pytest.approx(2.0, rel=1e-5)
+        fresh = (wanted[0] if boundary is None else 0) if positions == "prompt" else 1
+        assert entry["norm"] == pytest.approx(2.0 if fresh else 0.0, rel=1e-5)
 
 
 def test_a_step_that_skips_a_position_shows_in_the_receipt() -> None:

@@ -6,6 +6,7 @@ a steered graph, nor the other way round. Knows nothing of vLLM itself.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -101,17 +102,17 @@ class Ticket:
         return digest(body)
 
     def as_args(self) -> dict[str, Any]:
-        """Form that travels in `SamplingParams.extra_args`."""
+        """Form that travels in `SamplingParams.extra_args`: one text, because vLLM copies its arguments deeply."""
         edits = [_fields(i) for i in self.edits]
         rest = {"key": self.key, "layer": self.layer, "until": self.until, "prompt": self.prompt, "how": self.how}
-        return {KEY: {"edits": edits, "record": list(self.record), "pool": [list(p) for p in self.pool], **rest}}
+        return {KEY: json.dumps({"edits": edits, "record": self.record, "pool": self.pool, **rest})}
 
     @classmethod
     def from_args(cls, args: Mapping[str, Any] | None) -> Ticket | None:
         """The ticket in a request's `extra_args`, if there is one."""
         if not args or KEY not in args:
             return None
-        found = args[KEY]
+        found = json.loads(args[KEY])
         return cls(
             key=found["key"],
             edits=tuple(_edit(*e) for e in found["edits"]),

@@ -7,7 +7,8 @@ Knows nothing of vLLM's classes: a `Batch` says what a runner is about to comput
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steerback.engines.vllm.receipts import receipts
 from steerback.engines.vllm.settings import PHASES, Settings, Ticket
 from steerback.engines.vllm.tables import CACHED, UNEDITED, LayerTable, Shared
 from steerback.interventions import LayerPlan, direction, plan_layers
@@ -57,6 +59,11 @@ class Slot:
     columns: dict[int, int] = field(default_factory=dict)
     plans: tuple[dict[int, LayerPlan], ...] = ({}, {})  # what happens at which layer, in prompt and generated positions
 
+    @property
+    def boundary(self) -> int:
+        """The first position that counts as generated."""
+        return self.prompt if self.ticket.prompt is None else self.ticket.prompt
+
 
 class Slots:
     """Rows, columns and records of one worker."""
@@ -85,6 +92,9 @@ class Slots:
         n_latents = settings.site.n_latents if settings.poolers else 0
         self.pooled = torch.zeros(settings.poolers, n_latents, device=self.device)
         self._pooling: list[tuple[Slot, Tensor]] = []
+        on_gpu = self.device.type == "cuda"
+        self._pooled_last = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
+        self._reader = torch.cuda.Stream(self.device) if on_gpu else None  # type: ignore[no-untyped-call]
         self.preemptions = 0
 
     @property
@@ -153,7 +163,7 @@ class Slots:
     def _write_rows(self, slots: Sequence[Slot]) -> None:
         rows = self._send(torch.tensor([s.row for s in slots]))
         for table, values in (
-            (self.shared.prompt, [s.prompt if s.ticket.prompt is None else s.ticket.prompt for s in slots]),
+            (self.shared.prompt, [s.boundary for s in slots]),
             (self.shared.start, [1 + max(s.recorder, 0) * self.settings.room for s in slots]),
             (self.shared.width, [len(s.ticket.record) for s in slots]),
             (self.shared.until, [s.ticket.until for s in slots]),
@@ -191,8 +201,9 @@ class Slots:
         marks = table.marks.view(-1, self.settings.length)
         marks.index_fill_(0, self._send(rows), UNEDITED)
         for slot, cached, plans in chosen:
-            if cached and plans[0] is not None:
-                marks[slot.row, :cached] = CACHED
+            for plan, first, last in zip(plans, (0, slot.boundary), (min(slot.boundary, cached), cached), strict=True):
+                if plan is not None and first < last:
+                    marks[slot.row, first:last] = CACHED
 
     def _additions(self, plans: Sequence[tuple[Slot, LayerPlan | None]]) -> Tensor:
         """The sum of each cell's additions (cells, d): one gather for all of them."""
@@ -284,6 +295,8 @@ class Slots:
                     torch.maximum(total, z.amax(dim=0), out=total)
                 else:
                     total += (z if slot.ticket.how == "mean" else z > 0).sum(dim=0)
+        if self._pooling and self._pooled_last is not None:
+            self._pooled_last.record()
         self._pooling = []
 
     # ---- results
@@ -294,41 +307,46 @@ class Slots:
         `wanted` has (key, prompt tokens, positions fed); the result has one entry for each request of that key: prompt
         and generated positions edited, their mean norm, and the bytes of what was recorded or pooled.
         """
-        slots = [(k, self._by_request[r], p, fed) for k, p, fed in wanted for r in self._by_key.get(k, ())]
+        slots = [(k, self._by_request[r], fed) for k, _, fed in wanted for r in self._by_key.get(k, ())]
         out: dict[str, list[dict[str, Any]]] = {key: [] for key, _, _ in wanted}
         if slots:
-            marks = self._marks([slot for _, slot, _, _ in slots], max(fed for *_, fed in slots))
-            kept = self._recorded([(slot, fed) for _, slot, _, fed in slots]) if records else []
-            pooled = self._pooled([slot for _, slot, _, _ in slots]) if records else []
-            for n, (key, slot, prompt, fed) in enumerate(slots):
-                entry: dict[str, Any] = self._receipt(slot, {i: m[n, :fed] for i, m in marks.items()}, prompt)
-                if records:
-                    entry |= {"record": kept[n], "pooled": pooled[n]}
-                out[key].append(entry)
+            with self._reading(any(slot.pooler >= 0 for _, slot, _ in slots)):
+                fed = [(slot, n) for _, slot, n in slots]
+                receipts = self._receipts(fed)
+                kept = self._recorded(fed) if records else []
+                pooled = self._pooled([slot for slot, _ in fed]) if records else []
+            for n, (key, _, _) in enumerate(slots):
+                out[key].append(receipts[n] | ({"record": kept[n], "pooled": pooled[n]} if records else {}))
         self.release([key for key, _, _ in wanted])
         return out
 
-    def _marks(self, slots: Sequence[Slot], longest: int) -> dict[int, np.ndarray[Any, Any]]:
+    @contextlib.contextmanager
+    def _reading(self, pooled: bool) -> Iterator[None]:
+        """Reads beside the steps that are under way rather than after them, which would leave the device idle.
+
+        What a finished request left was complete before its last token could be known, except for what is pooled:
+        some runners sample before that.
+        """
+        if self._reader is None or self._pooled_last is None:
+            yield
+            return
+        with torch.cuda.stream(self._reader):
+            if pooled:
+                self._reader.wait_event(self._pooled_last)
+            yield
+
+    def _receipts(self, slots: Sequence[tuple[Slot, int]]) -> list[dict[str, Any]]:
+        layers = sorted({layer for slot, _ in slots for plan in slot.plans for layer in plan})
+        marks = self._marks([slot for slot, _ in slots], layers, max(fed for _, fed in slots))
+        return receipts([s.plans for s, _ in slots], [s.boundary for s, _ in slots], [fed for _, fed in slots], marks)
+
+    def _marks(self, slots: Sequence[Slot], layers: Sequence[int], longest: int) -> dict[int, np.ndarray[Any, Any]]:
         rows = self._send(torch.tensor([s.row for s in slots]))
         length = self.settings.length
         return {
-            layer: table.marks.view(-1, length)[:, :longest].index_select(0, rows).cpu().numpy()
-            for layer, table in self.tables.items()
+            layer: self.tables[layer].marks.view(-1, length)[:, :longest].index_select(0, rows).cpu().numpy()
+            for layer in layers
         }
-
-    def _receipt(self, slot: Slot, marks: Mapping[int, np.ndarray[Any, Any]], prompt: int) -> dict[str, Any]:
-        """A position counts when every layer that was to edit it did."""
-        boundary = prompt if slot.ticket.prompt is None else slot.ticket.prompt
-        counts, norm, computed = [], 0.0, 0
-        for planned, part in zip(slot.plans, (slice(0, boundary), slice(boundary, None)), strict=True):
-            own = [marks[layer][part] for layer in planned]
-            done = np.logical_and.reduce([m != UNEDITED for m in own]) if own else np.zeros(0, dtype=bool)
-            counts.append(int(np.count_nonzero(done)))
-            if own:  # what came out of the cache was edited when it was computed; its norm is not known here
-                fresh = done & (own[0] != CACHED)
-                computed += int(np.count_nonzero(fresh))
-                norm += sum(float(m.sum(dtype=np.float64, where=fresh)) for m in own)
-        return {"prompt": counts[0], "generated": counts[1], "norm": norm / computed if computed else 0.0}
 
     def _recorded(self, slots: Sequence[tuple[Slot, int]]) -> list[bytes]:
         """What each request recorded in the positions it fed, read from the device at once."""
