@@ -3,9 +3,9 @@
     python benchmarks/vllm_peers.py lens llama-8b --requests 32 256 --new 16 --out FILE      (needs vllm-lens)
     python benchmarks/vllm_peers.py transformers llama-8b --requests 256 64 --out FILE
 
-`lens`: vLLM's offline interface with vllm-lens steering vectors; its work per step grows with the square of the number
-of vectors, so that `--new` (tokens per request) has to be small. `transformers`: `generate` of one batch with a forward
-hook that adds a vector to each row. Random weights; no clamps, recordings or receipts in either.
+`lens`: vLLM's offline interface with vllm-lens steering vectors; it is slow enough at this that `--new` (tokens per
+request) has to be small. `transformers`: `generate` of one batch with a forward hook that adds a vector to each row.
+Random weights; no clamps, recordings or receipts in either.
 """
 
 from __future__ import annotations

@@ -1,10 +1,14 @@
-"""A LoRA adapter beside a Gemma 2 with a TopK SAE, steered: as the merged weights are in the reference engine."""
+"""A LoRA adapter beside a Gemma 2 with a TopK SAE, steered: as the merged weights are in the reference engine.
+
+The adapter is of the form that fine-tuning makes: every linear layer, rank 32, alpha 16.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import pytest
 import small
 import torch
 from conftest import Pair
@@ -15,22 +19,26 @@ from test_engine import CASES, check_all_edits, tokens
 from steerback.engines.transformers import TransformersEngine
 from steerback.targets import from_folder
 
+RANK, ALPHA = 32, 16
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 
 def write_adapter(model: Path, adapter: Path, merged: Path) -> None:
-    """A random adapter of rank 8 for all query and output projections, and the weights it makes."""
+    """A random adapter in peft's form, and the model with it in its weights."""
     draw = torch.Generator().manual_seed(3)
     weights, parts = load_file(model / "model.safetensors"), {}
-    for name in [n for n in weights if n.endswith(("q_proj.weight", "o_proj.weight"))]:
+    for name in [n for n in weights if n.removesuffix(".weight").endswith(LINEAR)]:
         rows, columns = weights[name].shape
-        a, b = torch.randn(8, columns, generator=draw) * 0.1, torch.randn(rows, 8, generator=draw) * 0.1
+        a, b = torch.randn(RANK, columns, generator=draw) * 0.1, torch.randn(rows, RANK, generator=draw) * 0.05
         stem = f"base_model.model.{name.removesuffix('.weight')}"
         parts |= {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
-        weights[name] = weights[name] + 2 * b @ a
+        weights[name] = weights[name] + ALPHA / RANK * b @ a
     for folder in (adapter, merged):
         folder.mkdir()
     save_file(parts, adapter / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "o_proj"], "bias": "none"} | {
-        "task_type": "CAUSAL_LM"
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.05, "bias": "none"} | {
+        "target_modules": list(LINEAR),
+        "task_type": "CAUSAL_LM",
     }
     (adapter / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     for path in model.iterdir():
@@ -39,6 +47,7 @@ def write_adapter(model: Path, adapter: Path, merged: Path) -> None:
     save_file(weights, merged / "model.safetensors", {"format": "pt"})
 
 
+@pytest.mark.skipif(small.GPU, reason="vLLM's LoRA kernels for GPUs take no float32")
 def test_adapter_is_steered_like_merged_weights(tmp_path: Path) -> None:
     target = small.write(tmp_path / "model", "topk", model="gemma2")
     write_adapter(tmp_path / "model", tmp_path / "adapter", tmp_path / "merged")
@@ -51,5 +60,6 @@ def test_adapter_is_steered_like_merged_weights(tmp_path: Path) -> None:
         with_adapter, without = (e.teacher_forced(ids, edits, 12).log_softmax(-1) for e in (pair.reference, plain))
         assert (with_adapter - without).abs().max() > EFFECT / 4
         assert pair.vllm.describe()["lora"]
+        assert pair.vllm.describe()["model"] == target.name
     finally:
         pair.vllm.close()

@@ -16,6 +16,7 @@ import small
 import torch
 
 from steerback.engines.vllm import engine as module
+from steerback.engines.vllm import loading
 from steerback.engines.vllm.engine import VllmEngine
 from steerback.engines.vllm.selftest import fault
 from steerback.engines.vllm.settings import Settings
@@ -86,6 +87,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return started[-1]
 
     monkeypatch.setattr(module, "require_vllm", lambda: "99.0")
+    monkeypatch.setattr(module, "gpus", lambda: 0)  # the same on every machine
     monkeypatch.setattr(module, "Driver", start)
     monkeypatch.setattr(module, "_one_line", contextlib.nullcontext)
     monkeypatch.setattr(VllmEngine, "_completion", lambda self, request, answer: request.key)
@@ -124,6 +126,12 @@ def test_replicas_have_gpus_of_their_own_and_share_the_requests(
     assert [len(one.jobs) for one in pretend["started"]] == [2, 2, 2]
     engine.close()
     assert all(one.closed for one in pretend["started"])
+
+
+def test_an_adapter_that_a_gpu_could_not_serve_is_refused(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "gpus", lambda: 1)
+    with pytest.raises(SteerbackError, match="no float32 on a GPU; use a target in bfloat16, or --engine transformers"):
+        loading.lora_arguments("adapter", target.dtype)
 
 
 def test_a_release_that_fails_its_self_test_is_refused_and_closed(pretend: dict[str, Any], target: Any) -> None:

@@ -108,7 +108,7 @@ class VllmEngine:
             "seed": 0,
             "generation_config": "vllm",
             **({} if gpus() else cpu_arguments(length)),
-            **(lora_arguments(target.adapter) if target.adapter else {}),
+            **(lora_arguments(target.adapter, target.dtype) if target.adapter else {}),
             **(options or {}),
         }
         self._drivers = self._start(replicas, tensor_parallel)

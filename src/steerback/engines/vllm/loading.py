@@ -139,7 +139,13 @@ def cpu_arguments(length: int) -> dict[str, Any]:
     }
 
 
-def lora_arguments(folder: str) -> dict[str, Any]:
+def lora_arguments(folder: str, dtype: str) -> dict[str, Any]:
+    """vLLM's arguments for an adapter; SteerbackError where vLLM could not serve it."""
+    if gpus() and dtype == "float32":
+        raise SteerbackError(
+            f"lora {folder!r}: vLLM's adapter kernels take no float32 on a GPU; use a target in bfloat16, or --engine "
+            "transformers"
+        )
     path = Path(folder) / "adapter_config.json"
     if not path.is_file():
         raise SteerbackError(f"lora {folder!r}: no adapter_config.json there")
