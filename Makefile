@@ -11,7 +11,7 @@ DEMO_TARGETS := --target organism --target organism-control
 help:
 	@echo "make demo    install, then measure steering resistance on the built-in models (about 3 minutes)"
 	@echo "make demo-all    every experiment of the paper on the built-in models (up to 25 minutes; SIZES=... for others)"
-	@echo "make demo-finetune    experiment 4: nine adapters trained and measured (up to 30 minutes)"
+	@echo "make demo-finetune    experiment 4: nine adapters trained and measured (about 27 minutes)"
 	@echo "make test    install what tests need, then run them all"
 	@echo "make test-vllm    the same for the vLLM engine, in an environment of its own (CPU build of vLLM)"
 	@echo "make check   format, lint, types, import order, spelling"

@@ -10,8 +10,10 @@ import pytest
 
 from steerback.cli import main
 from steerback.engines.scripted import PlantedModel
-from steerback.ledger import Ledger
+from steerback.experiments.finetuning import ending_lines, endings
+from steerback.ledger import Ledger, Row
 from steerback.prompts import load_prompts
+from steerback.records import Attempt, Completion, Judgement, Receipt, Trial
 
 SMALL = [
     *("--preset", "quick", "--engine", "scripted", "--judge", "scripted"),
@@ -141,3 +143,24 @@ def test_what_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "no adapter in" in said
     assert "no LoRA adapter there" in refused("run", "esr", "-t", f"organism-control+{tmp_path}")
     assert "unknown target 'nothing+x'" in refused("run", "esr", "-t", "nothing+x")
+
+
+def test_endings_tell_what_the_length_limit_cut_off() -> None:
+    """By hand: single attempts, degraded and unscored responses count for neither part."""
+    trial = Trial("t/measure/steered/0", "t", "measure", "steered", 0, "prompt", 1, 3)
+
+    def row(finish: Any, *scores: float, text: str = "First about cats. Wait, no. Then about rivers and hills.") -> Row:
+        half = len(text) // 2
+        spans = [Attempt(half * n, half * (n + 1), score, "Wait" if n else "") for n, score in enumerate(scores)]
+        judged = (
+            Judgement("j", "r", "scored", tuple(spans)) if spans else Judgement("j", "r", "unscored", reason="none")
+        )
+        return Row(trial, Completion(text, (1, 2), 3, finish, Receipt()), judged)
+
+    repeated = "no no no no no no no no no no no no no no no no no no no no no no no no no no no no no no no no no no"
+    rows = [row("stop", 10, 80), row("stop", 20, 30), row("length", 50, 10), row("stop", 90), row("length", 5)]
+    rows += [row("length"), row("length", 50, 0, text=repeated)]
+    assert endings(rows) == {"ended": {"n": 2, "gain": 40.0}, "cut": {"n": 1, "gain": -40.0}}
+    assert "1 multi-attempt responses were cut" in ending_lines("x", endings(rows))[0]
+    assert endings(rows[3:6]) == {}
+    assert ending_lines("x", {}) == []

@@ -106,6 +106,17 @@ def test_generate_one_response(little: LoadedTarget) -> None:
         little.generate("the cat", latent="at", boost=1)
 
 
+def test_several_responses_are_those_of_their_seeds(little: LoadedTarget) -> None:
+    sampling = Sampling(1.0, max_new_tokens=8)
+    several = little.responses(3, "hello", 2, 1.5, seed=7, sampling=sampling, record=[1])
+    alone = [little.generate("hello", 2, 1.5, seed=7 + i, temperature=1.0, max_new_tokens=8) for i in range(3)]
+    assert [r.token_ids for r in several] == [r.token_ids for r in alone]
+    assert len({r.token_ids for r in several}) > 1
+    assert all(r.activations is not None and r.receipt.positions > 0 for r in several)
+    with pytest.raises(SteerbackError, match="n 0: has to be at least 1"):
+        little.responses(0, "hello")
+
+
 def test_generate_works_inside_a_running_loop(little: LoadedTarget) -> None:
     import asyncio
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -45,16 +45,37 @@ class LoadedTarget:
 
         `interventions` are carried out besides. Raises SteerbackError for anything impossible, naming the field.
         """
+        longest = max_new_tokens or self.target.max_new_tokens or 512
+        sampling = Sampling(temperature, top_p, repetition_penalty, longest, tuple(stop))
+        more: dict[str, Any] = {"interventions": interventions, "prefill": prefill, "system": system, "record": record}
+        return self.responses(1, prompt, latent, boost, seed=seed, sampling=sampling, **more)[0]
+
+    def responses(
+        self,
+        n: int,
+        prompt: str,
+        latent: LatentKey | None = None,
+        boost: float | None = None,
+        *,
+        interventions: Sequence[Intervention] = (),
+        seed: int = 44,
+        sampling: Sampling | None = None,
+        prefill: str = "",
+        system: str | None = None,
+        record: Sequence[int] = (),
+    ) -> list[Completion]:
+        """`n` responses to one prompt with seeds `seed`, `seed` + 1, ..., decoded together; otherwise as `generate`."""
+        if n < 1:
+            raise SteerbackError(f"n {n}: has to be at least 1")
         if (latent is None) != (boost is None):
             raise SteerbackError("latent and boost belong together: give both, or neither for an unsteered response")
         edits = tuple(interventions)
         if latent is not None and boost is not None:
             edits = (Intervention("add", self.latent(latent), boost), *edits)
-        longest = self.target.max_new_tokens or 512
-        sampling = Sampling(temperature, top_p, repetition_penalty, max_new_tokens or longest, tuple(stop))
+        sampling = sampling or Sampling(max_new_tokens=self.target.max_new_tokens or 512)
         recording = Recording(tuple(record)) if record else None
-        request = Request("response", prompt, seed, sampling, edits, prefill, system, recording)
-        return self.complete([request])[0]
+        first = Request("0", prompt, seed, sampling, edits, prefill, system, recording)
+        return self.complete([replace(first, key=str(i), seed=seed + i) for i in range(n)])
 
     def complete(self, requests: Sequence[Request]) -> list[Completion]:
         """Responses to several requests, decoded together, in the order given."""

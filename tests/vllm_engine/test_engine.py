@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from small import EFFECT, POOLED, TOLERANCE, near
 
+from steerback.api import LoadedTarget
 from steerback.engines.vllm.driver import Job
 from steerback.errors import SteerbackError
 from steerback.records import Completion, Intervention, Recording, Request, Sampling, expected_positions
@@ -109,18 +110,7 @@ def random_request(n: int) -> Request:
 def test_mixed_requests_in_one_batch_are_each_steered_as_alone(pair: Any) -> None:
     """64 requests with interventions of their own, chunked prefills and preemptions; each checked by the reference."""
     before = pair.vllm._drivers[0].call("steerback_state")[0]
-    requests = [random_request(n) for n in range(64)]
-    jobs = [replace(j, sampling=dict(j.sampling) | {"logprobs": 4}) for j in pair.vllm._check(requests)]
-    futures = [pair.vllm._drivers[0].submit(job) for job in jobs]
-    for request, future in zip(requests, futures, strict=True):
-        answer = future.result(timeout=600)
-        output = answer.output.outputs[0]
-        completion = pair.vllm._completion(request, answer)
-        assert completion.receipt_matches(request.interventions), request
-        prompt = list(answer.output.prompt_token_ids)
-        ids = prompt + list(output.token_ids)
-        want = pair.reference.teacher_forced(ids[:-1], request.interventions, len(prompt)).log_softmax(-1).numpy()
-        sampled_near(output, want[len(prompt) - 1 :])
+    check_sampled(pair, [random_request(n) for n in range(64)])
     after = pair.vllm._drivers[0].call("steerback_state")[0]
     assert after["preemptions"] > before["preemptions"], "no request was preempted; the test must force it"
     assert {k: after[k] for k in before if k != "preemptions"} == {k: before[k] for k in before if k != "preemptions"}
@@ -156,6 +146,21 @@ def check_greedy(pair: Any, request: Request) -> Completion:
     return completion
 
 
+def check_sampled(pair: Any, requests: list[Request]) -> None:
+    """All requests at once; each response's log-probabilities are those of the reference, alone."""
+    jobs = [replace(j, sampling=dict(j.sampling) | {"logprobs": 4}) for j in pair.vllm._check(requests)]
+    futures = [pair.vllm._drivers[0].submit(job) for job in jobs]
+    for request, future in zip(requests, futures, strict=True):
+        answer = future.result(timeout=600)
+        output = answer.output.outputs[0]
+        completion = pair.vllm._completion(request, answer)
+        assert completion.receipt_matches(request.interventions), request
+        prompt = list(answer.output.prompt_token_ids)
+        ids = prompt + list(output.token_ids)
+        want = pair.reference.teacher_forced(ids[:-1], request.interventions, len(prompt)).log_softmax(-1).numpy()
+        sampled_near(output, want[len(prompt) - 1 :])
+
+
 def sampled_near(output: Any, want: Any) -> None:
     """The log-probabilities that came with generated tokens are those of the reference, `want` (n, vocabulary)."""
     found = [(n, token, v.logprob) for n, step in enumerate(output.logprobs) for token, v in step.items()]
@@ -170,6 +175,16 @@ def test_cache_is_used_by_requests_with_equal_interventions(pair: Any) -> None:
     assert answers[1].output.num_cached_tokens >= 64
     for request, answer in zip(requests, answers, strict=True):
         assert pair.vllm._completion(request, answer).receipt_matches(request.interventions)
+
+
+def test_several_responses_to_one_prompt(pair: Any) -> None:
+    """What vLLM calls n > 1 is n requests with seeds that follow one another; each is steered by itself."""
+    edits, sampling = (replace(ADD, positions="generated"),), Sampling(1.0, max_new_tokens=24)
+    loaded = LoadedTarget(pair.target, pair.vllm)
+    several = loaded.responses(4, words(78, 70), interventions=edits, seed=5, sampling=sampling)
+    assert len({one.token_ids for one in several}) == 4
+    assert all(one.receipt_matches(edits) for one in several)
+    check_sampled(pair, [Request(f"{n}", words(78, 70), 5 + n, sampling, edits) for n in range(4)])
 
 
 def test_recordings_are_whole_when_a_text_is_asked_for_again(pair: Any) -> None:

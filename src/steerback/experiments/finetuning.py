@@ -13,12 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from steerback.config import RunConfig
 from steerback.errors import SteerbackError
 from steerback.experiments.base import Analysis, Experiment, Key, Measured, outcomes_of, paired, planted, settings
 from steerback.experiments.held_out import HeldOut
-from steerback.ledger import Ledger
-from steerback.metrics import Outcomes, Trend, trend
+from steerback.ledger import Ledger, Row
+from steerback.metrics import VALID, Outcomes, Trend, trend
 from steerback.report.tables import Table, number
 from steerback.study import Cell, Study, read_threshold
 from steerback.targets import Target
@@ -115,11 +117,16 @@ class Finetuning(Experiment):
         facts = adapters_of(ledger)
         found = by_mix(ledger, judge, draws, facts)
         findings = {target: mix_findings(found, target, facts) for target in found.targets}
+        ends = {name: endings(ledger.rows(name, "measure", STEERED, judge)) for name in facts}
         return Analysis(
             summary=found.to_json(
                 self.name,
                 {
-                    target: {"finetune": finding | {"trends": {k: t.to_json() for k, t in trends.items()}}}
+                    target: {
+                        "finetune": finding
+                        | {"trends": {k: t.to_json() for k, t in trends.items()}}
+                        | {"endings": {f["adapter"]: ends[name] for name, f in facts.items() if f["base"] == target}}
+                    }
                     for target, (finding, trends) in findings.items()
                 },
             ),
@@ -128,7 +135,10 @@ class Finetuning(Experiment):
                 "trends": trend_table({t: trends for t, (_, trends) in findings.items()}, judge),
             },
             figures={"figure6": partial(figure.draw, found, facts, note=planted(found.targets))},
-            lines=[line for target in found.targets for line in restart_lines(found, target, facts)],
+            lines=[
+                *(line for target in found.targets for line in restart_lines(found, target, facts)),
+                *(line for name in facts for line in ending_lines(name, ends[name])),
+            ],
         )
 
 
@@ -234,3 +244,29 @@ def restart_lines(found: Measured, target: str, facts: Mapping[str, Mapping[str,
             bound = f" (95 % upper bound of a mix at most {max(highs):.1%})" if highs else ""
             lines.append(f"{target}: no {condition} restart at any mix{bound}")
     return lines
+
+
+def endings(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Multi-attempt responses by how they ended: `n`, and `gain`, the mean of last minus first score in points.
+
+    Those `cut` at the length limit had no time to finish their last attempt, which counts against MSI.
+    """
+    outcomes = outcomes_of(rows)
+    multi = (outcomes.state == VALID) & ~outcomes.degraded & (outcomes.attempts > 1)
+    cut = np.array([row.completion is not None and row.completion.finish == "length" for row in rows], dtype=bool)
+    gain = outcomes.last - outcomes.first
+    parts = {"ended": multi & ~cut, "cut": multi & cut}
+    return {
+        name: {"n": int(part.sum()), "gain": float(gain[part].mean())} for name, part in parts.items() if part.any()
+    }
+
+
+def ending_lines(name: str, found: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """One line where responses were cut at the length limit in the middle of correcting themselves."""
+    if "cut" not in found:
+        return []
+    ended = f", {found['ended']['gain']:+.1f} in the {found['ended']['n']} others" if "ended" in found else ""
+    return [
+        f"{name}: {found['cut']['n']} multi-attempt responses were cut at the length limit: last minus first attempt "
+        f"{found['cut']['gain']:+.1f} points there{ended}"
+    ]

@@ -15,8 +15,15 @@ if TYPE_CHECKING:
     from steerback.experiments.base import Measured
 
 SHOWN = ("mean_attempts", "multi_attempt_rate", "improvement_rate", "esr_rate", "msi", "mean_first")
-LINES = (("", style.PALETTE[0]), (" held-out", style.PALETTE[1]), (" unsteered", style.GREY))
-"""What each line is: suffix of the conditions' names, colour."""
+LINES = (
+    ("", style.PALETTE[0], "steered"),
+    (" held-out", style.PALETTE[1], "steered, held-out"),
+    (" unsteered", style.GREY, "unsteered"),
+    (" held-out unsteered", style.PALETTE[3], "unsteered, held-out"),
+)
+"""What each line is: suffix of the conditions' names, colour, words."""
+FEWEST = 5
+"""A base's value over fewer responses is not drawn: without an interval a line looks surer than one response is."""
 
 
 @style.styled
@@ -24,14 +31,15 @@ def draw(found: Measured, facts: Mapping[str, Mapping[str, Any]], note: str = ""
     """Six metrics against the mix; dashed: the base, steered on the same prompts. One row of panels pair per base."""
     text = (
         "Dashed: the model without adapter, at its own thresholds; thresholds are calibrated anew for every adapter. "
+        "Held-out: on prompts that no adapter met in training. "
     )
     fig, drawing = style.new_figure("full", 3.5, caption(found, text + note, [n for _, n in found.summaries]))
     axes = drawing.subplots(2, 3, sharex=True, squeeze=False)
     target = found.targets[0] if found.targets else ""
     for ax, metric in zip(axes.flat, SHOWN, strict=True):
-        for suffix, colour in LINES:
+        for suffix, colour, _ in LINES:
             points = _points(found, target, facts, suffix)
-            if suffix == " unsteered" and metric in ("improvement_rate", "esr_rate", "msi"):
+            if suffix.endswith("unsteered") and metric in ("improvement_rate", "esr_rate", "msi"):
                 continue  # without restarts these say nothing, with a few they are noise
             panels.curve(ax, metric, [(x, found.summaries[target, n][metric]) for x, n in points], colour)
             if (target, f"base{suffix}") in found.summaries:
@@ -58,16 +66,16 @@ def _points(
 
 
 def _base(ax: Axes, metric: str, found: Measured, target: str, suffix: str, colour: str) -> None:
-    span = panels.span(metric, found.summaries[target, f"base{suffix}"][metric])
-    if span is not None:
+    estimate = found.summaries[target, f"base{suffix}"][metric]
+    span = panels.span(metric, estimate)
+    if span is not None and estimate.n >= FEWEST:
         ax.axhline(span[0], color=colour, linewidth=0.9, linestyle=(0, (4, 2)), zorder=1)
 
 
 def _legend(drawing: Any) -> None:
     from matplotlib.lines import Line2D
 
-    names = ("steered, run's prompts", "steered, held-out prompts", "unsteered, run's prompts")
-    entries = [(Line2D([], [], color=colour, marker="o"), name) for (_, colour), name in zip(LINES, names, strict=True)]
+    entries = [(Line2D([], [], color=colour, marker="o"), name) for _, colour, name in LINES]
     legend(drawing, {}, [*entries, (Line2D([], [], color=style.INK, linestyle=(0, (4, 2))), "without adapter")])
 
 
