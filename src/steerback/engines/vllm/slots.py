@@ -194,7 +194,8 @@ class Slots:
         plans_flat = [(slot, plan) for slot, _, plans in chosen for plan in plans]
         active = torch.tensor([plan is not None for _, plan in plans_flat])
         table.active.index_copy_(0, cells, self._send(active))
-        table.add.index_copy_(0, cells, self._send(self._additions(plans_flat)))
+        additions, which = self._additions([plan for _, plan in plans_flat])
+        table.add.index_copy_(0, cells, self._send(additions)[self._send(which)])
         if table.used.shape[1]:
             self._write_clamps(table, cells, plans_flat)
             self._write_records(layer, table, self._send(rows), [slot for slot, _, _ in chosen])
@@ -205,15 +206,18 @@ class Slots:
                 if plan is not None and first < last:
                     marks[slot.row, first:last] = CACHED
 
-    def _additions(self, plans: Sequence[tuple[Slot, LayerPlan | None]]) -> Tensor:
-        """The sum of each cell's additions (cells, d): one gather for all of them."""
-        out = torch.zeros(len(plans), self.settings.site.d_model)
-        terms = [(n, *term) for n, (_, plan) in enumerate(plans) if plan is not None for term in plan.add]
+    def _additions(self, plans: Sequence[LayerPlan | None]) -> tuple[Tensor, Tensor]:
+        """Sums of additions (k, d), one for each plan that differs, and which of them each plan means (n,)."""
+        first: dict[int, int] = {}
+        which = [first.setdefault(id(plan), len(first)) for plan in plans]
+        out = torch.zeros(len(first), self.settings.site.d_model)
+        distinct = dict(zip(which, plans, strict=True))
+        terms = [(n, *term) for n, plan in distinct.items() if plan is not None for term in plan.add]
         if terms:
-            cells, keys, boosts = zip(*terms, strict=True)
-            vectors = torch.stack([direction(key, self.sae, self.directions).float() for key in keys])
-            out.index_add_(0, torch.tensor(cells), torch.tensor(boosts)[:, None] * vectors)
-        return out
+            sums, keys, boosts = zip(*terms, strict=True)
+            vectors = torch.stack([direction(key, self.sae, self.directions) for key in keys]).float()
+            out.index_add_(0, torch.tensor(sums), torch.tensor(boosts)[:, None] * vectors)
+        return out, torch.tensor(which)
 
     def _write_clamps(self, table: LayerTable, cells: Tensor, plans: Sequence[tuple[Slot, LayerPlan | None]]) -> None:
         value = np.zeros((len(plans), table.used.shape[1]), dtype=np.float32)
