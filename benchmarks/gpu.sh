@@ -17,7 +17,7 @@ tests() {  # numbers, by both model runners, at the same time: small models on o
 speed() { python3 benchmarks/vllm_gpu.py llama-8b --requests 256 512 --stream 1024 --pool --out "$out/vllm_8b.json"; }
 layer() { python3 benchmarks/vllm_layer.py --out "$out/vllm_layer.json"; }
 peers() {
-  VLLM_LENS_DISABLE='' python3 benchmarks/vllm_peers.py lens llama-8b --requests 32 256 --new 16 --repeats 2 --out "$out/vllm_lens.json"
+  VLLM_LENS_DISABLE='' python3 benchmarks/vllm_peers.py lens llama-8b --requests 32 256 --new 16 --out "$out/vllm_lens.json"
   python3 benchmarks/vllm_peers.py transformers llama-8b --requests 256 --out "$out/vllm_transformers.json"
 }
 gemma() { python3 benchmarks/vllm_gpu.py gemma-9b --kinds add+clamp+record --latents 16384 --out "$out/vllm_gemma.json"; }

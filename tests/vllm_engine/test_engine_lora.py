@@ -6,6 +6,7 @@ The adapter is of the form that fine-tuning makes: every linear layer, rank 32, 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,5 +62,26 @@ def test_adapter_is_steered_like_merged_weights(tmp_path: Path) -> None:
         assert (with_adapter - without).abs().max() > EFFECT / 4
         assert pair.vllm.describe()["lora"]
         assert pair.vllm.describe()["model"] == target.name
+    finally:
+        pair.vllm.close()
+
+
+BFLOAT16 = 0.25
+"""On log-probabilities of a model in bfloat16 against one in float32; the edits move them by more than EFFECT."""
+
+
+@pytest.mark.skipif(not small.GPU, reason="the form in which GPUs serve adapters; elsewhere float32 is stricter")
+def test_adapter_in_bfloat16_is_steered_like_merged_weights(tmp_path: Path) -> None:
+    target = replace(small.write(tmp_path / "model"), dtype="bfloat16")
+    write_adapter(tmp_path / "model", tmp_path / "adapter", tmp_path / "merged")
+    merged = from_folder(tmp_path / "merged", steer_layer=1, read_layer=2)
+    pair = Pair(target.with_adapter(tmp_path / "adapter"), merged)
+    try:
+        plain, ids = TransformersEngine(replace(target, dtype="float32"), batch_size=2, device="cpu"), tokens(9, 30)
+        for name in ("add", "clamp", "add and clamp"):
+            got = pair.vllm.teacher_forced(ids, CASES[name], 12)
+            want, without = (e.teacher_forced(ids, CASES[name], 12).log_softmax(-1) for e in (pair.reference, plain))
+            small.near(f"log-probabilities in bfloat16, {name}", got, want.numpy(), BFLOAT16)
+            assert (want - without).abs().max() > EFFECT
     finally:
         pair.vllm.close()
