@@ -186,8 +186,9 @@ def test_a_hand_computed_condition() -> None:
         (9, 6, True, CLARIFYING, "fine"),
         (9, 7, False, judged((0, True)), "fine"),
     ]
-    s = summarize(Outcomes.from_rows(rows), draws=50)
-    assert s.counts == {"planned": 8, "valid": 5, "empty": 1, "unscored": 1, "invalid": 1, "degraded": 1}
+    cut = [True, False, True, False, True, True, False, False]  # of the sound and valid ones: two
+    s = summarize(Outcomes.from_rows(rows, cut), draws=50)
+    assert s.counts == {"planned": 8, "valid": 5, "empty": 1, "unscored": 1, "invalid": 1, "degraded": 1, "cut": 2}
     assert values(s, "headline") == pytest.approx(
         {
             "multi_attempt_rate": 2 / 4,

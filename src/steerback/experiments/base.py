@@ -86,7 +86,7 @@ class Experiment(ABC):
 
 def outcomes_of(rows: Sequence[Row], cluster: Callable[[Trial], LatentKey | None] = lambda t: t.latent) -> Outcomes:
     """The statistics' input: one entry per planned trial, whatever became of it, clustered by latent (or `cluster`)."""
-    return Outcomes.from_rows(
+    table = [
         (
             cluster(r.trial),
             r.trial.index,
@@ -95,7 +95,8 @@ def outcomes_of(rows: Sequence[Row], cluster: Callable[[Trial], LatentKey | None
             r.completion.text if r.completion else "",
         )
         for r in rows
-    )
+    ]
+    return Outcomes.from_rows(table, [r.completion is not None and r.completion.finish == "length" for r in rows])
 
 
 @dataclass(frozen=True, slots=True)

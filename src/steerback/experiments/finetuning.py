@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from steerback.config import RunConfig
 from steerback.errors import SteerbackError
 from steerback.experiments.base import Analysis, Experiment, Key, Measured, outcomes_of, paired, planted, settings
@@ -253,9 +251,8 @@ def endings(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     """
     outcomes = outcomes_of(rows)
     multi = (outcomes.state == VALID) & ~outcomes.degraded & (outcomes.attempts > 1)
-    cut = np.array([row.completion is not None and row.completion.finish == "length" for row in rows], dtype=bool)
     gain = outcomes.last - outcomes.first
-    parts = {"ended": multi & ~cut, "cut": multi & cut}
+    parts = {"ended": multi & ~outcomes.cut, "cut": multi & outcomes.cut}
     return {
         name: {"n": int(part.sum()), "gain": float(gain[part].mean())} for name, part in parts.items() if part.any()
     }

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -43,7 +43,8 @@ class Outcomes:
 
     `cluster` is a code of the latent (trials of one latent are correlated), `pair` the trial's index in the plan:
     equal pair means same prompt, seed and latent in the conditions that are compared. Scores are gated unless
-    named otherwise, 0-100, nan (and 0 attempts) where the trial is not VALID.
+    named otherwise, 0-100, nan (and 0 attempts) where the trial is not VALID. `cut`: the length limit stopped the
+    response, so that its last attempt may be unfinished.
     """
 
     cluster: NDArray[np.int64]
@@ -56,8 +57,11 @@ class Outcomes:
     ungated_first: NDArray[np.float64]
     ungated_last: NDArray[np.float64]
     degraded: NDArray[np.bool_]
+    cut: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=bool))
 
     def __post_init__(self) -> None:
+        if not len(self.cut):
+            object.__setattr__(self, "cut", np.zeros(len(self.state), dtype=bool))
         for name, dtype in _DTYPES.items():
             object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=dtype))
         shapes = {getattr(self, name).shape for name in _DTYPES}
@@ -86,14 +90,17 @@ class Outcomes:
         return Outcomes(*(np.concatenate([getattr(p, name) for p in parts]) for name in _DTYPES))
 
     @staticmethod
-    def from_rows(rows: Iterable[tuple[LatentKey | None, int, bool, Judgement | None, str]]) -> Outcomes:
-        """Builds outcomes from (latent key, pair, trial ok, judgement, response text).
+    def from_rows(
+        rows: Iterable[tuple[LatentKey | None, int, bool, Judgement | None, str]], cut: Sequence[bool] = ()
+    ) -> Outcomes:
+        """Builds outcomes from (latent key, pair, trial ok, judgement, response text), and `cut` if there are any.
 
         Trial ok: generated without an error and the receipt matches the plan.
         """
         table = [(cluster_code(key), pair, *outcome_of(ok, judgement, text)) for key, pair, ok, judgement, text in rows]
-        columns = zip(*table, strict=True) if table else ([] for _ in _DTYPES)
-        return Outcomes(*(np.array(c, dtype=d) for c, d in zip(columns, _DTYPES.values(), strict=True)))
+        columns = [*zip(*table, strict=True)] if table else [()] * (len(_DTYPES) - 1)
+        arrays = zip([*columns, cut], _DTYPES.values(), strict=True)
+        return Outcomes(*(np.array(c, dtype=d) for c, d in arrays))
 
 
 _DTYPES: dict[str, type[np.generic]] = {
@@ -107,6 +114,7 @@ _DTYPES: dict[str, type[np.generic]] = {
     "ungated_first": np.float64,
     "ungated_last": np.float64,
     "degraded": np.bool_,
+    "cut": np.bool_,
 }
 
 

@@ -96,7 +96,9 @@ def summary_table(
     named = {(key,) if isinstance(key, str) else tuple(key): s for key, s in summaries.items()}
     left = max((len(key) for key in named), default=1)
     names = ("target", "condition")[:left]
-    counted = [c for c in ("degraded", "unscored", "invalid", "empty") if any(s.counts[c] for s in named.values())]
+    counted = [
+        c for c in ("cut", "degraded", "unscored", "invalid", "empty") if any(s.counts[c] for s in named.values())
+    ]
     cells = [
         (
             *key,
@@ -114,6 +116,7 @@ def summary_table(
     caption = (
         f"Gated, without degraded responses; 95 % intervals clustered by latent. Judge: {judge}. "
         "MSI: mean gain in points of the last attempt over the first, 0 for single attempts."
+        + (" cut: of n, stopped by the length limit, so that the last attempt may be unfinished." * ("cut" in counted))
     )
     return Table((*names, "n", *(_HEADINGS[m] for m in metrics), *counted), cells, caption, records, left)
 
