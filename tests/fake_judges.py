@@ -18,12 +18,16 @@ from typing import Any
 RESTART = "Wait, that's not right."
 FAULTS = ("429", "500", "timeout", "truncated", "refusal", "malformed", "hallucinated", "out of range")
 _ENCLOSED = re.compile(r"<response-([0-9a-f]{16})>\n(.*)\n</response-\1>", re.S)
+_LABELS = re.compile(r"<labels-([0-9a-f]{16})>\n(.*)\n</labels-\1>", re.S)
 
 Fault = Callable[[str, int], str]  # (response, how often it was asked before) -> fault or ""
 
 
 def verdict(message: str, fault: str = "") -> str:
-    """The judge's reply to a user message."""
+    """The judge's reply to a user message: attempts, or ratings of listed labels by their length."""
+    if listed := _LABELS.search(message):
+        labels = re.findall(r"^(\d+)\. (.*)$", listed[2], re.M)
+        return json.dumps({"verdict": listed[1], "ratings": {n: len(label) for n, label in labels}})
     found = _ENCLOSED.search(message)
     assert found, message
     nonce, response = found.groups()

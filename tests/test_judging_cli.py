@@ -85,6 +85,30 @@ def test_estimate_budget_spend_and_going_on(server: FakeJudge, capsys: pytest.Ca
         assert KEY.encode() not in file.read_bytes(), file
 
 
+def test_rating_labels_is_estimated_and_bounded_like_judging(
+    server: FakeJudge, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["run", "esr", "--target", "organism", "--name", "rated", *SMALL, "--set", "selection.rater=qwen3-32b"]
+    assert steerback(*arguments, "--dry-run") == 0
+    found = re.search(r"rater qwen3-32b: at most (\d+) calls, .* USD", capsys.readouterr().out)
+    assert found is not None
+    calls = int(found[1])
+    assert calls > 1
+    assert steerback(*arguments, "--max-judge-calls", "1") == 2
+    said = capsys.readouterr().err
+    assert "rater qwen3-32b: budget spent: --max-judge-calls 1; 40 of " in said
+    assert sum(server.asked.values()) == 1
+    with Run.read(Path("runs/rated")) as run:
+        assert run.ledger.fact("", "judge spend")["qwen3-32b"]["calls"] == 1
+        assert run.ledger.fact("organism", "latents") is None
+    assert steerback(*arguments) == 0
+    assert sum(server.asked.values()) == calls
+    with Run.read(Path("runs/rated")) as run:
+        assert run.ledger.fact("", "judge spend")["qwen3-32b"]["calls"] == calls
+    assert steerback(*arguments, "--set", "selection.rater=nobody") == 2
+    assert "unknown concreteness rater 'nobody'" in capsys.readouterr().err
+
+
 def test_a_run_estimates_its_judge_and_keeps_to_the_budget(
     server: FakeJudge, capsys: pytest.CaptureFixture[str]
 ) -> None:

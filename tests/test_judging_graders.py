@@ -31,7 +31,9 @@ from steerback.records import Attempt, Judgement
 RESPONSE = "Lava flows fast. Sorry, I drifted off. Pour water into the sink."
 
 
-def mock(answer: Callable[[str, str], dict[str, Any]], calls: list[str] | None = None) -> Transport:
+def mock(
+    answer: Callable[[str, str], dict[str, Any]], calls: list[str] | None = None, limits: Limits | None = None
+) -> Transport:
     """A transport over the mock model that answers by `answer(nonce, user message)`."""
     pytest.importorskip("inspect_ai")
     from inspect_ai.model import ModelOutput, ModelUsage
@@ -46,7 +48,7 @@ def mock(answer: Callable[[str, str], dict[str, Any]], calls: list[str] | None =
         found.usage = ModelUsage(input_tokens=1, output_tokens=1, total_tokens=2)
         return found
 
-    return Transport("mockllm/model", Limits(), model_args={"custom_outputs": output})
+    return Transport("mockllm/model", limits or Limits(), model_args={"custom_outputs": output})
 
 
 def lengths(nonce: str, text: str) -> dict[str, Any]:
@@ -67,6 +69,18 @@ def test_ratings_come_in_batches_and_are_asked_for_once(tmp_path: Path) -> None:
     other = LLMRater("mock", mock(lengths, calls), tmp_path / "ratings.json")
     assert other.rate(["new one"]) == [7.0]
     assert len(calls) == -(-100 // LABELS_PER_CALL) + 1
+
+
+def test_a_spent_budget_stops_rating_and_keeps_what_was_rated(tmp_path: Path) -> None:
+    labels, calls = [f"label {i}" for i in range(100)], list[str]()
+    poor = LLMRater("mock", mock(lengths, calls, Limits(max_calls=1)), tmp_path / "ratings.json")
+    assert poor.estimate(labels).calls == 3
+    with pytest.raises(SteerbackError, match="budget spent: --max-judge-calls 1; 40 of 100 labels were rated"):
+        poor.rate(labels)
+    rich = LLMRater("mock", mock(lengths, calls), tmp_path / "ratings.json")
+    assert rich.estimate(labels).calls == 2
+    assert rich.rate(labels) == [float(len(label)) for label in labels]
+    assert len(calls) == 3
 
 
 def test_rating_works_where_an_event_loop_runs() -> None:

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 
 from steerback.config import RunConfig
 from steerback.judging.base import Judge, JudgeItem
+from steerback.judging.graders import LLMRater
 from steerback.judging.spending import Spend, estimated
+from steerback.latents.concreteness import make_rater
+from steerback.latents.selection import rating_model
 from steerback.runs import Run
 from steerback.study import UNJUDGED
 from steerback.targets.download import gigabytes
@@ -63,7 +66,18 @@ def plan_lines(job: Job, folder: Path) -> list[str]:
         )
         lines.append(f"  {target.name}: {_fits(target)}")
         lines += [] if asked is None else [f"  {target.name}: judge {config.judge}: at most {asked}"]
+        lines += _rating(job, target)
     return lines if job.experiment.generates else lines + _collecting(job)
+
+
+def _rating(job: Job, target: Target) -> list[str]:
+    """What rating the labels of a target would take, where a language model does."""
+    name = rating_model(job.config)
+    if name is None or not target.has_sae:
+        return []
+    rater = make_rater(name, job.judges)
+    assert isinstance(rater, LLMRater)
+    return [f"  {target.name}: rater {name}: at most {rater.estimate([*target.labels().values()])}"]
 
 
 def _collecting(job: Job) -> list[str]:

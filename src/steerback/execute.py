@@ -17,7 +17,8 @@ from steerback.experiments import get_experiment
 from steerback.experiments.base import Analysis, Experiment, settings
 from steerback.judging import Judge, Maker, make_judge
 from steerback.judging.spending import Spend, drain, estimated
-from steerback.latents.selection import check_own
+from steerback.latents.concreteness import make_rater
+from steerback.latents.selection import check_own, rating_model
 from steerback.ledger import Ledger, Row
 from steerback.pipeline import Workbench, judge_item, judge_rows
 from steerback.progress import Progress, Silent
@@ -72,6 +73,8 @@ def check(config: RunConfig, judges: Maker = make_judge) -> Job:
         paper_data.path_of(name)
     for name in experiment.judges(config):
         judges(name)  # a missing key or unknown judge shows now
+    if (rater := rating_model(config)) is not None:
+        make_rater(rater, judges)
     return Job(config, experiment, targets, load_prompts(config.prompts), judges)
 
 
@@ -159,7 +162,7 @@ async def _targets(job: Job, opened: Run, progress: Progress, cache: Cache | Non
                 same_weights(Path(job.config.from_run), target.name, engine)
             sampling = job.config.sampling.record(target.max_new_tokens)
             bench = Workbench(opened.ledger, engine, judge, sampling, progress, cache)
-            study = Study(opened, target, bench, job.prompts)
+            study = Study(opened, target, bench, job.prompts, job.judges)
             await study.prepare()
             parts["targets"][target.name] = {
                 "target": target.describe(),
@@ -172,6 +175,8 @@ async def _targets(job: Job, opened: Run, progress: Progress, cache: Cache | Non
                 await job.experiment.run(study)
             finally:
                 note_judge(opened, judge)
+                if (rater := rating_model(job.config)) is not None:
+                    _note_spend(opened, job.judges(rater))
         finally:
             engine.close()
 
@@ -190,6 +195,10 @@ def note_judge(opened: Run, judge: Judge) -> None:
     known[judge.name] = judge.describe()
     opened.ledger.set_fact("", "judges", known)
     opened.amend_manifest({"judges": known})
+    _note_spend(opened, judge)
+
+
+def _note_spend(opened: Run, judge: Judge) -> None:
     spent = drain(judge)
     if spent is not None:
         opened.add_spend(judge.name, spent)

@@ -15,8 +15,9 @@ import numpy as np
 
 from steerback.calibration import BoostPrior, CalibrationSettings, Calibrator, Threshold, Verification, verified
 from steerback.errors import SteerbackError
-from steerback.judging.base import References
+from steerback.judging import Maker, References, make_judge
 from steerback.latents import selection as choose
+from steerback.latents.concreteness import make_rater
 from steerback.ledger import Ledger, Row
 from steerback.pipeline import Workbench, complete
 from steerback.records import Intervention, Latent, LatentKey, Trial
@@ -54,8 +55,12 @@ class Cell:
 class Study:
     """One target of a run, with the workbench its trials are worked on with."""
 
-    def __init__(self, run: Run, target: Target, bench: Workbench, prompts: Sequence[str]) -> None:
+    def __init__(
+        self, run: Run, target: Target, bench: Workbench, prompts: Sequence[str], judges: Maker = make_judge
+    ) -> None:
+        """`judges` makes what rates labels, where a language model does."""
         self.run, self.target, self.bench, self.prompts = run, target, bench, tuple(prompts)
+        self._judges = judges
         if bench.engine is None:
             raise ValueError("a study needs an engine")
         self.config, self.engine = run.config, bench.engine
@@ -148,6 +153,7 @@ class Study:
                 peaks=peaks,
                 settings=self.config.selection,
                 seed=self.config.seeds.latents,
+                rater=make_rater(self.config.selection.rater, self._judges),
                 # where there are labels at all, a judge must be told what a response is steered towards
                 labelled_only=bool(labels) and self.config.selection.unlabelled == "drop",
             )

@@ -10,7 +10,18 @@ from steerback.errors import unknown
 from steerback.judging.base import Judge, JudgeItem, References
 from steerback.judging.models import JudgeModel, aliases, model_string
 
-__all__ = ["Judge", "JudgeItem", "JudgeModel", "LOCAL", "References", "Maker", "aliases", "judge_maker", "make_judge"]
+__all__ = [
+    "LOCAL",
+    "Judge",
+    "JudgeItem",
+    "JudgeModel",
+    "Maker",
+    "References",
+    "aliases",
+    "judge_maker",
+    "make_judge",
+    "model_string",
+]
 
 Maker = Callable[[str], Judge]
 

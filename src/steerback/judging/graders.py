@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from steerback.errors import SteerbackError
 from steerback.judging.base import JudgeItem
 from steerback.judging.parse import Quotable, WholeScore, parse_ratings, parse_verdict, parse_whole
 from steerback.judging.prompt import BOUNDARIES, CONCRETENESS, WHOLE, Asked, ask, enclose, encodable, rubric
-from steerback.judging.spending import Spend
+from steerback.judging.spending import OVER_BUDGET, Spend
 from steerback.judging.transport import Transport
 from steerback.records import Judgement, digest
 
@@ -38,6 +39,16 @@ class Boundaries:
     reason: str = ""
 
 
+def _questions(labels: Sequence[str]) -> list[tuple[Sequence[str], Asked]]:
+    """Many labels a call, each numbered on a line of its own."""
+    found = []
+    for i in range(0, len(labels), LABELS_PER_CALL):
+        group = labels[i : i + LABELS_PER_CALL]
+        listed = "\n".join(f"{n}. {' '.join(encodable(label).split())}" for n, label in enumerate(group, 1))
+        found.append((group, enclose(rubric(CONCRETENESS), "labels", listed)))
+    return found
+
+
 class LLMRater:
     """Concreteness of labels by an LLM, 0-100, many labels a call; each rating is asked for once per model and rubric.
 
@@ -52,28 +63,42 @@ class LLMRater:
         self._store = store
 
     def rate(self, labels: Sequence[str]) -> list[float | None]:
-        """One rating per label, None where the judge gave none. Runs in a thread of its own: callers may be async."""
+        """One rating per label, None where the judge gave none. Runs in a thread of its own: callers may be async.
+
+        Raises SteerbackError where the budget is spent before all are rated; what was rated is kept.
+        """
         known = self._read()
-        missing = [label for label in dict.fromkeys(labels) if self._key(label) not in known]
-        if missing:
+        if missing := self._missing(labels, known):
             with ThreadPoolExecutor(1) as thread:
-                found = thread.submit(asyncio.run, self._ask(missing)).result()
+                found, refused = thread.submit(asyncio.run, self._ask(missing)).result()
             known = self._read() | {self._key(label): rating for label, rating in found.items()}
             self._write(known)
+            if refused:
+                raise SteerbackError(
+                    f"rater {self.name}: {refused}; {len(found)} of {len(missing)} labels were rated and are kept: "
+                    "go on with a higher one"
+                )
         return [known.get(self._key(label)) for label in labels]
 
-    async def _ask(self, labels: Sequence[str]) -> dict[str, float]:
-        groups = [labels[i : i + LABELS_PER_CALL] for i in range(0, len(labels), LABELS_PER_CALL)]
-        asked: dict[str, tuple[Sequence[str], Asked]] = {}
-        for i, group in enumerate(groups):
-            listed = "\n".join(f"{n}. {' '.join(encodable(label).split())}" for n, label in enumerate(group, 1))
-            asked[str(i)] = group, enclose(rubric(CONCRETENESS), "labels", listed)
+    def estimate(self, labels: Sequence[str]) -> Spend:
+        """What rating `labels` would take beyond those that are rated already."""
+        questions = _questions(self._missing(labels, self._read()))
+        return self._transport.estimate((question for _, question in questions), 10 * LABELS_PER_CALL)
+
+    def _missing(self, labels: Sequence[str], known: Mapping[str, float]) -> list[str]:
+        return [label for label in dict.fromkeys(labels) if self._key(label) not in known]
+
+    async def _ask(self, labels: Sequence[str]) -> tuple[dict[str, float], str]:
+        """Ratings, and why the rest was not asked for if the budget did not allow it."""
+        asked = {str(i): question for i, question in enumerate(_questions(labels))}
         ratings: dict[str, float] = {}
+        refused = ""
         async for key, reply in self._transport.ask((k, question) for k, (_, question) in asked.items()):
             group, question = asked[key]
             numbers = {} if reply.reason else parse_ratings(reply.text, question.nonce, len(group))
             ratings |= {group[n - 1]: rating for n, rating in numbers.items()}
-        return ratings
+            refused = reply.reason if reply.reason.startswith(OVER_BUDGET) else refused
+        return ratings, refused
 
     def _key(self, label: str) -> str:
         return digest([self._transport.model, rubric(CONCRETENESS).system, label])

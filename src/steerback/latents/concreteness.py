@@ -17,7 +17,7 @@ from typing import Protocol, runtime_checkable
 
 from steerback.errors import unknown
 from steerback.folders import user_folder
-from steerback.judging.models import aliases, model_string
+from steerback.judging import Maker, aliases, make_judge, model_string
 
 
 @runtime_checkable
@@ -62,22 +62,26 @@ class OfflineRater:
         return round(100.0 / (1.0 + math.exp(-1.6 * (sum(votes) / len(votes) + framed))), 1)
 
 
-_RATERS: dict[str, Callable[[], Rater]] = {"offline": OfflineRater}
+LOCAL_RATERS: dict[str, Callable[[], Rater]] = {"offline": OfflineRater}
 
 
-def make_rater(name: str) -> Rater:
-    """The rater of that name: `offline`, or a language model by alias or "provider/model" as for judges."""
-    if name in _RATERS:
-        return _RATERS[name]()
-    model = model_string(name)
-    if model is None:
+def make_rater(name: str, judges: Maker = make_judge) -> Rater:
+    """The rater of that name: `offline`, or a language model by alias or "provider/model" as for judges.
+
+    A language model is asked through the judge of that name, so that the budget of `judges` holds for both.
+    """
+    if name in LOCAL_RATERS:
+        return LOCAL_RATERS[name]()
+    if model_string(name) is None:
         raise unknown(
-            "concreteness rater", name, [*sorted(_RATERS), *(a.alias for a in aliases()), "any provider/model"]
+            "concreteness rater", name, [*sorted(LOCAL_RATERS), *(a.alias for a in aliases()), "any provider/model"]
         )
     from steerback.judging.graders import LLMRater
-    from steerback.judging.transport import Transport
+    from steerback.judging.llm import LLMJudge
 
-    return LLMRater(name, Transport(model), ratings_path())
+    judge = judges(name)
+    assert isinstance(judge, LLMJudge)  # the names of judges that are none are known, and no model's
+    return LLMRater(name, judge.transport, ratings_path())
 
 
 def ratings_path() -> Path:

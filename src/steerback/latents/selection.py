@@ -16,8 +16,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from steerback.config import RunConfig
 from steerback.errors import SteerbackError
-from steerback.latents.concreteness import Rater, abstract_labels, make_rater
+from steerback.latents.concreteness import LOCAL_RATERS, Rater, abstract_labels, make_rater
 from steerback.latents.relevance import ever_active, most_active
 from steerback.latents.sampling import check_latents, sample_latents
 from steerback.records import LatentKey
@@ -94,6 +95,13 @@ def select(
     chosen = sample_latents(candidates, n, seed, by)
     counts["chosen"] = len(chosen)
     return Selection(chosen, counts, ratings)
+
+
+def rating_model(config: RunConfig) -> str | None:
+    """The language model that a run asks how concrete labels are; None where it asks none."""
+    chosen = config.selection
+    chooses = config.latents is None and config.from_run is None and chosen.concreteness != "off"
+    return chosen.rater if chooses and chosen.rater not in LOCAL_RATERS else None
 
 
 def check_own(
