@@ -21,10 +21,8 @@ from steerback.engines.vllm import jobs
 from steerback.engines.vllm.driver import Answer, Driver, Job
 from steerback.engines.vllm.loading import (
     TESTED,
-    cpu_arguments,
+    engine_arguments,
     gpus,
-    lora_arguments,
-    model_alone,
     prepare,
     require_vllm,
     save_directions,
@@ -98,19 +96,7 @@ class VllmEngine:
             sae=None if target.sae is None else asdict(target.sae),
             directions=save_directions(directions or {}),
         )
-        self._arguments = {
-            "model": model_alone(target),
-            "revision": target.revision,
-            "dtype": target.dtype,
-            "max_model_len": length,
-            "max_num_seqs": rows,
-            "tensor_parallel_size": tensor_parallel,
-            "seed": 0,
-            "generation_config": "vllm",
-            **({} if gpus() else cpu_arguments(length)),
-            **(lora_arguments(target.adapter, target.dtype) if target.adapter else {}),
-            **(options or {}),
-        }
+        self._arguments = engine_arguments(target, length, rows, tensor_parallel) | dict(options or {})
         self._drivers = self._start(replicas, tensor_parallel)
         try:
             with _one_line():

@@ -151,3 +151,19 @@ def lora_arguments(folder: str, dtype: str) -> dict[str, Any]:
         raise SteerbackError(f"lora {folder!r}: no adapter_config.json there")
     rank = int(json.loads(path.read_text(encoding="utf-8"))["r"])
     return {"enable_lora": True, "max_lora_rank": next((r for r in (8, 16, 32, 64, 128, 256, 512) if r >= rank), rank)}
+
+
+def engine_arguments(target: Target, length: int, rows: int, tensor_parallel: int) -> dict[str, Any]:
+    """What vLLM's engine is told about a target, unless the user's options say otherwise."""
+    return {
+        "model": model_alone(target),
+        "revision": target.revision,
+        "dtype": target.dtype,
+        "max_model_len": length,
+        "max_num_seqs": rows,
+        "tensor_parallel_size": tensor_parallel,
+        "seed": 0,
+        "generation_config": "vllm",
+        **({} if gpus() else cpu_arguments(length)),
+        **(lora_arguments(target.adapter, target.dtype) if target.adapter else {}),
+    }
