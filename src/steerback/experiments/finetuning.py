@@ -115,6 +115,7 @@ class Finetuning(Experiment):
         facts = adapters_of(ledger)
         found = by_mix(ledger, judge, draws, facts)
         findings = {target: mix_findings(found, target, facts) for target in found.targets}
+        trends = {target: found for target, (_, found) in findings.items()}
         ends = {name: endings(ledger.rows(name, "measure", STEERED, judge)) for name in facts}
         return Analysis(
             summary=found.to_json(
@@ -122,15 +123,15 @@ class Finetuning(Experiment):
                 {
                     target: {
                         "finetune": finding
-                        | {"trends": {k: t.to_json() for k, t in trends.items()}}
+                        | {"trends": {k: t.to_json() for k, t in trends[target].items()}}
                         | {"endings": {f["adapter"]: ends[name] for name, f in facts.items() if f["base"] == target}}
                     }
-                    for target, (finding, trends) in findings.items()
+                    for target, (finding, _) in findings.items()
                 },
             ),
             tables={
                 **steered_comparisons(found).tables(),
-                "trends": trend_table({t: trends for t, (_, trends) in findings.items()}, judge),
+                **({"trends": trend_table(trends, judge)} if any(trends.values()) else {}),
             },
             figures={"figure6": partial(figure.draw, found, facts, note=planted(found.targets))},
             lines=[
