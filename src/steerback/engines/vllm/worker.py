@@ -45,7 +45,7 @@ class SteeredWorker(Base):  # type: ignore[misc]
         taken = allocated(self.device) - before + self.steerback.transient_bytes
         self.model_runner.model_memory_usage = getattr(self.model_runner, "model_memory_usage", 0) + taken
         if self.device.type != "cpu":
-            torch.set_num_threads(1)  # tables are small: with a thread per core the first after a pause took 40-105 ms, not 3
+            torch.set_num_threads(1)  # with a thread per core the first tables after a pause took 40-105 ms, not 3
         return out
 
     def steerback_fetch(self, wanted: list[list[Any]]) -> dict[str, list[dict[str, Any]]]:
