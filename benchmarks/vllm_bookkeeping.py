@@ -59,7 +59,7 @@ def one_round(worker: Slots, edits: tuple[Intervention, ...], record: tuple[int,
     for _ in range(20):
         worker.step(Batch(keys, np.ones(REQUESTS, dtype=int), np.full(REQUESTS, 61)))
     marks.append(time.process_time())
-    worker.fetch([(key, PROMPT, PROMPT + NEW - 1) for key in keys], records=True)
+    worker.fetch([(key, PROMPT + NEW - 1) for key in keys], records=True)
     marks.append(time.process_time())
     names = ("client", "arrival", "other step", "same step", "results")
     spent = {what: 1000 * (b - a) for what, a, b in zip(names, marks[:-1], marks[1:], strict=True)}

@@ -119,9 +119,8 @@ def test_metrics_after_import_equal_a_hand_computation(tmp_path: Path) -> None:
     summary = analysed(tmp_path / "run").summary["targets"]["llama-3.3-70b"]["conditions"]["steered"]
     # valid: 40 | 10 90 | 60 30 | 20 20 | 55 | 70 | 30 80 60 | 88, and the degraded 0 100 only with degraded ones
     assert summary["counts"] == {
-        "planned": 16, "valid": 9, "empty": 1, "unscored": 5, "invalid": 1, "cut": 0,
-        "degraded": 1
-    }  # fmt: skip
+        "planned": 16, "valid": 9, "empty": 1, "unscored": 5, "invalid": 1, "degraded": 1
+    }  # fmt: skip  # the files do not say which responses were cut
     head = {name: e["value"] for name, e in summary["headline"].items()}
     assert head["multi_attempt_rate"] == 4 / 8
     assert head["esr_rate"] == 2 / 8

@@ -186,7 +186,8 @@ def test_a_hand_computed_condition() -> None:
         (9, 6, True, CLARIFYING, "fine"),
         (9, 7, False, judged((0, True)), "fine"),
     ]
-    cut = [True, False, True, False, True, True, False, False]  # of the sound and valid ones: two
+    assert "cut" not in summarize(Outcomes.from_rows(rows), draws=0).counts  # not known
+    cut = [1, 0, 1, 0, 1, 1, 0, 0]  # of the sound and valid ones: two
     s = summarize(Outcomes.from_rows(rows, cut), draws=50)
     assert s.counts == {"planned": 8, "valid": 5, "empty": 1, "unscored": 1, "invalid": 1, "degraded": 1, "cut": 2}
     assert values(s, "headline") == pytest.approx(

@@ -47,8 +47,19 @@ class LoadedTarget:
         """
         longest = max_new_tokens or self.target.max_new_tokens or 512
         sampling = Sampling(temperature, top_p, repetition_penalty, longest, tuple(stop))
-        more: dict[str, Any] = {"interventions": interventions, "prefill": prefill, "system": system, "record": record}
-        return self.responses(1, prompt, latent, boost, seed=seed, sampling=sampling, **more)[0]
+        (response,) = self.responses(
+            1,
+            prompt,
+            latent,
+            boost,
+            interventions=interventions,
+            seed=seed,
+            sampling=sampling,
+            prefill=prefill,
+            system=system,
+            record=record,
+        )
+        return response
 
     def responses(
         self,

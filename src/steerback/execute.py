@@ -175,8 +175,6 @@ async def _targets(job: Job, opened: Run, progress: Progress, cache: Cache | Non
                 await job.experiment.run(study)
             finally:
                 note_judge(opened, judge)
-                if (rater := rating_model(job.config)) is not None:
-                    _note_spend(opened, job.judges(rater))
         finally:
             engine.close()
 
@@ -195,10 +193,6 @@ def note_judge(opened: Run, judge: Judge) -> None:
     known[judge.name] = judge.describe()
     opened.ledger.set_fact("", "judges", known)
     opened.amend_manifest({"judges": known})
-    _note_spend(opened, judge)
-
-
-def _note_spend(opened: Run, judge: Judge) -> None:
     spent = drain(judge)
     if spent is not None:
         opened.add_spend(judge.name, spent)

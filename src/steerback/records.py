@@ -16,7 +16,7 @@ from steerback.errors import SteerbackError
 
 Mode = Literal["add", "clamp"]
 Positions = Literal["all", "generated", "prompt"]
-FinishReason = Literal["stop", "length", "error"]
+FinishReason = Literal["stop", "length", "error", "unknown"]  # unknown: imported, and the file does not say
 Status = Literal["scored", "empty", "unscored"]
 LatentKey = int | str  # index into the SAE, or the name of a direction where there is no SAE
 

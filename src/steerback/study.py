@@ -16,6 +16,7 @@ import numpy as np
 from steerback.calibration import BoostPrior, CalibrationSettings, Calibrator, Threshold, Verification, verified
 from steerback.errors import SteerbackError
 from steerback.judging import Maker, References, make_judge
+from steerback.judging.spending import drain
 from steerback.latents import selection as choose
 from steerback.latents.concreteness import make_rater
 from steerback.ledger import Ledger, Row
@@ -145,18 +146,24 @@ class Study:
             counts = {"own list": len(keys)}
         else:
             peaks = await self._peaks() if self.config.selection.relevance != "off" else None
-            chosen = choose.select(
-                n_latents=self.target.n_latents,
-                n=self.config.n_latents,
-                labels=labels,
-                dead=self.target.dead_latents(),
-                peaks=peaks,
-                settings=self.config.selection,
-                seed=self.config.seeds.latents,
-                rater=make_rater(self.config.selection.rater, self._judges),
-                # where there are labels at all, a judge must be told what a response is steered towards
-                labelled_only=bool(labels) and self.config.selection.unlabelled == "drop",
-            )
+            rates = self.config.selection.concreteness != "off"
+            rater = make_rater(self.config.selection.rater, self._judges) if rates else None
+            try:
+                chosen = choose.select(
+                    n_latents=self.target.n_latents,
+                    n=self.config.n_latents,
+                    labels=labels,
+                    dead=self.target.dead_latents(),
+                    peaks=peaks,
+                    settings=self.config.selection,
+                    seed=self.config.seeds.latents,
+                    rater=rater,
+                    # where there are labels at all, a judge must be told what a response is steered towards
+                    labelled_only=bool(labels) and self.config.selection.unlabelled == "drop",
+                )
+            finally:
+                if rater is not None and (spent := drain(rater)) is not None:
+                    self.run.add_spend(rater.name, spent)
             keys, counts = list(chosen.chosen), chosen.counts
         return {"chosen": [{"key": k, "label": self.label(k)} for k in keys], "counts": dict(counts)}
 

@@ -96,7 +96,7 @@ def test_rows_are_edited_as_defined_and_used_again(
             parts = [(k, h[first:last], first) for k, h in text.items()] + [("plain", torch.randn(3, D), 0)]
             for key, part in worker.step(parts).items():
                 got.setdefault(key, []).append(part)
-        found = worker.slots.fetch([(k, group[k][1], LENGTH) for k in group], records=True)
+        found = worker.slots.fetch([(k, LENGTH) for k in group], records=True)
         for k, (plan, prompt) in group.items():
             for layer in (0, 1):
                 wanted = steer(text[k].double(), plan, layer, prompt, SITE, worker.sae, worker.north)
@@ -133,7 +133,7 @@ def test_a_preempted_request_keeps_its_row_and_counts_each_position_once() -> No
     worker.slots.idle()
     worker.slots.admit([Arrival("a", arrival.args, 6, 4)])  # comes again, four positions out of the cache
     worker.step([("a", text[4:12], 4)])
-    entry = worker.slots.fetch([("a", 6, 12)], records=True)["a"][0]
+    entry = worker.slots.fetch([("a", 12)], records=True)["a"][0]
     assert (entry["prompt"], entry["generated"]) == (6, 6)
     record = np.frombuffer(entry["record"], dtype=np.float32)
     np.testing.assert_allclose(record, worker.sae.encode(text[:12], [1])[:, 0].numpy(), atol=1e-5)
@@ -159,7 +159,7 @@ def test_positions_out_of_the_cache_count_only_where_they_are_edited(
         edit = (Intervention("add", 3, 2.0, positions),)
         worker.slots.admit([Arrival(key, Ticket(key, edit, prompt=boundary).as_args(), 6, 4)])
         worker.step([(key, torch.randn(4, D), 4)])
-        entry = worker.slots.fetch([(key, 6, 8)], records=False)[key][0]
+        entry = worker.slots.fetch([(key, 8)], records=False)[key][0]
         assert (entry["prompt"], entry["generated"]) == wanted
         fresh = (wanted[0] if boundary is None else 0) if positions == "prompt" else 1
         assert entry["norm"] == pytest.approx(2.0 if fresh else 0.0, rel=1e-5)
@@ -170,7 +170,7 @@ def test_a_step_that_skips_a_position_shows_in_the_receipt() -> None:
     worker.slots.admit([Arrival("a", Ticket("a", (Intervention("add", 3, 2.0),)).as_args(), 6, 0)])
     worker.step([("a", torch.randn(5, D), 0)])
     worker.step([("a", torch.randn(2, D), 6)])
-    entry = worker.slots.fetch([("a", 6, 8)], records=False)["a"][0]
+    entry = worker.slots.fetch([("a", 8)], records=False)["a"][0]
     assert (entry["prompt"], entry["generated"]) == (5, 2)
 
 
@@ -182,7 +182,7 @@ def test_pooling_over_the_whole_sae(how: Any) -> None:
     worker.step([("x", torch.randn(3, D), 0), ("t", text[:11], 0)])
     worker.step([("t", text[8:14], 8)])
     worker.step([("t", text[14:], 14)])
-    entry = worker.slots.fetch([("t", 20, 20)], records=True)["t"][0]
+    entry = worker.slots.fetch([("t", 20)], records=True)["t"][0]
     z = worker.sae.encode(text[[*range(2, 5), *range(9, 20)]])
     wanted = {"max": z.amax(dim=0), "mean": z.mean(dim=0), "active": (z > 0).float().mean(dim=0)}[how]
     np.testing.assert_allclose(np.frombuffer(entry["pooled"], dtype=np.float32), wanted.numpy(), atol=1e-5)
@@ -193,7 +193,7 @@ def test_a_worker_that_does_not_pool_computes_the_text_and_answers() -> None:
     worker, text = Worker("relu", poolers=0), torch.randn(20, D)
     worker.slots.admit([Arrival("t", Ticket("t", pool=((2, 5),)).as_args(), 20, 0)])
     worker.step([("t", text, 0)])
-    (entry,) = worker.slots.fetch([("t", 20, 20)], records=False)["t"]
+    (entry,) = worker.slots.fetch([("t", 20)], records=False)["t"]
     assert (entry["prompt"], entry["generated"]) == (0, 0)
     assert worker.slots.state() == Worker("relu", poolers=0).slots.state()
 

@@ -96,7 +96,8 @@ def outcomes_of(rows: Sequence[Row], cluster: Callable[[Trial], LatentKey | None
         )
         for r in rows
     ]
-    return Outcomes.from_rows(table, [r.completion is not None and r.completion.finish == "length" for r in rows])
+    cut = {"length": 1.0, "unknown": float("nan")}
+    return Outcomes.from_rows(table, [cut.get(r.completion.finish, 0.0) if r.completion else 0.0 for r in rows])
 
 
 @dataclass(frozen=True, slots=True)

@@ -253,7 +253,7 @@ def endings(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     outcomes = outcomes_of(rows)
     multi = (outcomes.state == VALID) & ~outcomes.degraded & (outcomes.attempts > 1)
     gain = outcomes.last - outcomes.first
-    parts = {"ended": multi & ~outcomes.cut, "cut": multi & outcomes.cut}
+    parts = {"ended": multi & (outcomes.cut == 0), "cut": multi & (outcomes.cut == 1)}
     return {
         name: {"n": int(part.sum()), "gain": float(gain[part].mean())} for name, part in parts.items() if part.any()
     }

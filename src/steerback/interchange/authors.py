@@ -16,7 +16,7 @@ from steerback.config import RunConfig
 from steerback.errors import SteerbackError
 from steerback.interchange.schema import Source, judgement_of, label_of, read_source, split_prompt, threshold_of
 from steerback.ledger import Ledger, Row
-from steerback.records import Completion, Intervention, Judgement, Receipt, Trial, digest
+from steerback.records import Completion, FinishReason, Intervention, Judgement, Receipt, Trial, digest
 from steerback.runs import Run, write_json
 
 ENGINE = "imported"
@@ -195,7 +195,9 @@ def _answer(entry: Mapping[str, Any], judge: str) -> tuple[Completion, Judgement
         return Completion("", (), 0, "error", Receipt()), None, 0
     score = {"error": error} if error else entry.get("score")
     judgement, lost = judgement_of(score, response, judge)
-    return Completion(response, (), 0, "stop", Receipt()), judgement, lost
+    said = (entry.get("steerback") or {}).get("finish")
+    finish: FinishReason = "length" if said == "length" else "stop" if said == "stop" else "unknown"
+    return Completion(response, (), 0, finish, Receipt()), judgement, lost
 
 
 def _levels(source: Source) -> dict[str, float] | None:
@@ -315,5 +317,9 @@ def _entry(row: Row) -> dict[str, Any]:
         "response": row.judged_text if row.valid_receipt else "",
         "score": score,
         "error": error,
-        "steerback": {"index": trial.index, "meta_prompt": trial.meta_prompt},
+        "steerback": {
+            "index": trial.index,
+            "meta_prompt": trial.meta_prompt,
+            "finish": row.completion.finish if row.completion else "unknown",
+        },
     }

@@ -85,6 +85,10 @@ class LLMRater:
         questions = _questions(self._missing(labels, self._read()))
         return self._transport.estimate((question for _, question in questions), 10 * LABELS_PER_CALL)
 
+    def drain(self) -> Spend:
+        """What was spent since the last call of this method."""
+        return self._transport.drain()
+
     def _missing(self, labels: Sequence[str], known: Mapping[str, float]) -> list[str]:
         return [label for label in dict.fromkeys(labels) if self._key(label) not in known]
 

@@ -58,7 +58,7 @@ def estimated(judge: Judge, items: Sequence[JudgeItem]) -> Spend | None:
     return judge.estimate(items) if isinstance(judge, Paid) else None
 
 
-def drain(judge: Judge) -> Spend | None:
-    """What was spent since the last call; None for a judge that costs nothing, or where nothing was asked."""
+def drain(judge: object) -> Spend | None:
+    """What was spent since the last call; None for what costs nothing, or where nothing was asked."""
     spent = judge.drain() if isinstance(judge, Paid) else Spend()
     return spent if spent.calls else None

@@ -43,8 +43,8 @@ class Outcomes:
 
     `cluster` is a code of the latent (trials of one latent are correlated), `pair` the trial's index in the plan:
     equal pair means same prompt, seed and latent in the conditions that are compared. Scores are gated unless
-    named otherwise, 0-100, nan (and 0 attempts) where the trial is not VALID. `cut`: the length limit stopped the
-    response, so that its last attempt may be unfinished.
+    named otherwise, 0-100, nan (and 0 attempts) where the trial is not VALID. `cut`: 1 where the length limit
+    stopped the response, so that its last attempt may be unfinished, nan where that is not known.
     """
 
     cluster: NDArray[np.int64]
@@ -57,11 +57,11 @@ class Outcomes:
     ungated_first: NDArray[np.float64]
     ungated_last: NDArray[np.float64]
     degraded: NDArray[np.bool_]
-    cut: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    cut: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
     def __post_init__(self) -> None:
         if not len(self.cut):
-            object.__setattr__(self, "cut", np.zeros(len(self.state), dtype=bool))
+            object.__setattr__(self, "cut", np.full(len(self.state), NAN))
         for name, dtype in _DTYPES.items():
             object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=dtype))
         shapes = {getattr(self, name).shape for name in _DTYPES}
@@ -91,9 +91,9 @@ class Outcomes:
 
     @staticmethod
     def from_rows(
-        rows: Iterable[tuple[LatentKey | None, int, bool, Judgement | None, str]], cut: Sequence[bool] = ()
+        rows: Iterable[tuple[LatentKey | None, int, bool, Judgement | None, str]], cut: Sequence[float] = ()
     ) -> Outcomes:
-        """Builds outcomes from (latent key, pair, trial ok, judgement, response text), and `cut` if there are any.
+        """Builds outcomes from (latent key, pair, trial ok, judgement, response text), and `cut` if it is known.
 
         Trial ok: generated without an error and the receipt matches the plan.
         """
@@ -114,7 +114,7 @@ _DTYPES: dict[str, type[np.generic]] = {
     "ungated_first": np.float64,
     "ungated_last": np.float64,
     "degraded": np.bool_,
-    "cut": np.bool_,
+    "cut": np.float64,
 }
 
 

@@ -179,13 +179,16 @@ def summarize(outcomes: Outcomes, draws: int = 2000, seed: int = 0, icc: float =
 
 
 def counts(outcomes: Outcomes) -> dict[str, int]:
-    """Planned trials by state; `degraded` counts those among the valid, `cut` those among the valid and sound."""
+    """Planned trials by state; `degraded` counts those among the valid, `cut` those among the valid and sound.
+
+    No `cut` where it is not known of all of them.
+    """
     by_state = np.bincount(outcomes.state, minlength=len(STATES))
     out = {"planned": len(outcomes)} | {name: int(by_state[i]) for i, name in enumerate(STATES)}
     valid = outcomes.state == VALID
     out["degraded"] = int(np.sum(outcomes.degraded & valid))
-    out["cut"] = int(np.sum(outcomes.cut & ~outcomes.degraded & valid))
-    return out
+    cut = outcomes.cut[valid & ~outcomes.degraded]
+    return out if np.isnan(cut).any() else out | {"cut": int(cut.sum())}
 
 
 def estimates(

@@ -97,14 +97,14 @@ def summary_table(
     left = max((len(key) for key in named), default=1)
     names = ("target", "condition")[:left]
     counted = [
-        c for c in ("cut", "degraded", "unscored", "invalid", "empty") if any(s.counts[c] for s in named.values())
+        c for c in ("cut", "degraded", "unscored", "invalid", "empty") if any(s.counts.get(c) for s in named.values())
     ]
     cells = [
         (
             *key,
             f"{s['msi'].n:,}",
             *(show(s[m], METRICS[m].rate) for m in metrics),
-            *(f"{s.counts[c]:,}" for c in counted),
+            *(f"{s.counts[c]:,}" if c in s.counts else "?" for c in counted),
         )
         for key, s in named.items()
     ]

@@ -178,8 +178,7 @@ class Driver:
             batch, self._finished = self._finished, []
             wanted = []
             for job, output, _ in batch:
-                prompt = len(job.token_ids)
-                wanted.append([job.ticket.key, prompt, prompt + max(len(output.outputs[0].token_ids) - 1, 0)])
+                wanted.append([job.ticket.key, len(job.token_ids) + max(len(output.outputs[0].token_ids) - 1, 0)])
             try:
                 workers = await self.llm.collective_rpc("steerback_fetch", args=(wanted,))
                 entries = [_agreed(job.ticket.key, workers) for job, _, _ in batch]

@@ -305,23 +305,23 @@ class Slots:
 
     # ---- results
 
-    def fetch(self, wanted: Sequence[tuple[str, int, int]], records: bool) -> dict[str, list[dict[str, Any]]]:
+    def fetch(self, wanted: Sequence[tuple[str, int]], records: bool) -> dict[str, list[dict[str, Any]]]:
         """Receipts and recordings of finished requests, whose rows become free.
 
-        `wanted` has (key, prompt tokens, positions fed); the result has one entry for each request of that key: prompt
+        `wanted` has (key, positions fed); the result has one entry for each request of that key: prompt
         and generated positions edited, their mean norm, and the bytes of what was recorded or pooled.
         """
-        slots = [(k, self._by_request[r], fed) for k, _, fed in wanted for r in self._by_key.get(k, ())]
-        out: dict[str, list[dict[str, Any]]] = {key: [] for key, _, _ in wanted}
+        slots = [(k, self._by_request[r], fed) for k, fed in wanted for r in self._by_key.get(k, ())]
+        out: dict[str, list[dict[str, Any]]] = {key: [] for key, _ in wanted}
         if slots:
             with self._reading(any(slot.pooler >= 0 for _, slot, _ in slots)):
                 fed = [(slot, n) for _, slot, n in slots]
-                receipts = self._receipts(fed)
+                counted = self._receipts(fed)
                 kept = self._recorded(fed) if records else []
                 pooled = self._pooled([slot for slot, _ in fed]) if records else []
             for n, (key, _, _) in enumerate(slots):
-                out[key].append(receipts[n] | ({"record": kept[n], "pooled": pooled[n]} if records else {}))
-        self.release([key for key, _, _ in wanted])
+                out[key].append(counted[n] | ({"record": kept[n], "pooled": pooled[n]} if records else {}))
+        self.release([key for key, _ in wanted])
         return out
 
     @contextlib.contextmanager

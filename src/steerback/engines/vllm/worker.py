@@ -50,7 +50,7 @@ class SteeredWorker(Base):  # type: ignore[misc]
 
     def steerback_fetch(self, wanted: list[list[Any]]) -> dict[str, list[dict[str, Any]]]:
         """Results of finished requests; recordings come from the first worker alone."""
-        return self.steerback.fetch([(k, p, n) for k, p, n in wanted], records=self.rank == 0)
+        return self.steerback.fetch([(key, fed) for key, fed in wanted], records=self.rank == 0)
 
     def steerback_release(self, keys: list[str]) -> None:
         """Frees the rows of aborted requests."""
