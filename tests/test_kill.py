@@ -71,8 +71,12 @@ def run_counting(engine: str, folder: Path, cache: Path, kill_at: int | None, ca
 
 
 def in_child(engine: str, folder: Path, cache: Path, kill_at: int | None = None) -> tuple[int, int]:
-    """(exit code, calls made); forked, so that imports are not paid for each time."""
-    context = multiprocessing.get_context("fork")
+    """(exit code, calls made); forked from a process that has imported everything and computed nothing.
+
+    A fork of this process would inherit torch's threads from other tests, which torch does not survive reliably.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "torch", "transformers", "steerback.engines.transformers"])
     calls = context.Value("q", 0)
     child = context.Process(target=run_counting, args=(engine, folder, cache, kill_at, calls))
     child.start()
