@@ -1,17 +1,18 @@
 """What users would take instead, at the task of `vllm_gpu.py`: each request steered by a vector of its own.
 
-    python benchmarks/vllm_peers.py lens llama-8b --requests 32 256 --new 16 --out FILE      (needs vllm-lens)
-    python benchmarks/vllm_peers.py transformers llama-8b --requests 256 64 --out FILE
+    python benchmarks/vllm_peers.py lens llama-8b --batches 256x16 256x64shared 32x256 --out FILE    (needs vllm-lens)
+    python benchmarks/vllm_peers.py transformers llama-8b --batches 256x256 --out FILE
 
-`lens`: vLLM's offline interface with vllm-lens steering vectors; it is slow enough at this that `--new` (tokens per
-request) has to be small. `transformers`: `generate` of one batch with a forward hook that adds a vector to each row.
-Random weights; no clamps, recordings or receipts in either.
+A batch is requests x new tokens of each; `shared`: one vector for all of them, which is the best case of vllm-lens.
+`lens`: vLLM's offline interface with vllm-lens steering vectors. `transformers`: `generate` of one batch with a forward
+hook that adds a vector to each row. Random weights; no clamps, recordings or receipts in either.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import re
 import statistics
 import tempfile
 import time
@@ -19,8 +20,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vllm_gpu import NEW as LONG
 from vllm_gpu import PROMPT, SHAPES, Report, write_model
+
+Run = Callable[[int, int, bool, int], int]
+"""Takes requests, new tokens of each, whether they share a vector, and a seed; returns the tokens generated."""
+
+
+def batch(text: str) -> tuple[int, int, bool]:
+    """`256x64shared` as (256, 64, True)."""
+    found = re.fullmatch(r"(\d+)x(\d+)(shared)?", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not REQUESTSxTOKENS or REQUESTSxTOKENSshared")
+    return int(found[1]), int(found[2]), bool(found[3])
 
 
 def prompts(requests: int, seed: int) -> list[list[int]]:
@@ -28,7 +39,7 @@ def prompts(requests: int, seed: int) -> list[list[int]]:
     return [[draw.randrange(10, 2000) for _ in range(PROMPT)] for _ in range(requests)]
 
 
-def lens(folder: Path, shape: str, steer: int, most: int, new: int) -> Callable[[int, int], int]:
+def lens(folder: Path, shape: str, steer: int, most: int) -> Run:
     """vLLM with vllm-lens, which makes it eager."""
     import torch
     import vllm_lens
@@ -45,29 +56,22 @@ def lens(folder: Path, shape: str, steer: int, most: int, new: int) -> Callable[
     )
     d = SHAPES[shape]["hidden_size"]
 
-    def run(requests: int, seed: int) -> int:
-        torch.manual_seed(seed)
+    def params(new: int, seed: int | None) -> Any:
+        vector = vllm_lens.SteeringVector(activations=torch.randn(1, d), layer_indices=[steer], scale=1.0)
         rest = {"temperature": 1.0, "max_tokens": new, "ignore_eos": True, "detokenize": False}
-        params = [
-            SamplingParams(
-                **rest,
-                seed=n,
-                extra_args={
-                    "apply_steering_vectors": [
-                        vllm_lens.SteeringVector(activations=torch.randn(1, d), layer_indices=[steer], scale=1.0)
-                    ]
-                },
-            )
-            for n in range(requests)
-        ]
+        return SamplingParams(**rest, seed=seed, extra_args={"apply_steering_vectors": [vector]})
+
+    def run(requests: int, new: int, shared: bool, seed: int) -> int:
+        torch.manual_seed(seed)
         asked = [{"prompt_token_ids": ids} for ids in prompts(requests, seed)]
-        answers = llm.generate(asked, params, use_tqdm=False)
+        how = params(new, None) if shared else [params(new, n) for n in range(requests)]
+        answers = llm.generate(asked, how, use_tqdm=False)
         return sum(len(answer.outputs[0].token_ids) for answer in answers)
 
     return run
 
 
-def hooked(folder: Path, shape: str, steer: int, most: int, new: int) -> Callable[[int, int], int]:
+def hooked(folder: Path, shape: str, steer: int, most: int) -> Run:
     """transformers with a forward hook on the steered layer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -84,9 +88,11 @@ def hooked(folder: Path, shape: str, steer: int, most: int, new: int) -> Callabl
 
     model.model.layers[steer].register_forward_hook(add)
 
-    def run(requests: int, seed: int) -> int:
+    def run(requests: int, new: int, shared: bool, seed: int) -> int:
         torch.manual_seed(seed)
         vectors.normal_()
+        if shared:
+            vectors[:] = vectors[:1].clone()
         ids = torch.tensor(prompts(requests, seed), device=device)
         with torch.inference_mode():
             out = model.generate(
@@ -108,32 +114,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("peer", choices=("lens", "transformers"))
     parser.add_argument("shape", choices=tuple(SHAPES))
-    parser.add_argument("--requests", type=int, nargs="+", default=[256])
-    parser.add_argument("--new", type=int, default=LONG, help="new tokens of each request")
+    parser.add_argument("--batches", type=batch, nargs="+", default=[(256, 256, False)])
+    parser.add_argument("--warm-up", type=int, default=0, help="new tokens of the warm-up; 0: as many as are measured")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    report = Report(args.out, peer=args.peer, shape=args.shape, prompt=PROMPT, new=args.new)
+    report = Report(args.out, peer=args.peer, shape=args.shape, prompt=PROMPT)
     with tempfile.TemporaryDirectory() as scratch:
         steer = write_model(args.shape, Path(scratch))
         run = {"lens": lens, "transformers": hooked}[args.peer](
-            Path(scratch), args.shape, steer, max(args.requests), args.new
+            Path(scratch), args.shape, steer, max(requests for requests, _, _ in args.batches)
         )
         report.add(started=True)
         found: dict[str, Any] = {}
-        for requests in args.requests:
+        for requests, new, shared in args.batches:
+            run(requests, args.warm_up or new, shared, 0)
             values: list[float] = []
-            for repeat in range(args.repeats + 1):
+            for repeat in range(args.repeats):
                 begin = time.perf_counter()
-                tokens = run(requests, repeat)
-                if repeat:
-                    values.append(tokens / (time.perf_counter() - begin))
-                    found[str(requests)] = {
-                        "tokens_per_second": [round(v) for v in values],
-                        "median": round(statistics.median(values)),
-                        "spread": round((max(values) - min(values)) / statistics.median(values), 4),
-                    }
-                    report.add(tokens_per_second=found)
+                tokens = run(requests, new, shared, repeat + 1)
+                values.append(tokens / (time.perf_counter() - begin))
+                found[f"{requests} of {new} new tokens{', one vector' * shared}"] = {
+                    "tokens_per_second": [round(v) for v in values],
+                    "median": round(statistics.median(values)),
+                    "spread": round((max(values) - min(values)) / statistics.median(values), 4),
+                }
+                report.add(tokens_per_second=found)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Tensor parallelism and replicas: the same edits on several workers. Runs where there are two GPUs, or when asked to.
 
-On a CPU (`STEERBACK_TEST_PARALLEL=1`) vLLM puts its workers on cores instead; it takes minutes to start them.
+With `STEERBACK_TEST_PARALLEL=1` it runs without them as well. On a CPU vLLM puts its workers on cores; it takes minutes
+to start them. Workers that have to share one GPU (`one_gpu.py`) still sum through NCCL, over a socket.
 """
 
 from __future__ import annotations
@@ -14,13 +15,24 @@ import torch
 from test_engine import CASES, check_all_edits, collect, words
 
 from steerback.engines.transformers import TransformersEngine
+from steerback.engines.vllm import engine
 from steerback.engines.vllm.engine import VllmEngine
 from steerback.records import Request, Sampling
 
 ASKED = os.environ.get("STEERBACK_TEST_PARALLEL") == "1"
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2 and not ASKED, reason="needs two GPUs")
-
+SHARED = torch.cuda.device_count() == 1
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+
+
+@pytest.fixture(autouse=True)
+def one_gpu_for_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Says that there are two GPUs where there is one."""
+    if SHARED:
+        monkeypatch.setattr(engine, "gpus", lambda: 2)
+        monkeypatch.setattr(engine, "device_shares", lambda replicas, _: ["0"] * replicas)
+        monkeypatch.setattr(engine, "WORKER", "one_gpu.OneGpuWorker")
+        monkeypatch.setenv("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")
 
 
 class Parallel:
@@ -29,6 +41,8 @@ class Parallel:
     def __init__(self, folder: Path, **how: int) -> None:
         target = small.write(folder, **HEADS)
         options = {"max_logprobs": -1, "enforce_eager": not small.GPU, **(small.OPTIONS if small.GPU else {})}
+        if SHARED and "tensor_parallel" in how:
+            options |= {"distributed_executor_backend": "mp", "disable_custom_all_reduce": True}
         self.vllm = VllmEngine(target, batch_size=32, max_model_len=256, layers=(0,), options=options, **how)
         self.reference = TransformersEngine(target, batch_size=2, device="cpu")
 

@@ -87,7 +87,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return started[-1]
 
     monkeypatch.setattr(module, "require_vllm", lambda: "99.0")
-    monkeypatch.setattr(module, "gpus", lambda: 0)  # the same on every machine
+    for asked in (module, loading):
+        monkeypatch.setattr(asked, "gpus", lambda: 0)  # the same on every machine
     monkeypatch.setattr(module, "Driver", start)
     monkeypatch.setattr(module, "_one_line", contextlib.nullcontext)
     monkeypatch.setattr(VllmEngine, "_completion", lambda self, request, answer: request.key)

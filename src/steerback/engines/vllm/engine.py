@@ -21,6 +21,7 @@ from steerback.engines.vllm import jobs
 from steerback.engines.vllm.driver import Answer, Driver, Job
 from steerback.engines.vllm.loading import (
     TESTED,
+    device_shares,
     engine_arguments,
     gpus,
     prepare,
@@ -117,11 +118,9 @@ class VllmEngine:
         drivers: list[Driver] = []
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         try:
-            for n in range(replicas):
+            for share in device_shares(replicas, tensor_parallel):
                 if replicas > 1:
-                    devices = visible.split(",") if visible else [str(i) for i in range(replicas * tensor_parallel)]
-                    own = devices[n * tensor_parallel : (n + 1) * tensor_parallel]
-                    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
+                    os.environ["CUDA_VISIBLE_DEVICES"] = share
                 drivers.append(Driver(self.settings, self._launch, adapter))
         except BaseException as error:
             for driver in drivers:

@@ -60,6 +60,13 @@ def gpus() -> int:
     return torch.cuda.device_count()
 
 
+def device_shares(replicas: int, tensor_parallel: int) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES has to be for each replica: `tensor_parallel` GPUs of those visible now."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = visible.split(",") if visible else [str(n) for n in range(replicas * tensor_parallel)]
+    return [",".join(devices[n * tensor_parallel : (n + 1) * tensor_parallel]) for n in range(replicas)]
+
+
 def prepare(target: Target, directions: tuple[str, ...]) -> Loaded:
     """Tokenizer, layers and hashes of a target; SteerbackError for what is missing or does not fit together."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
