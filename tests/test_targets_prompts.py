@@ -71,3 +71,23 @@ def test_gemma_has_no_system_role() -> None:
         prompter.tokens("Explain tides.", system="Be short.").count(prompter.tokenizer.convert_tokens_to_ids("<bos>"))
         == 1
     )  # the template brings it; the tokenizer adds no second one
+
+
+@pytest.mark.parametrize("prompt", ["the cat", " the cat\n", "user", "assistant", "model", "a"])
+@pytest.mark.parametrize("template", [LLAMA, GEMMA, GEMMA.replace("m.content", "(m.content | trim)")])
+def test_the_users_words_are_found_whatever_they_are(template: str, prompt: str) -> None:
+    """Also where the template trims them, and where they are words of the template itself."""
+    prompter = Prompter(tokenizer(template))
+    spoken = prompter.spoken(prompt, "a stone")
+    said = prompter.tokenizer.decode([spoken.token_ids[n] for n in spoken.user])
+    assert said.strip() == prompt.strip()
+    head = len(prompter.tokens(prompt))
+    assert max(spoken.user) < head - 1  # the header of the response follows
+    assert min(spoken.response) >= head
+
+
+def test_a_template_that_writes_prompts_in_other_forms_is_refused() -> None:
+    """Positions of the user's words could not be told."""
+    odd = Prompter(tokenizer(GEMMA.replace("m.content", "(m.content | length | string) + m.content")))
+    with pytest.raises(SteerbackError, match="writes this prompt in another form"):
+        odd.spoken("the cat", "a stone")

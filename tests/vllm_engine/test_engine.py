@@ -178,9 +178,14 @@ def test_cache_is_used_by_requests_with_equal_interventions(pair: Any) -> None:
 
 
 def test_several_responses_to_one_prompt(pair: Any) -> None:
-    """What vLLM calls n > 1 is n requests with seeds that follow one another; each is steered by itself."""
+    """What vLLM calls n > 1 is n requests with seeds that follow one another; each is steered by itself.
+
+    One goes ahead, so that the others find the prompt's blocks: four whole prompts do not fit one step of this engine,
+    and vLLM's CPU build fails on a seeded request whose prefill is split.
+    """
     edits, sampling = (replace(ADD, positions="generated"),), Sampling(1.0, max_new_tokens=24)
     loaded = LoadedTarget(pair.target, pair.vllm)
+    loaded.responses(1, words(78, 70), interventions=edits, seed=4, sampling=sampling)
     several = loaded.responses(4, words(78, 70), interventions=edits, seed=5, sampling=sampling)
     assert len({one.token_ids for one in several}) == 4
     assert all(one.receipt_matches(edits) for one in several)
@@ -253,6 +258,26 @@ def test_impossible_requests_are_refused_before_anything_is_sent(pair: Any, chan
     good = Request("good", "hi", 0, Sampling(max_new_tokens=200))
     with pytest.raises(SteerbackError, match=says):
         collect(pair.vllm, [good, replace(good, key="bad", **change)])
+
+
+def test_texts_that_could_only_wait_are_refused_as_well(pair: Any) -> None:
+    """Teacher-forcing asks for a layer that was not prepared, or for more columns than there are."""
+    with pytest.raises(SteerbackError, match=r"teacher_forced: interventions.0..layer 3 is not prepared"):
+        pair.vllm.teacher_forced(tokens(1, 9), (replace(ADD, layer=3),), 4)
+    pair.vllm.settings, whole = replace(pair.vllm.settings, columns=2), pair.vllm.settings
+    try:
+        with pytest.raises(SteerbackError, match="teacher_forced: 3 latents clamped or recorded, the engine has 2"):
+            pair.vllm.teacher_forced(tokens(1, 9), CASES["clamp"], 4)
+    finally:
+        pair.vllm.settings = whole
+
+
+@pytest.mark.parametrize("edits", [(), (ADD,)])
+def test_a_recording_of_no_latents_is_empty(pair: Any, edits: tuple[Intervention, ...]) -> None:
+    request = Request("none", words(4, 10), 0, Sampling(0.0, max_new_tokens=5), edits, record=Recording(()))
+    got, want = (collect(engine, [request])["none"].activations for engine in (pair.vllm, pair.reference))
+    assert got.shape == want.shape
+    assert got.shape[1] == 0
 
 
 def test_description_says_what_ran(pair: Any) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import re
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,7 +72,7 @@ class Started:
 )
 def test_an_engine_that_does_not_steer_is_found_out_at_its_start(broken: Any, says: str | None) -> None:
     """Whatever its release: arithmetic, hooks, effect and leaks are looked at, on every worker."""
-    found = fault(Started(**broken), SETTINGS, (1, 2, 3, 4), 40.0)  # type: ignore[arg-type]
+    found = fault(Started(**broken), SETTINGS, (1, 2, 3, 4), 40.0, 0)  # type: ignore[arg-type]
     assert (found is None) if says is None else (found is not None and re.search(says, found)), found
 
 
@@ -106,6 +106,48 @@ def prompt_tokens(target: Any) -> int:
     from steerback.engines.vllm.loading import prepare
 
     return len(prepare(target, ()).prompter.tokens("What is the capital of France?"))
+
+
+def test_the_test_of_itself_takes_a_latent_that_writes_something(target: Any, pretend: dict[str, Any]) -> None:
+    """Latent 0 of this SAE has a decoder direction of zeros, so that adding it would change nothing anywhere."""
+    folder = Path(target.model)
+    dead = small.sae("relu", 64, 96, layer=2)
+    dead.W_dec[0] = 0
+    save_native(dead, folder, boost_prior=[2.0, 1.0, 0.0, 10.0])
+    pretend["edited"] = (prompt_tokens(target), 2)
+    VllmEngine(target, max_model_len=256)
+    steered = next(job for job in pretend["started"][0].jobs if job.ticket.edits)
+    assert [edit.latent for edit in steered.ticket.edits] == [1]
+
+
+@pytest.mark.parametrize("visible", ["", None, "7,GPU-5a1b"])
+def test_shares_of_gpus_are_of_those_that_are_visible(visible: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert loading.device_shares(2, 1) == {"": ["", ""], None: ["0", "1"]}.get(visible, ["7", "GPU-5a1b"])
+
+
+def test_two_processes_start_the_same_target_at_a_time(
+    target: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The folder that vLLM loads from is never without its files, and takes in what has changed."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = Path(loading.model_alone(target))
+    before = {path.name for path in folder.iterdir()}
+    assert "model.safetensors" in before
+    assert "sae.safetensors" not in before
+    with ThreadPoolExecutor(4) as pool:
+        assert {pool.submit(loading.model_alone, target).result() for _ in range(40)} == {str(folder)}
+        list(pool.map(lambda _: loading.model_alone(target), range(200)))
+    assert {path.name for path in folder.iterdir()} == before
+    moved = folder / "config.json"
+    moved.unlink()
+    moved.symlink_to(tmp_path / "elsewhere")
+    (folder / "gone.json").symlink_to(tmp_path / "gone")
+    loading.model_alone(target)
+    assert moved.resolve() == (Path(target.model) / "config.json").resolve()
+    assert {path.name for path in folder.iterdir()} == before
 
 
 def test_replicas_have_gpus_of_their_own_and_share_the_requests(
@@ -145,8 +187,23 @@ def test_a_release_that_fails_its_self_test_is_refused_and_closed(pretend: dict[
 def test_what_cannot_work_is_refused_before_vllm_starts(
     pretend: dict[str, Any], target: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(SteerbackError, match="pipeline parallelism"):
-        VllmEngine(target, options={"pipeline_parallel_size": 2})
+    for name in ("replicas", "tensor_parallel", "batch_size", "max_model_len", "poolers"):
+        with pytest.raises(SteerbackError, match=f"{name} 0 is out of range; 1 or more"):
+            VllmEngine(target, **{name: 0})
+    for name, says in (
+        ("pipeline_parallel_size", "pipeline parallelism; use tensor_parallel"),
+        ("data_parallel_size", "has a name of its own, replicas"),
+        ("max_model_len", "has a name of its own, max_model_len"),
+        ("speculative_config", "guessed ahead"),
+        ("worker_cls", "is set by steerback"),
+    ):
+        with pytest.raises(SteerbackError, match=f"options.{name} .*{says}"):
+            VllmEngine(target, options={name: 2})
+    for layer in (-1, 4):
+        with pytest.raises(SteerbackError, match=rf"layers {layer} is outside 0\.\.3, the model's layers"):
+            VllmEngine(target, layers=(layer,))
+    with pytest.raises(SteerbackError, match=r"test of itself: prompt of .* exceed 20, the engine's max_model_len"):
+        VllmEngine(target, max_model_len=20)
     with pytest.raises(SteerbackError, match=r"direction 'north' has shape \(5,\); this model needs \(64,\)"):
         VllmEngine(target, directions={"north": torch.zeros(5)})
     with pytest.raises(SteerbackError, match=r"no adapter_config.json"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import random
 from typing import Any
 
 import numpy as np
@@ -14,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from steerback.engines.vllm.driver import Gate
 from steerback.engines.vllm.settings import Settings, Ticket
 from steerback.engines.vllm.slots import Arrival, Batch, Slots
 from steerback.engines.vllm.tables import LayerTable, Shared, steer_layer
@@ -216,39 +213,6 @@ def test_tickets_and_settings_survive_the_journey() -> None:
     assert Ticket.from_args(json.loads(json.dumps(ticket.as_args()))) == ticket
     sizes = Worker("relu").settings
     assert Settings.from_config(json.loads(json.dumps(sizes.as_config()))) == sizes
-
-
-def test_gate_never_lets_in_more_than_the_tables_hold() -> None:
-    """Jobs with up to ten latents compete for 12 columns and 4 rows; all get their turn, in order."""
-    sizes = Settings(SITE, (0,), 4, 12, 10, 2, 0, LENGTH, "1", "0")
-    entered: list[int] = []
-
-    async def job(gate: Gate, n: int) -> None:
-        draw = random.Random(n)
-        latents = draw.sample(range(N), draw.randrange(11))
-        ticket = Ticket(str(n), tuple(Intervention("clamp", k, 0.0) for k in latents), (1,) if n % 3 == 0 else ())
-        await gate.enter(ticket)
-        entered.append(n)
-        assert gate.running <= 4
-        assert len(gate.columns) <= 12
-        assert gate.recorders <= 2
-        for _ in range(draw.randrange(5)):
-            await asyncio.sleep(0)
-        gate.leave(ticket)
-
-    async def run() -> Gate:
-        gate = Gate(sizes)
-        tasks = [asyncio.create_task(job(gate, n)) for n in range(60)]
-        for n in (5, 30):
-            await asyncio.sleep(0)
-            tasks[n].cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        return gate
-
-    gate = asyncio.run(run())
-    assert entered == sorted(entered)
-    assert len(entered) >= 58
-    assert (gate.running, gate.recorders, len(gate.columns), len(gate.waiting)) == (0, 0, 0, 0)
 
 
 def test_a_layer_without_positions_is_refused() -> None:

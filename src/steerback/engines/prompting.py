@@ -26,6 +26,8 @@ class Spoken:
 STYLES = ("chat", "plain", "authors")
 SECOND_HEADER = "<|begin_of_text|><|start_header_id|>assistant<|end_header_id|>\n\n"
 """What the authors' code appends to Llama's chat prompt, which ends in an assistant header already."""
+MARK = "\ue000"
+"""Stands for a user's words in a template; a character for private use."""
 DATE = "26 Jul 2024"
 """The date that Llama's templates tell the model: their own default, never the day of the run."""
 
@@ -46,6 +48,7 @@ class Prompter:
             raise SteerbackError("prompt_format 'authors' doubles Llama 3's header, which this tokenizer does not know")
         self.tokenizer, self.style = tokenizer, style
         self._tokens: dict[tuple[str, str, str | None], tuple[int, ...]] = {}
+        self._around: tuple[str, str] | None = None
 
     def render(self, prompt: str, system: str | None = None) -> str:
         """The text before the response. Templates without a system role get it as the first lines of the prompt."""
@@ -71,7 +74,7 @@ class Prompter:
         head = self.render(prompt)
         encoded = self._encode(head + response, return_offsets_mapping=True)
         special = set(self.tokenizer.all_special_ids)
-        begin = head.rfind(prompt) if prompt else -1
+        first, last = self._words(head)
         user: list[int] = []
         said: list[int] = []
         for n, (token, (start, end)) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)):
@@ -79,9 +82,22 @@ class Prompter:
                 continue
             if end > len(head):
                 said.append(n)
-            elif begin >= 0 and end > begin and start < begin + len(prompt):
+            elif end > first and start < last:
                 user.append(n)
         return Spoken(tuple(encoded["input_ids"]), tuple(user), tuple(said))
+
+    def _words(self, head: str) -> tuple[int, int]:
+        """First character and last + 1 of the user's words in a rendered prompt: what another prompt replaces.
+
+        Looking for the prompt itself would miss one that the template trims, and take a word of the template for it.
+        """
+        if self._around is None:
+            before, _, after = self.render(MARK).partition(MARK)
+            self._around = before, after
+        before, after = self._around
+        if not (head.startswith(before) and head.endswith(after)):
+            raise SteerbackError("the chat template writes this prompt in another form; its words cannot be told")
+        return len(before), len(head) - len(after)
 
     def text(self, token_ids: Sequence[int]) -> str:
         """What was said, without special tokens."""

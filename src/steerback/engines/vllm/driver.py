@@ -21,6 +21,8 @@ from steerback.engines.vllm.settings import Settings, Ticket
 PAUSE, GLANCE = 0.02, 0.002
 """Seconds between two readings of results (each stops the worker for about a millisecond), and between two looks
 whether anything that is worth waiting for is still running."""
+RELEASE = 5
+"""Seconds that cancelled jobs have to give back their rows before the engine ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,8 @@ class Gate:
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
                 self.leave(ticket)  # the turn came in the same moment
+            else:
+                self._admit()  # whoever waited behind this one
             raise
 
     def leave(self, ticket: Ticket) -> None:
@@ -108,15 +112,17 @@ class Driver:
         self._numbers = itertools.count()
         self._finished: list[tuple[Job, Any, asyncio.Future[Any]]] = []
         self._collecting: asyncio.Task[None] | None = None
+        self._jobs: set[asyncio.Task[Any]] = set()
+        self._gate = Gate(settings)
+        self.llm: Any = None
         try:
             self.wait(self._start(start))
         except BaseException:
-            self._stop()
+            self.close()  # also what has started after an interrupt
             raise
 
     async def _start(self, start: Callable[[], Any]) -> None:
         self.llm = start()
-        self._gate = Gate(self.settings)
 
     def wait(self, work: Any) -> Any:
         """Runs a coroutine in the engine's thread and waits for it."""
@@ -136,6 +142,10 @@ class Driver:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        task = asyncio.current_task()
+        assert task is not None
+        self._jobs.add(task)
+        task.add_done_callback(self._jobs.discard)
         await self._gate.enter(job.ticket)
         fetched = job.ticket.empty
         try:
@@ -175,40 +185,48 @@ class Driver:
                 await asyncio.sleep(GLANCE)
                 if len(self._finished) == self._gate.running:
                     break
-            batch, self._finished = self._finished, []
+            batch = [one for one in self._finished if not one[2].done()]  # without those cancelled meanwhile
+            self._finished = []
             wanted = []
             for job, output, _ in batch:
                 wanted.append([job.ticket.key, len(job.token_ids) + max(len(output.outputs[0].token_ids) - 1, 0)])
             try:
-                workers = await self.llm.collective_rpc("steerback_fetch", args=(wanted,))
-                entries = [_agreed(job.ticket.key, workers) for job, _, _ in batch]
+                workers = await self.llm.collective_rpc("steerback_fetch", args=(wanted,)) if wanted else []
             except Exception as error:  # noqa: BLE001 - handed on to every job that waits for this reading
                 for _, _, result in batch:
                     if not result.done():
                         result.set_exception(error)
                 continue
-            for (_, _, result), entry in zip(batch, entries, strict=True):
-                if not result.done():
-                    result.set_result(entry)
+            for job, _, result in batch:
+                if result.done():
+                    continue
+                try:
+                    result.set_result(_agreed(job.ticket.key, workers))
+                except RuntimeError as error:
+                    result.set_exception(error)
 
     def close(self) -> None:
-        """Ends the engine and its processes."""
+        """Ends the engine and its processes; jobs that are not done are cancelled."""
         if self._thread.is_alive():
-            self.wait(self._shutdown())
-            self._stop()
+            try:
+                self.wait(self._shutdown())
+            finally:
+                self._loop.call_soon_threadsafe(self._loop.stop)
+                self._thread.join()
+                self._loop.close()
 
     async def _shutdown(self) -> None:
+        for task in self._jobs:
+            task.cancel()
+        if self._jobs:
+            await asyncio.wait(self._jobs, timeout=RELEASE)
         others = [t for t in asyncio.all_tasks() if t is not asyncio.current_task()]
-        self.llm.shutdown(timeout=20)
-        del self.llm
+        if self.llm is not None:
+            self.llm.shutdown(timeout=20)
+            self.llm = None
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-
-    def _stop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
 
 
 def _agreed(key: str, workers: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

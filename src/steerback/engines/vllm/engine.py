@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ from steerback.engines.vllm import jobs
 from steerback.engines.vllm.driver import Answer, Driver, Job
 from steerback.engines.vllm.loading import (
     TESTED,
+    check_layers,
+    check_options,
     device_shares,
     engine_arguments,
     gpus,
@@ -41,6 +44,8 @@ if TYPE_CHECKING:
     from steerback.engines.base import Pooling
     from steerback.targets import Target
 
+QUESTION = "What is the capital of France?"
+"""What an engine that has just started is asked, steered and unsteered."""
 WORKER = "steerback.engines.vllm.worker.SteeredWorker"
 
 
@@ -70,8 +75,12 @@ class VllmEngine:
         options: Mapping[str, Any] | None = None,
     ) -> None:
         version = require_vllm()
-        if (options or {}).get("pipeline_parallel_size", 1) != 1:
-            raise SteerbackError("the vLLM engine does not steer under pipeline parallelism; use tensor_parallel")
+        check_options(
+            options or {},
+            {"replicas": (replicas, 1), "tensor_parallel": (tensor_parallel, 1), "batch_size": (batch_size, 1)}
+            | {"max_model_len": (max_model_len, 1), "columns": (columns, 0), "record_latents": (record_latents, 0)}
+            | {"poolers": (poolers, 1)},
+        )
         if 0 < (there := gpus()) < (needed := replicas * tensor_parallel):
             raise SteerbackError(
                 f"{replicas} replicas of {tensor_parallel} GPUs each need {needed}, and {there} are visible here; "
@@ -81,6 +90,7 @@ class VllmEngine:
         self._loaded = prepare(target, tuple(directions or ()))
         site = self._loaded.site
         check_directions(directions or {}, site.d_model)
+        check_layers(layers, site)
         length = min(max_model_len or 4096, self._loaded.context)
         rows = batch_size or (256 if gpus() else 64)
         self.settings = Settings(
@@ -97,6 +107,8 @@ class VllmEngine:
             sae=None if target.sae is None else asdict(target.sae),
             directions=save_directions(directions or {}),
         )
+        asked = len(self._loaded.prompter.tokens(QUESTION))
+        jobs.check_length(self.settings, "the vLLM engine's test of itself", asked, 3)
         self._arguments = engine_arguments(target, length, rows, tensor_parallel) | dict(options or {})
         self._drivers = self._start(replicas, tensor_parallel)
         try:
@@ -125,7 +137,7 @@ class VllmEngine:
         except BaseException as error:
             for driver in drivers:
                 driver.close()
-            if isinstance(error, (RuntimeError, ValueError, OSError)):
+            if isinstance(error, (RuntimeError, ValueError, OSError, TypeError)):
                 reason = " ".join(str(error).split())[:300]
                 raise SteerbackError(
                     f"vLLM could not start {self.target.name!r} ({reason}); its own messages stand above"
@@ -152,13 +164,16 @@ class VllmEngine:
 
     def close(self) -> None:
         """Ends vLLM's processes."""
-        for driver in self._drivers:
-            driver.close()
+        with contextlib.ExitStack() as ending:  # all of them, also when one cannot be ended
+            for driver in self._drivers:
+                ending.callback(driver.close)
 
     def _self_test(self, version: str) -> None:
-        prompt = self._loaded.prompter.tokens("What is the capital of France?")
+        prompt = self._loaded.prompter.tokens(QUESTION)
+        norms = self._loaded.norms
+        latent = None if norms is None else int((norms > 0).argmax())  # some SAEs have latents that write nothing
         for driver in self._drivers:
-            found = fault(driver, self.settings, prompt, self.target.boost_prior.high)
+            found = fault(driver, self.settings, prompt, self.target.boost_prior.high, latent)
             if found:
                 raise SteerbackError(
                     f"vLLM {version} (tested: {TESTED}) does not steer this model: {found}; use --engine transformers"
@@ -238,9 +253,10 @@ class VllmEngine:
         prompt = len(answer.output.prompt_token_ids)
         entry = answer.entry
         activations = None
-        if entry is not None and request.record is not None:
-            kept = np.frombuffer(entry["record"], dtype=np.float32).reshape(-1, len(request.record.latents))
-            activations = kept[: prompt + size - 1].copy()
+        if request.record is not None:
+            flat = np.frombuffer(b"" if entry is None else entry["record"], dtype=np.float32)
+            fed = prompt + max(len(output.token_ids) - 1, 0)
+            activations = flat.reshape(fed, len(request.record.latents))[: prompt + size - 1].copy()
             if not np.isfinite(activations).all():
                 raise RuntimeError(f"request {request.key!r}: some positions were not recorded")
         return Completion(
@@ -274,7 +290,7 @@ class VllmEngine:
         check_texts(prompts, responses, latents, site)
         chosen = None if latents is None else list(latents)
         out = np.zeros((len(prompts), site.n_latents if chosen is None else len(chosen)), dtype=np.float32)
-        futures: dict[Any, int] = {}
+        pending: deque[tuple[int, Any]] = deque()  # forgotten as they are read: each holds all latents
         for n, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             spoken = self._loaded.prompter.spoken(prompt, response)
             jobs.check_length(self.settings, f"text {n}", len(spoken.token_ids), 1)
@@ -283,8 +299,9 @@ class VllmEngine:
                 continue
             ticket = Ticket(f"activations/{n}", pool=_spans(positions), how=pool)
             job = Job(ticket, spoken.token_ids, {"max_tokens": 1, "temperature": 0.0, "detokenize": False})
-            futures[self._drivers[n % len(self._drivers)].submit(job)] = n
-        for future, n in futures.items():
+            pending.append((n, self._drivers[n % len(self._drivers)].submit(job)))
+        while pending:
+            n, future = pending.popleft()
             with _one_line():
                 whole = np.frombuffer(future.result().entry["pooled"], dtype=np.float32)
             out[n] = whole if chosen is None else whole[chosen]
@@ -312,6 +329,7 @@ class VllmEngine:
         check("teacher_forced", interventions, None, self.settings.site)
         jobs.check_length(self.settings, "teacher_forced", len(token_ids), 1)
         ticket = Ticket("teacher_forced", tuple(interventions), prompt=prompt_tokens)
+        jobs.check_ticket("teacher_forced", ticket, self.settings)
         sampling = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": -1, "logprobs": -1, "detokenize": False}
         output = self._drivers[0].submit(Job(ticket, tuple(token_ids), sampling)).result().output
         rows = [*output.prompt_logprobs[1:], output.outputs[0].logprobs[0]]

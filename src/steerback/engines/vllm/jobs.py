@@ -36,28 +36,33 @@ def check_length(settings: Settings, where: str, prompt: int, new: int) -> None:
 def _ticket(where: str, request: Request, settings: Settings, until: int) -> Ticket:
     site, record = settings.site, request.record
     layer = -1 if record is None else site.read_layer if record.layer is None else record.layer
-    used = [(f"interventions[{n}].layer", site.layer_of(i)) for n, i in enumerate(request.interventions)]
-    for field, wanted in [*used, *([("record.layer", layer)] if record is not None else [])]:
-        if wanted not in settings.layers:
-            raise SteerbackError(
-                f"{where}: {field} {wanted} is not prepared; this engine edits and reads layers "
-                f"{', '.join(map(str, settings.layers))}; start it with layers=[{wanted}] as well"
-            )
     latents = () if record is None else tuple(record.latents)
     if len(set(latents)) != len(latents):
         raise SteerbackError(f"{where}: record.latents names a latent twice")
     ticket = Ticket(request.key, request.interventions, latents, layer, until)
-    if len(ticket.latents()) > settings.columns:
-        raise SteerbackError(
-            f"{where}: {len(ticket.latents())} latents clamped or recorded, the engine has {settings.columns} "
-            "columns; start it with more columns"
-        )
+    check_ticket(where, ticket, settings)
     if until * len(latents) > settings.room:
         raise SteerbackError(
             f"{where}: record.latents: {len(latents)} latents at {until} positions are more than the "
             f"{settings.room} values prepared for a request; start the engine with a higher record_latents"
         )
     return ticket
+
+
+def check_ticket(where: str, ticket: Ticket, settings: Settings) -> None:
+    """Raises SteerbackError if the tables lack a layer or the columns for a request, which would wait for ever."""
+    used = [(f"interventions[{n}].layer", settings.site.layer_of(edit)) for n, edit in enumerate(ticket.edits)]
+    for field, wanted in [*used, *([("record.layer", ticket.layer)] if ticket.layer >= 0 else [])]:
+        if wanted not in settings.layers:
+            raise SteerbackError(
+                f"{where}: {field} {wanted} is not prepared; this engine edits and reads layers "
+                f"{', '.join(map(str, settings.layers))}; start it with layers=[{wanted}] as well"
+            )
+    if len(ticket.latents()) > settings.columns:
+        raise SteerbackError(
+            f"{where}: {len(ticket.latents())} latents clamped or recorded, the engine has {settings.columns} "
+            "columns; start it with more columns"
+        )
 
 
 def _sampling(request: Request, loaded: Loaded) -> dict[str, Any]:

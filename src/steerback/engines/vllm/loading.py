@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,8 +64,40 @@ def gpus() -> int:
 def device_shares(replicas: int, tensor_parallel: int) -> list[str]:
     """What CUDA_VISIBLE_DEVICES has to be for each replica: `tensor_parallel` GPUs of those visible now."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = visible.split(",") if visible else [str(n) for n in range(replicas * tensor_parallel)]
+    devices = [str(n) for n in range(replicas * tensor_parallel)] if visible is None else visible.split(",")
     return [",".join(devices[n * tensor_parallel : (n + 1) * tensor_parallel]) for n in range(replicas)]
+
+
+NOT_OPTIONS = {
+    **dict.fromkeys(
+        ("model", "revision", "worker_cls", "additional_config", "disable_log_stats"), "is set by steerback"
+    ),
+    "max_model_len": "has a name of its own, max_model_len",
+    "max_num_seqs": "has a name of its own, batch_size",
+    "tensor_parallel_size": "has a name of its own, tensor_parallel",
+    "data_parallel_size": "has a name of its own, replicas",
+    "pipeline_parallel_size": "is refused: this engine does not steer under pipeline parallelism; use tensor_parallel",
+    "speculative_config": "is refused: steering was not checked with tokens that are guessed ahead",
+    "enable_dbo": "is refused: steering was not checked with batches in two halves",
+}
+"""Arguments of vLLM's that may not be among the user's `options`, and why."""
+
+
+def check_options(options: Mapping[str, Any], sizes: Mapping[str, tuple[int | None, int]]) -> None:
+    """Raises SteerbackError for an option of vLLM's that is ours to set, and for a size below its least value."""
+    for name, (value, least) in sizes.items():
+        if value is not None and value < least:
+            raise SteerbackError(f"vLLM engine: {name} {value} is out of range; {least} or more")
+    for name in options:
+        if name in NOT_OPTIONS:
+            raise SteerbackError(f"vLLM engine: options.{name} {NOT_OPTIONS[name]}")
+
+
+def check_layers(layers: Sequence[int], site: Site) -> None:
+    """Raises SteerbackError for a further layer that the model does not have."""
+    for layer in layers:
+        if not 0 <= layer < site.n_layers:
+            raise SteerbackError(f"vLLM engine: layers {layer} is outside 0..{site.n_layers - 1}, the model's layers")
 
 
 def prepare(target: Target, directions: tuple[str, ...]) -> Loaded:
@@ -115,11 +148,17 @@ def model_alone(target: Target) -> str:
         return target.model
     links = _cache() / "models" / digest(str(folder.resolve()))[:16]
     links.mkdir(parents=True, exist_ok=True)
+    wanted = {
+        path.name: path.resolve() for path in folder.iterdir() if path.is_file() and path.name != "sae.safetensors"
+    }
     for old in links.iterdir():
-        old.unlink()
-    for path in folder.iterdir():
-        if path.is_file() and path.name != "sae.safetensors":
-            (links / path.name).symlink_to(path.resolve())
+        if old.name not in wanted and not old.name.startswith("."):
+            old.unlink(missing_ok=True)
+    for name, path in wanted.items():  # what is right stays: another process may be reading it
+        link, fresh = links / name, links / f".{os.getpid()}-{threading.get_ident()}-{name}"
+        if not (link.is_symlink() and link.readlink() == path):
+            fresh.symlink_to(path)
+            fresh.replace(link)
     return str(links)
 
 
@@ -132,8 +171,11 @@ def save_directions(directions: Mapping[str, Tensor]) -> str | None:
 
     data = save({k: v.detach().to("cpu", torch.float32).contiguous() for k, v in directions.items()})
     path = _cache() / "directions" / f"{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
+    if not (path.is_file() and path.stat().st_size == len(data)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+        fresh.write_bytes(data)
+        fresh.replace(path)
     return str(path)
 
 

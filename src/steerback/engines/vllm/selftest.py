@@ -15,10 +15,13 @@ TOLERANCE = 1e-3
 """Largest error of an edit, relative to its size, on random residuals in float32."""
 
 
-def fault(driver: Driver, settings: Settings, prompt: tuple[int, ...], boost: float) -> str | None:
-    """What is wrong with an engine's steering, if anything. `boost` is a strong one for this target."""
+def fault(driver: Driver, settings: Settings, prompt: tuple[int, ...], boost: float, latent: int | None) -> str | None:
+    """What is wrong with an engine's steering, if anything.
+
+    `boost` is a strong one for this target, `latent` one with a decoder direction (None: it has no SAE).
+    """
     site = settings.site
-    latents: list[int | str] = [*site.directions[:1], *range(min(site.n_latents, 1))]
+    latents: list[int | str] = [*([] if latent is None else [latent]), *site.directions[:1]]
     if not latents:
         return None
     few = range(min(site.n_latents, settings.columns, 3))
