@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 RUNS ?= runs
 DEMO_TARGETS := --target organism --target organism-control
 
-.PHONY: help demo demo-all demo-all-small demo-finetune demo-finetune-small test test-vllm test-vllm-first test-vllm-second check docs-numbers clean
+.PHONY: help demo demo-all demo-all-small demo-finetune demo-finetune-small test test-vllm test-vllm-first test-vllm-second check clean
 help:
 	@echo "make demo    install, then measure steering resistance on the built-in models (about 3 minutes)"
 	@echo "make demo-all    every experiment of the paper on the built-in models (up to 25 minutes; SIZES=... for others)"

@@ -23,12 +23,14 @@ from numpy.typing import NDArray
 
 from steerback.calibration import BoostPrior, CalibrationSettings, Calibrator, assess, verified
 from steerback.calibration.curves import falling_means
+from steerback.config import quick
 
 Floats = NDArray[np.float64]
 Curve = Callable[[Any, float], Any]
 RESULTS = Path(__file__).parent / "results" / "calibration_simulation.json"
 PRIOR = BoostPrior(150, 75, 0, 300)
 GRID = np.linspace(0, 300, 60_001)
+QUICK = quick("esr", ("organism",)).calibration
 
 
 def sigmoid(x: Any) -> Any:
@@ -59,7 +61,9 @@ HOPELESS: dict[str, Curve] = {
 NOISE = {"mostly 0 or 100": 0.4, "broad": 2.0, "narrow": 10.0}  # a + b of the beta distribution
 DESIGNS: dict[str, CalibrationSettings] = {
     "specification (15 x 10)": CalibrationSettings(draws=400),
-    "preset quick (8 x 6)": CalibrationSettings(draws=400, max_iterations=8, trials_per_iteration=6),
+    f"preset quick ({QUICK.max_iterations} x {QUICK.trials_per_iteration})": CalibrationSettings(
+        draws=400, max_iterations=QUICK.max_iterations, trials_per_iteration=QUICK.trials_per_iteration
+    ),
     "one trial a round (150 x 1)": CalibrationSettings(draws=400, max_iterations=150, trials_per_iteration=1),
     "target 30 (15 x 10)": CalibrationSettings(draws=400, target_score=30),
     "weight 5 (15 x 10)": CalibrationSettings(draws=400, weight=5),
@@ -238,7 +242,7 @@ def markdown(found: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        "| estimate | mean bias | RMSE | off by > 5 | coverage | width | miss (boost) |",
+        "| estimate | mean absolute bias | RMSE | off by > 5 | coverage | width | miss (boost) |",
         "|---|---|---|---|---|---|---|",
     ]
     smooth = [cell for key, cell in found["falling"].items() if not key.startswith("cliff")]

@@ -16,7 +16,7 @@ RunName = Annotated[str, typer.Argument(help="Name of a run under --runs, or pat
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Neither read nor write the shared cache.")]
 MaxCalls = Annotated[
     int | None,
-    typer.Option("--max-judge-calls", min=0, help="Ask the judge no more often; the rest stays unscored."),
+    typer.Option("--max-judge-calls", min=0, help="Ask the judge no more often; the rest stays unjudged."),
 ]
 MaxCost = Annotated[float | None, typer.Option("--max-judge-cost", min=0, help="Spend at most so many USD on it.")]
 Price = Annotated[
