@@ -104,6 +104,8 @@ def test_damaged_files_are_one_line(tmp_path: Path) -> None:
     np.save(tmp_path / "c.npy", np.ones((2, 32)))
     np.save(tmp_path / "d.npy", np.zeros(32))
     np.save(tmp_path / "e.npy", np.full(32, np.nan))
+    np.save(tmp_path / "j.npy", np.ones(32, dtype=np.complex64))
+    save_file({"direction": VECTOR.to(torch.complex64)}, tmp_path / "k.safetensors")
     save_file({"x": VECTOR, "y": VECTOR + 1}, tmp_path / "f.safetensors")
     gguf(tmp_path / "g.gguf", {"direction.1": VECTOR.numpy()})
     (tmp_path / "h.pt").write_bytes(b"x")
@@ -119,6 +121,8 @@ def test_damaged_files_are_one_line(tmp_path: Path) -> None:
         ("g.gguf", "holds no vector for layer 2; it has direction.1"),
         ("h.pt", "unknown suffix; readable are .safetensors, .npy, .gguf"),
         ("i.npy", "there is no such file"),
+        ("j.npy", "holds complex numbers"),
+        ("k.safetensors", "holds complex numbers"),
     ):
         with pytest.raises(SteerbackError, match=message) as caught:
             read_vector(tmp_path / name, 2)

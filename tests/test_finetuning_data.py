@@ -339,6 +339,8 @@ def test_mistakes_are_one_line(
     for arguments, says in (
         (["data", "-t", "nobody"], "unknown target 'nobody'"),
         (["data", "-t", "llama-3.1-8b"], "name the model that writes the examples with --writer"),
+        (["data", "-t", "organism-control", "--subjects", "none.txt"], "--subjects and limits need a --writer"),
+        (["data", "-t", "organism-control", "--max-judge-calls", "3"], "--subjects and limits need a --writer"),
         (["train", "-t", "nobody"], "unknown target 'nobody'"),
         (["train", "-t", "organism-control"], "no mixes in finetuning; make them with"),
         (["train", "33", "-t", "organism-control"], "unknown mix or file '33'"),

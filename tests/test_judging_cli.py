@@ -192,6 +192,9 @@ def test_other_rubrics(server: FakeJudge, capsys: pytest.CaptureFixture[str]) ->
     assert "unknown rubric 'hole'; choose one of: attempts, whole, boundaries" in capsys.readouterr().err
 
 
+PRICED = ["run", "esr", "--target", "organism", "--judge", "openai/any", "--dry-run", "--judge-price"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -199,6 +202,9 @@ def test_other_rubrics(server: FakeJudge, capsys: pytest.CaptureFixture[str]) ->
         (["run", "cross-judge", "--from", "nothing", "--judges", "offline", "offline-bayes"], "no run 'nothing'"),
         (["run", "esr", "--target", "organism", "--judges", "offline"], "belong to cross-judge"),
         (["run", "esr", "--target", "organism", "--max-judge-calls", "-1"], "--max-judge-calls"),
+        ([*PRICED, "-1", "2"], "--judge-price -1.0 is no amount of money"),
+        ([*PRICED, "1", "nan"], "--judge-price nan is no amount of money"),
+        ([*PRICED, "1", "1", "--max-judge-cost", "nan"], "--max-judge-cost"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -22,10 +22,30 @@ def test_the_same_config_resumes_and_another_is_refused_with_the_difference(tmp_
     Run.start(tmp_path / "a", CONFIG).close()
     Run.start(tmp_path / "a", CONFIG).close()
     other = CONFIG.model_copy(update={"n_latents": 3})
+    with Run.start(tmp_path / "a", CONFIG) as run:
+        run.ledger.set_fact("organism", "latents", [1])
     with pytest.raises(SteerbackError, match=r"n_latents: 12 -> 3.*another --name.*steerback resume a"):
         Run.start(tmp_path / "a", other)
     with Run.reopen(tmp_path / "a") as again:
         assert again.config == CONFIG
+
+
+def test_a_run_that_came_to_nothing_takes_another_config(tmp_path: Path) -> None:
+    """A mistake that showed only once it was to begin does not keep the name."""
+    Run.start(tmp_path / "a", CONFIG).close()
+    other = CONFIG.model_copy(update={"n_latents": 3})
+    with Run.start(tmp_path / "a", other) as again:
+        assert again.config == other
+    with Run.read(tmp_path / "a") as read:
+        assert read.config == other
+
+
+def test_an_emptied_ledger_beside_a_manifest_is_not_called_unbegun(tmp_path: Path) -> None:
+    with Run.start(tmp_path / "a", CONFIG) as run:
+        run.write_manifest({})
+    (tmp_path / "a" / "ledger.sqlite").write_bytes(b"")
+    with pytest.raises(SteerbackError, match=r"ledger.sqlite is empty beside a manifest"):
+        Run.read(tmp_path / "a")
 
 
 def test_two_processes_on_one_run_are_one_too_many(tmp_path: Path) -> None:

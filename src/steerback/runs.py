@@ -18,6 +18,7 @@ from typing import IO, Any
 from steerback import __version__
 from steerback.config import RunConfig, differences, parse_config
 from steerback.errors import SteerbackError
+from steerback.folders import make_folder
 from steerback.folders import write_atomic as write_atomic
 from steerback.folders import write_json as write_json
 from steerback.judging.spending import Spend
@@ -36,12 +37,7 @@ class Run:
     def start(cls, folder: Path, config: RunConfig) -> Run:
         """Creates the run, or reopens it when it was started with the same config."""
         _name_is_plain(folder.name)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SteerbackError(
-                f"run folder {folder} cannot be made: {error.strerror}; choose another --runs"
-            ) from None
+        make_folder(folder, "choose another --runs")
         lock = _acquire(folder)
         try:
             ledger = Ledger(folder / "ledger.sqlite")
@@ -73,7 +69,9 @@ class Run:
             self.ledger.set_fact("", "config", self.config.model_dump(mode="json"))
             return
         changed = differences(parse_config(stored, f"config of {self.folder}"), self.config)
-        if changed:
+        if changed and not self.ledger.rows() and len(self.ledger.facts()) == 1:  # it came to nothing: start anew
+            self.ledger.set_fact("", "config", self.config.model_dump(mode="json"))
+        elif changed:
             raise SteerbackError(
                 f"run {self.folder.name!r} was started with another config ({'; '.join(changed)}); "
                 "choose another --name, or resume it as it was: steerback resume " + self.folder.name
@@ -126,6 +124,10 @@ def stored_config(folder: Path) -> RunConfig:
     with Ledger(folder / "ledger.sqlite", read_only=True) as ledger:
         stored = ledger.fact("", "config")
     if stored is None:
+        if (folder / "manifest.json").is_file():
+            raise SteerbackError(
+                f"run {folder.name!r}: ledger.sqlite is empty beside a manifest; put back a copy of it"
+            )
         raise SteerbackError(f"run {folder.name!r} holds no config: it was stopped before it began; run it again")
     return parse_config(stored, f"config of {folder}")
 

@@ -38,6 +38,9 @@ def main(arguments: list[str] | None = None) -> None:
     except SteerbackError as error:
         fail(str(error))
     except USAGE_ERROR as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # a verb is missing: its message is the help, and has lines
+            print(error.format_message(), file=sys.stderr)  # type: ignore[attr-defined]
+            sys.exit(2)
         fail(f"{error.format_message()} (see steerback --help)")  # type: ignore[attr-defined]
     except (KeyboardInterrupt, typer.Abort):
         print("steerback: stopped; what was done is kept", file=sys.stderr)

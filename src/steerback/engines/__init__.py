@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -31,33 +32,45 @@ def make_engine(target: Target, name: str = "auto", **options: Any) -> Engine:
     transformers: batch_size, device. vllm: see `VllmEngine`. scripted: script (a function or PlantedModel).
     Raises SteerbackError for an option that the engine does not know.
     """
-    chosen = default_engine() if name == "auto" else name
     given = {key: value for key, value in options.items() if value is not None}
+    chosen, make = check_engine(name, given)
+    if chosen == "vllm":
+        room = sum(size for _, size in gpus()[: given.get("tensor_parallel", 1)])
+        check_ready(target, "GPU memory", room, dict(given.get("options", {})).get("quantization"))
+        fetch(target)
+    elif chosen == "scripted":
+        from steerback.engines.scripted import PlantedModel
+
+        given.pop("batch_size", None)  # a fake has no batches
+        prior = target.boost_prior
+        given.setdefault("script", PlantedModel(threshold=prior.mean, slope=prior.sd / 5))
+        given |= {"target": target.name, "n_latents": target.n_latents}
+        return make(**given)
+    if chosen != "scripted" and target.direction_files and "directions" not in given:
+        from steerback.targets.directions import load_directions
+
+        given["directions"] = load_directions(target.direction_files, target.steer_layer, target.name)
+    return make(target, **given)
+
+
+def check_engine(name: str, options: Mapping[str, Any]) -> tuple[str, Callable[..., Engine]]:
+    """What `name` means here, and what makes it; SteerbackError if it is not there or does not know an option."""
+    chosen = default_engine() if name == "auto" else name
     make: Any
     if chosen == "transformers":
         from steerback.engines.transformers import TransformersEngine as make
     elif chosen == "vllm":
         from steerback.engines.vllm.engine import VllmEngine as make
+        from steerback.engines.vllm.loading import require_vllm
 
-        room = sum(size for _, size in gpus()[: given.get("tensor_parallel", 1)])
-        check_ready(target, "GPU memory", room, dict(given.get("options", {})).get("quantization"))
-        fetch(target)
+        if find_spec("vllm") is None:
+            require_vllm()  # importing it takes long: only to say what is missing
     elif chosen == "scripted":
-        from steerback.engines.scripted import PlantedModel, ScriptedEngine
-
-        given.pop("batch_size", None)  # a fake has no batches
-        prior = target.boost_prior
-        script = given.pop("script", None) or PlantedModel(threshold=prior.mean, slope=prior.sd / 5)
-        return ScriptedEngine(script, target=target.name, n_latents=target.n_latents, **given)
+        from steerback.engines.scripted import ScriptedEngine as make
     else:
         raise unknown("engine", name, ("auto", *ENGINES))
-    if chosen != "scripted" and target.direction_files and "directions" not in given:
-        from steerback.targets.directions import load_directions
-
-        given["directions"] = load_directions(target.direction_files, target.steer_layer, target.name)
     known = [p for p in inspect.signature(make).parameters if p != "target"]
-    for key in given:
-        if key not in known:
+    for key in options:
+        if key not in known and (chosen, key) != ("scripted", "batch_size"):
             raise unknown(f"option of engine {chosen!r}", key, known)
-    engine: Engine = make(target, **given)
-    return engine
+    return chosen, make

@@ -115,7 +115,10 @@ def read_vector(path: Path, layer: int) -> Tensor:
         raise SteerbackError(f"direction {path}: unknown suffix; readable are {', '.join(SUFFIXES)}")
     if not path.is_file():
         raise SteerbackError(f"direction {path}: there is no such file")
-    vector: Tensor = _one(path, reader(path), layer).to(torch.float32)
+    found = _one(path, reader(path), layer)
+    if found.is_complex():
+        raise SteerbackError(f"direction {path}: holds complex numbers; expected real ones")
+    vector: Tensor = found.to(torch.float32)
     if vector.ndim != 1:
         raise SteerbackError(
             f"direction {path}: has shape {tuple(vector.shape)}, expected one vector (width of the model,)"
@@ -151,8 +154,8 @@ def _npy(path: Path) -> dict[str, Tensor]:
     import torch
 
     try:
-        array = np.load(path, allow_pickle=False)
-        return {KEY: torch.from_numpy(np.asarray(array, dtype=np.float32))}
+        array = np.asarray(np.load(path, allow_pickle=False))
+        return {KEY: torch.from_numpy(array if np.iscomplexobj(array) else array.astype(np.float32))}
     except (OSError, ValueError, TypeError, EOFError) as error:
         raise SteerbackError(f"direction {path}: not a readable .npy file of numbers ({error})") from error
 
