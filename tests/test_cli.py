@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from steerback import engines
 from steerback.cli import main
+from steerback.config import specification
+from steerback.errors import SteerbackError
 from steerback.ledger import Ledger
-from steerback.runs import stored_config
+from steerback.runs import Run, stored_config
 
 SMALL = [
     *("--preset", "quick", "--engine", "scripted", "--judge", "scripted"),
@@ -75,6 +78,33 @@ def test_a_run_from_nothing_to_figures_and_again(capsys: pytest.CaptureFixture[s
     assert steerback("show", "a", "organism/measure/steered/0") == 0
     refused(capsys, "show", "a", "organism/measure/steered/999")
     assert "n_latents: 3 -> 2" in refused(capsys, *arguments, "--set", "n_latents=2")
+    exported = folder / "export" / "trials.csv"
+    assert steerback("export", "a") == 0
+    rows = exported.read_bytes()
+    for verb in ("show", "export", "figures"):
+        assert "judge 'nobody' has judged nothing" in refused(capsys, verb, "a", "--judge", "nobody")
+    assert exported.read_bytes() == rows
+    assert "--all" in refused(capsys, "figures", "a", "--out", "elsewhere")
+
+
+def test_without_a_verb_the_help_has_its_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ((), ("labels",)):
+        assert steerback(*words) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("Usage: steerback")
+        assert said.count("\n") > 5
+
+
+def test_an_engine_that_is_not_there_is_missed_before_anything_begins(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> None:
+        raise SteerbackError("engine 'vllm' needs vLLM")
+
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    monkeypatch.setattr("steerback.engines.vllm.loading.require_vllm", missing)
+    said = refused(capsys, "run", "esr", "--target", "organism", "--engine", "vllm", "--dry-run")
+    assert "needs vLLM" in said
 
 
 def test_concreteness_threshold_is_the_authors_rule(capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,6 +132,9 @@ def test_concreteness_threshold_is_the_authors_rule(capsys: pytest.CaptureFixtur
         (["run", "esr", "--target", "organism", "--prompts", "none.txt"], "none.txt"),
         (["run", "esr", "--target", "organism", "--limit", "many"], "--limit"),
         (["run", "esr", "--target", "organism", "--name", "a b"], "letters, digits"),
+        (["run", "esr", "--target", "organism", "--set", "experiment=traces"], "experiment 'traces' is not what the"),
+        (["run", "esr", "--target", "organism", "--set", "from_run=/nope"], "use --from RUN"),
+        (["run", "esr", "--target", "organism", "--set", "engine_options.foo=1"], "unknown option of engine"),
         (["resume", "nothing"], "no run 'nothing'"),
         (["show", "nothing"], "no run 'nothing'"),
         (["figures", "nothing"], "no run 'nothing'"),
@@ -114,6 +147,68 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
 ) -> None:
     assert words in refused(capsys, *arguments)
     assert not Path("runs").exists() or not list(Path("runs").glob("*/ledger.sqlite"))
+
+
+@pytest.mark.parametrize(
+    ("experiment", "option", "words"),
+    [
+        ("boost-sweep", "levels=1", "levels: Input should be greater than or equal to 2"),
+        ("boost-sweep", "low=3", "values: low must be smaller than high"),
+        ("boost-sweep", "high=.inf", "high: Input should be a finite number"),
+        ("matched-prefix", "characters=19", "characters: Input should be greater than or equal to 20"),
+        ("matched-prefix", "repeats=0", "repeats: Input should be greater than or equal to 1"),
+        ("matched-prefix", "episodes=few", "episodes: Input should be a valid integer"),
+        ("prefill-control", "characters=0", "characters: Input should be greater than or equal to 1"),
+        ("prefill-control", "multiples=[1, 0]", "multiples.1: Input should be greater than or equal to 1"),
+        ("prefill-control", "multiples=[]", "multiples: List should have at least 1 item"),
+        ("meta-prompts", "variants=5", "variants: Input should be a valid list"),
+        ("held-out", "prompts=5", "prompts: Input should be a valid string"),
+        ("detectors", "responses=0", "responses: Input should be greater than or equal to 1"),
+        ("detectors", "rule=best", "rule: Input should be 'perfect', 'authors', 'auc' or 'top'"),
+        ("detectors", "auc=2", "auc: Input should be less than or equal to 1"),
+        ("detector-statistics", "limit=-1", "limit: Input should be greater than or equal to 1"),
+        ("detector-ablation", "doses=[0.5, 1]", "doses.1: Input should be less than 1"),
+        ("detector-ablation", "levels=[-1]", "levels.0: Input should be greater than 0"),
+        ("random-ablation", "sets=0", "sets: Input should be greater than or equal to 1"),
+        ("random-ablation", "draw=lots", "draw: Input should be 'matched' or 'uniform'"),
+        ("traces", "window=0", "window: Input should be greater than or equal to 1"),
+        ("traces", "quantile=1.5", "quantile: Input should be less than or equal to 1"),
+        ("traces", "show=-1", "show: Input should be greater than or equal to 1"),
+        ("traces", "max_episodes=-2", "max_episodes: Input should be greater than or equal to 1"),
+        ("episode-statistics", "reach=0", "reach: Input should be greater than or equal to 1"),
+        ("episode-statistics", "backtracking=[-1]", "backtracking.0: Input should be greater than or equal to 0"),
+    ],
+)
+def test_options_are_checked_before_anything_is_generated(
+    capsys: pytest.CaptureFixture[str], experiment: str, option: str, words: str
+) -> None:
+    arguments = ["run", experiment, "--target", "organism", *SMALL, "--set", f"options.{option}", "--dry-run"]
+    assert f"{experiment} options: {words}" in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize("draws", ["-5", "0", "1"])
+def test_figures_take_as_many_draws_as_a_run(capsys: pytest.CaptureFixture[str], draws: str) -> None:
+    with Run.start(Path("runs/a"), specification("imported", ("t",))):
+        pass
+    assert "greater than or equal to 100" in refused(capsys, "figures", "a", "--draws", draws)
+    assert not Path("runs/a/summary.json").exists()
+
+
+def test_a_place_that_cannot_be_made_is_one_line_before_anything_is_done(capsys: pytest.CaptureFixture[str]) -> None:
+    with Run.start(Path("runs/a"), specification("imported", ("t",))):
+        pass
+    Path("taken").write_text("a file")
+    for place in ("taken", "taken/below", "/proc/x"):
+        for arguments in (
+            ["run", "esr", "--target", "organism", *SMALL, "--runs", place],
+            ["figures", "--all", "a", "--out", place],
+            ["compare", "a", "--out", place],
+            ["export", "a", "--out", place],
+            ["finetune", "data", "--target", "organism-control", "--examples", "2", "--data", place],
+        ):
+            assert "cannot be made" in refused(capsys, *arguments)
+            assert capsys.readouterr().out == ""
+    assert Path("taken").read_text() == "a file"
 
 
 def test_a_corrupt_or_foreign_ledger_is_one_line_and_left_alone(capsys: pytest.CaptureFixture[str]) -> None:

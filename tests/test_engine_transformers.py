@@ -189,6 +189,7 @@ def test_named_directions_are_added_and_checked() -> None:
         (Request("k", PROMPT, 0, GREEDY, record=Recording((1,), layer=9)), r"record.layer 9"),
         (Request("k", PROMPT, 0, Sampling(max_new_tokens=600)), "exceed the model's context of 512"),
         (Request("k", PROMPT, 0, Sampling(top_p=0)), r"sampling.top_p 0 is out of range"),
+        (Request("k", PROMPT, 0, Sampling(temperature=1e-320)), r"sampling.temperature 1e-320 .*at least 0.0001"),
         (Request("k", PROMPT, 0, Sampling(stop=("",))), "sampling.stop"),
     ],
 )

@@ -204,11 +204,10 @@ def test_held_out_prompts_are_measured_and_disjoint(runs: Runs) -> None:
 def test_organisms_have_held_out_prompts_of_their_own() -> None:
     from types import SimpleNamespace
 
-    from steerback.config import quick
-    from steerback.experiments.held_out import HeldOut
+    from steerback.experiments.held_out import held_out_prompts
 
-    study: Any = SimpleNamespace(name="organism-s", config=quick("held-out", ("organism-s",)), prompts=())
-    assert HeldOut().prompts(study) == load_prompts("organism-held-out")
+    study: Any = SimpleNamespace(name="organism-s", prompts=())
+    assert held_out_prompts(study, "auto") == load_prompts("organism-held-out")
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from scipy import stats
 
 from planted import Runs, thresholds
 from steerback import execute
+from steerback.config import build_config
 from steerback.engines.scripted import RESTART, PlantedModel
 from steerback.errors import SteerbackError
 from steerback.experiments import episodes as ep
-from steerback.experiments.detector_ablation import plan
+from steerback.experiments.detector_ablation import DetectorAblation
 from steerback.experiments.detectors import Detectors, stored_detectors
 from steerback.experiments.episode_statistics import aligned, region_values
 from steerback.experiments.random_ablation import rank
@@ -149,9 +150,10 @@ def test_ablation_recovers_the_planted_effect_and_dose(runs: Runs) -> None:
 
 
 def test_dose_options_are_checked() -> None:
-    for options in ({"doses": [1.5], "levels": []}, {"doses": [0.5], "levels": [-1]}, {"doses": "x", "levels": []}):
-        with pytest.raises(SteerbackError, match="doses"):
-            plan(options)
+    for name, value in (("doses", [1.5]), ("levels", [-1]), ("doses", "x")):
+        config = build_config("detector-ablation", ("x",)).model_copy(update={"options": {name: value}})
+        with pytest.raises(SteerbackError, match=f"detector-ablation options: {name}"):
+            DetectorAblation().conditions(config)
 
 
 def test_random_sets_leave_the_planted_rate_alone_and_the_detectors_stand_out(runs: Runs) -> None:

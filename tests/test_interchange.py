@@ -147,6 +147,13 @@ def test_importing_again_changes_nothing(tmp_path: Path) -> None:
     assert Run.read(tmp_path / "run").ledger.dump() == before
 
 
+def test_a_file_given_twice_counts_once(tmp_path: Path) -> None:
+    file = write(tmp_path / "r.json", result([feature(7, [trial(attempts(30), prompt=p) for p in "ab"])]))
+    assert import_authors([file, file], tmp_path / "run").counts["trials"] == 2
+    with Run.read(tmp_path / "run") as run:
+        assert len(run.ledger.rows()) == 2
+
+
 def test_variants_pair_with_the_baseline(tmp_path: Path) -> None:
     prompts = ["Explain how rainbows form.", "How do you polish silver cutlery?"]
     plain = [feature(k, [trial(attempts(30), prompt=p) for p in prompts]) for k in (7, 8, 9)]
@@ -222,12 +229,19 @@ def test_own_names_and_several_judges(tmp_path: Path) -> None:
         ('{"results_by_feature": [3]}', "has no list results_by_feature"),
         ('{"results_by_feature": [{"trials": []}]}', "no valid feature_index_in_sae"),
         ('{"results_by_feature": [{"feature_index_in_sae": -1}]}', "no valid feature_index_in_sae"),
+        (json.dumps(result([feature(10**30, [])])), "no valid feature_index_in_sae: 1000"),
+        (json.dumps(result([feature(7, [5])])), "x.json: results_by_feature.0.trials.0: .*dictionary"),  # type: ignore[list-item]
+        (json.dumps(result([feature(7, [trial(30, seed=10**30)])])), "x.json: results_by_feature.0.trials.0.seed: "),
+        (json.dumps(result([feature(7, [trial(30, steerback=5)])])), "x.json: .*trials.0.steerback: .*dictionary"),
+        (json.dumps(result([feature(7, [])], ablated_latents=["x"])), "x.json: ablated_latents.0: .*integer"),
+        (json.dumps(result([feature(7, [trial(30, threshold=None)])], n_boost_levels=4)), "needs threshold_cache"),
     ],
 )
 def test_files_that_are_something_else_are_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(SteerbackError, match=message):
         import_authors([tmp_path / "x.json"], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
     with pytest.raises(SteerbackError, match="does not exist"):
         import_authors([tmp_path / "missing.json"], tmp_path / "run")
 

@@ -185,6 +185,17 @@ def test_a_target_may_be_an_object(folder: Path) -> None:
         ("[a]\nmodel = 'x'\nsae = {location = 'y', fmt = 'z'}", "unknown key of target 'a', sae: 'fmt'"),
         ("[a]\nmodel = 'x'\nsae = {format = 'z'}", "sae needs a location"),
         ("[a]\nmodel = 'x'\nboost_prior = 3", "boost_prior 3 should be"),
+        ("[a]\nmodel = 'x'\nboost_prior = 'many'", "boost_prior 'many' should be"),
+        ("[a]\nmodel = 3", "targets.toml: target 'a': model 3: .*string"),
+        ("[a]\nmodel = 'x'\nsteer_layer = 'x'", "targets.toml: target 'a': steer_layer 'x': .*integer"),
+        ("[a]\nmodel = 'x'\nlabels = [1]", "targets.toml: target 'a': labels .*string"),
+        ("[a]\nmodel = 'x'\ndirections = 3", "targets.toml: target 'a': directions 3: .*string or .*list"),
+        ("[a]\nmodel = 'x'\nprovenance = 3", "targets.toml: target 'a': provenance 3: .*dictionary"),
+        ("[a]\nmodel = 'x'\nsae = 3", "targets.toml: target 'a': sae 3: .*dictionary"),
+        ("[a]\nmodel = 'x'\nsae = {location = 3}", "targets.toml: target 'a': sae.location 3: .*string"),
+        ("[a]\nmodel = 'x'\nvariants = 7", "targets.toml: target 'a': variants 7: .*dictionary"),
+        ("[a]\nmodel = 'x'\nvariants = {b = 7}", "targets.toml: target 'a': variants .*dictionary"),
+        ("[a]\nmodel = 'x'\n[a.variants.b]\nmodel = 3", "targets.toml: target 'a@b': model 3: .*string"),
     ],
 )
 def test_mistakes_in_a_file_are_one_line(tmp_path: Path, text: str, message: str) -> None:

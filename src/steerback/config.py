@@ -9,21 +9,23 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from steerback.errors import SteerbackError, unknown
-from steerback.records import LatentKey, Sampling
+from steerback.records import LEAST_TEMPERATURE, LatentKey, Sampling, is_temperature
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Settings(BaseModel):
+    """Typed and checked settings: nothing unknown, no infinite number."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class SamplingConfig(_Model):
-    temperature: float = Field(0.6, ge=0)
+class SamplingConfig(Settings):
+    temperature: float = 0.6
     """0 is greedy."""
     top_p: float = Field(1.0, gt=0, le=1)
     repetition_penalty: float = Field(1.0, gt=0)
@@ -31,12 +33,19 @@ class SamplingConfig(_Model):
     max_new_tokens: int = Field(512, ge=1)
     """Upper bound; a target may set a lower one (the organism's context is short)."""
 
+    @field_validator("temperature")
+    @classmethod
+    def _can_be_drawn_at(cls, value: float) -> float:
+        if not is_temperature(value):
+            raise ValueError(f"{value:g} has to be 0 (greedy) or at least {LEAST_TEMPERATURE:g}")
+        return value
+
     def record(self, cap: int | None = None) -> Sampling:
         tokens = self.max_new_tokens if cap is None else min(self.max_new_tokens, cap)
         return Sampling(self.temperature, self.top_p, self.repetition_penalty, tokens)
 
 
-class CalibrationConfig(_Model):
+class CalibrationConfig(Settings):
     target_score: float = Field(50, gt=0, lt=100)
     """Mean first-attempt score that defines the threshold boost."""
     tolerance: float = Field(5, gt=0)
@@ -52,7 +61,7 @@ class CalibrationConfig(_Model):
     """Pseudo-counts a round adds to the Beta distribution; None: its number of scored trials (authors: always 5)."""
 
 
-class SelectionConfig(_Model):
+class SelectionConfig(Settings):
     relevance: Literal["top-100", "zero", "off"] = "top-100"
     """`top-100`: drop each prompt's 100 most active latents; `zero` (authors): keep what is 0 on all prompts."""
     unlabelled: Literal["drop", "keep"] = "drop"
@@ -63,14 +72,18 @@ class SelectionConfig(_Model):
     rater: str = "offline"
 
 
-class SeedConfig(_Model):
-    latents: int = 42
-    boosts: int = 43
-    generation: int = 44
+Seed = Annotated[int, Field(ge=0, le=2**62)]
+"""Trials count up from a seed, and a ledger holds numbers below 2**63."""
+
+
+class SeedConfig(Settings):
+    latents: Seed = 42
+    boosts: Seed = 43
+    generation: Seed = 44
     """Seed of the first trial of a condition; trial i has this + i, the same in every condition compared."""
 
 
-class RunConfig(_Model):
+class RunConfig(Settings):
     """One run: an experiment on one or several targets."""
 
     experiment: str
@@ -201,6 +214,12 @@ def build_config(
     for layer in layers:
         _merge(merged, layer)
     merged["preset"] = chosen
+    for name, meant in (("experiment", experiment), ("from_run", base and base[0])):
+        if merged.get(name) != meant:
+            how = "steerback run EXPERIMENT" if name == "experiment" else "--from RUN"
+            raise SteerbackError(
+                f"config: {name} {merged.get(name)!r} is not what the command says ({meant}); use {how}"
+            )
     return parse_config(merged, where=f"config {file}" if file else "config")
 
 
@@ -215,14 +234,22 @@ def _like(base: tuple[str, RunConfig], experiment: str, targets: tuple[str, ...]
 
 def parse_config(values: Mapping[str, Any], where: str = "config") -> RunConfig:
     """A checked config, or one line that names the first wrong field."""
+    return parse(RunConfig, values, where)
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def parse(model: type[S], values: Mapping[str, Any], where: str) -> S:
+    """Checked settings, or one line that names the first wrong field."""
     try:
-        return RunConfig.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        message = f"{where}: {field or 'values'}: {first['msg']}"
+        message = f"{where}: {field or 'values'}: {first['msg'].removeprefix('Value error, ')}"
         if first["type"] == "extra_forbidden":
-            message = f"{where}: unknown setting {field!r}; choose one of: {', '.join(_choices(first['loc']))}"
+            message = f"{where}: unknown setting {field!r}; choose one of: {', '.join(_choices(model, first['loc']))}"
         raise SteerbackError(message) from None
 
 
@@ -286,8 +313,7 @@ def _merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:
             into[key] = value
 
 
-def _choices(location: tuple[int | str, ...]) -> list[str]:
-    model: type[BaseModel] = RunConfig
+def _choices(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     for part in location[:-1]:
         inner = model.model_fields[str(part)].annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from steerback.config import RunConfig
+from steerback.experiments.base import settings
 from steerback.judging.base import Judge, JudgeItem
 from steerback.judging.graders import LLMRater
 from steerback.judging.spending import Spend, estimated
@@ -83,8 +84,8 @@ def _rating(job: Job, target: Target) -> list[str]:
 def _collecting(job: Job) -> list[str]:
     """What an experiment that generates nothing takes from where, and what its judges would take."""
     config = job.config
-    settings = {**job.experiment.options, **config.options}
-    lines = [f"  {key}: {', '.join(map(str, v)) if isinstance(v, list) else v}" for key, v in settings.items()]
+    chosen = settings(job.experiment, config)
+    lines = [f"  {key}: {', '.join(map(str, v)) if isinstance(v, list) else v}" for key, v in chosen.items()]
     count = sum(of_experiment(job).values())
     for name in job.experiment.judges(config):
         asked = judge_estimate(job.judges(name), count, config.sampling.max_new_tokens)

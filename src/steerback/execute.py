@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from steerback import organism, paper_data
 from steerback.cache import Cache, default_path
 from steerback.config import RunConfig
-from steerback.engines import ENGINES, default_engine, make_engine
-from steerback.errors import SteerbackError, unknown
+from steerback.engines import check_engine, default_engine, make_engine
+from steerback.errors import SteerbackError
 from steerback.experiments import get_experiment
 from steerback.experiments.base import Analysis, Experiment, settings
 from steerback.judging import Judge, Maker, make_judge
@@ -49,10 +49,11 @@ def check(config: RunConfig, judges: Maker = make_judge) -> Job:
     `judges` makes the judges (`judging.judge_maker` for ones with a budget).
     """
     experiment = get_experiment(config.experiment)
-    strange = sorted(set(config.options) - set(experiment.options))
+    strange = sorted(set(config.options) - set(experiment.options.model_fields))
     if strange:
-        known = ", ".join(sorted(experiment.options)) or "none"
+        known = ", ".join(sorted(experiment.options.model_fields)) or "none"
         raise SteerbackError(f"{experiment.name} has no option {strange[0]!r}; its options: {known}")
+    settings(experiment, config)  # so does a senseless option
     own = {**user_tables(), **config.definitions}
     targets = tuple(resolve(name, own) for name in config.targets) if experiment.generates else ()
     chosen: dict[str, Any] = {"engine": config.engine, "judge": config.judge}
@@ -65,9 +66,8 @@ def check(config: RunConfig, judges: Maker = make_judge) -> Job:
         shared = {target.directions() for target in targets}
         chosen["latents"] = (shared.pop() or None) if len(shared) == 1 else None  # as the run is started, so it goes on
     config = config.model_copy(update=chosen)
-    experiment.conditions(config)  # so does a senseless option
-    if config.engine not in ENGINES:
-        raise unknown("engine", config.engine, ("auto", *ENGINES))
+    experiment.conditions(config)  # so do options that do not go together
+    check_engine(config.engine, config.engine_options)
     targets = experiment.own_targets(config, tuple(_steerable(target, config, experiment) for target in targets))
     for name in paper_data.used(config.prompts, settings(experiment, config).get("detectors")):
         paper_data.path_of(name)

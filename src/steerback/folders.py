@@ -19,6 +19,15 @@ def user_folder(*parts: str) -> Path:
     return Path(base or Path.home() / ".cache", "steerback", *parts)
 
 
+def make_folder(folder: Path, fix: str = "choose another place") -> Path:
+    """The folder, made with those above it; one line with the `fix` where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SteerbackError(f"folder {folder} cannot be made: {error.strerror}; {fix}") from None
+    return folder
+
+
 def write_json(path: Path, body: Any) -> Path:
     """Writes JSON so that the file is either the old one or the whole new one."""
     text = json.dumps(body, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from steerback.errors import SteerbackError
+from steerback.folders import make_folder
 from steerback.records import (
     Attempt,
     Completion,
@@ -90,10 +91,7 @@ def open_database(path: Path, schema: str, application_id: int, version: int, re
     """An SQLite connection in WAL mode; creates the file when it is new, refuses files that are not ours."""
     if read_only and not path.is_file():
         raise SteerbackError(f"{path} does not exist; start a run first (steerback run ...)")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SteerbackError(f"{path.parent}: the folder cannot be made: {error.strerror}") from None
+    make_folder(path.parent)
     with sqlite_errors(path):
         connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
         try:

@@ -29,6 +29,15 @@ class Latent:
     label: str | None = None
 
 
+LEAST_TEMPERATURE = 1e-4
+"""Of what is not greedy: logits divided by much less leave float32's range, and at this one all is greedy anyway."""
+
+
+def is_temperature(value: float) -> bool:
+    """Whether tokens can be drawn at this temperature: 0 (greedy), or finite and at least LEAST_TEMPERATURE."""
+    return value == 0 or LEAST_TEMPERATURE <= value < float("inf")
+
+
 FLOAT32_MAX = 3.4028234663852886e38
 """Engines compute in float32 or less: a larger number would become infinite there."""
 

@@ -9,6 +9,7 @@ import typer
 
 from steerback.cli.options import Batch, MaxCalls, MaxCost, Price, given_limits
 from steerback.errors import SteerbackError, unknown
+from steerback.folders import make_folder
 
 DATA = Path("finetuning")
 app = typer.Typer(help="Train adapters on synthetic self-corrections.", no_args_is_help=True)
@@ -57,8 +58,13 @@ def data(
                 "name the model that writes the examples with --writer, e.g. anthropic/claude-sonnet-4-5"
             )
         writer = "corpus"
+    limits = given_limits(max_calls, max_cost, price, batch)
+    if writer == "corpus" and (limits or subjects is not None):
+        raise SteerbackError(
+            "the built-in corpus has subjects and costs of its own; --subjects and limits need a --writer"
+        )
     prompter = Prompter(load_tokenizer(resolved), resolved.prompt_format)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "choose another --data")
     made: Writer
     if writer == "corpus":
         made = CorpusWriter(asked, seed)
@@ -66,8 +72,7 @@ def data(
         from steerback.finetuning.writer import LlmWriter
         from steerback.judging.transport import Limits
 
-        limits = Limits(**given_limits(max_calls, max_cost, price, batch))
-        made = LlmWriter(writer, folder, limits, None if subjects is None else str(subjects))
+        made = LlmWriter(writer, folder, Limits(**limits), None if subjects is None else str(subjects))
     pools = synthesize(made, asked, examples, seed, say=print)
     settings = {"target": resolved.name, "prompts": prompts, "seed": seed, "asked_for": examples}
     card = write_pools(folder, pools, prompter, {**settings, **made.describe()})

@@ -23,7 +23,9 @@ from steerback.cli.options import (
     judges_within,
 )
 from steerback.errors import SteerbackError, unknown
+from steerback.folders import make_folder
 
+OTHER = "choose another --out"
 Names = Annotated[list[str] | None, typer.Argument(help="Names of runs under --runs, or paths of their folders.")]
 
 
@@ -100,18 +102,22 @@ def figures(
     """Analyse a run's ledger again: summary, tables and figures."""
     if every:
         return _draw_all(names, out, runs)
-    if len(names or ()) != 1:
-        raise SteerbackError("name one run to analyse it again, or draw those of many with --all")
+    if len(names or ()) != 1 or out is not None:
+        raise SteerbackError("name one run to analyse it again in its folder, or draw several's into --out with --all")
     name = (names or [""])[0]
     from steerback import execute
     from steerback.campaign import report
+    from steerback.config import parse_config
     from steerback.experiments import get_experiment
     from steerback.runs import Run, find_run
 
     with Run.read(find_run(name, runs)) as opened:
-        chosen = _known_judge(judge or opened.config.judge, opened.ledger.judges())
-        experiment = get_experiment(opened.config.experiment)
-        analysis = execute.analyse(experiment, opened.ledger, opened.folder, chosen, draws or opened.config.draws)
+        config = opened.config
+        if draws is not None:
+            config = parse_config(config.model_dump(mode="json") | {"draws": draws}, "figures")
+        chosen = _known_judge(judge or config.judge, opened.ledger.judges())
+        experiment = get_experiment(config.experiment)
+        analysis = execute.analyse(experiment, opened.ledger, opened.folder, chosen, config.draws)
     report(analysis, opened.folder)
     return None
 
@@ -136,7 +142,8 @@ def show(
     from steerback.runs import Run, find_run
 
     with Run.read(find_run(name, runs)) as opened:
-        rows = choose(opened.ledger, judge or opened.config.judge, trial, condition, restarts, count)
+        chosen = _known_judge(judge or opened.config.judge, opened.ledger.judges())
+        rows = choose(opened.ledger, chosen, trial, condition, restarts, count)
     for row in rows:
         print(transcript(row, colour=sys.stdout.isatty()))
 
@@ -145,7 +152,8 @@ def _draw_all(names: list[str] | None, out: Path | None, runs: Path) -> None:
     """`steerback figures --all`: every figure of many runs in one folder."""
     from steerback import campaign
 
-    for path in campaign.draw_all(_folders(names, runs), out or runs / "figures"):
+    folders = _folders(names, runs)
+    for path in campaign.draw_all(folders, make_folder(out or runs / "figures", OTHER)):
         print(f"  {path}")
 
 
@@ -165,6 +173,8 @@ def _compared(folders: list[Path], out: Path | None, printed: tuple[str, ...]) -
     from steerback.experiments.published import compare_published, comparison
     from steerback.runs import write_atomic
 
+    if out is not None:
+        make_folder(out, OTHER)
     table, notes = comparison(compare_published(folders))
     listed = "\n".join(["", "Deviations that are known:", *notes, ""]) if notes else ""
     wide = 10_000  # one line a row: the terminal wraps or a pager scrolls
@@ -172,7 +182,6 @@ def _compared(folders: list[Path], out: Path | None, printed: tuple[str, ...]) -
     for form in printed:
         print(forms[form])
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         for form, suffix in (("text", "txt"), ("csv", "csv"), ("markdown", "md")):
             print(f"  {write_atomic(out / f'compare.{suffix}', forms[form].encode())}")
 
@@ -223,9 +232,8 @@ def export(
     if form not in FORMATS:
         raise unknown("export format", form, FORMATS)
     with Run.read(find_run(run, runs)) as opened:
-        chosen = judge or opened.config.judge
-        folder = out or opened.folder / "export"
-        folder.mkdir(parents=True, exist_ok=True)
+        chosen = _known_judge(judge or opened.config.judge, opened.ledger.judges())
+        folder = make_folder(out or opened.folder / "export", OTHER)
         if form == "authors":
             paths = export_authors(opened, folder, chosen)
         else:

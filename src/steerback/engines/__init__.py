@@ -61,10 +61,6 @@ def check_engine(name: str, options: Mapping[str, Any]) -> tuple[str, Callable[.
         from steerback.engines.transformers import TransformersEngine as make
     elif chosen == "vllm":
         from steerback.engines.vllm.engine import VllmEngine as make
-        from steerback.engines.vllm.loading import require_vllm
-
-        if find_spec("vllm") is None:
-            require_vllm()  # importing it takes long: only to say what is missing
     elif chosen == "scripted":
         from steerback.engines.scripted import ScriptedEngine as make
     else:
@@ -73,4 +69,8 @@ def check_engine(name: str, options: Mapping[str, Any]) -> tuple[str, Callable[.
     for key in options:
         if key not in known and (chosen, key) != ("scripted", "batch_size"):
             raise unknown(f"option of engine {chosen!r}", key, known)
+    if chosen == "vllm" and find_spec("vllm") is None:
+        from steerback.engines.vllm.loading import require_vllm
+
+        require_vllm()  # importing it takes long: done here only to say what is missing
     return chosen, make

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from steerback.errors import SteerbackError
 from steerback.interventions import Site, check
-from steerback.records import Request
+from steerback.records import LEAST_TEMPERATURE, Request, is_temperature
 
 if TYPE_CHECKING:
     from steerback.targets import Target
@@ -58,14 +58,15 @@ def checked(requests: Sequence[Request], site: Site) -> Iterator[tuple[str, Requ
 
 def _check_sampling(where: str, request: Request) -> None:
     sampling = request.sampling
-    for field, good in (
-        ("temperature", 0 <= sampling.temperature < float("inf")),
-        ("top_p", 0 < sampling.top_p <= 1),
-        ("repetition_penalty", 0 < sampling.repetition_penalty < float("inf")),
-        ("max_new_tokens", sampling.max_new_tokens >= 1),
+    for field, good, valid in (
+        ("temperature", is_temperature(sampling.temperature), f"0 (greedy) or at least {LEAST_TEMPERATURE:g}"),
+        ("top_p", 0 < sampling.top_p <= 1, "above 0 and at most 1"),
+        ("repetition_penalty", 0 < sampling.repetition_penalty < float("inf"), "above 0"),
+        ("max_new_tokens", sampling.max_new_tokens >= 1, "1 or more"),
     ):
         if not good:
-            raise SteerbackError(f"{where}: sampling.{field} {getattr(sampling, field)!r} is out of range")
+            value = getattr(sampling, field)
+            raise SteerbackError(f"{where}: sampling.{field} {value!r} is out of range; it may be {valid}")
     if "" in sampling.stop:
         raise SteerbackError(f"{where}: sampling.stop contains an empty string, which would stop every response")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from steerback import paper_data
-from steerback.config import RunConfig
+from steerback.config import RunConfig, Settings, parse
 from steerback.ledger import Ledger, Row
 from steerback.metrics import Comparison, Outcomes, Summary, compare, correct, summarize
 from steerback.records import LatentKey, Trial
@@ -40,7 +40,7 @@ class Analysis:
 
 
 class Experiment(ABC):
-    """A plan and an analysis. `options` are the settings (with defaults) that only this experiment knows.
+    """A plan and an analysis. `options` are the settings (types, defaults, bounds) that only this experiment knows.
 
     `authors` are their values under the preset of that name. An experiment that does not calibrate needs no
     thresholds; one that does not generate collects rows of finished runs instead. `needs_sae`: it reads or clamps
@@ -49,7 +49,7 @@ class Experiment(ABC):
 
     name: str
     title: str
-    options: Mapping[str, Any] = {}
+    options: type[Settings] = Settings
     authors: Mapping[str, Any] = {}
     calibrates = True
     generates = True
@@ -205,15 +205,18 @@ def paired(judge: str, outcomes: Mapping[Key, Outcomes], against: Mapping[Key, s
 
 
 def settings(experiment: Experiment, config: RunConfig) -> dict[str, Any]:
-    """The experiment's options: its defaults, the authors' values under their preset, then what the user set."""
+    """The experiment's options: its defaults, the authors' values under their preset, then what the user set; checked.
+
+    Raises SteerbackError naming the option that is wrong.
+    """
     theirs = _authors_detectors(experiment, config) if config.preset == "authors" else {}
     authors = {**experiment.authors, **theirs} if config.preset == "authors" else {}
-    return {**experiment.options, **authors, **config.options}
+    return parse(experiment.options, {**authors, **config.options}, f"{experiment.name} options").model_dump()
 
 
 def _authors_detectors(experiment: Experiment, config: RunConfig) -> dict[str, Any]:
     """The authors' list, where their model is measured and the experiment is not itself the search for detectors."""
-    if set(config.targets) != {"llama-3.3-70b@authors"} or "detectors" not in experiment.options:
+    if set(config.targets) != {"llama-3.3-70b@authors"} or "detectors" not in experiment.options.model_fields:
         return {}
     if experiment.name == "detectors" or config.options.get("detectors") is not None:
         return {}

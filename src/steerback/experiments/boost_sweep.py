@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from steerback.config import RunConfig
+from pydantic import Field, model_validator
+
+from steerback.config import RunConfig, Settings
 from steerback.errors import SteerbackError
 from steerback.experiments.base import Analysis, Experiment, Measured, measured, planted, settings
 from steerback.ledger import Ledger
@@ -22,12 +24,26 @@ from steerback.study import Study
 PEAKS = ("multi_attempt_rate", "esr_rate", "improvement_rate", "msi", "mean_attempts")
 
 
+class Options(Settings):
+    """Levels in standard deviations from each latent's threshold."""
+
+    levels: int = Field(8, ge=2)
+    low: float = -1.5
+    high: float = 3.0
+
+    @model_validator(mode="after")
+    def _are_a_range(self) -> Options:
+        if not self.low < self.high:
+            raise ValueError(f"low must be smaller than high, not {self.low:g} and {self.high:g}")
+        return self
+
+
 class BoostSweep(Experiment):
     """Restarts and recovery from weak to strong steering, and where each peaks."""
 
     name = "boost-sweep"
     title = "Resistance against boost (experiment 2)"
-    options: Mapping[str, Any] = {"levels": 8, "low": -1.5, "high": 3.0}
+    options = Options
     authors: Mapping[str, Any] = {"low": -3.0}
 
     def conditions(self, config: RunConfig) -> int:
@@ -38,13 +54,7 @@ class BoostSweep(Experiment):
         import numpy as np
 
         given = settings(self, config)
-        try:
-            count, low, high = int(given["levels"]), float(given["low"]), float(given["high"])
-        except (TypeError, ValueError):
-            raise SteerbackError(f"boost-sweep: levels, low and high must be numbers, not {given}") from None
-        if count < 2 or not low < high:
-            raise SteerbackError(f"boost-sweep needs levels >= 2 and low < high, not {count} from {low:g} to {high:g}")
-        return [round(float(x), 6) for x in np.linspace(low, high, count)]
+        return [round(float(x), 6) for x in np.linspace(given["low"], given["high"], given["levels"])]
 
     async def run(self, study: Study) -> None:
         """Every cell at every level that is not negative; prompts and seeds are the same at all levels."""

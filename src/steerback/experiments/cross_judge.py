@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
-from steerback.config import RunConfig
+from steerback.config import RunConfig, Settings
 from steerback.errors import SteerbackError
 from steerback.experiments.base import Analysis, Experiment, outcomes_of, planted, settings
 from steerback.ledger import Ledger, Row
@@ -36,12 +37,22 @@ Floats = NDArray[np.float64]
 SAMPLE, MINIMUM, SEED = 1000, 100, 42
 
 
+class Options(Settings):
+    """Which responses are judged by whom."""
+
+    sources: list[str] = Field([])
+    judges: list[str] = Field([])
+    sample: int = Field(SAMPLE, ge=1)
+    minimum: int = Field(MINIMUM, ge=1)
+    """Of each target."""
+
+
 class CrossJudge(Experiment):
     """Agreement of several judges on one sample of responses."""
 
     name = "cross-judge"
     title = "Cross-judge validation (experiment 7)"
-    options: Mapping[str, Any] = {"sources": [], "judges": [], "sample": SAMPLE, "minimum": MINIMUM}
+    options = Options
     generates = False
 
     def conditions(self, config: RunConfig) -> int:

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from steerback.config import RunConfig
-from steerback.errors import SteerbackError
 from steerback.experiments.base import Analysis, Experiment, Measured, measured, planted, settings
-from steerback.experiments.detectors import AUTHORS, SEARCH_OPTIONS, detectors_of, searched, stored_detectors
+from steerback.experiments.detectors import AUTHORS, SearchOptions, detectors_of, searched, stored_detectors
 from steerback.ledger import Ledger
 from steerback.metrics import Trend, trend
 from steerback.records import Intervention
@@ -25,17 +26,22 @@ ABLATED = "ablated"
 TRENDS = ("multi_attempt_rate", "esr_rate", "msi", "mean_first")
 
 
+class Options(SearchOptions):
+    """Which doses are measured beside none and all of the detectors at zero."""
+
+    doses: list[Annotated[float, Field(gt=0, lt=1)]] = Field([0.25, 0.5, 0.75])
+    """Shares of the detectors, best first."""
+    levels: list[Annotated[float, Field(gt=0)]] = Field([0.25, 0.5])
+    """Partial clamps: all detectors held at this part of their level on mismatched pairs."""
+
+
 class DetectorAblation(Experiment):
     """Does resistance need the detectors? Baseline against all of them at zero, and the doses between."""
 
     name = "detector-ablation"
     needs_sae = True
     title = "Detectors clamped to zero, with dose curve (experiment 3)"
-    options: Mapping[str, Any] = {
-        **SEARCH_OPTIONS,
-        "doses": [0.25, 0.5, 0.75],  # shares of the detectors, best first; none and all of them are always measured
-        "levels": [0.25, 0.5],  # partial clamps: all detectors held at this part of their level on mismatched pairs
-    }
+    options = Options
     authors: Mapping[str, Any] = AUTHORS
 
     def conditions(self, config: RunConfig) -> int:
@@ -97,16 +103,10 @@ class Dose:
 
 def plan(options: Mapping[str, Any]) -> list[Dose]:
     """All detectors at zero, smaller doses, partial clamps."""
-    try:
-        doses, levels = ([float(x) for x in options[name]] for name in ("doses", "levels"))
-    except (TypeError, ValueError):
-        raise SteerbackError("detector-ablation: doses and levels must be lists of numbers") from None
-    if not all(0 < x < 1 for x in doses) or not all(x > 0 for x in levels):
-        raise SteerbackError("detector-ablation: doses lie between 0 and 1 (exclusive), levels above 0")
     return [
         Dose(ABLATED, 1.0, 0.0),
-        *(Dose(f"{ABLATED} {x:.0%}", x, 0.0) for x in sorted(set(doses))),
-        *(Dose(f"held at {x:.0%}", 1.0, x) for x in sorted(set(levels))),
+        *(Dose(f"{ABLATED} {x:.0%}", x, 0.0) for x in sorted(set(options["doses"]))),
+        *(Dose(f"held at {x:.0%}", 1.0, x) for x in sorted(set(options["levels"]))),
     ]
 
 

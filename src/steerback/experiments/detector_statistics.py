@@ -17,7 +17,7 @@ from steerback.config import RunConfig
 from steerback.experiments.base import Analysis, Experiment, planted, settings
 from steerback.experiments.detectors import (
     AUTHORS,
-    SEARCH_OPTIONS,
+    SearchOptions,
     contrast,
     detectors_of,
     searched,
@@ -45,7 +45,7 @@ class DetectorStatistics(Experiment):
     name = "detector-statistics"
     needs_sae = True
     title = "Detectors on matched and shuffled pairs (Table A1)"
-    options: Mapping[str, Any] = SEARCH_OPTIONS
+    options = SearchOptions
     authors: Mapping[str, Any] = AUTHORS
     calibrates = False
 

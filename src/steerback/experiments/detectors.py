@@ -13,9 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from steerback.config import RunConfig
+from pydantic import Field
+
+from steerback.config import RunConfig, Settings
 from steerback.errors import SteerbackError
 from steerback.experiments.base import Analysis, Experiment, planted, settings
 from steerback.ledger import Ledger, Row
@@ -29,15 +31,26 @@ if TYPE_CHECKING:
     from steerback.report.tables import Table
 
 DISCOVERY, FACT = "discovery", "detectors"
-SEARCH_OPTIONS: Mapping[str, Any] = {
-    "detectors": None,  # own detectors: a list of latents, a JSON file, or the folder of another run; default: search
-    "discovery_prompts": None,  # built-in list or file; default: the target's
-    "responses": 500,  # unsteered responses to them
-    "rule": "perfect",  # perfect, authors, auc or top
-    "auc": 0.9,  # for rule `auc`, and where no latent separates perfectly
-    "limit": 25,  # at most this many, best first
-    "include_prompt": False,  # pool over the prompt as well, as the authors do
-}
+
+
+class SearchOptions(Settings):
+    """How detectors are found."""
+
+    detectors: Any = None
+    """Own detectors: a list of latents, a JSON file, or the folder of another run; default: search."""
+    discovery_prompts: str | None = None
+    """Built-in list or file; default: the target's."""
+    responses: int = Field(500, ge=1)
+    """Unsteered responses to them."""
+    rule: Literal["perfect", "authors", "auc", "top"] = "perfect"
+    auc: float = Field(0.9, ge=0, le=1)
+    """For rule `auc`, and where no latent separates perfectly."""
+    limit: int | None = Field(25, ge=1)
+    """At most this many, best first."""
+    include_prompt: bool = False
+    """Pool over the prompt as well, as the authors do."""
+
+
 AUTHORS: Mapping[str, Any] = {"rule": "authors", "include_prompt": True, "limit": None}
 
 
@@ -47,7 +60,7 @@ class DetectorExperiment(Experiment):
     name = "detectors"
     needs_sae = True
     title = "Search for off-topic detectors (experiment 3)"
-    options = SEARCH_OPTIONS
+    options: type[Settings] = SearchOptions
     authors = AUTHORS
     calibrates = False
 
@@ -103,7 +116,7 @@ class Detectors:
 
 def searched(options: Mapping[str, Any]) -> dict[str, int]:
     """Responses that a search would cost."""
-    return {} if options["detectors"] is not None else {DISCOVERY: int(options["responses"])}
+    return {} if options["detectors"] is not None else {DISCOVERY: options["responses"]}
 
 
 async def detectors_of(study: Study, options: Mapping[str, Any]) -> Detectors:
@@ -121,7 +134,7 @@ async def look_up(study: Study, options: Mapping[str, Any]) -> Detectors:
     """As `detectors_of`, but there may be none. Options of the search that were set for this run search anew."""
     ledger, own = study.run.ledger, options["detectors"]
     stored = ledger.fact(study.name, FACT)
-    if stored is None and not set(study.config.options) & set(SEARCH_OPTIONS):
+    if stored is None and not set(study.config.options) & set(SearchOptions.model_fields):
         stored = study.fact(FACT)
     if stored is None:
         stored = await _search(study, options) if own is None else await _own(study, own, options["include_prompt"])
@@ -173,7 +186,7 @@ async def _discover(study: Study, options: Mapping[str, Any]) -> list[Row]:
         )
     trials = [
         study.trial(DISCOVERY, "unsteered", i, prompt=prompts[i % len(prompts)], seed=study.seed(DISCOVERY, i))
-        for i in range(int(options["responses"]))
+        for i in range(options["responses"])
     ]
     rows = await complete(study.bench, trials, stage=f"{study.name}: discovery responses", judged=False)
     return [r for r in rows if r.completion is not None and r.completion.finish != "error"]

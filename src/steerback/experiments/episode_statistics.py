@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import Field
 
 from steerback.experiments import episodes as ep
 from steerback.experiments.base import Analysis, planted
@@ -45,12 +46,19 @@ SEPARATE = (
 )
 
 
+class Options(ep.Options):
+    """What the figures show."""
+
+    reach: int = Field(40, ge=1)
+    """Tokens before and after the correction in Fig. A5."""
+
+
 class EpisodeStatistics(ep.EpisodeExperiment):
     """Region means, tests and aligned curves of all episodes with two attempts."""
 
     name = "episode-statistics"
     title = "Activity around corrections (appendix A.7, Figs. A5, A6)"
-    options: Mapping[str, Any] = {**ep.OPTIONS, "reach": 40}  # tokens before and after the correction in Fig. A5
+    options = Options
 
     def analyse(self, ledger: Ledger, judge: str, draws: int) -> Analysis:
         """Means, ratios to the unsteered responses, tests; Figures A5 and A6."""
@@ -58,11 +66,11 @@ class EpisodeStatistics(ep.EpisodeExperiment):
 
         options = ep.options_of(self, ledger)
         found = {
-            target: activity(ep.recorded(ledger, target, judge, float(options["drift_below"])), draws)
+            target: activity(ep.recorded(ledger, target, judge, options["drift_below"]), draws)
             for target in ep.recorded_targets(ledger)
         }
         curves = {
-            target: {g: aligned(a.recorded, g, int(options["reach"])) for g in a.groups} for target, a in found.items()
+            target: {g: aligned(a.recorded, g, options["reach"]) for g in a.groups} for target, a in found.items()
         }
         note = planted(found)
         return Analysis(

@@ -11,14 +11,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
 from steerback.config import RunConfig, parse_config
 from steerback.errors import SteerbackError
 from steerback.experiments.base import Experiment, settings
-from steerback.experiments.detectors import AUTHORS, SEARCH_OPTIONS, detectors_of, searched, targets_with
+from steerback.experiments.detectors import AUTHORS, SearchOptions, detectors_of, searched, targets_with
 from steerback.latents.backtracking import find_backtracking
 from steerback.ledger import Ledger, Row
 from steerback.metrics import cluster_code
@@ -34,13 +35,19 @@ if TYPE_CHECKING:
 REPLAY = "replay"  # stage of the recorded trials: same prompts, seeds and boosts as the measured ones
 EPISODES, DRIFTS, UNSTEERED = "episodes", "steered, no restart", "unsteered"
 DETECTORS, BACKTRACKING, STEERED = "detectors", "backtracking", "steered"
-OPTIONS: Mapping[str, Any] = {
-    **SEARCH_OPTIONS,
-    "max_episodes": 200,  # at most this many of each kind are recorded, spread evenly over the latents
-    "drift_below": 50.0,  # a single attempt that scores less has drifted
-    "backtracking": None,  # own latents that accompany corrections; default: found by their labels ...
-    "most_backtracking": 50,  # ... at most this many, those whose labels say it most clearly
-}
+
+
+class Options(SearchOptions):
+    """Which episodes are recorded, and which latents beside the detectors."""
+
+    max_episodes: int = Field(200, ge=1)
+    """At most this many of each kind are recorded, spread evenly over the latents."""
+    drift_below: float = Field(50.0, ge=0, le=100)
+    """A single attempt that scores less has drifted."""
+    backtracking: list[Annotated[int, Field(ge=0)]] | None = None
+    """Own latents that accompany corrections; default: found by their labels ..."""
+    most_backtracking: int = Field(50, ge=0)
+    """... at most this many, those whose labels say it most clearly."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +111,7 @@ class EpisodeExperiment(Experiment):
 
     def further(self, config: RunConfig) -> dict[str, int]:
         chosen = settings(self, config)
-        return searched(chosen) | {REPLAY: 3 * int(chosen["max_episodes"])}
+        return searched(chosen) | {REPLAY: 3 * chosen["max_episodes"]}
 
     async def run(self, study: Study) -> None:
         """Baseline, then episodes and controls with recording."""
@@ -120,9 +127,9 @@ async def record(study: Study, options: Mapping[str, Any]) -> None:
     """Measures the baseline, picks episodes and controls from it, and replays them with recording."""
     groups = await watched(study, options)
     rows = await study.baseline()
-    limit = int(options["max_episodes"])
+    limit = options["max_episodes"]
     episodes = spread([r for r in rows if is_episode(r)], limit)
-    drifts = spread([r for r in rows if is_drift(r, float(options["drift_below"]))], limit)
+    drifts = spread([r for r in rows if is_drift(r, options["drift_below"])], limit)
     trials = [_replay(study, r.trial, EPISODES, groups) for r in episodes]
     trials += [_replay(study, r.trial, DRIFTS, groups) for r in drifts]
     trials += [_replay(study, r.trial, UNSTEERED, groups) for r in episodes]
@@ -161,10 +168,9 @@ async def watched(study: Study, options: Mapping[str, Any]) -> dict[str, list[in
         backtracking = options["backtracking"]
         if backtracking is None:
             backtracking = [
-                found.latent
-                for found in find_backtracking(study.target.labels(), limit=int(options["most_backtracking"]))
+                found.latent for found in find_backtracking(study.target.labels(), limit=options["most_backtracking"])
             ]
-        stored = {DETECTORS: list(detectors.latents), BACKTRACKING: [int(k) for k in backtracking]}
+        stored = {DETECTORS: list(detectors.latents), BACKTRACKING: backtracking}
         study.run.ledger.set_fact(study.name, "watched", stored)
     return dict(stored)
 

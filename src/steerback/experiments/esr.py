@@ -23,7 +23,6 @@ class Esr(Experiment):
 
     name = "esr"
     title = "ESR at threshold boosts (experiment 1)"
-    options: Mapping[str, Any] = {}
 
     def conditions(self, config: RunConfig) -> int:
         return 1

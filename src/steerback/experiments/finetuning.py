@@ -11,12 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from steerback.config import RunConfig
+from pydantic import BeforeValidator
+
+from steerback.config import RunConfig, Settings
 from steerback.errors import SteerbackError
 from steerback.experiments.base import Analysis, Experiment, Key, Measured, outcomes_of, paired, planted, settings
-from steerback.experiments.held_out import HeldOut
+from steerback.experiments.held_out import held_out_prompts
 from steerback.ledger import Ledger, Row
 from steerback.metrics import VALID, Outcomes, Trend, trend
 from steerback.report.tables import Table, number
@@ -30,12 +32,23 @@ SHOWN = ("mean_attempts", "multi_attempt_rate", "improvement_rate", "esr_rate", 
 TRENDS = {STEERED: SHOWN, HELD_OUT: SHOWN, UNSTEERED: SHOWN[:2], HELD_OUT_UNSTEERED: SHOWN[:2]}
 
 
+class Options(Settings):
+    """What is compared with the base, and where else than on the run's prompts."""
+
+    adapters: (
+        Annotated[list[str], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)] | None
+    ) = None
+    """Folders of adapters, listed or separated by commas."""
+    prompts: str = "auto"
+    """Held-out prompts, as in experiment held-out."""
+
+
 class Finetuning(Experiment):
     """Whether training on corrections makes a model correct itself, and whether that helps."""
 
     name = "finetuning"
     title = "Fine-tuning on self-corrections (experiment 4)"
-    options: Mapping[str, Any] = {"adapters": None, "prompts": "auto"}
+    options = Options
 
     def conditions(self, config: RunConfig) -> int:
         if config.from_run is None:
@@ -69,7 +82,7 @@ class Finetuning(Experiment):
         """Thresholds, then the four conditions; the held-out ones last, so that thresholds do not depend on them."""
         if study.target.adapter is not None:
             self._adopt(study)
-        further = HeldOut().prompts(study)  # refused where it shares a prompt with the run's own
+        further = held_out_prompts(study, settings(self, study.config)["prompts"])
         steered, every = await self._grids(study)
         await self._measure(study, steered, every, (STEERED, UNSTEERED))
         await study.prepare(further)

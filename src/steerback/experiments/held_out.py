@@ -6,11 +6,9 @@ neither for calibration nor for detector search? Same latents, boosts and seeds;
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
-from steerback.config import RunConfig
+from steerback.config import RunConfig, Settings
 from steerback.errors import SteerbackError
 from steerback.experiments.base import Analysis, Experiment, measured, planted, settings
 from steerback.ledger import Ledger
@@ -20,12 +18,19 @@ from steerback.study import Study
 CONDITION = "held-out"
 
 
+class Options(Settings):
+    """Which prompts are held out."""
+
+    prompts: str = "auto"
+    """Built-in list or file; `auto`: the list that belongs to the target."""
+
+
 class HeldOut(Experiment):
     """Resistance on prompts that nothing was fitted to."""
 
     name = "held-out"
     title = "Held-out prompts"
-    options: Mapping[str, Any] = {"prompts": "auto"}
+    options = Options
 
     def conditions(self, config: RunConfig) -> int:
         return 2
@@ -35,25 +40,12 @@ class HeldOut(Experiment):
 
     async def run(self, study: Study) -> None:
         """The baseline first, so that its thresholds and verdicts do not depend on the further prompts."""
-        prompts = self.prompts(study)
+        prompts = held_out_prompts(study, settings(self, study.config)["prompts"])
         await study.baseline()
         await study.prepare(prompts)
         cells = await study.cells()
         trials = [study.at(cell, CONDITION, prompt=prompts[cell.index % len(prompts)]) for cell in cells]
         await study.measure(CONDITION, trials)
-
-    def prompts(self, study: Study) -> tuple[str, ...]:
-        """The held-out list; refused where it shares a prompt with the run's own."""
-        given = str(settings(self, study.config)["prompts"])
-        if given == "auto":
-            given = "organism-held-out" if study.name.startswith("organism") else "held-out"
-        prompts = load_prompts(given)
-        shared = sorted(set(prompts) & set(study.prompts))
-        if shared:
-            raise SteerbackError(
-                f"held-out prompts {given} share {shared[0]!r} with the run's prompts; take another list"
-            )
-        return prompts
 
     def analyse(self, ledger: Ledger, judge: str, draws: int) -> Analysis:
         """Held-out against evaluation prompts, paired by latent and seed."""
@@ -66,3 +58,14 @@ class HeldOut(Experiment):
             tables=found.tables(),
             figures={"held_out": partial(figure.draw, found, note=note)},
         )
+
+
+def held_out_prompts(study: Study, given: str) -> tuple[str, ...]:
+    """The list of that name, file, or `auto`; refused where it shares a prompt with the run's own."""
+    if given == "auto":
+        given = "organism-held-out" if study.name.startswith("organism") else "held-out"
+    prompts = load_prompts(given)
+    shared = sorted(set(prompts) & set(study.prompts))
+    if shared:
+        raise SteerbackError(f"held-out prompts {given} share {shared[0]!r} with the run's prompts; take another list")
+    return prompts

@@ -5,9 +5,7 @@ For files that are not the conditions of one of the other experiments, such as a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 from steerback.config import RunConfig
 from steerback.errors import SteerbackError
@@ -21,7 +19,6 @@ class ImportedConditions(Experiment):
 
     name = "imported"
     title = "Imported results"
-    options: Mapping[str, Any] = {}
 
     def conditions(self, config: RunConfig) -> int:
         return 0

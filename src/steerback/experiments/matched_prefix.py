@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from steerback.config import RunConfig
-from steerback.errors import SteerbackError
+from pydantic import Field
+
+from steerback.config import RunConfig, Settings
 from steerback.experiments.base import Analysis, Experiment, measured, planted, settings
 from steerback.ledger import Ledger, Row
 from steerback.records import Intervention, Trial, is_degraded
@@ -24,37 +25,38 @@ STAGE = "continuation"
 SHORTEST = 20  # characters; less than this is hardly more than the restart phrase
 
 
+class Options(Settings):
+    """Which prefixes are continued, and how often."""
+
+    characters: int = Field(200, ge=SHORTEST)
+    """Of corrective text, at most."""
+    repeats: int = Field(4, ge=1)
+    """Continuations of each prefix."""
+    episodes: int = Field(100, ge=1)
+    """At most so many, latents taking turns."""
+    in_context: bool = True
+    """Also continue the whole response up to the same point."""
+    improved_only: bool = True
+    """Whether the restart has to score higher than what was before it."""
+
+
 class MatchedPrefix(Experiment):
     """Continuations under steering from corrective text against length-matched on-topic text."""
 
     name = "matched-prefix"
     title = "Matched prefix: does a correction last?"
-    options: Mapping[str, Any] = {
-        "characters": 200,  # of corrective text, at most
-        "repeats": 4,  # continuations of each prefix
-        "episodes": 100,  # at most so many, latents taking turns
-        "in_context": True,  # also continue the whole response up to the same point
-        "improved_only": True,  # whether the restart has to score higher than what was before it
-    }
+    options = Options
 
     def conditions(self, config: RunConfig) -> int:
-        self.given(config)
         return 1  # the baseline; what continues its restarts is counted by `further`
 
     def further(self, config: RunConfig) -> dict[str, int]:
-        given = self.given(config)
-        return {STAGE: (2 + bool(given["in_context"])) * given["repeats"] * given["episodes"]}
-
-    def given(self, config: RunConfig) -> dict[str, Any]:
-        chosen = settings(self, config)
-        for name in ("characters", "repeats", "episodes"):
-            if not isinstance(chosen[name], int) or chosen[name] < 1:
-                raise SteerbackError(f"matched-prefix: {name} must be a positive whole number, not {chosen[name]!r}")
-        return chosen
+        given = settings(self, config)
+        return {STAGE: (2 + given["in_context"]) * given["repeats"] * given["episodes"]}
 
     async def run(self, study: Study) -> None:
         """Pairs of prefixes of equal length, each continued `repeats` times with the same seeds."""
-        given = self.given(study.config)
+        given = settings(self, study.config)
         rows, tally = await study.baseline(), Counter[str]()
         unsteered = responses_by_prompt(await study.references())
         trials: list[Trial] = []

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
-from steerback.config import RunConfig
+from pydantic import BeforeValidator, Field
+
+from steerback.config import RunConfig, Settings
 from steerback.errors import unknown
 from steerback.experiments.base import Analysis, Experiment, measured, planted, settings
 from steerback.ledger import Ledger
@@ -20,22 +22,34 @@ KNOWN = {**META_PROMPTS, **AUTHORS_META_PROMPTS}
 SETS = {"specification": tuple(META_PROMPTS), "authors": tuple(AUTHORS_META_PROMPTS)}
 
 
+def _named(given: Any) -> Any:
+    """The names that a text stands for."""
+    if not isinstance(given, str):
+        return given
+    return list(SETS.get(given) or (part.strip() for part in given.split(",")))
+
+
+class Options(Settings):
+    """Which meta-prompts are measured."""
+
+    variants: Annotated[list[str], BeforeValidator(_named)] = Field(list(SETS["specification"]))
+    """A set's name, or a list of names (also separated by commas)."""
+
+
 class MetaPrompts(Experiment):
     """Whether telling the model to watch itself makes it resist more."""
 
     name = "meta-prompts"
     title = "Meta-prompts (experiment 5)"
-    options: Mapping[str, Any] = {"variants": "specification"}
+    options = Options
     authors: Mapping[str, Any] = {"variants": "authors"}
 
     def conditions(self, config: RunConfig) -> int:
         return 1 + len(self.variants(config))
 
     def variants(self, config: RunConfig) -> tuple[str, ...]:
-        """Names of the meta-prompts: a set's, or those listed (also separated by commas)."""
+        """Names of the meta-prompts."""
         given = settings(self, config)["variants"]
-        if isinstance(given, str):
-            given = SETS.get(given) or tuple(part.strip() for part in given.split(","))
         for name in given:
             if name not in KNOWN:
                 raise unknown("meta-prompt", name, (*SETS, *KNOWN))

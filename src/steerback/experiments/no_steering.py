@@ -26,7 +26,6 @@ class NoSteering(Experiment):
 
     name = "no-steering"
     title = "No steering (experiment 8)"
-    options: Mapping[str, Any] = {}
     calibrates = False
 
     def conditions(self, config: RunConfig) -> int:

@@ -10,10 +10,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from steerback.config import RunConfig
-from steerback.errors import SteerbackError
+from pydantic import Field
+
+from steerback.config import RunConfig, Settings
 from steerback.experiments.base import Analysis, Experiment, measured, planted, settings
 from steerback.ledger import Ledger, Row
 from steerback.records import Judgement, Trial, is_degraded
@@ -25,21 +26,26 @@ if TYPE_CHECKING:
 ARMS = ("unsteered", "steered")
 
 
+class Options(Settings):
+    """Lengths of the prefixes."""
+
+    characters: int | None = Field(None, ge=1)
+    """The shortest prefix; default: to the mean first restart."""
+    multiples: list[Annotated[int, Field(ge=1)]] = Field([1, 2, 3, 4], min_length=1)
+
+
 class PrefillControl(Experiment):
     """Restarts from prefixes of steered responses, with steering off and on."""
 
     name = "prefill-control"
     title = "Prefill control: continuing drifted prefixes unsteered and steered"
-    options: Mapping[str, Any] = {"characters": None, "multiples": [1, 2, 3, 4]}
+    options = Options
 
     def conditions(self, config: RunConfig) -> int:
         return 1 + len(ARMS) * len(self.multiples(config))
 
     def multiples(self, config: RunConfig) -> list[int]:
-        given = settings(self, config)["multiples"]
-        if not isinstance(given, list) or not given or not all(isinstance(k, int) and k > 0 for k in given):
-            raise SteerbackError(f"prefill-control: multiples must be a list of positive whole numbers, not {given!r}")
-        return sorted(set(given))
+        return sorted(set(settings(self, config)["multiples"]))
 
     async def run(self, study: Study) -> None:
         """The baseline's responses, cut; each prefix goes on in both arms with the cell's seed."""
@@ -61,10 +67,8 @@ class PrefillControl(Experiment):
 
     def characters(self, config: RunConfig, rows: Sequence[Row]) -> int:
         """n: the mean position of the first restart, or a quarter of the mean response where nothing restarts."""
-        given = settings(self, config)["characters"]
+        given: int | None = settings(self, config)["characters"]
         if given is not None:
-            if not isinstance(given, int) or given < 1:
-                raise SteerbackError(f"prefill-control: characters must be a positive whole number, not {given!r}")
             return given
         starts = [s for row in rows if (s := first_restart(row)) is not None]
         if starts:

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
 
 from steerback.config import RunConfig
-from steerback.errors import unknown
 from steerback.experiments.base import Analysis, Experiment, Measured, measured, planted, settings
 from steerback.experiments.detector_ablation import ABLATED, ablate
-from steerback.experiments.detectors import AUTHORS, SEARCH_OPTIONS, detectors_of, searched
+from steerback.experiments.detectors import AUTHORS, SearchOptions, detectors_of, searched
 from steerback.ledger import Ledger, Row
 from steerback.metrics import METRICS, Comparison, compare, correct
 from steerback.report.tables import Table, comparison_table, number
@@ -26,7 +27,15 @@ if TYPE_CHECKING:
     from steerback.latents.matching import RandomSets
 
 RANKED = ("multi_attempt_rate", "esr_rate", "msi", "mean_attempts", "mean_first")
-METHODS = ("matched", "uniform")
+
+
+class Options(SearchOptions):
+    """Which random sets the detectors are compared with."""
+
+    sets: int | None = Field(None, ge=1)
+    """How many; default: the target's (3; 19 for the built-in organisms)."""
+    draw: Literal["matched", "uniform"] = "matched"
+    """`uniform` over live latents, as the authors draw."""
 
 
 class RandomAblation(Experiment):
@@ -35,11 +44,7 @@ class RandomAblation(Experiment):
     name = "random-ablation"
     needs_sae = True
     title = "Detector ablation against matched random sets (appendix A5.2)"
-    options: Mapping[str, Any] = {
-        **SEARCH_OPTIONS,
-        "sets": None,  # how many; default: the target's (3; 19 for the built-in organisms)
-        "draw": "matched",  # or uniform over live latents, as the authors draw
-    }
+    options = Options
     authors: Mapping[str, Any] = {**AUTHORS, "draw": "uniform"}
 
     def conditions(self, config: RunConfig) -> int:
@@ -56,14 +61,12 @@ class RandomAblation(Experiment):
     async def run(self, study: Study) -> None:
         """Baseline, the detectors clamped to zero, then every random set."""
         chosen = settings(self, study.config)
-        if chosen["draw"] not in METHODS:
-            raise unknown("option draw of random-ablation", chosen["draw"], METHODS)
         detectors = await detectors_of(study, chosen)
         rows = await study.baseline()
         await ablate(study, ABLATED, dict.fromkeys(detectors.latents, 0.0))
         sets = study.run.ledger.fact(study.name, "random sets")
         if sets is None:
-            number = study.target.random_sets if chosen["sets"] is None else int(chosen["sets"])
+            number = study.target.random_sets if chosen["sets"] is None else chosen["sets"]
             drawn = await draw_sets(study, rows, detectors.latents, number, chosen["draw"])
             sets = drawn.to_json()
             study.run.ledger.set_fact(study.name, "random sets", sets)

@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import Field
 
 from steerback.experiments import episodes as ep
 from steerback.experiments.base import Analysis, planted
@@ -28,10 +29,19 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 ARMS = ("episodes", "steered without restart", "unsteered")
-LEAD_OPTIONS: Mapping[str, Any] = {
-    "window": 3,  # tokens in the running mean
-    "quantile": 0.95,  # of the largest running mean in each unsteered response: what counts as an onset
-}
+
+
+class Options(ep.Options):
+    """The onset's rule, and what the figure shows."""
+
+    window: int = Field(3, ge=1)
+    """Tokens in the running mean."""
+    quantile: float = Field(0.95, ge=0, le=1)
+    """Of the largest running mean in each unsteered response: what counts as an onset."""
+    show: int = Field(3, ge=1)
+    """The figure shows the episodes that gained most ..."""
+    trials: list[int] | None = None
+    """... or the trials of these indices."""
 
 
 class Traces(ep.EpisodeExperiment):
@@ -39,12 +49,7 @@ class Traces(ep.EpisodeExperiment):
 
     name = "traces"
     title = "Activation traces of episodes and lead time (experiment 6)"
-    options: Mapping[str, Any] = {
-        **ep.OPTIONS,
-        **LEAD_OPTIONS,
-        "show": 3,  # the figure shows the episodes that gained most ...
-        "trials": None,  # ... or the trials of these indices
-    }
+    options = Options
 
     def analyse(self, ledger: Ledger, judge: str, draws: int) -> Analysis:
         """Lead times with intervals; Figure 7 and the distribution of leads."""
@@ -54,8 +59,8 @@ class Traces(ep.EpisodeExperiment):
         rule = _rule(options)
         found, leads = {}, {}
         for target in ep.recorded_targets(ledger):
-            found[target] = ep.recorded(ledger, target, judge, float(options["drift_below"]))
-            leads[target] = lead_times(found[target], int(options["window"]), float(options["quantile"]))
+            found[target] = ep.recorded(ledger, target, judge, options["drift_below"])
+            leads[target] = lead_times(found[target], options["window"], options["quantile"])
         estimates = {target: x.estimates(draws) for target, x in leads.items()}
         note = planted(found)
         return Analysis(

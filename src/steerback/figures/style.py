@@ -13,6 +13,8 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec
 
+from steerback.folders import make_folder
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
@@ -161,7 +163,7 @@ def save(fig: Figure, folder: Path, name: str) -> list[Path]:
     """Writes `name`.png and `name`.pdf into `folder`, each whole or not at all, the same bytes every time."""
     from matplotlib import rc_context
 
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     metadata: dict[str, dict[str, Any]] = {
         "png": {"Software": None},
         "pdf": {"CreationDate": None, "Creator": None, "Producer": None},

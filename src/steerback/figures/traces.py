@@ -33,7 +33,7 @@ def draw(
     chosen = [
         (target, trace)
         for target, recorded in found.items()
-        for trace in choose(recorded.episodes, int(options["show"]), options["trials"])
+        for trace in choose(recorded.episodes, options["show"], options["trials"])
     ]
     caption = (
         f"Summed activations of the groups, averaged over the last {options['window']} tokens and scaled to their "
@@ -48,7 +48,7 @@ def draw(
         style.message(axes[0], "no response stopped itself")
         return fig
     for ax, (target, trace) in zip(axes, chosen, strict=True):
-        _episode(ax, target, trace, leads[target].threshold, int(options["window"]))
+        _episode(ax, target, trace, leads[target].threshold, options["window"])
     _legend(drawing, {g for _, trace in chosen for g, values in trace.sums.items() if np.any(values > 0)})
     return fig
 

@@ -22,6 +22,7 @@ from steerback.errors import SteerbackError, unknown
 from steerback.finetuning.mixes import hash_rows
 from steerback.finetuning.segments import Row, Tokens, encode, read_rows
 from steerback.finetuning.settings import Settings, from_mapping
+from steerback.folders import make_folder
 from steerback.runs import commit, machine, write_atomic, write_json
 from steerback.targets import Target, resolve
 
@@ -105,7 +106,7 @@ def train_together(job: Job, processes: int, say: Callable[[str], None] = print)
     One process out of memory ends all; they start again from the newest checkpoint with a smaller micro-batch.
     """
     folder = Path(job.out)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "choose another --out")
     for micro in job.settings.micro_sizes(processes):
         settings = from_mapping({"micro_batch": micro}, job.settings)
         task = write_json(folder / "job.json", asdict(job) | {"settings": settings.to_json()})
@@ -235,7 +236,7 @@ def _identity(target: Target, data_hash: str, settings: Settings) -> dict[str, A
 
 def _mark(folder: Path, target: Target, data_hash: str, settings: Settings) -> None:
     """Notes what is trained here; checkpoints of something else are not gone on with."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "choose another --out")
     path, now = folder / "training.json", _identity(target, data_hash, settings)
     if path.is_file() and json.loads(path.read_text("utf-8")) != now:
         raise SteerbackError(

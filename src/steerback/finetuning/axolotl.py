@@ -12,6 +12,7 @@ import yaml
 
 from steerback.finetuning.adapters import Job
 from steerback.finetuning.settings import Settings
+from steerback.folders import make_folder
 from steerback.runs import write_atomic
 from steerback.targets import Target
 
@@ -67,5 +68,5 @@ def export(job: Job, target: Target, folder: Path) -> Path:
     """Writes `folder/NAME.yml`."""
     head = f"# {job.name}: the training of `steerback finetune train`, for: axolotl train {job.name}.yml\n"
     text = head + yaml.safe_dump(configuration(job, target), sort_keys=False)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "choose another --out")
     return write_atomic(folder / f"{job.name}.yml", text.encode("utf-8"))

@@ -15,6 +15,7 @@ from typing import Any
 
 from steerback.errors import SteerbackError
 from steerback.finetuning.segments import Row, read_rows, write_rows
+from steerback.folders import make_folder
 from steerback.records import digest
 from steerback.runs import write_json
 
@@ -113,7 +114,7 @@ def write_mixes(folder: Path, mixes: Sequence[Mix], notes: Sequence[str], seed: 
     listed: list[dict[str, Any]] = []
     for mix in mixes:
         own = folder / mix.name
-        own.mkdir(parents=True, exist_ok=True)
+        make_folder(own)
         write_rows(own / "train.jsonl", mix.training)
         write_rows(own / "validation.jsonl", mix.validation)
         listed.append(

@@ -14,7 +14,16 @@ from typing import Any
 
 from steerback.config import RunConfig
 from steerback.errors import SteerbackError
-from steerback.interchange.schema import Source, judgement_of, label_of, read_source, split_prompt, threshold_of
+from steerback.folders import make_folder
+from steerback.interchange.schema import (
+    LARGEST,
+    Source,
+    judgement_of,
+    label_of,
+    read_source,
+    split_prompt,
+    threshold_of,
+)
 from steerback.ledger import Ledger, Row
 from steerback.records import Completion, FinishReason, Intervention, Judgement, Receipt, Trial, digest
 from steerback.runs import Run, write_json
@@ -46,6 +55,7 @@ class Imported:
     targets: list[str]
     judge: str
     counts: Counter[str] = field(default_factory=Counter)
+    failed: set[tuple[str, str, Any]] = field(default_factory=set)
 
     def lines(self) -> list[str]:
         said = ", ".join(f"{n:,} {what}" for what, n in self.counts.items() if n)
@@ -74,12 +84,15 @@ def import_authors(
         )
     experiment, plain = _experiment(sources)
     found = Imported(experiment, list(dict.fromkeys(target or s.model for s in sources)), judges.pop())
+    pairs: dict[tuple[Any, ...], int] = {}
+    entries: dict[str, Entry] = {}
+    for source in sources:
+        used = condition or (plain if source.kind == "plain" else source.condition)
+        _read(source, target or source.model, used, found, pairs, entries)
     with Run.start(folder, _config(found, sources)) as run:
-        pairs: dict[tuple[Any, ...], int] = {}
-        for source in sources:
-            name = target or source.model
-            used = condition or (plain if source.kind == "plain" else source.condition)
-            _write(run.ledger, source, name, used, found, pairs)
+        run.ledger.add_trials([trial for trial, _, _ in entries.values()])
+        run.ledger.add_completions((key, completion, ENGINE) for key, (_, completion, _) in entries.items())
+        run.ledger.add_judgements((key, verdict) for key, (_, _, verdict) in entries.items() if verdict is not None)
         _facts(run.ledger, sources, target, found)
         run.write_manifest({"imported": [{"file": s.path.name, "sha256": s.sha256} for s in sources]})
     return found
@@ -110,36 +123,46 @@ def _config(found: Imported, sources: Sequence[Source]) -> RunConfig:
 
 def _index(feature: Mapping[str, Any]) -> Any:
     index = feature.get("feature_index_in_sae")
-    if isinstance(index, bool) or not isinstance(index, int | str) or (isinstance(index, int) and index < 0):
+    valid = 0 <= index <= LARGEST if isinstance(index, int) else isinstance(index, str)
+    if not valid or isinstance(index, bool):
         raise SteerbackError(f"a feature has no valid feature_index_in_sae: {index!r}")
     return index
 
 
-def _write(
-    ledger: Ledger, source: Source, target: str, condition: str, found: Imported, pairs: dict[tuple[Any, ...], int]
+Entry = tuple[Trial, Completion, Judgement | None]
+
+
+def _read(
+    source: Source,
+    target: str,
+    condition: str,
+    found: Imported,
+    pairs: dict[tuple[Any, ...], int],
+    entries: dict[str, Entry],
 ) -> None:
-    trials: list[Trial] = []
-    done: list[tuple[str, Completion, str]] = []
-    verdicts: list[tuple[str, Judgement]] = []
+    """Adds what a file holds to the `entries` of all files, by trial; what is there already is not counted again."""
     seen: Counter[tuple[Any, ...]] = Counter()
     levels = _levels(source)
     for feature in source.features:
         index = _index(feature)
-        found.counts["latents that failed"] += bool(feature.get("error"))
+        if feature.get("error"):
+            found.failed.add((target, condition, index))
         for entry in feature.get("trials") or []:
             trial = _trial(source, feature, index, entry, target, condition, levels, seen, pairs)
-            trials.append(trial)
+            if trial.key in entries:
+                if entries[trial.key][0] != trial:
+                    raise SteerbackError(
+                        f"{source.path}: trial {trial.key} is another one than in a file before it; import the files "
+                        "of one condition apart, with a --condition each"
+                    )
+                continue
             completion, judgement, lost = _answer(entry, found.judge)
-            done.append((trial.key, completion, ENGINE))
-            if judgement is not None:
-                verdicts.append((trial.key, judgement))
+            entries[trial.key] = (trial, completion, judgement)
             found.counts["trials"] += 1
             found.counts["trials without a response"] += completion.finish == "error"
             found.counts["unscored"] += judgement is not None and judgement.status == "unscored"
             found.counts["attempts whose text does not occur in the response"] += lost
-    ledger.add_trials(trials)
-    ledger.add_completions(done)
-    ledger.add_judgements(verdicts)
+    found.counts["latents that failed"] = len(found.failed)
 
 
 def _trial(
@@ -156,10 +179,11 @@ def _trial(
     """One trial; its index is the same in all conditions for the n-th trial of a latent and prompt."""
     label = label_of(feature, index)
     ours = entry.get("steerback") or {}  # what our own exports say beside
-    prompt, meta = split_prompt(str(entry.get("prompt") or ""), source.template, feature.get("feature_label"))
+    whole, said = str(entry.get("prompt") or ""), str(feature.get("feature_label") or "")
+    prompt, meta = split_prompt(whole, source.template, said)
     if "meta_prompt" in ours:
         meta = str(ours["meta_prompt"])
-        prompt = str(entry["prompt"]).removesuffix(meta).strip()
+        prompt = whole.removesuffix(meta).strip()
     boost = threshold_of(entry.get("threshold", feature.get("threshold")))
     steered = boost is not None and boost != 0 and source.kind != "unsteered"
     if levels is not None:
@@ -246,7 +270,7 @@ def _facts(ledger: Ledger, sources: Sequence[Source], target: str | None, found:
 
 def export_authors(run: Run, folder: Path, judge: str) -> list[Path]:
     """One file in the authors' form per target and condition of the measured trials."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     paths = []
     for target, condition in run.ledger.conditions():
         rows = run.ledger.rows(target, "measure", condition, judge)

@@ -14,7 +14,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from steerback.errors import SteerbackError
 from steerback.records import Attempt, Judgement
@@ -27,6 +29,49 @@ MODELS = {
     "gemma-2-9b": "gemma-2-9b",
     "gemma-2-27b": "gemma-2-27b",
 }
+
+
+LARGEST = 2**63 - 1
+"""The largest whole number that a ledger holds."""
+
+
+def _storable(value: Any) -> Any:
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise ValueError(f"a whole number beyond {LARGEST}")
+    return value
+
+
+Storable = Annotated[Any, AfterValidator(_storable)]
+
+
+class _Shape(BaseModel):
+    """What is relied on where it is there at all; everything else is looked at when it is read."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _OwnTrial(_Shape):
+    index: Storable = None
+
+
+class _TrialShape(_Shape):
+    seed: Storable = None
+    steerback: _OwnTrial | None = None
+
+
+class _FeatureShape(_Shape):
+    trials: list[_TrialShape] | None = None
+
+
+class _Own(_Shape):
+    facts: dict[str, Any] | None = None
+
+
+class _FileShape(_Shape):
+    results_by_feature: list[_FeatureShape]
+    ablated_latents: list[Annotated[int, Field(ge=0, le=LARGEST)]] | None = None
+    threshold_cache_stats: dict[str, Any] | None = None
+    steerback: _Own | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +118,12 @@ def read_source(path: Path, condition: str | None = None) -> Source:
     features = body.get("results_by_feature") if isinstance(body, dict) else None
     if not isinstance(features, list) or not all(isinstance(f, dict) for f in features):
         raise SteerbackError(f"{path} is not a result file of the authors' code: it has no list results_by_feature")
+    try:
+        _FileShape.model_validate(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        message = first["msg"].partition(" or instance of ")[0].removeprefix("Value error, ")
+        raise SteerbackError(f"{path}: {'.'.join(map(str, first['loc']))}: {message}; mend the file") from None
     config = body.get("experiment_config")
     config = config if isinstance(config, dict) else {}
     kind, named = _kind(config, body)
@@ -178,5 +229,5 @@ def _number(value: Any) -> float | None:
         return None
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None

@@ -11,7 +11,9 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from steerback.errors import SteerbackError, unknown
 from steerback.targets.directions import PRIOR, find_directions, read_facts
@@ -91,10 +93,34 @@ def read_targets(file: Path) -> dict[str, dict[str, Any]]:
             raise SteerbackError(f"file of targets {file}: target {name!r} says no model (a folder or a hub id){hint}")
         if name in tables():
             raise SteerbackError(f"file of targets {file}: {name!r} is a built-in target; choose another name")
+        _check_types(f"file of targets {file}: target {name!r}", entry, _kinds())
+        for variant, changes in entry.get("variants", {}).items():
+            _check_types(f"file of targets {file}: target {f'{name}@{variant}'!r}", changes, _kinds())
     found = {name: _absolute(entry, file.resolve().parent) for name, entry in _variants(loaded).items()}
     for name, entry in found.items():
         _from_entry(name, entry, complete=False)
     return found
+
+
+@cache
+def _kinds() -> dict[str, Any]:
+    """What a table may hold in each field: what `Target` holds there, or its own; the last are checked later."""
+    texts = dict[str, str]
+    own = {"sae": dict[str, Any], "labels": str, "directions": str | list[str] | texts, "provenance": texts}
+    checked_later = dict.fromkeys(("boost_prior", "dtype", "prompt_format"), Any)
+    return {**get_type_hints(Target), **own, "variants": dict[str, dict[str, Any]], **checked_later}
+
+
+def _check_types(where: str, table: Mapping[str, Any], kinds: Mapping[str, Any], inside: str = "") -> None:
+    """Raises SteerbackError for the first field of another type than it has to be; unknown ones are checked later."""
+    for field in (name for name in table if name in kinds):
+        try:
+            TypeAdapter(kinds[field]).validate_python(table[field], strict=True)
+        except ValidationError as error:
+            wanted = " or ".join(dict.fromkeys(e["msg"].removeprefix("Input should be ") for e in error.errors()))
+            raise SteerbackError(f"{where}: {inside}{field} {table[field]!r}: should be {wanted}") from None
+    if "sae" in table and not inside:
+        _check_types(where, table["sae"], get_type_hints(SaeSource), "sae.")
 
 
 def _absolute(entry: Mapping[str, Any], base: Path) -> dict[str, Any]:
@@ -232,7 +258,7 @@ def _prior(name: str, value: Any) -> BoostPrior:
         if isinstance(value, BoostPrior):
             return value
         return BoostPrior(**value) if isinstance(value, Mapping) else BoostPrior(*map(float, value))
-    except TypeError:
+    except (TypeError, ValueError):
         raise SteerbackError(
             f"target {name!r}: boost_prior {value!r} should be {{mean, sd, low, high}}, in raw decoder units"
         ) from None
