@@ -85,6 +85,11 @@ def test_a_run_from_nothing_to_figures_and_again(capsys: pytest.CaptureFixture[s
         assert "judge 'nobody' has judged nothing" in refused(capsys, verb, "a", "--judge", "nobody")
     assert exported.read_bytes() == rows
     assert "--all" in refused(capsys, "figures", "a", "--out", "elsewhere")
+    assert "analysis of one run" in refused(capsys, "figures", "--all", "--draws", "200")
+    again = ["run", "boost-sweep", "--from", "a", "--dry-run"]
+    assert steerback(*again, "--set", "n_latents=3") == 0
+    for other in ("n_latents=2", "latents=[1, 2]"):
+        assert "takes the latents that run a has chosen" in refused(capsys, *again, "--set", other)
 
 
 def test_without_a_verb_the_help_has_its_lines(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,8 +24,8 @@ from steerback.pipeline import Workbench, judge_item, judge_rows
 from steerback.progress import Progress, Silent
 from steerback.prompts import load_prompts
 from steerback.records import Judgement, LatentKey, Sampling, digest
-from steerback.runs import Run, write_atomic, write_json
-from steerback.study import UNJUDGED, Study, references, same_weights
+from steerback.runs import Run, stored_config, write_atomic, write_json
+from steerback.study import UNJUDGED, Study, fact_of, references, same_weights
 from steerback.targets import Target, resolve, user_tables
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ def check(config: RunConfig, judges: Maker = make_judge) -> Job:
         known = ", ".join(sorted(experiment.options.model_fields)) or "none"
         raise SteerbackError(f"{experiment.name} has no option {strange[0]!r}; its options: {known}")
     settings(experiment, config)  # so does a senseless option
+    if config.from_run is not None:
+        _takes_latents(config, Path(config.from_run))
     own = {**user_tables(), **config.definitions}
     targets = tuple(resolve(name, own) for name in config.targets) if experiment.generates else ()
     chosen: dict[str, Any] = {"engine": config.engine, "judge": config.judge}
@@ -76,6 +78,21 @@ def check(config: RunConfig, judges: Maker = make_judge) -> Job:
     if (rater := rating_model(config)) is not None:
         make_rater(rater, judges)
     return Job(config, experiment, targets, load_prompts(config.prompts), judges)
+
+
+def _takes_latents(config: RunConfig, base: Path) -> None:
+    """Refuses another choice of latents than that of the run it starts from, which is what will be used."""
+    if not (base / "ledger.sqlite").is_file():
+        return  # a run that goes on has what it needs of it
+    before = stored_config(base)
+    for field in ("n_latents", "latents"):
+        if getattr(config, field) != getattr(before, field) and any(
+            fact_of(base, name, "latents")[0] is not None for name in config.targets
+        ):
+            raise SteerbackError(
+                f"{config.experiment} takes the latents that run {base.name} has chosen, and {field} would choose "
+                "others; leave it out, or run without --from"
+            )
 
 
 def _steerable(target: Target, config: RunConfig, experiment: Experiment) -> Target:

@@ -100,6 +100,10 @@ def figures(
     runs: RunsDir = RUNS,
 ) -> None:
     """Analyse a run's ledger again: summary, tables and figures."""
+    if every and (judge or draws):
+        raise SteerbackError(
+            "--judge and --draws belong to the analysis of one run; --all draws what the runs' own say"
+        )
     if every:
         return _draw_all(names, out, runs)
     if len(names or ()) != 1 or out is not None:
