@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import copy
 import dataclasses
+import datetime
 import json
 import os
 import platform
@@ -155,6 +156,7 @@ def main() -> None:
         **{key: round(rate, 1) for key, rate in rates.items()},
         "steered_over_generate": round(rates["steered_tokens_per_s"] / rates["generate_tokens_per_s"], 3),
         "load_average_before": round(load_before, 1),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "machine": platform.processor() or platform.machine(),
