@@ -85,7 +85,7 @@ def test_a_run_from_nothing_to_figures_and_again(capsys: pytest.CaptureFixture[s
         assert "judge 'nobody' has judged nothing" in refused(capsys, verb, "a", "--judge", "nobody")
     assert exported.read_bytes() == rows
     assert "--all" in refused(capsys, "figures", "a", "--out", "elsewhere")
-    assert "analysis of one run" in refused(capsys, "figures", "--all", "--draws", "200")
+    assert "analysis of one run" in refused(capsys, "figures", "--all", "--draws", "0")
     again = ["run", "boost-sweep", "--from", "a", "--dry-run"]
     assert steerback(*again, "--set", "n_latents=3") == 0
     for other in ("n_latents=2", "latents=[1, 2]"):
@@ -132,7 +132,10 @@ def test_concreteness_threshold_is_the_authors_rule(capsys: pytest.CaptureFixtur
         (["run", "esr", "--target", "organism", "--latents", "5,99999"], "99999"),
         (["run", "esr", "--target", "organism", "--latents", "no such thing"], "no such thing"),
         (["run", "esr", "--target", "organism", "--set", "n_latents=0"], "n_latents"),
-        (["run", "esr", "--target", "organism", "--set", "options.x=1"], "no option 'x'"),
+        (
+            ["run", "esr", "--target", "organism", "--set", "options.x=1"],
+            "esr options: unknown setting 'x'; there are none",
+        ),
         (["run", "esr", "--target", "organism", "--config", "none.yaml"], "none.yaml does not exist"),
         (["run", "esr", "--target", "organism", "--prompts", "none.txt"], "none.txt"),
         (["run", "esr", "--target", "organism", "--limit", "many"], "--limit"),

@@ -249,7 +249,8 @@ def parse(model: type[S], values: Mapping[str, Any], where: str) -> S:
         field = ".".join(str(part) for part in first["loc"])
         message = f"{where}: {field or 'values'}: {first['msg'].removeprefix('Value error, ')}"
         if first["type"] == "extra_forbidden":
-            message = f"{where}: unknown setting {field!r}; choose one of: {', '.join(_choices(model, first['loc']))}"
+            known = ", ".join(_choices(model, first["loc"]))
+            message = f"{where}: unknown setting {field!r}; {f'choose one of: {known}' if known else 'there are none'}"
         raise SteerbackError(message) from None
 
 

@@ -49,10 +49,6 @@ def check(config: RunConfig, judges: Maker = make_judge) -> Job:
     `judges` makes the judges (`judging.judge_maker` for ones with a budget).
     """
     experiment = get_experiment(config.experiment)
-    strange = sorted(set(config.options) - set(experiment.options.model_fields))
-    if strange:
-        known = ", ".join(sorted(experiment.options.model_fields)) or "none"
-        raise SteerbackError(f"{experiment.name} has no option {strange[0]!r}; its options: {known}")
     settings(experiment, config)  # so does a senseless option
     if config.from_run is not None:
         _takes_latents(config, Path(config.from_run))

@@ -144,7 +144,7 @@ def check(where: str, interventions: Sequence[Intervention], record: Recording |
     phases: tuple[Phase, ...] = ("prompt", "generated")
     for n, item in enumerate(interventions):
         field = f"{where}: interventions[{n}]"
-        _check_layer(f"{field}.layer", item.layer, site)
+        check_layer(f"{field}.layer", item.layer, site)
         _check_latent(f"{field}.latent", item.latent, site)
         if item.mode != "clamp":
             continue
@@ -161,12 +161,13 @@ def check(where: str, interventions: Sequence[Intervention], record: Recording |
             if item.positions in ("all", phase):
                 seen.add(slot)
     if record is not None:
-        _check_layer(f"{where}: record.layer", record.layer, site)
+        check_layer(f"{where}: record.layer", record.layer, site)
         for latent in record.latents:
             _check_latent(f"{where}: record.latents", latent, site)
 
 
-def _check_layer(field: str, layer: int | None, site: Site) -> None:
+def check_layer(field: str, layer: int | None, site: Site) -> None:
+    """Raises SteerbackError for a layer that the model does not have."""
     if layer is not None and not 0 <= layer < site.n_layers:
         raise SteerbackError(f"{field} {layer} is outside 0..{site.n_layers - 1}, the layers of this model")
 

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from steerback.engines.vllm.settings import Settings
+from steerback.interventions import Site
 from steerback.targets import Target, from_folder
 from steerback.targets.sae import Kind, Sae, save_native
 
@@ -26,6 +28,10 @@ OPTIONS: dict[str, Any] = (
 """GPU: little memory, so that two runs of the tests may share one. CPU: one process less to start."""
 SEEN: dict[str, float] = {}
 """The largest differences met, by what was compared."""
+
+SITE = Site(n_layers=3, d_model=16, steer_layer=0, sae_layer=1, read_layer=1, n_latents=40)
+SETTINGS = Settings(SITE, (0, 1), 8, 20, 96, 8, 2, 24, "1", "0", {})
+"""Of an engine that is only pretended."""
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,!?"
 TEMPLATE = (

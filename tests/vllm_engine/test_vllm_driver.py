@@ -16,15 +16,14 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import small
 
 from steerback.engines.vllm import driver as module
 from steerback.engines.vllm.driver import Driver, Gate, Job
-from steerback.engines.vllm.settings import Settings, Ticket
-from steerback.interventions import Site
+from steerback.engines.vllm.settings import Ticket
 from steerback.records import Intervention
 
-SITE = Site(n_layers=3, d_model=16, steer_layer=0, sae_layer=1, read_layer=1, n_latents=40)
-SETTINGS = Settings(SITE, (0, 1), 8, 20, 96, 8, 0, 24, "1", "0", {})
+SETTINGS = replace(small.SETTINGS, poolers=0)
 
 
 class Llm:
@@ -195,7 +194,7 @@ def test_gate_never_lets_in_more_than_the_tables_hold() -> None:
 
     async def job(gate: Gate, n: int) -> None:
         draw = random.Random(n)
-        latents = draw.sample(range(SITE.n_latents), draw.randrange(11))
+        latents = draw.sample(range(SETTINGS.site.n_latents), draw.randrange(11))
         ticket = Ticket(str(n), tuple(Intervention("clamp", k, 0.0) for k in latents), (1,) if n % 3 == 0 else ())
         await gate.enter(ticket)
         entered.append(n)

@@ -100,7 +100,7 @@ def figures(
     runs: RunsDir = RUNS,
 ) -> None:
     """Analyse a run's ledger again: summary, tables and figures."""
-    if every and (judge or draws):
+    if every and (judge is not None or draws is not None):
         raise SteerbackError(
             "--judge and --draws belong to the analysis of one run; --all draws what the runs' own say"
         )

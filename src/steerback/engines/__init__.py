@@ -46,7 +46,7 @@ def make_engine(target: Target, name: str = "auto", **options: Any) -> Engine:
         given.setdefault("script", PlantedModel(threshold=prior.mean, slope=prior.sd / 5))
         given |= {"target": target.name, "n_latents": target.n_latents}
         return make(**given)
-    if chosen != "scripted" and target.direction_files and "directions" not in given:
+    if target.direction_files and "directions" not in given:
         from steerback.targets.directions import load_directions
 
         given["directions"] = load_directions(target.direction_files, target.steer_layer, target.name)

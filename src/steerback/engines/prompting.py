@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from steerback.errors import SteerbackError, unknown
@@ -48,7 +49,6 @@ class Prompter:
             raise SteerbackError("prompt_format 'authors' doubles Llama 3's header, which this tokenizer does not know")
         self.tokenizer, self.style = tokenizer, style
         self._tokens: dict[tuple[str, str, str | None], tuple[int, ...]] = {}
-        self._around: tuple[str, str] | None = None
 
     def render(self, prompt: str, system: str | None = None) -> str:
         """The text before the response. Templates without a system role get it as the first lines of the prompt."""
@@ -91,13 +91,15 @@ class Prompter:
 
         Looking for the prompt itself would miss one that the template trims, and take a word of the template for it.
         """
-        if self._around is None:
-            before, _, after = self.render(MARK).partition(MARK)
-            self._around = before, after
         before, after = self._around
         if not (head.startswith(before) and head.endswith(after)):
             raise SteerbackError("the chat template writes this prompt in another form; its words cannot be told")
         return len(before), len(head) - len(after)
+
+    @cached_property
+    def _around(self) -> tuple[str, str]:
+        before, _, after = self.render(MARK).partition(MARK)
+        return before, after
 
     def text(self, token_ids: Sequence[int]) -> str:
         """What was said, without special tokens."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from steerback.errors import SteerbackError
+from steerback.folders import make_folder, write_atomic
 from steerback.judging.base import JudgeItem
 from steerback.judging.parse import Quotable, WholeScore, parse_ratings, parse_verdict, parse_whole
 from steerback.judging.prompt import BOUNDARIES, CONCRETENESS, WHOLE, Asked, ask, enclose, encodable, rubric
@@ -116,10 +116,8 @@ class LLMRater:
     def _write(self, ratings: Mapping[str, float]) -> None:
         if self._store is None:
             return
-        self._store.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self._store.with_name(f"{self._store.name}.{os.getpid()}")
-        fresh.write_text(json.dumps(ratings), encoding="utf-8")
-        fresh.replace(self._store)
+        make_folder(self._store.parent)
+        write_atomic(self._store, json.dumps(ratings).encode())
 
 
 class WholeJudge:

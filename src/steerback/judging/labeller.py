@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from steerback.folders import make_folder
 from steerback.judging.parse import parse_verdict
 from steerback.judging.prompt import LABEL, Asked, enclose, encodable, rubric
 from steerback.judging.spending import Spend
@@ -78,7 +79,7 @@ class LLMLabeller:
     def _keep(self, key: str, label: str | None) -> None:
         if self._store is None:
             return
-        self._store.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self._store.parent)
         with self._store.open("a", encoding="utf-8") as file:
             file.write("\n" + json.dumps({"key": key, "label": label}))
 

@@ -41,11 +41,10 @@ class Limits:
     first_wait: float = 3.0  # seconds before the first retry, doubled each time
 
     def __post_init__(self) -> None:
-        amounts = {"--judge-price": self.price or (), "--max-judge-cost": (self.max_cost or 0.0,)}
-        for option, given in amounts.items():
-            for amount in given:
-                if not 0 <= amount < float("inf"):
-                    raise SteerbackError(f"{option} {amount} is no amount of money; 0 or more USD")
+        prices = [("--judge-price", price) for price in self.price or ()]
+        for option, amount in (*prices, ("--max-judge-cost", self.max_cost or 0.0)):
+            if not 0 <= amount < float("inf"):
+                raise SteerbackError(f"{option} {amount} is no amount of money; 0 or more USD")
 
 
 @dataclass(frozen=True, slots=True)

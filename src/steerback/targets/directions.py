@@ -182,9 +182,9 @@ def save_direction(path: Path, vector: Tensor, facts: Facts) -> None:
     import torch
     from safetensors.torch import save
 
-    from steerback.folders import write_atomic
+    from steerback.folders import make_folder, write_atomic
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     kept = vector.detach().to("cpu", torch.float32).contiguous()
     write_atomic(path, save({KEY: kept}, {HEADER: json.dumps(asdict(facts), ensure_ascii=False)}))
 

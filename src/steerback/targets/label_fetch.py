@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from steerback.errors import SteerbackError
-from steerback.folders import write_json
+from steerback.folders import make_folder, write_json
 from steerback.targets.download import Downloaded, download, hash_file, hub_file
 from steerback.targets.label_files import SUFFIXES, LabelFile, read_label_file, user_labels_folder
 
@@ -96,7 +96,7 @@ def _hub(place: str, folder: Path) -> dict[str, str]:
         raise SteerbackError(f"label source 'hub:{place}' is not of the form hub:OWNER/NAME/FILE[@REVISION]")
     _readable(f"hub:{place}", parts[2])
     found = hub_file("/".join(parts[:2]), parts[2], revision or None)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     here = folder / Path(parts[2]).name
     here.unlink(missing_ok=True)
     here.symlink_to(found)

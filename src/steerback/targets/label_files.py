@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from steerback.errors import SteerbackError
-from steerback.folders import user_folder, write_atomic
+from steerback.folders import make_folder, user_folder, write_atomic
 
 SUFFIXES = (".csv", ".json", ".jsonl", ".jsonl.gz")
 INDEX_COLUMNS = ("index", "index_in_sae")
@@ -185,7 +185,7 @@ def store_labels(
     new = {k: Named(label, source) for k, label in labels.items() if k not in fixed}
     path = user_labels_folder(target) / TABLE
     if new:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         table = io.StringIO()
         writer = csv.writer(table, lineterminator="\n")
         writer.writerow(("index", "label", "source"))

@@ -187,9 +187,7 @@ class Driver:
                     break
             batch = [one for one in self._finished if not one[2].done()]  # without those cancelled meanwhile
             self._finished = []
-            wanted = []
-            for job, output, _ in batch:
-                wanted.append([job.ticket.key, len(job.token_ids) + max(len(output.outputs[0].token_ids) - 1, 0)])
+            wanted = [[job.ticket.key, positions_fed(output)] for job, output, _ in batch]
             try:
                 workers = await self.llm.collective_rpc("steerback_fetch", args=(wanted,)) if wanted else []
             except Exception as error:  # noqa: BLE001 - handed on to every job that waits for this reading
@@ -227,6 +225,11 @@ class Driver:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
+
+
+def positions_fed(output: Any) -> int:
+    """Positions that a finished request went through the model with: its last token was sampled, not read."""
+    return len(output.prompt_token_ids) + max(len(output.outputs[0].token_ids) - 1, 0)
 
 
 def _agreed(key: str, workers: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

@@ -19,11 +19,11 @@ import numpy as np
 import steerback
 from steerback.engines.checks import check_texts, checked
 from steerback.engines.vllm import jobs
-from steerback.engines.vllm.driver import Answer, Driver, Job
+from steerback.engines.vllm.driver import Answer, Driver, Job, positions_fed
 from steerback.engines.vllm.loading import (
     TESTED,
-    check_layers,
     check_options,
+    check_sizes,
     device_shares,
     engine_arguments,
     gpus,
@@ -34,7 +34,7 @@ from steerback.engines.vllm.loading import (
 from steerback.engines.vllm.selftest import fault
 from steerback.engines.vllm.settings import Settings, Ticket
 from steerback.errors import SteerbackError
-from steerback.interventions import ARITHMETIC_VERSION, check, check_directions
+from steerback.interventions import ARITHMETIC_VERSION, check, check_directions, check_layer
 from steerback.records import Completion, FinishReason, Intervention, Receipt, Request, digest
 
 if TYPE_CHECKING:
@@ -75,12 +75,10 @@ class VllmEngine:
         options: Mapping[str, Any] | None = None,
     ) -> None:
         version = require_vllm()
-        check_options(
-            options or {},
-            {"replicas": (replicas, 1), "tensor_parallel": (tensor_parallel, 1), "batch_size": (batch_size, 1)}
-            | {"max_model_len": (max_model_len, 1), "columns": (columns, 0), "record_latents": (record_latents, 0)}
-            | {"poolers": (poolers, 1)},
-        )
+        check_options(options or {})
+        check_sizes(1, replicas=replicas, tensor_parallel=tensor_parallel, batch_size=batch_size, poolers=poolers)
+        check_sizes(1, max_model_len=max_model_len)
+        check_sizes(0, columns=columns, record_latents=record_latents)
         if 0 < (there := gpus()) < (needed := replicas * tensor_parallel):
             raise SteerbackError(
                 f"{replicas} replicas of {tensor_parallel} GPUs each need {needed}, and {there} are visible here; "
@@ -90,7 +88,8 @@ class VllmEngine:
         self._loaded = prepare(target, tuple(directions or ()))
         site = self._loaded.site
         check_directions(directions or {}, site.d_model)
-        check_layers(layers, site)
+        for layer in layers:
+            check_layer("vLLM engine: layers", layer, site)
         length = min(max_model_len or 4096, self._loaded.context)
         rows = batch_size or (256 if gpus() else 64)
         self.settings = Settings(
@@ -135,8 +134,7 @@ class VllmEngine:
                     os.environ["CUDA_VISIBLE_DEVICES"] = share
                 drivers.append(Driver(self.settings, self._launch, adapter))
         except BaseException as error:
-            for driver in drivers:
-                driver.close()
+            _close(drivers)
             if isinstance(error, (RuntimeError, ValueError, OSError, TypeError)):
                 reason = " ".join(str(error).split())[:300]
                 raise SteerbackError(
@@ -164,9 +162,7 @@ class VllmEngine:
 
     def close(self) -> None:
         """Ends vLLM's processes."""
-        with contextlib.ExitStack() as ending:  # all of them, also when one cannot be ended
-            for driver in self._drivers:
-                ending.callback(driver.close)
+        _close(self._drivers)
 
     def _self_test(self, version: str) -> None:
         prompt = self._loaded.prompter.tokens(QUESTION)
@@ -255,8 +251,8 @@ class VllmEngine:
         activations = None
         if request.record is not None:
             flat = np.frombuffer(b"" if entry is None else entry["record"], dtype=np.float32)
-            fed = prompt + max(len(output.token_ids) - 1, 0)
-            activations = flat.reshape(fed, len(request.record.latents))[: prompt + size - 1].copy()
+            kept = flat.reshape(positions_fed(answer.output), len(request.record.latents))
+            activations = kept[: prompt + size - 1].copy()
             if not np.isfinite(activations).all():
                 raise RuntimeError(f"request {request.key!r}: some positions were not recorded")
         return Completion(
@@ -338,6 +334,13 @@ class VllmEngine:
             for token, found in row.items():
                 out[n, token] = found.logprob
         return out
+
+
+def _close(drivers: Sequence[Driver]) -> None:
+    """Ends them all, also when one cannot be ended."""
+    with contextlib.ExitStack() as ending:
+        for driver in drivers:
+            ending.callback(driver.close)
 
 
 @contextlib.contextmanager

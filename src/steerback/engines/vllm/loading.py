@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from steerback.engines.checks import site_of
 from steerback.engines.prompting import Prompter
 from steerback.errors import SteerbackError
+from steerback.folders import make_folder, user_folder, write_atomic
 from steerback.interventions import Site
 from steerback.records import digest
 
@@ -83,21 +84,18 @@ NOT_OPTIONS = {
 """Arguments of vLLM's that may not be among the user's `options`, and why."""
 
 
-def check_options(options: Mapping[str, Any], sizes: Mapping[str, tuple[int | None, int]]) -> None:
-    """Raises SteerbackError for an option of vLLM's that is ours to set, and for a size below its least value."""
-    for name, (value, least) in sizes.items():
-        if value is not None and value < least:
-            raise SteerbackError(f"vLLM engine: {name} {value} is out of range; {least} or more")
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises SteerbackError for an argument of vLLM's that is not for the user to set."""
     for name in options:
         if name in NOT_OPTIONS:
             raise SteerbackError(f"vLLM engine: options.{name} {NOT_OPTIONS[name]}")
 
 
-def check_layers(layers: Sequence[int], site: Site) -> None:
-    """Raises SteerbackError for a further layer that the model does not have."""
-    for layer in layers:
-        if not 0 <= layer < site.n_layers:
-            raise SteerbackError(f"vLLM engine: layers {layer} is outside 0..{site.n_layers - 1}, the model's layers")
+def check_sizes(least: int, **sizes: int | None) -> None:
+    """Raises SteerbackError for a size that is given and too small."""
+    for name, size in sizes.items():
+        if size is not None and size < least:
+            raise SteerbackError(f"vLLM engine: {name} {size} is out of range; {least} or more")
 
 
 def prepare(target: Target, directions: tuple[str, ...]) -> Loaded:
@@ -133,11 +131,6 @@ def prepare(target: Target, directions: tuple[str, ...]) -> Loaded:
     )
 
 
-def _cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "steerback" / "vllm"
-
-
 def model_alone(target: Target) -> str:
     """A folder with the model's files only: vLLM takes every safetensors file it finds for weights of the model.
 
@@ -146,8 +139,7 @@ def model_alone(target: Target) -> str:
     folder = Path(target.model)
     if not (folder / "sae.safetensors").is_file():
         return target.model
-    links = _cache() / "models" / digest(str(folder.resolve()))[:16]
-    links.mkdir(parents=True, exist_ok=True)
+    links = make_folder(user_folder("vllm", "models", digest(str(folder.resolve()))[:16]))
     wanted = {
         path.name: path.resolve() for path in folder.iterdir() if path.is_file() and path.name != "sae.safetensors"
     }
@@ -170,13 +162,8 @@ def save_directions(directions: Mapping[str, Tensor]) -> str | None:
     from safetensors.torch import save
 
     data = save({k: v.detach().to("cpu", torch.float32).contiguous() for k, v in directions.items()})
-    path = _cache() / "directions" / f"{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
-    if not (path.is_file() and path.stat().st_size == len(data)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
-        fresh.write_bytes(data)
-        fresh.replace(path)
-    return str(path)
+    name = f"{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
+    return str(write_atomic(make_folder(user_folder("vllm", "directions")) / name, data))
 
 
 def cpu_arguments(length: int) -> dict[str, Any]:
