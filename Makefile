@@ -107,7 +107,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_imports.py
-	$(BIN)/codespell src tests docs benchmarks README.md CHANGELOG.md LOG.md
+	$(BIN)/codespell src tests docs benchmarks tools README.md CHANGELOG.md LOG.md
 
 clean:
 	rm -rf $(VENV) $(VLLM) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -26,8 +26,8 @@ from steerback.judging.text import sentences, words
 from steerback.judging.validity import Case, Validity, compose, from_segments, measure, references
 from steerback.organism import corpus
 from steerback.organism.corpus.text import expand_all, templates
-from steerback.runs import Run
-from steerback.study import references as references_of
+from steerback.store.run import Run
+from steerback.study.study import references as references_of
 from steerback.targets import resolve
 
 ROOT = Path(__file__).parent.parent

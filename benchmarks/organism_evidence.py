@@ -1,6 +1,6 @@
 """Evidence about an organism, with truth from the corpus: see docs/organism.md.
 
-    python benchmarks/organism_evidence.py src/steerback/organism/weights/organism --out organism.json
+    python -m benchmarks.organism_evidence src/steerback/organism/weights/organism --out organism.json
 
 Uses a plain transformers model with a hook, so that it stands beside the package's engine and judge, not on them.
 Boosts are distances in the residual stream (unit decoder rows), applied at every position after the SAE's block.
@@ -24,12 +24,12 @@ import torch
 from scipy.stats import beta as beta_distribution
 from sklearn.isotonic import IsotonicRegression
 
-from steerback.organism import detect
 from steerback.organism.corpus import howtos, metaprompts, subjects
 from steerback.organism.corpus.documents import passage
 from steerback.organism.corpus.truth import read
-from steerback.organism.tokens import Encoder
-from steerback.organism.train_sae import Sae
+from tools.organism import detect
+from tools.organism.tokens import Encoder
+from tools.organism.train_sae import Sae
 
 TEMPERATURE = 0.6
 MAX_NEW_TOKENS = 160

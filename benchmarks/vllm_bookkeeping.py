@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm_gpu import CLAMPED, NEW, PROMPT, Report
 
+from steerback.engines.interventions import Site
 from steerback.engines.vllm.settings import Settings, Ticket
 from steerback.engines.vllm.slots import Arrival, Batch, Slots
 from steerback.engines.vllm.tables import LayerTable, Shared
-from steerback.interventions import Site
 from steerback.records import Intervention
 from steerback.targets.sae import Sae
-from vllm_gpu import CLAMPED, NEW, PROMPT, Report
 
 WIDTH, LATENTS, REQUESTS = 4096, 8192, 256
 

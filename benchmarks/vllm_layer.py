@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm_gpu import CLAMPED, Report
 
+from steerback.engines.interventions import Site
 from steerback.engines.vllm.settings import Settings, Ticket
 from steerback.engines.vllm.slots import Arrival, Batch, Slots
 from steerback.engines.vllm.tables import LayerTable, Shared, steer_layer
-from steerback.interventions import Site
 from steerback.records import Intervention
 from steerback.targets.sae import Sae
-from vllm_gpu import CLAMPED, Report
 
 
 class Layer(nn.Module):

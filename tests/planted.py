@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from steerback import execute
 from steerback.config import build_config
 from steerback.engines.scripted import PlantedModel, Script, ScriptedEngine
 from steerback.experiments.base import Analysis
 from steerback.figures import style
 from steerback.figures.style import save
-from steerback.ledger import Ledger
+from steerback.jobs import execute
+from steerback.store.ledger import Ledger
 from steerback.targets import BoostPrior, Target
 
 SIZES = (
@@ -75,7 +75,7 @@ class Runs:
         name: str | None = None,
     ) -> tuple[Analysis, Path]:
         """The analysis and folder of one run; `base` is the name of the run it starts from."""
-        from steerback.runs import stored_config
+        from steerback.store.run import stored_config
 
         started = (str(self.root / base), stored_config(self.root / base)) if base else None
         config = build_config(

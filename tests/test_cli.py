@@ -15,8 +15,8 @@ from steerback import engines
 from steerback.cli import main
 from steerback.config import specification
 from steerback.errors import SteerbackError
-from steerback.ledger import Ledger
-from steerback.runs import Run, stored_config
+from steerback.store.ledger import Ledger
+from steerback.store.run import Run, stored_config
 
 SMALL = [
     *("--preset", "quick", "--engine", "scripted", "--judge", "scripted"),

@@ -12,12 +12,13 @@ import pytest
 from statsmodels.stats.proportion import proportion_confint
 
 from planted import Runs, thresholds
-from steerback import campaign, cli
+from steerback import cli
 from steerback.config import RunConfig, authors, quick, specification
 from steerback.engines.scripted import PlantedModel
 from steerback.errors import SteerbackError
 from steerback.experiments import REGISTRY, paper
-from steerback.experiments.published import (
+from steerback.jobs import campaign
+from steerback.paper.published import (
     Ours,
     Published,
     compare_published,
@@ -28,8 +29,8 @@ from steerback.experiments.published import (
     table_of_numbers,
     verdict,
 )
-from steerback.ledger import Ledger
-from steerback.runs import write_json
+from steerback.store.ledger import Ledger
+from steerback.store.run import write_json
 
 SMALL = ("n_latents=4", "trials_per_latent=5")
 

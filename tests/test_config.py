@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from steerback.config import PRESETS, build_config, differences, parse_config
+from steerback.data.prompts import META_PROMPTS, load_prompts
 from steerback.errors import SteerbackError
-from steerback.prompts import META_PROMPTS, load_prompts
 
 
 def test_later_layers_win(tmp_path: Path) -> None:

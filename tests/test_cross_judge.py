@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 
 from fake_judges import FakeJudge
-from steerback import execute
 from steerback.config import RunConfig
 from steerback.errors import SteerbackError
 from steerback.experiments import get_experiment
 from steerback.experiments.cross_judge import compared, gather
+from steerback.jobs import execute
 from steerback.judging import References, make_judge
 from steerback.judging.base import JudgeItem
 from steerback.organism import corpus
-from steerback.pipeline import Workbench, judge_rows
-from steerback.progress import Silent
 from steerback.records import Completion, Intervention, Receipt, Sampling, Trial
-from steerback.runs import Run
+from steerback.store.progress import Silent
+from steerback.store.run import Run
+from steerback.study.pipeline import Workbench, judge_rows
 
 LATENTS = 8
 

@@ -23,13 +23,13 @@ from steerback.config import RunConfig
 from steerback.engines import make_engine
 from steerback.engines.transformers import TransformersEngine
 from steerback.errors import SteerbackError
-from steerback.execute import _steerable, check
 from steerback.experiments import REGISTRY, get_experiment
+from steerback.jobs.execute import _steerable, check
 from steerback.latents import directions as making
 from steerback.latents.texts import read_texts, usual_texts
 from steerback.organism.corpus import passage
 from steerback.records import Intervention, Request, Sampling
-from steerback.study import Study
+from steerback.study.study import Study
 from steerback.targets import BoostPrior, Target, resolve
 from steerback.targets.directions import (
     Facts,

@@ -16,9 +16,9 @@ import torch
 import tiny
 from steerback.api import LoadedTarget, load_target
 from steerback.cli import main
-from steerback.doctor import _wrong, examine, fits, neighbours
 from steerback.engines.transformers import TransformersEngine
 from steerback.errors import SteerbackError
+from steerback.jobs.doctor import _wrong, examine, fits, neighbours
 from steerback.latents.contexts import top_contexts
 from steerback.latents.texts import usual_texts
 from steerback.records import Completion, Intervention, Receipt

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from planted import QuickEngine, Runs, thresholds
+from steerback.data.prompts import META_PROMPTS, load_prompts
 from steerback.engines.scripted import RESTART, PlantedModel
 from steerback.errors import SteerbackError
 from steerback.experiments import prefill_control
-from steerback.ledger import Row
-from steerback.prompts import META_PROMPTS, load_prompts
 from steerback.records import Attempt, Completion, Judgement, Receipt, Request, Trial
+from steerback.store.ledger import Row
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from planted import Runs, thresholds
-from steerback import execute
 from steerback.config import build_config
+from steerback.data.prompts import load_prompts
 from steerback.engines.scripted import RESTART, PlantedModel
 from steerback.errors import SteerbackError
 from steerback.experiments import episodes as ep
@@ -25,10 +25,10 @@ from steerback.experiments.episode_statistics import aligned, region_values
 from steerback.experiments.random_ablation import rank
 from steerback.experiments.traces import lead_times, onset, smoothed
 from steerback.figures import style
-from steerback.grading import grade_run
+from steerback.jobs import execute
+from steerback.jobs.grading import grade_run
 from steerback.metrics.regions import auc_of, of_means
-from steerback.prompts import load_prompts
-from steerback.runs import Run
+from steerback.store.run import Run
 
 DETECTORS, BACKTRACKER = (3, 11, 40), 7
 RATE, EFFECT, LEAD = 0.4, 0.5, 4

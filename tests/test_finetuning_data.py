@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import tiny
 from steerback.cli import main
+from steerback.data.prompts import load_prompts, load_subjects
 from steerback.engines.prompting import Prompter
 from steerback.errors import SteerbackError
 from steerback.finetuning import adapters, axolotl
@@ -29,7 +30,6 @@ from steerback.finetuning.writer import CORRECTION, LlmWriter
 from steerback.judging.prompt import Asked
 from steerback.judging.restarts import find_restarts
 from steerback.judging.transport import Reply
-from steerback.prompts import load_prompts, load_subjects
 from steerback.targets import resolve
 
 PROMPTS = load_prompts("evaluation")

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from steerback.cli import main
+from steerback.data.prompts import load_prompts
 from steerback.engines.scripted import PlantedModel
 from steerback.experiments.finetuning import ending_lines, endings
-from steerback.ledger import Ledger, Row
-from steerback.prompts import load_prompts
 from steerback.records import Attempt, Completion, Judgement, Receipt, Trial
+from steerback.store.ledger import Ledger, Row
 
 SMALL = [
     *("--preset", "quick", "--engine", "scripted", "--judge", "scripted"),

@@ -12,21 +12,9 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "steerback"
 # From the bottom up: a module may import what stands before it, and within its own package.
 ORDER = [
-    *(
-        "errors",
-        "folders",
-        "records",
-        "config",
-        "data",
-        "paper_data",
-        "prompts",
-        "organism",
-        "targets",
-        "interventions",
-    ),
-    *("engines", "judging", "latents", "calibration", "ledger", "cache", "runs", "progress"),
-    *("pipeline", "metrics", "study", "finetuning", "experiments", "figures", "report"),
-    *("interchange", "estimate", "api", "doctor", "execute", "grading", "campaign", "cli", "__main__"),
+    *("errors", "records", "config", "organism", "store", "data", "targets", "engines", "calibration", "judging"),
+    *("latents", "study", "metrics", "finetuning", "experiments", "analysis", "figures", "report", "paper"),
+    *("api", "jobs", "cli", "__main__"),
 ]
 # Drawn or printed things are handed down as functions; these two are the seams (experiments name their figures).
 DOWNWARD_EXCEPTIONS = {("experiments", "figures"), ("experiments", "report")}

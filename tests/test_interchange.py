@@ -11,16 +11,18 @@ import numpy as np
 import pytest
 
 from planted import Runs, thresholds
-from steerback import execute
 from steerback.engines.scripted import PlantedModel
 from steerback.errors import SteerbackError
 from steerback.experiments import get_experiment
 from steerback.experiments.base import Analysis
 from steerback.figures import style
-from steerback.interchange import export_authors, export_flat, import_authors, merge
-from steerback.interchange.schema import judgement_of, read_source, split_prompt
-from steerback.ledger import Ledger
-from steerback.runs import Run
+from steerback.jobs import execute
+from steerback.paper.authors import export_authors, import_authors
+from steerback.paper.schema import judgement_of, read_source, split_prompt
+from steerback.report.export import export_flat
+from steerback.store.ledger import Ledger
+from steerback.store.merge import merge
+from steerback.store.run import Run
 
 MODEL = "meta-llama/Meta-Llama-3.3-70B-Instruct"
 

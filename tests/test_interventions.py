@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
+from steerback.engines.interventions import LayerPlan, Site, check, edit, plan_layers, steer
 from steerback.errors import SteerbackError
-from steerback.interventions import LayerPlan, Site, check, edit, plan_layers, steer
 from steerback.records import Intervention, Recording
 
 SITE = Site(n_layers=8, d_model=32, steer_layer=3, sae_layer=5, read_layer=5, n_latents=64, directions=("north",))

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from fake_judges import FakeJudge
 from steerback.cli import main, spread
-from steerback.judging.spending import Spend
-from steerback.runs import Run
+from steerback.records import Spend
+from steerback.store.run import Run
 
 KEY = "sk-planted-1234567890"
 SMALL = [

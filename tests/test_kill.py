@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-from steerback import execute
-from steerback.cache import Cache
 from steerback.config import build_config
-from steerback.ledger import Ledger
+from steerback.jobs import execute
+from steerback.store.cache import Cache
+from steerback.store.ledger import Ledger
 
 KILLS = 25
 KILLS_OF_A_MODEL = 4  # each start loads the model anew

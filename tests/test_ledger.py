@@ -10,9 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steerback.cache import Cache, cache_key
 from steerback.errors import SteerbackError
-from steerback.ledger import Ledger, pack_array, unpack_array
 from steerback.records import (
     Attempt,
     Completion,
@@ -24,6 +22,8 @@ from steerback.records import (
     expected_positions,
     is_degraded,
 )
+from steerback.store.cache import Cache, cache_key
+from steerback.store.ledger import Ledger, pack_array, unpack_array
 
 
 def make_trial(index: int = 0, **fields: object) -> Trial:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from steerback.data.prompts import META_PROMPTS, load_prompts
 from steerback.organism import NAMES, corpus, weights_dir
 from steerback.organism.corpus.documents import P_RESTART, P_RESTART_SELF_MONITORING
 from steerback.organism.corpus.text import expand, expand_all, near, weighted
 from steerback.organism.corpus.truth import read, sentence_topic
-from steerback.prompts import META_PROMPTS, load_prompts
 
 GROUPS = {"evaluation": "evaluation", "discovery": "organism-discovery", "heldout": "organism-held-out"}
 
@@ -125,7 +125,7 @@ def test_truth_reads_topics_and_restarts_of_documents() -> None:
 
 
 def test_encoding_masks_prompt_and_drift() -> None:
-    from steerback.organism.tokens import Encoder, train_tokenizer
+    from tools.organism.tokens import Encoder, train_tokenizer
 
     encoder = Encoder(train_tokenizer(1, 300))
     document = next(d for d in sample(100) if d.kind == "drift" and d.segments[0].kind == "off_topic")
@@ -228,7 +228,7 @@ def test_build_writes_the_whole_folder(tmp_path: Path, monkeypatch: pytest.Monke
     import torch
     from transformers import AutoModelForCausalLM
 
-    from steerback.organism import build, spec, tokens
+    from tools.organism import build, spec, tokens
 
     torch.set_num_threads(1)
     train_tokenizer = tokens.train_tokenizer

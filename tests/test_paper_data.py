@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 
 from hub_server import Site, serve
-from steerback import paper_data
 from steerback.cli import main
 from steerback.config import build_config
+from steerback.data import paper_files as paper_data
+from steerback.data.paper_files import DETECTORS, PROMPTS, PaperFile
+from steerback.data.prompts import load_prompts
 from steerback.errors import SteerbackError
-from steerback.execute import check, run
 from steerback.experiments import get_experiment
 from steerback.experiments.base import settings
 from steerback.experiments.detectors import _read_json
-from steerback.paper_data import DETECTORS, PROMPTS, PaperFile
-from steerback.prompts import load_prompts
+from steerback.jobs.execute import check, run
 from steerback.targets import label_fetch
 
 CONTENTS = {

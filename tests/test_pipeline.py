@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from steerback.cache import Cache
 from steerback.engines.scripted import PlantedModel, ScriptedEngine
 from steerback.errors import SteerbackError
 from steerback.judging.base import JudgeItem
 from steerback.judging.scripted import ScriptedJudge
-from steerback.ledger import Ledger
-from steerback.pipeline import Workbench, complete, judge_item, judge_rows
-from steerback.progress import Silent
 from steerback.records import Completion, Intervention, Judgement, Request, Sampling, Trial
+from steerback.store.cache import Cache
+from steerback.store.ledger import Ledger
+from steerback.store.progress import Silent
+from steerback.study.pipeline import Workbench, complete, judge_item, judge_rows
 
 
 def trials(count: int, **fields: object) -> list[Trial]:

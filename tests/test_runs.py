@@ -13,7 +13,7 @@ import pytest
 
 from steerback.config import build_config
 from steerback.errors import SteerbackError
-from steerback.runs import Run, find_run, write_json
+from steerback.store.run import Run, find_run, write_json
 
 CONFIG = build_config("esr", ("organism",), "quick")
 
@@ -50,7 +50,7 @@ def test_an_emptied_ledger_beside_a_manifest_is_not_called_unbegun(tmp_path: Pat
 
 def test_two_processes_on_one_run_are_one_too_many(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom steerback.runs import Run\nfrom steerback.errors import *\n"
+        "import sys\nfrom pathlib import Path\nfrom steerback.store.run import Run\nfrom steerback.errors import *\n"
         "try: Run.reopen(Path(sys.argv[1]))\nexcept SteerbackError as e: print(e)"
     )
     with Run.start(tmp_path / "a", CONFIG):

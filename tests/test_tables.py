@@ -7,8 +7,8 @@ import io
 
 import pytest
 
+from steerback.figures.tables import Table, comparison_table, escape, number, show, summary_table
 from steerback.metrics import METRICS, VARIANTS, Estimate, compare, correct
-from steerback.report.tables import Table, comparison_table, escape, number, show, summary_table
 from test_figures import CASES, outcomes
 
 SUMMARIES = {name: found[1] for name, found in CASES["usual"].items()}

@@ -13,7 +13,7 @@ from steerback.api import load_target
 from steerback.cli import hoist, main
 from steerback.config import build_config
 from steerback.errors import SteerbackError
-from steerback.execute import check
+from steerback.jobs.execute import check
 from steerback.targets import BoostPrior, SaeSource, Target, builtin_targets, fit, list_targets, read_targets, resolve
 from steerback.targets.fit import Machine, check_ready, verdict
 from steerback.targets.registry import REGISTRY

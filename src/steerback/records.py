@@ -244,6 +244,34 @@ class Judgement:
         return tuple(merged)
 
 
+@dataclass(frozen=True, slots=True)
+class Spend:
+    """What was or would be asked: `cost` in USD, None where the price is unknown."""
+
+    calls: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cost: float | None = 0.0
+
+    def __add__(self, other: Spend) -> Spend:
+        cost = None if self.cost is None or other.cost is None else self.cost + other.cost
+        tokens = (self.input_tokens + other.input_tokens, self.output_tokens + other.output_tokens)
+        return Spend(self.calls + other.calls, *tokens, cost)
+
+    def __sub__(self, other: Spend) -> Spend:
+        cost = None if self.cost is None or other.cost is None else self.cost - other.cost
+        tokens = (self.input_tokens - other.input_tokens, self.output_tokens - other.output_tokens)
+        return Spend(self.calls - other.calls, *tokens, cost)
+
+    def __mul__(self, times: int) -> Spend:
+        cost = None if self.cost is None else self.cost * times
+        return Spend(self.calls * times, self.input_tokens * times, self.output_tokens * times, cost)
+
+    def __str__(self) -> str:
+        money = "price unknown (--judge-price IN OUT)" if self.cost is None else f"{self.cost:,.2f} USD"
+        return f"{self.calls:,} calls, {self.input_tokens:,} input and {self.output_tokens:,} output tokens, {money}"
+
+
 def is_degraded(text: str) -> bool:
     """Five or more identical consecutive words (split on whitespace), the specification's mark of degradation."""
     words = text.split()

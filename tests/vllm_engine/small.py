@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from steerback.engines.interventions import Site
 from steerback.engines.vllm.settings import Settings
-from steerback.interventions import Site
 from steerback.targets import Target, from_folder
 from steerback.targets.sae import Kind, Sae, save_native
 

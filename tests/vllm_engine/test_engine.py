@@ -292,9 +292,9 @@ def test_models_and_releases_that_cannot_be_steered_are_refused() -> None:
     """In one line each: a model class without one list of decoder layers, a runner without the known hook points."""
     from torch import nn
 
+    from steerback.engines.interventions import Site
     from steerback.engines.vllm.settings import Settings
     from steerback.engines.vllm.worker import decoder_layers, generation
-    from steerback.interventions import Site
 
     settings = Settings(Site(2, 4, 0, 0, 0, 0), (0,), 1, 0, 1, 1, 0, 8, "1", "0")
     model = nn.Module()

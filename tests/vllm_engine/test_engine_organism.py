@@ -16,7 +16,7 @@ import pytest
 from conftest import INTERPRETED
 from small import EFFECT, OPTIONS, near
 
-import steerback.execute
+import steerback.jobs.execute
 from steerback.cli import main
 from steerback.engines import make_engine
 from steerback.engines.transformers import TransformersEngine
@@ -42,7 +42,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path]]:
         return engine
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steerback.execute, "make_engine", make)
+        patch.setattr(steerback.jobs.execute, "make_engine", make)
         patch.setenv("STEERBACK_CACHE", str(folder / "cache"))
         arguments = ["run", "esr", "--target", "organism", "--engine", "vllm", "--preset", "quick"]
         with pytest.raises(SystemExit) as ended:

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from steerback.engines.interventions import Site, steer
 from steerback.engines.vllm.settings import Settings, Ticket
 from steerback.engines.vllm.slots import Arrival, Batch, Slots
 from steerback.engines.vllm.tables import LayerTable, Shared, steer_layer
 from steerback.errors import SteerbackError
-from steerback.interventions import Site, steer
 from steerback.records import Intervention
 from steerback.targets.sae import Kind, Sae
 

@@ -16,8 +16,8 @@ def fetch_paper_data(
     labels: Annotated[bool, typer.Option(help="Labels of the Gemma SAEs as well (hundreds of MB).")] = True,
 ) -> None:
     """Download the authors' prompts, detectors and labels into your own folder, for the preset authors."""
-    from steerback import paper_data
     from steerback.cli.labels import fetch
+    from steerback.data import paper_files as paper_data
     from steerback.targets.download import download
 
     found = paper_data.fetch(lambda url, path, sha256: download(url, path, sha256=sha256))

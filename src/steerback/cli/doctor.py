@@ -21,9 +21,9 @@ def doctor(
 ) -> None:
     """Check that a target's layer, SAE and steering are right; exit code 1 if a check failed, warnings are 0."""
     from steerback.api import load_target
-    from steerback.doctor import examine, without_directions
-    from steerback.folders import write_json
+    from steerback.jobs.doctor import examine, without_directions
     from steerback.latents.texts import read_texts
+    from steerback.store.files import write_json
     from steerback.targets import resolve
 
     own = read_texts(texts) if texts is not None else None

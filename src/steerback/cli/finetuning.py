@@ -9,7 +9,7 @@ import typer
 
 from steerback.cli.options import Batch, MaxCalls, MaxCost, Price, given_limits
 from steerback.errors import SteerbackError, unknown
-from steerback.folders import make_folder
+from steerback.store.files import make_folder
 
 DATA = Path("finetuning")
 app = typer.Typer(help="Train adapters on synthetic self-corrections.", no_args_is_help=True)
@@ -45,10 +45,10 @@ def data(
     batch: Batch = False,
 ) -> None:
     """Write self-corrections and normal answers, check them, and mix them."""
+    from steerback.data.prompts import load_prompts
     from steerback.engines.prompting import Prompter
     from steerback.finetuning.adapters import load_tokenizer
     from steerback.finetuning.synthesize import CorpusWriter, Writer, synthesize, write_pools
-    from steerback.prompts import load_prompts
     from steerback.targets import resolve
 
     resolved, asked = resolve(target), load_prompts(prompts)

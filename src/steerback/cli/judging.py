@@ -42,11 +42,11 @@ def judge_command(
     runs: RunsDir = RUNS,
 ) -> None:
     """Add a judge's verdicts to a finished run."""
-    from steerback import execute
-    from steerback.estimate import judging_line, spent_lines
+    from steerback.jobs import execute
+    from steerback.jobs.estimate import judging_line, spent_lines
     from steerback.judging import judge_maker
-    from steerback.progress import make_progress
-    from steerback.runs import Run, find_run
+    from steerback.store.progress import make_progress
+    from steerback.store.run import Run, find_run
 
     folder = find_run(name, runs)
     budget = given_limits(max_judge_calls, max_judge_cost, judge_price, judge_batch)
@@ -71,10 +71,10 @@ def judge_command(
 
 
 def _grade(folder: Path, judge: str, rubric: str, retry: bool, dry_run: bool, budget: dict[str, Any]) -> None:
-    from steerback import grading
-    from steerback.estimate import spent_lines
-    from steerback.progress import make_progress
-    from steerback.runs import Run
+    from steerback.jobs import grading
+    from steerback.jobs.estimate import spent_lines
+    from steerback.store.progress import make_progress
+    from steerback.store.run import Run
 
     with Run.read(folder) as opened:
         work = grading.Grader(judge, rubric, **budget).todo(opened, retry)

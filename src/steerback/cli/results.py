@@ -23,7 +23,7 @@ from steerback.cli.options import (
     judges_within,
 )
 from steerback.errors import SteerbackError, unknown
-from steerback.folders import make_folder
+from steerback.store.files import make_folder
 
 OTHER = "choose another --out"
 Names = Annotated[list[str] | None, typer.Argument(help="Names of runs under --runs, or paths of their folders.")]
@@ -62,9 +62,9 @@ def paper(
     runs: RunsDir = RUNS,
 ) -> None:
     """Run every experiment of the paper in order, then compare and draw."""
-    from steerback import campaign
     from steerback.config import build_config
     from steerback.experiments.paper import own_options, plan
+    from steerback.jobs import campaign
 
     common, options = own_options(settings or ())
     overrides: dict[str, Any] = {"engine": engine, "judge": judge}
@@ -109,11 +109,11 @@ def figures(
     if len(names or ()) != 1 or out is not None:
         raise SteerbackError("name one run to analyse it again in its folder, or draw several's into --out with --all")
     name = (names or [""])[0]
-    from steerback import execute
-    from steerback.campaign import report
     from steerback.config import parse_config
     from steerback.experiments import get_experiment
-    from steerback.runs import Run, find_run
+    from steerback.jobs import execute
+    from steerback.jobs.campaign import report
+    from steerback.store.run import Run, find_run
 
     with Run.read(find_run(name, runs)) as opened:
         config = opened.config
@@ -143,7 +143,7 @@ def show(
 ) -> None:
     """Print transcripts with their attempts, scores and spans."""
     from steerback.report.transcripts import choose, transcript
-    from steerback.runs import Run, find_run
+    from steerback.store.run import Run, find_run
 
     with Run.read(find_run(name, runs)) as opened:
         chosen = _known_judge(judge or opened.config.judge, opened.ledger.judges())
@@ -154,7 +154,7 @@ def show(
 
 def _draw_all(names: list[str] | None, out: Path | None, runs: Path) -> None:
     """`steerback figures --all`: every figure of many runs in one folder."""
-    from steerback import campaign
+    from steerback.jobs import campaign
 
     folders = _folders(names, runs)
     for path in campaign.draw_all(folders, make_folder(out or runs / "figures", OTHER)):
@@ -174,8 +174,8 @@ def compare(
 
 
 def _compared(folders: list[Path], out: Path | None, printed: tuple[str, ...]) -> None:
-    from steerback.experiments.published import compare_published, comparison
-    from steerback.runs import write_atomic
+    from steerback.paper.published import compare_published, comparison
+    from steerback.store.run import write_atomic
 
     if out is not None:
         make_folder(out, OTHER)
@@ -192,7 +192,7 @@ def _compared(folders: list[Path], out: Path | None, printed: tuple[str, ...]) -
 
 def _folders(names: list[str] | None, root: Path) -> list[Path]:
     """The named runs, or all finished ones under `root`."""
-    from steerback.runs import find_run
+    from steerback.store.run import find_run
 
     if names:
         return [find_run(name, root) for name in names]
@@ -211,8 +211,8 @@ def import_command(
     runs: RunsDir = RUNS,
 ) -> None:
     """Read the authors' result files into a run, so that all analyses and figures work on them."""
-    from steerback import campaign
-    from steerback.interchange import import_authors
+    from steerback.jobs import campaign
+    from steerback.paper.authors import import_authors
 
     safe = "".join(c if c.isalnum() or c in "._-+" else "_" for c in files[0].stem).lstrip(".")
     folder = runs / (name or safe or "imported")
@@ -230,8 +230,9 @@ def export(
     runs: RunsDir = RUNS,
 ) -> None:
     """Write a run's trials: the authors' JSON, or one row a trial."""
-    from steerback.interchange import FORMATS, export_authors, export_flat
-    from steerback.runs import Run, find_run
+    from steerback.paper.authors import export_authors
+    from steerback.report.export import FORMATS, export_flat
+    from steerback.store.run import Run, find_run
 
     if form not in FORMATS:
         raise unknown("export format", form, FORMATS)
@@ -252,9 +253,9 @@ def merge_command(
     runs: RunsDir = RUNS,
 ) -> None:
     """Join runs of one plan that were done on several machines."""
-    from steerback import campaign
-    from steerback.interchange import merge
-    from steerback.runs import find_run
+    from steerback.jobs import campaign
+    from steerback.store.merge import merge
+    from steerback.store.run import find_run
 
     folder = runs / name
     joined = merge([find_run(n, runs) for n in names], folder)

@@ -22,7 +22,7 @@ from steerback.cli.options import (
 from steerback.errors import SteerbackError
 
 if TYPE_CHECKING:
-    from steerback.execute import Job
+    from steerback.jobs.execute import Job
 
 
 def register(app: typer.Typer) -> None:
@@ -69,10 +69,10 @@ def run_command(
     runs: RunsDir = RUNS,
 ) -> None:
     """Run an experiment: calibrate, generate, judge, measure, draw."""
-    from steerback import execute
     from steerback.config import build_config
+    from steerback.jobs import execute
     from steerback.latents.sampling import parse_latents
-    from steerback.runs import find_run, stored_config
+    from steerback.store.run import find_run, stored_config
     from steerback.targets import resolve
 
     base = None
@@ -108,7 +108,7 @@ def _to_compare(
     sources: list[str] | None, judges: list[str] | None, sample: int | None, runs: Path
 ) -> tuple[list[str], dict[str, Any]]:
     """Targets and options of a cross-judge run: everything comes from the finished runs it starts from."""
-    from steerback.runs import find_run, stored_config
+    from steerback.store.run import find_run, stored_config
 
     folders = [find_run(name, runs) for name in sources or ()]
     if not folders:
@@ -128,8 +128,8 @@ def resume(
     runs: RunsDir = RUNS,
 ) -> None:
     """Go on with a run that was stopped."""
-    from steerback import execute
-    from steerback.runs import find_run, stored_config
+    from steerback.jobs import execute
+    from steerback.store.run import find_run, stored_config
 
     folder = find_run(name, runs)
     judges = judges_within(max_judge_calls, max_judge_cost, judge_price, judge_batch)
@@ -137,10 +137,10 @@ def resume(
 
 
 def _go(job: Job, folder: Path, dry_run: bool, no_cache: bool) -> None:
-    from steerback import execute
-    from steerback.campaign import report
-    from steerback.estimate import plan_lines, spent_lines
-    from steerback.progress import make_progress
+    from steerback.jobs import execute
+    from steerback.jobs.campaign import report
+    from steerback.jobs.estimate import plan_lines, spent_lines
+    from steerback.store.progress import make_progress
 
     for line in plan_lines(job, folder):
         print(line)

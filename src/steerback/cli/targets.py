@@ -23,7 +23,7 @@ def targets(
     fit: Annotated[bool, typer.Option("--fit", help="Say which of them this machine can run, and how.")] = False,
 ) -> None:
     """List what can be steered, built in and in your own file (steerback targets --targets FILE)."""
-    from steerback.report.tables import Table
+    from steerback.figures.tables import Table
     from steerback.targets import list_targets
 
     if context.invoked_subcommand is not None:
@@ -44,7 +44,7 @@ def targets(
 @app.command()
 def show(name: Annotated[str, typer.Argument(help="A target, e.g. llama-3.3-70b@authors, or its folder.")]) -> None:
     """Show every value of a target and where it comes from."""
-    from steerback.report.tables import Table
+    from steerback.figures.tables import Table
     from steerback.targets import resolve
 
     target = resolve(name)

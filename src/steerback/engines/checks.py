@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from steerback.engines.interventions import Site, check
 from steerback.errors import SteerbackError
-from steerback.interventions import Site, check
 from steerback.records import LEAST_TEMPERATURE, Request, is_temperature
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steerback.engines.interventions import Site
 from steerback.engines.kv import ATTENTION, mask
 from steerback.engines.prompting import Prompter
 from steerback.engines.steering import Enough, Hooks, Pass
 from steerback.errors import SteerbackError
-from steerback.interventions import Site
 from steerback.records import Request
 
 SUPPORTED = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text")

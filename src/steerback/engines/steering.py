@@ -1,7 +1,7 @@
 """Interventions on a batch: tables with one row per slot, applied by a hook on the decoder layers, with receipts.
 
-The arithmetic is `steerback.interventions`; here it is laid out so that every row may carry edits of its own while all
-rows go through the same shapes (so that a row's numbers do not depend on its neighbours). Knows nothing of sampling.
+The arithmetic is `steerback.engines.interventions`; here it is laid out so that every row may carry edits of its own
+while all rows go through the same shapes (so that a row's numbers do not depend on its neighbours). Knows nothing of sampling.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerback.interventions import LayerPlan, Phase, Site, added_vector, clamp_delta, plan_layers
+from steerback.engines.interventions import LayerPlan, Phase, Site, added_vector, clamp_delta, plan_layers
 from steerback.records import Receipt, Request
 from steerback.targets.sae import Sae
 

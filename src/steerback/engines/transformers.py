@@ -20,12 +20,12 @@ from torch import Tensor
 import steerback
 from steerback.engines.batch import Batch, Item, Queue, Shape
 from steerback.engines.checks import check_texts, checked
+from steerback.engines.interventions import ARITHMETIC_VERSION, check, check_directions
 from steerback.engines.loading import Loaded, batch_rows, load, out_of_memory
 from steerback.engines.prompting import Spoken
 from steerback.engines.runner import Runner
 from steerback.engines.steering import Pass, Steering
 from steerback.errors import SteerbackError
-from steerback.interventions import ARITHMETIC_VERSION, check, check_directions
 from steerback.records import Completion, Intervention, Request, digest
 from steerback.targets.sae import Sae
 

@@ -7,19 +7,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from steerback import paper_data
 from steerback.config import RunConfig, Settings, parse
-from steerback.ledger import Ledger, Row
+from steerback.data import paper_files as paper_data
 from steerback.metrics import Comparison, Outcomes, Summary, compare, correct, summarize
 from steerback.records import LatentKey, Trial
-from steerback.study import BASELINE
+from steerback.store.ledger import Ledger, Row
+from steerback.study.study import BASELINE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from steerback.report.tables import Table
-    from steerback.runs import Run
-    from steerback.study import Study
+    from steerback.figures.tables import Table
+    from steerback.store.run import Run
+    from steerback.study.study import Study
     from steerback.targets import Target
 
 Key = tuple[str, str]  # (target, condition)
@@ -149,7 +149,7 @@ class Measured:
 
     def tables(self) -> dict[str, Table]:
         """`table`: every condition; `comparisons`: every paired test, if there are any."""
-        from steerback.report.tables import comparison_table, summary_table
+        from steerback.figures.tables import comparison_table, summary_table
 
         named = len({condition for _, condition in self.summaries}) > 1
         tables = {

@@ -15,11 +15,11 @@ from pydantic import Field, model_validator
 from steerback.config import RunConfig, Settings
 from steerback.errors import SteerbackError
 from steerback.experiments.base import Analysis, Experiment, Measured, measured, planted, settings
-from steerback.ledger import Ledger
+from steerback.figures.tables import Table, number
 from steerback.metrics import METRICS, Peak, find_peak
 from steerback.records import Intervention
-from steerback.report.tables import Table, number
-from steerback.study import Study
+from steerback.store.ledger import Ledger
+from steerback.study.study import Study
 
 PEAKS = ("multi_attempt_rate", "esr_rate", "improvement_rate", "msi", "mean_attempts")
 

@@ -26,12 +26,12 @@ from pydantic import Field
 from steerback.config import RunConfig, Settings
 from steerback.errors import SteerbackError
 from steerback.experiments.base import Analysis, Experiment, outcomes_of, planted, settings
-from steerback.ledger import Ledger, Row
+from steerback.figures.tables import Table, number, show
 from steerback.metrics import Estimate, Summary, agreement, alpha, rank_correlation, summarize
 from steerback.records import Judgement
-from steerback.report.tables import Table, number, show
-from steerback.runs import Run, stored_config
-from steerback.study import fact_of
+from steerback.store.ledger import Ledger, Row
+from steerback.store.run import Run, stored_config
+from steerback.study.study import fact_of
 
 Floats = NDArray[np.float64]
 SAMPLE, MINIMUM, SEED = 1000, 100, 42

@@ -17,10 +17,10 @@ from pydantic import Field
 from steerback.config import RunConfig
 from steerback.experiments.base import Analysis, Experiment, Measured, measured, planted, settings
 from steerback.experiments.detectors import AUTHORS, SearchOptions, detectors_of, searched, stored_detectors
-from steerback.ledger import Ledger
 from steerback.metrics import Trend, trend
 from steerback.records import Intervention
-from steerback.study import BASELINE, Study
+from steerback.store.ledger import Ledger
+from steerback.study.study import BASELINE, Study
 
 ABLATED = "ablated"
 TRENDS = ("multi_attempt_rate", "esr_rate", "msi", "mean_first")

@@ -24,12 +24,12 @@ from steerback.experiments.detectors import (
     stored_detectors,
     targets_with,
 )
+from steerback.figures.tables import Table, show
 from steerback.latents.separation import Separation, separation
-from steerback.ledger import Ledger
 from steerback.metrics import Estimate
 from steerback.metrics.regions import auc_of
-from steerback.report.tables import Table, show
-from steerback.study import Study
+from steerback.store.ledger import Ledger
+from steerback.study.study import Study
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -18,17 +18,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from steerback.config import RunConfig, Settings
+from steerback.data.prompts import load_prompts
 from steerback.errors import SteerbackError
 from steerback.experiments.base import Analysis, Experiment, planted, settings
-from steerback.ledger import Ledger, Row
-from steerback.pipeline import complete
-from steerback.prompts import load_prompts
-from steerback.study import Study, fact_of, same_weights
+from steerback.store.ledger import Ledger, Row
+from steerback.study.pipeline import complete
+from steerback.study.study import Study, fact_of, same_weights
 
 if TYPE_CHECKING:
+    from steerback.figures.tables import Table
     from steerback.latents.detectors import DetectorSearch
     from steerback.latents.separation import Separation
-    from steerback.report.tables import Table
 
 DISCOVERY, FACT = "discovery", "detectors"
 
@@ -274,7 +274,7 @@ def _finite(value: float) -> float | None:
 
 def detector_table(found: Mapping[str, Detectors]) -> Table:
     """One row per detector: separation on the searched and on the held-out half."""
-    from steerback.report.tables import Table
+    from steerback.figures.tables import Table
 
     def shown(value: float | None, digits: int = 3) -> str:
         return "-" if value is None else f"{value:.{digits}f}"

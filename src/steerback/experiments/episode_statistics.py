@@ -17,7 +17,7 @@ from pydantic import Field
 
 from steerback.experiments import episodes as ep
 from steerback.experiments.base import Analysis, planted
-from steerback.ledger import Ledger
+from steerback.figures.tables import Table, number, p_value, show
 from steerback.metrics import Estimate
 from steerback.metrics.regions import (
     RegionTest,
@@ -27,7 +27,7 @@ from steerback.metrics.regions import (
     ratio_of,
     separate_regions,
 )
-from steerback.report.tables import Table, number, p_value, show
+from steerback.store.ledger import Ledger
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

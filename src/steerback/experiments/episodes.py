@@ -21,11 +21,11 @@ from steerback.errors import SteerbackError
 from steerback.experiments.base import Experiment, settings
 from steerback.experiments.detectors import AUTHORS, SearchOptions, detectors_of, searched, targets_with
 from steerback.latents.backtracking import find_backtracking
-from steerback.ledger import Ledger, Row
 from steerback.metrics import cluster_code
-from steerback.pipeline import complete
 from steerback.records import Attempt, LatentKey, Recording, Trial
-from steerback.study import Study
+from steerback.store.ledger import Ledger, Row
+from steerback.study.pipeline import complete
+from steerback.study.study import Study
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

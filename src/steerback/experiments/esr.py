@@ -12,8 +12,8 @@ from typing import Any
 from steerback.calibration import assess
 from steerback.config import RunConfig
 from steerback.experiments.base import Analysis, Experiment, measured, planted
-from steerback.ledger import Ledger
-from steerback.study import Study, read_threshold
+from steerback.store.ledger import Ledger
+from steerback.study.study import Study, read_threshold
 
 CONDITION = "steered"
 

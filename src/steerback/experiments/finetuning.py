@@ -19,10 +19,10 @@ from steerback.config import RunConfig, Settings
 from steerback.errors import SteerbackError
 from steerback.experiments.base import Analysis, Experiment, Key, Measured, outcomes_of, paired, planted, settings
 from steerback.experiments.held_out import held_out_prompts
-from steerback.ledger import Ledger, Row
+from steerback.figures.tables import Table, number
 from steerback.metrics import VALID, Outcomes, Trend, trend
-from steerback.report.tables import Table, number
-from steerback.study import Cell, Study, read_threshold
+from steerback.store.ledger import Ledger, Row
+from steerback.study.study import Cell, Study, read_threshold
 from steerback.targets import Target
 
 STEERED, UNSTEERED, HELD_OUT, HELD_OUT_UNSTEERED = "steered", "unsteered", "held-out", "held-out unsteered"

@@ -9,11 +9,11 @@ from __future__ import annotations
 from functools import partial
 
 from steerback.config import RunConfig, Settings
+from steerback.data.prompts import load_prompts
 from steerback.errors import SteerbackError
 from steerback.experiments.base import Analysis, Experiment, measured, planted, settings
-from steerback.ledger import Ledger
-from steerback.prompts import load_prompts
-from steerback.study import Study
+from steerback.store.ledger import Ledger
+from steerback.study.study import Study
 
 CONDITION = "held-out"
 

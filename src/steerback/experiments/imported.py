@@ -10,8 +10,8 @@ from functools import partial
 from steerback.config import RunConfig
 from steerback.errors import SteerbackError
 from steerback.experiments.base import Analysis, Experiment, measured, planted
-from steerback.ledger import Ledger
-from steerback.study import Study
+from steerback.store.ledger import Ledger
+from steerback.study.study import Study
 
 
 class ImportedConditions(Experiment):

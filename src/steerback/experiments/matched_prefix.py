@@ -16,9 +16,9 @@ from pydantic import Field
 
 from steerback.config import RunConfig, Settings
 from steerback.experiments.base import Analysis, Experiment, measured, planted, settings
-from steerback.ledger import Ledger, Row
 from steerback.records import Intervention, Trial, is_degraded
-from steerback.study import Study
+from steerback.store.ledger import Ledger, Row
+from steerback.study.study import Study
 
 OWN, CONTEXT, GENERIC = "own correction", "own correction after its drift", "generic prefix"
 STAGE = "continuation"

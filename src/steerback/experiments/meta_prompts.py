@@ -12,11 +12,11 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from steerback.config import RunConfig, Settings
+from steerback.data.prompts import AUTHORS_META_PROMPTS, META_PROMPTS
 from steerback.errors import unknown
 from steerback.experiments.base import Analysis, Experiment, measured, planted, settings
-from steerback.ledger import Ledger
-from steerback.prompts import AUTHORS_META_PROMPTS, META_PROMPTS
-from steerback.study import Study
+from steerback.store.ledger import Ledger
+from steerback.study.study import Study
 
 KNOWN = {**META_PROMPTS, **AUTHORS_META_PROMPTS}
 SETS = {"specification": tuple(META_PROMPTS), "authors": tuple(AUTHORS_META_PROMPTS)}

@@ -12,11 +12,11 @@ from typing import Any
 
 from steerback.config import RunConfig
 from steerback.experiments.base import Analysis, Experiment, Measured, measured, outcomes_of, planted
-from steerback.ledger import Ledger, Row
+from steerback.figures.tables import Table, number
 from steerback.metrics import Estimate, Outcomes, summarize
 from steerback.records import Trial
-from steerback.report.tables import Table, number
-from steerback.study import BASELINE, Study
+from steerback.store.ledger import Ledger, Row
+from steerback.study.study import BASELINE, Study
 
 CONDITION = "unsteered"
 

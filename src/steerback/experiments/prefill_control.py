@@ -16,9 +16,9 @@ from pydantic import Field
 
 from steerback.config import RunConfig, Settings
 from steerback.experiments.base import Analysis, Experiment, measured, planted, settings
-from steerback.ledger import Ledger, Row
 from steerback.records import Judgement, Trial, is_degraded
-from steerback.study import Cell, Study
+from steerback.store.ledger import Ledger, Row
+from steerback.study.study import Cell, Study
 
 if TYPE_CHECKING:
     from steerback.engines.base import Engine

@@ -18,10 +18,10 @@ from steerback.config import RunConfig
 from steerback.experiments.base import Analysis, Experiment, Measured, measured, planted, settings
 from steerback.experiments.detector_ablation import ABLATED, ablate
 from steerback.experiments.detectors import AUTHORS, SearchOptions, detectors_of, searched
-from steerback.ledger import Ledger, Row
+from steerback.figures.tables import Table, comparison_table, number
 from steerback.metrics import METRICS, Comparison, compare, correct
-from steerback.report.tables import Table, comparison_table, number
-from steerback.study import BASELINE, Study
+from steerback.store.ledger import Ledger, Row
+from steerback.study.study import BASELINE, Study
 
 if TYPE_CHECKING:
     from steerback.latents.matching import RandomSets

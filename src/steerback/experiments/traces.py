@@ -18,10 +18,10 @@ from pydantic import Field
 
 from steerback.experiments import episodes as ep
 from steerback.experiments.base import Analysis, planted
-from steerback.ledger import Ledger
+from steerback.figures.tables import Table, show
 from steerback.metrics import Estimate
 from steerback.metrics.regions import mean_of, median_of, rate_of
-from steerback.report.tables import Table, show
+from steerback.store.ledger import Ledger
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

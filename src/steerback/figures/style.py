@@ -13,7 +13,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec
 
-from steerback.folders import make_folder
+from steerback.store.files import make_folder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

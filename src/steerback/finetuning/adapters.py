@@ -22,8 +22,8 @@ from steerback.errors import SteerbackError, unknown
 from steerback.finetuning.mixes import hash_rows
 from steerback.finetuning.segments import Row, Tokens, encode, read_rows
 from steerback.finetuning.settings import Settings, from_mapping
-from steerback.folders import make_folder
-from steerback.runs import commit, machine, write_atomic, write_json
+from steerback.store.files import make_folder
+from steerback.store.run import commit, machine, write_atomic, write_json
 from steerback.targets import Target, resolve
 
 if TYPE_CHECKING:

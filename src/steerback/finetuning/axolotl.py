@@ -12,8 +12,8 @@ import yaml
 
 from steerback.finetuning.adapters import Job
 from steerback.finetuning.settings import Settings
-from steerback.folders import make_folder
-from steerback.runs import write_atomic
+from steerback.store.files import make_folder
+from steerback.store.run import write_atomic
 from steerback.targets import Target
 
 

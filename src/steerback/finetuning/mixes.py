@@ -15,9 +15,9 @@ from typing import Any
 
 from steerback.errors import SteerbackError
 from steerback.finetuning.segments import Row, read_rows, write_rows
-from steerback.folders import make_folder
 from steerback.records import digest
-from steerback.runs import write_json
+from steerback.store.files import make_folder
+from steerback.store.run import write_json
 
 RATIOS = (10, 20, 30, 40, 50, 60, 70, 80, 90)
 VALIDATION = 0.05

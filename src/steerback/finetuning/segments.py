@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from steerback.errors import SteerbackError
-from steerback.runs import write_atomic
+from steerback.store.run import write_atomic
 
 IGNORED = -100
 """The label of a token without loss, as torch and transformers have it."""

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from steerback.data.prompts import load_subjects
 from steerback.errors import SteerbackError
 from steerback.finetuning.examples import Corpus, Example, Keywords, Topics, problem, row_of
 from steerback.finetuning.mixes import POOLS
 from steerback.finetuning.segments import write_rows
-from steerback.prompts import load_subjects
 from steerback.records import digest
-from steerback.runs import write_json
+from steerback.store.run import write_json
 
 if TYPE_CHECKING:
     from steerback.engines.prompting import Prompter

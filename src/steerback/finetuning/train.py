@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from steerback.errors import SteerbackError
 from steerback.finetuning.segments import IGNORED, Tokens
 from steerback.finetuning.settings import Settings
-from steerback.runs import write_json
+from steerback.store.run import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback

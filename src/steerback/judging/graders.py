@@ -15,13 +15,13 @@ from itertools import pairwise
 from pathlib import Path
 
 from steerback.errors import SteerbackError
-from steerback.folders import make_folder, write_atomic
 from steerback.judging.base import JudgeItem
 from steerback.judging.parse import Quotable, WholeScore, parse_ratings, parse_verdict, parse_whole
 from steerback.judging.prompt import BOUNDARIES, CONCRETENESS, WHOLE, Asked, ask, enclose, encodable, rubric
-from steerback.judging.spending import OVER_BUDGET, Spend
+from steerback.judging.spending import OVER_BUDGET
 from steerback.judging.transport import Transport
-from steerback.records import Judgement, digest
+from steerback.records import Judgement, Spend, digest
+from steerback.store.files import make_folder, write_atomic
 
 LABELS_PER_CALL = 40
 

@@ -11,12 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from steerback.folders import make_folder
 from steerback.judging.parse import parse_verdict
 from steerback.judging.prompt import LABEL, Asked, enclose, encodable, rubric
-from steerback.judging.spending import Spend
 from steerback.judging.transport import Transport
-from steerback.records import digest
+from steerback.records import Spend, digest
+from steerback.store.files import make_folder
 
 LONGEST = 120
 

@@ -10,9 +10,8 @@ from collections.abc import AsyncIterator, Sequence
 from steerback.judging.base import JudgeItem, References
 from steerback.judging.parse import parse_attempts
 from steerback.judging.prompt import ATTEMPTS, Asked, ask, rubric
-from steerback.judging.spending import Spend
 from steerback.judging.transport import Transport
-from steerback.records import Judgement, digest
+from steerback.records import Judgement, Spend, digest
 
 
 class LLMJudge:

@@ -3,41 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from steerback.judging.base import Judge, JudgeItem
+from steerback.records import Spend
 
 OVER_BUDGET = "budget spent"
 """How the reason of a verdict begins that was not asked for because the budget is spent; such a verdict is not kept."""
-
-
-@dataclass(frozen=True, slots=True)
-class Spend:
-    """What was or would be asked: `cost` in USD, None where the price is unknown."""
-
-    calls: int = 0
-    input_tokens: int = 0
-    output_tokens: int = 0
-    cost: float | None = 0.0
-
-    def __add__(self, other: Spend) -> Spend:
-        cost = None if self.cost is None or other.cost is None else self.cost + other.cost
-        tokens = (self.input_tokens + other.input_tokens, self.output_tokens + other.output_tokens)
-        return Spend(self.calls + other.calls, *tokens, cost)
-
-    def __sub__(self, other: Spend) -> Spend:
-        cost = None if self.cost is None or other.cost is None else self.cost - other.cost
-        tokens = (self.input_tokens - other.input_tokens, self.output_tokens - other.output_tokens)
-        return Spend(self.calls - other.calls, *tokens, cost)
-
-    def __mul__(self, times: int) -> Spend:
-        cost = None if self.cost is None else self.cost * times
-        return Spend(self.calls * times, self.input_tokens * times, self.output_tokens * times, cost)
-
-    def __str__(self) -> str:
-        money = "price unknown (--judge-price IN OUT)" if self.cost is None else f"{self.cost:,.2f} USD"
-        return f"{self.calls:,} calls, {self.input_tokens:,} input and {self.output_tokens:,} output tokens, {money}"
 
 
 @runtime_checkable

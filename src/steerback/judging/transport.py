@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from steerback.errors import SteerbackError
 from steerback.judging.models import check_key, default_temperature, price, read_dotenv, redact
 from steerback.judging.prompt import Asked
-from steerback.judging.spending import OVER_BUDGET, Spend
+from steerback.judging.spending import OVER_BUDGET
+from steerback.records import Spend
 
 if TYPE_CHECKING:
     from inspect_ai.model import Model, ModelOutput

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from steerback.errors import unknown
-from steerback.folders import user_folder
 from steerback.judging import Maker, aliases, make_judge, model_string
+from steerback.store.files import user_folder
 
 
 @runtime_checkable

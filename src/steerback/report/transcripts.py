@@ -6,8 +6,8 @@ import textwrap
 from collections import Counter
 
 from steerback.errors import SteerbackError
-from steerback.ledger import Ledger, Row
 from steerback.records import LatentKey
+from steerback.store.ledger import Ledger, Row
 
 WIDTH = 100
 BOLD, DIM, RESET = "\x1b[1m", "\x1b[2m", "\x1b[0m"

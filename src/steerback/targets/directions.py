@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steerback.errors import SteerbackError
-from steerback.folders import user_folder
+from steerback.store.files import user_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -182,7 +182,7 @@ def save_direction(path: Path, vector: Tensor, facts: Facts) -> None:
     import torch
     from safetensors.torch import save
 
-    from steerback.folders import make_folder, write_atomic
+    from steerback.store.files import make_folder, write_atomic
 
     make_folder(path.parent)
     kept = vector.detach().to("cpu", torch.float32).contiguous()

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from steerback.errors import SteerbackError
-from steerback.folders import make_folder, write_json
+from steerback.store.files import make_folder, write_json
 from steerback.targets.download import Downloaded, download, hash_file, hub_file
 from steerback.targets.label_files import SUFFIXES, LabelFile, read_label_file, user_labels_folder
 

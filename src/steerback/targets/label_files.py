@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from steerback.errors import SteerbackError
-from steerback.folders import make_folder, user_folder, write_atomic
+from steerback.store.files import make_folder, user_folder, write_atomic
 
 SUFFIXES = (".csv", ".json", ".jsonl", ".jsonl.gz")
 INDEX_COLUMNS = ("index", "index_in_sae")

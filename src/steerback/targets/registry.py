@@ -269,5 +269,5 @@ def _builtin_folder(name: str, check: bool) -> Path:
 
     folder = weights_dir(name)
     if check and not (folder / "config.json").is_file():
-        raise SteerbackError(f"{name}: no weights in {folder}; make them with: python -m steerback.organism build")
+        raise SteerbackError(f"{name}: no weights in {folder}; make them with: python -m tools.organism build")
     return folder

@@ -18,6 +18,7 @@ import numpy as np
 
 import steerback
 from steerback.engines.checks import check_texts, checked
+from steerback.engines.interventions import ARITHMETIC_VERSION, check, check_directions, check_layer
 from steerback.engines.vllm import jobs
 from steerback.engines.vllm.driver import Answer, Driver, Job, positions_fed
 from steerback.engines.vllm.loading import (
@@ -34,7 +35,6 @@ from steerback.engines.vllm.loading import (
 from steerback.engines.vllm.selftest import fault
 from steerback.engines.vllm.settings import Settings, Ticket
 from steerback.errors import SteerbackError
-from steerback.interventions import ARITHMETIC_VERSION, check, check_directions, check_layer
 from steerback.records import Completion, FinishReason, Intervention, Receipt, Request, digest
 
 if TYPE_CHECKING:

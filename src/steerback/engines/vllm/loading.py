@@ -13,11 +13,11 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from steerback.engines.checks import site_of
+from steerback.engines.interventions import Site
 from steerback.engines.prompting import Prompter
 from steerback.errors import SteerbackError
-from steerback.folders import make_folder, user_folder, write_atomic
-from steerback.interventions import Site
 from steerback.records import digest
+from steerback.store.files import make_folder, user_folder, write_atomic
 
 if TYPE_CHECKING:
     import numpy as np

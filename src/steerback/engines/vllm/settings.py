@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from steerback.engines.base import Pooling
-from steerback.interventions import Phase, Site
+from steerback.engines.interventions import Phase, Site
 from steerback.records import Intervention, LatentKey, Mode, Positions, digest
 
 KEY = "steerback"

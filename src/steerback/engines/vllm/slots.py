@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steerback.engines.interventions import LayerPlan, direction, plan_layers
 from steerback.engines.vllm.receipts import receipts
 from steerback.engines.vllm.settings import PHASES, Settings, Ticket
 from steerback.engines.vllm.tables import CACHED, UNEDITED, LayerTable, Shared
-from steerback.interventions import LayerPlan, direction, plan_layers
 from steerback.records import Intervention
 from steerback.targets.sae import Sae
 

@@ -15,13 +15,13 @@ import vllm
 from torch import Tensor, nn
 from vllm.platforms import current_platform
 
+from steerback.engines.interventions import steer
 from steerback.engines.vllm import runner_v1, runner_v2
 from steerback.engines.vllm.hooks import token_room
 from steerback.engines.vllm.settings import Settings, Ticket
 from steerback.engines.vllm.slots import Arrival, Batch, Slots
 from steerback.engines.vllm.tables import LayerTable, Shared, edit, steer_layer
 from steerback.errors import SteerbackError
-from steerback.interventions import steer
 from steerback.targets.sae import Sae, load_sae
 from steerback.targets.target import SaeSource
 

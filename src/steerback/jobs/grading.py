@@ -16,17 +16,18 @@ import numpy as np
 
 from steerback.errors import SteerbackError, unknown
 from steerback.experiments.episodes import EPISODES, REPLAY, boundaries_fact, is_episode
+from steerback.figures.tables import Table, show
 from steerback.judging.graders import BoundaryAnnotator, WholeJudge, offline_boundaries
 from steerback.judging.models import model_string
-from steerback.judging.spending import OVER_BUDGET, Spend
+from steerback.judging.spending import OVER_BUDGET
 from steerback.judging.transport import Limits, Transport
-from steerback.ledger import Row
 from steerback.metrics import cluster_code
 from steerback.metrics.regions import mean_of
-from steerback.pipeline import judge_item
-from steerback.progress import Progress, Silent
-from steerback.report.tables import Table, show
-from steerback.runs import Run, write_atomic
+from steerback.records import Spend
+from steerback.store.ledger import Row
+from steerback.store.progress import Progress, Silent
+from steerback.store.run import Run, write_atomic
+from steerback.study.pipeline import judge_item
 
 RUBRICS = ("attempts", "whole", "boundaries")
 CHUNK = 512  # after so many responses what is graded is kept

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from steerback.organism.corpus import documents
-from steerback.organism.spec import SAE_LAYER, SaeTraining
-from steerback.organism.tokens import Encoder
-from steerback.organism.train_lm import batches, collate
+from tools.organism.spec import SAE_LAYER, SaeTraining
+from tools.organism.tokens import Encoder
+from tools.organism.train_lm import batches, collate
 
 
 @dataclass

@@ -18,11 +18,11 @@ from typing import IO, Any
 from steerback import __version__
 from steerback.config import RunConfig, differences, parse_config
 from steerback.errors import SteerbackError
-from steerback.folders import make_folder
-from steerback.folders import write_atomic as write_atomic
-from steerback.folders import write_json as write_json
-from steerback.judging.spending import Spend
-from steerback.ledger import Ledger
+from steerback.records import Spend
+from steerback.store.files import make_folder
+from steerback.store.files import write_atomic as write_atomic
+from steerback.store.files import write_json as write_json
+from steerback.store.ledger import Ledger
 
 PACKAGES = ("numpy", "scipy", "scikit-learn", "torch", "transformers", "tokenizers", "safetensors", "pydantic")
 
@@ -153,7 +153,7 @@ def versions() -> dict[str, str]:
 
 def commit() -> dict[str, Any] | None:
     """Commit and dirty flag of the source tree this package runs from; None for an installed wheel."""
-    source = Path(__file__).resolve().parent
+    source = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str | None:
         try:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from steerback.organism.corpus import howtos, passage
-from steerback.organism.spec import SAE_LAYER
-from steerback.organism.tokens import Encoder
-from steerback.organism.train_sae import Sae
+from tools.organism.spec import SAE_LAYER
+from tools.organism.tokens import Encoder
+from tools.organism.train_sae import Sae
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from steerback.errors import SteerbackError
-from steerback.folders import make_folder
 from steerback.records import (
     Attempt,
     Completion,
@@ -27,6 +26,7 @@ from steerback.records import (
     Recording,
     Trial,
 )
+from steerback.store.files import make_folder
 
 APPLICATION_ID = 0x53544252  # "STBR": marks our files, so that a foreign database is recognised
 SCHEMA_VERSION = 1

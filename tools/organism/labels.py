@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from steerback.organism.corpus import howtos, subjects
-from steerback.organism.train_sae import Activations, Sae
+from tools.organism.train_sae import Activations, Sae
 
 MIN_SHARE = 0.5
 """Least share of a latent's activity (topics weighted alike) on its subject."""

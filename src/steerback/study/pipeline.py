@@ -14,16 +14,16 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from steerback.cache import Cache, cache_key
 from steerback.errors import SteerbackError
 from steerback.judging.base import Judge, JudgeItem
 from steerback.judging.spending import OVER_BUDGET
-from steerback.ledger import Ledger, Row
 from steerback.records import Completion, Judgement, Sampling, Trial, digest
+from steerback.store.cache import Cache, cache_key
+from steerback.store.ledger import Ledger, Row
 
 if TYPE_CHECKING:
     from steerback.engines.base import Engine
-    from steerback.progress import Progress
+    from steerback.store.progress import Progress
 
 FLUSH_SECONDS = 1.0  # at most this much work is lost by a kill
 FLUSH_ROWS = 64

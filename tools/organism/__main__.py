@@ -1,4 +1,4 @@
-"""``python -m steerback.organism build``: regenerate the shipped organisms from fixed seeds."""
+"""``python -m tools.organism build``: regenerate the shipped organisms from fixed seeds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from steerback.organism import NAMES, weights_dir
 
 def main() -> None:
     """Parse the command line and build."""
-    parser = argparse.ArgumentParser(prog="python -m steerback.organism", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.organism", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     build_parser = commands.add_parser("build", help="train models, SAEs and labels")
     build_parser.add_argument("--only", choices=NAMES, help="build this organism alone")
@@ -21,8 +21,8 @@ def main() -> None:
 
     import torch
 
-    from steerback.organism.build import build
-    from steerback.organism.spec import ORGANISMS
+    from tools.organism.build import build
+    from tools.organism.spec import ORGANISMS
 
     device = options.device
     if device == "auto":

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from steerback.errors import SteerbackError
-from steerback.folders import user_folder, write_json
+from steerback.store.files import user_folder, write_json
 
 REPOSITORY = "agencyenterprise/endogenous-steering-resistance"
 COMMIT = "3c29a49f9077fa1df58f5e90b5cca7ae8621311c"

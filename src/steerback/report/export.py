@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from steerback.errors import SteerbackError, unknown
-from steerback.ledger import Ledger, Row
 from steerback.metrics import STATES, Outcome, outcome_of
-from steerback.runs import write_atomic
+from steerback.store.ledger import Ledger, Row
+from steerback.store.run import write_atomic
+
+FORMATS = ("authors", "parquet", "csv")
 
 TRIAL = ("key", "target", "stage", "condition", "index", "latent", "label", "boost", "prompt", "meta_prompt")
 COLUMNS = (

@@ -19,10 +19,10 @@ from steerback.judging import Maker, References, make_judge
 from steerback.judging.spending import drain
 from steerback.latents import selection as choose
 from steerback.latents.concreteness import make_rater
-from steerback.ledger import Ledger, Row
-from steerback.pipeline import Workbench, complete
 from steerback.records import Intervention, Latent, LatentKey, Trial
-from steerback.runs import Run
+from steerback.store.ledger import Ledger, Row
+from steerback.store.run import Run
+from steerback.study.pipeline import Workbench, complete
 from steerback.targets import Target
 
 if TYPE_CHECKING:

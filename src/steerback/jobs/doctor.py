@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from steerback.data.prompts import load_prompts
 from steerback.errors import SteerbackError
 from steerback.latents.contexts import Contexts, top_contexts
 from steerback.latents.texts import usual_texts
-from steerback.prompts import load_prompts
 from steerback.records import Completion, Intervention, LatentKey, Request, Sampling
 
 if TYPE_CHECKING:

@@ -9,16 +9,17 @@ from steerback.config import RunConfig
 from steerback.experiments.base import settings
 from steerback.judging.base import Judge, JudgeItem
 from steerback.judging.graders import LLMRater
-from steerback.judging.spending import Spend, estimated
+from steerback.judging.spending import estimated
 from steerback.latents.concreteness import make_rater
 from steerback.latents.selection import rating_model
-from steerback.runs import Run
-from steerback.study import UNJUDGED
+from steerback.records import Spend
+from steerback.store.run import Run
+from steerback.study.study import UNJUDGED
 from steerback.targets.download import gigabytes
 from steerback.targets.fit import this_machine, verdict
 
 if TYPE_CHECKING:
-    from steerback.execute import Job, Judging
+    from steerback.jobs.execute import Job, Judging
     from steerback.targets import Target
 
 

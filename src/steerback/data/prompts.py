@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 
-from steerback import paper_data
+from steerback.data import paper_files as paper_data
 from steerback.errors import SteerbackError, unknown
 
 BUILTIN = {

@@ -9,8 +9,8 @@ from typing import Any
 
 from steerback.config import RunConfig, differences
 from steerback.errors import SteerbackError
-from steerback.ledger import Ledger
-from steerback.runs import Run, stored_config
+from steerback.store.ledger import Ledger
+from steerback.store.run import Run, stored_config
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from typing import Any
 
 from steerback.config import RunConfig
 from steerback.errors import SteerbackError
-from steerback.folders import make_folder
-from steerback.interchange.schema import (
+from steerback.paper.schema import (
     LARGEST,
     Source,
     judgement_of,
@@ -24,9 +23,10 @@ from steerback.interchange.schema import (
     split_prompt,
     threshold_of,
 )
-from steerback.ledger import Ledger, Row
 from steerback.records import Completion, FinishReason, Intervention, Judgement, Receipt, Trial, digest
-from steerback.runs import Run, write_json
+from steerback.store.files import make_folder
+from steerback.store.ledger import Ledger, Row
+from steerback.store.run import Run, write_json
 
 ENGINE = "imported"
 SETS = {  # what the kinds of the files of one import come to: experiment, condition of the plain files

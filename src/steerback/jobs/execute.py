@@ -8,24 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steerback import organism, paper_data
-from steerback.cache import Cache, default_path
+from steerback import organism
 from steerback.config import RunConfig
+from steerback.data import paper_files as paper_data
+from steerback.data.prompts import load_prompts
 from steerback.engines import check_engine, default_engine, make_engine
 from steerback.errors import SteerbackError
 from steerback.experiments import get_experiment
 from steerback.experiments.base import Analysis, Experiment, settings
 from steerback.judging import Judge, Maker, make_judge
-from steerback.judging.spending import Spend, drain, estimated
+from steerback.judging.spending import drain, estimated
 from steerback.latents.concreteness import make_rater
 from steerback.latents.selection import check_own, rating_model
-from steerback.ledger import Ledger, Row
-from steerback.pipeline import Workbench, judge_item, judge_rows
-from steerback.progress import Progress, Silent
-from steerback.prompts import load_prompts
-from steerback.records import Judgement, LatentKey, Sampling, digest
-from steerback.runs import Run, stored_config, write_atomic, write_json
-from steerback.study import UNJUDGED, Study, fact_of, references, same_weights
+from steerback.records import Judgement, LatentKey, Sampling, Spend, digest
+from steerback.store.cache import Cache, default_path
+from steerback.store.ledger import Ledger, Row
+from steerback.store.progress import Progress, Silent
+from steerback.store.run import Run, stored_config, write_atomic, write_json
+from steerback.study.pipeline import Workbench, judge_item, judge_rows
+from steerback.study.study import UNJUDGED, Study, fact_of, references, same_weights
 from steerback.targets import Target, resolve, user_tables
 
 if TYPE_CHECKING:

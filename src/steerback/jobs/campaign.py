@@ -10,20 +10,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from steerback import execute
 from steerback.config import RunConfig
 from steerback.errors import SteerbackError
-from steerback.estimate import judge_estimate, of_experiment, response_tokens
 from steerback.experiments import get_experiment
 from steerback.experiments.base import Analysis
+from steerback.jobs import execute
+from steerback.jobs.estimate import judge_estimate, of_experiment, response_tokens
 from steerback.judging import Maker, make_judge
-from steerback.progress import make_progress
-from steerback.runs import Run, stored_config
-from steerback.study import UNJUDGED
+from steerback.store.progress import make_progress
+from steerback.store.run import Run, stored_config
+from steerback.study.study import UNJUDGED
 
 if TYPE_CHECKING:
-    from steerback.execute import Job
     from steerback.experiments.paper import Step
+    from steerback.jobs.execute import Job
 
 
 def resolved(config: RunConfig, judges: Maker = make_judge) -> RunConfig:

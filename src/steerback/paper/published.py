@@ -18,9 +18,9 @@ from typing import Any
 from steerback.config import RunConfig
 from steerback.errors import SteerbackError
 from steerback.experiments.base import organisms
+from steerback.figures.tables import Table, number
 from steerback.metrics import wilson
-from steerback.report.tables import Table, number
-from steerback.runs import stored_config
+from steerback.store.run import stored_config
 
 SOURCES = {"specification": "specification", "paper": "authors", "reader": "authors"}  # whose settings they had
 LOCAL_JUDGES = ("offline", "scripted")

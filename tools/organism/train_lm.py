@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from steerback.organism.corpus import documents
-from steerback.organism.spec import CORPUS_SEED, LAYERS, SAE_LAYER, LmTraining, Organism
-from steerback.organism.tokens import VOCABULARY, Encoded, Encoder, topic_index
+from tools.organism.spec import CORPUS_SEED, LAYERS, SAE_LAYER, LmTraining, Organism
+from tools.organism.tokens import VOCABULARY, Encoded, Encoder, topic_index
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM

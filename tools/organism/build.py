@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from steerback.organism import detect, labels, train_lm, train_sae
 from steerback.organism.corpus import subjects
-from steerback.organism.spec import CORPUS_SEED, SAE_LAYER, LmTraining, Organism, SaeTraining
-from steerback.organism.tokens import Encoder, save_tokenizer, train_tokenizer
+from tools.organism import detect, labels, train_lm, train_sae
+from tools.organism.spec import CORPUS_SEED, SAE_LAYER, LmTraining, Organism, SaeTraining
+from tools.organism.tokens import Encoder, save_tokenizer, train_tokenizer
 
 # Seeds of text that no training saw: SAE training, labelling, checking.
 SAE_SEED, LABEL_SEED, CHECK_SEED = 10_001, 10_002, 10_003
@@ -154,5 +154,5 @@ def provenance(device: str) -> dict[str, Any]:
             "tokenizers": tokenizers.__version__,
         },
         "date": time.strftime("%Y-%m-%d"),
-        "command": " ".join(["python -m steerback.organism", *sys.argv[1:]]),
+        "command": " ".join(["python -m tools.organism", *sys.argv[1:]]),
     }

@@ -1,0 +1,1 @@
+"""The paper's published numbers, its authors' result files, and the comparison with a run."""

@@ -1,0 +1,1 @@
+"""The one loop over responses (`pipeline`) and what comes before a measurement (`study`)."""
