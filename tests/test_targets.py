@@ -189,3 +189,10 @@ def test_targets_load_no_heavy_library() -> None:
     code = "import sys, steerback.targets as t; t.builtin_targets(); print('torch' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "False"
+
+
+def test_built_in_models_say_that_their_behaviour_is_planted(folder: Path) -> None:
+    planted = {target.name for target in builtin_targets() if target.planted}
+    assert planted == {"organism-s", "organism", "organism-l", "organism-control"}
+    assert resolve("organism").with_adapter(folder).planted
+    assert not resolve(str(folder)).planted

@@ -1,7 +1,8 @@
 """Interventions on a batch: tables with one row per slot, applied by a hook on the decoder layers, with receipts.
 
 The arithmetic is `steerback.engines.interventions`; here it is laid out so that every row may carry edits of its own
-while all rows go through the same shapes (so that a row's numbers do not depend on its neighbours). Knows nothing of sampling.
+while all rows go through the same shapes (so that a row's numbers do not depend on its neighbours). Knows nothing of
+sampling.
 """
 
 from __future__ import annotations

@@ -71,6 +71,8 @@ class Target:
     read_layer: int
     boost_prior: BoostPrior
     summary: str = ""
+    planted: bool = False
+    """Whether the model restarts because it was trained to: then its numbers are no evidence about other models."""
     revision: str | None = None
     adapter: str | None = None
     """Folder of a LoRA adapter that the model is served with, unmerged; see `with_adapter`."""
