@@ -1,4 +1,4 @@
-"""Intervals against other libraries, closed forms and simulation."""
+"""Intervals against published values, closed forms, other libraries and simulation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, stats
-from statsmodels.stats.proportion import proportion_confint
 
 from steerback.metrics import Outcomes, clopper_pearson, no_event_bound, summarize, wilson
 from steerback.metrics import intervals as iv
@@ -17,11 +16,42 @@ few = settings(deadline=None, max_examples=60)
 
 @few
 @given(st.integers(0, 300), st.integers(1, 300), st.sampled_from([0.05, 0.01, 0.32]))
-def test_wilson_and_clopper_pearson_equal_statsmodels(events, n, alpha) -> None:
+def test_wilson_and_clopper_pearson_equal_their_definitions(events, n, alpha) -> None:
+    """Wilson: |x / n - p| = z sqrt(p (1 - p) / n) at both ends; Clopper-Pearson: tails of alpha / 2."""
     events = min(events, n)
-    for ours, method in ((wilson, "wilson"), (clopper_pearson, "beta")):
-        expected = proportion_confint(events, n, alpha=alpha, method=method)
-        assert ours(events, n, alpha) == pytest.approx(expected, abs=1e-9)
+    z = stats.norm.ppf(1 - alpha / 2)
+    a, b, c = 1 + z**2 / n, -(2 * events / n + z**2 / n), (events / n) ** 2
+    ends = [(-b + sign * np.sqrt(b**2 - 4 * a * c)) / (2 * a) for sign in (-1, 1)]
+    assert wilson(events, n, alpha) == pytest.approx(ends, abs=1e-9)
+    low, high = clopper_pearson(events, n, alpha)
+    assert stats.binom.sf(events - 1, n, low) == pytest.approx(alpha / 2 if events else 1)
+    assert stats.binom.cdf(events, n, high) == pytest.approx(alpha / 2 if events < n else 1)
+
+
+@pytest.mark.parametrize(
+    ("events", "n", "score", "exact"),
+    [
+        (81, 263, (0.2553, 0.3662), (0.2527, 0.3676)),
+        (15, 148, (0.0624, 0.1605), (0.0578, 0.1617)),
+        (0, 20, (0.0, 0.1611), (0.0, 0.1684)),
+        (1, 29, (0.0061, 0.1718), (0.0009, 0.1776)),
+    ],
+)
+def test_wilson_and_clopper_pearson_equal_the_published_table(events, n, score, exact) -> None:
+    """Newcombe, Statistics in Medicine 17 (1998), table I."""
+    assert wilson(events, n) == pytest.approx(score, abs=5e-5)
+    assert clopper_pearson(events, n) == pytest.approx(exact, abs=5e-5)
+
+
+def test_proportions_at_the_edges() -> None:
+    for interval in (wilson, clopper_pearson):
+        assert interval(0, 7)[0] == 0
+        assert interval(7, 7)[1] == 1
+        with pytest.raises(ValueError, match="at least one trial"):
+            interval(0, 0)
+    assert clopper_pearson(0.35, 1.0) == pytest.approx(
+        (stats.beta.ppf(0.025, 0.35, 1.65), stats.beta.ppf(0.975, 1.35, 0.65))
+    )
 
 
 def test_no_event_bound_without_correlation_is_clopper_pearson_and_with_full_correlation_counts_latents() -> None:

@@ -57,13 +57,14 @@ def rank_correlation(a: ArrayLike, b: ArrayLike, cluster: ArrayLike, draws: int 
 
 def cohens_kappa(a: NDArray[np.generic], b: NDArray[np.generic]) -> float | None:
     """Cohen (1960); None where both judges always gave one and the same label, as chance then explains everything."""
-    if not len(a):
-        return None
+    from statsmodels.stats.inter_rater import cohens_kappa as kappa_of_table
+
     values, codes = np.unique(np.concatenate([a, b]), return_inverse=True)
     k, n = len(values), len(a)
-    table = np.bincount(codes[:n] * k + codes[n:], minlength=k * k).reshape(k, k) / n
-    expected = float(table.sum(axis=1) @ table.sum(axis=0))
-    return None if expected >= 1 - 1e-12 else float((np.trace(table) - expected) / (1 - expected))
+    if k < 2:
+        return None
+    table = np.bincount(codes[:n] * k + codes[n:], minlength=k * k).reshape(k, k)
+    return float(kappa_of_table(table, return_results=False))
 
 
 def krippendorff_alpha(ratings: Floats, level: Level) -> float | None:
@@ -94,18 +95,12 @@ def krippendorff_alpha(ratings: Floats, level: Level) -> float | None:
 
 
 def spearman(a: Floats, b: Floats) -> float | None:
-    """Rank correlation, ties at their mean rank; None where a judge gave one score only."""
-    if len(a) < 2:
+    """Rank correlation, ties at their mean rank; None where a judge gave a single score."""
+    from scipy.stats import rankdata
+
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
-    x, y = (_ranks(v) for v in (a, b))
-    x, y = x - x.mean(), y - y.mean()
-    scale = float(np.sqrt((x @ x) * (y @ y)))
-    return float(np.clip(x @ y / scale, -1, 1)) if scale > 0 else None
-
-
-def _ranks(values: Floats) -> Floats:
-    _, codes, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[codes]
+    return float(np.clip(np.corrcoef(rankdata(a), rankdata(b))[0, 1], -1, 1))
 
 
 def _complete(columns: list[ArrayLike], cluster: ArrayLike) -> tuple[Floats, NDArray[np.intp]]:

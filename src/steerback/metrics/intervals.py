@@ -31,24 +31,23 @@ class Bounds(NamedTuple):
 
 
 def wilson(events: float, n: float, alpha: float = ALPHA) -> tuple[float, float]:
-    """Wilson (1927) score interval, trials taken as independent."""
-    from scipy.special import ndtri
-
-    z2 = float(ndtri(1 - alpha / 2)) ** 2
-    p = events / n
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = np.sqrt(z2 * (p * (1 - p) + z2 / (4 * n)) / n) / (1 + z2 / n)
-    # the exact ends, which rounding would miss by 1e-17
-    return 0.0 if events == 0 else float(centre - half), 1.0 if events == n else float(centre + half)
+    """Wilson (1927) score interval of independent trials; `n` must be positive."""
+    return _proportion(events, n, alpha, "wilson")
 
 
 def clopper_pearson(events: float, n: float, alpha: float = ALPHA) -> tuple[float, float]:
-    """Exact binomial interval, trials taken as independent; `events` and `n` may be fractional (effective sizes)."""
-    from scipy.special import betaincinv
+    """Exact binomial interval of independent trials; `events` and `n` may be fractional (effective sizes)."""
+    return _proportion(events, n, alpha, "beta")
 
-    low = 0.0 if events <= 0 else float(betaincinv(events, n - events + 1, alpha / 2))
-    high = 1.0 if events >= n else float(betaincinv(events + 1, n - events, 1 - alpha / 2))
-    return low, high
+
+def _proportion(events: float, n: float, alpha: float, method: str) -> tuple[float, float]:
+    from statsmodels.stats.proportion import proportion_confint
+
+    if n <= 0:
+        raise ValueError(f"a proportion needs at least one trial, not {n:g}")
+    low, high = proportion_confint(events, n, alpha, method)
+    # the exact ends, which rounding can miss by 1e-17
+    return 0.0 if events <= 0 else float(low), 1.0 if events >= n else float(high)
 
 
 def no_event_bound(sizes: Floats, icc: float = ICC, alpha: float = ALPHA) -> float:

@@ -201,14 +201,12 @@ def _odds_ratio(num_a: Floats, den_a: Floats, num_b: Floats, den_b: Floats) -> f
 
 def holm(pvalues: Iterable[float | None]) -> list[float | None]:
     """Holm (1979) step-down adjusted p values; None (a test that could not be made) stays None and does not count."""
+    from statsmodels.stats.multitest import multipletests
+
     values = list(pvalues)
-    order = sorted((p, i) for i, p in enumerate(values) if p is not None)
-    adjusted: list[float | None] = [None] * len(values)
-    largest = 0.0
-    for rank, (p, i) in enumerate(order):
-        largest = max(largest, min(1.0, p * (len(order) - rank)))
-        adjusted[i] = largest
-    return adjusted
+    known = [p for p in values if p is not None]
+    adjusted = iter(multipletests(known, method="holm")[1].tolist() if known else [])
+    return [None if p is None else next(adjusted) for p in values]
 
 
 def correct(comparisons: dict[str, Comparison]) -> dict[str, Comparison]:
