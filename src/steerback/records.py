@@ -212,7 +212,10 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What one judge made of one response. Never 0 by default: *unscored* has a reason instead of attempts."""
+    """One judge's verdict on one response. Never 0 by default: *unscored* has a reason instead of attempts.
+
+    `over_budget` marks a response that was not sent because the judge's budget is spent; such a verdict is not stored.
+    """
 
     judge: str
     rubric: str
@@ -220,6 +223,7 @@ class Judgement:
     attempts: tuple[Attempt, ...] = ()
     reason: str = ""
     raw: str = ""
+    over_budget: bool = False
 
     def __post_init__(self) -> None:
         if self.status == "scored" and not self.attempts:

@@ -68,7 +68,7 @@ class LLMJudge:
         async for place, reply in self.transport.ask(asked.items()):
             item = places[place]
             if reply.reason:
-                verdict = Judgement(self.name, self.rubric, "unscored", reason=reply.reason, raw=reply.text)
+                verdict = Judgement(self.name, self.rubric, "unscored", (), reply.reason, reply.text, reply.over_budget)
             else:
                 verdict = parse_attempts(
                     reply.text, item.response, asked[place].nonce, judge=self.name, rubric=self.rubric

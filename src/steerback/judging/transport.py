@@ -50,10 +50,11 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came back: text, or "" with the reason why there is none."""
+    """A model's reply. `reason` says why it is of no use; `over_budget` marks a question that was never sent."""
 
     text: str
     reason: str = ""
+    over_budget: bool = False
 
 
 @dataclass
@@ -152,7 +153,7 @@ class Transport:
 
     async def _one(self, model: Model, question: Asked, refused: str) -> Reply:
         if refused:
-            return Reply("", refused)
+            return Reply("", refused, over_budget=True)
         try:
             output = await self._generate(model, question)
         finally:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from steerback.errors import SteerbackError
 from steerback.judging.base import Judge, JudgeItem
-from steerback.judging.spending import OVER_BUDGET
 from steerback.records import Completion, Judgement, Sampling, Trial, digest
 from steerback.store.cache import Cache, cache_key
 from steerback.store.ledger import Ledger, Row
@@ -183,7 +182,7 @@ async def _judge_batch(bench: Workbench, judge: Judge, rows: Sequence[Row]) -> N
         asked = [item for key, item in items.items() if key not in verdicts]
         if asked:
             async for key, judgement in judge.judge(asked):
-                (refused if judgement.reason.startswith(OVER_BUDGET) else fresh)[key] = judgement
+                (refused if judgement.over_budget else fresh)[key] = judgement
             missing = [item.key for item in asked if item.key not in fresh and item.key not in refused]
             if missing:
                 raise RuntimeError(f"judge {judge.name} lost {len(missing)} responses, e.g. {missing[0]!r}")
