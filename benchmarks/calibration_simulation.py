@@ -21,14 +21,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from steerback.calibration import BoostPrior, CalibrationSettings, Calibrator, assess, verified
+from steerback.calibration import Calibrator, assess, verified
 from steerback.calibration.curves import falling_means
-from steerback.config import quick
+from steerback.config import CalibrationConfig, quick
+from steerback.records import BoostPrior
 
 Floats = NDArray[np.float64]
 Curve = Callable[[Any, float], Any]
 RESULTS = Path(__file__).parent / "results" / "calibration_simulation.json"
 PRIOR = BoostPrior(150, 75, 0, 300)
+DRAWS = 400
+FRESH = 20
+"""Trials that each threshold is verified on."""
 GRID = np.linspace(0, 300, 60_001)
 QUICK = quick("esr", ("organism",)).calibration
 
@@ -59,17 +63,17 @@ HOPELESS: dict[str, Curve] = {
     "95 to 70": lambda b, t: 70 + 25 * sigmoid((t - b) / 20),
 }
 NOISE = {"mostly 0 or 100": 0.4, "broad": 2.0, "narrow": 10.0}  # a + b of the beta distribution
-DESIGNS: dict[str, CalibrationSettings] = {
-    "specification (15 x 10)": CalibrationSettings(draws=400),
-    f"preset quick ({QUICK.max_iterations} x {QUICK.trials_per_iteration})": CalibrationSettings(
-        draws=400, max_iterations=QUICK.max_iterations, trials_per_iteration=QUICK.trials_per_iteration
+DESIGNS: dict[str, CalibrationConfig] = {
+    "specification (15 x 10)": CalibrationConfig(),
+    f"preset quick ({QUICK.max_iterations} x {QUICK.trials_per_iteration})": CalibrationConfig(
+        max_iterations=QUICK.max_iterations, trials_per_iteration=QUICK.trials_per_iteration
     ),
-    "one trial a round (150 x 1)": CalibrationSettings(draws=400, max_iterations=150, trials_per_iteration=1),
-    "target 30 (15 x 10)": CalibrationSettings(draws=400, target_score=30),
-    "weight 5 (15 x 10)": CalibrationSettings(draws=400, weight=5),
-    "specification, stop=tolerance": CalibrationSettings(draws=400, stop="tolerance"),
-    "authors (10 x 5, target 30, posterior median)": CalibrationSettings(
-        draws=400, target_score=30, max_iterations=10, trials_per_iteration=5, weight=5, estimate="posterior"
+    "one trial a round (150 x 1)": CalibrationConfig(max_iterations=150, trials_per_iteration=1),
+    "target 30 (15 x 10)": CalibrationConfig(target_score=30),
+    "weight 5 (15 x 10)": CalibrationConfig(weight=5),
+    "specification, stop=tolerance": CalibrationConfig(stop="tolerance"),
+    "authors (10 x 5, target 30, posterior median)": CalibrationConfig(
+        target_score=30, max_iterations=10, trials_per_iteration=5, weight=5, estimate="posterior"
     ),
 }
 
@@ -85,9 +89,9 @@ def first_crossing(curve: Curve, t: float, target: float) -> float | None:
 
 
 def run_search(
-    curve: Curve, t: float, noise: float, settings: CalibrationSettings, generator: np.random.Generator
+    curve: Curve, t: float, noise: float, settings: CalibrationConfig, generator: np.random.Generator
 ) -> Calibrator:
-    calibrator = Calibrator(PRIOR, settings)
+    calibrator = Calibrator(PRIOR, settings, DRAWS)
     while (boost := calibrator.next_boost()) is not None:
         calibrator.update(boost, draw(generator, float(curve(boost, t)), noise, settings.trials_per_iteration))
     return calibrator
@@ -152,7 +156,7 @@ def alternatives(calibrator: Calibrator, generator: np.random.Generator, draws: 
 
 
 def one_condition(
-    curve: Curve, noise: float, settings: CalibrationSettings, n: int, compare: bool = False
+    curve: Curve, noise: float, settings: CalibrationConfig, n: int, compare: bool = False
 ) -> dict[str, Any]:
     """n simulated latents: per estimate, score error (points), interval coverage and width (boost); statuses."""
     generator = np.random.default_rng(1)
@@ -166,7 +170,7 @@ def one_condition(
         truth = first_crossing(curve, t, settings.target_score)
         calibrator = run_search(curve, t, noise, settings, generator)
         found = calibrator.finish()
-        fresh = draw(generator, float(curve(found.boost, t)), noise, settings.verify_trials)
+        fresh = draw(generator, float(curve(found.boost, t)), noise, FRESH)
         thresholds.append(verified(found, fresh))
         trials.append(found.n_trials)
         estimates: dict[str, tuple[float, ...]] = {"chosen": (found.boost, found.low, found.high)}
@@ -206,7 +210,7 @@ def one_condition(
 
 
 def simulate(n: int) -> dict[str, Any]:
-    settings = CalibrationSettings(draws=400)
+    settings = CalibrationConfig()
     out: dict[str, Any] = {"falling": {}, "hopeless": {}, "designs": {}}
     for name, curve in FALLING.items():
         for noise, value in NOISE.items():

@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from scipy.optimize import minimize
 from scipy.stats import beta
 from sklearn.isotonic import IsotonicRegression
 
 from steerback.calibration import (
-    BoostPrior,
-    CalibrationSettings,
     Calibrator,
     Threshold,
     assess,
@@ -25,10 +24,12 @@ from steerback.calibration import (
     verified,
 )
 from steerback.calibration.curves import RIDGE, falling_means, fit_falling, mean_interval
-from steerback.errors import SteerbackError
+from steerback.config import CalibrationConfig
+from steerback.records import BoostPrior
 
 PRIOR = BoostPrior(150, 75, 0, 300)
-QUICK = CalibrationSettings(draws=200)
+USUAL = CalibrationConfig()
+DRAWS = 200
 history_of_scores = st.lists(
     st.tuples(st.floats(0, 300), st.lists(st.one_of(st.none(), st.floats(0, 100)), min_size=1, max_size=6)),
     min_size=1,
@@ -38,14 +39,14 @@ history_of_scores = st.lists(
 
 def search(
     curve: Callable[[float], float],
-    config: CalibrationSettings = QUICK,
+    config: CalibrationConfig = USUAL,
     prior: BoostPrior = PRIOR,
     concentration: float = 1.0,
     seed: int = 0,
 ) -> Calibrator:
     """Calibrates against scores drawn from a beta distribution with mean `curve(boost)`."""
     generator = np.random.default_rng(seed)
-    calibrator = Calibrator(prior, config)
+    calibrator = Calibrator(prior, config, DRAWS)
     while (boost := calibrator.next_boost()) is not None:
         mean = min(max(curve(boost) / 100, 1e-3), 1 - 1e-3)
         shape = concentration * mean, concentration * (1 - mean)
@@ -76,8 +77,8 @@ def test_posterior_is_literal_bayes(history: list, target: float, weight: float 
             above = belief.sf(target / 100)
             expected[i] *= above if threshold > boost else 1 - above if threshold < boost else 0.5
         expected /= expected.sum()
-    config = CalibrationSettings(target_score=target, weight=weight, grid_points=13)
-    calibrator = Calibrator.replay(PRIOR, config, history)
+    config = CalibrationConfig(target_score=target, weight=weight)
+    calibrator = Calibrator(PRIOR, config, grid_points=13).replay(history)
     found_grid, found = calibrator.posterior()
     np.testing.assert_allclose(found_grid, grid)
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-12)
@@ -103,7 +104,7 @@ def test_probability_against_draws_and_the_authors_form() -> None:
 @settings(deadline=None, max_examples=25)
 @given(history_of_scores)
 def test_replay_is_bitwise(history: list) -> None:  # type: ignore[type-arg]
-    one, two = Calibrator(PRIOR, QUICK), Calibrator.replay(PRIOR, QUICK, history)
+    one, two = Calibrator(PRIOR, draws=DRAWS), Calibrator(PRIOR, draws=DRAWS).replay(history)
     for boost, scores in history:
         one.update(boost, scores)
     assert one.posterior()[1].tobytes() == two.posterior()[1].tobytes()
@@ -114,39 +115,39 @@ def test_replay_is_bitwise(history: list) -> None:  # type: ignore[type-arg]
 def test_a_killed_search_goes_on_as_if_nothing_had_happened() -> None:
     whole = search(falling(120))
     for cut in (1, 7, 14):
-        resumed = Calibrator.replay(PRIOR, QUICK, [(r.boost, r.scores) for r in whole.rounds[:cut]])
+        resumed = Calibrator(PRIOR, draws=DRAWS).replay([(r.boost, r.scores) for r in whole.rounds[:cut]])
         assert resumed.next_boost() == whole.rounds[cut].boost
 
 
 def test_unscored_trials_are_skipped_and_counted() -> None:
-    a = Calibrator.replay(PRIOR, QUICK, [(150.0, [80.0, None, 60.0]), (200.0, [None, None])])
-    b = Calibrator.replay(PRIOR, QUICK, [(150.0, [80.0, 60.0])])
+    a = Calibrator(PRIOR, draws=DRAWS).replay([(150.0, [80.0, None, 60.0]), (200.0, [None, None])])
+    b = Calibrator(PRIOR, draws=DRAWS).replay([(150.0, [80.0, 60.0])])
     assert a.posterior()[1].tobytes() == b.posterior()[1].tobytes()
     assert len(a.rounds) == 2  # a round that could not be scored counts, or a broken judge would loop for ever
     assert (a.finish().n_trials, a.finish().n_unscored) == (2, 3)
 
 
 def test_a_judge_that_scores_nothing_gives_no_threshold() -> None:
-    calibrator = Calibrator(PRIOR, QUICK)
+    calibrator = Calibrator(PRIOR, draws=DRAWS)
     while (boost := calibrator.next_boost()) is not None:
         calibrator.update(boost, [None] * 10)
     found = calibrator.finish()
     assert (found.status, found.reason, found.score) == ("not converged", "no trial was scored", None)
     assert (found.low, found.high, found.n_unscored) == (0, 300, 150)
-    assert Calibrator(PRIOR, QUICK).finish().status == "not converged"
+    assert Calibrator(PRIOR, draws=DRAWS).finish().status == "not converged"
 
 
 def test_impossible_scores_and_settings_are_refused() -> None:
-    calibrator = Calibrator(PRIOR, QUICK)
+    calibrator = Calibrator(PRIOR, draws=DRAWS)
     for bad in (-1.0, 101.0, math.nan):
         with pytest.raises(ValueError, match="not within 0-100"):
             calibrator.update(100, [bad])
     with pytest.raises(ValueError, match="not finite"):
         calibrator.update(math.nan, [50.0])
     assert calibrator.rounds == []
-    for wrong in ({"target_score": 0}, {"tolerance": 0}, {"max_iterations": 0}, {"grid_points": 2}, {"stop": "soon"}):
-        with pytest.raises(SteerbackError):
-            CalibrationSettings(**wrong)  # type: ignore[arg-type]
+    for wrong in ({"target_score": 0}, {"tolerance": 0}, {"max_iterations": 0}, {"weight": 0}, {"stop": "soon"}):
+        with pytest.raises(ValidationError):
+            CalibrationConfig(**wrong)  # type: ignore[arg-type]
 
 
 # -- the fit ----------------------------------------------------------------------------------------------------------
@@ -232,7 +233,7 @@ def test_a_falling_curve_converges_near_its_threshold() -> None:
 
 
 def test_other_targets_and_few_trials() -> None:
-    config = CalibrationSettings(target_score=30, max_iterations=12, trials_per_iteration=5, draws=200)
+    config = CalibrationConfig(target_score=30, max_iterations=12, trials_per_iteration=5)
     errors = [falling(120)(search(falling(120), config, seed=s).finish().boost) - 30 for s in range(12)]
     assert abs(np.mean(errors)) < 4
 
@@ -252,7 +253,7 @@ def test_a_narrow_prior_far_off_says_so_instead_of_guessing() -> None:
     assert found.status in ("converged", "not converged")
     if found.status == "converged":
         assert falling(90)(found.boost) == pytest.approx(50, abs=10)
-    few = CalibrationSettings(max_iterations=3, draws=200)
+    few = CalibrationConfig(max_iterations=3)
     short = search(falling(90), few, BoostPrior(7, 5, 0, 100), concentration=20).finish()
     assert (short.status, short.reason) == ("not converged", "no boost was tried between 10.7 and 100")
     assert short.low <= 11
@@ -266,13 +267,13 @@ def test_a_step_is_found_where_it_is() -> None:
 
 
 def test_one_trial_a_round_still_has_an_interval() -> None:
-    config = CalibrationSettings(max_iterations=60, trials_per_iteration=1, draws=200)
+    config = CalibrationConfig(max_iterations=60, trials_per_iteration=1)
     found = search(falling(120), config).finish()
     assert found.high - found.low > 1
 
 
 def test_the_specifications_stopping_rule() -> None:
-    config = CalibrationSettings(stop="tolerance", draws=200)
+    config = CalibrationConfig(stop="tolerance")
     calibrator = search(falling(120), config, concentration=20)
     found = calibrator.finish()
     assert len(calibrator.rounds) < 15
@@ -284,7 +285,7 @@ def test_the_specifications_stopping_rule() -> None:
 
 
 def test_the_authors_estimate_is_the_posterior_median() -> None:
-    config = CalibrationSettings(target_score=30, max_iterations=10, estimate="posterior", weight=5, draws=200)
+    config = CalibrationConfig(target_score=30, max_iterations=10, estimate="posterior", weight=5)
     calibrator = search(falling(120), config)
     grid, p = calibrator.posterior()
     assert calibrator.finish().boost == grid[np.searchsorted(np.cumsum(p), 0.5)]
@@ -301,7 +302,8 @@ def test_verification_can_unmask_a_threshold() -> None:
     assert (good.verification.n_trials, good.verification.n_unscored) == (20, 4)
     assert good.verification.score == pytest.approx(51)
     bad = verified(found, [95.0, 90.0] * 10)
-    assert (bad.status, bad.usable) == ("not converged", False)
+    assert (bad.status, bad.usable, bad.contradicted) == ("not converged", False, True)
+    assert not good.contradicted
     assert bad.reason.startswith("fresh trials score 92")
     assert verified(found, [None, None]).verification is None
 
@@ -337,7 +339,7 @@ def test_report_keeps_unmasked_thresholds_in_its_average() -> None:
 def test_report_of_nothing() -> None:
     report = assess([])
     assert (report.n, report.mean_score, report.within_tolerance) == (0, None, None)
-    nothing: list[Threshold] = [Calibrator(PRIOR, QUICK).finish()]
+    nothing: list[Threshold] = [Calibrator(PRIOR, draws=DRAWS).finish()]
     assert assess(nothing).statuses["not converged"] == 1
 
 

@@ -46,10 +46,13 @@ class SamplingConfig(Settings):
 
 
 class CalibrationConfig(Settings):
+    """How the threshold boost of a latent is searched for. Scores and tolerances are in points (0-100)."""
+
     target_score: float = Field(50, gt=0, lt=100)
     """Mean first-attempt score that defines the threshold boost."""
     tolerance: float = Field(5, gt=0)
     max_iterations: int = Field(15, ge=1)
+    """Rounds; a round without any score counts, so that a broken judge cannot loop for ever."""
     trials_per_iteration: int = Field(10, ge=1)
     verify_trials: int = Field(10, ge=0)
     """Fresh trials per latent at the threshold, with seeds used nowhere else."""

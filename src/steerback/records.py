@@ -29,6 +29,20 @@ class Latent:
     label: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class BoostPrior:
+    """Threshold boost before any trial: normal(mean, sd) on [low, high], in raw decoder units."""
+
+    mean: float
+    sd: float
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not (self.sd > 0 and self.low < self.high and self.low <= self.mean <= self.high):
+            raise SteerbackError(f"boost_prior {asdict(self)}: needs sd > 0 and low <= mean <= high, low < high")
+
+
 LEAST_TEMPERATURE = 1e-4
 """Of what is not greedy: logits divided by much less leave float32's range, and at this one all is greedy anyway."""
 

@@ -11,7 +11,7 @@ machine, so that all latents can be driven in lockstep, one big batch a round:
     thresholds = {key: verified(t, measure_fresh(key, t.boost)) for key, t in thresholds.items()}
     report = assess(list(thresholds.values()))
 
-The state is a pure function of the (boost, scores) history: `Calibrator.replay` rebuilds it bit for bit.
+The state depends on the (boost, scores) history alone: `Calibrator.replay` rebuilds it bit for bit.
 
 The search is the probabilistic bisection of Waeber, Frazier and Henderson (2013) in the authors' form: a posterior
 over a grid of boosts, sampled at its median. What follows it is ours: the threshold comes from a monotone curve fitted
@@ -19,7 +19,7 @@ to all trials (`curves`), with an interval, and is verified on fresh trials. Sto
 whose mean is near the target selects lucky rounds; it is the option `stop="tolerance"`. See docs/calibration.md.
 """
 
-from steerback.calibration.bisection import CalibrationSettings, Calibrator, Round, probability_above
+from steerback.calibration.bisection import Calibrator, Round, probability_above
 from steerback.calibration.thresholds import (
     CalibrationReport,
     Scores,
@@ -29,12 +29,9 @@ from steerback.calibration.thresholds import (
     assess,
     verified,
 )
-from steerback.targets import BoostPrior
 
 __all__ = [
-    "BoostPrior",
     "CalibrationReport",
-    "CalibrationSettings",
     "Calibrator",
     "Round",
     "Scores",

@@ -15,45 +15,13 @@ from numpy.typing import NDArray
 
 from steerback.calibration.curves import FallingFit, fit_falling
 from steerback.calibration.thresholds import Scores, Threshold, ThresholdStatus
-from steerback.errors import SteerbackError
-from steerback.targets import BoostPrior
+from steerback.config import CalibrationConfig
+from steerback.records import BoostPrior
 
-
-@dataclass(frozen=True, slots=True)
-class CalibrationSettings:
-    """How to search. Scores and tolerances are in points (0-100)."""
-
-    target_score: float = 50.0
-    tolerance: float = 5.0
-    max_iterations: int = 15
-    """Rounds; a round in which every trial was unscored counts, so that a broken judge cannot loop for ever."""
-    trials_per_iteration: int = 10
-    verify_trials: int = 20
-    """Fresh trials at the threshold; the caller runs them."""
-    stop: Literal["none", "tolerance"] = "none"
-    """`tolerance`: the specification's rule, stop at the first round whose mean is within `tolerance`."""
-    estimate: Literal["fit", "posterior"] = "fit"
-    """`posterior`: the authors' estimate, the median of the posterior after the last round."""
-    weight: float | None = None
-    """Pseudo-counts a round adds to the Beta distribution; None: its number of scored trials (authors: always 5)."""
-    grid_points: int = 10_000
-    draws: int = 1000
-    """Bootstrap draws for the interval."""
-    seed: int = 0
-    """Of the bootstrap; it plays no part in which boosts are tried."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.target_score < 100:
-            raise SteerbackError(f"calibration target_score {self.target_score} must lie between 0 and 100")
-        if self.tolerance <= 0 or (self.weight is not None and self.weight <= 0):
-            raise SteerbackError("calibration tolerance and weight must be positive")
-        for name in ("max_iterations", "trials_per_iteration", "draws"):
-            if getattr(self, name) < 1:
-                raise SteerbackError(f"calibration {name} must be at least 1, not {getattr(self, name)}")
-        if self.grid_points < 3:
-            raise SteerbackError(f"calibration grid_points must be at least 3, not {self.grid_points}")
-        if self.stop not in ("none", "tolerance") or self.estimate not in ("fit", "posterior"):
-            raise SteerbackError("calibration stop is one of: none, tolerance; estimate is one of: fit, posterior")
+DRAWS = 1000
+"""Bootstrap draws for the interval of a threshold."""
+GRID_POINTS = 10_000
+"""Boosts at which the posterior is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,22 +53,25 @@ def probability_above(mean_score: float, target_score: float, weight: float) -> 
 class Calibrator:
     """The search for one latent. Scores are assumed to fall with boost."""
 
-    def __init__(self, prior: BoostPrior, settings: CalibrationSettings | None = None) -> None:
+    def __init__(
+        self,
+        prior: BoostPrior,
+        settings: CalibrationConfig | None = None,
+        draws: int = DRAWS,
+        grid_points: int = GRID_POINTS,
+    ) -> None:
         self.prior = prior
-        self.settings = settings or CalibrationSettings()
+        self.settings = settings or CalibrationConfig()
+        self.draws = draws
         self.rounds: list[Round] = []
-        self._grid = np.linspace(prior.low, prior.high, self.settings.grid_points)
+        self._grid = np.linspace(prior.low, prior.high, grid_points)
         self._log_density = -0.5 * ((self._grid - prior.mean) / prior.sd) ** 2  # up to a constant
 
-    @classmethod
-    def replay(
-        cls, prior: BoostPrior, settings: CalibrationSettings, history: Iterable[tuple[float, Scores]]
-    ) -> Calibrator:
-        """The calibrator that has seen `history`, bit for bit, as when a killed run is resumed."""
-        calibrator = cls(prior, settings)
+    def replay(self, history: Iterable[tuple[float, Scores]]) -> Calibrator:
+        """Add the rounds of `history`, as when a killed run is resumed. The state is the same bit for bit."""
         for boost, scores in history:
-            calibrator.update(boost, scores)
-        return calibrator
+            self.update(boost, scores)
+        return self
 
     @property
     def done(self) -> bool:
@@ -225,7 +196,7 @@ class Calibrator:
         scores = np.concatenate([r.scores for r in scored])
         s = self.settings
         bounds = (self.prior.low, self.prior.high)
-        return fit_falling(boosts, scores, s.target_score, bounds, self.prior.sd, s.draws, s.seed)
+        return fit_falling(boosts, scores, s.target_score, bounds, self.prior.sd, self.draws)
 
     def _above(self, this: Round) -> float:
         weight = len(this.scores) if self.settings.weight is None else self.settings.weight

@@ -40,7 +40,7 @@ class Threshold:
     high: float
     status: ThresholdStatus
     reason: str
-    """One clause: why this status."""
+    """One clause for people to read: why this status."""
     target_score: float
     tolerance: float
     score: float | None
@@ -55,6 +55,8 @@ class Threshold:
     posterior_high: float
     """Median and central 95 % of the bisection posterior (authors' estimate); not calibrated as an interval."""
     verification: Verification | None = None
+    contradicted: bool = False
+    """Whether the curve converged but fresh trials lie outside the tolerance, so that the status was taken away."""
 
     @property
     def usable(self) -> bool:
@@ -81,7 +83,7 @@ def verified(threshold: Threshold, scores: Scores) -> Threshold:
     missed = low > threshold.target_score + threshold.tolerance or high < threshold.target_score - threshold.tolerance
     if threshold.status == "converged" and missed:
         why = f"fresh trials score {mean:.0f} [{low:.0f}, {high:.0f}], outside the tolerance"
-        return replace(threshold, verification=check, status="not converged", reason=why)
+        return replace(threshold, verification=check, status="not converged", reason=why, contradicted=True)
     return replace(threshold, verification=check)
 
 
@@ -123,8 +125,8 @@ def assess(thresholds: Sequence[Threshold]) -> CalibrationReport:
         n_trials=sum(t.n_trials + (t.verification.n_trials if t.verification else 0) for t in thresholds),
         n_unscored=sum(t.n_unscored + (t.verification.n_unscored if t.verification else 0) for t in thresholds),
     )
-    # A threshold that verification unmasked stays in the average: dropping it would hide the error it shows.
-    judged = [t for t in thresholds if t.mean_first_score is not None and (t.usable or _unmasked(t))]
+    # A contradicted threshold stays in the average: dropping it would hide the error that its verification shows.
+    judged = [t for t in thresholds if t.mean_first_score is not None and (t.usable or t.contradicted)]
     if not judged:
         return report
     scores = np.array([t.mean_first_score for t in judged], dtype=float)
@@ -132,7 +134,7 @@ def assess(thresholds: Sequence[Threshold]) -> CalibrationReport:
     mean = float(scores.mean())
     half = _t_half_width(scores)
     usable = np.array([t.boost for t in thresholds if t.usable])
-    clearly = [t for t in judged if t.verification and _unmasked(t)]
+    contradicted = sum(t.contradicted for t in judged)
     noise = [((t.verification.high - t.verification.low) / 3.92) ** 2 for t in judged if t.verification]
     n_checked = len(noise)
     return replace(
@@ -143,17 +145,11 @@ def assess(thresholds: Sequence[Threshold]) -> CalibrationReport:
         mean_high=None if half is None else min(mean + half, 100.0),
         within_tolerance=abs(mean - judged[0].target_score) <= judged[0].tolerance,
         share_outside=float(off.mean()),
-        share_clearly_outside=len(clearly) / n_checked if n_checked else None,
+        share_clearly_outside=contradicted / n_checked if n_checked else None,
         spread=math.sqrt(max(float(scores.var(ddof=1)) - float(np.mean(noise)), 0.0)) if n_checked > 1 else None,
         boost_mean=float(usable.mean()) if usable.size else None,
         boost_sd=float(usable.std(ddof=1)) if usable.size > 1 else None,
     )
-
-
-def _unmasked(threshold: Threshold) -> bool:
-    """Whether the status was lost to verification."""
-    check = threshold.verification
-    return check is not None and threshold.status == "not converged" and threshold.reason.startswith("fresh trials")
 
 
 def _t_half_width(values: NDArray[np.float64]) -> float | None:

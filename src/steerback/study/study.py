@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from steerback.calibration import BoostPrior, CalibrationSettings, Calibrator, Threshold, Verification, verified
+from steerback.calibration import Calibrator, Threshold, Verification, verified
 from steerback.errors import SteerbackError
 from steerback.judging import Maker, References, make_judge
 from steerback.judging.spending import drain
@@ -195,8 +195,8 @@ class Study:
 
     async def _calibrate(self) -> dict[LatentKey, Threshold]:
         latents = await self.latents()
-        settings = self._settings()
-        calibrators = {x.key: Calibrator(self.prior(x.key), settings) for x in latents}
+        settings = self.config.calibration
+        calibrators = {x.key: Calibrator(self.target.prior_of(x.key), settings) for x in latents}
         per_round = settings.trials_per_iteration
         for number in range(settings.max_iterations):
             boosts = {key: b for key, c in calibrators.items() if (b := c.next_boost()) is not None}
@@ -210,7 +210,7 @@ class Study:
         return {key: c.finish() for key, c in calibrators.items()}
 
     async def _verify(self, thresholds: dict[LatentKey, Threshold]) -> dict[LatentKey, Threshold]:
-        latents, fresh = await self.latents(), self._settings().verify_trials
+        latents, fresh = await self.latents(), self.config.calibration.verify_trials
         boosts = {key: t.boost for key, t in thresholds.items() if t.usable}
         if not fresh or not boosts:
             return thresholds
@@ -259,13 +259,6 @@ class Study:
     def prompt(self, position: int, i: int) -> str:
         """Prompts take turns, each latent starting elsewhere, so that all occur equally often."""
         return self.prompts[(position * self.config.trials_per_latent + i) % len(self.prompts)]
-
-    def prior(self, key: LatentKey) -> BoostPrior:
-        p = self.target.prior_of(key)
-        return BoostPrior(p.mean, p.sd, p.low, p.high)
-
-    def _settings(self) -> CalibrationSettings:
-        return CalibrationSettings(**self.config.calibration.model_dump())
 
     async def cells(self, calibrated: bool = True) -> list[Cell]:
         """Latents with a usable threshold x trials per latent: the grid that every condition shares.
@@ -365,4 +358,6 @@ def read_threshold(entry: Mapping[str, Any]) -> tuple[LatentKey, Threshold]:
     latent = values.pop("latent")
     if values["verification"] is not None:
         values["verification"] = Verification(**values["verification"])
+        # ledgers of 0.1 do not say so, but only converged thresholds are verified
+        values.setdefault("contradicted", values["status"] == "not converged")
     return latent, Threshold(**values)

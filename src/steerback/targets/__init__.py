@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from steerback.records import BoostPrior
 from steerback.targets.registry import (
     builtin_targets,
     from_folder,
@@ -10,7 +11,7 @@ from steerback.targets.registry import (
     resolve,
     user_tables,
 )
-from steerback.targets.target import BoostPrior, SaeSource, Target
+from steerback.targets.target import SaeSource, Target
 
 __all__ = [
     "BoostPrior",

@@ -16,9 +16,10 @@ from typing import Any, get_args, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from steerback.errors import SteerbackError, unknown
+from steerback.records import BoostPrior
 from steerback.targets.directions import PRIOR, find_directions, read_facts
 from steerback.targets.labels import read_metadata
-from steerback.targets.target import BoostPrior, Dtype, PromptFormat, SaeSource, Target, user_key
+from steerback.targets.target import Dtype, PromptFormat, SaeSource, Target, user_key
 
 REGISTRY = Path(__file__).with_name("registry.toml")
 Tables = Mapping[str, Mapping[str, Any]]

@@ -13,8 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from steerback.errors import SteerbackError
-from steerback.records import LatentKey, digest
+from steerback.records import BoostPrior, LatentKey, digest
 from steerback.targets.directions import Facts, read_facts
 from steerback.targets.label_files import read_user_labels
 from steerback.targets.labels import read_contexts, read_dead, read_labels
@@ -24,20 +23,6 @@ PromptFormat = Literal["chat", "plain", "authors"]
 """The tokenizer's chat template, the prompt as it is, or the template with Llama's header doubled (see `Prompter`)."""
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "fp8": 1.0}
 """Per parameter."""
-
-
-@dataclass(frozen=True, slots=True)
-class BoostPrior:
-    """Threshold boost before any trial: normal(mean, sd) on [low, high], in raw decoder units."""
-
-    mean: float
-    sd: float
-    low: float
-    high: float
-
-    def __post_init__(self) -> None:
-        if not (self.sd > 0 and self.low < self.high and self.low <= self.mean <= self.high):
-            raise SteerbackError(f"boost_prior {asdict(self)}: needs sd > 0 and low <= mean <= high, low < high")
 
 
 @dataclass(frozen=True, slots=True)
