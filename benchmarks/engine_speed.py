@@ -28,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tiny
-from steerback.engines.loading import Loaded, assemble
+from steerback.engines.loading import LoadedModel, assemble
 from steerback.engines.transformers import TransformersEngine
 from steerback.records import Intervention, Request, Sampling
 
@@ -61,7 +61,7 @@ def random_model(shape: str, device: str, dtype: torch.dtype) -> Any:
     return made.to(device, dtype)
 
 
-def load(name: str, device: str) -> Loaded:
+def load(name: str, device: str) -> LoadedModel:
     """A built-in target, or `random:SHAPE`."""
     if not name.startswith("random:"):
         from steerback.engines.loading import load as load_weights

@@ -21,8 +21,8 @@ import torch
 from vllm_gpu import CLAMPED, NEW, PROMPT, Report
 
 from steerback.engines.interventions import Site
-from steerback.engines.vllm.settings import Settings, Ticket
-from steerback.engines.vllm.slots import Arrival, Batch, Slots
+from steerback.engines.vllm.settings import TableSettings, Ticket
+from steerback.engines.vllm.slots import Arrival, Slots, Step
 from steerback.engines.vllm.tables import LayerTable, Shared
 from steerback.records import Intervention
 from steerback.targets.sae import Sae
@@ -36,7 +36,7 @@ def slots() -> Slots:
     sae = Sae("relu", 0, decoder.T, zeros, decoder, torch.zeros(WIDTH), zeros)
     rows = REQUESTS + 32
     site = Site(1, WIDTH, 0, 0, 0, LATENTS)
-    settings = Settings(site, (0,), rows, 128, 512 * 32, rows, 0, 512, "1", "0", {"location": ""})
+    settings = TableSettings(site, (0,), rows, 128, 512 * 32, rows, 0, 512, "1", "0", {"location": ""})
     cpu = torch.device("cpu")
     shared, table = Shared.empty(settings, 8192, torch.bfloat16, cpu), LayerTable.empty(settings, cpu)
     return Slots(settings, shared, {0: table}, sae, {})
@@ -54,10 +54,10 @@ def one_round(worker: Slots, edits: tuple[Intervention, ...], record: tuple[int,
     marks.append(time.process_time())
     worker.admit([Arrival(key, args, PROMPT, 0) for key, (_, args) in zip(keys, packed, strict=True)])
     marks.append(time.process_time())
-    worker.step(Batch(keys, np.ones(REQUESTS, dtype=int), np.full(REQUESTS, 60)))
+    worker.step(Step(keys, np.ones(REQUESTS, dtype=int), np.full(REQUESTS, 60)))
     marks.append(time.process_time())
     for _ in range(20):
-        worker.step(Batch(keys, np.ones(REQUESTS, dtype=int), np.full(REQUESTS, 61)))
+        worker.step(Step(keys, np.ones(REQUESTS, dtype=int), np.full(REQUESTS, 61)))
     marks.append(time.process_time())
     worker.fetch([(key, PROMPT + NEW - 1) for key in keys], records=True)
     marks.append(time.process_time())

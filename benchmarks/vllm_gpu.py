@@ -148,7 +148,7 @@ def start(target: Any, args: argparse.Namespace) -> tuple[Any, Any]:
 
 def jobs_of(kind: str, requests: int, engine: Any, seed: int, shortest: int = NEW) -> list[Any]:
     """Requests with a latent and boost of their own, and what `kind` adds to that; `shortest` to NEW new tokens."""
-    from steerback.engines.vllm.driver import Job
+    from steerback.engines.vllm.driver import VllmJob
     from steerback.engines.vllm.settings import Ticket
     from steerback.records import Intervention
 
@@ -166,7 +166,7 @@ def jobs_of(kind: str, requests: int, engine: Any, seed: int, shortest: int = NE
         ids = tuple(draw.randrange(10, vocabulary) for _ in range(PROMPT))
         new = draw.randint(shortest, NEW)
         sampling = {"temperature": 1.0, "seed": n, "max_tokens": new, "ignore_eos": True, "detokenize": False}
-        out.append(Job(ticket, ids, sampling))
+        out.append(VllmJob(ticket, ids, sampling))
     return out
 
 
@@ -238,7 +238,7 @@ def compare(engine: Any, stock: Any, args: argparse.Namespace, report: Report) -
 
 def pool(engine: Any, stock: Any, args: argparse.Namespace, report: Report) -> None:
     """Texts/s of whole-SAE maxima over 256-token texts, against the same texts only read; peak memory of both."""
-    from steerback.engines.vllm.driver import Job
+    from steerback.engines.vllm.driver import VllmJob
     from steerback.engines.vllm.settings import Ticket
 
     driver, texts, length = engine._drivers[0], args.texts, 256
@@ -254,7 +254,7 @@ def pool(engine: Any, stock: Any, args: argparse.Namespace, report: Report) -> N
             draw = random.Random(repeat + 100 * number)
             spans = ((0, length),) if kind == "pooled" else ()
             jobs = [
-                Job(
+                VllmJob(
                     Ticket(f"{kind}/{repeat}/{n}", pool=spans),
                     tuple(draw.randrange(10, vocabulary) for _ in range(length)),
                     sampling,

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from vllm_gpu import CLAMPED, Report
 
 from steerback.engines.interventions import Site
-from steerback.engines.vllm.settings import Settings, Ticket
-from steerback.engines.vllm.slots import Arrival, Batch, Slots
+from steerback.engines.vllm.settings import TableSettings, Ticket
+from steerback.engines.vllm.slots import Arrival, Slots, Step
 from steerback.engines.vllm.tables import LayerTable, Shared, steer_layer
 from steerback.records import Intervention
 from steerback.targets.sae import Sae
@@ -38,7 +38,7 @@ def steered(tokens: int, width: int, columns: int, with_sae: bool, kind: str, de
     zeros = torch.zeros(n)
     sae = Sae("relu", 0, decoder.T.contiguous(), zeros, decoder, torch.zeros(width), zeros)
     site = Site(1, width, 0, 0, 0, n)
-    settings = Settings(
+    settings = TableSettings(
         site, (0,), tokens + 8, columns, 512 * 32, tokens + 8, 0, 512, "1", "0", {"location": ""} if with_sae else None
     )
     shared = Shared.empty(settings, tokens, torch.bfloat16, device)
@@ -55,7 +55,7 @@ def steered(tokens: int, width: int, columns: int, with_sae: bool, kind: str, de
     import numpy as np
 
     slots.admit(arrivals)
-    slots.step(Batch([str(k) for k in range(tokens)], np.ones(tokens, dtype=int), np.full(tokens, 60)))
+    slots.step(Step([str(k) for k in range(tokens)], np.ones(tokens, dtype=int), np.full(tokens, 60)))
     return layer, slots
 
 

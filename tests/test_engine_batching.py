@@ -112,7 +112,9 @@ def test_logits_are_equal_bit_for_bit_in_every_slot(engine: TransformersEngine) 
     def trace(company: list[Request], place: int) -> torch.Tensor:
         logits.clear()
         items = [*company[:place], probe, *company[place:]]
-        batch = batch_module.Batch(runner, batch_module.Queue(engine._check(items)), engine.shape, engine.sae, {})
+        batch = batch_module.DecodingBatch(
+            runner, batch_module.Queue(engine._check(items)), engine.shape, engine.sae, {}
+        )
         while "probe" not in {s.request.key for s in batch.slots.values()}:
             logits.clear()
             batch._fill() if not batch.slots else batch.advance()
@@ -231,15 +233,15 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(monkeypatch: pytest.Mo
     engine = tiny.engine(rows=16)
     before = engine.fingerprint
     calls = {"n": 0}
-    original = batch_module.Batch.advance
+    original = batch_module.DecodingBatch.advance
 
-    def advance(self: batch_module.Batch) -> list[tuple[str, Completion]]:
+    def advance(self: batch_module.DecodingBatch) -> list[tuple[str, Completion]]:
         calls["n"] += 1
         if calls["n"] == 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(self)
 
-    monkeypatch.setattr(batch_module.Batch, "advance", advance)
+    monkeypatch.setattr(batch_module.DecodingBatch, "advance", advance)
     requests = make_requests(30)
     done = collect(engine, requests)
     assert set(done) == {r.key for r in requests}
@@ -252,10 +254,10 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(monkeypatch: pytest.Mo
 
 
 def test_other_errors_are_not_swallowed(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def advance(self: batch_module.Batch) -> None:
+    def advance(self: batch_module.DecodingBatch) -> None:
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(batch_module.Batch, "advance", advance)
+    monkeypatch.setattr(batch_module.DecodingBatch, "advance", advance)
     with pytest.raises(RuntimeError, match="something else"):
         collect(engine, make_requests(2))
 
@@ -348,15 +350,15 @@ def test_batches_side_by_side_give_the_same_responses(
     assert set(done) == set(together)
     assert all(same(done[key], together[key]) for key in together)
 
-    original, calls = batch_module.Batch.advance, {"n": 0}
+    original, calls = batch_module.DecodingBatch.advance, {"n": 0}
 
-    def advance(self: batch_module.Batch) -> list[tuple[str, Completion]]:
+    def advance(self: batch_module.DecodingBatch) -> list[tuple[str, Completion]]:
         calls["n"] += 1
         if calls["n"] in (4, 5):  # two batches run out of memory, at once or one after the other
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(self)
 
-    monkeypatch.setattr(batch_module.Batch, "advance", advance)
+    monkeypatch.setattr(batch_module.DecodingBatch, "advance", advance)
     assert set(collect(engine, requests)) == set(together)
     assert engine.shape.rows in (8, 4)
     engine.close()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from steerback.engines.loading import Loaded, assemble
+from steerback.engines.loading import LoadedModel, assemble
 from steerback.engines.transformers import TransformersEngine
 from steerback.records import Completion, Request
 from steerback.targets import BoostPrior, Target
@@ -96,7 +96,7 @@ def target(steer: int = 2, read: int = 2, **changes: Any) -> Target:
     return Target("tiny", "memory", steer, read, PRIOR, n_latents=64, **changes)
 
 
-def loaded(kind: str = "llama", sae_kind: str = "relu", device: str = "cpu", **changes: Any) -> Loaded:
+def loaded(kind: str = "llama", sae_kind: str = "relu", device: str = "cpu", **changes: Any) -> LoadedModel:
     return assemble(target(), model(kind, **changes).to(device), tokenizer(), sae(sae_kind).to(device))
 
 

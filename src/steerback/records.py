@@ -10,9 +10,13 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from operator import eq
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from steerback.errors import SteerbackError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 Mode = Literal["add", "clamp"]
 Positions = Literal["all", "generated", "prompt"]
@@ -154,8 +158,8 @@ def expected_positions(interventions: tuple[Intervention, ...], prompt: int, gen
 class Completion:
     """A response: `text` is what was generated after prompt and prefill.
 
-    `activations` (when recorded) has shape (prompt_tokens + fed-back generated tokens, n recorded latents) as a
-    float32 numpy array; it is compared by identity only.
+    `activations` (when recorded) has shape (prompt_tokens + fed-back generated tokens, n recorded latents) and
+    takes no part in comparisons.
     """
 
     text: str
@@ -163,7 +167,7 @@ class Completion:
     prompt_tokens: int
     finish: FinishReason
     receipt: Receipt
-    activations: Any = field(default=None, compare=False, repr=False)
+    activations: NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
 
     def receipt_matches(self, interventions: tuple[Intervention, ...]) -> bool:
         """Whether every planned position was edited, and no other."""

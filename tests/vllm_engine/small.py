@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from steerback.engines.interventions import Site
-from steerback.engines.vllm.settings import Settings
+from steerback.engines.vllm.settings import TableSettings
 from steerback.targets import Target, from_folder
 from steerback.targets.sae import Kind, Sae, save_native
 
@@ -30,7 +30,7 @@ SEEN: dict[str, float] = {}
 """The largest differences met, by what was compared."""
 
 SITE = Site(n_layers=3, d_model=16, steer_layer=0, sae_layer=1, read_layer=1, n_latents=40)
-SETTINGS = Settings(SITE, (0, 1), 8, 20, 96, 8, 2, 24, "1", "0", {})
+SETTINGS = TableSettings(SITE, (0, 1), 8, 20, 96, 8, 2, 24, "1", "0", {})
 """Of an engine that is only pretended."""
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,!?"

@@ -13,7 +13,7 @@ import pytest
 from small import EFFECT, POOLED, TOLERANCE, near
 
 from steerback.api import LoadedTarget
-from steerback.engines.vllm.driver import Job
+from steerback.engines.vllm.driver import VllmJob
 from steerback.errors import SteerbackError
 from steerback.records import Completion, Intervention, Recording, Request, Sampling, expected_positions
 
@@ -137,7 +137,9 @@ def test_prefill_of_a_generated_text_meets_the_right_blocks(pair: Any) -> None:
 def check_greedy(pair: Any, request: Request) -> Completion:
     """One request through vLLM (its cache as warm as it may be); every log-probability against the reference."""
     job = pair.vllm._check([request])[0]
-    answer = pair.vllm._drivers[0].submit(Job(job.ticket, job.token_ids, dict(job.sampling) | {"logprobs": 4})).result()
+    answer = (
+        pair.vllm._drivers[0].submit(VllmJob(job.ticket, job.token_ids, dict(job.sampling) | {"logprobs": 4})).result()
+    )
     completion: Completion = pair.vllm._completion(request, answer)
     assert completion.receipt_matches(request.interventions)
     ids, prompt = [*job.token_ids, *completion.token_ids], len(job.token_ids)
@@ -293,10 +295,10 @@ def test_models_and_releases_that_cannot_be_steered_are_refused() -> None:
     from torch import nn
 
     from steerback.engines.interventions import Site
-    from steerback.engines.vllm.settings import Settings
+    from steerback.engines.vllm.settings import TableSettings
     from steerback.engines.vllm.worker import decoder_layers, generation
 
-    settings = Settings(Site(2, 4, 0, 0, 0, 0), (0,), 1, 0, 1, 1, 0, 8, "1", "0")
+    settings = TableSettings(Site(2, 4, 0, 0, 0, 0), (0,), 1, 0, 1, 1, 0, 8, "1", "0")
     model = nn.Module()
     model.layers = nn.ModuleList([nn.Linear(4, 4)])  # one layer, where two are expected
     with pytest.raises(SteerbackError, match="no single list of 2 decoder layers"):

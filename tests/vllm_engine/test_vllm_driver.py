@@ -19,7 +19,7 @@ import pytest
 import small
 
 from steerback.engines.vllm import driver as module
-from steerback.engines.vllm.driver import Driver, Gate, Job
+from steerback.engines.vllm.driver import Driver, Gate, VllmJob
 from steerback.engines.vllm.settings import Ticket
 from steerback.records import Intervention
 
@@ -83,7 +83,7 @@ def driver(llm: Llm) -> Iterator[Driver]:
 def begin(driver: Driver, llm: Llm, name: str, **ticket: Any) -> Future[Any]:
     """Submits a job and waits until vLLM has it."""
     llm.begun.clear()
-    future = driver.submit(Job(Ticket(name, (Intervention("add", 1, 1.0),), **ticket), (1,), {}))
+    future = driver.submit(VllmJob(Ticket(name, (Intervention("add", 1, 1.0),), **ticket), (1,), {}))
     assert llm.begun.wait(10)
     return future
 
@@ -141,9 +141,9 @@ def test_a_lost_receipt_fails_its_own_request(driver: Driver, llm: Llm) -> None:
 
 def test_whoever_waits_behind_a_cancelled_request_gets_its_turn(driver: Driver, llm: Llm) -> None:
     """The first can never enter (nothing is prepared for pooling); the second could at once."""
-    stuck = driver.submit(Job(Ticket("stuck", pool=((0, 1),)), (1,), {}))
+    stuck = driver.submit(VllmJob(Ticket("stuck", pool=((0, 1),)), (1,), {}))
     llm.begun.clear()
-    behind = driver.submit(Job(Ticket("behind", (Intervention("add", 1, 1.0),)), (1,), {}))
+    behind = driver.submit(VllmJob(Ticket("behind", (Intervention("add", 1, 1.0),)), (1,), {}))
     until(driver, lambda: len(driver._gate.waiting) == 2)
     stuck.cancel()
     assert llm.begun.wait(10)

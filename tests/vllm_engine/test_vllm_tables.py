@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from steerback.engines.interventions import Site, steer
-from steerback.engines.vllm.settings import Settings, Ticket
-from steerback.engines.vllm.slots import Arrival, Batch, Slots
+from steerback.engines.vllm.settings import TableSettings, Ticket
+from steerback.engines.vllm.slots import Arrival, Slots, Step
 from steerback.engines.vllm.tables import LayerTable, Shared, steer_layer
 from steerback.errors import SteerbackError
 from steerback.records import Intervention
@@ -38,7 +38,7 @@ class Worker:
         self.sae: Sae = small.sae(kind, D, N, layer=1)
         self.north = {"north": torch.linspace(-1, 1, D)}
         sizes = (rows, columns, LENGTH * 4, rows, poolers, LENGTH)
-        self.settings = Settings(SITE, (0, 1), *sizes, "1", "0", {"location": ""})
+        self.settings = TableSettings(SITE, (0, 1), *sizes, "1", "0", {"location": ""})
         shared = Shared.empty(self.settings, 64, torch.float32, torch.device("cpu"))
         tables = {n: LayerTable.empty(self.settings, torch.device("cpu")) for n in (0, 1)}
         self.layers = {n: Layer() for n in (0, 1)}
@@ -50,7 +50,7 @@ class Worker:
         """Sends (request, residuals (T, d), first position) through both layers as one batch; returns what leaves."""
         counts = np.array([len(h) for _, h, _ in parts])
         before = np.array([first for *_, first in parts])
-        self.slots.step(Batch([request for request, *_ in parts], counts, before))
+        self.slots.step(Step([request for request, *_ in parts], counts, before))
         positions = torch.cat([torch.arange(len(h)) + first for _, h, first in parts])
         h = torch.cat([h for _, h, _ in parts])
         out = {}
@@ -212,7 +212,7 @@ def test_tickets_and_settings_survive_the_journey() -> None:
     ticket = Ticket("a", (Intervention("add", "north", 2.0, "prompt", 1),), (4, 2), 1, 30, 7, ((1, 3),))
     assert Ticket.from_args(json.loads(json.dumps(ticket.as_args()))) == ticket
     sizes = Worker("relu").settings
-    assert Settings.from_config(json.loads(json.dumps(sizes.as_config()))) == sizes
+    assert TableSettings.from_config(json.loads(json.dumps(sizes.as_config()))) == sizes
 
 
 def test_a_layer_without_positions_is_refused() -> None:

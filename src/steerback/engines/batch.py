@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +22,10 @@ from steerback.engines.sampling import Sampler
 from steerback.engines.steering import GROUP, Pass, Steering
 from steerback.records import Completion, Request
 from steerback.targets.sae import Sae
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +44,7 @@ class Shape:
 
 
 @dataclass(slots=True)
-class Slot:
+class DecodingSlot:
     """A request in progress."""
 
     request: Request
@@ -90,7 +95,7 @@ class Queue:
             return left
 
 
-class Batch:
+class DecodingBatch:
     """Slots that decode together. `advance` does a block of steps and returns what was finished."""
 
     def __init__(
@@ -100,7 +105,7 @@ class Batch:
         self._entering: list[Item] = []
         longest, steps = queue.length, queue.steps
         device, rows = runner.device, shape.rows
-        self.slots: dict[int, Slot] = {}
+        self.slots: dict[int, DecodingSlot] = {}
         self._free = list(range(rows))
         self._cache = PagedCache(rows, longest, shape.page) if shape.page else FlatCache(rows, longest)
         self._sampler = Sampler(rows, runner.vocabulary, steps, device)
@@ -166,13 +171,13 @@ class Batch:
         slots = [self._free.pop(0) for _ in items]
         self._cache.admit(cache, list(range(len(items))), slots)
         for n, (slot, (request, prompt), token) in enumerate(zip(slots, items, tokens.tolist(), strict=False)):
-            state = Slot(request, len(prompt), (planned[n], self._decode.admit(slot, request)), [token])
+            state = DecodingSlot(request, len(prompt), (planned[n], self._decode.admit(slot, request)), [token])
             self._enter(slot, n, state, prompt)
         for n in range(len(items)):
             self._prompts.release(n)
             self._first.release(n)
 
-    def _enter(self, slot: int, row: int, state: Slot, prompt: tuple[int, ...]) -> None:
+    def _enter(self, slot: int, row: int, state: DecodingSlot, prompt: tuple[int, ...]) -> None:
         """Carries a prefilled row into its slot: tokens, draws, receipts and recordings."""
         known = torch.tensor([*prompt, *state.tokens], device=self.runner.device)
         self._sampler.admit(slot, state.request.sampling, state.request.seed, known)
@@ -229,9 +234,10 @@ class Batch:
         self._free.append(n)
         return slot.request.key, completion
 
-    def _recorded(self, n: int, slot: Slot, length: int) -> object:
+    def _recorded(self, n: int, slot: DecodingSlot, length: int) -> NDArray[np.float32] | None:
         record, layer = slot.request.record, self._decode.record_layer(slot.request)
         if record is None or layer is None:
             return None
         kept = self._decode.records[layer].kept[n, :length, : len(record.latents)]
-        return kept.float().cpu().numpy().copy()
+        recorded: NDArray[np.float32] = kept.float().cpu().numpy().copy()
+        return recorded

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model ready to be steered, with the hashes and revisions that say which one it is."""
 
     runner: Runner
@@ -38,7 +38,7 @@ class Loaded:
     provenance: dict[str, object]
 
 
-def load(target: Target, device: str | None = None, directions: tuple[str, ...] = ()) -> Loaded:
+def load(target: Target, device: str | None = None, directions: tuple[str, ...] = ()) -> LoadedModel:
     """Loads everything of a target; SteerbackError in one line for what is missing or does not fit together."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -49,6 +49,7 @@ def load(target: Target, device: str | None = None, directions: tuple[str, ...] 
     fetch(target)
     folder = Path(target.model)
     origin: dict[str, Any] = {} if folder.is_dir() else {"revision": target.revision}
+    origin["trust_remote_code"] = False  # otherwise transformers asks on the terminal whether to run a model's code
     sae = None if target.sae is None else on_device(load_sae(target.sae), place)
     logging.disable_progress_bar()
     try:
@@ -137,12 +138,12 @@ def assemble(
     sae: Sae | None,
     provenance: dict[str, object] | None = None,
     directions: tuple[str, ...] = (),
-) -> Loaded:
+) -> LoadedModel:
     """Checks that model, SAE and layers of a target fit together."""
     n_layers, d_model = len(decoder_layers(model)), model.get_decoder().config.hidden_size
     site = site_of(target, n_layers, d_model, sae, directions)
     runner = Runner(model, Prompter(tokenizer, target.prompt_format), site)
-    return Loaded(runner, sae, provenance or {"target": target.name})
+    return LoadedModel(runner, sae, provenance or {"target": target.name})
 
 
 def pick_device(name: str | None) -> torch.device:

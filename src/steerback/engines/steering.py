@@ -78,7 +78,7 @@ class Columns:
         return group
 
 
-class LayerTable:
+class LayerEdits:
     """The edits of one layer in one phase, one row per slot."""
 
     def __init__(self, rows: int, d_model: int, sae: Sae | None, device: torch.device) -> None:
@@ -179,7 +179,7 @@ class Steering:
     ) -> None:
         self.phase, self.rows, self.length, self.site = phase, rows, length, site
         self.sae, self.directions, self.device = sae, directions, device
-        self.tables: dict[int, LayerTable] = {}
+        self.tables: dict[int, LayerEdits] = {}
         self.records: dict[int, Record] = {}
         self.tally = Tally(rows, length, device)
 
@@ -188,7 +188,7 @@ class Steering:
         plans = plan_layers(request.interventions, self.phase, self.site)
         for layer in plans:
             if layer not in self.tables:
-                self.tables[layer] = LayerTable(self.rows, self.site.d_model, self.sae, self.device)
+                self.tables[layer] = LayerEdits(self.rows, self.site.d_model, self.sae, self.device)
         for layer, table in self.tables.items():
             table.set(row, plans.get(layer), self.sae, self.directions)
         self._admit_record(row, request)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 import steerback
-from steerback.engines.batch import Batch, Item, Queue, Shape
+from steerback.engines.batch import DecodingBatch, Item, Queue, Shape
 from steerback.engines.checks import check_texts, checked
 from steerback.engines.interventions import ARITHMETIC_VERSION, check, check_directions
-from steerback.engines.loading import Loaded, batch_rows, load, out_of_memory
+from steerback.engines.loading import LoadedModel, batch_rows, load, out_of_memory
 from steerback.engines.prompting import Spoken
 from steerback.engines.runner import Runner
 from steerback.engines.steering import Pass, Steering
@@ -63,7 +63,7 @@ class TransformersEngine:
     @classmethod
     def from_loaded(
         cls,
-        loaded: Loaded,
+        loaded: LoadedModel,
         batch_size: int | None = None,
         directions: Mapping[str, Tensor] | None = None,
         workers: int | None = None,
@@ -74,7 +74,7 @@ class TransformersEngine:
         return engine
 
     def _setup(
-        self, loaded: Loaded, batch_size: int | None, directions: Mapping[str, Tensor], workers: int | None
+        self, loaded: LoadedModel, batch_size: int | None, directions: Mapping[str, Tensor], workers: int | None
     ) -> None:
         self.runner: Runner = loaded.runner
         self.sae: Sae | None = loaded.sae
@@ -147,7 +147,7 @@ class TransformersEngine:
         """Yields (key, completion) as responses finish; everything is checked before anything is generated."""
         items = self._check(requests)
         queue = Queue(items)
-        running: dict[asyncio.Future[list[tuple[str, Completion]]], Batch] = {}
+        running: dict[asyncio.Future[list[tuple[str, Completion]]], DecodingBatch] = {}
         try:
             while running or len(queue):
                 if not running:
@@ -170,11 +170,11 @@ class TransformersEngine:
             for future in running:
                 future.cancel()
 
-    def _advance(self, batch: Batch) -> asyncio.Future[list[tuple[str, Completion]]]:
+    def _advance(self, batch: DecodingBatch) -> asyncio.Future[list[tuple[str, Completion]]]:
         return asyncio.get_running_loop().run_in_executor(self._pool, batch.advance)
 
-    def _batch(self, queue: Queue) -> Batch:
-        return Batch(self.runner, queue, self.shape, self.sae, self.directions)
+    def _batch(self, queue: Queue) -> DecodingBatch:
+        return DecodingBatch(self.runner, queue, self.shape, self.sae, self.directions)
 
     def _short_of_memory(self, future: asyncio.Future[Any]) -> bool:
         error = future.exception()

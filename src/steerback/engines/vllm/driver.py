@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from steerback.engines.vllm.settings import Settings, Ticket
+from steerback.engines.vllm.settings import TableSettings, Ticket
 
 PAUSE, GLANCE = 0.02, 0.002
 """Seconds between two readings of results (each stops the worker for about a millisecond), and between two looks
@@ -26,7 +26,7 @@ RELEASE = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class VllmJob:
     """One request as vLLM sees it; `sampling` are the fields of its SamplingParams."""
 
     ticket: Ticket
@@ -46,7 +46,7 @@ class Answer:
 class Gate:
     """Counts what jobs in flight hold of the worker's tables; never lets in what would not fit."""
 
-    settings: Settings
+    settings: TableSettings
     running: int = 0
     recorders: int = 0
     poolers: int = 0
@@ -104,13 +104,13 @@ class Gate:
 class Driver:
     """One vLLM engine. Methods may be called from any thread."""
 
-    def __init__(self, settings: Settings, start: Callable[[], Any], lora: Any = None) -> None:
+    def __init__(self, settings: TableSettings, start: Callable[[], Any], lora: Any = None) -> None:
         self.settings, self._lora = settings, lora
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="steerback-vllm", daemon=True)
         self._thread.start()
         self._numbers = itertools.count()
-        self._finished: list[tuple[Job, Any, asyncio.Future[Any]]] = []
+        self._finished: list[tuple[VllmJob, Any, asyncio.Future[Any]]] = []
         self._collecting: asyncio.Task[None] | None = None
         self._jobs: set[asyncio.Task[Any]] = set()
         self._gate = Gate(settings)
@@ -128,7 +128,7 @@ class Driver:
         """Runs a coroutine in the engine's thread and waits for it."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
-    def submit(self, job: Job) -> Future[Answer]:
+    def submit(self, job: VllmJob) -> Future[Answer]:
         """Starts a job; cancelling the future aborts it. The same key may be used again, also at the same time."""
         job = replace(job, ticket=replace(job.ticket, key=f"{next(self._numbers)}:{job.ticket.key}"))
         return asyncio.run_coroutine_threadsafe(self._run(job), self._loop)
@@ -138,7 +138,7 @@ class Driver:
         found: list[Any] = self.wait(self.llm.collective_rpc(method, args=args))
         return found
 
-    async def _run(self, job: Job) -> Answer:
+    async def _run(self, job: VllmJob) -> Answer:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -171,7 +171,7 @@ class Driver:
             finally:
                 self._gate.leave(job.ticket)
 
-    async def _collect(self, job: Job, output: Any) -> Mapping[str, Any]:
+    async def _collect(self, job: VllmJob, output: Any) -> Mapping[str, Any]:
         """The worker's entry for a finished job, read together with those of others."""
         result: asyncio.Future[Mapping[str, Any]] = asyncio.get_running_loop().create_future()
         self._finished.append((job, output, result))

@@ -20,7 +20,7 @@ import steerback
 from steerback.engines.checks import check_texts, checked
 from steerback.engines.interventions import ARITHMETIC_VERSION, check, check_directions, check_layer
 from steerback.engines.vllm import jobs
-from steerback.engines.vllm.driver import Answer, Driver, Job, positions_fed
+from steerback.engines.vllm.driver import Answer, Driver, VllmJob, positions_fed
 from steerback.engines.vllm.loading import (
     TESTED,
     check_options,
@@ -33,7 +33,7 @@ from steerback.engines.vllm.loading import (
     save_directions,
 )
 from steerback.engines.vllm.selftest import fault
-from steerback.engines.vllm.settings import Settings, Ticket
+from steerback.engines.vllm.settings import TableSettings, Ticket
 from steerback.errors import SteerbackError
 from steerback.records import Completion, FinishReason, Intervention, Receipt, Request, digest
 
@@ -92,7 +92,7 @@ class VllmEngine:
             check_layer("vLLM engine: layers", layer, site)
         length = min(max_model_len or 4096, self._loaded.context)
         rows = batch_size or (256 if gpus() else 64)
-        self.settings = Settings(
+        self.settings = TableSettings(
             site=site,
             layers=tuple(sorted({site.steer_layer, site.sae_layer, site.read_layer, *layers})),
             rows=rows + max(8, rows // 8),
@@ -264,7 +264,7 @@ class VllmEngine:
             activations=activations,
         )
 
-    def _check(self, requests: Sequence[Request]) -> list[Job]:
+    def _check(self, requests: Sequence[Request]) -> list[VllmJob]:
         return [jobs.job_of(*one, self.settings, self._loaded) for one in checked(requests, self.settings.site)]
 
     # ---- activations
@@ -294,7 +294,7 @@ class VllmEngine:
             if not positions:
                 continue
             ticket = Ticket(f"activations/{n}", pool=_spans(positions), how=pool)
-            job = Job(ticket, spoken.token_ids, {"max_tokens": 1, "temperature": 0.0, "detokenize": False})
+            job = VllmJob(ticket, spoken.token_ids, {"max_tokens": 1, "temperature": 0.0, "detokenize": False})
             pending.append((n, self._drivers[n % len(self._drivers)].submit(job)))
         while pending:
             n, future = pending.popleft()
@@ -327,7 +327,7 @@ class VllmEngine:
         ticket = Ticket("teacher_forced", tuple(interventions), prompt=prompt_tokens)
         jobs.check_ticket("teacher_forced", ticket, self.settings)
         sampling = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": -1, "logprobs": -1, "detokenize": False}
-        output = self._drivers[0].submit(Job(ticket, tuple(token_ids), sampling)).result().output
+        output = self._drivers[0].submit(VllmJob(ticket, tuple(token_ids), sampling)).result().output
         rows = [*output.prompt_logprobs[1:], output.outputs[0].logprobs[0]]
         out = np.full((len(rows), len(rows[0])), -np.inf, dtype=np.float32)
         for n, row in enumerate(rows):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from steerback.engines.vllm.slots import Arrival, Batch, Slots
+from steerback.engines.vllm.slots import Arrival, Slots, Step
 
 
 def token_room(runner: Any) -> int:
@@ -13,7 +13,7 @@ def token_room(runner: Any) -> int:
     return max(int(runner.max_num_tokens), int(runner.compilation_config.max_cudagraph_capture_size or 0)) + 8
 
 
-def follow(runner: Any, slots: Slots, name: str, batch: Callable[..., Batch]) -> None:
+def follow(runner: Any, slots: Slots, name: str, batch: Callable[..., Step]) -> None:
     """Keeps `slots` informed: what arrives and what a step computes, before its forward pass; its end, after it.
 
     `name` is the method that gets a step's inputs ready; `batch(result, *its arguments)` says what it made ready.

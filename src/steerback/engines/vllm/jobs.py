@@ -7,22 +7,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from steerback.engines.vllm.driver import Job
-from steerback.engines.vllm.loading import Loaded
-from steerback.engines.vllm.settings import Settings, Ticket
+from steerback.engines.vllm.driver import VllmJob
+from steerback.engines.vllm.loading import PreparedTarget
+from steerback.engines.vllm.settings import TableSettings, Ticket
 from steerback.errors import SteerbackError
 from steerback.records import Request
 
 
-def job_of(where: str, request: Request, settings: Settings, loaded: Loaded) -> Job:
+def job_of(where: str, request: Request, settings: TableSettings, loaded: PreparedTarget) -> VllmJob:
     """Prompt tokens, ticket and sampling of a checked request; SteerbackError for what this engine cannot do."""
     prompt = loaded.prompter.tokens(request.prompt, request.prefill, request.system)
     until = len(prompt) + request.sampling.max_new_tokens
     check_length(settings, where, len(prompt), request.sampling.max_new_tokens)
-    return Job(_ticket(where, request, settings, until), prompt, _sampling(request, loaded))
+    return VllmJob(_ticket(where, request, settings, until), prompt, _sampling(request, loaded))
 
 
-def check_length(settings: Settings, where: str, prompt: int, new: int) -> None:
+def check_length(settings: TableSettings, where: str, prompt: int, new: int) -> None:
     """Raises SteerbackError if prompt and response cannot both fit the engine's context."""
     if prompt == 0:
         raise SteerbackError(f"{where}: the prompt has no tokens")
@@ -33,7 +33,7 @@ def check_length(settings: Settings, where: str, prompt: int, new: int) -> None:
         )
 
 
-def _ticket(where: str, request: Request, settings: Settings, until: int) -> Ticket:
+def _ticket(where: str, request: Request, settings: TableSettings, until: int) -> Ticket:
     site, record = settings.site, request.record
     layer = -1 if record is None else site.read_layer if record.layer is None else record.layer
     latents = () if record is None else tuple(record.latents)
@@ -49,7 +49,7 @@ def _ticket(where: str, request: Request, settings: Settings, until: int) -> Tic
     return ticket
 
 
-def check_ticket(where: str, ticket: Ticket, settings: Settings) -> None:
+def check_ticket(where: str, ticket: Ticket, settings: TableSettings) -> None:
     """Raises SteerbackError if the tables lack a layer or the columns for a request, which would wait for ever."""
     used = [(f"interventions[{n}].layer", settings.site.layer_of(edit)) for n, edit in enumerate(ticket.edits)]
     for field, wanted in [*used, *([("record.layer", ticket.layer)] if ticket.layer >= 0 else [])]:
@@ -65,7 +65,7 @@ def check_ticket(where: str, ticket: Ticket, settings: Settings) -> None:
         )
 
 
-def _sampling(request: Request, loaded: Loaded) -> dict[str, Any]:
+def _sampling(request: Request, loaded: PreparedTarget) -> dict[str, Any]:
     """Fields of vLLM's SamplingParams; what ends a response is what does so in the reference engine."""
     sampling = request.sampling
     return {

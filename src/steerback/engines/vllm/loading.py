@@ -31,7 +31,7 @@ TESTED = "0.26.0 and 0.32.0"
 
 
 @dataclass(frozen=True)
-class Loaded:
+class PreparedTarget:
     """What the engine process knows of a target without loading its model."""
 
     prompter: Prompter
@@ -98,7 +98,7 @@ def check_sizes(least: int, **sizes: int | None) -> None:
             raise SteerbackError(f"vLLM engine: {name} {size} is out of range; {least} or more")
 
 
-def prepare(target: Target, directions: tuple[str, ...]) -> Loaded:
+def prepare(target: Target, directions: tuple[str, ...]) -> PreparedTarget:
     """Tokenizer, layers and hashes of a target; SteerbackError for what is missing or does not fit together."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
@@ -108,8 +108,8 @@ def prepare(target: Target, directions: tuple[str, ...]) -> Loaded:
 
     origin: dict[str, Any] = {} if Path(target.model).is_dir() else {"revision": target.revision}
     try:
-        config = AutoConfig.from_pretrained(target.model, **origin)
-        tokenizer = AutoTokenizer.from_pretrained(target.model, **origin)
+        config = AutoConfig.from_pretrained(target.model, trust_remote_code=False, **origin)
+        tokenizer = AutoTokenizer.from_pretrained(target.model, trust_remote_code=False, **origin)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise SteerbackError(f"target {target.name!r}: cannot load {target.model}: {reason}") from error
@@ -120,7 +120,7 @@ def prepare(target: Target, directions: tuple[str, ...]) -> Loaded:
     text = config.get_text_config()
     sae = None if target.sae is None else load_sae(target.sae)
     site = site_of(target, text.num_hidden_layers, text.hidden_size, sae, directions)
-    return Loaded(
+    return PreparedTarget(
         prompter=Prompter(tokenizer, target.prompt_format),
         ends=end_tokens(SimpleNamespace(generation_config=generation, config=config), tokenizer),
         site=site,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from steerback.engines.vllm.hooks import follow
-from steerback.engines.vllm.slots import Batch, Slots
+from steerback.engines.vllm.slots import Slots, Step
 
 NAME = "v2"
 NEEDS = ("prepare_inputs", "_dummy_run", "execute_model", "req_states")
@@ -15,7 +15,7 @@ NEEDS = ("prepare_inputs", "_dummy_run", "execute_model", "req_states")
 def hook(runner: Any, slots: Slots) -> None:
     """Keeps `slots` informed of what this runner does."""
 
-    def batch(made: Any, *_: Any, **__: Any) -> Batch:
-        return Batch(made.req_ids, made.num_scheduled_tokens, made.num_computed_tokens_np)
+    def batch(made: Any, *_: Any, **__: Any) -> Step:
+        return Step(made.req_ids, made.num_scheduled_tokens, made.num_computed_tokens_np)
 
     follow(runner, slots, "prepare_inputs", batch)

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import math
 
-from steerback.engines.vllm.driver import Driver, Job
-from steerback.engines.vllm.settings import Settings, Ticket
+from steerback.engines.vllm.driver import Driver, VllmJob
+from steerback.engines.vllm.settings import TableSettings, Ticket
 from steerback.records import Intervention
 
 TOLERANCE = 1e-3
 """Largest error of an edit, relative to its size, on random residuals in float32."""
 
 
-def fault(driver: Driver, settings: Settings, prompt: tuple[int, ...], boost: float, latent: int | None) -> str | None:
+def fault(
+    driver: Driver, settings: TableSettings, prompt: tuple[int, ...], boost: float, latent: int | None
+) -> str | None:
     """What is wrong with an engine's steering, if anything.
 
     `boost` is a strong one for this target, `latent` one with a decoder direction (None: it has no SAE).
@@ -32,7 +34,7 @@ def fault(driver: Driver, settings: Settings, prompt: tuple[int, ...], boost: fl
             return f"its edits are off by {error:.1e} of their size"
     edits = (Intervention("add", latents[0], boost),)
     sampling = {"temperature": 0.0, "max_tokens": 3, "logprobs": 5, "ignore_eos": True, "detokenize": False}
-    jobs = [Job(Ticket(key, e), prompt, sampling) for key, e in (("plain", ()), ("steered", edits), ("again", ()))]
+    jobs = [VllmJob(Ticket(key, e), prompt, sampling) for key, e in (("plain", ()), ("steered", edits), ("again", ()))]
     plain, steered, again = (driver.submit(job).result() for job in jobs)
     entry = steered.entry or {}
     if (entry.get("prompt"), entry.get("generated")) != (len(prompt), 2):

@@ -1,7 +1,7 @@
 """What engine and worker agree on before a model is loaded, and what travels with each request: plain JSON-able data.
 
-Settings go into vLLM's `additional_config`, which is part of the key of its compile cache: a plain engine never loads
-a steered graph, nor the other way round. Knows nothing of vLLM itself.
+`TableSettings` go into vLLM's `additional_config`, which is part of the key of its compile cache: a plain engine never
+loads a steered graph, and a steered engine never a plain one. Knows nothing of vLLM itself.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PHASES: tuple[Phase, Phase] = ("prompt", "generated")
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class TableSettings:
     """Sizes of the tables and where their contents come from.
 
     rows: requests that may be in flight; columns: distinct latents that may be clamped or recorded at one time, over
@@ -49,7 +49,7 @@ class Settings:
         return {KEY: asdict(self)}
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Settings:
+    def from_config(cls, config: Mapping[str, Any]) -> TableSettings:
         """The settings of an engine's `additional_config`."""
         found = dict(config[KEY])
         site = dict(found.pop("site"))

@@ -2,7 +2,7 @@
 
 Tables are written only when requests arrive, all arrivals of a step together; a step without arrivals copies one small
 array of rows. Works by request, not by the runner's own slots, so that a preempted request finds its row again.
-Knows nothing of vLLM's classes: a `Batch` says what a runner is about to compute.
+Knows nothing of vLLM's classes: a `Step` says what a runner is about to compute.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from steerback.engines.interventions import LayerPlan, direction, plan_layers
 from steerback.engines.vllm.receipts import receipts
-from steerback.engines.vllm.settings import PHASES, Settings, Ticket
+from steerback.engines.vllm.settings import PHASES, TableSettings, Ticket
 from steerback.engines.vllm.tables import CACHED, UNEDITED, LayerTable, Shared
 from steerback.records import Intervention
 from steerback.targets.sae import Sae
@@ -38,7 +38,7 @@ class Arrival:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class Step:
     """One step: requests in the order of their tokens, how many tokens each, and how many came before those."""
 
     requests: Sequence[str]
@@ -70,7 +70,7 @@ class Slots:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: TableSettings,
         shared: Shared,
         tables: Mapping[int, LayerTable],
         sae: Sae | None,
@@ -244,7 +244,7 @@ class Slots:
 
     # ---- steps
 
-    def step(self, batch: Batch) -> None:
+    def step(self, batch: Step) -> None:
         """Says which row each token of the coming step belongs to."""
         rows = [self._row(request) for request in batch.requests]
         self._pooling = []
@@ -272,7 +272,7 @@ class Slots:
         slot = self._by_request.get(request)
         return 0 if slot is None else slot.row
 
-    def _plan_pooling(self, batch: Batch) -> None:
+    def _plan_pooling(self, batch: Step) -> None:
         first = 0
         for request, count, before in zip(batch.requests, batch.counts.tolist(), batch.before.tolist(), strict=True):
             slot = self._by_request.get(request)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerback.engines.vllm.settings import Settings
+from steerback.engines.vllm.settings import TableSettings
 from steerback.errors import SteerbackError
 from steerback.targets.sae import Sae
 
@@ -48,7 +48,7 @@ class Shared:
     residual: Tensor
 
     @classmethod
-    def empty(cls, settings: Settings, tokens: int, dtype: torch.dtype, device: torch.device) -> Shared:
+    def empty(cls, settings: TableSettings, tokens: int, dtype: torch.dtype, device: torch.device) -> Shared:
         rows, d = settings.rows + 1, settings.site.d_model
         columns = settings.columns if settings.sae else 0
 
@@ -90,7 +90,7 @@ class LayerTable:
     marks: Tensor
 
     @classmethod
-    def empty(cls, settings: Settings, device: torch.device) -> LayerTable:
+    def empty(cls, settings: TableSettings, device: torch.device) -> LayerTable:
         rows = settings.rows + 1
         columns = settings.columns if settings.sae else 0
         return cls(
@@ -165,7 +165,7 @@ def _record(layer: Any, row: Tensor, positions: Tensor, z: Tensor) -> None:
 
 
 def steer_layer(
-    layer: nn.Module, shared: Shared, table: LayerTable, settings: Settings, sae: Sae | None, reads: bool
+    layer: nn.Module, shared: Shared, table: LayerTable, settings: TableSettings, sae: Sae | None, reads: bool
 ) -> None:
     """Turns a loaded decoder layer into a steered one, in place.
 

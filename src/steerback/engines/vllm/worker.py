@@ -18,8 +18,8 @@ from vllm.platforms import current_platform
 from steerback.engines.interventions import steer
 from steerback.engines.vllm import runner_v1, runner_v2
 from steerback.engines.vllm.hooks import token_room
-from steerback.engines.vllm.settings import Settings, Ticket
-from steerback.engines.vllm.slots import Arrival, Batch, Slots
+from steerback.engines.vllm.settings import TableSettings, Ticket
+from steerback.engines.vllm.slots import Arrival, Slots, Step
 from steerback.engines.vllm.tables import LayerTable, Shared, edit, steer_layer
 from steerback.errors import SteerbackError
 from steerback.targets.sae import Sae, load_sae
@@ -38,7 +38,7 @@ class SteeredWorker(Base):  # type: ignore[misc]
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
         out = super().load_model(*args, **kwargs)
-        settings = Settings.from_config(self.vllm_config.additional_config)
+        settings = TableSettings.from_config(self.vllm_config.additional_config)
         before = allocated(self.device)
         self.steerback = install(self.model_runner, settings, self.device, first=self.rank == 0)
         # Some releases size their cache from what loading the weights took; tables are to be counted with them.
@@ -91,7 +91,7 @@ def generation(runner: Any) -> Any:
     )
 
 
-def install(runner: Any, settings: Settings, device: torch.device, first: bool) -> Slots:
+def install(runner: Any, settings: TableSettings, device: torch.device, first: bool) -> Slots:
     """Steers the loaded model of `runner`; the `first` worker also pools over the whole SAE."""
     kind = generation(runner)
     layers = decoder_layers(runner.get_model(), settings)
@@ -117,7 +117,7 @@ def check_arithmetic(slots: Slots, layers: nn.ModuleList, ticket: dict[str, Any]
     settings, shared = slots.settings, slots.shared
     draw = torch.Generator().manual_seed(seed)
     slots.admit([Arrival("steerback_check", ticket, tokens // 2, 0)])
-    slots.step(Batch(["steerback_check"], np.array([tokens]), np.array([0])))
+    slots.step(Step(["steerback_check"], np.array([tokens]), np.array([0])))
     edits = Ticket.from_args(ticket)
     worst = 0.0
     for layer in settings.layers:
@@ -143,7 +143,7 @@ def check_arithmetic(slots: Slots, layers: nn.ModuleList, ticket: dict[str, Any]
     return worst
 
 
-def decoder_layers(model: nn.Module, settings: Settings) -> nn.ModuleList:
+def decoder_layers(model: nn.Module, settings: TableSettings) -> nn.ModuleList:
     """The list of decoder layers, wherever the model class keeps it."""
     found = [
         module
@@ -159,14 +159,14 @@ def decoder_layers(model: nn.Module, settings: Settings) -> nn.ModuleList:
     return found[0]
 
 
-def load(settings: Settings) -> Sae | None:
+def load(settings: TableSettings) -> Sae | None:
     """The SAE on the CPU: only the columns in use, and for pooling its encoder, go to the device."""
     if settings.sae is None:
         return None
     return load_sae(SaeSource(**settings.sae))
 
 
-def load_directions(settings: Settings) -> dict[str, Tensor]:
+def load_directions(settings: TableSettings) -> dict[str, Tensor]:
     """The named directions."""
     if settings.directions is None:
         return {}
