@@ -13,7 +13,7 @@ from steerback.engines.scripted import PlantedModel, Script, ScriptedEngine
 from steerback.experiments.base import Analysis
 from steerback.figures import style
 from steerback.figures.style import save
-from steerback.jobs import execute
+from steerback.jobs import check, execute
 from steerback.store.ledger import Ledger
 from steerback.targets import BoostPrior, Target
 
@@ -59,7 +59,8 @@ class Runs:
         self.draw = False
         patch.setattr(style, "save", lambda *given: save(*given) if self.draw else [])
         self.root, self.scripts = root, {name: script or PlantedModel(thresholds=thresholds())}
-        patch.setattr(execute, "resolve", lambda wanted, own=None: target(wanted))
+        for module in (check, execute):
+            patch.setattr(module, "resolve", lambda wanted, own=None: target(wanted))
         patch.setattr(
             execute,
             "make_engine",
@@ -87,7 +88,7 @@ class Runs:
             base=started,
         )
         folder = self.root / (name or experiment)
-        return execute.run(execute.check(config), folder), folder
+        return execute.run(check.check(config), folder), folder
 
     def ledger(self, name: str) -> Ledger:
         return Ledger(self.root / name / "ledger.sqlite", read_only=True)

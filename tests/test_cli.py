@@ -246,7 +246,7 @@ def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(tmp_path: Path) -> None:
     code = (
         # a shell's background jobs are born deaf to SIGINT
         "import os, signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from steerback import pipeline\nfrom steerback.cli import main\n"
+        "from steerback.study import pipeline\nfrom steerback.cli import main\n"
         "flushed = pipeline._judge_batch\n"
         "async def once(*a):\n    await flushed(*a); os.kill(os.getpid(), signal.SIGINT)\n"
         "pipeline._judge_batch = once\nmain(sys.argv[1:])"

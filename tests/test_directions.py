@@ -24,7 +24,7 @@ from steerback.engines import make_engine
 from steerback.engines.transformers import TransformersEngine
 from steerback.errors import SteerbackError
 from steerback.experiments import REGISTRY, get_experiment
-from steerback.jobs.execute import _steerable, check
+from steerback.jobs.check import check, steerable
 from steerback.latents import directions as making
 from steerback.latents.texts import read_texts, usual_texts
 from steerback.organism.corpus import passage
@@ -248,7 +248,7 @@ def test_without_an_sae_what_needs_one_says_so() -> None:
     bare = Target("bare", "memory", 2, 2, prior)
     config = RunConfig(experiment="esr", targets=("bare",))
     with pytest.raises(SteerbackError, match="neither an SAE nor directions to steer with; make one with: steerback"):
-        _steerable(bare, config, get_experiment("esr"))
+        steerable(bare, config, get_experiment("esr"))
     led = Target("bare", "memory", 2, 2, prior, direction_files=(("a", "a.npy"),))
     needing = {n for n in REGISTRY if get_experiment(n).needs_sae}
     assert needing == {
@@ -257,10 +257,10 @@ def test_without_an_sae_what_needs_one_says_so() -> None:
     }
     for name in needing:
         with pytest.raises(SteerbackError, match=f"{name} reads SAE latents and target 'bare' has no SAE"):
-            _steerable(led, config, get_experiment(name))
-    assert _steerable(led, config, get_experiment("esr")) == led  # all its directions are steered with
+            steerable(led, config, get_experiment(name))
+    assert steerable(led, config, get_experiment("esr")) == led  # all its directions are steered with
     with pytest.raises(SteerbackError, match="target 'bare' has no SAE, so there is no latent 7; its directions: a"):
-        _steerable(led, config.model_copy(update={"latents": ("a", 7)}), get_experiment("esr"))
+        steerable(led, config.model_copy(update={"latents": ("a", 7)}), get_experiment("esr"))
     assert led.prior_of("a") == prior
 
 

@@ -19,6 +19,7 @@ import pytest
 
 from steerback.config import build_config
 from steerback.jobs import execute
+from steerback.jobs.check import PreparedRun, check
 from steerback.store.cache import Cache
 from steerback.store.ledger import Ledger
 
@@ -47,10 +48,10 @@ SMALL = (
 )
 
 
-def job(engine: str = "scripted") -> execute.Job:
+def job(engine: str = "scripted") -> PreparedRun:
     judge, sizes = ("scripted", SMALL) if engine == "scripted" else ("offline", TINY)
     overrides = {"engine": engine, "judge": judge}
-    return execute.check(build_config("esr", ("organism",), "quick", overrides=overrides, assignments=sizes))
+    return check(build_config("esr", ("organism",), "quick", overrides=overrides, assignments=sizes))
 
 
 def run_counting(engine: str, folder: Path, cache: Path, kill_at: int | None, calls: Any) -> None:

@@ -19,7 +19,8 @@ from steerback.errors import SteerbackError
 from steerback.experiments import get_experiment
 from steerback.experiments.base import settings
 from steerback.experiments.detectors import _read_json
-from steerback.jobs.execute import check, run
+from steerback.jobs.check import check
+from steerback.jobs.execute import run
 from steerback.targets import label_fetch
 
 CONTENTS = {

@@ -7,7 +7,7 @@ from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from steerback.errors import SteerbackError, unknown
 from steerback.records import Completion, Intervention, LatentKey, Recording, Request, Sampling
@@ -15,6 +15,8 @@ from steerback.targets import Target, resolve
 
 if TYPE_CHECKING:
     from steerback.engines.base import Engine
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class LoadedTarget:
             done = {key: completion async for key, completion in self.engine.generate(requests)}
             return [done[request.key] for request in requests]
 
-        return _finish(run())
+        return finish(run())
 
     def latent(self, name: LatentKey) -> LatentKey:
         """The index of a latent given by index, digits or label; names of directions stay as they are."""
@@ -138,8 +140,8 @@ def load_target(name: str | Target, engine: str = "auto", batch_size: int = 8, *
     return LoadedTarget(target, make_engine(target, engine, batch_size=batch_size, **options))
 
 
-def _finish(work: Coroutine[Any, Any, list[Completion]]) -> list[Completion]:
-    """Runs to the end, also where an event loop is running already (notebooks)."""
+def finish(work: Coroutine[object, None, Result]) -> Result:
+    """Run a coroutine to its end and return its result, also where an event loop is running already (notebooks)."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

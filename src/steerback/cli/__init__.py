@@ -1,6 +1,7 @@
 """The command line: verbs, options and messages. Everything it does is a call into the package.
 
-A mistake of the user's is one line on stderr and exit code 2; a stop by Ctrl-C is exit code 130 with how to go on.
+A user's mistake is one line on stderr and exit code 2, a stop by Ctrl-C exit code 130, and an unforeseen error one
+line with the path of its traceback and exit code 1.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Annotated
 import typer
 
 from steerback import __version__
-from steerback.cli import data, directions, doctor, finetuning, judging, labels, results, running, targets
+from steerback.cli import finetuning, judging, labels, results, running, targets
+from steerback.cli.options import USER_FILE, TargetsFile
 from steerback.errors import SteerbackError
 
 app = typer.Typer(
@@ -31,7 +33,7 @@ USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: runs a verb and turns every expected failure into one line and an exit code."""
-    words = hoist(spread(sys.argv[1:] if arguments is None else arguments))
+    words = sys.argv[1:] if arguments is None else arguments
     before = os.environ.get(USER_FILE)
     try:
         code = app(args=words, prog_name="steerback", standalone_mode=False)
@@ -41,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
         if type(error).__name__ == "NoArgsIsHelpError":  # a verb is missing: its message is the help, and has lines
             print(error.format_message(), file=sys.stderr)  # type: ignore[attr-defined]
             sys.exit(2)
-        fail(f"{error.format_message()} (see steerback --help)")  # type: ignore[attr-defined]
+        fail(_usage(error.format_message(), words))  # type: ignore[attr-defined]
     except (KeyboardInterrupt, typer.Abort):
         print("steerback: stopped; what was done is kept", file=sys.stderr)
         sys.exit(130)
@@ -49,44 +51,19 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stderr.close()
         sys.exit(141)
     finally:
-        if before is None:
-            os.environ.pop(USER_FILE, None)
-        else:
+        os.environ.pop(USER_FILE, None)
+        if before is not None:
             os.environ[USER_FILE] = before
     sys.exit(code if isinstance(code, int) else 0)
 
 
-USER_FILE = "STEERBACK_TARGETS"
-
-
-def hoist(arguments: list[str]) -> list[str]:
-    """Moves `--targets FILE` to the front: it may stand anywhere, as it serves every verb that takes a target."""
-    rest: list[str] = []
-    found: list[str] = []
-    words = iter(arguments)
-    for word in words:
-        if word == "--targets":
-            found += [word, *itertools.islice(words, 1)]
-        else:
-            (found if word.startswith("--targets=") else rest).append(word)
-    return found + rest
-
-
-SEVERAL = ("--from", "--judges", "--target", "-t")
-
-
-def spread(arguments: list[str]) -> list[str]:
-    """`run cross-judge --judges a b` as `--judges a --judges b`: options of `run` that may be given several times."""
-    if arguments[:1] != ["run"] or arguments[1:2] == [] or arguments[1].startswith("-"):
-        return arguments
-    words, option = arguments[:2], ""
-    for word in arguments[2:]:
-        if word.startswith("-"):
-            option = word if word in SEVERAL else ""
-        elif option and words[-1] != option:
-            words.append(option)
-        words.append(word)
-    return words
+def _usage(message: str, words: list[str]) -> str:
+    """The parser's message, with the form that replaces one of earlier releases."""
+    if ("run", "cross-judge") in itertools.pairwise(words):
+        return running.CROSS_JUDGE
+    if message.startswith("Got unexpected extra argument"):
+        return f"{message}; repeat an option that takes several values: --target A --target B"
+    return f"{message} (see steerback --help)"
 
 
 def fail(message: str) -> None:
@@ -100,27 +77,14 @@ def _version(wanted: bool) -> None:
         raise typer.Exit()
 
 
-def _own_targets(file: str | None) -> None:
-    if file:
-        os.environ[USER_FILE] = file
-
-
 @app.callback()
 def _root(
-    targets: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            envvar=USER_FILE,
-            callback=_own_targets,
-            help="TOML file with targets of your own; may stand anywhere in a command.",
-        ),
-    ] = None,
+    targets_file: TargetsFile = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None: ...
 
 
-for group in (running, results, judging, targets, doctor, directions, labels, data, finetuning):
-    group.register(app)
+for module in (running, results, judging, targets, labels, finetuning):
+    module.register(app)

@@ -3,46 +3,44 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from steerback.cli.options import Batch, MaxCalls, MaxCost, Price, given_limits
+from steerback.cli.options import PROMPTS, Budget, add, new_group
 from steerback.errors import SteerbackError, unknown
 from steerback.store.files import make_folder
 
 DATA = Path("finetuning")
-app = typer.Typer(help="Train adapters on synthetic self-corrections.", no_args_is_help=True)
 
 Folder = Annotated[Path, typer.Option("--data", help="Folder of examples and mixes.")]
-TargetName = Annotated[str, typer.Option("--target", "-t", help="What is trained later, e.g. organism-control.")]
+TrainedTarget = Annotated[str, typer.Option("--target", "-t", help="Model to train later, e.g. organism-control.")]
 Ratios = Annotated[list[int] | None, typer.Option("--ratio", help="Percent of self-corrections; default: 10 to 90.")]
 Size = Annotated[int | None, typer.Option(min=1, help="Examples per mix; default: the most that all mixes can have.")]
 Seed = Annotated[int, typer.Option(help="Of subjects, drafts and mixes.")]
 
 
 def register(root: typer.Typer) -> None:
-    """Adds the verbs to the command line, under `finetune`."""
-    root.add_typer(app, name="finetune")
+    """Add the verbs to the command line, under `finetune`."""
+    group = new_group("Train adapters on synthetic self-corrections.")
+    for verb in (data, mixes, train):
+        add(group, verb)
+    root.add_typer(group, name="finetune")
 
 
-@app.command()
 def data(
-    target: TargetName,
+    target: TrainedTarget,
+    budget: Budget,
     examples: Annotated[int, typer.Option(min=1, help="Self-corrections; and as many normal answers.")] = 1000,
     writer: Annotated[
         str | None, typer.Option(help="Model that writes them, e.g. anthropic/...; or corpus (built-in models only).")
     ] = None,
-    prompts: Annotated[str, typer.Option(help="Built-in list or text file, one prompt a line.")] = "evaluation",
+    prompts: Annotated[str, PROMPTS] = "evaluation",
     subjects: Annotated[Path | None, typer.Option(help="Off-topic subjects, `subject: word, word` a line.")] = None,
     folder: Folder = DATA,
     ratio: Ratios = None,
     size: Size = None,
     seed: Seed = 42,
-    max_calls: MaxCalls = None,
-    max_cost: MaxCost = None,
-    price: Price = None,
-    batch: Batch = False,
 ) -> None:
     """Write self-corrections and normal answers, check them, and mix them."""
     from steerback.data.prompts import load_prompts
@@ -58,7 +56,7 @@ def data(
                 "name the model that writes the examples with --writer, e.g. anthropic/claude-sonnet-4-5"
             )
         writer = "corpus"
-    limits = given_limits(max_calls, max_cost, price, batch)
+    limits = budget.limits()
     if writer == "corpus" and (limits or subjects is not None):
         raise SteerbackError(
             "the built-in corpus has subjects and costs of its own; --subjects and limits need a --writer"
@@ -83,7 +81,6 @@ def data(
     _mix(folder, ratio, size, seed)
 
 
-@app.command()
 def mixes(folder: Folder = DATA, ratio: Ratios = None, size: Size = None, seed: Seed = 42) -> None:
     """Mix examples anew: other ratios or another size."""
     _mix(folder, ratio, size, seed)
@@ -103,9 +100,8 @@ def _mix(folder: Path, ratio: list[int] | None, size: int | None, seed: int) -> 
     print(path)
 
 
-@app.command()
 def train(
-    target: TargetName,
+    target: TrainedTarget,
     chosen: Annotated[
         list[str] | None, typer.Argument(metavar="[MIX]...", help="Mixes (50 or mix-50) or files; default: all mixes.")
     ] = None,
@@ -168,22 +164,24 @@ def _draw(folders: list[Path], place: Path) -> None:
     save(draw_losses({f.name: json.loads((f / "losses.json").read_text("utf-8")) for f in folders}), place, "losses")
 
 
-def _settings(texts: list[str]) -> dict[str, Any]:
-    import yaml
-
-    found: dict[str, Any] = {}
+def _settings(texts: list[str]) -> dict[str, object]:
+    found: dict[str, object] = {}
     for text in texts:
         key, sign, value = text.partition("=")
         if not sign:
             raise SteerbackError(f"--set {text!r} is not of the form key=value, e.g. --set learning_rate=0.0001")
-        try:
-            found[key.strip()] = float(value)  # 1e-4 is a word to YAML
-        except ValueError:
-            found[key.strip()] = yaml.safe_load(value)
-        else:
-            number = found[key.strip()]
-            found[key.strip()] = int(number) if number.is_integer() and set(value) <= set("0123456789+-") else number
+        found[key.strip()] = _value(value)
     return found
+
+
+def _value(text: str) -> object:
+    import yaml
+
+    try:
+        number = float(text)  # 1e-4 is a word to YAML
+    except ValueError:
+        return yaml.safe_load(text)
+    return int(number) if number.is_integer() and set(text) <= set("0123456789+-") else number
 
 
 def _chosen(folder: Path, names: list[str]) -> list[tuple[str, Path]]:

@@ -1,4 +1,4 @@
-"""Verbs about labels of latents: show, fetch, import, and make them."""
+"""Verbs about what latents and directions stand for: labels, named directions, the authors' public data."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from steerback.cli.options import Batch, MaxCalls, MaxCost, Price
+from steerback.cli.options import Budget, DryRun, Overwrite, TargetName, Texts, add, new_group
 from steerback.errors import SteerbackError, unknown
 
 if TYPE_CHECKING:
-    from steerback.judging.transport import Limits, Transport
+    from steerback.judging.transport import Transport
     from steerback.targets import Target
     from steerback.targets.label_files import Stored
 
-TargetName = Annotated[str, typer.Argument(help="A target, e.g. organism.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace labels that are there.")]
-
 
 def register(app: typer.Typer) -> None:
-    """Adds the verbs to the command line."""
-    group = typer.Typer(help="Labels of latents: show, fetch, import, make.", no_args_is_help=True)
-    for name, command in (("show", show), ("fetch", fetch), ("import", import_command), ("auto", auto)):
-        group.command(name)(command)
-    app.add_typer(group, name="labels")
+    """Add the verbs to the command line."""
+    labels = new_group("Labels of latents: show, fetch, import, make.")
+    for name, verb in (("show", show), ("fetch", fetch), ("import", import_command), ("auto", auto)):
+        add(labels, verb, name)
+    directions = new_group("Named directions: steering without SAE latents.")
+    add(directions, make_direction, "make")
+    add(directions, show_directions, "show")
+    app.add_typer(directions, name="directions")
+    app.add_typer(labels, name="labels")
+    add(app, fetch_paper_data, "fetch-paper-data")
 
 
 def show(
@@ -64,7 +66,6 @@ def fetch(
     """Download public labels of a target; a stopped download goes on where it was."""
     from steerback.targets import resolve
     from steerback.targets.label_fetch import fetch_labels
-    from steerback.targets.label_files import store_labels
 
     chosen = resolve(target)
     where = source or chosen.label_source
@@ -73,13 +74,11 @@ def fetch(
             f"no public labels are known for {chosen.name}; name them with --from neuronpedia:MODEL/SOURCE or an "
             f"address, or make some: steerback labels auto {chosen.name}"
         )
-    found = fetch_labels(chosen.user_key, where, print)
-    _check_range(chosen, found.labels.labels, where)
-    stored = store_labels(chosen.user_key, found.labels.labels, found.source, chosen.own_labels(), overwrite)
-    print(
-        f"{len(found.labels.labels)} labels in {len(found.files)} files, their SHA-256 in {stored.path.parent}/fetched"
-    )
-    _told(stored, chosen)
+    fetched = fetch_labels(chosen.user_key, where, print)
+    labels = fetched.labels.labels
+    stored = _store(chosen, labels, fetched.source, overwrite, where)
+    print(f"{len(labels)} labels in {len(fetched.files)} files, their SHA-256 in {stored.path.parent}/fetched")
+    _report(stored, chosen)
 
 
 def import_command(
@@ -89,28 +88,42 @@ def import_command(
 ) -> None:
     """Take over labels from a file: CSV, Goodfire's tables, Neuronpedia's exports."""
     from steerback.targets import resolve
-    from steerback.targets.label_files import read_label_file, store_labels
+    from steerback.targets.label_files import read_label_file
 
     chosen = resolve(target)
-    found = read_label_file(file.expanduser())
-    _check_range(chosen, found.labels, str(file))
-    if not found.labels:
+    read = read_label_file(file.expanduser())
+    if not read.labels:
         raise SteerbackError(f"{file} holds no label")
-    source = " ".join([f"file {file.name}", *sorted(found.origins)])
-    _told(store_labels(chosen.user_key, found.labels, source, chosen.own_labels(), overwrite), chosen)
+    source = " ".join([f"file {file.name}", *sorted(read.origins)])
+    _report(_store(chosen, read.labels, source, overwrite, str(file)), chosen)
+
+
+def _store(target: Target, labels: dict[int, str], source: str, overwrite: bool, where: str) -> Stored:
+    """Keep labels read from `where`, unless they are another SAE's."""
+    from steerback.targets.label_files import store_labels
+
+    if target.n_latents and labels and max(labels) >= target.n_latents:
+        raise SteerbackError(
+            f"{where} labels latent {max(labels)}, and the SAE of {target.name} has {target.n_latents}: "
+            "these are the labels of another SAE"
+        )
+    return store_labels(target.user_key, labels, source, target.own_labels(), overwrite)
+
+
+def _report(stored: Stored, target: Target) -> None:
+    kept = f"; {stored.kept} latents had one and keep it (--overwrite replaces them)" if stored.kept else ""
+    print(f"{stored.written} labels written to {stored.path}{kept}")
+    print(_coverage(target))
 
 
 def auto(
     target: TargetName,
-    texts: Annotated[Path | None, typer.Option(help="Texts to look at, one a line; the more the better.")] = None,
+    budget: Budget,
+    texts: Texts = None,
     judge: Annotated[str | None, typer.Option(help="A judge model; default: offline, by top words.")] = None,
     latents: Annotated[str | None, typer.Option(help="Only these: a comma-separated list or a file.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")] = False,
+    dry_run: DryRun = False,
     overwrite: Overwrite = False,
-    max_judge_calls: MaxCalls = None,
-    max_judge_cost: MaxCost = None,
-    judge_price: Price = None,
-    judge_batch: Batch = False,
 ) -> None:
     """Label latents from the texts in which they are most active: by top words, or asked of a judge model."""
     import asyncio
@@ -118,17 +131,14 @@ def auto(
     from steerback.api import load_target
     from steerback.engines.transformers import TransformersEngine
     from steerback.judging.labeller import LLMLabeller
-    from steerback.judging.transport import Limits
     from steerback.latents import labelling
     from steerback.latents.contexts import top_contexts
     from steerback.latents.texts import read_texts, usual_texts
     from steerback.targets import resolve
-    from steerback.targets.label_files import store_labels, user_labels_folder
+    from steerback.targets.label_files import user_labels_folder
 
     chosen = resolve(target).with_directions(())
-    given = {"max_calls": max_judge_calls, "max_cost": max_judge_cost, "price": judge_price, "batch": judge_batch}
-    limits = Limits(**{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
-    asked = None if judge in (None, "offline") else _transport(str(judge), limits)
+    asked = None if judge in (None, "offline") else _transport(str(judge), budget)
     wanted = _wanted(chosen, latents, overwrite)
     own = read_texts(texts) if texts is not None else usual_texts(chosen.name)
     with load_target(chosen, "transformers") as loaded:
@@ -151,17 +161,17 @@ def auto(
             print(f"{count} without an answer: {reason}")
     print(f"{len(labels)} of {len(wanted)} latents that were asked about have a label now; the others stay without")
     if not dry_run:
-        _told(store_labels(chosen.user_key, labels, source, chosen.own_labels(), overwrite), chosen)
+        _report(_store(chosen, labels, source, overwrite, "labels auto"), chosen)
 
 
-def _transport(judge: str, limits: Limits) -> Transport:
+def _transport(judge: str, budget: Budget) -> Transport:
     from steerback.judging.models import aliases, model_string
-    from steerback.judging.transport import Transport
+    from steerback.judging.transport import Limits, Transport
 
     model = model_string(judge)
     if model is None:
         raise unknown("judge", judge, ["offline", *(a.alias for a in aliases()), "any provider/model"])
-    return Transport(model, limits)
+    return Transport(model, Limits(**budget.limits()))
 
 
 def _wanted(target: Target, latents: str | None, overwrite: bool) -> set[int]:
@@ -179,15 +189,90 @@ def _wanted(target: Target, latents: str | None, overwrite: bool) -> set[int]:
     return chosen if overwrite else chosen - set(labels)
 
 
-def _check_range(target: Target, labels: dict[int, str], where: str) -> None:
-    if target.n_latents and labels and max(labels) >= target.n_latents:
+def make_direction(
+    target: Annotated[str, typer.Argument(help="The target to steer, e.g. organism.")],
+    name: Annotated[str, typer.Argument(help="Name of the direction; the judge is shown it as the label.")],
+    positive: Annotated[Path | None, typer.Option(help="Texts that have it, one a line.")] = None,
+    negative: Annotated[Path | None, typer.Option(help="Texts that do not.")] = None,
+    topic: Annotated[Path | None, typer.Option(help="Texts on a topic, against neutral ones.")] = None,
+    file: Annotated[Path | None, typer.Option(help="A safetensors, npy or gguf file to take over.")] = None,
+    layer: Annotated[int | None, typer.Option(help="0-based; default: the target's steer layer.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder; default: where the target finds it by name.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a direction: difference of means of two lists of texts, a topic against neutral texts, or from a file."""
+    from dataclasses import replace
+
+    from steerback.api import load_target
+    from steerback.engines.transformers import TransformersEngine
+    from steerback.latents import directions
+    from steerback.latents.texts import read_texts, usual_texts
+    from steerback.targets import resolve
+    from steerback.targets.directions import save_direction, user_directions
+
+    ways = [option for option, value in (("--positive", positive), ("--topic", topic), ("--file", file)) if value]
+    if len(ways) != 1 or (positive is None) != (negative is None):
+        raise SteerbackError("give --positive with --negative, or --topic, or --file: one way to make a direction")
+    if not name.strip() or "/" in name or name.isdecimal():
         raise SteerbackError(
-            f"{where} labels latent {max(labels)}, and the SAE of {target.name} has {target.n_latents}: "
-            "these are the labels of another SAE"
+            f"direction name {name!r} must have a letter and no slash; it is a file's name and a label"
         )
+    chosen = resolve(target).with_directions(())
+    path = (out or user_directions(chosen.user_key)) / f"{name}.safetensors"
+    if path.exists() and not overwrite:
+        raise SteerbackError(f"{path} exists already; choose another name or add --overwrite")
+    texts = positive or topic
+    own = read_texts(texts) if texts else ()
+    other = tuple(t for t in usual_texts(chosen.name) if t not in own) if negative is None else read_texts(negative)
+    at = chosen.steer_layer if layer is None else layer
+    with load_target(chosen, "transformers") as loaded:
+        assert isinstance(loaded.engine, TransformersEngine)
+        if file is not None:
+            vector, facts = directions.from_file(loaded.engine, file, other, at)
+        else:
+            source = f"{'difference of means' if negative else 'topic minus neutral texts'}, {len(own)} and "
+            vector, facts = directions.from_texts(loaded.engine, own, other, at, f"{source}{len(other)} texts")
+    save_direction(path, vector, replace(facts, model=chosen.name))
+    mean, sd, low, high = facts.prior() or (0.0, 0.0, 0.0, 0.0)
+    print(f"{path}")
+    print(f"layer {at}, norm {facts.norm:.4g}, residual norm there {facts.residual_norm:.4g} (median over tokens)")
+    print(f"steered with at length 1; boost prior N({mean:.3g}, {sd:.3g}) on [{low:g}, {high:.3g}]")
+    if at != chosen.steer_layer:
+        print(f"{chosen.name} steers at layer {chosen.steer_layer}: give a target of your own steer_layer = {at}")
+    where = "" if out is None else f' after directions = ["{out}"] in a target of your own'
+    print(f'use it{where}: steerback run esr --target {chosen.name} --latents "{name}"')
 
 
-def _told(stored: Stored, target: Target) -> None:
-    kept = f"; {stored.kept} latents had one and keep it (--overwrite replaces them)" if stored.kept else ""
-    print(f"{stored.written} labels written to {stored.path}{kept}")
-    print(_coverage(target))
+def show_directions(target: TargetName) -> None:
+    """List a target's directions with their layers and norms."""
+    from steerback.targets import resolve
+
+    chosen = resolve(target)
+    if not chosen.directions():
+        print(f"{chosen.name} has no directions; make one with: steerback directions make {chosen.name} NAME ...")
+    for name, file in chosen.direction_files:
+        facts = chosen.direction_facts(name)
+        known = [
+            f"layer {facts.layer}" if facts.layer is not None else "",
+            f"norm {facts.norm:.4g}" if facts.norm is not None else "",
+            f"residual norm {facts.residual_norm:.4g}" if facts.residual_norm is not None else "",
+            facts.source,
+        ]
+        print(f"{name:<20} {', '.join(filter(None, known)) or 'nothing known but its vector'}  ({file})")
+
+
+def fetch_paper_data(
+    labels: Annotated[bool, typer.Option(help="Labels of the Gemma SAEs as well (hundreds of MB).")] = True,
+) -> None:
+    """Download the authors' prompts, detectors and labels into your own folder, for the preset authors."""
+    from steerback.data import paper_files
+    from steerback.targets.download import download
+
+    fetched = paper_files.fetch(lambda url, path, sha256: download(url, path, sha256=sha256))
+    for name, path in fetched.items():
+        print(f"{path}: {paper_files.FILES[name].what}, SHA-256 {paper_files.FILES[name].sha256[:16]}...")
+    source = f"https://github.com/{paper_files.REPOSITORY} at {paper_files.COMMIT[:12]}"
+    print(f"of {source}; the preset authors uses them now")
+    for target in paper_files.LABELLED if labels else ():
+        fetch(target)
+    print("labels of the Llama models are not in that repository: steerback labels fetch llama-3.3-70b@authors")

@@ -1,41 +1,168 @@
-"""Options that several verbs share."""
+"""Options that several verbs share, each declared once, and the way a verb receives them.
+
+A verb asks for a group of options with a parameter of the group's type; `add` expands it into one option a field.
+"""
 
 from __future__ import annotations
 
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, TypedDict, get_type_hints
 
 import typer
 
 if TYPE_CHECKING:
+    from steerback.config import RunConfig
     from steerback.judging import Maker
 
 RUNS = Path("runs")
-RunsDir = Annotated[Path, typer.Option("--runs", help="Folder that holds the run folders.")]
+RunsFolder = Annotated[Path, typer.Option("--runs", help="Folder that holds the run folders.")]
 RunName = Annotated[str, typer.Argument(help="Name of a run under --runs, or path of its folder.")]
+RunNames = Annotated[list[str] | None, typer.Argument(help="Names of runs under --runs, or paths of their folders.")]
+NewName = Annotated[str | None, typer.Option("--name", help="Name of the run; the same name again resumes it.")]
+TargetName = Annotated[str, typer.Argument(help="A target, e.g. organism.")]
+Targets = Annotated[
+    list[str] | None, typer.Option("--target", "-t", help="Model to steer; repeat the option for several.")
+]
+PROMPTS = typer.Option("--prompts", help="Built-in list or text file, one prompt a line.")
+Texts = Annotated[Path | None, typer.Option("--texts", help="Text file to read activations on, one text a line.")]
+VerdictsOf = Annotated[str | None, typer.Option("--judge", help="Judge whose verdicts are used; default: the run's.")]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Neither read nor write the shared cache.")]
-MaxCalls = Annotated[
-    int | None,
-    typer.Option("--max-judge-calls", min=0, help="Ask the judge no more often; the rest stays unjudged."),
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and its estimated cost, and stop.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what exists already.")]
+
+USER_FILE = "STEERBACK_TARGETS"
+
+
+def _use_targets(file: str | None) -> None:
+    if file:
+        os.environ[USER_FILE] = file
+
+
+TargetsFile = Annotated[
+    str | None,
+    typer.Option("--targets", metavar="FILE", callback=_use_targets, help="TOML file with your own targets."),
 ]
-MaxCost = Annotated[float | None, typer.Option("--max-judge-cost", min=0, help="Spend at most so many USD on it.")]
-Price = Annotated[
-    tuple[float, float] | None,
-    typer.Option("--judge-price", metavar="IN OUT", help="USD per million input and output tokens, where unknown."),
-]
-Batch = Annotated[bool, typer.Option("--judge-batch", help="Use the provider's batches: slower, half the price.")]
 
 
-def given_limits(
-    calls: int | None, cost: float | None, price: tuple[float, float] | None, batch: bool
-) -> dict[str, Any]:
-    """Fields of `judging.transport.Limits` that the user has set."""
-    given = {"max_calls": calls, "max_cost": cost, "price": price, "batch": batch or None}
-    return {key: value for key, value in given.items() if value is not None}
+class GivenLimits(TypedDict, total=False):
+    """The fields of `judging.transport.Limits` that the user set."""
+
+    max_calls: int
+    max_cost: float
+    price: tuple[float, float]
+    batch: bool
 
 
-def judges_within(calls: int | None, cost: float | None, price: tuple[float, float] | None, batch: bool) -> Maker:
-    """What makes the judges of one command; each has this budget for all that the command does."""
-    from steerback.judging import judge_maker
+@dataclass(frozen=True)
+class Budget:
+    """How often, for how much money and how a judge model may be asked."""
 
-    return judge_maker(**given_limits(calls, cost, price, batch))
+    max_judge_calls: Annotated[
+        int | None, typer.Option(min=0, help="Ask the judge at most this often; the rest stays unjudged.")
+    ] = None
+    max_judge_cost: Annotated[float | None, typer.Option(min=0, help="Spend at most this many USD on it.")] = None
+    judge_price: Annotated[
+        tuple[float, float] | None,
+        typer.Option(
+            metavar="IN OUT", help="USD per million input and output tokens, for a model without known price."
+        ),
+    ] = None
+    judge_batch: Annotated[
+        bool, typer.Option("--judge-batch", help="Use the provider's batches: slower, half the price.")
+    ] = False
+
+    def limits(self) -> GivenLimits:
+        given: GivenLimits = {}
+        if self.max_judge_calls is not None:
+            given["max_calls"] = self.max_judge_calls
+        if self.max_judge_cost is not None:
+            given["max_cost"] = self.max_judge_cost
+        if self.judge_price is not None:
+            given["price"] = self.judge_price
+        if self.judge_batch:
+            given["batch"] = True
+        return given
+
+    def judges(self) -> Maker:
+        """Return the maker of this command's judges; each judge has the budget for all that the command does."""
+        from steerback.judging import judge_maker
+
+        return judge_maker(**self.limits())
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a run is set up: each option overrides the ones before it."""
+
+    preset: Annotated[str | None, typer.Option(help="specification (default), authors or quick.")] = None
+    config: Annotated[Path | None, typer.Option(help="YAML file with settings.")] = None
+    engine: Annotated[str | None, typer.Option(help="transformers or vllm; default: what fits this machine.")] = None
+    judge: Annotated[str | None, typer.Option(help="offline, or a judge model.")] = None
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting, e.g. sampling.temperature=0.8.")
+    ] = None
+
+    def build(
+        self,
+        experiment: str,
+        targets: tuple[str, ...],
+        overrides: Mapping[str, object] | None = None,
+        base: tuple[str, RunConfig] | None = None,
+        settings: tuple[str, ...] | None = None,
+    ) -> RunConfig:
+        """Return the config of a run; `overrides` are the verb's other options, `settings` replace those of --set."""
+        from steerback.config import build_config
+
+        chosen = {"engine": self.engine, "judge": self.judge, **(overrides or {})}
+        assignments = tuple(self.settings or ()) if settings is None else settings
+        return build_config(experiment, targets, self.preset, self.config, chosen, assignments, base)
+
+
+def add(app: typer.Typer, verb: Callable[..., object], name: str | None = None) -> None:
+    """Add a verb to the command line, called `name` or like its function."""
+    app.command(name or verb.__name__)(expanded(verb))
+
+
+def new_group(help: str, callback: Callable[..., object] | None = None) -> typer.Typer:
+    """Return an empty group of verbs; without a callback, the group's name alone prints its help."""
+    shared = expanded(callback) if callback else _targets_alone
+    alone = callback is not None
+    return typer.Typer(
+        help=help, callback=shared, invoke_without_command=alone, no_args_is_help=not alone, rich_markup_mode=None
+    )
+
+
+def _targets_alone(targets_file: TargetsFile = None) -> None: ...
+
+
+def expanded(verb: Callable[..., object]) -> Callable[..., object]:
+    """Return the verb as typer reads it: an option for each field of a group, and --targets, which all verbs share."""
+    hints = get_type_hints(verb, include_extras=True)
+    groups: dict[str, type] = {n: h for n, h in hints.items() if isinstance(h, type) and is_dataclass(h)}
+    parameters = [
+        p.replace(annotation=hints[p.name], kind=p.KEYWORD_ONLY)
+        for p in inspect.signature(verb).parameters.values()
+        if p.name not in groups
+    ]
+    for group in groups.values():
+        annotated = get_type_hints(group, include_extras=True)
+        parameters += [_option(f.name, f.default, annotated[f.name]) for f in fields(group)]
+    parameters.append(_option("targets_file", None, TargetsFile))
+
+    def call(**values: object) -> object:
+        del values["targets_file"]  # its callback has used it
+        made = {name: group(**{f.name: values.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
+        return verb(**values, **made)
+
+    call.__doc__, call.__name__ = verb.__doc__, verb.__name__
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in parameters}
+    return call
+
+
+def _option(name: str, default: object, annotation: object) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

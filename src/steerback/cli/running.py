@@ -1,174 +1,215 @@
-"""Verbs that generate: run an experiment or a whole paper, go on with one, try one latent."""
+"""Verbs that generate or judge for a run: one experiment, all of the paper's, judges compared, one latent tried."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from steerback.cli.options import (
+    PROMPTS,
     RUNS,
-    Batch,
-    MaxCalls,
-    MaxCost,
+    Budget,
+    DryRun,
+    NewName,
     NoCache,
-    Price,
     RunName,
-    RunsDir,
-    judges_within,
+    RunsFolder,
+    Setup,
+    Targets,
+    add,
 )
 from steerback.errors import SteerbackError
 
 if TYPE_CHECKING:
-    from steerback.jobs.execute import Job
+    from steerback.config import RunConfig
+    from steerback.jobs.check import PreparedRun
+
+CROSS_JUDGE = "cross-judge is a command of its own; type: steerback cross-judge RUN RUN ... --judges A,B"
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the verbs to the command line."""
-    app.command("run")(run_command)
-    app.command()(resume)
-    app.command("try")(try_command)
+    """Add the verbs to the command line."""
+    add(app, run_command, "run")
+    add(app, cross_judge, "cross-judge")
+    add(app, paper)
+    add(app, resume)
+    add(app, try_command, "try")
 
 
 def run_command(
     experiment: Annotated[str, typer.Argument(help="Which experiment, e.g. esr.")],
-    target: Annotated[
-        list[str] | None, typer.Option("--target", "-t", help="What to steer; may be given several times.")
-    ] = None,
+    setup: Setup,
+    budget: Budget,
+    target: Targets = None,
     from_run: Annotated[
         list[str] | None,
         typer.Option("--from", help="Run whose latents, thresholds, prompts and seeds are used again."),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the run; the same name again resumes it.")] = None,
-    preset: Annotated[str | None, typer.Option(help="specification (default), authors or quick.")] = None,
-    engine: Annotated[str | None, typer.Option(help="transformers or vllm; default: what fits this machine.")] = None,
+    name: NewName = None,
     replicas: Annotated[int | None, typer.Option(min=1, help="vllm: engines side by side, one GPU each.")] = None,
-    judge: Annotated[str | None, typer.Option(help="offline, or a judge model.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file with settings.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting, e.g. sampling.temperature=0.8.")
-    ] = None,
     latents: Annotated[
-        str | None, typer.Option(help="Own latents: a file, a comma-separated list, or how many.")
+        str | None, typer.Option(help="Your own latents: a file, a comma-separated list, or how many.")
     ] = None,
-    prompts: Annotated[str | None, typer.Option(help="Built-in list or text file, one prompt a line.")] = None,
+    prompts: Annotated[str | None, PROMPTS] = None,
     limit: Annotated[int | None, typer.Option(help="At most this many measured trials per condition.")] = None,
     concreteness_threshold: Annotated[
         float | None, typer.Option(min=0, max=100, help="Keep labels rated at least this, not those above the median.")
     ] = None,
-    judges: Annotated[list[str] | None, typer.Option("--judges", help="cross-judge: two judges or more.")] = None,
-    sample: Annotated[int | None, typer.Option(min=1, help="cross-judge: how many responses are judged.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
-    max_judge_calls: MaxCalls = None,
-    max_judge_cost: MaxCost = None,
-    judge_price: Price = None,
-    judge_batch: Batch = False,
+    dry_run: DryRun = False,
     no_cache: NoCache = False,
-    runs: RunsDir = RUNS,
+    runs: RunsFolder = RUNS,
 ) -> None:
     """Run an experiment: calibrate, generate, judge, measure, draw."""
-    from steerback.config import build_config
-    from steerback.jobs import execute
-    from steerback.latents.sampling import parse_latents
+    from steerback.jobs.check import check
+
+    if experiment == "cross-judge":
+        raise SteerbackError(CROSS_JUDGE)
+    base = _base(from_run or (), runs)
+    targets = tuple(target or (base[1].targets if base else ()))
+    if not targets:
+        raise SteerbackError("say what to steer with --target (see steerback targets), or start from a run with --from")
+    rule = {"concreteness": "threshold", "concreteness_threshold": concreteness_threshold}
+    overrides: dict[str, object] = {
+        "prompts": prompts,
+        "limit": limit,
+        "selection": None if concreteness_threshold is None else rule,
+        "engine_options": {"replicas": replicas} if replicas else None,
+    }
+    if latents is not None:
+        overrides |= _own_latents(latents, targets[0], base)
+    config = setup.build(experiment, targets, overrides, base)
+    _go(check(config, budget.judges()), _folder(runs, name, config), dry_run, no_cache)
+
+
+def _base(names: Sequence[str], runs: Path) -> tuple[str, RunConfig] | None:
+    """Return folder and config of the run that --from names."""
     from steerback.store.run import find_run, stored_config
+
+    if not names:
+        return None
+    if len(names) > 1:
+        raise SteerbackError(f"an experiment starts from one run, not from {len(names)}; give --from once")
+    folder = find_run(names[0], runs)
+    return str(folder), stored_config(folder)
+
+
+def _own_latents(text: str, target: str, base: tuple[str, RunConfig] | None) -> dict[str, object]:
+    """Return the setting that --latents stands for: how many are drawn, or which."""
+    from steerback.latents.sampling import parse_latents
     from steerback.targets import resolve
 
-    base = None
-    options: dict[str, Any] = {}
-    if experiment == "cross-judge":
-        target, options = _to_compare(from_run, judges, sample, runs)
-    elif judges or sample:
-        raise SteerbackError(f"--judges and --sample belong to cross-judge, not to {experiment}; use --judge")
-    elif from_run:
-        if len(from_run) > 1:
-            raise SteerbackError(f"{experiment} starts from one run, not from {len(from_run)}; give --from once")
-        folder = find_run(from_run[0], runs)
-        base = (str(folder), stored_config(folder))
-    chosen = tuple(target or (base[1].targets if base else ()))
-    if not chosen:
-        raise SteerbackError("say what to steer with --target (see steerback targets), or start from a run with --from")
-    overrides: dict[str, Any] = {"engine": engine, "judge": judge, "prompts": prompts, "limit": limit}
-    overrides |= {"options": options} if options else {}
-    if concreteness_threshold is not None:
-        rule = {"concreteness": "threshold", "concreteness_threshold": concreteness_threshold}
-        overrides["selection"] = rule
-    overrides |= {"engine_options": {"replicas": replicas}} if replicas else {}
-    if latents is not None:
-        first = resolve(chosen[0], base[1].definitions if base else None)
-        own = parse_latents(latents, first.labels(), directions=first.directions())
-        overrides |= {"n_latents": own} if isinstance(own, int) else {"latents": own}
-    built = build_config(experiment, chosen, preset, config, overrides, tuple(settings or ()), base)
-    job = execute.check(built, judges_within(max_judge_calls, max_judge_cost, judge_price, judge_batch))
-    _go(job, runs / (name or f"{experiment}-{'+'.join(chosen)}"), dry_run, no_cache)
+    first = resolve(target, base[1].definitions if base else None)
+    chosen = parse_latents(text, first.labels(), directions=first.directions())
+    return {"n_latents": chosen} if isinstance(chosen, int) else {"latents": chosen}
 
 
-def _to_compare(
-    sources: list[str] | None, judges: list[str] | None, sample: int | None, runs: Path
-) -> tuple[list[str], dict[str, Any]]:
-    """Targets and options of a cross-judge run: everything comes from the finished runs it starts from."""
+def _folder(runs: Path, name: str | None, config: RunConfig) -> Path:
+    from steerback.store.run import new_run, plain
+
+    return new_run(name or plain(f"{config.experiment}-{'+'.join(config.targets)}"), runs)
+
+
+def cross_judge(
+    names: Annotated[list[str], typer.Argument(metavar="RUN...", help="Finished runs, by name or folder.")],
+    setup: Setup,
+    budget: Budget,
+    judges: Annotated[
+        list[str] | None, typer.Option("--judges", metavar="A,B", help="Two judges or more, separated by commas.")
+    ] = None,
+    sample: Annotated[int | None, typer.Option(min=1, help="How many responses are judged.")] = None,
+    name: NewName = None,
+    dry_run: DryRun = False,
+    no_cache: NoCache = False,
+    runs: RunsFolder = RUNS,
+) -> None:
+    """Judge one sample of finished runs with several judges, and compare their verdicts."""
+    from steerback.jobs.check import check
     from steerback.store.run import find_run, stored_config
 
-    folders = [find_run(name, runs) for name in sources or ()]
-    if not folders:
-        raise SteerbackError("cross-judge compares verdicts on finished runs: name them with --from RUN RUN ...")
-    targets = list(dict.fromkeys(t for folder in folders for t in stored_config(folder).targets))
-    given: dict[str, Any] = {"judges": judges, "sample": sample}
-    return targets, {"sources": [str(f) for f in folders], **{k: v for k, v in given.items() if v is not None}}
+    chosen = [judge.strip() for text in judges or () for judge in text.split(",") if judge.strip()]
+    if judges and len(set(chosen)) < 2:
+        raise SteerbackError("cross-judge compares two judges or more, separated by commas: --judges A,B")
+    folders = [find_run(run, runs) for run in names]
+    targets = tuple(dict.fromkeys(t for folder in folders for t in stored_config(folder).targets))
+    options = {"sources": [str(f) for f in folders], "judges": chosen or None, "sample": sample}
+    given = {"options": {key: value for key, value in options.items() if value is not None}}
+    config = setup.build("cross-judge", targets, given)
+    _go(check(config, budget.judges()), _folder(runs, name, config), dry_run, no_cache)
 
 
-def resume(
-    name: RunName,
-    max_judge_calls: MaxCalls = None,
-    max_judge_cost: MaxCost = None,
-    judge_price: Price = None,
-    judge_batch: Batch = False,
+def paper(
+    setup: Setup,
+    budget: Budget,
+    target: Annotated[list[str], typer.Option("--target", "-t", help="Model to steer; repeat it for several.")],
+    name: Annotated[str, typer.Option(help="Runs are called NAME-EXPERIMENT; the same name again resumes.")] = "paper",
+    only: Annotated[list[str] | None, typer.Option(help="Only this experiment and those it starts from.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Not this experiment, nor those that start from it.")] = None,
+    dry_run: DryRun = False,
     no_cache: NoCache = False,
-    runs: RunsDir = RUNS,
+    runs: RunsFolder = RUNS,
 ) -> None:
+    """Run every experiment of the paper in order, then compare and draw (--set boost-sweep.high=6: for one of them)."""
+    from steerback.experiments.paper import own_options, plan
+    from steerback.jobs import campaign
+
+    common, options = own_options(setup.settings or ())
+    judges = budget.judges()
+    first = campaign.resolved(setup.build("esr", tuple(target), settings=tuple(common)), judges)
+    steps = plan(first, runs, name, only or (), skip or (), options)
+    for line in campaign.plan_lines(steps, judges):
+        print(line)
+    if dry_run:
+        return
+    try:
+        failed = campaign.run(steps, not no_cache, print, judges)
+    except KeyboardInterrupt:
+        print("steerback: stopped; what was done is kept: the same command goes on", file=sys.stderr)
+        sys.exit(130)
+    done = [step.folder for step in steps if campaign.is_done(step)]
+    for line in campaign.results(done, runs / f"{name}-results"):
+        print(line)
+    if failed:
+        raise SteerbackError(
+            f"{len(failed)} of {len(steps)} experiments could not be done: "
+            + "; ".join(f"{folder.name}: {why}" for folder, why in failed.items())
+        )
+
+
+def resume(name: RunName, budget: Budget, no_cache: NoCache = False, runs: RunsFolder = RUNS) -> None:
     """Go on with a run that was stopped."""
-    from steerback.jobs import execute
+    from steerback.jobs.check import check
     from steerback.store.run import find_run, stored_config
 
     folder = find_run(name, runs)
-    judges = judges_within(max_judge_calls, max_judge_cost, judge_price, judge_batch)
-    _go(execute.check(stored_config(folder), judges), folder, False, no_cache)
+    _go(check(stored_config(folder), budget.judges()), folder, False, no_cache)
 
 
-def _go(job: Job, folder: Path, dry_run: bool, no_cache: bool) -> None:
+def _go(job: PreparedRun, folder: Path, dry_run: bool, no_cache: bool) -> None:
     from steerback.jobs import execute
     from steerback.jobs.campaign import report
     from steerback.jobs.estimate import plan_lines, spent_lines
-    from steerback.store.progress import make_progress
 
     for line in plan_lines(job, folder):
         print(line)
     if dry_run:
         return
-    progress = make_progress()
-    cache = execute.open_cache(not no_cache)
     try:
-        analysis = execute.run(job, folder, progress, cache)
+        with execute.tools(not no_cache) as (progress, cache):
+            analysis = execute.run(job, folder, progress, cache)
     except KeyboardInterrupt:
-        progress.close()
-        print(f"steerback: stopped; resume with: steerback resume {folder.name}{_root_option(folder)}", file=sys.stderr)
+        root = "" if folder.parent == RUNS else f" --runs {folder.parent}"
+        print(f"steerback: stopped; resume with: steerback resume {folder.name}{root}", file=sys.stderr)
         sys.exit(130)
-    finally:
-        progress.close()
-        if cache is not None:
-            cache.close()
-    report(analysis, folder)
-    for line in spent_lines(folder):
+    for line in (*report(analysis, folder), *spent_lines(folder)):
         print(line)
 
 
-def _root_option(folder: Path) -> str:
-    return "" if folder.parent == RUNS else f" --runs {folder.parent}"
-
-
 def try_command(
-    target: Annotated[str, typer.Argument(help="What to steer, e.g. organism.")],
+    target: Annotated[str, typer.Argument(help="Model to steer, e.g. organism.")],
     prompt: Annotated[str, typer.Argument(help="The prompt.")],
     latent: Annotated[str, typer.Option(help="Latent index, or its label.")],
     boost: Annotated[float, typer.Option(help="How much of its decoder direction to add.")],
@@ -176,7 +217,7 @@ def try_command(
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.6,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 160,
 ) -> None:
-    """Show one steered response beside the unsteered one."""
+    """Show one steered response and the unsteered one."""
     from steerback.api import load_target
     from steerback.records import Intervention, Request, Sampling
     from steerback.report.transcripts import pair
@@ -192,5 +233,5 @@ def try_command(
     if not steered.receipt_matches(edits):
         raise SteerbackError(f"the response was not steered as planned: {receipt}; please report this")
     what = f"latent {key}{f' ({label})' if label else ''}, boost {boost:g}, seed {seed}"
-    told = f"{receipt.positions} positions steered, mean norm added {receipt.added_norm:.4g}"
-    print(pair(prompt, what, unsteered.text, steered.text, told))
+    steering = f"{receipt.positions} positions steered, mean norm added {receipt.added_norm:.4g}"
+    print(pair(prompt, what, unsteered.text, steered.text, steering))

@@ -1,23 +1,26 @@
-"""The verb `targets`: what can be steered, where each value comes from, what fits this machine."""
+"""Verbs about targets: list them, show where each value comes from, examine one."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from steerback.cli.options import TargetName, Texts, add, new_group
 
 if TYPE_CHECKING:
     from steerback.targets import Target
 
-app = typer.Typer(help="List what can be steered.", rich_markup_mode=None)
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs to the command line."""
+    group = new_group("List what can be steered.", targets)
+    add(group, show)
+    app.add_typer(group, name="targets")
+    add(app, doctor)
 
 
-def register(into: typer.Typer) -> None:
-    """Adds the verbs to the command line."""
-    into.add_typer(app, name="targets")
-
-
-@app.callback(invoke_without_command=True)
 def targets(
     context: typer.Context,
     fit: Annotated[bool, typer.Option("--fit", help="Say which of them this machine can run, and how.")] = False,
@@ -41,7 +44,6 @@ def targets(
     print(Table(COLUMNS, [_row(target) for target in known], note, left=3).text(400), end="")
 
 
-@app.command()
 def show(name: Annotated[str, typer.Argument(help="A target, e.g. llama-3.3-70b@authors, or its folder.")]) -> None:
     """Show every value of a target and where it comes from."""
     from steerback.figures.tables import Table
@@ -50,6 +52,30 @@ def show(name: Annotated[str, typer.Argument(help="A target, e.g. llama-3.3-70b@
     target = resolve(name)
     print(f"{target.name}: {target.summary}" if target.summary else target.name)
     print(Table(("key", "value", "from"), _values(target), left=3).text(400), end="")
+
+
+def doctor(
+    target: TargetName,
+    layer: Annotated[int | None, typer.Option(help="Ask about this layer instead of the SAE's own.")] = None,
+    texts: Texts = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the report there as well.")] = None,
+) -> None:
+    """Check that a target's layer, SAE and steering are right; exit code 1 if a check failed, warnings are 0."""
+    from steerback.api import load_target
+    from steerback.jobs.doctor import examine, without_directions
+    from steerback.latents.texts import read_texts
+    from steerback.store.files import write_json
+    from steerback.targets import resolve
+
+    own = read_texts(texts) if texts is not None else None
+    with load_target(without_directions(resolve(target)), "transformers") as loaded:
+        report = examine(loaded, layer, own)
+    for line in report.lines():
+        print(line)
+    if json is not None:
+        write_json(json, report.to_json())
+    if report.verdict == "failed":
+        raise typer.Exit(1)
 
 
 COLUMNS = ("target", "model", "SAE", "width", "steer", "read", "depth", "labels", "bf16", "fp8", "boost prior")
@@ -71,8 +97,6 @@ def _row(target: Target) -> tuple[str, ...]:
 
 def _place(location: str) -> str:
     """A hub id as it is, a folder by its name."""
-    from pathlib import Path
-
     return Path(location).name if Path(location).is_absolute() else location
 
 
@@ -96,9 +120,9 @@ def _prior(target: Target) -> str:
 
 def _values(target: Target) -> list[tuple[str, str, str]]:
     """(key, value, where it comes from) of all that a target says."""
-    known: dict[str, Any] = dict(target.provenance)
+    known: dict[str, str] = dict(target.provenance)
     clamp = target.clamp_layer if target.clamp_layer is not None else target.sae_layer
-    values: dict[str, Any] = {
+    values: dict[str, object] = {
         "model": target.model,
         "revision": target.revision or "the newest; its commit is recorded",
         "dtype": target.dtype,

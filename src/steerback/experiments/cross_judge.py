@@ -67,7 +67,7 @@ class CrossJudge(Experiment):
         """Two or more, each named once."""
         names = tuple(dict.fromkeys(settings(self, config)["judges"]))
         if len(names) < 2:
-            raise SteerbackError("cross-judge compares two judges or more: name them with --judges A B ...")
+            raise SteerbackError("cross-judge compares two judges or more: name them with --judges A,B")
         return names
 
     def collect(self, run: Run) -> None:

@@ -1,6 +1,6 @@
 """Many runs: the steps of a plan one after the other, all their figures in one folder, analyses made again.
 
-Each step is one `execute.run`, so that it can be stopped and gone on with like any other.
+Each step is one `execute.run`, so that it can be stopped and resumed like any other.
 """
 
 from __future__ import annotations
@@ -10,25 +10,27 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from steerback.config import RunConfig
+from steerback.config import RunConfig, parse_config
 from steerback.errors import SteerbackError
 from steerback.experiments import get_experiment
 from steerback.experiments.base import Analysis
 from steerback.jobs import execute
+from steerback.jobs.check import check
 from steerback.jobs.estimate import judge_estimate, of_experiment, response_tokens
 from steerback.judging import Maker, make_judge
-from steerback.store.progress import make_progress
+from steerback.paper.published import compare_published, comparison
+from steerback.store.files import make_folder, write_atomic
 from steerback.store.run import Run, stored_config
 from steerback.study.study import UNJUDGED
 
 if TYPE_CHECKING:
     from steerback.experiments.paper import Step
-    from steerback.jobs.execute import Job
+    from steerback.jobs.check import PreparedRun
 
 
 def resolved(config: RunConfig, judges: Maker = make_judge) -> RunConfig:
     """The config with engine and judge chosen, as a run of it would store it."""
-    return execute.check(config, judges).config
+    return check(config, judges).config
 
 
 def is_done(step: Step) -> bool:
@@ -68,16 +70,16 @@ def plan_lines(steps: Sequence[Step], judges: Maker = make_judge) -> list[str]:
     return lines
 
 
-def _checked(step: Step, judges: Maker) -> Job:
+def _checked(step: Step, judges: Maker) -> PreparedRun:
     try:
-        return execute.check(step.config, judges)
+        return check(step.config, judges)
     except SteerbackError as error:
         raise SteerbackError(
             f"{step.folder.name}: {error} (leave it out with --skip {step.config.experiment})"
         ) from None
 
 
-def _verdicts(job: Job) -> Counter[str]:
+def _verdicts(job: PreparedRun) -> Counter[str]:
     """At most how many verdicts a job needs, by judge."""
     counts = of_experiment(job)
     if not job.experiment.generates:  # the runs' own verdicts are taken over
@@ -87,7 +89,7 @@ def _verdicts(job: Job) -> Counter[str]:
     return Counter({job.config.judge: each * len(job.targets)})
 
 
-def _cost(job: Job, shared: set[str]) -> Counter[str]:
+def _cost(job: PreparedRun, shared: set[str]) -> Counter[str]:
     cost: Counter[str] = Counter()
     for target in job.targets:
         responses = sum(n for stage, n in of_experiment(job).items() if stage not in shared)
@@ -100,9 +102,9 @@ def _cost(job: Job, shared: set[str]) -> Counter[str]:
 
 
 def run(steps: Sequence[Step], cached: bool, say: Callable[[str], None], judges: Maker = make_judge) -> dict[Path, str]:
-    """Runs the steps that are not done; a step that cannot be done does not stop those that do not need it.
+    """Run the steps that are not done; a step that fails does not stop those that do not need it.
 
-    Returns the folders of the steps that failed, with the reason.
+    Return the folders of the steps that failed, with the reason.
     """
     failed: dict[Path, str] = {}
     for number, step in enumerate(steps, 1):
@@ -122,43 +124,59 @@ def run(steps: Sequence[Step], cached: bool, say: Callable[[str], None], judges:
 
 
 def _one(step: Step, cached: bool, say: Callable[[str], None], judges: Maker) -> None:
-    progress, cache = make_progress(), execute.open_cache(cached)
-    try:
+    with execute.tools(cached) as (progress, cache):
         analysis = execute.run(_checked(step, judges), step.folder, progress, cache)
-    finally:
-        progress.close()
-        if cache is not None:
-            cache.close()
     for table in list(analysis.tables.values())[:1]:
         say(table.text())
     for line in analysis.lines:
         say(line)
 
 
-def reanalyse(folder: Path) -> Analysis:
-    """A run's analysis, made again from its ledger and written into its folder."""
+def reanalyse(folder: Path, judge: str | None = None, draws: int | None = None) -> Analysis:
+    """Make a run's analysis again from its ledger, and write it into its folder.
+
+    `judge` and `draws` replace those of the run's config.
+    """
     with Run.read(folder) as opened:
         config = opened.config
-        return execute.analyse(
-            get_experiment(config.experiment), opened.ledger, opened.folder, config.judge, config.draws
-        )
+        if draws is not None:
+            config = parse_config(config.model_dump(mode="json") | {"draws": draws}, "figures")
+        experiment, chosen = get_experiment(config.experiment), opened.judge(judge)
+        return execute.analyse(experiment, opened.ledger, opened.folder, chosen, config.draws)
 
 
-def report(analysis: Analysis, folder: Path) -> None:
-    """Prints tables and lines of an analysis, and where its files lie."""
-    for table in analysis.tables.values():
-        print()
-        print(table.text())
-    for line in analysis.lines:
-        print(line)
-    print()
-    for path in sorted(folder.iterdir()):
-        if not path.name.startswith(".") and not path.name.endswith(("-wal", "-shm")):
-            print(f"  {path}")
+def report(analysis: Analysis, folder: Path) -> list[str]:
+    """Return tables and lines of an analysis, and the files in its folder, as lines to print."""
+    tables = [line for table in analysis.tables.values() for line in ("", table.text())]
+    files = [
+        p for p in sorted(folder.iterdir()) if not p.name.startswith(".") and not p.name.endswith(("-wal", "-shm"))
+    ]
+    return [*tables, *analysis.lines, "", *(f"  {path}" for path in files)]
+
+
+COMPARED = {"text": "txt", "csv": "csv", "markdown": "md"}
+"""Forms of the comparison with published numbers, with the suffixes of their files."""
+
+
+def compared(folders: Sequence[Path], form: str, out: Path | None = None) -> tuple[str, list[Path]]:
+    """Compare runs with the published numbers: return the `form` of it, and the files written into `out`."""
+    table, notes = comparison(compare_published(folders))
+    listed = "\n".join(["", "Deviations that are known:", *notes, ""]) if notes else ""
+    wide = 10_000  # one line a row: the terminal wraps or a pager scrolls
+    forms = {"text": table.text(wide) + listed, "csv": table.csv(), "markdown": table.markdown() + listed}
+    if out is None:
+        return forms[form], []
+    return forms[form], [write_atomic(out / f"compare.{COMPARED[f]}", text.encode()) for f, text in forms.items()]
+
+
+def results(folders: Sequence[Path], out: Path) -> list[str]:
+    """Write the comparison and every figure of the runs into `out`, and return the lines to print about them."""
+    text, paths = compared(folders, "text", make_folder(out, "choose another --runs"))
+    return [text, *(f"  {path}" for path in (*paths, *draw_all(folders, out)))]
 
 
 def draw_all(folders: Sequence[Path], out: Path) -> list[Path]:
-    """Every figure of the runs in one folder; figures that several runs have carry the run's name."""
+    """Draw every figure of the runs into one folder; a figure that several runs have carries the run's name."""
     from steerback.figures.style import save
 
     drawn: list[tuple[str, str, Analysis]] = []

@@ -19,7 +19,8 @@ from steerback.targets.download import gigabytes
 from steerback.targets.fit import this_machine, verdict
 
 if TYPE_CHECKING:
-    from steerback.jobs.execute import Job, Judging
+    from steerback.jobs.check import PreparedRun
+    from steerback.jobs.execute import Judging
     from steerback.targets import Target
 
 
@@ -38,7 +39,7 @@ def responses(config: RunConfig, prompts: int, conditions: int = 1) -> dict[str,
     }
 
 
-def of_experiment(job: Job) -> dict[str, int]:
+def of_experiment(job: PreparedRun) -> dict[str, int]:
     """Responses per target and stage of a job: experiments may do without calibration, or need further stages."""
     config, experiment = job.config, job.experiment
     if not experiment.generates:
@@ -49,7 +50,7 @@ def of_experiment(job: Job) -> dict[str, int]:
     return counts | experiment.further(config)
 
 
-def plan_lines(job: Job, folder: Path) -> list[str]:
+def plan_lines(job: PreparedRun, folder: Path) -> list[str]:
     """What was chosen, whether it fits, and how much work it is."""
     config = job.config
     chosen = f"preset {config.preset}, engine {config.engine}, judge {config.judge}"
@@ -72,7 +73,7 @@ def plan_lines(job: Job, folder: Path) -> list[str]:
     return lines if job.experiment.generates else lines + _collecting(job)
 
 
-def _rating(job: Job, target: Target) -> list[str]:
+def _rating(job: PreparedRun, target: Target) -> list[str]:
     """What rating the labels of a target would take, where a language model does."""
     name = rating_model(job.config)
     if name is None or not target.has_sae:
@@ -82,7 +83,7 @@ def _rating(job: Job, target: Target) -> list[str]:
     return [f"  {target.name}: rater {name}: at most {rater.estimate([*target.labels().values()])}"]
 
 
-def _collecting(job: Job) -> list[str]:
+def _collecting(job: PreparedRun) -> list[str]:
     """What an experiment that generates nothing takes from where, and what its judges would take."""
     config = job.config
     chosen = settings(job.experiment, config)

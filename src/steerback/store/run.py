@@ -10,6 +10,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +26,8 @@ from steerback.store.files import write_json as write_json
 from steerback.store.ledger import Ledger
 
 PACKAGES = ("numpy", "scipy", "scikit-learn", "torch", "transformers", "tokenizers", "safetensors", "pydantic")
+LONGEST_NAME = 200
+"""Bytes of a run's name: file systems allow 255, and names of figures are longer than the run's."""
 
 
 class Run:
@@ -88,6 +91,13 @@ class Run:
         if self._lock is not None:
             self._lock.close()
 
+    def judge(self, name: str | None = None) -> str:
+        """The judge whose verdicts are read: `name`, else the run's. Raises SteerbackError if it judged nothing."""
+        chosen, known = name or self.config.judge, self.ledger.judges()
+        if known and chosen not in known:
+            raise SteerbackError(f"judge {chosen!r} has judged nothing in this run; there are: {', '.join(known)}")
+        return chosen
+
     def write_manifest(self, parts: dict[str, Any]) -> Path:
         """`manifest.json`: config, versions, commit, machine, and `parts` (targets, engines, judge, prompts)."""
         body = {
@@ -138,6 +148,27 @@ def find_run(name_or_path: str, root: Path) -> Path:
     if (path / "ledger.sqlite").is_file():
         return path
     return root / name_or_path
+
+
+def finished_runs(names: Sequence[str] | None, root: Path) -> list[Path]:
+    """The folders of the named runs, or of all finished ones under `root`."""
+    if names:
+        return [find_run(name, root) for name in names]
+    finished = sorted(path.parent for path in root.glob("*/summary.json") if (path.parent / "ledger.sqlite").is_file())
+    if not finished:
+        raise SteerbackError(f"no finished run in {root}; name runs, or say where they are with --runs")
+    return finished
+
+
+def new_run(name: str, root: Path) -> Path:
+    """The folder of a run to be made under `root`. Raises SteerbackError for a name that is no plain file name."""
+    _name_is_plain(name)
+    return root / name
+
+
+def plain(text: str) -> str:
+    """The text with `_` for each character that a run's name may not hold."""
+    return re.sub(r"[^\w.@+-]", "_", text).lstrip(".")
 
 
 def versions() -> dict[str, str]:
@@ -212,5 +243,8 @@ def _acquire(folder: Path) -> IO[str]:
 
 
 def _name_is_plain(name: str) -> None:
-    if not re.fullmatch(r"[\w.@+-]+", name) or name.startswith("."):
-        raise SteerbackError(f"run name {name!r} may hold letters, digits and . _ - @ + only, and not start with a dot")
+    if not re.fullmatch(r"[\w.@+-]+", name) or name.startswith(".") or len(name.encode()) > LONGEST_NAME:
+        raise SteerbackError(
+            f"run name {name[:80]!r} may hold letters, digits and . _ - @ + only, not start with a dot, and have at "
+            f"most {LONGEST_NAME} bytes"
+        )

@@ -1,0 +1,128 @@
+"""From a config to a prepared run: every name in it is resolved, so that mistakes show before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from steerback import organism
+from steerback.config import RunConfig
+from steerback.data import paper_files
+from steerback.data.prompts import load_prompts
+from steerback.engines import check_engine, default_engine
+from steerback.errors import SteerbackError
+from steerback.experiments import get_experiment
+from steerback.experiments.base import Experiment, settings
+from steerback.judging import Maker, make_judge
+from steerback.latents.concreteness import make_rater
+from steerback.latents.selection import check_own, rating_model
+from steerback.store.run import stored_config
+from steerback.study.study import fact_of
+from steerback.targets import Target, resolve, user_tables
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRun:
+    """A checked config with what it names: nothing is loaded yet, but everything exists."""
+
+    config: RunConfig
+    experiment: Experiment
+    targets: tuple[Target, ...]
+    prompts: tuple[str, ...]
+    judges: Maker
+
+
+def check(config: RunConfig, judges: Maker = make_judge) -> PreparedRun:
+    """Resolve every name in the config, so that a mistake shows before anything is loaded or written.
+
+    `judges` makes the judges (`judging.judge_maker` for ones with a budget).
+    """
+    experiment = get_experiment(config.experiment)
+    settings(experiment, config)  # so does a senseless option
+    if config.from_run is not None:
+        _takes_latents(config, Path(config.from_run))
+    own = {**user_tables(), **config.definitions}
+    targets = tuple(resolve(name, own) for name in config.targets) if experiment.generates else ()
+    chosen: dict[str, object] = {"engine": config.engine, "judge": config.judge}
+    chosen["definitions"] = {name: own[name] for name in config.targets if name in own}
+    if config.engine == "auto":
+        chosen["engine"] = default_engine()
+    if config.judge == "auto":
+        chosen["judge"] = _default_judge(config) if experiment.generates else experiment.judges(config)[0]
+    if config.latents is None and targets and not any(target.has_sae for target in targets):
+        shared = {target.directions() for target in targets}
+        chosen["latents"] = (shared.pop() or None) if len(shared) == 1 else None  # as the run is started, so it goes on
+    config = config.model_copy(update=chosen)
+    experiment.conditions(config)  # so do options that do not go together
+    check_engine(config.engine, config.engine_options)
+    targets = experiment.own_targets(config, tuple(steerable(target, config, experiment) for target in targets))
+    for name in paper_files.used(config.prompts, settings(experiment, config).get("detectors")):
+        paper_files.path_of(name)
+    for name in experiment.judges(config):
+        judges(name)  # a missing key or unknown judge shows now
+    if (rater := rating_model(config)) is not None:
+        make_rater(rater, judges)
+    return PreparedRun(config, experiment, targets, load_prompts(config.prompts), judges)
+
+
+def _takes_latents(config: RunConfig, base: Path) -> None:
+    """Refuse another choice of latents than that of the run it starts from, which is what will be used."""
+    if not (base / "ledger.sqlite").is_file():
+        return  # a run that goes on has what it needs of it
+    before = stored_config(base)
+    for field in ("n_latents", "latents"):
+        if getattr(config, field) != getattr(before, field) and any(
+            fact_of(base, name, "latents")[0] is not None for name in config.targets
+        ):
+            raise SteerbackError(
+                f"{config.experiment} takes the latents that run {base.name} has chosen, and {field} would choose "
+                "others; leave it out, or run without --from"
+            )
+
+
+def steerable(target: Target, config: RunConfig, experiment: Experiment) -> Target:
+    """Return the target with the directions that the run uses, if it has what the experiment needs."""
+    if experiment.needs_sae and not target.has_sae:
+        raise SteerbackError(f"{experiment.name} reads SAE latents and target {target.name!r} has no SAE")
+    if not target.has_sae and not target.directions():
+        raise SteerbackError(
+            f"target {target.name!r} has neither an SAE nor directions to steer with; make one with: "
+            f"steerback directions make {target.name} NAME --topic FILE"
+        )
+    indices = [key for key in config.latents or () if isinstance(key, int)]
+    if indices and not target.has_sae:
+        known = ", ".join(target.directions())
+        raise SteerbackError(
+            f"target {target.name!r} has no SAE, so there is no latent {indices[0]}; its directions: {known}"
+        )
+    if config.latents is not None:
+        check_own(config.latents, target.n_latents, target.labels(), target.directions())
+    elif config.preset == "authors" and config.selection.concreteness != "off":
+        _authors_labels(target)
+    return with_directions(target, config)
+
+
+def _authors_labels(target: Target) -> None:
+    """Refuse a target whose labels the authors filter by, as long as the user has not fetched them."""
+    if target.label_source and not target.labels():
+        how = "fetch-paper-data" if target.base in paper_files.LABELLED else f"labels fetch {target.name}"
+        raise SteerbackError(
+            f"preset authors filters latents by their labels and {target.name} has none here: run steerback {how}"
+        )
+
+
+def with_directions(target: Target, config: RunConfig) -> Target:
+    """Return the target with the directions that the run's latents name; without SAE and list, with all of them."""
+    if config.latents is None:
+        return target.with_directions(()) if target.has_sae else target
+    return target.with_directions([key for key in config.latents if isinstance(key, str)])
+
+
+def _default_judge(config: RunConfig) -> str:
+    real = [name for name in config.targets if name.partition("+")[0] not in organism.NAMES]
+    if real:
+        raise SteerbackError(
+            f"{real[0]} is a real model: name its judge with --judge (see steerback judges); "
+            "`--judge offline` needs no key, but its scores are not comparable with the paper's"
+        )
+    return "offline"
