@@ -32,13 +32,13 @@ def test_text_fits_or_is_turned_on_its_side_and_keeps_every_cell() -> None:
     for width in (60, 110, 400):
         text = table.text(width)
         assert max(map(len, text.splitlines())) <= max(width, 60)
-        assert all(cell in text for row in table.cells for cell in row)
+        assert all(cell in text for row in table.shown.to_numpy() for cell in row)
     assert table.text(400).splitlines()[0].startswith("target")
 
 
 def test_conditions_get_a_column_of_their_own() -> None:
     table = summary_table({(t, "base_line"): s for t, s in SUMMARIES.items()}, judge="x")
-    assert list(table.columns[:3]) == ["target", "condition", "n"]
+    assert list(table.shown.columns[:3]) == ["target", "condition", "n"]
     assert table.left == 2
     assert "base\\_line" in table.latex()
 
@@ -48,6 +48,22 @@ def test_empty_tables() -> None:
         assert table.text().splitlines()[0].split()[0] in ("target", "comparison", "a")
         assert table.csv().count("\n") == 1
         assert r"\end{tabular}" in table.latex()
+
+
+def test_csv_keeps_whole_numbers_and_leaves_missing_values_empty() -> None:
+    records = [{"name": "a, b", "n": 3, "value": 0.1 + 0.2}, {"name": "c", "n": None, "more": True}]
+    table = Table(("name", "n"), [("a, b", "3"), ("c", "-")], records=records)
+    assert table.csv() == 'name,n,value,more\n"a, b",3,0.30000000000000004,\nc,,,True\n'
+    assert Table(("name", "n"), [("a", "3")]).csv() == "name,n\na,3\n"
+
+
+def test_latex_and_markdown_as_papers_use_them() -> None:
+    table = Table(("name", "n"), [("a_b", "3"), ("c|d", "1")], "100 % of it")
+    assert table.latex() == (
+        "\\begin{table}\n\\centering\\small\n\\caption{100 \\% of it}\n\\begin{tabular}{lr}\n\\toprule\n"
+        "name & n \\\\\n\\midrule\na\\_b & 3 \\\\\nc|d & 1 \\\\\n\\bottomrule\n\\end{tabular}\n\\end{table}\n"
+    )
+    assert table.markdown() == "| name | n |\n| --- | --: |\n| a_b | 3 |\n| c\\|d | 1 |\n\n100 % of it\n"
 
 
 def test_latex_and_spreadsheets_cannot_be_broken_by_names() -> None:
@@ -86,7 +102,7 @@ def test_comparisons() -> None:
     found = correct({"b against a": compare(a, b, draws=200), "a against a": compare(a, a)})
     table = comparison_table(found, judge="offline")
     rows = list(csv.DictReader(io.StringIO(table.csv())))
-    assert len(rows) == len(table.cells) == 12
+    assert len(rows) == len(table.shown) == 12
     assert float(rows[0]["difference"]) == found["b against a"]["multi_attempt_rate"].difference
     assert float(rows[0]["p_holm"]) == found["b against a"]["multi_attempt_rate"].p_holm
     assert "b against a" in table.text()

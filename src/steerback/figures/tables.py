@@ -1,16 +1,14 @@
-"""Tables as aligned text for the terminal, CSV with every number, and LaTeX for papers.
+"""Tables as aligned text for the terminal, CSV with every number, Markdown, and LaTeX for papers.
 
-Made from estimates and comparisons alone; knows nothing of ledgers or experiments.
+They show estimates and comparisons and know nothing of ledgers or experiments.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+
+import pandas as pd
 
 from steerback.metrics import METRICS, VARIANTS, Comparison, Estimate, Summary
 
@@ -27,64 +25,55 @@ _HEADINGS = {
 }
 
 
-@dataclass(frozen=True)
 class Table:
-    """`cells` is what people read, one tuple per row; `records` is what CSV gets, unrounded (default: the cells).
+    """A table in two forms: `shown` holds the text that people read, `numbers` the unrounded values of the CSV.
 
-    The first `left` columns are names and stand to the left, numbers to the right.
+    Both are DataFrames of objects. The first `left` columns of `shown` are names and are aligned to the left, the
+    numbers to the right. Without `records`, the CSV holds the text.
     """
 
-    columns: Sequence[str]
-    cells: Sequence[Sequence[str]]
-    caption: str = ""
-    records: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
-    left: int = 1
+    def __init__(
+        self,
+        columns: Sequence[str],
+        cells: Sequence[Sequence[str]],
+        caption: str = "",
+        records: Sequence[Mapping[str, object]] = (),
+        left: int = 1,
+    ) -> None:
+        self.shown = pd.DataFrame([*cells], columns=[*columns], dtype=object)
+        self.numbers = pd.DataFrame([*records], dtype=object) if records else self.shown
+        self.caption, self.left = caption, left
 
     def text(self, width: int = 110) -> str:
-        """Aligned columns, the caption below; turned on its side where that is what fits into `width` characters."""
-        table = [list(self.columns), *(list(row) for row in self.cells)]
-        turned = [list(column) for column in zip(*table, strict=True)]
-        upright, side = _align(table, self.left), _align(turned, 1)
-        lines = side if self.cells and len(upright[1]) > max(width, len(side[1])) else upright
+        """Return aligned columns with the caption below, transposed if only that fits into `width` characters."""
+        rows = [[*self.shown.columns], *self.shown.to_numpy().tolist()]
+        upright, side = _align(rows, self.left), _align([*zip(*rows, strict=True)], 1)
+        lines = side if len(rows) > 1 and len(upright[1]) > max(width, len(side[1])) else upright
         return "\n".join([*lines, *textwrap.wrap(self.caption, width)]) + "\n"
 
     def csv(self) -> str:
-        """Comma-separated, one header line; empty where there is no value."""
-        records = self.records or [dict(zip(self.columns, row, strict=True)) for row in self.cells]
-        names = list(dict.fromkeys(name for record in records for name in record)) or list(self.columns)
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(names)
-        writer.writerows([_no_formula(record.get(name)) for name in names] for record in records)
-        return out.getvalue()
+        """Return comma-separated values with a header line; a missing value is empty."""
+        rows = [[_no_formula(value) for value in row] for row in self.numbers.to_numpy().tolist()]
+        safe = pd.DataFrame(rows, columns=self.numbers.columns, dtype=object)
+        return str(safe.to_csv(index=False, lineterminator="\n"))
 
     def markdown(self) -> str:
-        """A pipe table, names to the left and numbers to the right, the caption below."""
-        rule = ["---"] * self.left + ["--:"] * (len(self.columns) - self.left)
-        rows = [self.columns, rule, *self.cells]
+        """Return a pipe table with the caption below."""
+        rule = ["---"] * self.left + ["--:"] * (self.shown.shape[1] - self.left)
+        rows = [self.shown.columns, rule, *self.shown.to_numpy().tolist()]
         lines = ["| " + " | ".join(" ".join(c.split()).replace("|", r"\|") for c in row) + " |" for row in rows]
         return "\n".join([*lines, *(["", self.caption] if self.caption else [])]) + "\n"
 
     def latex(self) -> str:
-        """A booktabs table; names, cells and caption escaped."""
-        rows = [" & ".join(escape(cell) for cell in row) + r" \\" for row in (self.columns, *self.cells)]
-        layout = "l" * self.left + "r" * (len(self.columns) - self.left)
-        return "\n".join(
-            [
-                r"\begin{table}",
-                r"\centering\small",
-                *([rf"\caption{{{escape(self.caption)}}}"] if self.caption else []),
-                rf"\begin{{tabular}}{{{layout}}}",
-                r"\toprule",
-                rows[0],
-                r"\midrule",
-                *rows[1:],
-                r"\bottomrule",
-                r"\end{tabular}",
-                r"\end{table}",
-                "",
-            ]
+        """Return a booktabs table; names, cells and caption are escaped."""
+        escaped = self.shown.map(escape).rename(columns=escape)
+        written = escaped.style.hide(axis="index").to_latex(
+            hrules=True,
+            column_format="l" * self.left + "r" * (self.shown.shape[1] - self.left),
+            caption=escape(self.caption) or None,
+            position_float="centering",
         )
+        return str(written).replace(r"\centering", r"\centering\small", 1)
 
 
 def summary_table(
@@ -174,7 +163,7 @@ def p_value(value: float | None) -> str:
 
 
 def _align(table: Sequence[Sequence[str]], left: int) -> list[str]:
-    """Lines of a table, a rule below the first; the first `left` columns to the left, the others to the right."""
+    """Return the lines of a table with a rule below the first; all but the first `left` columns are right-aligned."""
     widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
     lines = []
     for row in table:
@@ -193,7 +182,7 @@ _SPECIAL = {
 
 
 def escape(value: str) -> str:
-    """Text as LaTeX: every special character escaped, line breaks to spaces."""
+    """Return text as LaTeX: special characters are escaped and line breaks become spaces."""
     return "".join(_SPECIAL.get(c, c) for c in " ".join(value.split()))
 
 
@@ -201,12 +190,12 @@ def _digits(value: float, rate: bool) -> int:
     return 1 if (rate and abs(value) >= 0.01) or abs(value) >= 10 else 2
 
 
-def _numbers(summary: Summary, variant: str) -> dict[str, Any]:
+def _numbers(summary: Summary, variant: str) -> dict[str, object]:
     fields = ("value", "low", "high", "n", "events", "clusters", "method")
     estimates: Mapping[str, Estimate] = getattr(summary, variant)
     return {f"{m}_{f}": getattr(estimates[m], f) for m in METRICS for f in fields}
 
 
-def _no_formula(value: Any) -> Any:
-    """A name that a spreadsheet would run as a formula is quoted."""
+def _no_formula(value: object) -> object:
+    """Quote text that a spreadsheet would run as a formula."""
     return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@") and value != "-" else value

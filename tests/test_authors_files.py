@@ -1,8 +1,7 @@
-"""Files of the authors' code come in with the numbers that a hand computation gives, and go out again; merging."""
+"""Files of the authors' code come in with the numbers that a hand computation gives, and go out again."""
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,7 @@ from steerback.figures import style
 from steerback.jobs import execute
 from steerback.paper.authors import export_authors, import_authors
 from steerback.paper.schema import judgement_of, read_source, split_prompt
-from steerback.report.export import export_flat
 from steerback.store.ledger import Ledger
-from steerback.store.merge import merge
 from steerback.store.run import Run
 
 MODEL = "meta-llama/Meta-Llama-3.3-70B-Instruct"
@@ -298,78 +295,6 @@ def test_a_run_exported_and_imported_has_the_same_summary(runs: Runs, tmp_path: 
             assert after["conditions"][condition]["headline"][name]["value"] == pytest.approx(estimate["value"]), name
         assert after["conditions"][condition]["counts"] == before["conditions"][condition]["counts"]
     assert after["comparisons"]["self-monitor"]["pairs"] == before["comparisons"]["self-monitor"]["pairs"]
-
-
-@pytest.mark.parametrize("form", ["csv", "parquet"])
-def test_flat_exports_hold_every_trial(runs: Runs, tmp_path: Path, form: str) -> None:
-    with runs.ledger("esr") as ledger:
-        rows = ledger.rows(judge="scripted")
-        if form == "parquet":
-            pytest.importorskip("pyarrow")
-        path = export_flat(ledger, tmp_path / f"t.{form}", "scripted", form)
-        if form == "csv":
-            with path.open(newline="", encoding="utf-8") as file:
-                records = [{k: v or None for k, v in r.items()} for r in csv.DictReader(file)]
-        else:
-            import pyarrow.parquet as pq
-
-            records = pq.read_table(path).to_pylist()
-    assert [r["key"] for r in records] == [r.trial.key for r in rows]
-    for record, row in zip(records, rows, strict=True):
-        scored = row.judgement is not None and row.judgement.status == "scored"
-        assert (record["attempts"] is not None) == scored
-        if scored and row.judgement:
-            assert float(record["first"]) == row.judgement.attempts[0].score
-        assert record["response"] == row.completion.text  # type: ignore[union-attr]
-
-
-def test_an_unknown_form_names_the_choices(runs: Runs, tmp_path: Path) -> None:
-    with runs.ledger("esr") as ledger, pytest.raises(SteerbackError, match="authors, parquet, csv"):
-        export_flat(ledger, tmp_path / "t", "scripted", "xml")
-
-
-def test_targets_done_on_two_machines_are_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = Runs(tmp_path, monkeypatch, PlantedModel(thresholds=thresholds()))
-    runs.scripts["second"] = PlantedModel(thresholds=thresholds(12))
-    small = ("n_latents=4", "trials_per_latent=4")
-    both, _ = runs.run("esr", *small, targets=("planted", "second"), name="both")
-    runs.run("esr", *small, targets=("planted",), name="first")
-    runs.run("esr", *small, targets=("second",), name="later")
-    joined = merge([tmp_path / "first", tmp_path / "later"], tmp_path / "joined")
-    assert joined.repeated == 0
-    assert runs.ledger("joined").dump()["trials"] == runs.ledger("both").dump()["trials"]
-    assert runs.ledger("joined").dump()["judgements"] == runs.ledger("both").dump()["judgements"]
-    assert analysed(tmp_path / "joined").summary["targets"] == both.summary["targets"]
-    assert joined.trials == len(runs.ledger("both").rows())
-
-
-def test_halves_of_a_plan_are_merged_and_repeats_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = Runs(tmp_path, monkeypatch, PlantedModel(thresholds=thresholds()))
-    small = ("n_latents=4", "trials_per_latent=4")
-    runs.run("esr", *small, name="whole")
-    runs.run("esr", *small, "limit=8", name="half")
-    joined = merge([tmp_path / "half", tmp_path / "whole"], tmp_path / "joined")
-    assert joined.differing == 0
-    assert joined.repeated == len(runs.ledger("half").rows())
-    assert runs.ledger("joined").dump()["completions"] == runs.ledger("whole").dump()["completions"]
-
-
-def test_runs_of_other_plans_are_not_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = Runs(tmp_path, monkeypatch, PlantedModel(thresholds=thresholds()))
-    small = ("n_latents=3", "trials_per_latent=3")
-    runs.run("esr", *small, name="a")
-    runs.run("esr", *small, "sampling.temperature=0.9", name="b")
-    with pytest.raises(SteerbackError, match=r"another plan.*temperature: 0.6 -> 0.9"):
-        merge([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
-    runs.scripts["planted"] = PlantedModel(thresholds=thresholds(20))
-    runs.run("esr", *small, name="d")
-    with pytest.raises(SteerbackError, match=r"other (engine|thresholds|latents) for planted"):
-        merge([tmp_path / "a", tmp_path / "d"], tmp_path / "c")
-    assert not (tmp_path / "c").exists()
-    with pytest.raises(SteerbackError, match="at least two"):
-        merge([tmp_path / "a"], tmp_path / "c")
-    with pytest.raises(SteerbackError, match="new run"):
-        merge([tmp_path / "a", tmp_path / "b"], tmp_path / "b")
 
 
 def test_numbers_of_an_imported_random_file_equal_numpy(tmp_path: Path) -> None:
