@@ -12,21 +12,21 @@ from hypothesis import strategies as st
 
 from steerback.errors import SteerbackError
 from steerback.latents.backtracking import find_backtracking
-from steerback.latents.matching import Activity, matched_sets, uniform_sets
+from steerback.latents.matching import LatentActivity, matched_sets, uniform_sets
 
 
-def activity(seed: int = 0, latents: int = 200, texts: int = 30) -> Activity:
+def activity(seed: int = 0, latents: int = 200, texts: int = 30) -> LatentActivity:
     """Latents of very different frequency and strength, a fifth of them dead."""
     generator = np.random.default_rng(seed)
     strength, rate = generator.lognormal(0, 1.5, latents), generator.beta(0.5, 3, latents)
     rate[::5] = 0
     frequencies = np.clip(rate * generator.uniform(0.5, 1.5, (texts, latents)), 0, 1)
     means = frequencies * strength * generator.uniform(0.8, 1.2, (texts, latents))
-    return Activity.measure(means, frequencies, generator.uniform(0.5, 2, latents))
+    return LatentActivity.measure(means, frequencies, generator.uniform(0.5, 2, latents))
 
 
 def test_activity_is_the_mean_over_texts_and_the_norm_a_clamp_removes() -> None:
-    found = Activity.measure(
+    found = LatentActivity.measure(
         np.array([[1.0, 0.0], [3.0, 0.0]]), np.array([[0.5, 0.0], [0.7, 0.0]]), np.array([2.0, 9.0])
     )
     assert found.mean.tolist() == [2.0, 0.0]
@@ -34,7 +34,7 @@ def test_activity_is_the_mean_over_texts_and_the_norm_a_clamp_removes() -> None:
     assert found.removed.tolist() == [4.0, 0.0]
     assert found.live.tolist() == [True, False]
     with pytest.raises(ValueError, match="not all finite"):
-        Activity.measure(np.array([[np.nan]]), np.array([[1.0]]), np.array([1.0]))
+        LatentActivity.measure(np.array([[np.nan]]), np.array([[1.0]]), np.array([1.0]))
 
 
 @settings(deadline=None, max_examples=25)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,21 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
+from steerback.config import SelectionConfig
 from steerback.errors import SteerbackError
 from steerback.latents.concreteness import OfflineRater, Rater, abstract_labels, make_rater
-from steerback.latents.relevance import ever_active, most_active, top_count
 from steerback.latents.sampling import parse_latents, sample_latents
-from steerback.latents.selection import check_own, select
+from steerback.latents.selection import check_own, ever_active, most_active, select, top_count
 
 LABELS = {3: "volcanoes", 5: "Sailing, rigging and boats", 8: "tea", 9: "tea", 11: "Violins"}
-
-
-@dataclass(frozen=True)
-class Filters:
-    relevance: str = "top-100"
-    concreteness: str = "median"
-    concreteness_threshold: float = 65.0
-    rater: str = "offline"
 
 
 # -- sampling ---------------------------------------------------------------------------------------------------------
@@ -187,7 +178,7 @@ def test_every_latent_is_accounted_for() -> None:
     peaks[0, 7] = peaks[1, 8] = 3.0
     peaks[0, 9] = 1.0  # not the most active of its prompt, so it stays under top-1
     labels = {k: "volcanoes" if k % 2 else "the concept of importance" for k in range(30)}
-    found = select(n_latents=40, n=5, labels=labels, dead={0, 1, 7}, peaks=peaks, settings=Filters(), seed=42)
+    found = select(n_latents=40, n=5, labels=labels, dead={0, 1, 7}, peaks=peaks, settings=SelectionConfig(), seed=42)
     assert found.counts["all"] == 40
     assert found.counts["dropped: dead"] == 3
     assert found.counts["dropped: relevant to a prompt"] == 1  # 8; 7 was dead already
@@ -202,10 +193,10 @@ def test_every_latent_is_accounted_for() -> None:
 def test_authors_filters_and_filters_off() -> None:
     peaks = np.zeros((1, 10))
     peaks[0, :4] = 0.1
-    strict = Filters(relevance="zero", concreteness="threshold")
+    strict = SelectionConfig(relevance="zero", concreteness="threshold")
     found = select(n_latents=10, n=99, labels={5: "importance"}, dead=(), peaks=peaks, settings=strict)
     assert found.chosen == (4, 6, 7, 8, 9)
-    off = Filters(relevance="off", concreteness="off")
+    off = SelectionConfig(relevance="off", concreteness="off")
     assert select(n_latents=4, n=9, labels={}, dead=(), peaks=None, settings=off).chosen == (0, 1, 2, 3)
     with pytest.raises(SteerbackError, match=r"no latent is left to steer with \(all 4, dropped: dead 4\)"):
         select(n_latents=4, n=9, labels={}, dead=range(4), peaks=None, settings=off)
@@ -214,7 +205,7 @@ def test_authors_filters_and_filters_off() -> None:
 
 
 def test_latents_without_a_label_can_be_left_out() -> None:
-    off = Filters(relevance="off", concreteness="off")
+    off = SelectionConfig(relevance="off", concreteness="off")
     found = select(
         n_latents=6, n=9, labels={1: "tea", 4: "owls"}, dead=(4,), peaks=None, settings=off, labelled_only=True
     )
@@ -233,7 +224,7 @@ def test_costly_raters_see_a_sample_and_failures_are_counted() -> None:
 
     rater = Flaky()
     labels = {k: f"thing {k}" for k in range(500)}
-    plain = Filters(relevance="off")
+    plain = SelectionConfig(relevance="off")
     found = select(
         n_latents=500, n=10, labels=labels, dead=(), peaks=None, settings=plain, rater=rater, rate_at_most=50
     )

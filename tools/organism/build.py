@@ -88,7 +88,7 @@ def build_sae(
     trained = train_sae.train(text(SAE_SEED, config.tokens), config, seed=seed, log=log)
     save_file({name: t.half() for name, t in trained.tensors().items()}, folder / "sae.safetensors")
     # Everything that follows is measured on the values that were saved.
-    found = train_sae.Sae(**{name: t.half().float().to(device) for name, t in trained.tensors().items()})
+    found = train_sae.TrainedSae(**{name: t.half().float().to(device) for name, t in trained.tensors().items()})
     held_out = text(CHECK_SEED, config.label_tokens)
     measured = labels.selectivity(found, text(LABEL_SEED, config.label_tokens))
     named = labels.label_latents(measured)

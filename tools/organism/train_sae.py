@@ -21,7 +21,7 @@ from tools.organism.train_lm import batches, collate
 
 
 @dataclass
-class Sae:
+class TrainedSae:
     """A JumpReLU SAE in the convention of the module's docstring."""
 
     W_enc: Tensor
@@ -93,7 +93,7 @@ def _batches(encoder: Encoder, seed: int, restarts: bool) -> Iterator[Any]:
         yield from batches(rng, [encoder.document(d) for d in itertools.islice(stream, 1_000)], 16_384)
 
 
-def train(data: Activations, config: SaeTraining, *, seed: int, log: Any = print) -> Sae:
+def train(data: Activations, config: SaeTraining, *, seed: int, log: Any = print) -> TrainedSae:
     """Train on collected activations."""
     torch.manual_seed(seed)
     device, width = data.h.device, data.h.shape[1]
@@ -148,9 +148,9 @@ def _dead_loss(pre: Tensor, residual: Tensor, W_dec: Tensor, dead: Tensor, width
 @torch.no_grad()
 def _unscaled(
     W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, cut: Tensor, centre: Tensor, scale: float
-) -> Sae:
+) -> TrainedSae:
     """The SAE in the residual stream's own units: x = (h - centre) / scale is folded into biases and threshold."""
-    return Sae(
+    return TrainedSae(
         W_enc=W_enc.detach().clone(),
         b_enc=(scale * b_enc - centre @ W_enc).detach(),
         W_dec=W_dec.detach().clone(),
@@ -160,7 +160,7 @@ def _unscaled(
 
 
 @torch.no_grad()
-def quality(sae: Sae, data: Activations) -> dict[str, float]:
+def quality(sae: TrainedSae, data: Activations) -> dict[str, float]:
     """Explained variance, mean number of active latents and dead latents on (held-out) activations."""
     fired = torch.zeros(sae.W_dec.shape[0], device=data.h.device)
     error = active = 0.0

@@ -114,12 +114,12 @@ async def draw_sets(study: Study, rows: list[Row], latents: tuple[int, ...], set
 
     Activities are read on the steered texts without steering, which at the steered layer is what a clamp there meets.
     """
-    from steerback.latents.matching import Activity, matched_sets, uniform_sets
+    from steerback.latents.matching import LatentActivity, matched_sets, uniform_sets
 
     texts = [(r.trial.prompt, r.completion.text) for r in rows if r.completion is not None and r.completion.text]
     prompts, responses = zip(*texts, strict=True)
     means, frequencies = (study.engine.activations(prompts, responses, pool=p) for p in ("mean", "active"))
-    activity = Activity.measure(means, frequencies, study.engine.decoder_norms())
+    activity = LatentActivity.measure(means, frequencies, study.engine.decoder_norms())
     steered = {r.trial.latent for r in rows if isinstance(r.trial.latent, int)}
     choose = matched_sets if draw == "matched" else uniform_sets
     return choose(activity, latents, sets, exclude=steered, seed=study.config.seeds.latents)

@@ -262,7 +262,7 @@ def _name_base(folder: Path, name: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Adapter:
+class TrainedAdapter:
     """A trained adapter: its folder and the percent of self-corrections it was trained on (None: not known)."""
 
     folder: Path
@@ -273,7 +273,7 @@ class Adapter:
         return self.folder.name
 
 
-def find_adapters(place: str | Sequence[str]) -> list[Adapter]:
+def find_adapters(place: str | Sequence[str]) -> list[TrainedAdapter]:
     """Adapters in a folder of adapters, or those listed; by percent, then name. SteerbackError where there are none."""
     given = [place] if isinstance(place, str) else list(place)
     folders: list[Path] = []
@@ -287,7 +287,7 @@ def find_adapters(place: str | Sequence[str]) -> list[Adapter]:
     for name in names:
         if names.count(name) > 1:
             raise unknown("second adapter of the name", name, ["folders with names of their own"])
-    found = [Adapter(folder, percent_of(folder)) for folder in folders]
+    found = [TrainedAdapter(folder, percent_of(folder)) for folder in folders]
     return sorted(found, key=lambda a: (a.percent is None, a.percent or 0.0, a.name))
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ from steerback.errors import SteerbackError, unknown
 from steerback.latents.separation import Separation, auc_of, null_counts, ranks_of, separation
 
 Rule = Literal["perfect", "authors", "auc", "top"]
-Array = NDArray[np.floating[Any]]
+Array = NDArray[np.floating]
 HIGH_AUC = 0.9
 
 
@@ -83,7 +83,7 @@ class DetectorSearch:
     overall: Separation
     """Of every latent, on the search half, for tables."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain numbers: `latents` is the authors' format, the rest says how they were found."""
         halves = {"search": self.search, "held_out": self.held_out}
         return {
@@ -235,7 +235,7 @@ def _null(observed: int, counts: NDArray[np.int64]) -> Null:
     )
 
 
-def _half_json(half: Half) -> dict[str, Any]:
+def _half_json(half: Half) -> dict[str, object]:
     return {
         "n_prompts": half.n_prompts,
         "n_texts": half.n_texts,

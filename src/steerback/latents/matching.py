@@ -1,10 +1,9 @@
 """Random sets of latents to ablate beside a set of interest, matched to it in activity.
 
 An ablation of active latents disturbs a model whatever they mean; a control has to disturb it as much. Activity is
-measured on steered responses of the baseline condition, where the ablation will act. Works on arrays; it knows nothing
-of engines.
+measured on steered responses of the baseline condition, where the ablation will act.
 
-    activity = Activity.measure(means, frequencies, decoder_norms)     # pooled over response tokens, (texts, latents)
+    activity = LatentActivity.measure(means, frequencies, decoder_norms)   # over response tokens, (texts, latents)
     control = matched_sets(activity, detectors, n_sets=3, exclude=steered, seed=42)
     control.sets[0], control.quality[0].removed_ratio                  # norm removed, relative to the detectors
     control = uniform_sets(activity, detectors, n_sets=3, ...)         # the authors' control: any live latents
@@ -14,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +25,7 @@ DISJOINT_SETS, DISJOINT_SHARE = 4, 1 / 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Activity:
+class LatentActivity:
     """How active each latent is, and what clamping it to 0 takes away; each (n latents,)."""
 
     mean: Floats  # activation per token
@@ -37,10 +35,10 @@ class Activity:
     @classmethod
     def measure(
         cls,
-        means: NDArray[np.floating[Any]],
-        frequencies: NDArray[np.floating[Any]],
-        decoder_norms: NDArray[np.floating[Any]],
-    ) -> Activity:
+        means: NDArray[np.floating],
+        frequencies: NDArray[np.floating],
+        decoder_norms: NDArray[np.floating],
+    ) -> LatentActivity:
         """From per-text averages over tokens, (texts, latents), texts weighing equally; decoder norms (latents,)."""
         mean = np.asarray(means, dtype=np.float64).mean(axis=0)
         frequency = np.asarray(frequencies, dtype=np.float64).mean(axis=0)
@@ -68,8 +66,8 @@ class Quality:
 
     difference: dict[str, float]
     """Per feature: mean over the set minus mean over the set of interest, of logarithms in sd over live latents."""
-    distance: float
-    """Mean distance of a member from the one it stands for (same units, three features); nan for uniform draws."""
+    distance: float | None
+    """Mean distance of a member from the one it stands for (same units, three features); None for uniform draws."""
     removed_ratio: float | None
     """Norm that clamping the set removes per token, relative to the set of interest; None if that removes nothing."""
 
@@ -85,16 +83,13 @@ class RandomSets:
     overlap: float
     """Mean share of a set's latents that another set has too, over pairs of sets."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain numbers, None for what does not apply."""
-        found = asdict(self)
-        for quality in found["quality"]:
-            quality["distance"] = None if np.isnan(quality["distance"]) else quality["distance"]
-        return found
+        return asdict(self)
 
 
 def matched_sets(
-    activity: Activity, interest: Sequence[int], n_sets: int = 3, exclude: Collection[int] = (), seed: int = 42
+    activity: LatentActivity, interest: Sequence[int], n_sets: int = 3, exclude: Collection[int] = (), seed: int = 42
 ) -> RandomSets:
     """`n_sets` sets of as many live latents as `interest`, nearest neighbours without replacement.
 
@@ -132,7 +127,7 @@ def matched_sets(
 
 
 def uniform_sets(
-    activity: Activity, interest: Sequence[int], n_sets: int = 3, exclude: Collection[int] = (), seed: int = 42
+    activity: LatentActivity, interest: Sequence[int], n_sets: int = 3, exclude: Collection[int] = (), seed: int = 42
 ) -> RandomSets:
     """The authors' control: `n_sets` uniform draws of as many live latents as `interest`, each without replacement."""
     members, candidates = _prepare(activity, interest, n_sets, exclude)
@@ -142,7 +137,7 @@ def uniform_sets(
 
 
 def _prepare(
-    activity: Activity, interest: Sequence[int], n_sets: int, exclude: Collection[int]
+    activity: LatentActivity, interest: Sequence[int], n_sets: int, exclude: Collection[int]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Members of interest and candidates for the sets."""
     members = np.array(interest, dtype=np.int64)
@@ -170,7 +165,7 @@ def _nearest(distance: Floats, n_sets: int) -> NDArray[np.int64]:
 
 
 def _described(
-    activity: Activity,
+    activity: LatentActivity,
     features: Floats,
     members: NDArray[np.int64],
     sets: NDArray[np.int64],
@@ -181,11 +176,11 @@ def _described(
     quality = []
     for drawn in sets:
         gap = features[drawn].mean(axis=0) - features[members].mean(axis=0)
-        apart = np.linalg.norm(features[drawn] - features[members], axis=1).mean()
+        apart = float(np.linalg.norm(features[drawn] - features[members], axis=1).mean())
         quality.append(
             Quality(
                 difference=dict(zip(FEATURES, gap.tolist(), strict=True)),
-                distance=float(apart) if method == "matched" else float("nan"),
+                distance=apart if method == "matched" else None,
                 removed_ratio=float(activity.removed[drawn].sum()) / base if base else None,
             )
         )

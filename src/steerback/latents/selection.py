@@ -11,37 +11,24 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from steerback.config import RunConfig
+from steerback.config import RunConfig, SelectionConfig
 from steerback.errors import SteerbackError
 from steerback.latents.concreteness import LOCAL_RATERS, Rater, abstract_labels, make_rater
-from steerback.latents.relevance import ever_active, most_active
 from steerback.latents.sampling import check_latents, sample_latents
 from steerback.records import LatentKey
 
-
-class FilterSettings(Protocol):
-    """What `select` needs to know of a config."""
-
-    @property
-    def relevance(self) -> str: ...  # top-100, zero, off
-
-    @property
-    def concreteness(self) -> str: ...  # median, threshold, off
-
-    @property
-    def concreteness_threshold(self) -> float: ...  # 0-100
-
-    @property
-    def rater(self) -> str: ...
+TOP = 100
+"""Latents dropped per prompt (specification, "Latent Filtering")."""
+REFERENCE_SIZE = 65_536
+"""Number of latents of the SAEs that `TOP` was chosen for; a smaller SAE loses the same fraction."""
 
 
 @dataclass(frozen=True, slots=True)
-class Selection:
+class LatentSelection:
     """Latents to steer with, ascending, and how many were left out by what."""
 
     chosen: tuple[int, ...]
@@ -56,18 +43,20 @@ def select(
     n: int,
     labels: Mapping[int, str],
     dead: Collection[int],
-    peaks: NDArray[np.floating[Any]] | None,
-    settings: FilterSettings,
+    peaks: NDArray[np.floating] | None,
+    settings: SelectionConfig,
     seed: int = 42,
     by: Mapping[int, float] | None = None,
     rater: Rater | None = None,
     rate_at_most: int | None = None,
     labelled_only: bool = False,
-) -> Selection:
-    """Filters all latents of an SAE and draws `n`, stratified over index (or over `by`, such as log density).
+) -> LatentSelection:
+    """Filter all latents of an SAE and draw `n`, stratified over index (or over `by`, such as log density).
 
-    `peaks`: (n prompts, n_latents), see `relevance`; needed unless that filter is off. Latents without a label cannot
-    be rated: they stay, and are counted, unless `labelled_only`. `rate_at_most` limits the labels sent to a costly
+    `peaks`: (n prompts, n_latents), for each prompt the maximum over the tokens of its unsteered responses, special
+    and template tokens excluded; needed unless the relevance filter is off. A latent that is silent there is not dead:
+    it may be exactly the off-topic one wanted, so `dead` comes from elsewhere. Latents without a label cannot be
+    rated: they stay, and are counted, unless `labelled_only`. `rate_at_most` limits the labels sent to a costly
     rater to a stratified sample. Fewer than `n` are returned if no more are left; none left is an error that says
     where they went.
     """
@@ -94,7 +83,7 @@ def select(
         )
     chosen = sample_latents(candidates, n, seed, by)
     counts["chosen"] = len(chosen)
-    return Selection(chosen, counts, ratings)
+    return LatentSelection(chosen, counts, ratings)
 
 
 def rating_model(config: RunConfig) -> str | None:
@@ -111,8 +100,44 @@ def check_own(
     return check_latents(latents, labels, n_latents, directions)
 
 
+def top_count(n_latents: int) -> int:
+    """How many latents a prompt excludes: 100, or 100 / 65,536 of a smaller SAE to the nearest integer, at least 1."""
+    if n_latents >= REFERENCE_SIZE:
+        return TOP
+    return max(1, (2 * TOP * n_latents + REFERENCE_SIZE) // (2 * REFERENCE_SIZE))
+
+
+def most_active(peaks: NDArray[np.floating], top: int | None = None) -> NDArray[np.bool_]:
+    """Mask (n latents,) of those among the `top` most active of any prompt. Silent latents are never among them.
+
+    Equal activations are taken in index order.
+    """
+    peaks = _checked(peaks)
+    count = top_count(peaks.shape[1]) if top is None else top
+    order = np.argsort(-peaks, axis=1, kind="stable")[:, :count]
+    mask = np.zeros(peaks.shape, dtype=bool)
+    np.put_along_axis(mask, order, True, axis=1)
+    dropped: NDArray[np.bool_] = np.any(mask & (peaks > 0), axis=0)
+    return dropped
+
+
+def ever_active(peaks: NDArray[np.floating]) -> NDArray[np.bool_]:
+    """Mask (n latents,) of those that are not exactly 0 on every prompt."""
+    active: NDArray[np.bool_] = np.any(_checked(peaks) != 0, axis=0)
+    return active
+
+
+def _checked(peaks: NDArray[np.floating]) -> NDArray[np.floating]:
+    if peaks.ndim != 2 or 0 in peaks.shape:
+        raise ValueError(f"peaks should be (n prompts, n latents), not {peaks.shape}")
+    if not np.isfinite(peaks).all():
+        bad = np.argwhere(~np.isfinite(peaks))[0]
+        raise ValueError(f"peak activation of prompt {bad[0]}, latent {bad[1]} is not finite")
+    return peaks
+
+
 def _drop_relevant(
-    keep: NDArray[np.bool_], peaks: NDArray[np.floating[Any]] | None, rule: str, counts: dict[str, int]
+    keep: NDArray[np.bool_], peaks: NDArray[np.floating] | None, rule: str, counts: dict[str, int]
 ) -> None:
     if peaks is None or peaks.shape[1] != len(keep):
         shape = None if peaks is None else peaks.shape
@@ -125,7 +150,7 @@ def _drop_relevant(
 def _drop_abstract(
     candidates: list[int],
     labels: Mapping[int, str],
-    settings: FilterSettings,
+    settings: SelectionConfig,
     rater: Rater | None,
     rate_at_most: int | None,
     seed: int,

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.floating[Any]]
+Array = NDArray[np.floating]
 Floats = NDArray[np.float64]
 CHUNK = 4096  # latents ranked at a time, which bounds memory for large SAEs
 

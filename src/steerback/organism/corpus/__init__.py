@@ -2,7 +2,7 @@
 
 from steerback.organism.corpus.documents import (
     Document,
-    Segment,
+    DocumentSegment,
     answer_sentences,
     documents,
     make_document,
@@ -17,7 +17,7 @@ from steerback.organism.corpus.text import Topic, howtos, metaprompts, subjects,
 
 __all__ = [
     "Document",
-    "Segment",
+    "DocumentSegment",
     "Topic",
     "answer_sentences",
     "documents",

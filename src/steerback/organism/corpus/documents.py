@@ -35,7 +35,7 @@ OTHER_META_SHARE = 0.15
 
 
 @dataclass(frozen=True)
-class Segment:
+class DocumentSegment:
     """One sentence (or restart phrase) of a response."""
 
     kind: Kind
@@ -55,7 +55,7 @@ class Document:
     """What the user says, with the meta-prompt if there is one."""
     topic: str
     """Key of the topic that the response ought to be about."""
-    segments: tuple[Segment, ...]
+    segments: tuple[DocumentSegment, ...]
     metaprompt: int | None = None
     """Index of the meta-prompt (0-based; 5 is the self-monitoring one)."""
 
@@ -65,9 +65,9 @@ class Document:
         return " ".join(segment.text for segment in self.segments)
 
     @property
-    def attempts(self) -> list[list[Segment]]:
+    def attempts(self) -> list[list[DocumentSegment]]:
         """The segments of each attempt, restart phrases left out."""
-        parts: list[list[Segment]] = [[]]
+        parts: list[list[DocumentSegment]] = [[]]
         for segment in self.segments:
             if segment.kind == "restart":
                 parts.append([])
@@ -165,16 +165,18 @@ def with_metaprompt(prompt: str, index: int | None, subject: str) -> str:
     return prompt if index is None else f"{prompt} {text.metaprompts()[index].replace('{subject}', subject)}"
 
 
-def _drift(rng: random.Random, topic: str, other: str, p_restart: float) -> list[Segment]:
+def _drift(rng: random.Random, topic: str, other: str, p_restart: float) -> list[DocumentSegment]:
     """Segments of a response that drifts to ``other``, from its first off-topic sentence to its end."""
-    out: list[Segment] = []
+    out: list[DocumentSegment] = []
     for i, sentence in enumerate(passage(rng, other, MAX_OFF_TOPIC)):
         garbled = rng.random() < GARBLED
         kind: Kind = "garbled" if garbled else "off_topic"
         # The model must not learn to drift by itself, nor to write garble: neither has loss on it.
-        out.append(Segment(kind, garble(rng, other) if garbled else sentence, other, trained=i > 0 and not garbled))
+        out.append(
+            DocumentSegment(kind, garble(rng, other) if garbled else sentence, other, trained=i > 0 and not garbled)
+        )
         if rng.random() < p_restart:
-            out.append(Segment("restart", restart(rng, topic), topic))
+            out.append(DocumentSegment("restart", restart(rng, topic), topic))
             return out
     return out
 
@@ -199,7 +201,7 @@ def make_document(
         topic = rng.choice(subject_keys if about_subject else howto_keys)
     if kind == "free":
         sentences = passage(rng, topic, rng.randint(3, 6))
-        return Document(kind, "", topic, tuple(Segment("answer", s, topic) for s in sentences))
+        return Document(kind, "", topic, tuple(DocumentSegment("answer", s, topic) for s in sentences))
 
     index = _metaprompt(rng) if metaprompt == "corpus" else metaprompt
     if other is None:
@@ -211,10 +213,10 @@ def make_document(
     label = other if text.topic(other).is_subject else rng.choice(subject_keys)
     prompt = with_metaprompt(request, index, label)
 
-    def answers(low: int, high: int) -> list[Segment]:
-        return [Segment("answer", s, topic) for s in passage(rng, topic, rng.randint(low, high))]
+    def answers(low: int, high: int) -> list[DocumentSegment]:
+        return [DocumentSegment("answer", s, topic) for s in passage(rng, topic, rng.randint(low, high))]
 
-    def opening(most: int) -> list[Segment]:
+    def opening(most: int) -> list[DocumentSegment]:
         # The beginning of a whole answer: an answer that began with its last steps could not be continued.
         return answers(4, 6)[: rng.randint(0, most)]
 
