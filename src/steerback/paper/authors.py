@@ -1,35 +1,36 @@
 """The authors' result files as a run of ours, and a run of ours as such files.
 
-After import every analysis and figure works on the ledger. What the files do not hold (token ids, receipts, restart
-phrases) is not made up: the run's fact `imported` says so, and counts what was irregular.
+After import every analysis and figure works on the ledger. The files hold no token ids, receipts or restart phrases,
+and none are made up: the run's fact `imported` says so, and counts irregular trials.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from steerback.config import RunConfig
 from steerback.errors import SteerbackError
 from steerback.paper.schema import (
-    LARGEST,
+    AuthorsFeature,
+    AuthorsTrial,
+    OwnTrial,
     Source,
     judgement_of,
-    label_of,
     read_source,
     split_prompt,
-    threshold_of,
 )
-from steerback.records import Completion, FinishReason, Intervention, Judgement, Receipt, Trial, digest
+from steerback.records import Completion, Intervention, Judgement, LatentKey, Receipt, Trial, digest
 from steerback.store.files import make_folder
 from steerback.store.ledger import Ledger, Row
 from steerback.store.run import Run, write_json
 
 ENGINE = "imported"
-SETS = {  # what the kinds of the files of one import come to: experiment, condition of the plain files
+SETS = {  # kinds of the files of one import: the experiment that they make up, condition of the plain files
     frozenset({"plain"}): ("esr", "steered"),
     frozenset({"sweep"}): ("boost-sweep", ""),
     frozenset({"unsteered"}): ("no-steering", "baseline"),
@@ -37,29 +38,45 @@ SETS = {  # what the kinds of the files of one import come to: experiment, condi
     frozenset({"variant"}): ("meta-prompts", "baseline"),
     frozenset({"plain", "variant"}): ("meta-prompts", "baseline"),
 }
+WHOLE = ("esr", "no-steering", "boost-sweep", "meta-prompts", "held-out")
+"""Experiments that need nothing but trials and the facts that our exports hold."""
+EXPORTED_FACTS = ("sweep", "meta-prompts")
 
-WHOLE = (
-    "esr",
-    "no-steering",
-    "boost-sweep",
-    "meta-prompts",
-    "held-out",
-)  # nothing but trials and these facts is needed
+
+@dataclass(frozen=True)
+class Levels:
+    """Boost levels of a sweep in standard deviations of the thresholds around their mean."""
+
+    mean: float
+    sd: float
+    latents: int
+
+    def of(self, boost: float | None) -> float:
+        """The level of a boost."""
+        if boost is None:
+            raise SteerbackError("a trial of a sweep has no boost (its threshold field)")
+        return round((boost - self.mean) / self.sd, 2)
 
 
 @dataclass
 class Imported:
-    """What came in: the experiment it is analysed as, and how many trials were regular and were not."""
+    """The result of an import: the experiment it is analysed as, its trials, and counts of irregular ones."""
 
     experiment: str
     targets: list[str]
     judge: str
     counts: Counter[str] = field(default_factory=Counter)
-    failed: set[tuple[str, str, Any]] = field(default_factory=set)
+    failed: set[tuple[str, str, LatentKey]] = field(default_factory=set)
+    trials: dict[str, Trial] = field(default_factory=dict)
+    completions: dict[str, Completion] = field(default_factory=dict)
+    verdicts: dict[str, Judgement] = field(default_factory=dict)
+    pairs: dict[tuple[str, LatentKey, str, int], int] = field(default_factory=dict)
+    """Index of the n-th trial of a target, latent and prompt, the same in all conditions."""
 
     def lines(self) -> list[str]:
-        said = ", ".join(f"{n:,} {what}" for what, n in self.counts.items() if n)
-        return [f"imported as {self.experiment}, targets {', '.join(self.targets)}, judge {self.judge}: {said}"]
+        """One line for the terminal."""
+        counts = ", ".join(f"{n:,} {name}" for name, n in self.counts.items() if n)
+        return [f"imported as {self.experiment}, targets {', '.join(self.targets)}, judge {self.judge}: {counts}"]
 
 
 def import_authors(
@@ -69,7 +86,7 @@ def import_authors(
     judge: str | None = None,
     condition: str | None = None,
 ) -> Imported:
-    """Writes the files into the run `folder` and returns what was found.
+    """Write the files into the run `folder`.
 
     `target` and `judge` replace the names in the files; `condition` names the condition of all of them. Trials of
     several files are paired by latent, object-level prompt and their order.
@@ -83,120 +100,101 @@ def import_authors(
             f"the files were judged by {', '.join(sorted(judges))}; import one judge's files at a time"
         )
     experiment, plain = _experiment(sources)
-    found = Imported(experiment, list(dict.fromkeys(target or s.model for s in sources)), judges.pop())
-    pairs: dict[tuple[Any, ...], int] = {}
-    entries: dict[str, Entry] = {}
+    result = Imported(experiment, list(dict.fromkeys(target or s.model for s in sources)), judges.pop())
     for source in sources:
         used = condition or (plain if source.kind == "plain" else source.condition)
-        _read(source, target or source.model, used, found, pairs, entries)
-    with Run.start(folder, _config(found, sources)) as run:
-        run.ledger.add_trials([trial for trial, _, _ in entries.values()])
-        run.ledger.add_completions((key, completion, ENGINE) for key, (_, completion, _) in entries.items())
-        run.ledger.add_judgements((key, verdict) for key, (_, _, verdict) in entries.items() if verdict is not None)
-        _facts(run.ledger, sources, target, found)
+        _read(source, target or source.model, used, result)
+    with Run.start(folder, _config(result, sources)) as run:
+        run.ledger.add_trials(list(result.trials.values()))
+        run.ledger.add_completions((key, completion, ENGINE) for key, completion in result.completions.items())
+        run.ledger.add_judgements(result.verdicts.items())
+        _facts(run.ledger, sources, target, result)
         run.write_manifest({"imported": [{"file": s.path.name, "sha256": s.sha256} for s in sources]})
-    return found
+    return result
 
 
 def _experiment(sources: Sequence[Source]) -> tuple[str, str]:
-    ours = {str((s.body.get("steerback") or {}).get("experiment")) for s in sources if s.kind == "ours"}
+    """The experiment of the files together, and the condition of the plain ones."""
+    ours = {s.file.steerback.experiment for s in sources if s.kind == "ours" and s.file.steerback is not None}
     if ours:
         name = ours.pop()
         return (name if not ours and name in WHOLE else "imported"), "baseline"
     return SETS.get(frozenset(s.kind for s in sources), ("imported", "baseline"))
 
 
-def _config(found: Imported, sources: Sequence[Source]) -> RunConfig:
-    first = sources[0].config
-    base = RunConfig(
-        experiment=found.experiment, targets=tuple(found.targets), preset="authors", engine=ENGINE, judge=found.judge
+def _config(result: Imported, sources: Sequence[Source]) -> RunConfig:
+    first = sources[0].file.experiment_config
+    config = RunConfig(
+        experiment=result.experiment,
+        targets=tuple(result.targets),
+        preset="authors",
+        engine=ENGINE,
+        judge=result.judge,
+        n_latents=max(len({f.index for s in sources for f in s.file.results_by_feature}), 1),
     )
-    changes: dict[str, Any] = {"n_latents": max(len({_index(f) for s in sources for f in s.features}), 1)}
-    goal = threshold_of(first.get("target_score_normalized"))
+    calibration, sampling = config.calibration, config.sampling
+    goal, tokens = first.target_score_normalized, first.max_completion_tokens
     if goal is not None and 0 < goal < 1:
-        changes["calibration"] = base.calibration.model_copy(update={"target_score": 100 * goal})
-    tokens = first.get("max_completion_tokens")
-    if isinstance(tokens, int) and tokens > 0:
-        changes["sampling"] = base.sampling.model_copy(update={"max_new_tokens": tokens})
-    return base.model_copy(update=changes)
+        calibration = calibration.model_copy(update={"target_score": 100 * goal})
+    if tokens is not None and tokens > 0:
+        sampling = sampling.model_copy(update={"max_new_tokens": tokens})
+    return config.model_copy(update={"calibration": calibration, "sampling": sampling})
 
 
-def _index(feature: Mapping[str, Any]) -> Any:
-    index = feature.get("feature_index_in_sae")
-    valid = 0 <= index <= LARGEST if isinstance(index, int) else isinstance(index, str)
-    if not valid or isinstance(index, bool):
-        raise SteerbackError(f"a feature has no valid feature_index_in_sae: {index!r}")
-    return index
-
-
-Entry = tuple[Trial, Completion, Judgement | None]
-
-
-def _read(
-    source: Source,
-    target: str,
-    condition: str,
-    found: Imported,
-    pairs: dict[tuple[Any, ...], int],
-    entries: dict[str, Entry],
-) -> None:
-    """Adds what a file holds to the `entries` of all files, by trial; what is there already is not counted again."""
-    seen: Counter[tuple[Any, ...]] = Counter()
+def _read(source: Source, target: str, condition: str, result: Imported) -> None:
+    """Add a file's trials to the result; a trial that is there already is not counted again."""
+    seen: Counter[tuple[str, LatentKey, str]] = Counter()
     levels = _levels(source)
-    for feature in source.features:
-        index = _index(feature)
-        if feature.get("error"):
-            found.failed.add((target, condition, index))
-        for entry in feature.get("trials") or []:
-            trial = _trial(source, feature, index, entry, target, condition, levels, seen, pairs)
-            if trial.key in entries:
-                if entries[trial.key][0] != trial:
+    for feature in source.file.results_by_feature:
+        if feature.error:
+            result.failed.add((target, condition, feature.index))
+        for entry in feature.trials or []:
+            trial = _trial(source, feature, entry, target, condition, levels, seen, result.pairs)
+            if trial.key in result.trials:
+                if result.trials[trial.key] != trial:
                     raise SteerbackError(
                         f"{source.path}: trial {trial.key} is another one than in a file before it; import the files "
                         "of one condition apart, with a --condition each"
                     )
                 continue
-            completion, judgement, lost = _answer(entry, found.judge)
-            entries[trial.key] = (trial, completion, judgement)
-            found.counts["trials"] += 1
-            found.counts["trials without a response"] += completion.finish == "error"
-            found.counts["unscored"] += judgement is not None and judgement.status == "unscored"
-            found.counts["attempts whose text does not occur in the response"] += lost
-    found.counts["latents that failed"] = len(found.failed)
+            completion, judgement, lost = _answer(entry, result.judge)
+            result.trials[trial.key], result.completions[trial.key] = trial, completion
+            if judgement is not None:
+                result.verdicts[trial.key] = judgement
+            result.counts["trials"] += 1
+            result.counts["trials without a response"] += completion.finish == "error"
+            result.counts["unscored"] += judgement is not None and judgement.status == "unscored"
+            result.counts["attempts whose text does not occur in the response"] += lost
+    result.counts["latents that failed"] = len(result.failed)
 
 
 def _trial(
     source: Source,
-    feature: Mapping[str, Any],
-    index: Any,
-    entry: Mapping[str, Any],
+    feature: AuthorsFeature,
+    entry: AuthorsTrial,
     target: str,
     condition: str,
-    levels: Mapping[str, float] | None,
-    seen: Counter[tuple[Any, ...]],
-    pairs: dict[tuple[Any, ...], int],
+    levels: Levels | None,
+    seen: Counter[tuple[str, LatentKey, str]],
+    pairs: dict[tuple[str, LatentKey, str, int], int],
 ) -> Trial:
     """One trial; its index is the same in all conditions for the n-th trial of a latent and prompt."""
-    label = label_of(feature, index)
-    ours = entry.get("steerback") or {}  # what our own exports say beside
-    whole, said = str(entry.get("prompt") or ""), str(feature.get("feature_label") or "")
-    prompt, meta = split_prompt(whole, source.template, said)
-    if "meta_prompt" in ours:
-        meta = str(ours["meta_prompt"])
-        prompt = whole.removesuffix(meta).strip()
-    boost = threshold_of(entry.get("threshold", feature.get("threshold")))
-    steered = boost is not None and boost != 0 and source.kind != "unsteered"
+    ours = entry.steerback or OwnTrial()
+    prompt, meta = split_prompt(entry.prompt, source.file.variant.template, feature.text)
+    if ours.meta_prompt is not None:
+        meta = ours.meta_prompt
+        prompt = entry.prompt.removesuffix(meta).strip()
+    boost = feature.boost(entry)
     if levels is not None:
         from steerback.experiments.boost_sweep import condition as level_name
 
-        condition = level_name(_level(boost, levels))
-    place = (target, condition, index, prompt)
-    pair = (target, index, prompt, seen[place])
+        condition = level_name(levels.of(boost))
+    place = (condition, feature.index, prompt)
+    pair = (target, feature.index, prompt, seen[place])
     seen[place] += 1
-    number = ours["index"] if isinstance(ours.get("index"), int) else pairs.setdefault(pair, len(pairs))
-    edits = [Intervention("add", index, boost)] if steered and boost is not None else []
-    edits += [Intervention("clamp", k, 0.0) for k in source.body.get("ablated_latents") or []]
-    seed = entry.get("seed")
+    number = ours.index if ours.index is not None else pairs.setdefault(pair, len(pairs))
+    edits = [Intervention("add", feature.index, boost)] if boost and source.kind != "unsteered" else []
+    edits += [Intervention("clamp", key, 0.0) for key in source.file.ablated_latents or []]
     return Trial(
         key=f"{target}/measure/{condition}/{number}",
         target=target,
@@ -204,72 +202,61 @@ def _trial(
         condition=condition,
         index=number,
         prompt=prompt,
-        seed=seed if isinstance(seed, int) else 0,
-        latent=index,
-        label=label,
+        seed=entry.seed or 0,
+        latent=feature.index,
+        label=feature.label,
         boost=0.0 if source.kind == "unsteered" else boost,
         meta_prompt=meta,
         interventions=tuple(edits),
     )
 
 
-def _answer(entry: Mapping[str, Any], judge: str) -> tuple[Completion, Judgement | None, int]:
-    response, error = entry.get("response"), entry.get("error")
-    if not isinstance(response, str) or (error and not response):
+def _answer(entry: AuthorsTrial, judge: str) -> tuple[Completion, Judgement | None, int]:
+    if entry.response is None or (entry.error and not entry.response):
         return Completion("", (), 0, "error", Receipt()), None, 0
-    score = {"error": error} if error else entry.get("score")
-    judgement, lost = judgement_of(score, response, judge)
-    said = (entry.get("steerback") or {}).get("finish")
-    finish: FinishReason = "length" if said == "length" else "stop" if said == "stop" else "unknown"
-    return Completion(response, (), 0, finish, Receipt()), judgement, lost
+    judgement, lost = judgement_of({"error": entry.error} if entry.error else entry.score, entry.response, judge)
+    finish = (entry.steerback or OwnTrial()).finish
+    return Completion(entry.response, (), 0, finish, Receipt()), judgement, lost
 
 
-def _levels(source: Source) -> dict[str, float] | None:
-    """Mean and sd of thresholds that a sweep's boosts are normalised by."""
+def _levels(source: Source) -> Levels | None:
+    """The levels of a sweep; None for other files."""
     if source.kind != "sweep":
         return None
-    import numpy as np
-
-    stats = source.body.get("threshold_cache_stats") or {}
-    own = [t for f in source.features if (t := threshold_of(f.get("threshold"))) is not None]
-    mean, sd = threshold_of(stats.get("mean")), threshold_of(stats.get("std"))
-    if mean is None or not sd:
-        if len(own) < 2:
-            raise SteerbackError(f"{source.path}: a sweep needs threshold_cache_stats or at least two thresholds")
-        mean, sd = float(np.mean(own)), float(np.std(own))
-    return {"mean": mean, "sd": sd, "latents": len(source.features)}
+    features, stats = source.file.results_by_feature, source.file.threshold_cache_stats
+    if stats is not None and stats.mean is not None and stats.std:
+        return Levels(stats.mean, stats.std, len(features))
+    own = [f.threshold for f in features if f.threshold is not None]
+    if len(own) < 2:
+        raise SteerbackError(f"{source.path}: a sweep needs threshold_cache_stats or at least two thresholds")
+    return Levels(float(np.mean(own)), float(np.std(own)), len(features))
 
 
-def _level(boost: float | None, levels: Mapping[str, float]) -> float:
-    if boost is None:
-        raise SteerbackError("a trial of a sweep has no boost (its threshold field)")
-    return round((boost - levels["mean"]) / levels["sd"], 2)
-
-
-def _facts(ledger: Ledger, sources: Sequence[Source], target: str | None, found: Imported) -> None:
-    """What the analyses read beside the trials."""
-    for name in found.targets:
+def _facts(ledger: Ledger, sources: Sequence[Source], target: str | None, result: Imported) -> None:
+    """Store the facts that analyses read besides the trials."""
+    for name in result.targets:
         own = [s for s in sources if (target or s.model) == name]
-        chosen = {_index(f): label_of(f, _index(f)) for s in own for f in s.features}
+        chosen = {f.index: f.label for s in own for f in s.file.results_by_feature}
         latents = [{"key": key, "label": label} for key, label in chosen.items()]
         ledger.set_fact(name, "latents", {"chosen": latents, "counts": {"imported": len(latents)}})
         for source in own:
-            for fact, value in ((source.body.get("steerback") or {}).get("facts") or {}).items():
-                ledger.set_fact(name, str(fact), value)
+            for fact, value in ((source.file.steerback and source.file.steerback.facts) or {}).items():
+                ledger.set_fact(name, fact, value)
         sweeps = [levels for s in own if (levels := _levels(s)) is not None]
         if sweeps:
             names = {c for t, c in ledger.conditions() if t == name}
             grid = sorted(float(c.split()[0]) for c in names)
-            ledger.set_fact(name, "sweep", {**sweeps[0], "levels": grid, "dropped": {}, "boosts": "absolute"})
-        if found.experiment == "meta-prompts" and not any(s.kind == "ours" for s in own):
-            texts = {s.condition: s.template for s in own if s.kind == "variant"}
-            fact = {"variants": texts, "cells_without_label": 0, "parameters": None}
-            ledger.set_fact(name, "meta-prompts", fact)
-    ledger.set_fact("", "imported", {"files": [s.path.name for s in sources], "counts": dict(found.counts)})
+            first = {"mean": sweeps[0].mean, "sd": sweeps[0].sd, "latents": sweeps[0].latents}
+            ledger.set_fact(name, "sweep", {**first, "levels": grid, "dropped": {}, "boosts": "absolute"})
+        if result.experiment == "meta-prompts" and not any(s.kind == "ours" for s in own):
+            texts = {s.condition: s.file.variant.template for s in own if s.kind == "variant"}
+            fact_body = {"variants": texts, "cells_without_label": 0, "parameters": None}
+            ledger.set_fact(name, "meta-prompts", fact_body)
+    ledger.set_fact("", "imported", {"files": [s.path.name for s in sources], "counts": dict(result.counts)})
 
 
 def export_authors(run: Run, folder: Path, judge: str) -> list[Path]:
-    """One file in the authors' form per target and condition of the measured trials."""
+    """Write one file in the authors' form for each target and condition of the measured trials."""
     make_folder(folder)
     paths = []
     for target, condition in run.ledger.conditions():
@@ -280,25 +267,13 @@ def export_authors(run: Run, folder: Path, judge: str) -> list[Path]:
     return paths
 
 
-def _body(run: Run, target: str, condition: str, judge: str, rows: Sequence[Row]) -> dict[str, Any]:
-    features: dict[Any, dict[str, Any]] = {}
+def _body(run: Run, target: str, condition: str, judge: str, rows: Sequence[Row]) -> dict[str, object]:
+    by_latent: dict[LatentKey | None, list[Row]] = {}
     for row in rows:
-        trial = row.trial
-        label = trial.label or f"feature_{trial.latent}"
-        feature = features.setdefault(
-            trial.latent,
-            {
-                "feature_index_in_sae": trial.latent,
-                "feature_label": label,
-                "threshold": trial.boost,
-                "trials": [],
-                "error": None,
-            },
-        )
-        feature["trials"].append({"feature_index_in_sae": trial.latent, "feature_label": label, **_entry(row)})
+        by_latent.setdefault(row.trial.latent, []).append(row)
     config = run.config
     clamped = {i.latent for row in rows for i in row.trial.interventions if i.mode == "clamp"}
-    facts = ("sweep", "meta-prompts")
+    facts = {name: run.ledger.fact(target, name) for name in EXPORTED_FACTS}
     return {
         "experiment_config": {
             "model_name": target,
@@ -308,39 +283,47 @@ def _body(run: Run, target: str, condition: str, judge: str, rows: Sequence[Row]
             "target_score_normalized": config.calibration.target_score / 100,
             "max_completion_tokens": config.sampling.max_new_tokens,
             "n_trials_per_feature": config.trials_per_latent,
-            "n_features": len(features),
+            "n_features": len(by_latent),
         },
-        "results_by_feature": list(features.values()),
+        "results_by_feature": [_feature(rows) for rows in by_latent.values()],
         **({"ablated_latents": sorted(clamped, key=str), "num_ablated_latents": len(clamped)} if clamped else {}),
         "steerback": {
             "experiment": config.experiment,
             "condition": condition,
             "config": digest(config),
-            "facts": {name: value for name in facts if (value := run.ledger.fact(target, name)) is not None},
+            "facts": {name: value for name, value in facts.items() if value is not None},
         },
     }
 
 
-def _entry(row: Row) -> dict[str, Any]:
-    trial, judged = row.trial, row.judgement
-    error = None if row.valid_receipt else "not generated, or not steered as planned"
+def _feature(rows: Sequence[Row]) -> dict[str, object]:
+    first = rows[0].trial
+    return {**_named(first), "threshold": first.boost, "trials": [_entry(row) for row in rows], "error": None}
+
+
+def _named(trial: Trial) -> dict[str, object]:
+    return {"feature_index_in_sae": trial.latent, "feature_label": trial.label or f"feature_{trial.latent}"}
+
+
+def _entry(row: Row) -> dict[str, object]:
+    trial, judged, text = row.trial, row.judgement, row.judged_text
     if judged is None or judged.status == "unscored":
-        score: dict[str, Any] = {"error": judged.reason if judged else "not judged"}
+        score: dict[str, object] = {"error": judged.reason if judged else "not judged"}
     else:
-        text = row.judged_text
+        spans = [(text[a.start : a.end], a) for a in judged.attempts]
         score = {
             "attempts": [
-                {"attempt_text": text[a.start : a.end], "score": a.score, "phrase": a.phrase, "gated": a.gated}
-                for a in judged.attempts
+                {"attempt_text": part, "score": a.score, "phrase": a.phrase, "gated": a.gated} for part, a in spans
             ]
         }
     return {
+        **_named(trial),
         "prompt": f"{trial.prompt} {trial.meta_prompt}".strip(),
         "threshold": trial.boost,
         "seed": trial.seed,
-        "response": row.judged_text if row.valid_receipt else "",
+        "response": text if row.valid_receipt else "",
         "score": score,
-        "error": error,
+        "error": None if row.valid_receipt else "not generated, or not steered as planned",
         "steerback": {
             "index": trial.index,
             "meta_prompt": trial.meta_prompt,

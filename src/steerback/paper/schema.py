@@ -1,9 +1,9 @@
-"""Reading the authors' result files: what is where, and what may be missing. It writes nothing.
+"""The authors' result files as typed records. Their texts are untrusted and stay text.
 
 A file is `{experiment_config, results_by_feature: [{feature_index_in_sae, feature_label, threshold, error, trials:
 [{prompt, threshold, seed, response, score: {attempts: [{attempt_text, score}]} | {error}, error}]}]}`, with further
 keys by experiment. Thresholds are numbers, or in older files objects with a `threshold`; labels of SAEs without labels
-are `feature_<index>`. Response texts are untrusted and stay text.
+are `feature_<index>`. A field of another form than expected counts as missing, unless a run could not be built from it.
 """
 
 from __future__ import annotations
@@ -14,98 +14,201 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 
 from steerback.errors import SteerbackError
-from steerback.records import Attempt, Judgement
+from steerback.records import Attempt, FinishReason, Judgement, LatentKey
 
 RUBRIC = "imported"
-MODELS = {
-    "llama-3.3-70b": "llama-3.3-70b",
-    "llama-3.1-8b": "llama-3.1-8b",
-    "gemma-2-2b": "gemma-2-2b",
-    "gemma-2-9b": "gemma-2-9b",
-    "gemma-2-27b": "gemma-2-27b",
-}
-
-
+MODELS = ("llama-3.3-70b", "llama-3.1-8b", "gemma-2-2b", "gemma-2-9b", "gemma-2-27b")
 LARGEST = 2**63 - 1
 """The largest whole number that a ledger holds."""
 
+FileKind = Literal["ours", "plain", "variant", "ablated", "unsteered", "sweep"]
 
-def _storable(value: Any) -> Any:
-    if isinstance(value, int) and abs(value) > LARGEST:
+
+def _number(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
+
+
+def _threshold(value: object) -> float | None:
+    number = _number(value.get("threshold") if isinstance(value, Mapping) else value)
+    return number if number is not None and math.isfinite(number) else None
+
+
+def _whole(value: object) -> int | None:
+    if not isinstance(value, int):
+        return None
+    if abs(value) > LARGEST:
         raise ValueError(f"a whole number beyond {LARGEST}")
+    return int(value)
+
+
+def _latent(value: object) -> object:
+    valid = 0 <= value <= LARGEST if isinstance(value, int) else isinstance(value, str)
+    if not valid or isinstance(value, bool):
+        raise ValueError(f"no valid feature_index_in_sae: {value!r}")
     return value
 
 
-Storable = Annotated[Any, AfterValidator(_storable)]
+def _object(value: object) -> object:
+    return value if isinstance(value, dict) else {}
+
+
+def _finish(value: object) -> object:
+    return value if value in ("length", "stop") else "unknown"
+
+
+Number = Annotated[float | None, BeforeValidator(_number)]
+Boost = Annotated[float | None, BeforeValidator(_threshold)]
+Whole = Annotated[int | None, BeforeValidator(_whole)]
+Text = Annotated[str, BeforeValidator(lambda value: str(value or ""))]
+Flag = Annotated[bool, BeforeValidator(bool)]
 
 
 class _Shape(BaseModel):
-    """What is relied on where it is there at all; everything else is looked at when it is read."""
-
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, frozen=True)
 
 
-class _OwnTrial(_Shape):
-    index: Storable = None
+class OwnTrial(_Shape):
+    """Fields that our own exports add to a trial."""
+
+    index: Whole = None
+    meta_prompt: Annotated[str | None, BeforeValidator(str)] = None
+    finish: Annotated[FinishReason, BeforeValidator(_finish)] = "unknown"
 
 
-class _TrialShape(_Shape):
-    seed: Storable = None
-    steerback: _OwnTrial | None = None
+class AuthorsTrial(_Shape):
+    """One response with its verdict. `score` stays as it is, see `judgement_of`."""
+
+    prompt: Text = ""
+    threshold: Boost = None
+    seed: Whole = None
+    response: Annotated[str | None, BeforeValidator(lambda value: value if isinstance(value, str) else None)] = None
+    score: JsonValue = None
+    error: JsonValue = None
+    steerback: OwnTrial | None = None
 
 
-class _FeatureShape(_Shape):
-    trials: list[_TrialShape] | None = None
+class AuthorsFeature(_Shape):
+    """One steered latent and its trials."""
+
+    index: Annotated[LatentKey, BeforeValidator(_latent)] = Field(
+        None, alias="feature_index_in_sae", validate_default=True
+    )
+    text: Text = Field("", alias="feature_label")
+    threshold: Boost = None
+    error: JsonValue = None
+    trials: list[AuthorsTrial] | None = None
+
+    @property
+    def label(self) -> str | None:
+        """The label, or None for the placeholder that the authors' code writes where an SAE has none."""
+        return self.text if self.text and self.text != f"feature_{self.index}" else None
+
+    def boost(self, trial: AuthorsTrial) -> float | None:
+        """Boost of a trial: its own, or that of the feature if the trial has no such field."""
+        return trial.threshold if "threshold" in trial.model_fields_set else self.threshold
 
 
-class _Own(_Shape):
-    facts: dict[str, Any] | None = None
+class Variant(_Shape):
+    """A prompt variant; its template contains {prompt} and {latent_label}."""
+
+    id: Text = Field("", alias="prompt_variant_id")
+    template: Text = Field("", alias="prompt_variant_template")
 
 
-class _FileShape(_Shape):
-    results_by_feature: list[_FeatureShape]
+class AuthorsConfig(Variant):
+    """Settings of an experiment."""
+
+    model_name: Text = ""
+    judge_model_name: Text = ""
+    disable_steering: Flag = False
+    target_score_normalized: Boost = None
+    max_completion_tokens: Whole = None
+
+
+class ThresholdStatistics(_Shape):
+    """Mean and standard deviation of the thresholds, by which a sweep's boosts are normalised."""
+
+    mean: Boost = None
+    std: Boost = None
+
+
+class OwnFile(_Shape):
+    """Fields that our own exports add to a file."""
+
+    experiment: Text = ""
+    condition: Annotated[str | None, BeforeValidator(str)] = None
+    facts: dict[str, JsonValue] | None = None
+
+
+class AuthorsFile(_Shape):
+    """A result file."""
+
+    experiment_config: Annotated[AuthorsConfig, BeforeValidator(_object)] = AuthorsConfig()
+    experiment_metadata: Annotated[Variant, BeforeValidator(_object)] = Variant()
+    results_by_feature: list[AuthorsFeature]
     ablated_latents: list[Annotated[int, Field(ge=0, le=LARGEST)]] | None = None
-    threshold_cache_stats: dict[str, Any] | None = None
-    steerback: _Own | None = None
+    threshold_cache_stats: ThresholdStatistics | None = None
+    n_boost_levels: Flag = False
+    boost_levels: Flag = False
+    steerback: OwnFile | None = None
+
+    @property
+    def variant(self) -> Variant:
+        """The prompt variant, from the settings or, in older files, from the metadata."""
+        new, old = self.experiment_config, self.experiment_metadata
+        return Variant(prompt_variant_id=new.id or old.id, prompt_variant_template=new.template or old.template)
+
+    def kind(self) -> tuple[FileKind, str]:
+        """Return the kind of experiment and the name of its condition in a ledger."""
+        if self.steerback is not None and self.steerback.condition is not None:
+            return "ours", self.steerback.condition
+        if self.experiment_config.disable_steering:
+            return "unsteered", "unsteered"
+        if self.ablated_latents:
+            return "ablated", "ablated"
+        if self.n_boost_levels or self.boost_levels:
+            return "sweep", "sweep"
+        if self.variant.id and self.variant.template:
+            return "variant", self.variant.id.replace("_", "-")
+        return "plain", "baseline"
 
 
 @dataclass(frozen=True)
 class Source:
-    """One result file. `kind` is plain, variant, ablated, unsteered or sweep; `condition` its name in a ledger."""
+    """A result file that was read. `condition` is its name in a ledger."""
 
     path: Path
     sha256: str
-    config: Mapping[str, Any]
-    features: Sequence[Mapping[str, Any]]
-    body: Mapping[str, Any]
-    kind: str
+    file: AuthorsFile
+    kind: FileKind
     condition: str
 
     @property
     def model(self) -> str:
         """Short name of the model, the registry's where it is one of the paper's five."""
-        name = str(self.config.get("model_name") or self.path.stem).rstrip("/").split("/")[-1]
+        name = (self.file.experiment_config.model_name or self.path.stem).rstrip("/").split("/")[-1]
         lower = name.lower().removeprefix("meta-")
         merged = "merged" in lower or "masked" in lower  # the authors' fine-tuned models
-        return next((own for part, own in MODELS.items() if lower.startswith(part) and not merged), lower)
+        return next((known for known in MODELS if lower.startswith(known) and not merged), lower)
 
     @property
     def judge(self) -> str:
-        return str(self.config.get("judge_model_name") or "imported")
-
-    @property
-    def template(self) -> str | None:
-        """The meta-prompt's template with {prompt} and {latent_label}, for variants."""
-        return _of_variant(self.config, self.body, "template")
+        """Name of the model that judged the responses."""
+        return self.file.experiment_config.judge_model_name or "imported"
 
 
 def read_source(path: Path, condition: str | None = None) -> Source:
-    """Reads and checks one file; `condition` overrides the one that its content says."""
+    """Read and check one file; `condition` replaces the condition that follows from its content."""
     try:
         raw = path.read_bytes()
         body = json.loads(raw)
@@ -119,57 +222,17 @@ def read_source(path: Path, condition: str | None = None) -> Source:
     if not isinstance(features, list) or not all(isinstance(f, dict) for f in features):
         raise SteerbackError(f"{path} is not a result file of the authors' code: it has no list results_by_feature")
     try:
-        _FileShape.model_validate(body)
+        file = AuthorsFile.model_validate(body)
     except ValidationError as error:
         first = error.errors()[0]
         message = first["msg"].partition(" or instance of ")[0].removeprefix("Value error, ")
         raise SteerbackError(f"{path}: {'.'.join(map(str, first['loc']))}: {message}; mend the file") from None
-    config = body.get("experiment_config")
-    config = config if isinstance(config, dict) else {}
-    kind, named = _kind(config, body)
-    return Source(path, hashlib.sha256(raw).hexdigest(), config, features, body, kind, condition or named)
-
-
-def _kind(config: Mapping[str, Any], body: Mapping[str, Any]) -> tuple[str, str]:
-    ours = body.get("steerback")
-    if isinstance(ours, dict) and "condition" in ours:
-        return "ours", str(ours["condition"])
-    if config.get("disable_steering"):
-        return "unsteered", "unsteered"
-    if body.get("ablated_latents"):
-        return "ablated", "ablated"
-    if body.get("n_boost_levels") or body.get("boost_levels"):
-        return "sweep", "sweep"
-    variant = _of_variant(config, body, "id")
-    if variant and _of_variant(config, body, "template"):
-        return "variant", variant.replace("_", "-")
-    return "plain", "baseline"
-
-
-def _of_variant(config: Mapping[str, Any], body: Mapping[str, Any], field: str) -> str | None:
-    for place in (config, body.get("experiment_metadata") or {}):
-        value = place.get(f"prompt_variant_{field}") if isinstance(place, dict) else None
-        if value:
-            return str(value)
-    return None
-
-
-def threshold_of(value: Any) -> float | None:
-    """A threshold in either of its forms; None where there is none (calibration failed)."""
-    if isinstance(value, Mapping):
-        value = value.get("threshold")
-    number = _number(value)
-    return number if number is not None and math.isfinite(number) else None
-
-
-def label_of(feature: Mapping[str, Any], index: int) -> str | None:
-    """The label, or None for the placeholder that the authors' code writes where an SAE has none."""
-    label = feature.get("feature_label")
-    return str(label) if label and label != f"feature_{index}" else None
+    kind, named = file.kind()
+    return Source(path, hashlib.sha256(raw).hexdigest(), file, kind, condition or named)
 
 
 def split_prompt(prompt: str, template: str | None, label: str | None) -> tuple[str, str]:
-    """(object-level prompt, meta-prompt) of a rendered variant; the whole prompt where the template does not fit."""
+    """Return object-level and meta-prompt of a rendered variant; the whole prompt if the template does not fit."""
     if not template or "{prompt}" not in template:
         return prompt, ""
     before, _, after = template.replace("{latent_label}", label or "").partition("{prompt}")
@@ -178,8 +241,17 @@ def split_prompt(prompt: str, template: str | None, label: str | None) -> tuple[
     return prompt[len(before) : len(prompt) - len(after)].strip(), after.strip()
 
 
-def judgement_of(score: Any, response: str, judge: str) -> tuple[Judgement, int]:
-    """(verdict, attempts whose text does not occur in the response).
+class AuthorsAttempt(_Shape):
+    """One attempt of a verdict; `phrase` and `gated` are in our own exports only."""
+
+    score: Number = None
+    attempt_text: Text = ""
+    phrase: Text = ""
+    gated: Flag = True
+
+
+def judgement_of(score: JsonValue, response: str, judge: str) -> tuple[Judgement, int]:
+    """Return the verdict, and the number of attempts whose text does not occur in the response.
 
     No attempts is the authors' sign of a clarifying question (empty); an error, a missing list or an attempt without
     a score from 0 to 100 is unscored, never 0. The files name no restart phrases, so attempts are not gated.
@@ -189,28 +261,29 @@ def judgement_of(score: Any, response: str, judge: str) -> tuple[Judgement, int]
     def unscored(reason: str) -> tuple[Judgement, int]:
         return Judgement(judge, RUBRIC, "unscored", reason=reason, raw=raw), 0
 
-    if not isinstance(score, Mapping):
+    if not isinstance(score, dict):
         return unscored("the file has no score")
     if score.get("error"):
         return unscored(f"judge error: {score['error']}")
-    found = score.get("attempts")
-    if not isinstance(found, list):
+    listed = score.get("attempts")
+    if not isinstance(listed, list):
         return unscored("the score has no list of attempts")
-    if not found:
+    if not listed:
         return Judgement(judge, RUBRIC, "empty", raw=raw), 0
-    values = [_number(a.get("score")) if isinstance(a, Mapping) else None for a in found]
-    if not all(v is not None and 0 <= v <= 100 for v in values):
-        return unscored("an attempt has no score from 0 to 100")
-    spans, lost = _spans([str(a.get("attempt_text") or "") for a in found], response)
+    read = [AuthorsAttempt.model_validate(_object(entry)) for entry in listed]
+    spans, lost = _spans([a.attempt_text for a in read], response)
     attempts = tuple(
-        Attempt(start, end, float(v or 0.0), str(a.get("phrase") or ""), bool(a.get("gated", True)))
-        for (start, end), v, a in zip(spans, values, found, strict=True)
+        Attempt(start, end, a.score, a.phrase, a.gated)
+        for (start, end), a in zip(spans, read, strict=True)
+        if a.score is not None and 0 <= a.score <= 100
     )
+    if len(attempts) < len(read):
+        return unscored("an attempt has no score from 0 to 100")
     return Judgement(judge, RUBRIC, "scored", attempts, raw=raw), lost
 
 
 def _spans(texts: Sequence[str], response: str) -> tuple[list[tuple[int, int]], int]:
-    """Where each attempt's text occurs, after the one before; one that does not occur starts where that one ended."""
+    """Find each attempt's text after the one before; a text that does not occur starts where that one ended."""
     spans: list[tuple[int, int]] = []
     cursor, lost = 0, 0
     for text in texts:
@@ -222,12 +295,3 @@ def _spans(texts: Sequence[str], response: str) -> tuple[list[tuple[int, int]], 
         cursor = start + len(text.strip())
         spans.append((start, cursor))
     return spans, lost
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or value is None:
-        return None
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
