@@ -114,7 +114,7 @@ def loaded(given: argparse.Namespace, folder: Path) -> tuple[Any, dict[str, floa
     import torch
 
     from steerback.targets import SaeSource
-    from steerback.targets.sae import load_sae
+    from steerback.targets.sae_files import load_sae
 
     torch.set_num_threads(given.threads)
     source = SaeSource(str(folder), given.formats[0], layer=0)
@@ -135,10 +135,10 @@ def step_load(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Reading and checking: shapes, layer, no NaN or infinity anywhere."""
     import torch
 
-    import steerback.targets.formats
+    import steerback.targets.sae_files
 
     assert torch.__version__
-    assert steerback.targets.formats.FORMATS  # imports are not loading
+    assert steerback.targets.sae_files.FORMATS  # imports are not loading
     before = memory()
     _, times = loaded(given, folder)
     return {**times, "before_gb": before["peak_gb"], **memory()}

@@ -32,7 +32,7 @@ from steerback.records import Intervention, Request, Sampling
 from steerback.study.study import Study
 from steerback.targets import BoostPrior, Target, resolve
 from steerback.targets.directions import (
-    Facts,
+    DirectionFacts,
     difference_of_means,
     find_directions,
     load_directions,
@@ -44,7 +44,7 @@ from steerback.targets.directions import (
 from tiny import WORDS, collect
 
 VECTOR = torch.linspace(-1, 2, 32)
-FACTS = Facts(2, 3.0, 12.0, "a test", "tiny", ("one text",))
+FACTS = DirectionFacts(2, 3.0, 12.0, "a test", "tiny", ("one text",))
 
 
 @pytest.fixture(autouse=True)
@@ -88,8 +88,8 @@ def test_formats_hold_the_same_vector(tmp_path: Path) -> None:
     ):
         torch.testing.assert_close(read_vector(tmp_path / name, 2), VECTOR * times, atol=3e-3, rtol=0)
     assert read_facts(tmp_path / "own.safetensors") == FACTS
-    assert read_facts(tmp_path / "other.safetensors") == read_facts(tmp_path / "array.npy") == Facts()
-    found = find_directions(str(tmp_path), "x")
+    assert read_facts(tmp_path / "other.safetensors") == read_facts(tmp_path / "array.npy") == DirectionFacts()
+    found = find_directions([str(tmp_path)], "x")
     assert dict(found).keys() == {"array", "control", "half", "layers", "other", "own"}
     for vector in load_directions(found, 2, "x").values():
         assert vector.norm() == pytest.approx(1, abs=1e-5)
@@ -115,8 +115,8 @@ def test_damaged_files_are_one_line(tmp_path: Path) -> None:
         ("a.gguf", "not a readable gguf file"),
         ("b.npy", "not a readable .npy file"),  # a pickle inside is not run
         ("c.npy", r"shape \(2, 32\), expected one vector"),
-        ("d.npy", "zero or contains NaN"),
-        ("e.npy", "zero or contains NaN"),
+        ("d.npy", "is zero, contains NaN"),
+        ("e.npy", "is zero, contains NaN"),
         ("f.safetensors", "holds no vector for layer 2; it has x, y"),
         ("g.gguf", "holds no vector for layer 2; it has direction.1"),
         ("h.pt", "unknown suffix; readable are .safetensors, .npy, .gguf"),
@@ -203,7 +203,7 @@ def test_a_file_is_taken_over_with_the_residuals_norm(engine: TransformersEngine
 
 def test_a_boost_is_the_norm_of_what_is_added(tmp_path: Path) -> None:
     save_direction(tmp_path / "own.safetensors", 7 * VECTOR, FACTS)
-    files = find_directions(str(tmp_path), "tiny")
+    files = find_directions([str(tmp_path)], "tiny")
     engine = TransformersEngine.from_loaded(
         tiny.assemble(tiny.target(), tiny.model(), tiny.tokenizer(), None, directions=("own",)),
         directions=load_directions(files, 2, "tiny"),
@@ -220,7 +220,7 @@ def test_a_boost_is_the_norm_of_what_is_added(tmp_path: Path) -> None:
 
 
 def write(target: str, name: str) -> None:
-    facts = Facts(3, 2.0, 60.0, contexts=("Lava flows.",))
+    facts = DirectionFacts(3, 2.0, 60.0, contexts=("Lava flows.",))
     save_direction(user_directions(target) / f"{name}.safetensors", torch.ones(160), facts)
 
 

@@ -15,7 +15,7 @@ from hub_server import Site, serve
 from steerback.cli import main
 from steerback.errors import SteerbackError
 from steerback.targets import label_fetch, resolve
-from steerback.targets.label_files import read_label_file, read_user_labels, store_labels, user_labels_folder
+from steerback.targets.labels import read_label_file, read_user_labels, store_labels, user_labels_folder
 
 PLACE = "gemma-2-2b/16-gemmascope-res-16k"
 

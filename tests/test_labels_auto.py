@@ -25,7 +25,7 @@ from steerback.latents.labelling import snippets, token_words, top_words
 from steerback.latents.texts import usual_texts
 from steerback.organism.corpus import topic
 from steerback.targets import resolve
-from steerback.targets.label_files import read_user_labels
+from steerback.targets.labels import read_user_labels
 from tiny import WORDS
 
 TEXTS = [" ".join(WORDS[n : n + 6]) for n in range(10)]

@@ -69,3 +69,11 @@ def test_the_installed_wheel_runs_from_an_empty_folder(built: Path, tmp_path: Pa
     assert said.startswith(str(site))
     if done.returncode == 2:  # so few trials may calibrate no latent; anything else is a fault
         assert "no latent reached target score" in done.stderr
+
+
+def test_the_version_is_that_of_the_project() -> None:
+    import tomllib
+
+    import steerback
+
+    assert steerback.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]

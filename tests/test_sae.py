@@ -15,7 +15,8 @@ from reference_llama import encode
 from steerback.engines.loading import on_device
 from steerback.engines.steering import GROUP, Columns
 from steerback.errors import SteerbackError
-from steerback.targets.sae import TENSORS, Sae, load_sae, save_native
+from steerback.targets.sae import TENSORS, Sae, save_native
+from steerback.targets.sae_files import load_sae
 
 KINDS = ("relu", "jumprelu", "topk")
 
@@ -76,10 +77,14 @@ def damage(folder: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "gated"}, "unknown SAE kind.*'gated'; choose one of: relu, jumprelu, topk"),
+        ({"kind": "gated"}, "kind: Input should be 'relu', 'jumprelu' or 'topk', not 'gated'"),
         ({"kind": "topk"}, "needs k between 1 and 64"),
-        ({"layer": "2"}, "expected"),
-        ({"layer": -1}, "layer -1"),
+        ({"layer": "2"}, "layer: Input should be a valid integer, not '2'"),
+        ({"layer": 2.5}, "layer: Input should be a valid integer"),
+        ({"layer": -1}, "layer: .*, not -1"),
+        ({"d_model": [32]}, "d_model: Input should be a valid integer"),
+        ({"k": "six"}, "k: Input should be a valid integer, not 'six'"),
+        ({"boost_prior": {"mean": 1}}, "boost_prior: .*should be {mean, sd, low, high}"),
         ({"d_model": 33}, "says d_model 33, the weights say 32"),
         ({"n_latents": 1}, "n_latents 1"),
     ],

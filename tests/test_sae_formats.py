@@ -23,8 +23,8 @@ from hub_server import COMMIT, Site, serve
 from sae_files import LAYER, D, N, Reference, inputs, weights
 from steerback.errors import SteerbackError
 from steerback.targets import SaeSource
-from steerback.targets.formats import describe
-from steerback.targets.sae import TENSORS, Sae, load_sae, save_native
+from steerback.targets.sae import TENSORS, Sae, save_native
+from steerback.targets.sae_files import describe, load_sae
 
 W = weights()
 
@@ -302,7 +302,7 @@ def test_an_sae_of_something_else_is_refused(tmp_path: Path) -> None:
         return str(caught.value)
 
     assert "encoder_linear.weight, encoder_linear.bias" in said("other.pt", "goodfire", layer=0)
-    assert "W_enc, b_enc, W_dec, b_dec, threshold missing; found a" in said("other.npz", "gemma-scope", layer=0)
+    assert "w_enc, b_enc, w_dec, b_dec, threshold missing; found a" in said("other.npz", "gemma-scope", layer=0)
     assert "w_enc, b_enc" in said("params.safetensors", "gemma-scope-2", layer=0)
     assert "unknown SAE format 'gemmascope'; choose one of: steerback, goodfire" in said(".", "gemmascope")
     assert "no such folder or file, nor the name of a repository" in said("nowhere", "goodfire")

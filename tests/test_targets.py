@@ -59,9 +59,9 @@ def test_builtin_targets_are_listed_and_unknown_names_list_the_choices() -> None
 
 
 def test_entries_are_checked(folder: Path) -> None:
-    with pytest.raises(SteerbackError, match="unknown key of target 'little' 'stear_layer'"):
+    with pytest.raises(SteerbackError, match="target 'little': unknown setting 'stear_layer'"):
         from_folder(folder, stear_layer=1)
-    with pytest.raises(SteerbackError, match="unknown dtype of target 'little' 'float8'; choose one of: float32"):
+    with pytest.raises(SteerbackError, match="'little': dtype: Input should be 'float32' or 'bfloat16', not 'float8'"):
         from_folder(folder, dtype="float8")
     with pytest.raises(SteerbackError, match="needs sd > 0"):
         BoostPrior(1, 0, 0, 2)

@@ -5,16 +5,17 @@ Importing the package loads no heavy library; `load_target` and the engines impo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from steerback.errors import VERSION as __version__
+
 __all__ = ["__version__", "load_target"]
 
 if TYPE_CHECKING:
     from steerback.api import load_target
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name == "load_target":
         from steerback.api import load_target
 

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -251,6 +251,8 @@ def parse(model: type[S], values: Mapping[str, Any], where: str) -> S:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         message = f"{where}: {field or 'values'}: {first['msg'].removeprefix('Value error, ')}"
+        if first["msg"].startswith("Input should") and isinstance(first["input"], str | int | float):
+            message += f", not {repr(first['input'])[:80]}"
         if first["type"] == "extra_forbidden":
             known = ", ".join(_choices(model, first["loc"]))
             message = f"{where}: unknown setting {field!r}; {f'choose one of: {known}' if known else 'there are none'}"
@@ -319,9 +321,10 @@ def _merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:
 
 def _choices(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     for part in location[:-1]:
-        inner = model.model_fields[str(part)].annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            model = inner
+        annotation = model.model_fields[str(part)].annotation
+        for inner in (annotation, *get_args(annotation)):  # the model itself, or the model or None
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                model = inner
     return sorted(model.model_fields)
 
 

@@ -1,8 +1,11 @@
-"""The one exception a user is meant to see."""
+"""The one exception a user is meant to see, and the version of the package, which every module may import."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+
+VERSION = "0.1.0"
+"""Of the package; pyproject.toml has the same."""
 
 
 class SteerbackError(Exception):

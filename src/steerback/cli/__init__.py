@@ -13,10 +13,9 @@ from typing import Annotated
 
 import typer
 
-from steerback import __version__
 from steerback.cli import finetuning, judging, labels, results, running, targets
 from steerback.cli.options import USER_FILE, TargetsFile
-from steerback.errors import SteerbackError
+from steerback.errors import VERSION, SteerbackError
 
 app = typer.Typer(
     name="steerback",
@@ -73,7 +72,7 @@ def fail(message: str) -> None:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(f"steerback {__version__}")
+        print(f"steerback {VERSION}")
         raise typer.Exit()
 
 

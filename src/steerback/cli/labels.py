@@ -13,7 +13,7 @@ from steerback.errors import SteerbackError, unknown
 if TYPE_CHECKING:
     from steerback.judging.transport import Transport
     from steerback.targets import Target
-    from steerback.targets.label_files import Stored
+    from steerback.targets.labels import StoredLabels
 
 
 def register(app: typer.Typer) -> None:
@@ -36,7 +36,7 @@ def show(
 ) -> None:
     """List a target's labels, where each is from, and how many latents have none."""
     from steerback.targets import resolve
-    from steerback.targets.label_files import read_user_labels
+    from steerback.targets.labels import read_user_labels
 
     chosen = resolve(target)
     labels, own = chosen.labels(), read_user_labels(chosen.user_key)
@@ -88,7 +88,7 @@ def import_command(
 ) -> None:
     """Take over labels from a file: CSV, Goodfire's tables, Neuronpedia's exports."""
     from steerback.targets import resolve
-    from steerback.targets.label_files import read_label_file
+    from steerback.targets.labels import read_label_file
 
     chosen = resolve(target)
     read = read_label_file(file.expanduser())
@@ -98,9 +98,9 @@ def import_command(
     _report(_store(chosen, read.labels, source, overwrite, str(file)), chosen)
 
 
-def _store(target: Target, labels: dict[int, str], source: str, overwrite: bool, where: str) -> Stored:
+def _store(target: Target, labels: dict[int, str], source: str, overwrite: bool, where: str) -> StoredLabels:
     """Keep labels read from `where`, unless they are another SAE's."""
-    from steerback.targets.label_files import store_labels
+    from steerback.targets.labels import store_labels
 
     if target.n_latents and labels and max(labels) >= target.n_latents:
         raise SteerbackError(
@@ -110,7 +110,7 @@ def _store(target: Target, labels: dict[int, str], source: str, overwrite: bool,
     return store_labels(target.user_key, labels, source, target.own_labels(), overwrite)
 
 
-def _report(stored: Stored, target: Target) -> None:
+def _report(stored: StoredLabels, target: Target) -> None:
     kept = f"; {stored.kept} latents had one and keep it (--overwrite replaces them)" if stored.kept else ""
     print(f"{stored.written} labels written to {stored.path}{kept}")
     print(_coverage(target))
@@ -135,7 +135,7 @@ def auto(
     from steerback.latents.contexts import top_contexts
     from steerback.latents.texts import read_texts, usual_texts
     from steerback.targets import resolve
-    from steerback.targets.label_files import user_labels_folder
+    from steerback.targets.labels import user_labels_folder
 
     chosen = resolve(target).with_directions(())
     asked = None if judge in (None, "offline") else _transport(str(judge), budget)

@@ -22,8 +22,8 @@ from steerback.errors import SteerbackError, unknown
 from steerback.records import digest
 from steerback.targets.download import commit_of
 from steerback.targets.fit import available_memory, check_ready, fetch
-from steerback.targets.formats import describe
-from steerback.targets.sae import Sae, load_sae
+from steerback.targets.sae import Sae
+from steerback.targets.sae_files import describe, load_sae
 
 if TYPE_CHECKING:
     from steerback.targets import Target

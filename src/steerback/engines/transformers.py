@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import steerback
 from steerback.engines.batch import DecodingBatch, Item, Queue, Shape
 from steerback.engines.checks import check_texts, checked
 from steerback.engines.interventions import ARITHMETIC_VERSION, check, check_directions
@@ -25,7 +24,7 @@ from steerback.engines.loading import LoadedModel, batch_rows, load, out_of_memo
 from steerback.engines.prompting import Spoken
 from steerback.engines.runner import Runner
 from steerback.engines.steering import Pass, Steering
-from steerback.errors import SteerbackError
+from steerback.errors import VERSION, SteerbackError
 from steerback.records import Completion, Intervention, Request, digest
 from steerback.targets.sae import Sae
 
@@ -112,7 +111,7 @@ class TransformersEngine:
         return {
             "engine": "transformers",
             "arithmetic": ARITHMETIC_VERSION,
-            "steerback": steerback.__version__,
+            "steerback": VERSION,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "device": self._device_name,

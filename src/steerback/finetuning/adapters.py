@@ -17,8 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steerback import __version__
-from steerback.errors import SteerbackError, unknown
+from steerback.errors import VERSION, SteerbackError, unknown
 from steerback.finetuning.mixes import hash_rows
 from steerback.finetuning.segments import Row, Tokens, encode, read_rows
 from steerback.finetuning.settings import Settings, from_mapping
@@ -88,7 +87,7 @@ def train_adapter(job: Job, say: Callable[[str], None] = print) -> dict[str, Any
         "settings": job.settings.to_json(),
         "training": {key: value for key, value in asdict(report).items() if key not in ("losses", "validation")},
         "validation_loss": [asdict(point) for point in report.validation[-1:]],
-        "versions": {"steerback": __version__} | {name: version(name) for name in PACKAGES},
+        "versions": {"steerback": VERSION} | {name: version(name) for name in PACKAGES},
         "machine": machine(),
         "commit": commit(),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from steerback.errors import SteerbackError
-from steerback.targets.directions import Facts, difference_of_means, read_facts, read_vector
+from steerback.targets.directions import DirectionFacts, difference_of_means, read_facts, read_vector
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +26,7 @@ LEAST = 3
 
 def from_texts(
     engine: TransformersEngine, positive: Sequence[str], negative: Sequence[str], layer: int, source: str
-) -> tuple[Tensor, Facts]:
+) -> tuple[Tensor, DirectionFacts]:
     """Mean residual of the positive texts minus that of the negative ones, (d,), and what is known of it.
 
     Raises SteerbackError for too few texts, texts on both sides, or means that do not differ.
@@ -42,11 +42,13 @@ def from_texts(
     vector = difference_of_means(high, low)
     if float(vector.norm()) == 0:
         raise SteerbackError("directions: the two lists of texts have the same mean; there is nothing to steer with")
-    facts = Facts(layer, float(vector.norm()), norm, source, contexts=tuple(positive[:CONTEXTS]))
+    facts = DirectionFacts(layer, float(vector.norm()), norm, source, contexts=tuple(positive[:CONTEXTS]))
     return vector, facts
 
 
-def from_file(engine: TransformersEngine, path: Path, texts: Sequence[str], layer: int) -> tuple[Tensor, Facts]:
+def from_file(
+    engine: TransformersEngine, path: Path, texts: Sequence[str], layer: int
+) -> tuple[Tensor, DirectionFacts]:
     """A direction of any readable file, with the residual's norm measured on `texts`."""
     vector, width = read_vector(path, layer), engine.runner.site.d_model
     if len(vector) != width:

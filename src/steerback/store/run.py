@@ -16,9 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from steerback import __version__
 from steerback.config import RunConfig, differences, parse_config
-from steerback.errors import SteerbackError
+from steerback.errors import VERSION, SteerbackError
 from steerback.records import Spend
 from steerback.store.files import make_folder
 from steerback.store.files import write_atomic as write_atomic
@@ -173,7 +172,7 @@ def plain(text: str) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python, this package and what its numbers depend on."""
-    found = {"python": platform.python_version(), "steerback": __version__}
+    found = {"python": platform.python_version(), "steerback": VERSION}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

@@ -3,14 +3,7 @@
 from __future__ import annotations
 
 from steerback.records import BoostPrior
-from steerback.targets.registry import (
-    builtin_targets,
-    from_folder,
-    list_targets,
-    read_targets,
-    resolve,
-    user_tables,
-)
+from steerback.targets.registry import builtin_targets, from_folder, list_targets, read_targets, resolve, user_tables
 from steerback.targets.target import SaeSource, Target
 
 __all__ = [

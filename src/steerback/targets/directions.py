@@ -1,6 +1,6 @@
 """Named directions of the residual stream: steering without an SAE.
 
-    NAME.safetensors    our own: tensor `direction` (d,), and facts about it in the header (see `Facts`)
+    NAME.safetensors    our own: tensor `direction` (d,), and facts about it in the header (`DirectionFacts`)
     other safetensors   one tensor (d,), or `direction.N` / `N` per layer
     .npy                one array (d,)
     .gguf               control vector of llama.cpp: `direction.N` acts on the residual after block N
@@ -13,17 +13,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pydantic import TypeAdapter
 
 from steerback.errors import SteerbackError
-from steerback.store.files import user_folder
+from steerback.store.files import make_folder, user_folder, write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+DirectionFiles = Mapping[str, str] | Sequence[str]
+"""A target's directions: {name: file}, or files and folders whose files are named after themselves."""
 SUFFIXES = (".safetensors", ".npy", ".gguf")
 KEY, HEADER = "direction", "steerback.direction"
 PRIOR = (0.5, 0.3, 2.0)
@@ -31,8 +35,8 @@ PRIOR = (0.5, 0.3, 2.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
-    """What is known of a direction beside its vector; foreign files say none of it.
+class DirectionFacts:
+    """Facts about a direction, kept with its vector in our format; files of other formats have none of them.
 
     `norm` is its length before it was scaled to 1, `residual_norm` the median norm of the residual it was read from.
     """
@@ -46,7 +50,7 @@ class Facts:
     """A few of the texts that it stands for: what an offline judge compares with."""
 
     def prior(self) -> tuple[float, float, float, float] | None:
-        """(mean, sd, low, high) of the threshold boost by the residual's norm; None where that is unknown."""
+        """Return (mean, sd, low, high) of the threshold boost by the residual's norm; None where that is unknown."""
         if self.residual_norm is None:
             return None
         mean, sd, high = (share * self.residual_norm for share in PRIOR)
@@ -54,27 +58,27 @@ class Facts:
 
 
 def user_directions(target: str) -> Path:
-    """Folder in which the user's own directions of a target are found by name."""
+    """Return the folder of the user's directions of a target, each a file under its name."""
     return user_folder("directions", target)
 
 
-def find_directions(given: Any, target: str, key: str | None = None) -> tuple[tuple[str, str], ...]:
-    """(name, file) per direction, from a table {name: file}, or a file, a folder or a list of them, then the user's.
+def find_directions(given: DirectionFiles, target: str, key: str | None = None) -> tuple[tuple[str, str], ...]:
+    """Return (name, file) per direction, those of a table {name: file} or a list of files and folders, then the user's.
 
     `key` is the target's folder among the user's. A file gives its direction its own name (without the suffix).
     Raises SteerbackError for what is not there.
     """
     found: dict[str, str] = {}
-    named = given.items() if isinstance(given, Mapping) else [(None, p) for p in _listed(given)]
+    named = given.items() if isinstance(given, Mapping) else [(None, place) for place in given]
     for name, place in named:
-        path = Path(str(place)).expanduser()
+        path = Path(place).expanduser()
         files = _in_folder(path) if path.is_dir() else [path]
         if name is not None and path.is_dir():
             raise SteerbackError(f"target {target!r}: direction {name!r} is the folder {path}; name a file")
         for file in files:
             if not file.is_file() or file.suffix not in SUFFIXES:
                 raise SteerbackError(
-                    f"target {target!r}: directions {str(place)!r}: no such folder or {', '.join(SUFFIXES)} file"
+                    f"target {target!r}: directions {place!r}: no such folder or {', '.join(SUFFIXES)} file"
                 )
             found[name or file.stem] = str(file)
     for file in _in_folder(user_directions(key or target)):
@@ -82,32 +86,39 @@ def find_directions(given: Any, target: str, key: str | None = None) -> tuple[tu
     return tuple(found.items())
 
 
-def _listed(given: Any) -> Iterable[Any]:
-    return [given] if isinstance(given, str | Path) else given
-
-
 def _in_folder(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("*") if p.suffix in SUFFIXES) if folder.is_dir() else []
 
 
-def read_facts(path: Path) -> Facts:
-    """The facts in the header of one of our own files; empty for any other."""
+def read_header(path: Path) -> dict[str, dict[str, object]]:
+    """Return the header of a safetensors file: shape and place of each tensor, and `__metadata__`, without a library.
+
+    Raises OSError or ValueError for a file that has none.
+    """
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > 100_000_000:
+            raise ValueError("its header is too long")
+        header = json.loads(file.read(size))
+    if not isinstance(header, dict) or not all(isinstance(value, dict) for value in header.values()):
+        raise ValueError("its header is no table of tensors")
+    return header
+
+
+def read_facts(path: Path) -> DirectionFacts:
+    """Return the facts in the header of a file in our format; empty for any other."""
     if path.suffix != ".safetensors":
-        return Facts()
+        return DirectionFacts()
     try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            if size > 100_000_000:
-                raise ValueError("its header is too long")
-            header = json.loads(file.read(size))
-        stored = json.loads(header.get("__metadata__", {}).get(HEADER, "{}"))
-        return Facts(**{**stored, "contexts": tuple(stored.get("contexts", ()))})
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise SteerbackError(f"direction {path}: not a readable safetensors file ({error})") from error
+        stored = str(read_header(path).get("__metadata__", {}).get(HEADER, "{}"))
+        return TypeAdapter(DirectionFacts).validate_json(stored)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise SteerbackError(f"direction {path}: not a readable safetensors file ({reason[:200]})") from error
 
 
 def read_vector(path: Path, layer: int) -> Tensor:
-    """The vector (d,) float32 in a file, as it stands there; of one per layer, that of `layer`."""
+    """Return the vector (d,) float32 in a file, not scaled; of one per layer, that of `layer`."""
     import torch
 
     reader = {".safetensors": _safetensors, ".npy": _npy, ".gguf": _gguf}.get(path.suffix)
@@ -123,13 +134,13 @@ def read_vector(path: Path, layer: int) -> Tensor:
         raise SteerbackError(
             f"direction {path}: has shape {tuple(vector.shape)}, expected one vector (width of the model,)"
         )
-    if not bool(vector.isfinite().all()) or float(vector.norm()) == 0:
-        raise SteerbackError(f"direction {path}: is zero or contains NaN or infinity")
+    if not 0 < float(vector.norm()) < float("inf"):  # NaN is neither
+        raise SteerbackError(f"direction {path}: is zero, contains NaN or infinity, or its norm is infinite")
     return vector
 
 
 def _one(path: Path, tensors: Mapping[str, Tensor], layer: int) -> Tensor:
-    """The only tensor, or the one of `layer` among `direction.N`, `layer_N` or `N`."""
+    """Return the only tensor, or the one of `layer` among `direction.N`, `layer_N` or `N`."""
     if len(tensors) == 1 and not re.search(r"\d$", next(iter(tensors))):
         return next(iter(tensors.values()))
     by_layer = {int(m[1]): t for key, t in tensors.items() if (m := re.search(r"(?:^|\D)(\d+)$", key))}
@@ -177,12 +188,10 @@ def _gguf(path: Path) -> dict[str, Tensor]:
         raise SteerbackError(f"direction {path}: not a readable gguf file ({' '.join(str(error).split())})") from error
 
 
-def save_direction(path: Path, vector: Tensor, facts: Facts) -> None:
-    """Writes our own format, whole or not at all; the vector (d,) keeps its length."""
+def save_direction(path: Path, vector: Tensor, facts: DirectionFacts) -> None:
+    """Write our own format, whole or not at all; the vector (d,) keeps its length."""
     import torch
     from safetensors.torch import save
-
-    from steerback.store.files import make_folder, write_atomic
 
     make_folder(path.parent)
     kept = vector.detach().to("cpu", torch.float32).contiguous()
@@ -190,7 +199,7 @@ def save_direction(path: Path, vector: Tensor, facts: Facts) -> None:
 
 
 def load_directions(files: Iterable[tuple[str, str]], layer: int, target: str) -> dict[str, Tensor]:
-    """Unit vectors (d,) by name; SteerbackError where one was made at another layer than the target steers at."""
+    """Return unit vectors (d,) by name; SteerbackError for one made at another layer than the target steers at."""
     found = {}
     for name, place in files:
         made_at = read_facts(Path(place)).layer
@@ -205,7 +214,7 @@ def load_directions(files: Iterable[tuple[str, str]], layer: int, target: str) -
 
 
 def difference_of_means(positive: Tensor, negative: Tensor) -> Tensor:
-    """(d,): mean of one row per positive text (n, d) minus that of the negative ones (m, d), in float64."""
+    """Return (d,): the mean of one row per positive text (n, d) minus that of the negative ones (m, d), in float64."""
     import torch
 
     return (positive.double().mean(0) - negative.double().mean(0)).to(torch.float32)

@@ -173,7 +173,7 @@ def fetch(target: Target) -> None:
     """Downloads what the hub's cache lacks of a target, the SAE first, and shows how far it is at a terminal."""
     from huggingface_hub import snapshot_download
 
-    from steerback.targets.formats import FORMATS, locate
+    from steerback.targets.sae_files import FORMATS, locate
 
     if target.sae is not None and target.sae.format in FORMATS and FORMATS[target.sae.format].suffixes:
         locate(target.sae)

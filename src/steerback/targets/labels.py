@@ -1,81 +1,259 @@
-"""Labels, contexts, liveness and SAE metadata, read from the files of a target folder.
+"""Labels of latents: those that come with a target, label files of others, and the user's table.
 
+A target's folder may hold
     labels.csv     index,label
     latents.csv    index,label,density,max_activation,kind
-    sae.json       {"kind", "layer", "d_model", "n_latents", ...}
     contexts.json  {"index": ["top-activating snippet", ...]}
 
-A missing label is missing, never invented. It knows nothing of tensors.
+Label files of others
+    .csv                 index (or Goodfire's index_in_sae), label, and columns that are not read
+    .jsonl, .jsonl.gz    Neuronpedia's export: one explanation a line, {"index": "17", "description": ..., ...}
+    .json                the same as one list, or {"17": "label"}
+    a folder             all such files in it, in order of their names
+
+The user's table of a target has the columns index,label,source: labels that were fetched, imported or made, each row
+saying where it is from. A latent without a label has no row: a missing label is missing, never invented.
 """
 
 from __future__ import annotations
 
 import csv
+import gzip
+import io
 import json
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from steerback.errors import SteerbackError
 from steerback.records import LatentKey
+from steerback.store.files import make_folder, user_folder, write_atomic
+
+SUFFIXES = (".csv", ".json", ".jsonl", ".jsonl.gz")
+INDEX_COLUMNS = ("index", "index_in_sae")
+TABLE = "labels.csv"
+LONGEST = 2_000
+"""Characters of a label. A longer one is no label, and a judge would have to read all of it for every response."""
+DAMAGED = (OSError, EOFError, zlib.error, csv.Error, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""Raised by what reads tables and JSON for a damaged file."""
 
 
 def read_labels(folder: Path) -> dict[int, str]:
-    """Label per latent from labels.csv (else latents.csv); latents without one are left out."""
+    """Return the label per latent from labels.csv (else latents.csv); latents without one are left out."""
     for name in ("labels.csv", "latents.csv"):
         if (folder / name).is_file():
             rows = _rows(folder / name, "label")
-            return {index: row["label"].strip() for index, row in rows if (row["label"] or "").strip()}
+            return {index: label.strip() for index, label in rows if label.strip()}
     return {}
 
 
 def read_dead(folder: Path) -> frozenset[int]:
-    """Latents that never fired on the SAE's own corpus (density 0 in latents.csv); empty where that is unknown."""
+    """Return the latents that never fired on the SAE's corpus (density 0 in latents.csv); empty if unknown."""
     path = folder / "latents.csv"
-    if not path.is_file():
-        return frozenset()
     dead = []
-    for index, row in _rows(path, "density"):
+    for index, density in _rows(path, "density") if path.is_file() else ():
         try:
-            density = float(row["density"] or "nan")
+            if float(density or "nan") == 0:
+                dead.append(index)
         except ValueError:
-            raise SteerbackError(f"{path}: density {row['density']!r} of latent {index} is not a number") from None
-        if density == 0:
-            dead.append(index)
+            raise SteerbackError(f"{path}: density {density!r} of latent {index} is not a number") from None
     return frozenset(dead)
 
 
 def read_contexts(folder: Path) -> dict[LatentKey, tuple[str, ...]]:
-    """Top-activating snippets per latent from contexts.json; empty where there is no such file."""
+    """Return top-activating snippets per latent from contexts.json; empty where there is no such file."""
     path = folder / "contexts.json"
     if not path.is_file():
         return {}
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
         return {int(index): tuple(str(text) for text in texts) for index, texts in loaded.items()}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, ValueError, AttributeError, TypeError) as error:
+    except DAMAGED as error:
         raise SteerbackError(f'{path}: expected {{"index": ["snippet", ...]}} ({error})') from error
 
 
-def read_metadata(folder: Path) -> dict[str, Any]:
-    """The parsed `sae.json` of a folder in our own format, with `kind` and `layer` checked to be there."""
-    path = folder / "sae.json"
+def _rows(path: Path, column: str) -> list[tuple[int, str]]:
+    """Return (index, value of a column) of each row."""
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SteerbackError(f"{folder}: no sae.json there; an SAE folder holds sae.safetensors and sae.json") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise SteerbackError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(meta, dict) or not isinstance(meta.get("kind"), str) or type(meta.get("layer")) is not int:
-        raise SteerbackError(f'{path}: expected {{"kind": "relu|jumprelu|topk", "layer": int, ...}}')
-    return meta
-
-
-def _rows(path: Path, column: str) -> list[tuple[int, dict[str, str]]]:
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             if not {"index", column} <= set(reader.fieldnames or ()):
                 raise SteerbackError(f"{path}: needs the columns index and {column}, has {reader.fieldnames}")
-            return [(int(row["index"]), row) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error, ValueError, TypeError) as error:
+            return [(int(row["index"]), row[column] or "") for row in reader]
+    except DAMAGED as error:
         raise SteerbackError(f"{path}: not a readable table of latents ({error})") from error
+
+
+@dataclass
+class LabelFile:
+    """Labels that were read: one per latent, and how many rows had none or came second for their latent."""
+
+    labels: dict[int, str] = field(default_factory=dict)
+    empty: int = 0
+    repeated: int = 0
+    origins: set[str] = field(default_factory=set)
+    """Neuronpedia's model/source of the rows, and the model that wrote them ("by ...")."""
+
+    def add(self, index: object, label: object, where: str) -> None:
+        """Add a row; of several labels for one latent the first stays."""
+        try:
+            latent = int(str(index))
+        except ValueError:
+            raise SteerbackError(f"{where}: {str(index)[:80]!r} is not the index of a latent") from None
+        text = " ".join(label.split()) if isinstance(label, str) else ""
+        if latent < 0:
+            raise SteerbackError(f"{where}: index {latent} is negative")
+        if not text or re.fullmatch(rf"(?:feature|latent)[_ ]{latent}", text):  # a stand-in for a label is none
+            self.empty += 1
+        elif latent in self.labels:
+            self.repeated += 1
+        else:
+            self.labels[latent] = _checked(latent, text, where)
+
+
+def _checked(latent: int, text: str, where: str) -> str:
+    if len(text) > LONGEST:
+        raise SteerbackError(
+            f"{where}: the label of latent {latent} has {len(text):,} characters; shorten it to {LONGEST:,} or fewer"
+        )
+    return text
+
+
+def read_label_file(path: Path) -> LabelFile:
+    """Read one file or all files of a folder; SteerbackError naming file and line for what cannot be read."""
+    files = [path]
+    if path.is_dir():
+        files = sorted((p for p in path.iterdir() if p.name.endswith(SUFFIXES)), key=_natural)
+    if not files or not all(p.is_file() for p in files):
+        raise SteerbackError(f"{path}: no label file there; readable are {', '.join(SUFFIXES)}")
+    read = LabelFile()
+    for file in files:
+        _read_into(read, file)
+    sources = sorted(o for o in read.origins if not o.startswith("by "))
+    if len(sources) > 1:
+        raise SteerbackError(f"{path}: labels of different SAEs in one place: {', '.join(sources)}; keep one")
+    return read
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """Sort key that puts batch-2 before batch-10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path.name)]
+
+
+def _read_into(read: LabelFile, path: Path) -> None:
+    try:
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
+    except DAMAGED as error:
+        raise SteerbackError(f"label file {path} cannot be read: {error}") from error
+    if path.name.endswith(".csv"):
+        _read_csv(read, text, path)
+        return
+    for where, row in _json_rows(text, path):
+        if not isinstance(row, dict) or "index" not in row:
+            raise SteerbackError(f'{where}: expected {{"index": ..., "description": ...}}')
+        if row.get("modelId") or row.get("layer"):
+            read.origins.add(f"{row.get('modelId')}/{row.get('layer')}")
+        if row.get("explanationModelName"):
+            read.origins.add(f"by {row['explanationModelName']}")
+        read.add(row["index"], row.get("description", row.get("label")), where)
+
+
+def _json_rows(text: str, path: Path) -> Iterator[tuple[str, object]]:
+    """Yield (place, row) of each row of JSON or JSON lines."""
+    where = f"label file {path}"
+    try:
+        if path.name.endswith(".json"):
+            loaded = json.loads(text)
+            if isinstance(loaded, dict):
+                loaded = [{"index": k, "label": v} for k, v in loaded.items()]
+            yield from ((where, row) for row in loaded)
+            return
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                where = f"label file {path}, line {number}"
+                yield where, json.loads(line)
+    except DAMAGED as error:
+        raise SteerbackError(f"{where} is not valid JSON: {error}") from error
+
+
+def _read_csv(read: LabelFile, text: str, path: Path) -> None:
+    try:
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        names = reader.fieldnames or ()
+        column = next((name for name in INDEX_COLUMNS if name in names), None)
+        if column is None or "label" not in names:
+            raise SteerbackError(
+                f"label file {path}: needs the columns index and label, has {', '.join(names) or 'none'}"
+            )
+        for row in reader:
+            read.add(row[column], row["label"], f"label file {path}, line {reader.line_num}")
+    except csv.Error as error:
+        raise SteerbackError(f"label file {path} is not a readable table: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class UserLabel:
+    """A label of the user's table and where it is from."""
+
+    label: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLabels:
+    """How many new labels were written, and how many left out because their latent has one already."""
+
+    written: int
+    kept: int
+    path: Path
+
+
+def user_labels_folder(target: str) -> Path:
+    """Return the folder of the user's labels of a target and of the files they were fetched from."""
+    return user_folder("labels", target)
+
+
+def read_user_labels(target: str) -> dict[int, UserLabel]:
+    """Return the user's labels of a target; empty where there are none."""
+    path = user_labels_folder(target) / TABLE
+    try:
+        stat = path.stat()
+    except OSError:
+        return {}
+    return dict(_user_table(path, stat.st_mtime_ns, stat.st_size))
+
+
+@lru_cache(maxsize=8)
+def _user_table(path: Path, _changed: int, _size: int) -> Mapping[int, UserLabel]:
+    """Read a table; kept as long as its file stays the same, because a run reads it once per latent."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return {int(row["index"]): UserLabel(row["label"], row["source"]) for row in csv.DictReader(file)}
+    except DAMAGED as error:
+        raise SteerbackError(f"{path}: not a readable table of labels ({error}); delete it or mend it") from error
+
+
+def store_labels(
+    target: str, labels: Mapping[int, str], source: str, taken: Iterable[int] = (), overwrite: bool = False
+) -> StoredLabels:
+    """Add labels to the user's table, whole or not at all.
+
+    Latents that have a label, in the table or among `taken` (labels that come with the target), keep it unless
+    `overwrite`.
+    """
+    known = read_user_labels(target)
+    fixed = set() if overwrite else set(known) | set(taken)
+    new = {k: UserLabel(_checked(k, text, source), source) for k, text in labels.items() if k not in fixed}
+    path = user_labels_folder(target) / TABLE
+    if new:
+        make_folder(path.parent)
+        table = io.StringIO()
+        writer = csv.writer(table, lineterminator="\n")
+        writer.writerow(("index", "label", "source"))
+        writer.writerows((k, n.label, n.source) for k, n in sorted((known | new).items()))
+        write_atomic(path, table.getvalue().encode("utf-8"))
+    return StoredLabels(len(new), len(labels) - len(new), path)

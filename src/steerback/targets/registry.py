@@ -1,274 +1,352 @@
-"""Targets by name: the built-in registry, a user's own TOML file, a folder.
+"""Targets by name: the built-in registry, a user's TOML file, a folder.
 
-One table of TOML is one target. It reads what tables and `sae.json` say and loads no weights.
+One table of TOML is one target. This reads tables, `sae.json` and the model's config.json, and loads no weights.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Annotated
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field
 
+from steerback.config import Settings, parse
 from steerback.errors import SteerbackError, unknown
+from steerback.organism import NAMES, weights_dir
 from steerback.records import BoostPrior
-from steerback.targets.directions import PRIOR, find_directions, read_facts
-from steerback.targets.labels import read_metadata
-from steerback.targets.target import Dtype, PromptFormat, SaeSource, Target, user_key
+from steerback.targets.directions import PRIOR, DirectionFiles, find_directions, read_facts
+from steerback.targets.target import (
+    Dtype,
+    PriorField,
+    PromptFormat,
+    SaeMetadata,
+    SaeSource,
+    Target,
+    model_config,
+    read_metadata,
+    user_key,
+)
 
 REGISTRY = Path(__file__).with_name("registry.toml")
-Tables = Mapping[str, Mapping[str, Any]]
-"""Definitions of targets as their TOML file holds them, by name."""
+USER_FILE = "STEERBACK_TARGETS"
+"""Environment variable with the path of the user's file of targets; the option --targets sets it."""
+Table = Mapping[str, object]
+Tables = Mapping[str, Table]
+"""Tables of targets by name, as TOML and a run's config hold them; `TargetTable` is the checked form of one."""
+
+
+class SaeTable(Settings):
+    """The key `sae` of a target's table; see `SaeSource`."""
+
+    model_config = ConfigDict(strict=True)
+    location: str = Field(min_length=1)
+    format: str = "steerback"
+    file: str | None = None
+    revision: str | None = None
+    dtype: Dtype | None = None
+    input_scale: float | None = Field(None, gt=0)
+
+
+def _files(value: object) -> object:
+    """Return a table of files by name or a list of files; one file is a list of one."""
+    if isinstance(value, str):
+        return [value]
+    places = list(value.values()) if isinstance(value, dict) else value
+    if not isinstance(places, list) or not all(isinstance(place, str) for place in places):
+        raise ValueError(f"{value!r} should be a string, a list of strings, or a table of names with their files")
+    return value
+
+
+Layer = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class TargetTable(Settings):
+    """One target as its table has it; the keys are explained at the top of registry.toml."""
+
+    model_config = ConfigDict(strict=True, arbitrary_types_allowed=True)
+    model: str = Field(min_length=1)
+    summary: str = ""
+    planted: bool = False
+    revision: str | None = None
+    dtype: Dtype = "float32"
+    steer_layer: Layer | None = None
+    read_layer: Layer | None = None
+    clamp_layer: Layer | None = None
+    sae: SaeTable | None = None
+    sae_layer: Layer | None = None
+    n_latents: int | None = Field(None, ge=0)
+    labels: str | None = None
+    label_source: str | None = None
+    directions: Annotated[DirectionFiles, BeforeValidator(_files)] = ()
+    boost_prior: PriorField | None = None
+    prompt_format: PromptFormat = "chat"
+    max_new_tokens: Count | None = None
+    n_layers: Count | None = None
+    d_model: Count | None = None
+    n_parameters: Count | None = None
+    responses_per_second: float | None = Field(None, gt=0)
+    discovery_prompts: str = "discovery"
+    random_sets: Count = 3
+    provenance: dict[str, str] = Field(default_factory=dict)
 
 
 def builtin_targets() -> tuple[Target, ...]:
-    """All built-in targets, whether their weights are there or not."""
-    return tuple(_from_entry(name, entry, complete=False) for name, entry in tables().items())
+    """Return all built-in targets, whether or not their weights are on this machine."""
+    return tuple(_from_table(name, table, complete=False) for name, table in tables().items())
 
 
 def list_targets() -> tuple[Target, ...]:
-    """All built-in targets and those of the user's file, each as completely as what is on this machine allows."""
-    entries = {**tables(), **user_tables()}
-    return tuple(_from_entry(name, entry, complete=_is_there(name, entry)) for name, entry in entries.items())
+    """Return all built-in targets and those of the user's file, each as complete as this machine's files allow."""
+    known = {**tables(), **user_tables()}
+    return tuple(_from_table(name, table, complete=_is_there(name, table)) for name, table in known.items())
+
+
+def _is_there(name: str, table: Table) -> bool:
+    return table["model"] != "builtin" or (_weights(name, check=False) / "sae.json").is_file()
 
 
 def resolve(name: str, own: Tables | None = None) -> Target:
-    """A target by name, or a folder in our own format by its path.
+    """Return a target by name, or of a folder in our format by its path.
 
-    Names are those of `own` (a run's definitions), of the user's file and of the built-in targets, in this order.
+    Names are looked up in `own` (a run's definitions), the user's file and the built-in targets, in this order.
     NAME+FOLDER is a target with the LoRA adapter of a folder.
 
-    Raises SteerbackError listing the choices for an unknown name, and saying what to build where weights are missing.
+    Raises SteerbackError that lists the choices for an unknown name, or says what to build if weights are missing.
     """
-    known = {**tables(), **user_tables(), **(own or {})}
+    known: dict[str, Table] = {**tables(), **user_tables(), **(own or {})}
     if name in known:
-        return _from_entry(name, known[name], complete=True)
+        return _from_table(name, known[name], complete=True)
     folder = Path(name).expanduser()
     if folder.is_dir() and (folder / "config.json").is_file():
         return from_folder(folder)
-    base, plus, adapter = name.partition("+")
+    base, plus, place = name.partition("+")
     if plus and (base in known or Path(base).expanduser().is_dir()):
-        return _adapted(resolve(base, own), Path(adapter).expanduser())
+        adapter = Path(place).expanduser()
+        if not (adapter / "adapter_config.json").is_file():
+            raise SteerbackError(
+                f"target {name}: no LoRA adapter there (adapter_config.json, adapter_model.safetensors)"
+            )
+        return resolve(base, own).with_adapter(adapter.resolve())
     raise unknown("target", name, [*known, "(a folder with config.json and sae.json)"])
 
 
-def _adapted(target: Target, adapter: Path) -> Target:
-    if not (adapter / "adapter_config.json").is_file():
-        raise SteerbackError(
-            f"target {target.name}+{adapter}: no LoRA adapter there (adapter_config.json, adapter_model.safetensors)"
-        )
-    return target.with_adapter(adapter.resolve())
+def from_folder(folder: Path, **changes: object) -> Target:
+    """Return the target of a folder: config.json, weights, tokenizer, sae.json + sae.safetensors, optional labels.
+
+    `boost_prior` ([mean, sd, low, high]) in sae.json wins over the registry's; `changes` set any other key.
+    """
+    name = Path(os.path.abspath(folder)).name
+    return _from_table(name, {"model": str(folder), **changes}, complete=True)
 
 
-USER_FILE = "STEERBACK_TARGETS"
-"""Environment variable with the path of the user's file of targets; the option --targets sets it."""
+@cache
+def tables() -> dict[str, dict[str, object]]:
+    """Return the built-in targets' tables by name, variants included."""
+    return _variants(tomllib.loads(REGISTRY.read_text(encoding="utf-8")))
 
 
-def user_tables() -> dict[str, dict[str, Any]]:
-    """The targets of the user's file, by name; none where STEERBACK_TARGETS names no file."""
+def user_tables() -> dict[str, dict[str, object]]:
+    """Return the tables of the user's file by name; none where STEERBACK_TARGETS names no file."""
     file = os.environ.get(USER_FILE)
     return read_targets(Path(file).expanduser()) if file else {}
 
 
-def read_targets(file: Path) -> dict[str, dict[str, Any]]:
-    """The targets of a user's TOML file, variants included, checked, their paths made absolute.
+def read_targets(file: Path) -> dict[str, dict[str, object]]:
+    """Return the tables of a user's TOML file by name, variants included, checked, with absolute paths.
 
     Paths are relative to the file. Raises SteerbackError naming the file, the target and the key that is wrong.
     """
+    where = f"file of targets {file}"
     try:
-        loaded = tomllib.loads(file.read_text(encoding="utf-8"))
+        loaded = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise SteerbackError(f"file of targets {file} does not exist") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SteerbackError(f"file of targets {file}: {' '.join(str(error).split())}") from error
-    for name, entry in loaded.items():
-        if not isinstance(entry, dict):
-            raise SteerbackError(f"file of targets {file}: {name!r} is not a table; each target is one, [{name}]")
-        if "model" not in entry:
-            hint = "" if len(entry) != 1 else f'; a name with a dot has to be quoted, ["{name}.{next(iter(entry))}"]'
-            raise SteerbackError(f"file of targets {file}: target {name!r} says no model (a folder or a hub id){hint}")
+        raise SteerbackError(f"{where} does not exist") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise SteerbackError(f"{where}: {' '.join(str(error).split())}") from error
+    for name, table in loaded.items():
+        if not isinstance(table, dict):
+            raise SteerbackError(f"{where}: {name!r} is not a table; each target is one, [{name}]")
+        if "model" not in table:
+            hint = "" if len(table) != 1 else f'; a name with a dot has to be quoted, ["{name}.{next(iter(table))}"]'
+            raise SteerbackError(f"{where}: target {name!r} says no model (a folder or a hub id){hint}")
         if name in tables():
-            raise SteerbackError(f"file of targets {file}: {name!r} is a built-in target; choose another name")
-        _check_types(f"file of targets {file}: target {name!r}", entry, _kinds())
-        for variant, changes in entry.get("variants", {}).items():
-            _check_types(f"file of targets {file}: target {f'{name}@{variant}'!r}", changes, _kinds())
-    found = {name: _absolute(entry, file.resolve().parent) for name, entry in _variants(loaded).items()}
-    for name, entry in found.items():
-        _from_entry(name, entry, complete=False)
-    return found
-
-
-@cache
-def _kinds() -> dict[str, Any]:
-    """What a table may hold in each field: what `Target` holds there, or its own; the last are checked later."""
-    texts = dict[str, str]
-    own = {"sae": dict[str, Any], "labels": str, "directions": str | list[str] | texts, "provenance": texts}
-    checked_later = dict.fromkeys(("boost_prior", "dtype", "prompt_format"), Any)
-    return {**get_type_hints(Target), **own, "variants": dict[str, dict[str, Any]], **checked_later}
-
-
-def _check_types(where: str, table: Mapping[str, Any], kinds: Mapping[str, Any], inside: str = "") -> None:
-    """Raises SteerbackError for the first field of another type than it has to be; unknown ones are checked later."""
-    for field in (name for name in table if name in kinds):
+            raise SteerbackError(f"{where}: {name!r} is a built-in target; choose another name")
+        variants = table.get("variants", {})
+        if not isinstance(variants, dict) or not all(isinstance(changes, dict) for changes in variants.values()):
+            raise SteerbackError(f"{where}: target {name!r}: variants should be tables, [{name}.variants.NAME]")
+    absolute = {name: _absolute(table, file.resolve().parent) for name, table in _variants(loaded).items()}
+    for name, table in absolute.items():
+        _check_name(where, name)
         try:
-            TypeAdapter(kinds[field]).validate_python(table[field], strict=True)
-        except ValidationError as error:
-            wanted = " or ".join(dict.fromkeys(e["msg"].removeprefix("Input should be ") for e in error.errors()))
-            raise SteerbackError(f"{where}: {inside}{field} {table[field]!r}: should be {wanted}") from None
-    if "sae" in table and not inside:
-        _check_types(where, table["sae"], get_type_hints(SaeSource), "sae.")
+            _from_table(name, table, complete=False)
+        except SteerbackError as error:
+            raise SteerbackError(f"{where}: {error}") from None
+    return absolute
 
 
-def _absolute(entry: Mapping[str, Any], base: Path) -> dict[str, Any]:
-    """A table whose paths do not depend on where one stands: what is there beside the file is meant as a path."""
+def _check_name(where: str, name: str) -> None:
+    """Raise SteerbackError for a name that cannot be the name of a folder: the target's labels are kept under it."""
+    if not re.fullmatch(r"[\w@+-][\w.@+ -]{0,99}", name):
+        raise SteerbackError(
+            f"{where}: target name {name[:120]!r} should be letters, digits and . @ + - _, not begin with a dot, and "
+            "have 100 characters at most"
+        )
 
-    def fixed(value: Any) -> Any:
+
+def _variants(loaded: Mapping[str, Table]) -> dict[str, dict[str, object]]:
+    """Return tables with each `[NAME.variants.VARIANT]` as a target NAME@VARIANT: the target's keys, changed."""
+    split: dict[str, dict[str, object]] = {}
+    for name, whole in loaded.items():
+        table = {key: value for key, value in whole.items() if key != "variants"}
+        split[name] = table
+        variants = whole.get("variants", {})
+        assert isinstance(variants, dict)
+        for variant, changes in variants.items():
+            old, new = table.get("provenance", {}), changes.get("provenance", {})
+            both = {"provenance": {**old, **new}} if isinstance(old, dict) and isinstance(new, dict) else {}
+            split[f"{name}@{variant}"] = {**table, **changes, **both}
+    return split
+
+
+def _absolute(table: Table, base: Path) -> dict[str, object]:
+    """Return a table whose paths do not depend on the working folder: what exists in `base` is meant as a path."""
+
+    def fixed(value: object) -> object:
         if isinstance(value, str) and value and (base / Path(value).expanduser()).exists():
             return str((base / Path(value).expanduser()).resolve())
         if isinstance(value, dict):
             return {k: fixed(v) for k, v in value.items()}
         return [fixed(v) for v in value] if isinstance(value, list) else value
 
-    done = {k: fixed(v) if k in ("model", "labels", "directions", "discovery_prompts") else v for k, v in entry.items()}
-    if isinstance(entry.get("sae"), dict) and "location" in entry["sae"]:
-        done["sae"] = entry["sae"] | {"location": fixed(entry["sae"]["location"])}
+    paths = ("model", "labels", "directions", "discovery_prompts")
+    done = {key: fixed(value) if key in paths else value for key, value in table.items()}
+    if isinstance(sae := table.get("sae"), dict) and "location" in sae:
+        done["sae"] = sae | {"location": fixed(sae["location"])}
     return done
 
 
-@cache
-def tables() -> dict[str, dict[str, Any]]:
-    """The built-in targets' tables, variants included, by name."""
-    return _variants(tomllib.loads(REGISTRY.read_text(encoding="utf-8")))
-
-
-def _variants(loaded: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Tables with each `[NAME.variants.VARIANT]` as a target NAME@VARIANT of its own: the target's keys, changed."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, whole in loaded.items():
-        entry = {key: value for key, value in whole.items() if key != "variants"}
-        found[name] = entry
-        for variant, changes in whole.get("variants", {}).items():
-            provenance = entry.get("provenance", {}) | changes.get("provenance", {})
-            found[f"{name}@{variant}"] = {**entry, **changes, "provenance": provenance}
-    return found
-
-
-def _is_there(name: str, entry: Mapping[str, Any]) -> bool:
-    folder = _builtin_folder(name, check=False) if entry["model"] == "builtin" else Path(entry["model"])
-    return entry["model"] != "builtin" or (folder / "sae.json").is_file()
-
-
-def from_folder(folder: Path, **changes: Any) -> Target:
-    """A target from a folder: config.json, weights, tokenizer, sae.json + sae.safetensors, optional labels.
-
-    `boost_prior` ([mean, sd, low, high]) in sae.json wins over the registry's; `changes` set any other key.
-    """
-    return _from_entry(folder.name, {"model": str(folder), **changes}, complete=True)
-
-
-def _from_entry(name: str, entry: Mapping[str, Any], complete: bool) -> Target:
-    """A target from a table of the registry; `complete` reads the SAE's layer and size from its folder."""
-    entry = dict(entry)
-    known = (set(Target.__dataclass_fields__) | {"labels", "directions"}) - {"name"}
-    if strange := sorted(set(entry) - known):
-        raise unknown(f"key of target {name!r}", strange[0], sorted(known))
-    builtin = entry["model"] == "builtin"
-    if builtin:
-        entry["model"] = str(_builtin_folder(name, check=complete))
-    folder = Path(entry["model"])
-    if isinstance(entry.get("sae"), Mapping):
-        entry["sae"] = _source(name, entry["sae"], entry.get("sae_layer"))
-    elif "sae" not in entry and ((builtin and not complete) or (folder / "sae.json").is_file()):
-        entry["sae"] = SaeSource(str(folder))
-    labels = entry.pop("labels", str(folder) if folder.is_dir() else None)
-    entry.setdefault("labels_folder", labels)
-    entry.setdefault(
-        "direction_files", find_directions(entry.pop("directions", ()), name, user_key(name, entry["model"]))
-    )
-    if entry.get("sae") is None and "boost_prior" not in entry:
-        entry["boost_prior"] = _prior_of_directions(name, entry["direction_files"])
+def _from_table(name: str, raw: Table, complete: bool) -> Target:
+    """Return the target of a table; `complete` demands what the table or the files have to say of its layers."""
+    where = f"target {name!r}"
+    table = parse(TargetTable, raw, where)
+    builtin = name in tables() and table.model == tables()[name]["model"]
+    model = str(_weights(name, check=complete)) if table.model == "builtin" else table.model
+    folder = Path(model)
+    directions = find_directions(table.directions, name, user_key(name, model, builtin))
+    sae, meta = _sae(table, folder, complete)
+    sae_layer = meta.layer if table.sae_layer is None and meta is not None else table.sae_layer
+    n_latents = meta.n_latents if table.n_latents is None and meta is not None else table.n_latents
+    steer, read = (sae_layer if layer is None else layer for layer in (table.steer_layer, table.read_layer))
+    n_layers, d_model = _sizes(table, folder)
     if complete:
-        _complete_from_sae(name, entry)
-    for key, choices in (("dtype", get_args(Dtype)), ("prompt_format", get_args(PromptFormat))):
-        if key in entry and entry[key] not in choices:
-            raise unknown(f"{key} of target {name!r}", entry[key], choices)
-    entry["boost_prior"] = _prior(name, entry.get("boost_prior"))
-    entry["provenance"] = tuple(sorted(dict(entry.get("provenance", ())).items()))
-    if folder.is_dir():
-        _from_model(folder, entry)
-    return Target(name=name, steer_layer=entry.pop("steer_layer", -1), read_layer=entry.pop("read_layer", -1), **entry)
+        _check_complete(where, sae, sae_layer=sae_layer, n_latents=n_latents, steer_layer=steer, read_layer=read)
+    _check_range(
+        where, n_layers, steer_layer=steer, read_layer=read, clamp_layer=table.clamp_layer, sae_layer=sae_layer
+    )
+    return Target(
+        name=name,
+        model=model,
+        steer_layer=-1 if steer is None else steer,
+        read_layer=-1 if read is None else read,
+        boost_prior=_boost_prior(where, table, sae, meta, directions),
+        summary=table.summary,
+        builtin=builtin,
+        planted=table.planted,
+        revision=table.revision,
+        dtype=table.dtype,
+        sae=sae,
+        sae_layer=sae_layer,
+        clamp_layer=table.clamp_layer,
+        n_latents=n_latents or 0,
+        n_layers=n_layers,
+        d_model=d_model,
+        n_parameters=table.n_parameters,
+        labels_folder=str(folder) if table.labels is None and folder.is_dir() else table.labels,
+        label_source=table.label_source,
+        prompt_format=table.prompt_format,
+        max_new_tokens=table.max_new_tokens,
+        responses_per_second=table.responses_per_second,
+        discovery_prompts=table.discovery_prompts,
+        random_sets=table.random_sets,
+        direction_files=directions,
+        provenance=tuple(sorted(table.provenance.items())),
+    )
 
 
-def _prior_of_directions(name: str, files: Sequence[tuple[str, str]]) -> tuple[float, ...]:
-    """The prior by the residual's norm where one of the directions says it; as long as there is none, any will do."""
-    priors = [read_facts(Path(file)).prior() for _, file in files]
-    if files and not any(priors):
-        raise SteerbackError(
-            f"target {name!r}: none of its directions says the residual's norm, so the table has to give a boost_prior "
-            f"[mean, sd, low, high]; or take a file over with: steerback directions make {name} NAME --file FILE"
-        )
-    return next((p for p in priors if p), (*PRIOR[:2], 0.0, PRIOR[2]))
-
-
-def _complete_from_sae(name: str, entry: dict[str, Any]) -> None:
-    """Fills layers, size and prior from `sae.json` where the entry leaves them out."""
-    source = entry.get("sae")
-    if source is not None and source.format == "steerback":
-        meta = read_metadata(Path(source.location))
-        entry.setdefault("sae_layer", meta["layer"])
-        entry.setdefault("n_latents", int(meta.get("n_latents", 0)))
-        if "boost_prior" in meta:  # measured with these very weights
-            entry["boost_prior"] = meta["boost_prior"]
-    elif source is not None:
-        for key in ("sae_layer", "n_latents"):
-            if key not in entry:
-                raise SteerbackError(f"target {name!r}: an SAE of format {source.format!r} needs {key} beside it")
-    layer = entry.get("sae_layer")
-    for key in ("steer_layer", "read_layer"):
-        if entry.setdefault(key, layer) is None:
-            raise SteerbackError(f"target {name!r} has no SAE, so it has to say its {key}")
-
-
-def _source(name: str, table: Mapping[str, Any], layer: int | None) -> SaeSource:
-    known = set(SaeSource.__dataclass_fields__) - {"layer"}
-    if strange := sorted(set(table) - known):
-        raise unknown(f"key of target {name!r}, sae:", strange[0], sorted(known))
-    if "location" not in table:
-        raise SteerbackError(f"target {name!r}: sae needs a location, a folder or a hub id")
-    return SaeSource(**table, layer=layer)
-
-
-def _from_model(folder: Path, entry: dict[str, Any]) -> None:
-    """Fills layers and width from the model's config.json where the entry leaves them out."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config = config.get("text_config") or config
-        entry.setdefault("n_layers", config.get("num_hidden_layers"))
-        entry.setdefault("d_model", config.get("hidden_size"))
-    except (OSError, ValueError, AttributeError):
-        return  # for estimates only; loading the model says what is wrong with its config
-
-
-def _prior(name: str, value: Any) -> BoostPrior:
-    try:
-        if isinstance(value, BoostPrior):
-            return value
-        return BoostPrior(**value) if isinstance(value, Mapping) else BoostPrior(*map(float, value))
-    except (TypeError, ValueError):
-        raise SteerbackError(
-            f"target {name!r}: boost_prior {value!r} should be {{mean, sd, low, high}}, in raw decoder units"
-        ) from None
-
-
-def _builtin_folder(name: str, check: bool) -> Path:
-    from steerback.organism import weights_dir
-
+def _weights(name: str, check: bool) -> Path:
+    """Return the folder of a built-in model; `check` refuses one without weights."""
+    if name not in NAMES:
+        choices = ", ".join(NAMES)
+        raise SteerbackError(f"target {name!r}: the model 'builtin' is for {choices}; name a folder or a hub id")
     folder = weights_dir(name)
     if check and not (folder / "config.json").is_file():
         raise SteerbackError(f"{name}: no weights in {folder}; make them with: python -m tools.organism build")
     return folder
+
+
+def _sae(table: TargetTable, folder: Path, complete: bool) -> tuple[SaeSource | None, SaeMetadata | None]:
+    """Return where the SAE of a target is, and its `sae.json` if it is in our format and on this machine."""
+    sae = None
+    if table.sae is not None:
+        sae = SaeSource(**table.sae.model_dump(), layer=table.sae_layer)
+    elif "sae" not in table.model_fields_set and (table.model == "builtin" or (folder / "sae.json").is_file()):
+        sae = SaeSource(str(folder))
+    if sae is None or sae.format != "steerback":
+        return sae, None
+    place = Path(sae.location).expanduser()
+    return sae, read_metadata(place) if complete or (place / "sae.json").is_file() else None
+
+
+def _sizes(table: TargetTable, folder: Path) -> tuple[int | None, int | None]:
+    """Return number of layers and width as the table says, else as the model's config.json does if it is there."""
+    config = model_config(folder)
+    n_layers, d_model = config.get("num_hidden_layers"), config.get("hidden_size")
+    return (
+        table.n_layers if table.n_layers is not None else n_layers if isinstance(n_layers, int) else None,
+        table.d_model if table.d_model is not None else d_model if isinstance(d_model, int) else None,
+    )
+
+
+def _check_complete(where: str, sae: SaeSource | None, **needed: int | None) -> None:
+    """Raise SteerbackError for a layer or size that neither the table nor a file says."""
+    for key, value in needed.items():
+        if value is None and sae is None and key in ("steer_layer", "read_layer"):
+            raise SteerbackError(f"{where} has no SAE, so it has to say its {key}")
+        if value is None and sae is not None and sae.format != "steerback":
+            raise SteerbackError(f"{where}: an SAE of format {sae.format!r} needs {key} beside it")
+
+
+def _check_range(where: str, n_layers: int | None, **layers: int | None) -> None:
+    """Raise SteerbackError for a layer that the model does not have, as far as its number of layers is known."""
+    for key, layer in layers.items():
+        if layer is not None and n_layers is not None and layer >= n_layers:
+            raise SteerbackError(f"{where}: {key} {layer} is outside 0..{n_layers - 1}, the layers of its model")
+
+
+def _boost_prior(
+    where: str,
+    table: TargetTable,
+    sae: SaeSource | None,
+    meta: SaeMetadata | None,
+    directions: Sequence[tuple[str, str]],
+) -> BoostPrior:
+    """Return the prior measured with the SAE, else the table's, else one by the residual's norm for directions."""
+    prior = table.boost_prior if meta is None or meta.boost_prior is None else meta.boost_prior
+    if prior is not None:
+        return prior
+    if sae is not None:
+        raise SteerbackError(f"{where}: boost_prior is missing; give {{mean, sd, low, high}}, in raw decoder units")
+    priors = [read_facts(Path(file)).prior() for _, file in directions]
+    if directions and not any(priors):
+        raise SteerbackError(
+            f"{where}: none of its directions says the residual's norm, so the table has to give a boost_prior "
+            "[mean, sd, low, high]; or take a file over with: steerback directions make TARGET NAME --file FILE"
+        )
+    mean, sd, high = PRIOR  # while there is no direction, any prior will do
+    return BoostPrior(*next((p for p in priors if p), (mean, sd, 0.0, high)))

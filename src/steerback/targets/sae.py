@@ -1,7 +1,7 @@
 """Sparse autoencoders: one frozen class for ReLU, JumpReLU and TopK, whatever file it came from, and our own format.
 
 Convention: pre = h @ W_enc + b_enc (no input-bias subtraction, no normalisation), z = pre * (pre > threshold),
-reconstruction = z @ W_dec + b_dec. Loaders (`targets.formats`) fold other conventions into this one or refuse.
+reconstruction = z @ W_dec + b_dec. Loaders (`targets.sae_files`) fold other conventions into this one or refuse.
 Weights may be views of a file on disk, so nothing here makes a second copy of a whole matrix unless it says so.
 It knows nothing of models beyond the width and layer it was trained for.
 """
@@ -15,21 +15,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from steerback.errors import SteerbackError, unknown
-from steerback.targets.labels import read_metadata
+from steerback.targets.target import Kind
 
-if TYPE_CHECKING:
-    from steerback.targets.target import SaeSource
-
-Kind = Literal["relu", "jumprelu", "topk"]
 TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
 BLOCK = 1 << 24
 """Elements of a matrix that are looked at or converted at a time: 64 MB as float32."""
+LARGEST = 1e15
+"""No weight is that large; the norm of a row of such numbers would be infinite in float32."""
 TILE = 1024
 """Matrices are hashed in squares of this size: fast for either order in which a file may have stored them."""
 
@@ -150,9 +148,11 @@ class Sae:
 
     @cached_property
     def _damaged(self) -> str | None:
-        """The first tensor that holds NaN or infinity; looked for once, as it reads all weights."""
+        """Name of the first tensor with a number that is no weight, else None; kept, as it reads all weights."""
         for name in TENSORS:
-            if not all(bool(torch.stack(part.aminmax()).isfinite().all()) for part in _blocks(getattr(self, name))):
+            if not all(
+                bool((torch.stack(part.aminmax()).abs() < LARGEST).all()) for part in _blocks(getattr(self, name))
+            ):
                 return name
         return None
 
@@ -171,7 +171,9 @@ class Sae:
             if tuple(tensor.shape) != shape:
                 raise SteerbackError(f"{where}: {name} has shape {tuple(tensor.shape)}, expected {shape}")
         if self._damaged is not None:
-            raise SteerbackError(f"{where}: {self._damaged} contains NaN or infinity; the file is damaged")
+            raise SteerbackError(
+                f"{where}: {self._damaged} contains NaN, infinity or numbers above {LARGEST:g}; the file is damaged"
+            )
         if self.kind == "topk" and not (self.k is not None and 1 <= self.k <= n):
             raise SteerbackError(f"{where}: a topk SAE needs k between 1 and {n}, not {self.k!r}")
         if d_model is not None and d != d_model:
@@ -202,55 +204,20 @@ def _blocks(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor.narrow(along, first, min(step, tensor.shape[along] - first))
 
 
-def load_sae(source: Path | SaeSource, format: str = "steerback") -> Sae:
-    """Reads an SAE on the CPU and checks it: a folder or file of a format, or a source (which names its own)."""
-    from steerback.targets.formats import read
-    from steerback.targets.target import SaeSource
-
-    return read(source if isinstance(source, SaeSource) else SaeSource(str(source), format))
-
-
-def load_native(folder: Path) -> Sae:
-    """Our own format: `sae.safetensors` (W_enc, b_enc, W_dec, b_dec, threshold) and `sae.json` beside it."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    meta = read_metadata(folder)
-    weights = folder / "sae.safetensors"
-    if not weights.is_file():
-        raise SteerbackError(f"{folder}: no sae.safetensors there; an SAE folder holds sae.safetensors and sae.json")
-    try:
-        tensors = load_file(weights)
-    except (SafetensorError, OSError) as error:
-        raise SteerbackError(f"{weights}: not a readable safetensors file ({error})") from error
-    absent = [name for name in TENSORS if name not in tensors and name != "threshold"]
-    if absent:
-        raise SteerbackError(f"{weights}: {', '.join(absent)} missing; found {', '.join(sorted(tensors)) or 'nothing'}")
-    tensors.setdefault("threshold", torch.zeros_like(tensors["b_enc"]))
-    sae = Sae(
-        kind=meta["kind"],
-        layer=meta["layer"],
-        k=meta.get("k"),
-        **{name: stored(tensors[name]) for name in TENSORS},
-    ).check(str(weights))
-    for name, value in (("d_model", sae.d_model), ("n_latents", sae.n_latents)):
-        if meta.get(name, value) != value:
-            raise SteerbackError(f"{folder}: sae.json says {name} {meta[name]}, the weights say {value}")
-    return sae
-
-
-def stored(tensor: Tensor) -> Tensor:
-    """A tensor in a type that an `Sae` may have: bfloat16 as it is, any other as float32."""
+def stored(tensor: Tensor, where: str) -> Tensor:
+    """Return a tensor in a type that an `Sae` may have: bfloat16 as it is, any other float as float32."""
+    if not tensor.is_floating_point() or tensor.is_meta or tensor.layout != torch.strided:
+        kind = "sparse" if tensor.layout != torch.strided else str(tensor.dtype).removeprefix("torch.")
+        raise SteerbackError(f"{where} holds {kind} numbers; an SAE's weights are dense and real, float32 or bfloat16")
     return tensor if tensor.dtype == torch.bfloat16 else tensor.to(torch.float32)
 
 
-def save_native(sae: Sae, folder: Path, dtype: torch.dtype = torch.float32, **extra: Any) -> None:
-    """Writes our own format; `extra` goes into sae.json."""
+def save_native(sae: Sae, folder: Path, dtype: torch.dtype = torch.float32, **extra: object) -> None:
+    """Write our own format; `extra` goes into sae.json."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     save_file({n: getattr(sae, n).detach().to("cpu", dtype).contiguous() for n in TENSORS}, folder / "sae.safetensors")
     meta = {"kind": sae.kind, "layer": sae.layer, "d_model": sae.d_model, "n_latents": sae.n_latents, **extra}
-    if sae.k is not None:
-        meta["k"] = sae.k
+    meta |= {} if sae.k is None else {"k": sae.k}
     (folder / "sae.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")

@@ -11,13 +11,17 @@ import math
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal, TypedDict
 
+from pydantic import BeforeValidator, ConfigDict, Field
+
+from steerback.config import Settings, parse
+from steerback.errors import SteerbackError
 from steerback.records import BoostPrior, LatentKey, digest
-from steerback.targets.directions import Facts, read_facts
-from steerback.targets.label_files import read_user_labels
-from steerback.targets.labels import read_contexts, read_dead, read_labels
+from steerback.targets.directions import DirectionFacts, read_facts, read_header
+from steerback.targets.labels import read_contexts, read_dead, read_labels, read_user_labels
 
+Kind = Literal["relu", "jumprelu", "topk"]
 Dtype = Literal["float32", "bfloat16"]
 PromptFormat = Literal["chat", "plain", "authors"]
 """The tokenizer's chat template, the prompt as it is, or the template with Llama's header doubled (see `Prompter`)."""
@@ -25,9 +29,66 @@ BYTES = {"float32": 4.0, "bfloat16": 2.0, "fp8": 1.0}
 """Per parameter."""
 
 
+def _prior(value: object) -> BoostPrior:
+    """Return a prior from {mean, sd, low, high} or the four numbers in this order."""
+    names = ("mean", "sd", "low", "high")
+    if isinstance(value, BoostPrior):
+        return value
+    given = dict(zip(names, value, strict=False)) if isinstance(value, list | tuple) and len(value) == 4 else value
+    if not (isinstance(given, dict) and set(given) == set(names) and all(map(_is_number, given.values()))):
+        raise ValueError(f"{value!r} should be {{mean, sd, low, high}}, in raw decoder units")
+    try:
+        return BoostPrior(**{name: float(number) for name, number in given.items()})
+    except SteerbackError as error:
+        raise ValueError(str(error)) from None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+PriorField = Annotated[BoostPrior, BeforeValidator(_prior)]
+"""A prior in a table or in `sae.json`."""
+
+
+class SaeMetadata(Settings):
+    """The facts in a `sae.json` that are read; what else it holds is left alone."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+    kind: Kind
+    layer: int = Field(ge=0)
+    d_model: int | None = Field(None, ge=1)
+    n_latents: int | None = Field(None, ge=1)
+    k: int | None = Field(None, ge=1)
+    boost_prior: PriorField | None = None
+    """Measured with these very weights, so it wins over the registry's."""
+
+
+def read_metadata(folder: Path) -> SaeMetadata:
+    """Read the `sae.json` of a folder in our own format."""
+    path = folder / "sae.json"
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SteerbackError(f"{folder}: no sae.json there; an SAE folder holds sae.safetensors and sae.json") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise SteerbackError(f"{path}: not readable as JSON ({error})") from error
+    return parse(SaeMetadata, meta, str(path))
+
+
+class LoadOptions(TypedDict):
+    """Arguments of every `from_pretrained` for a target's model: its revision, and never code from its files.
+
+    Without the second transformers asks at the terminal whether to run such code.
+    """
+
+    revision: str | None
+    trust_remote_code: Literal[False]
+
+
 @dataclass(frozen=True, slots=True)
 class SaeSource:
-    """Where an SAE comes from: a format known to `targets.formats`, a folder or hub id, a file in it, a revision.
+    """Where an SAE comes from: a format known to `targets.sae_files`, a folder or hub id, a file in it, a revision.
 
     `layer` is the target's `sae_layer`, for files that do not say theirs; `dtype` None keeps bfloat16 and makes
     anything else float32; `input_scale` is the constant that training multiplied inputs by, where the file lacks it.
@@ -56,6 +117,8 @@ class Target:
     read_layer: int
     boost_prior: BoostPrior
     summary: str = ""
+    builtin: bool = False
+    """Whether it is one of the package's registry, not the user's."""
     planted: bool = False
     """Whether the model restarts because it was trained to: then its numbers are no evidence about other models."""
     revision: str | None = None
@@ -84,28 +147,33 @@ class Target:
     provenance: tuple[tuple[str, str], ...] = ()
     """(field, where its value comes from): specification, authors, measured, derived, published, assumed, ..."""
 
+    @property
+    def load_options(self) -> LoadOptions:
+        """Arguments of `from_pretrained` for model, config and tokenizer."""
+        return {"revision": self.revision, "trust_remote_code": False}
+
     def labels(self) -> dict[int, str]:
-        """Label per latent, the user's own (fetched, imported, made) before the target's; others are absent."""
+        """Return the label per latent, the user's (fetched, imported, made) before the target's; others are absent."""
         return self.own_labels() | {k: named.label for k, named in read_user_labels(self.user_key).items()}
 
     def own_labels(self) -> dict[int, str]:
-        """The labels that come with the target."""
+        """Return the labels that come with the target."""
         return {} if self.labels_folder is None else read_labels(Path(self.labels_folder))
 
     @property
     def user_key(self) -> str:
         """Name of the folders in which the user's labels and directions for this target are kept."""
-        return user_key(self.base, self.model)
+        return user_key(self.base, self.model, self.builtin)
 
     def contexts(self) -> dict[LatentKey, tuple[str, ...]]:
-        """Top-activating text snippets per latent (empty where unknown)."""
+        """Return top-activating text snippets per latent (empty where unknown)."""
         found: dict[LatentKey, tuple[str, ...]] = {}
         if self.labels_folder is not None:
             found |= read_contexts(Path(self.labels_folder))
         return found | {name: texts for name in self.directions() if (texts := self.direction_facts(name).contexts)}
 
     def dead_latents(self) -> frozenset[int]:
-        """Latents that never fired on the SAE's own corpus, by its metadata."""
+        """Return the latents that never fired on the SAE's own corpus, by its metadata."""
         return frozenset() if self.labels_folder is None else read_dead(Path(self.labels_folder))
 
     @property
@@ -114,19 +182,19 @@ class Target:
         return self.sae is not None or self.n_latents > 0
 
     def directions(self) -> tuple[str, ...]:
-        """Names of the directions that can be added beside (or instead of) SAE latents."""
+        """Return the names of the directions that can be added beside (or instead of) SAE latents."""
         return tuple(name for name, _ in self.direction_files)
 
-    def direction_facts(self, name: str) -> Facts:
-        """What is known of a direction beside its vector."""
+    def direction_facts(self, name: str) -> DirectionFacts:
+        """Return the known facts about a direction."""
         return read_facts(Path(dict(self.direction_files)[name]))
 
     def with_directions(self, names: Collection[str]) -> Target:
-        """The same target with these of its directions alone, so that what a run does not use does not shape it."""
+        """Return the target with these of its directions alone: a run depends only on those it steers with."""
         return replace(self, direction_files=tuple(f for f in self.direction_files if f[0] in names))
 
     def with_adapter(self, folder: Path) -> Target:
-        """The same target with a LoRA adapter, named after both: BASE+FOLDER. Labels and directions stay the base's."""
+        """Return the target with a LoRA adapter, named BASE+FOLDER. Labels and directions stay the base's."""
         return replace(self, name=f"{self.base}+{folder.name}", adapter=str(folder))
 
     @property
@@ -135,17 +203,19 @@ class Target:
         return self.name if self.adapter is None else self.name.rpartition("+")[0]
 
     def prior_of(self, key: LatentKey) -> BoostPrior:
-        """The boost prior of a latent; that of a direction beside an SAE is scaled to the residual's norm if known."""
+        """Return the boost prior of a latent.
+
+        For a direction of a target with an SAE it is scaled to the residual's norm, if that is known.
+        """
         values = self.direction_facts(key).prior() if isinstance(key, str) and self.has_sae else None
         return self.boost_prior if values is None else BoostPrior(*values)
 
     def parameters(self) -> int | None:
-        """Number of the model's parameters, from the headers of its safetensors files or as given; None if unknown."""
-        names = [p for p in Path(self.model).glob("*.safetensors") if p.name != "sae.safetensors"]
-        return sum(map(_count_parameters, names)) or self.n_parameters
+        """Return the number of parameters, from the model's safetensors files or as given; None if unknown."""
+        return sum(weight_sizes(Path(self.model)).values()) or self.n_parameters
 
     def memory(self, dtype: str | None = None) -> int | None:
-        """Estimated bytes on the device (weights, 5 %, and 1.5 GB for caches and the SAE's columns in use)."""
+        """Estimate the bytes on the device: weights, 5 %, and 1.5 GB for caches and the SAE's columns in use."""
         count = self.parameters()
         if count is None:
             return None
@@ -156,19 +226,41 @@ class Target:
         """Size of the SAE in float32, which is its download and what it takes of the machine's memory."""
         return 8 * self.n_latents * (self.d_model or 0)
 
-    def describe(self) -> dict[str, Any]:
-        """JSON-able form for the manifest."""
+    def describe(self) -> dict[str, object]:
+        """Return the JSON-able form for the manifest."""
         return asdict(self)
 
 
-def user_key(name: str, model: str) -> str:
-    """A built-in target's name; any other's with a mark of its model, as two folders may have one name."""
-    from steerback.targets.registry import tables
-
-    return name if name.split("@")[0] in tables() else f"{name}-{digest(model)[:8]}"
+def user_key(name: str, model: str, builtin: bool) -> str:
+    """Return a built-in target's name; any other's with a mark of its model, as two folders may have one name."""
+    return name if builtin else f"{name}-{digest(model)[:8]}"
 
 
-def _count_parameters(path: Path) -> int:
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+def model_config(folder: Path) -> dict[str, object]:
+    """Return the text part of a folder's config.json; empty where there is none or it is damaged.
+
+    It serves estimates and early checks only; loading the model says what is wrong with its config.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = config.get("text_config") or config
+        return config if isinstance(config, dict) else {}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return {}
+
+
+def weight_sizes(folder: Path) -> dict[str, int]:
+    """Return the number of parameters of each of a model's weights, from the headers of its safetensors files.
+
+    A damaged file counts as empty here; loading it says what is wrong.
+    """
+    sizes: dict[str, int] = {}
+    for path in folder.glob("*.safetensors"):
+        try:
+            header = {} if path.name == "sae.safetensors" else read_header(path)
+        except (OSError, ValueError, RecursionError):
+            continue
+        for name, tensor in header.items():
+            if isinstance(shape := tensor.get("shape"), list) and all(isinstance(n, int) for n in shape):
+                sizes[name] = math.prod(shape)
+    return sizes

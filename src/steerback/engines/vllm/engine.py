@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-import steerback
 from steerback.engines.checks import check_texts, checked
 from steerback.engines.interventions import ARITHMETIC_VERSION, check, check_directions, check_layer
 from steerback.engines.vllm import jobs
@@ -34,7 +33,7 @@ from steerback.engines.vllm.loading import (
 )
 from steerback.engines.vllm.selftest import fault
 from steerback.engines.vllm.settings import TableSettings, Ticket
-from steerback.errors import SteerbackError
+from steerback.errors import VERSION, SteerbackError
 from steerback.records import Completion, FinishReason, Intervention, Receipt, Request, digest
 
 if TYPE_CHECKING:
@@ -102,7 +101,7 @@ class VllmEngine:
             poolers=poolers if target.sae is not None else 0,
             length=length,
             arithmetic=ARITHMETIC_VERSION,
-            version=steerback.__version__,
+            version=VERSION,
             sae=None if target.sae is None else asdict(target.sae),
             directions=save_directions(directions or {}),
         )
@@ -196,7 +195,7 @@ class VllmEngine:
             "vllm": version,
             "runner": state["runner"],
             "arithmetic": ARITHMETIC_VERSION,
-            "steerback": steerback.__version__,
+            "steerback": VERSION,
             "torch": torch.__version__,
             "device": state["device"],
             "dtype": self.target.dtype,

@@ -104,7 +104,7 @@ def prepare(target: Target, directions: tuple[str, ...]) -> PreparedTarget:
 
     from steerback.engines.loading import provenance_of
     from steerback.engines.runner import end_tokens
-    from steerback.targets.sae import load_sae
+    from steerback.targets.sae_files import load_sae
 
     origin: dict[str, Any] = {} if Path(target.model).is_dir() else {"revision": target.revision}
     try:

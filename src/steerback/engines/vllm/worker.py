@@ -22,7 +22,8 @@ from steerback.engines.vllm.settings import TableSettings, Ticket
 from steerback.engines.vllm.slots import Arrival, Slots, Step
 from steerback.engines.vllm.tables import LayerTable, Shared, edit, steer_layer
 from steerback.errors import SteerbackError
-from steerback.targets.sae import Sae, load_sae
+from steerback.targets.sae import Sae
+from steerback.targets.sae_files import load_sae
 from steerback.targets.target import SaeSource
 
 if current_platform.is_cpu():

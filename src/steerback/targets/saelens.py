@@ -1,0 +1,147 @@
+"""Bring an SAE of SAELens (versions 3 to 6) into this package's convention.
+
+Its conventions are folded into ours: the decoder bias subtracted from the input, TopK weighed by decoder norms, one
+factor on the input. What depends on each input (layer norm, rescaling to a norm) cannot be and is refused, as is what
+is not an SAE of the residual stream.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from pydantic import ConfigDict
+from torch import Tensor
+
+from steerback.config import Settings, parse
+from steerback.errors import SteerbackError, unknown
+from steerback.targets.sae import Sae, stored
+from steerback.targets.target import Kind
+
+KINDS: Mapping[str, Kind] = {"standard": "relu", "jumprelu": "jumprelu", "topk": "topk"}
+PER_INPUT = {
+    "layer_norm": "standardises each input by itself",
+    "constant_norm_rescale": "rescales each input to one norm",
+    "covariance_whitening": "whitens its inputs with statistics that are not in its weights",
+}
+SCALED = (True, "expected_average_only_in")
+
+
+class _Part(Settings):
+    """Settings of which only those that change the arithmetic are read."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+
+class ActivationOptions(_Part):
+    """Options of the activation function, in configs before SAELens 6."""
+
+    k: int | None = None
+
+
+class TrainingNotes(_Part):
+    """The part `metadata` of a config since SAELens 6."""
+
+    hook_name: str | None = None
+
+
+class SaeLensConfig(_Part):
+    """A `cfg.json` of SAELens."""
+
+    architecture: str | None = "standard"
+    activation_fn: str | None = None
+    activation_fn_str: str | None = None
+    activation_fn_kwargs: ActivationOptions | None = None
+    k: int | None = None
+    rescale_acts_by_decoder_norm: bool = False
+    apply_b_dec_to_input: bool = True
+    normalize_activations: bool | str | None = None
+    reshape_activations: str | None = None
+    hook_name: str | None = None
+    hook_point: str | None = None
+    metadata: TrainingNotes | None = None
+
+
+def convert(
+    settings: Mapping[str, object], tensors: Mapping[str, Tensor], where: str, input_scale: float | None
+) -> Sae:
+    """Return an SAE from SAELens' settings and weights; `input_scale` is the factor its training put on the input.
+
+    Raises SteerbackError naming the setting that cannot be folded into the weights.
+    """
+    config = parse(SaeLensConfig, settings, where)
+    activation = config.activation_fn or config.activation_fn_str or "relu"
+    architecture = "topk" if activation == "topk" else config.architecture or "standard"
+    if architecture not in KINDS:
+        raise unknown(f"SAE architecture (in {where})", architecture, KINDS)
+    if activation not in ("relu", "jumprelu", "topk"):
+        raise SteerbackError(
+            f"{where}: activation function {activation!r}; only ReLU, JumpReLU and TopK can be steered"
+        )
+    if config.reshape_activations not in ("none", None):
+        raise SteerbackError(f"{where}: an SAE of attention heads; steering needs one of the residual stream")
+    kind = KINDS[architecture]
+    weights = {name: stored(tensor, f"{where}: {name}") for name, tensor in tensors.items()}
+    _refuse_unknown(weights, kind, where)
+    if kind == "topk" and config.rescale_acts_by_decoder_norm:
+        _fold_decoder_norms(weights)
+    if config.apply_b_dec_to_input:
+        weights["b_enc"] = weights["b_enc"] - (weights["b_dec"].float() @ weights["W_enc"].float())
+    _fold_scale(weights, config.normalize_activations, input_scale, where)
+    given = weights.pop("threshold", None)
+    threshold = given.clamp(min=0) if kind == "jumprelu" and given is not None else torch.zeros_like(weights["b_enc"])
+    options = config.activation_fn_kwargs or ActivationOptions()
+    k = (config.k or options.k) if kind == "topk" else None
+    return Sae(kind, _layer(config, where), threshold=threshold, k=k, **weights)
+
+
+def _refuse_unknown(weights: dict[str, Tensor], kind: Kind, where: str) -> None:
+    """Raise SteerbackError unless the weights are those of the kind; take out scaling factors that are 1."""
+    needed = {"W_enc", "b_enc", "W_dec", "b_dec"} | ({"threshold"} if kind == "jumprelu" else set())
+    if absent := sorted(needed - set(weights)):
+        raise SteerbackError(f"{where}: {', '.join(absent)} missing; found {', '.join(sorted(weights)) or 'nothing'}")
+    for name in ("scaling_factor", "finetuning_scaling_factor"):
+        if name in weights and not torch.allclose(weights.pop(name).float(), torch.ones(())):
+            raise SteerbackError(f"{where}: {name} is not 1: activations rescaled after training cannot be folded")
+    if strange := sorted(set(weights) - needed - {"threshold"}):
+        raise SteerbackError(f"{where}: unknown weights {', '.join(strange)}; they would be left out of the arithmetic")
+
+
+def _fold_decoder_norms(weights: dict[str, Tensor]) -> None:
+    """TopK by activation times decoder norm: the norm moves into the encoder, and the decoder has norm 1."""
+    norms = weights["W_dec"].float().norm(dim=1)
+    weights["W_enc"] = weights["W_enc"] * norms
+    weights["b_enc"] = weights["b_enc"] * norms
+    weights["W_dec"] = weights["W_dec"] / norms[:, None]
+
+
+def _fold_scale(weights: dict[str, Tensor], normalisation: bool | str | None, scale: float | None, where: str) -> None:
+    """Fold one factor on the input: the encoder takes it up, decoder and decoder bias give it back."""
+    if isinstance(normalisation, str) and normalisation in PER_INPUT:
+        reason = PER_INPUT[normalisation]
+        raise SteerbackError(f"{where}: {normalisation} {reason}, which cannot be folded into the weights")
+    if normalisation not in (None, False, "none", *SCALED):
+        raise SteerbackError(f"{where}: unknown normalize_activations {normalisation!r}")
+    if scale is None:
+        if normalisation in SCALED:
+            raise SteerbackError(
+                f"{where}: its inputs were scaled by a constant that is not in the file; "
+                "give it as sae = {input_scale}"
+            )
+        return
+    if not 0 < scale < float("inf"):
+        raise SteerbackError(f"{where}: input_scale {scale!r} is not above 0")
+    weights["W_enc"] = weights["W_enc"] * scale
+    for name in ("W_dec", "b_dec"):
+        weights[name] = weights[name] / scale
+
+
+def _layer(config: SaeLensConfig, where: str) -> int:
+    """Return the block whose output the SAE reads: what enters a block is what leaves the one before it."""
+    notes = config.metadata or TrainingNotes()
+    hook = config.hook_name or config.hook_point or notes.hook_name or ""
+    match = re.fullmatch(r"blocks\.(\d{1,4})\.hook_resid_(pre|post)", hook)
+    if match is None or hook == "blocks.0.hook_resid_pre":
+        raise SteerbackError(f"{where}: reads {hook!r}; steering needs an SAE of the residual stream after a block")
+    return int(match[1]) - (match[2] == "pre")
