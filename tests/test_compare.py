@@ -88,28 +88,29 @@ def test_no_verdict_from_an_organism_or_the_offline_judge(
 
 
 def test_every_published_row_is_there_even_when_nothing_was_run(tmp_path: Path) -> None:
-    rows, settings = table_of_numbers()
+    table = table_of_numbers()
+    rows, settings = table.rows, table.settings
     lines = compare_published([])
-    assert len(lines) == sum(len(row.targets) * len(row.published) for row in rows)
+    assert len(lines) == sum(len(row.target) * len(row.published) for row in rows)
     assert {x.verdict for x in lines} == {"not measured"}
     known = {"finetune", "cross-judge", *REGISTRY}  # the two have their places, and come with their own work
     assert {row.experiment for row in rows} <= known
     config = specification("esr", ("x",)).model_dump(mode="json")
     for setting in settings:
         place: Any = config
-        for part in setting["key"].split("."):
+        for part in setting.key.split("."):
             place = place[part]
-    table, _ = comparison(lines)
-    assert "not measured" in table.text(10_000)
-    records = list(csv.DictReader(io.StringIO(table.csv())))
+    shown, _ = comparison(lines)
+    assert "not measured" in shown.text(10_000)
+    records = list(csv.DictReader(io.StringIO(shown.csv())))
     assert len(records) == len(lines)
-    assert table.markdown().splitlines()[1].startswith("| --- |")
+    assert shown.markdown().splitlines()[1].startswith("| --- |")
 
 
 def test_what_facts_say_is_what_the_table_holds() -> None:
     """Each number of the specification's and the paper's list, by hand."""
-    rows, _ = table_of_numbers()
-    held = {(r.quantity, t, s): v for r in rows for t in r.targets for s, v in r.published.items()}
+    rows = table_of_numbers().rows
+    held = {(r.quantity, t, s): v for r in rows for t in r.target for s, v in r.published.items()}
     big = "llama-3.3-70b"
     assert held["multi-attempt rate at threshold", big, "specification"] == 0.017
     assert held["multi-attempt rate at threshold", big, "paper"] == 0.074
@@ -161,7 +162,7 @@ def test_numbers_are_found_by_their_path() -> None:
     }
 
     def row(path: str, **more: Any) -> Published:
-        return Published("q", "e", ("t",), path, {}, **more)
+        return Published(quantity="q", experiment="e", target=("t",), path=path, **more)
 
     assert our_number(summary, row("conditions.random *.headline.msi")) == Ours(1.5, 0.5, 2.5, 200)
     assert our_number(summary, row("detectors", field="count")) == Ours(2, None, None, None)
@@ -172,7 +173,7 @@ def test_numbers_are_found_by_their_path() -> None:
 
 
 def test_deviations_name_what_differs() -> None:
-    _, settings = table_of_numbers()
+    settings = table_of_numbers().settings
     config = quick("esr", ("organism",)).model_copy(update={"judge": "offline"})
     told = deviations(config, "specification", settings)
     assert "judge offline, not claude-sonnet-4-5-20250929" in told

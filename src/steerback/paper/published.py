@@ -1,54 +1,99 @@
-"""Published numbers against ours: what each run measured, whether it agrees, and which settings differ.
+"""Published numbers compared with ours: measured value, verdict, and the settings that differ.
 
 Reads summaries and configs of finished runs and the table `data/published.toml`; computes nothing from trials. A number
-from a built-in organism, or from a judge that is no model, never gets a verdict about a real model.
+from a model with planted behaviour, or from a judge that is no model, never gets a verdict about a real model.
 """
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue, ValidationError
 
 from steerback.config import RunConfig
 from steerback.errors import SteerbackError
-from steerback.experiments.base import organisms
 from steerback.figures.tables import Table, number
 from steerback.metrics import wilson
 from steerback.store.run import stored_config
+from steerback.targets.registry import tables
 
-SOURCES = {"specification": "specification", "paper": "authors", "reader": "authors"}  # whose settings they had
+SourceName = Literal["specification", "paper", "reader"]
+Column = Literal["specification", "authors"]
+SOURCES: dict[SourceName, Column] = {"specification": "specification", "paper": "authors", "reader": "authors"}
+"""Settings that the numbers of a source were measured with."""
+Value = float | tuple[float, float]
+"""A number or a range."""
+SettingValue = int | float | str | tuple[int | float, int | float] | None
+Verdict = Literal["agrees", "higher", "lower", "open", "no interval"]
+
 LOCAL_JUDGES = ("offline", "scripted")
-MAIN = "llama-3.3-70b"  # the rows that a built-in organism's numbers are shown beside
+MAIN = "llama-3.3-70b"  # the rows that are shown next to a planted model's numbers
 FINE_TUNED = "llama-3.1-8b"  # the same for fine-tuning
 ALL = "all"  # rows about no single model
 
 
-@dataclass(frozen=True)
-class Published:
-    """One row of the table; `published` maps a source to a number or a range."""
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Published(_Entry):
+    """One row of the table; `path` and `field` say where a run's summary has our number."""
 
     quantity: str
     experiment: str
-    targets: tuple[str, ...]
+    target: Annotated[tuple[str, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)]
     path: str
-    published: Mapping[str, float | tuple[float, float]]
     field: str = "value"
     rate: bool = False
     interval: bool = True
-    at_most: bool = False
-    n: Mapping[str, int] | None = None
+    bound: Literal["at most"] | None = None
+    n: dict[SourceName, int] = {}
     notes: tuple[str, ...] = ()
+    specification: Value | None = None
+    paper: Value | None = None
+    reader: Value | None = None
+
+    @property
+    def published(self) -> dict[SourceName, Value]:
+        """The value of each source that has one."""
+        values = {name: getattr(self, name) for name in get_args(SourceName)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class Setting(_Entry):
+    """A setting in which the sources differ, from specification and authors: a value, or the ends of a range."""
+
+    topic: str
+    key: str
+    specification: SettingValue = None
+    authors: SettingValue = None
+    note: str | None = None
+    """A remark on runs that use the published value."""
+
+
+class PublishedTable(_Entry):
+    """The content of published.toml."""
+
+    rows: tuple[Published, ...]
+    settings: tuple[Setting, ...]
+
+
+class RunSummary(BaseModel):
+    """The part of summary.json that is compared."""
+
+    experiment: str | None = None
+    targets: dict[str, JsonValue] = {}
 
 
 @dataclass(frozen=True)
 class Ours:
-    """Our value with its 95 % interval (None: not known) and the number of trials behind it."""
+    """Our value with its 95 % interval (None: unknown) and the number of trials behind it."""
 
     value: float
     low: float | None
@@ -62,7 +107,12 @@ class Finished:
 
     name: str
     config: RunConfig
-    summary: Mapping[str, Any]
+    summary: RunSummary
+
+    def planted(self, target: str) -> bool:
+        """Whether a target's behaviour was trained into it on purpose."""
+        entry: Mapping[str, object] = {**tables(), **self.config.definitions}.get(target.partition("+")[0], {})
+        return entry.get("planted") is True
 
 
 @dataclass(frozen=True)
@@ -72,149 +122,122 @@ class Line:
     row: Published
     target: str
     measured: str
-    source: str
-    published: float | tuple[float, float]
+    source: SourceName
+    published: Value
     run: str
     ours: Ours | None
     verdict: str
     deviations: tuple[str, ...]
 
+    @property
+    def range(self) -> tuple[float, float]:
+        """The published range; for a number its interval where that is known."""
+        return interval_of(self.published, self.row.rate, self.row.n.get(self.source))
 
-def table_of_numbers() -> tuple[list[Published], list[Mapping[str, Any]]]:
+
+def table_of_numbers() -> PublishedTable:
     """The published rows, and the settings in which the sources differ."""
-    body = tomllib.loads(resources.files("steerback.data").joinpath("published.toml").read_text("utf-8"))
-    return [_published(entry) for entry in body["rows"]], body["settings"]
-
-
-def _published(entry: Mapping[str, Any]) -> Published:
-    targets = entry["target"] if isinstance(entry["target"], list) else [entry["target"]]
-    values = {s: tuple(v) if isinstance(v := entry[s], list) else float(v) for s in SOURCES if s in entry}
-    return Published(
-        quantity=entry["quantity"],
-        experiment=entry["experiment"],
-        targets=tuple(targets),
-        path=entry["path"],
-        published=values,
-        field=entry.get("field", "value"),
-        rate=entry.get("rate", False),
-        interval=entry.get("interval", True),
-        at_most=entry.get("bound") == "at most",
-        n=entry.get("n"),
-        notes=tuple(entry.get("notes", ())),
-    )
+    text = resources.files("steerback.data").joinpath("published.toml").read_text("utf-8")
+    return PublishedTable.model_validate(tomllib.loads(text))
 
 
 def finished(folders: Sequence[Path]) -> list[Finished]:
-    """The runs that have a summary; one without is an error that says how to get it."""
-    found = []
+    """The runs with their summaries. Raises SteerbackError for a run without one, saying how to get it."""
+    runs = []
     for folder in folders:
         config = stored_config(folder)
         try:
-            summary = json.loads((folder / "summary.json").read_text("utf-8"))
+            summary = RunSummary.model_validate_json((folder / "summary.json").read_bytes())
         except FileNotFoundError:
             raise SteerbackError(f"run {folder} is not finished; go on with: steerback resume {folder.name}") from None
-        except ValueError:
+        except ValidationError:
             raise SteerbackError(
                 f"{folder / 'summary.json'} is damaged; make it again: steerback figures {folder}"
             ) from None
-        found.append(Finished(folder.name, config, summary))
-    return found
+        runs.append(Finished(folder.name, config, summary))
+    return runs
 
 
 def compare_published(folders: Sequence[Path]) -> list[Line]:
     """Every published number, once per run that measured it; `not measured` where none did."""
-    rows, settings = table_of_numbers()
-    runs = finished(folders)
-    return [line for row in rows for target in row.targets for line in _lines(row, target, runs, settings)]
+    table, runs = table_of_numbers(), finished(folders)
+    return [line for row in table.rows for target in row.target for line in _lines(row, target, runs, table.settings)]
 
 
-def _lines(
-    row: Published, target: str, runs: Sequence[Finished], settings: Sequence[Mapping[str, Any]]
-) -> Iterator[Line]:
-    own = [run for run in runs if run.summary.get("experiment") == row.experiment]
+def _lines(row: Published, target: str, runs: Sequence[Finished], settings: Sequence[Setting]) -> Iterator[Line]:
+    main = FINE_TUNED if row.experiment == "finetuning" else MAIN
+    measurements = [
+        (run, measured)
+        for run in runs
+        if run.summary.experiment == row.experiment
+        for measured in run.summary.targets
+        if target in (measured, measured.split("@")[0], ALL) or (target == main and run.planted(measured))
+    ]
     for source, value in row.published.items():
-        shown = False
-        for run in own:
-            for measured in run.summary["targets"]:
-                main = FINE_TUNED if row.experiment == "finetuning" else MAIN
-                stands_in = bool(organisms([measured])) and target == main
-                if target not in (measured, measured.split("@")[0], ALL) and not stands_in:
-                    continue
-                ours = our_number(run.summary["targets"][measured], row)
-                shown = True
-                yield Line(
-                    row,
-                    target,
-                    measured,
-                    source,
-                    value,
-                    run.name,
-                    ours,
-                    _verdict(row, source, value, measured, run.config, ours),
-                    (*deviations(run.config, SOURCES[source], settings), *row.notes),
-                )
-        if not shown:
+        if not measurements:
             yield Line(row, target, "-", source, value, "-", None, "not measured", row.notes)
+        for run, measured in measurements:
+            ours = our_number(run.summary.targets[measured], row)
+            said = _verdict(row, source, value, ours, run, measured)
+            notes = (*deviations(run.config, SOURCES[source], settings), *row.notes)
+            yield Line(row, target, measured, source, value, run.name, ours, said, notes)
 
 
-def our_number(summary: Mapping[str, Any], row: Published) -> Ours | None:
+def our_number(summary: JsonValue, row: Published) -> Ours | None:
     """The row's value in a target's summary. `*` in the path: the mean over all that match, ends likewise."""
-    found = [x for x in _follow(summary, row.path.split(".")) if x is not None]
+    leaves = [x for x in _follow(summary, row.path.split(".")) if x is not None]
     if row.field == "count":
-        return Ours(len(found[0]), None, None, None) if found and isinstance(found[0], list) else None
-    values = [_estimate(x, row) for x in found if isinstance(x, Mapping)]
+        return Ours(len(leaves[0]), None, None, None) if leaves and isinstance(leaves[0], list) else None
+    values = [_estimate(x, row) for x in leaves if isinstance(x, dict)]
     known = [x for x in values if x is not None]
     if not known:
         return None
-    ends = [[getattr(x, side) for x in known] for side in ("low", "high")]
-    low, high = (None if None in side else sum(side) / len(known) for side in ends)
-    total = None if any(x.n is None for x in known) else sum(x.n or 0 for x in known)
+    low, high = (_mean([x.low for x in known]), _mean([x.high for x in known]))
+    sizes = [x.n for x in known if x.n is not None]
+    total = sum(sizes) if len(sizes) == len(known) else None
     return Ours(sum(x.value for x in known) / len(known), low, high, total)
 
 
-def _follow(body: Any, path: Sequence[str]) -> list[Any]:
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
+
+
+def _follow(body: JsonValue, path: Sequence[str]) -> list[JsonValue]:
     if not path:
         return [body]
-    if not isinstance(body, Mapping):
+    if not isinstance(body, dict):
         return []
     keys = [key for key in body if fnmatchcase(key, path[0])]
     return [leaf for key in keys for leaf in _follow(body[key], path[1:])]
 
 
-def _estimate(found: Mapping[str, Any], row: Published) -> Ours | None:
-    value = found.get(row.field)
+def _estimate(leaf: Mapping[str, JsonValue], row: Published) -> Ours | None:
+    value, low, high, n = (leaf.get(name) for name in (row.field, "low", "high", "n"))
     if not isinstance(value, int | float):
         return None
-    low, high = (found.get(end) if row.interval else None for end in ("low", "high"))
-    n = found.get("n")
+    low, high = (float(end) if row.interval and isinstance(end, int | float) else None for end in (low, high))
     return Ours(float(value), low, high, n if isinstance(n, int) else None)
 
 
-def _verdict(
-    row: Published,
-    source: str,
-    value: float | tuple[float, float],
-    target: str,
-    config: RunConfig,
-    ours: Ours | None,
-) -> str:
+def _verdict(row: Published, source: SourceName, value: Value, ours: Ours | None, run: Finished, measured: str) -> str:
     if ours is None:
         return "no value"
-    if organisms([target]):
+    if run.planted(measured):
         return "none (built-in model)"
-    if config.judge in LOCAL_JUDGES:
-        return f"none (judge {config.judge})"
-    return verdict(ours, interval_of(value, row.rate, (row.n or {}).get(source)), row.at_most)
+    if run.config.judge in LOCAL_JUDGES:
+        return f"none (judge {run.config.judge})"
+    return verdict(ours, interval_of(value, row.rate, row.n.get(source)), row.bound is not None)
 
 
-def interval_of(value: float | tuple[float, float], rate: bool, n: int | None) -> tuple[float, float]:
-    """A range as it is; a rate with known n with its Wilson interval; any other number as it stands."""
+def interval_of(value: Value, rate: bool, n: int | None) -> tuple[float, float]:
+    """A range as it is; a rate with known n with its Wilson interval; any other number as both ends."""
     if isinstance(value, tuple):
         return value
     return wilson(round(value * n), n) if rate and n else (value, value)
 
 
-def verdict(ours: Ours, published: tuple[float, float], at_most: bool = False) -> str:
+def verdict(ours: Ours, published: tuple[float, float], at_most: bool = False) -> Verdict:
     """agrees (the intervals overlap), higher, lower; for an upper bound: agrees, open (could be above), higher."""
     if ours.low is None or ours.high is None:
         return "no interval"
@@ -225,86 +248,88 @@ def verdict(ours: Ours, published: tuple[float, float], at_most: bool = False) -
     return "lower" if ours.high < published[0] else "agrees"
 
 
-def deviations(config: RunConfig, column: str, settings: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """Settings of a run that are not those of a column (specification or authors), in words."""
-    flat = config.model_dump(mode="json")
-    found = []
+def deviations(config: RunConfig, column: Column, settings: Sequence[Setting]) -> tuple[str, ...]:
+    """Settings of a run that differ from those of a column (specification or authors), in words."""
+    differing = []
     for setting in settings:
-        wanted, ours = setting.get(column), _at(flat, setting["key"])
-        inside = isinstance(wanted, list) and isinstance(ours, int | float) and wanted[0] <= ours <= wanted[1]
-        same = ours == wanted or (isinstance(ours, str) and ours.rsplit("/", 1)[-1] == wanted)  # provider/model
-        if wanted is not None and not same and not inside:
-            said = f"{wanted[0]} to {wanted[1]}" if isinstance(wanted, list) else wanted
-            found.append(f"{setting['topic']} {ours}, not {said}")
-        if "note" in setting and same:
-            found.append(setting["note"])
+        wanted, ours = setting.authors if column == "authors" else setting.specification, _at(config, setting.key)
+        if isinstance(wanted, tuple):
+            low, high = wanted
+            same, text = isinstance(ours, int | float) and low <= ours <= high, f"{low} to {high}"
+        else:  # judges may be named provider/model
+            same, text = ours == wanted or (isinstance(ours, str) and ours.rsplit("/", 1)[-1] == wanted), f"{wanted}"
+        if wanted is not None and not same:
+            differing.append(f"{setting.topic} {ours}, not {text}")
+        if setting.note is not None and same:
+            differing.append(setting.note)
     if config.limit is not None:
-        found.append(f"at most {config.limit} trials a condition")
+        differing.append(f"at most {config.limit} trials a condition")
     if column == "authors":
-        found.append("degraded responses left out; the authors' code includes them")
-    return tuple(found)
+        differing.append("degraded responses left out; the authors' code includes them")
+    return tuple(differing)
 
 
-def _at(body: Mapping[str, Any], key: str) -> Any:
+def _at(config: RunConfig, key: str) -> object:
+    value: object = config
     for part in key.split("."):
-        body = body[part]
-    return body
+        value = getattr(value, part)
+    return value
+
+
+COLUMNS = ("quantity", "model", "source", "published", "run", "measured on", "ours", "n", "verdict", "deviations")
 
 
 def comparison(lines: Sequence[Line]) -> tuple[Table, list[str]]:
     """The table, and the numbered deviations that its last column refers to."""
     notes: dict[str, int] = {}
-    cells, records = [], []
+    cells = []
     for line in lines:
+        row, ours = line.row, line.ours
         marks = [notes.setdefault(text, len(notes) + 1) for text in line.deviations]
-        rate = line.row.rate
-        ours = line.ours
         cells.append(
             (
-                line.row.quantity + (" (%)" if rate else ""),
+                row.quantity + (" (%)" if row.rate else ""),
                 line.target,
                 line.source,
-                _shown(line.published, rate, line.row.at_most),
+                _published(line),
                 line.run,
                 line.measured,
-                "-" if ours is None else _ours(ours, rate),
+                "-" if ours is None else _ours(ours, row.rate),
                 f"{ours.n:,}" if ours is not None and ours.n is not None else "-",
                 line.verdict,
                 " ".join(map(str, sorted(marks))),
             )
         )
-        low, high = interval_of(line.published, rate, (line.row.n or {}).get(line.source))
-        records.append(
-            {
-                "quantity": line.row.quantity,
-                "experiment": line.row.experiment,
-                "target": line.target,
-                "source": line.source,
-                "run": line.run,
-                "measured_on": line.measured,
-                "published": line.published if isinstance(line.published, float) else None,
-                "published_low": low,
-                "published_high": high,
-                "upper_bound": line.row.at_most,
-                "ours": ours and ours.value,
-                "ours_low": ours and ours.low,
-                "ours_high": ours and ours.high,
-                "n": ours and ours.n,
-                "verdict": line.verdict,
-                "deviations": "; ".join(line.deviations),
-            }
-        )
-    columns = (
-        *("quantity", "model", "source", "published", "run", "measured on"),
-        *("ours", "n", "verdict", "deviations"),
-    )
-    return Table(columns, cells, "", records, left=6), [f"[{i}] {text}" for text, i in notes.items()]
+    table = Table(COLUMNS, cells, "", [_record(line) for line in lines], left=6)
+    return table, [f"[{i}] {text}" for text, i in notes.items()]
 
 
-def _shown(value: float | tuple[float, float], rate: bool, at_most: bool) -> str:
-    if isinstance(value, tuple):
-        return " to ".join(number(v, rate, digits=1) for v in value)
-    return ("<= " if at_most else "") + number(value, rate)
+def _record(line: Line) -> dict[str, object]:
+    ours = line.ours
+    return {
+        "quantity": line.row.quantity,
+        "experiment": line.row.experiment,
+        "target": line.target,
+        "source": line.source,
+        "run": line.run,
+        "measured_on": line.measured,
+        "published": line.published if isinstance(line.published, float) else None,
+        "published_low": line.range[0],
+        "published_high": line.range[1],
+        "upper_bound": line.row.bound is not None,
+        "ours": ours and ours.value,
+        "ours_low": ours and ours.low,
+        "ours_high": ours and ours.high,
+        "n": ours and ours.n,
+        "verdict": line.verdict,
+        "deviations": "; ".join(line.deviations),
+    }
+
+
+def _published(line: Line) -> str:
+    if isinstance(line.published, tuple):
+        return " to ".join(number(v, line.row.rate, digits=1) for v in line.published)
+    return ("<= " if line.row.bound else "") + number(line.published, line.row.rate)
 
 
 def _ours(ours: Ours, rate: bool) -> str:
