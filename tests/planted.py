@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,11 @@ import pytest
 
 from steerback.config import build_config
 from steerback.engines.scripted import PlantedModel, Script, ScriptedEngine
-from steerback.experiments.base import Analysis
 from steerback.figures import style
 from steerback.figures.style import save
 from steerback.jobs import check, execute
+from steerback.jobs.execute import Analysis
+from steerback.records import Request
 from steerback.store.ledger import Ledger
 from steerback.targets import BoostPrior, Target
 
@@ -92,3 +95,30 @@ class Runs:
 
     def ledger(self, name: str) -> Ledger:
         return Ledger(self.root / name / "ledger.sqlite", read_only=True)
+
+
+@dataclass(frozen=True)
+class Peaked(PlantedModel):
+    """Restarts most often at `offset` from the threshold, less so on both sides; a long second half."""
+
+    offset: float = -1.0
+    width: float = 2.0
+
+    def restart_probability(self, request: Request) -> float:
+        usual = super().restart_probability(request)
+        added = next((i for i in request.interventions if i.mode == "add"), None)
+        if added is None:
+            return 0.0
+        away = added.value - self.thresholds[added.latent] - self.offset
+        return usual * math.exp(-0.5 * (away / self.width) ** 2)
+
+    def __call__(self, request: Request) -> str:
+        return super().__call__(request) + " And so it goes on for a while." * 12
+
+
+def inside(estimate: dict[str, Any], truth: float) -> bool:
+    return bool(estimate["low"] <= truth <= estimate["high"])
+
+
+def headline(summary: Any, condition: str, target: str = "planted") -> dict[str, Any]:
+    return dict(summary["targets"][target]["conditions"][condition]["headline"])

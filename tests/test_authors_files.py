@@ -12,10 +12,9 @@ import pytest
 from planted import Runs, thresholds
 from steerback.engines.scripted import PlantedModel
 from steerback.errors import SteerbackError
-from steerback.experiments import get_experiment
-from steerback.experiments.base import Analysis
 from steerback.figures import style
 from steerback.jobs import execute
+from steerback.jobs.execute import Analysis
 from steerback.paper.authors import export_authors, import_authors
 from steerback.paper.schema import judgement_of, read_source, split_prompt
 from steerback.store.ledger import Ledger
@@ -72,10 +71,7 @@ def write(path: Path, body: Any) -> Path:
 
 def analysed(folder: Path) -> Analysis:
     with Run.read(folder) as run:
-        config = run.config
-        return execute.analyse(
-            get_experiment(config.experiment), run.ledger, folder, config.judge, min(config.draws, 200)
-        )
+        return execute.analyse(run, run.config.judge, draws=min(run.config.draws, 200))
 
 
 @pytest.fixture(autouse=True)

@@ -28,6 +28,7 @@ from steerback.paper.published import (
     table_of_numbers,
     verdict,
 )
+from steerback.store.facts import CONFIG
 from steerback.store.ledger import Ledger
 from steerback.store.run import write_json
 
@@ -38,7 +39,7 @@ def finished(folder: Path, config: RunConfig, targets: dict[str, Any]) -> Path:
     """A run's folder with a summary made by hand."""
     folder.mkdir(parents=True)
     with Ledger(folder / "ledger.sqlite") as ledger:
-        ledger.set_fact("", "config", config.model_dump(mode="json"))
+        ledger.put("", CONFIG, config.model_dump(mode="json"))
     write_json(folder / "summary.json", {"experiment": config.experiment, "targets": targets})
     return folder
 

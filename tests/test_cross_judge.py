@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 
 from fake_judges import FakeJudge
+from steerback.analysis.cross_judge import analyse
 from steerback.config import RunConfig
 from steerback.errors import SteerbackError
-from steerback.experiments import get_experiment
-from steerback.experiments.cross_judge import compared, gather
+from steerback.experiments.cross_judge import gather
 from steerback.jobs import execute
 from steerback.judging import References, make_judge
 from steerback.judging.base import JudgeItem
 from steerback.organism import corpus
 from steerback.records import Completion, Intervention, Receipt, Sampling, Trial
+from steerback.store.facts import SAMPLE
 from steerback.store.progress import Silent
 from steerback.store.run import Run
 from steerback.study.pipeline import Workbench, judge_rows
@@ -52,7 +53,6 @@ def source(root: Path, name: str, target: str, share: float, n: int, seed: int) 
             seed=i,
             latent=latent,
             label=subjects[latent],
-            boost=1.0,
             interventions=(Intervention("add", latent, 1.0),),
         )
         texts.append((trial, text))
@@ -94,21 +94,21 @@ def test_the_sample_takes_multi_attempt_trials_first_and_enough_single_ones(run:
     with Run.read(run) as opened:
         for target, folder in (("organism", "a"), ("organism-s", "b")):
             rows = opened.ledger.rows(target, "measure", judge="offline")
-            fact = opened.ledger.fact(target, "cross-judge sample")
+            fact = opened.ledger.get(target, SAMPLE)
             with Run.read(run.parent / folder) as other:
                 all_rows = other.ledger.rows(target, "measure", judge="offline")
             all_several = sum(len(r.judgement.gated_attempts()) > 1 for r in all_rows if r.judgement)
             several = sum(len(r.judgement.gated_attempts()) > 1 for r in rows if r.judgement)
             assert len(rows) == 120  # 240 in all, over two targets
-            assert several == fact["several"] == min(all_several, 120 - 30)  # half of the minimum stays for single ones
-            assert fact["single"] == 120 - several
-            assert fact["weights"]["several"] == pytest.approx(all_several / several)
-            assert fact["weights"]["single"] == pytest.approx((240 - all_several) / fact["single"])
+            assert several == fact.several == min(all_several, 120 - 30)  # half of the minimum stays for single ones
+            assert fact.single == 120 - several
+            assert fact.weights.several == pytest.approx(all_several / several)
+            assert fact.weights.single == pytest.approx((240 - all_several) / fact.single)
 
 
 def test_agreement_per_target_is_in_the_summary_where_compare_looks_for_it(run: Path) -> None:
     with Run.read(run) as opened:
-        found = compared(opened.ledger, draws=100)
+        found = analyse(opened.ledger, "offline", draws=100)
         rows = {j: opened.ledger.rows("organism-s", "measure", judge=j) for j in found.judges}
     seen = {j: [len(r.judgement.gated_attempts()) > 1 for r in own if r.judgement] for j, own in rows.items()}
     equal = [a == b for a, b in zip(*seen.values(), strict=True)]
@@ -124,7 +124,7 @@ def test_nothing_is_judged_twice(run: Path) -> None:
 
 def test_agreement_and_order_of_models(run: Path) -> None:
     with Run.read(run) as opened:
-        found = compared(opened.ledger, draws=200)
+        found = analyse(opened.ledger, "offline", draws=200)
         plain = opened.ledger.rows("organism", "measure", judge="offline")
     pair = found.pairs["offline", "offline-bayes"]
     a = {r.trial.key: len(r.judgement.gated_attempts()) > 1 for r in plain if r.judgement}
@@ -145,10 +145,10 @@ def test_agreement_and_order_of_models(run: Path) -> None:
 
 def test_the_analysis_writes_tables_and_figures(run: Path, tmp_path: Path) -> None:
     with Run.read(run) as opened:
-        analysis = execute.analyse(get_experiment("cross-judge"), opened.ledger, tmp_path, "offline", 100)
+        analysis = execute.analyse(opened, "offline", draws=100)
     for name in ("figureA2.png", "figureA3.pdf", "figureA4.png", "agreement.txt", "judges.csv", "summary.json"):
-        assert (tmp_path / name).stat().st_size > 100
-    assert "rank them alike" in analysis.lines[0] or "differ" in analysis.lines[0]
+        assert (run / name).stat().st_size > 100
+    assert "rank them alike" in analysis.shown.lines[0] or "differ" in analysis.shown.lines[0]
     assert analysis.summary["pairs"]["offline / offline-bayes"]["several"]["value"] > 0.9
 
 
@@ -183,7 +183,7 @@ def test_a_model_judges_the_run_too_and_its_key_is_nowhere(
 
 def test_one_judge_is_not_enough(run: Path) -> None:
     with Run.read(run.parent / "a") as opened, pytest.raises(SteerbackError, match="two judges"):
-        compared(opened.ledger, 100)
+        analyse(opened.ledger, "offline", 100)
     config = RunConfig(experiment="cross-judge", targets=("organism",))
     with Run.start(run.parent / "void", config) as opened, pytest.raises(SteerbackError, match="no judged trial"):
         gather(opened, [])

@@ -23,7 +23,8 @@ from steerback.config import RunConfig
 from steerback.engines import make_engine
 from steerback.engines.transformers import TransformersEngine
 from steerback.errors import SteerbackError
-from steerback.experiments import REGISTRY, get_experiment
+from steerback.experiments import REGISTRY, experiment_type
+from steerback.experiments.base import NoOptions
 from steerback.jobs.check import check, steerable
 from steerback.latents import directions as making
 from steerback.latents.texts import read_texts, usual_texts
@@ -248,19 +249,19 @@ def test_without_an_sae_what_needs_one_says_so() -> None:
     bare = Target("bare", "memory", 2, 2, prior)
     config = RunConfig(experiment="esr", targets=("bare",))
     with pytest.raises(SteerbackError, match="neither an SAE nor directions to steer with; make one with: steerback"):
-        steerable(bare, config, get_experiment("esr"))
+        steerable(bare, config, experiment_type("esr")(NoOptions()))
     led = Target("bare", "memory", 2, 2, prior, direction_files=(("a", "a.npy"),))
-    needing = {n for n in REGISTRY if get_experiment(n).needs_sae}
+    needing = {n for n in REGISTRY if experiment_type(n).needs_sae}
     assert needing == {
         *("detectors", "detector-ablation", "random-ablation"),
         *("detector-statistics", "traces", "episode-statistics"),
     }
     for name in needing:
         with pytest.raises(SteerbackError, match=f"{name} reads SAE latents and target 'bare' has no SAE"):
-            steerable(led, config, get_experiment(name))
-    assert steerable(led, config, get_experiment("esr")) == led  # all its directions are steered with
+            steerable(led, config, experiment_type(name)(experiment_type(name).options_type()))
+    assert steerable(led, config, experiment_type("esr")(NoOptions())) == led  # all its directions are steered with
     with pytest.raises(SteerbackError, match="target 'bare' has no SAE, so there is no latent 7; its directions: a"):
-        steerable(led, config.model_copy(update={"latents": ("a", 7)}), get_experiment("esr"))
+        steerable(led, config.model_copy(update={"latents": ("a", 7)}), experiment_type("esr")(NoOptions()))
     assert led.prior_of("a") == prior
 
 
@@ -269,9 +270,9 @@ def test_all_directions_of_a_target_without_sae_are_its_latents() -> None:
     study: Any = Study.__new__(Study)
     study.target, study.config = target, RunConfig(experiment="esr", targets=("bare",))
     chosen = asyncio.run(Study._select(study))
-    assert [entry["key"] for entry in chosen["chosen"]] == ["a", "b"]
-    assert [entry["label"] for entry in chosen["chosen"]] == ["a", "b"]
-    assert chosen["counts"] == {"directions of the target": 2}
+    assert [entry.key for entry in chosen.chosen] == ["a", "b"]
+    assert [entry.label for entry in chosen.chosen] == ["a", "b"]
+    assert chosen.counts == {"directions of the target": 2}
 
 
 def test_verbs_make_show_and_try(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 
+from steerback.analysis.finetuning import Ending, endings
+from steerback.calibration.thresholds import THRESHOLDS
 from steerback.cli import main
 from steerback.data.prompts import load_prompts
 from steerback.engines.scripted import PlantedModel
-from steerback.experiments.finetuning import ending_lines, endings
+from steerback.figures.finetuning import ending_lines
 from steerback.records import Attempt, Completion, Judgement, Receipt, Trial
+from steerback.store.facts import LATENTS
 from steerback.store.ledger import Ledger, Row
 
 SMALL = [
@@ -85,8 +88,8 @@ def test_adapters_are_measured_like_their_base_and_set_against_the_mix(
         base = ledger.rows("organism-control", "measure", "steered")
         held_out = set(load_prompts("organism-held-out"))
         for name, percent in zip(names[1:], RATES, strict=True):
-            assert ledger.fact(name, "latents") == ledger.fact("organism-control", "latents")
-            found = {t["latent"]: t["boost"] for t in ledger.fact(name, "thresholds")}
+            assert ledger.get(name, LATENTS) == ledger.get("organism-control", LATENTS)
+            found = {t.latent: t.threshold.boost for t in ledger.get(name, THRESHOLDS)}
             assert all(abs(boost - (35 + percent / 10)) < 4 for boost in found.values())  # calibrated anew
             rows = {c: ledger.rows(name, "measure", c) for c in conditions[name]}
             there = {r.trial.index: r.trial for r in base}
@@ -160,7 +163,7 @@ def test_endings_tell_what_the_length_limit_cut_off() -> None:
     repeated = "no no no no no no no no no no no no no no no no no no no no no no no no no no no no no no no no no no"
     rows = [row("stop", 10, 80), row("stop", 20, 30), row("length", 50, 10), row("stop", 90), row("length", 5)]
     rows += [row("length"), row("length", 50, 0, text=repeated)]
-    assert endings(rows) == {"ended": {"n": 2, "gain": 40.0}, "cut": {"n": 1, "gain": -40.0}}
+    assert endings(rows) == {"ended": Ending(2, 40.0), "cut": Ending(1, -40.0)}
     assert "1 multi-attempt responses were cut" in ending_lines("x", endings(rows))[0]
     assert endings(rows[3:6]) == {}
     assert ending_lines("x", {}) == []

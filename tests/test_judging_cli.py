@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fake_judges import FakeJudge
+from steerback.calibration.thresholds import THRESHOLDS
 from steerback.cli import main
 from steerback.records import Spend
+from steerback.store.facts import JUDGE_SPEND, LATENTS
 from steerback.store.run import Run
 
 KEY = "sk-planted-1234567890"
@@ -62,7 +64,7 @@ def test_estimate_budget_spend_and_going_on(server: FakeJudge, capsys: pytest.Ca
     assert sum(server.asked.values()) == 5
     with Run.read(Path("runs/a")) as run:
         assert sum(r.judgement is not None for r in run.ledger.rows(judge="qwen3-32b")) == 5
-        assert run.ledger.fact("", "judge spend")["qwen3-32b"]["calls"] == 5
+        assert run.ledger.get("", JUDGE_SPEND)["qwen3-32b"].calls == 5
 
     assert steerback(*judge) == 0
     spent = sum(server.asked.values())
@@ -99,12 +101,12 @@ def test_rating_labels_is_estimated_and_bounded_like_judging(
     assert "rater qwen3-32b: budget spent: --max-judge-calls 1; 40 of " in said
     assert sum(server.asked.values()) == 1
     with Run.read(Path("runs/rated")) as run:
-        assert run.ledger.fact("", "judge spend")["qwen3-32b"]["calls"] == 1
-        assert run.ledger.fact("organism", "latents") is None
+        assert run.ledger.get("", JUDGE_SPEND)["qwen3-32b"].calls == 1
+        assert run.ledger.get("organism", LATENTS) is None
     assert steerback(*arguments) == 0
     assert sum(server.asked.values()) == calls
     with Run.read(Path("runs/rated")) as run:
-        assert run.ledger.fact("", "judge spend")["qwen3-32b"]["calls"] == calls
+        assert run.ledger.get("", JUDGE_SPEND)["qwen3-32b"].calls == calls
     assert steerback(*arguments, "--set", "selection.rater=nobody") == 2
     assert "unknown concreteness rater 'nobody'" in capsys.readouterr().err
 
@@ -123,14 +125,14 @@ def test_a_run_estimates_its_judge_and_keeps_to_the_budget(
     assert steerback(*arguments, "--max-judge-cost", "0.008") == 2
     assert "budget spent: --max-judge-cost 0.008" in capsys.readouterr().err
     with Run.read(Path("runs/b")) as run:
-        paid = run.ledger.fact("", "judge spend")["openrouter/some/model"]
-        assert run.ledger.fact("organism", "thresholds") is None
-    assert 0.006 < paid["cost"] <= 0.008  # what is set aside for calls in flight is given back
-    assert paid["calls"] == sum(server.asked.values()) < JUDGED
+        paid = run.ledger.get("", JUDGE_SPEND)["openrouter/some/model"]
+        assert run.ledger.get("organism", THRESHOLDS) is None
+    assert 0.006 < paid.cost <= 0.008  # what is set aside for calls in flight is given back
+    assert paid.calls == sum(server.asked.values()) < JUDGED
     assert steerback("resume", "b", "--judge-price", "1", "5") in (0, 2)  # its scores are word counts
-    assert sum(server.asked.values()) > paid["calls"]
+    assert sum(server.asked.values()) > paid.calls
     with Run.read(Path("runs/b")) as run:
-        assert run.ledger.fact("organism", "thresholds") is not None
+        assert run.ledger.get("organism", THRESHOLDS) is not None
 
 
 def test_cross_judge_from_the_command_line(server: FakeJudge, capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,11 +178,11 @@ def test_other_rubrics(server: FakeJudge, capsys: pytest.CaptureFixture[str]) ->
     assert sum(server.asked.values()) == 12
     with Run.read(Path("runs/a")) as run:
         rows = {r.trial.key: r for r in run.ledger.rows(stage="measure", judge="scripted")}
-        found = run.ledger.fact("organism", "whole by qwen3-32b")
+        found = {name: value for _, name, value in run.ledger.facts()}["whole by qwen3-32b"]
         assert {k: v["score"] for k, v in found.items()} == {
             k: len(r.judged_text.split()) % 11 for k, r in rows.items()
         }
-        assert run.ledger.fact("", "judge spend")["qwen3-32b (whole)"]["calls"] == 12
+        assert run.ledger.get("", JUDGE_SPEND)["qwen3-32b (whole)"].calls == 12
     mean = sum(v["score"] for v in found.values()) / 12
     assert f"{mean:.3g}"[:4] in Path("runs/a/whole.txt").read_text("utf-8")
     for judge in ("qwen3-32b", "offline"):

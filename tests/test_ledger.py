@@ -37,7 +37,6 @@ def make_trial(index: int = 0, **fields: object) -> Trial:
         "seed": 44 + index,
         "latent": 7,
         "label": "volcanoes",
-        "boost": 1.5,
         "interventions": (Intervention("add", 7, 1.5), Intervention("clamp", 3, 0.0, "generated", 2)),
     }
     return Trial(**(values | fields))  # type: ignore[arg-type]
@@ -95,7 +94,7 @@ def test_a_plan_never_changes_under_a_run(tmp_path: Path) -> None:
         ledger.add_trials([make_trial(0), make_trial(1)])
         ledger.add_trials([make_trial(0), make_trial(1), make_trial(2)])
         with pytest.raises(SteerbackError, match="planned differently"):
-            ledger.add_trials([make_trial(1, boost=1.6)])
+            ledger.add_trials([make_trial(1, interventions=(Intervention("add", 7, 1.6),))])
         assert len(ledger.rows()) == 3
 
 

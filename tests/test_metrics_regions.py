@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from steerback.metrics.regions import (
+    auc_of,
     cliffs_delta,
     cohens_d,
     correct_regions,
     mean_of,
+    of_means,
     paired_regions,
     rate_of,
     ratio_of,
@@ -118,3 +120,32 @@ def test_mean_of_one_value_per_latent_is_the_t_interval() -> None:
     found = mean_of(y, np.arange(20))
     expected = stats.ttest_1samp(y, 0).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_auc_interval_covers_and_is_never_a_point() -> None:
+    rng = np.random.default_rng(3)
+    hits = 0
+    truth = stats.norm.cdf(1 / np.sqrt(2 * 1.5))
+    for i in range(200):
+        cluster = np.repeat(np.arange(20), 4)
+        shared = rng.normal(0, np.sqrt(0.5), (2, 20))
+        a, b = shared[0][cluster] + rng.normal(size=80), 1 + shared[1][cluster] + rng.normal(size=80)
+        found = auc_of(a, b, cluster, 200, seed=i)
+        assert found.value == pytest.approx(stats.mannwhitneyu(b, a).statistic / 6400)
+        hits += found.low <= truth <= found.high
+    assert hits / 200 >= 0.9
+    sure = auc_of(np.zeros(20), np.ones(20), np.arange(20), 100)
+    assert (sure.value, sure.high) == (1, 1)
+    assert 0.5 < sure.low < 0.95
+
+
+def test_bootstrap_of_means_equals_resampling_by_hand() -> None:
+    rng = np.random.default_rng(0)
+    a, b, cluster = rng.gamma(2, 1, 60), rng.gamma(3, 1, 60), np.repeat(np.arange(12), 5)
+    found = of_means([(a, cluster), (b, cluster)], lambda m: m[..., 1] / m[..., 0], 4000)
+    drawn = []
+    for _ in range(4000):
+        rows = np.concatenate([np.flatnonzero(cluster == k) for k in rng.integers(0, 12, 12)])
+        drawn.append(b[rows].mean() / a[rows].mean())
+    tail = stats.norm.cdf(-stats.t.ppf(0.975, 11) * np.sqrt(12 / 11))
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(drawn, [tail, 1 - tail])), abs=0.04)

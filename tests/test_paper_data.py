@@ -16,9 +16,8 @@ from steerback.data import paper_files as paper_data
 from steerback.data.paper_files import DETECTORS, PROMPTS, PaperFile
 from steerback.data.prompts import load_prompts
 from steerback.errors import SteerbackError
-from steerback.experiments import get_experiment
-from steerback.experiments.base import settings
-from steerback.experiments.detectors import _read_json
+from steerback.experiments import make_experiment
+from steerback.experiments.detectors import read_latents
 from steerback.jobs.check import check
 from steerback.jobs.execute import run
 from steerback.targets import label_fetch
@@ -167,7 +166,7 @@ def test_their_detectors_are_used_for_their_model_alone(
 ) -> None:
     def options(experiment: str, target: str, preset: str, **own: object) -> object:
         config = build_config(experiment, (target,), preset, overrides={"options": own} if own else {})
-        return settings(get_experiment(experiment), config)["detectors"]
+        return make_experiment(config).options.detectors
 
     given = {"judge": "scripted", "engine": "scripted", "prompts": "evaluation", "latents": (1,)}
     ablation = build_config("detector-ablation", (BIG,), "authors", overrides=given)
@@ -183,7 +182,7 @@ def test_their_detectors_are_used_for_their_model_alone(
     assert options("detector-ablation", BIG, "specification") is None
     assert paper_data.used("authors", path) == {name: f.sha256 for name, f in paper_data.FILES.items()}
     assert paper_data.used("evaluation", None) == {}
-    assert _read_json(Path(path)) == [5, 17]
+    assert read_latents(Path(path)) == [5, 17]
 
 
 def test_an_altered_file_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ def test_the_same_config_resumes_and_another_is_refused_with_the_difference(tmp_
     Run.start(tmp_path / "a", CONFIG).close()
     other = CONFIG.model_copy(update={"n_latents": 3})
     with Run.start(tmp_path / "a", CONFIG) as run:
-        run.ledger.set_fact("organism", "latents", [1])
+        run.ledger.put_json("organism", "latents", {"chosen": []})
     with pytest.raises(SteerbackError, match=r"n_latents: 12 -> 3.*another --name.*steerback resume a"):
         Run.start(tmp_path / "a", other)
     with Run.reopen(tmp_path / "a") as again:
@@ -104,11 +104,12 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
             kept = 0
             with pytest.raises(SteerbackError, match=r"disk is full.*resume") as caught:
                 while kept < 1000:
-                    run.ledger.set_fact("t", f"fact {kept}", "x" * 5000)
+                    run.ledger.put_json("t", f"fact {kept}", "x" * 5000)
                     kept += 1
             assert "\n" not in str(caught.value)
             assert kept > 3
-            assert all(run.ledger.fact("t", f"fact {i}") == "x" * 5000 for i in range(kept))
+            facts = {name: value for _, name, value in run.ledger.facts()}
+            assert all(facts[f"fact {i}"] == "x" * 5000 for i in range(kept))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 

@@ -193,11 +193,20 @@ class Trial:
     seed: int
     latent: LatentKey | None = None
     label: str | None = None
-    boost: float | None = None
     meta_prompt: str = ""
     prefill: str = ""
     interventions: tuple[Intervention, ...] = ()
     record: Recording | None = None
+
+    @property
+    def boost(self) -> float | None:
+        """Boost of the latent, in raw decoder units: the sum of its additions, 0 if it is not added.
+
+        None for a trial without a latent.
+        """
+        if self.latent is None:
+            return None
+        return float(sum(i.value for i in self.interventions if i.mode == "add" and i.latent == self.latent))
 
     def request(self, sampling: Sampling) -> Request:
         """The engine's view of this trial."""

@@ -1,1 +1,46 @@
-"""From ledger rows to results: one module for each experiment's analysis. Knows metrics and the store alone."""
+"""From ledger rows to results: one module for each experiment's analysis. Knows metrics and the store alone.
+
+Every module has one function `analyse(ledger, judge, draws, options)` that returns its `Results`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from steerback.errors import unknown
+
+if TYPE_CHECKING:
+    from steerback.analysis.base import Results
+    from steerback.store.ledger import Ledger
+
+MODULES = {
+    "esr": "esr",
+    "no-steering": "no_steering",
+    "boost-sweep": "boost_sweep",
+    "meta-prompts": "meta_prompts",
+    "held-out": "conditions",
+    "prefill-control": "prefill_control",
+    "matched-prefix": "matched_prefix",
+    "imported": "conditions",
+    "detectors": "detectors",
+    "detector-ablation": "detector_ablation",
+    "random-ablation": "random_ablation",
+    "detector-statistics": "detector_statistics",
+    "traces": "traces",
+    "episode-statistics": "episode_statistics",
+    "finetuning": "finetuning",
+    "cross-judge": "cross_judge",
+}
+
+
+def analyse(experiment: str, ledger: Ledger, judge: str, draws: int, options: object = None) -> Results:
+    """Everything that an experiment reports of a ledger, by one judge, with `draws` bootstrap draws.
+
+    `options` are the experiment's parsed options; each analysis states in a protocol which of them it reads.
+    """
+    if experiment not in MODULES:
+        raise unknown("experiment", experiment, sorted(MODULES))
+    module = importlib.import_module(f"steerback.analysis.{MODULES[experiment]}")
+    results: Results = module.analyse(ledger, judge, draws, options)
+    return results

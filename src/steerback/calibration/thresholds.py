@@ -8,13 +8,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, model_serializer, model_validator
 
 from steerback.calibration.curves import mean_interval
+from steerback.records import LatentKey
+from steerback.store.facts import Fact
 
 Scores = Sequence[float | None]
 ThresholdStatus = Literal["converged", "at bound", "not converged"]
@@ -158,3 +161,35 @@ def _t_half_width(values: NDArray[np.float64]) -> float | None:
     from scipy.stats import t
 
     return float(t.ppf(0.975, values.size - 1) * values.std(ddof=1) / math.sqrt(values.size))
+
+
+class LatentThreshold(BaseModel):
+    """The threshold of one latent, as the ledger keeps it: the threshold's fields with `latent` among them."""
+
+    model_config = ConfigDict(frozen=True)
+
+    latent: LatentKey
+    threshold: Threshold
+
+    @classmethod
+    def of(cls, latent: LatentKey, threshold: Threshold) -> LatentThreshold:
+        """Pair a latent with its threshold."""
+        return cls(latent=latent, threshold=threshold)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nested(cls, stored: object) -> object:
+        if not isinstance(stored, Mapping) or "threshold" in stored:
+            return stored
+        threshold = {k: v for k, v in stored.items() if k != "latent"}
+        if threshold.get("verification") is not None:
+            # ledgers of 0.1 do not say so, but only converged thresholds are verified
+            threshold.setdefault("contradicted", threshold.get("status") == "not converged")
+        return {"latent": stored.get("latent"), "threshold": threshold}
+
+    @model_serializer
+    def _flat(self) -> dict[str, object]:
+        return {"latent": self.latent, **asdict(self.threshold)}
+
+
+THRESHOLDS = Fact.of("thresholds", list[LatentThreshold])

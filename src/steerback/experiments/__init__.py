@@ -1,42 +1,52 @@
-"""The experiments: each is a plan, an analysis and figures over the one pipeline.
+"""The experiments: each is a plan with typed options over the one pipeline.
 
-An experiment is one module with one class; adding it to `REGISTRY` makes it a choice of `steerback run`.
+An experiment is one module with one class; adding it to `REGISTRY` makes it a choice of `steerback run`. Its analysis
+and its figures are registered under the same name in `analysis` and `figures`.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from steerback.errors import unknown
 
 if TYPE_CHECKING:
+    from steerback.config import RunConfig
     from steerback.experiments.base import Experiment
 
 REGISTRY = {
-    "esr": ("steerback.experiments.esr", "Esr"),
-    "no-steering": ("steerback.experiments.no_steering", "NoSteering"),
-    "boost-sweep": ("steerback.experiments.boost_sweep", "BoostSweep"),
-    "meta-prompts": ("steerback.experiments.meta_prompts", "MetaPrompts"),
-    "held-out": ("steerback.experiments.held_out", "HeldOut"),
-    "prefill-control": ("steerback.experiments.prefill_control", "PrefillControl"),
-    "matched-prefix": ("steerback.experiments.matched_prefix", "MatchedPrefix"),
-    "imported": ("steerback.experiments.imported", "ImportedConditions"),
-    "detectors": ("steerback.experiments.detectors", "DetectorExperiment"),
-    "detector-ablation": ("steerback.experiments.detector_ablation", "DetectorAblation"),
-    "random-ablation": ("steerback.experiments.random_ablation", "RandomAblation"),
-    "detector-statistics": ("steerback.experiments.detector_statistics", "DetectorStatistics"),
-    "traces": ("steerback.experiments.traces", "Traces"),
-    "episode-statistics": ("steerback.experiments.episode_statistics", "EpisodeStatistics"),
-    "finetuning": ("steerback.experiments.finetuning", "Finetuning"),
-    "cross-judge": ("steerback.experiments.cross_judge", "CrossJudge"),
+    "esr": ("esr", "Esr"),
+    "no-steering": ("no_steering", "NoSteering"),
+    "boost-sweep": ("boost_sweep", "BoostSweep"),
+    "meta-prompts": ("meta_prompts", "MetaPrompts"),
+    "held-out": ("held_out", "HeldOut"),
+    "prefill-control": ("prefill_control", "PrefillControl"),
+    "matched-prefix": ("matched_prefix", "MatchedPrefix"),
+    "imported": ("imported", "ImportedConditions"),
+    "detectors": ("detectors", "DetectorExperiment"),
+    "detector-ablation": ("detector_ablation", "DetectorAblation"),
+    "random-ablation": ("random_ablation", "RandomAblation"),
+    "detector-statistics": ("detector_statistics", "DetectorStatistics"),
+    "traces": ("traces", "Traces"),
+    "episode-statistics": ("episode_statistics", "EpisodeStatistics"),
+    "finetuning": ("finetuning", "Finetuning"),
+    "cross-judge": ("cross_judge", "CrossJudge"),
 }
 
 
-def get_experiment(name: str) -> Experiment:
-    """The experiment of that name; the error lists the choices."""
+def experiment_type(name: str) -> type[Experiment[Any]]:
+    """The experiment's class. Raises SteerbackError listing the names if there is none of that name."""
     if name not in REGISTRY:
         raise unknown("experiment", name, sorted(REGISTRY))
     module, cls = REGISTRY[name]
-    experiment: Experiment = getattr(importlib.import_module(module), cls)()
-    return experiment
+    kind: type[Experiment[Any]] = getattr(importlib.import_module(f"steerback.experiments.{module}"), cls)
+    return kind
+
+
+def make_experiment(config: RunConfig) -> Experiment[Any]:
+    """The experiment that a config names, with its options parsed and checked."""
+    from steerback.experiments.base import parse_options
+
+    kind = experiment_type(config.experiment)
+    return kind(parse_options(kind, config))

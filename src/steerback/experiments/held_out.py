@@ -6,31 +6,28 @@ neither for calibration nor for detector search? Same latents, boosts and seeds;
 
 from __future__ import annotations
 
-from functools import partial
-
 from steerback.config import RunConfig, Settings
 from steerback.data.prompts import load_prompts
 from steerback.errors import SteerbackError
-from steerback.experiments.base import Analysis, Experiment, measured, planted, settings
-from steerback.store.ledger import Ledger
+from steerback.experiments.base import Experiment
 from steerback.study.study import Study
 
 CONDITION = "held-out"
 
 
-class Options(Settings):
+class HeldOutOptions(Settings):
     """Which prompts are held out."""
 
     prompts: str = "auto"
     """Built-in list or file; `auto`: the list that belongs to the target."""
 
 
-class HeldOut(Experiment):
+class HeldOut(Experiment[HeldOutOptions]):
     """Resistance on prompts that nothing was fitted to."""
 
     name = "held-out"
     title = "Held-out prompts"
-    options = Options
+    options_type = HeldOutOptions
 
     def conditions(self, config: RunConfig) -> int:
         return 2
@@ -40,32 +37,20 @@ class HeldOut(Experiment):
 
     async def run(self, study: Study) -> None:
         """The baseline first, so that its thresholds and verdicts do not depend on the further prompts."""
-        prompts = held_out_prompts(study, settings(self, study.config)["prompts"])
+        prompts = held_out_prompts(study, self.options.prompts)
         await study.baseline()
         await study.prepare(prompts)
         cells = await study.cells()
         trials = [study.at(cell, CONDITION, prompt=prompts[cell.index % len(prompts)]) for cell in cells]
         await study.measure(CONDITION, trials)
 
-    def analyse(self, ledger: Ledger, judge: str, draws: int) -> Analysis:
-        """Held-out against evaluation prompts, paired by latent and seed."""
-        from steerback.figures import conditions as figure
 
-        found = measured(ledger, judge, draws)
-        note = "Pairs share latent, boost and seed; the prompts differ. " + planted(found.targets)
-        return Analysis(
-            summary=found.to_json(self.name),
-            tables=found.tables(),
-            figures={"held_out": partial(figure.draw, found, note=note)},
-        )
-
-
-def held_out_prompts(study: Study, given: str) -> tuple[str, ...]:
+def held_out_prompts(study: Study, source: str) -> tuple[str, ...]:
     """The list of that name, file, or `auto`; refused where it shares a prompt with the run's own."""
-    if given == "auto":
-        given = "organism-held-out" if study.name.startswith("organism") else "held-out"
-    prompts = load_prompts(given)
+    if source == "auto":
+        source = "organism-held-out" if study.target.planted else "held-out"
+    prompts = load_prompts(source)
     shared = sorted(set(prompts) & set(study.prompts))
     if shared:
-        raise SteerbackError(f"held-out prompts {given} share {shared[0]!r} with the run's prompts; take another list")
+        raise SteerbackError(f"held-out prompts {source} share {shared[0]!r} with the run's prompts; take another list")
     return prompts

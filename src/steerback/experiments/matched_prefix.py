@@ -9,23 +9,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any
 
 from pydantic import Field
 
 from steerback.config import RunConfig, Settings
-from steerback.experiments.base import Analysis, Experiment, measured, planted, settings
-from steerback.records import Intervention, Trial, is_degraded
-from steerback.store.ledger import Ledger, Row
+from steerback.experiments.base import Experiment
+from steerback.records import Trial, is_degraded
+from steerback.store.facts import (
+    CONTINUATION,
+    GENERIC_PREFIX,
+    MATCHED_PREFIX,
+    OWN_CORRECTION,
+    OWN_CORRECTION_IN_CONTEXT,
+    PrefixPairs,
+)
+from steerback.store.ledger import Row
 from steerback.study.study import Study
 
-OWN, CONTEXT, GENERIC = "own correction", "own correction after its drift", "generic prefix"
-STAGE = "continuation"
 SHORTEST = 20  # characters; less than this is hardly more than the restart phrase
 
 
-class Options(Settings):
+class MatchedPrefixOptions(Settings):
     """Which prefixes are continued, and how often."""
 
     characters: int = Field(200, ge=SHORTEST)
@@ -40,59 +44,35 @@ class Options(Settings):
     """Whether the restart has to score higher than what was before it."""
 
 
-class MatchedPrefix(Experiment):
+class MatchedPrefix(Experiment[MatchedPrefixOptions]):
     """Continuations under steering from corrective text against length-matched on-topic text."""
 
     name = "matched-prefix"
     title = "Matched prefix: does a correction last?"
-    options = Options
+    options_type = MatchedPrefixOptions
 
     def conditions(self, config: RunConfig) -> int:
         return 1  # the baseline; what continues its restarts is counted by `further`
 
     def further(self, config: RunConfig) -> dict[str, int]:
-        given = settings(self, config)
-        return {STAGE: (2 + given["in_context"]) * given["repeats"] * given["episodes"]}
+        chosen = self.options
+        return {CONTINUATION: (2 + chosen.in_context) * chosen.repeats * chosen.episodes}
 
     async def run(self, study: Study) -> None:
         """Pairs of prefixes of equal length, each continued `repeats` times with the same seeds."""
-        given = settings(self, study.config)
+        chosen = self.options
         rows, tally = await study.baseline(), Counter[str]()
         unsteered = responses_by_prompt(await study.references())
         trials: list[Trial] = []
         turns = study.config.trials_per_latent
         for row in sorted(rows, key=lambda r: (r.trial.index % turns, r.trial.index)):
-            prefixes, why = prefixes_of(row, unsteered.get(row.trial.prompt, []), given)
-            if prefixes and tally["used"] == given["episodes"]:
+            prefixes, why = prefixes_of(row, unsteered.get(row.trial.prompt, []), chosen)
+            if prefixes and tally["used"] == chosen.episodes:
                 prefixes, why = {}, "beyond the number of episodes wanted"
             tally[why] += 1
-            trials += continuations(study, row.trial, prefixes, given["repeats"])
-        study.run.ledger.set_fact(study.name, "matched-prefix", {"pairs": dict(tally), "repeats": given["repeats"]})
+            trials += continuations(study, row.trial, prefixes, chosen.repeats)
+        study.run.ledger.put(study.name, MATCHED_PREFIX, PrefixPairs(pairs=dict(tally), repeats=chosen.repeats))
         await study.measure("matched prefix", trials)
-
-    def analyse(self, ledger: Ledger, judge: str, draws: int) -> Analysis:
-        """Own correction against generic prefix, paired by episode and seed."""
-        from steerback.figures import conditions as figure
-
-        found = measured(ledger, judge, draws, against=lambda c: None if c == GENERIC else GENERIC, stage=STAGE)
-        targets = found.targets or [t for t, _ in ledger.conditions()]
-        facts = {target: ledger.fact(target, "matched-prefix") for target in dict.fromkeys(targets)}
-        note = "Scores are of the continuation alone, under steering. " + planted(facts)
-        return Analysis(
-            summary=found.to_json(
-                self.name, {t: {"matched_prefix": fact} for t, fact in facts.items()}, episodes=facts
-            ),
-            tables=found.tables(),
-            figures={
-                "matched_prefix": partial(
-                    figure.draw, found, metrics=("mean_first", "multi_attempt_rate", "degraded_share"), note=note
-                )
-            },
-            lines=[
-                f"{target}: " + ", ".join(f"{n} {why}" for why, n in fact["pairs"].items())
-                for target, fact in facts.items()
-            ],
-        )
 
 
 def responses_by_prompt(rows: Sequence[Row]) -> dict[str, list[str]]:
@@ -104,30 +84,32 @@ def responses_by_prompt(rows: Sequence[Row]) -> dict[str, list[str]]:
     return found
 
 
-def prefixes_of(row: Row, unsteered: Sequence[str], given: Mapping[str, Any]) -> tuple[dict[str, str], str]:
+def prefixes_of(row: Row, unsteered: Sequence[str], chosen: MatchedPrefixOptions) -> tuple[dict[str, str], str]:
     """(prefix per condition, "used"), or ({}, why there are none).
 
     Corrective text is the second attempt from its restart phrase on, at most `characters` long.
     """
-    judged = row.judgement
-    if not row.valid_receipt or judged is None or judged.status != "scored":
+    attempts = row.attempts
+    if not attempts:
         return {}, "not scored"
-    attempts = judged.gated_attempts()
     if len(attempts) < 2:
         return {}, "without a restart"
-    if given["improved_only"] and attempts[1].score <= attempts[0].score:
+    if chosen.improved_only and attempts[1].score <= attempts[0].score:
         return {}, "restarts without improvement"
     text, start = row.judged_text, attempts[1].start
     start += len(text[start:]) - len(text[start:].lstrip())
-    own = shorten(text[start : attempts[1].end].rstrip(), given["characters"])
+    own = shorten(text[start : attempts[1].end].rstrip(), chosen.characters)
     long_enough = [other for other in unsteered if len(other.strip()) > len(own)]
     if len(own) < SHORTEST or is_degraded(own):
         return {}, "corrections too short or degraded"
     if not long_enough:
         return {}, "without an unsteered response that is long enough"
     generic = long_enough[row.trial.index % len(long_enough)].strip()
-    found = {OWN: own, CONTEXT: text[: start + len(own)], GENERIC: shorten(generic, len(own))}
-    return {name: prefix for name, prefix in found.items() if given["in_context"] or name != CONTEXT}, "used"
+    prefixes = {OWN_CORRECTION: own}
+    if chosen.in_context:
+        prefixes[OWN_CORRECTION_IN_CONTEXT] = text[: start + len(own)]
+    prefixes[GENERIC_PREFIX] = shorten(generic, len(own))
+    return prefixes, "used"
 
 
 def shorten(text: str, characters: int) -> str:
@@ -140,20 +122,17 @@ def shorten(text: str, characters: int) -> str:
 
 def continuations(study: Study, trial: Trial, prefixes: Mapping[str, str], repeats: int) -> list[Trial]:
     """Every prefix `repeats` times; the index pairs them."""
-    assert trial.latent is not None
-    assert trial.boost is not None
     return [
         study.trial(
-            STAGE,
+            CONTINUATION,
             condition,
             index,
             prompt=trial.prompt,
             seed=study.seed("measure", index),
             latent=trial.latent,
             label=trial.label,
-            boost=trial.boost,
             prefill=prefix,
-            interventions=(Intervention("add", trial.latent, trial.boost),),
+            interventions=trial.interventions,
         )
         for condition, prefix in prefixes.items()
         for index in range(trial.index * repeats, (trial.index + 1) * repeats)

@@ -1,0 +1,40 @@
+"""From results to what people look at: drawings, tables and lines of text, under each experiment's name."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from steerback.errors import unknown
+
+if TYPE_CHECKING:
+    from steerback.analysis.base import Results
+    from steerback.figures.base import Presentation
+
+MODULES = {
+    "esr": "esr",
+    "no-steering": "first_scores",
+    "boost-sweep": "boost_sweep",
+    "meta-prompts": "meta_prompts",
+    "held-out": "conditions",
+    "prefill-control": "prefill",
+    "matched-prefix": "matched_prefix",
+    "imported": "conditions",
+    "detectors": "detectors",
+    "detector-ablation": "doses",
+    "random-ablation": "random_ablation",
+    "detector-statistics": "detector_statistics",
+    "traces": "traces",
+    "episode-statistics": "episode_statistics",
+    "finetuning": "finetuning",
+    "cross-judge": "cross_judge",
+}
+
+
+def present(experiment: str, results: Results) -> Presentation:
+    """Tables, drawings and lines of an experiment's results."""
+    if experiment not in MODULES:
+        raise unknown("experiment", experiment, sorted(MODULES))
+    module = importlib.import_module(f"steerback.figures.{MODULES[experiment]}")
+    presentation: Presentation = module.present(results)
+    return presentation

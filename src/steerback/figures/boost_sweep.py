@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
+from steerback.analysis.boost_sweep import SweepResults
 from steerback.figures import panels, style
+from steerback.figures.base import Presentation, measured_tables, planted_note
 from steerback.figures.conditions import legend
-from steerback.metrics import Peak, Summary
+from steerback.figures.tables import Table, number
+from steerback.metrics import METRICS, Peak
+from steerback.store.facts import Sweep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,22 +21,26 @@ if TYPE_CHECKING:
 SHOWN = ("multi_attempt_rate", "improvement_rate", "esr_rate", "msi", "mean_attempts", "mean_first")
 
 
+def present(results: SweepResults) -> Presentation:
+    """Figure 3, the conditions' table and the peaks."""
+    return Presentation(
+        tables={**measured_tables(results.measured), "peaks": peak_table(results.peaks, results.measured.judge)},
+        figures={"figure3": lambda: draw(results)},
+        lines=[_line(target, sweep) for target, sweep in results.sweeps.items()],
+    )
+
+
 @style.styled
-def draw(
-    curves: Mapping[str, Mapping[float, Summary]],
-    peaks: Mapping[str, Mapping[str, Peak | None]],
-    sweeps: Mapping[str, Mapping[str, Any]],
-    judge: str,
-    note: str = "",
-) -> Figure:
-    """`curves`: per target a summary per level; `peaks`: per target and metric; `sweeps`: sd and what was dropped."""
-    fig, drawing = style.new_figure("full", 3.5, _caption(curves, sweeps, judge, note))
+def draw(results: SweepResults) -> Figure:
+    """Every metric against the level, one curve a target, its peak marked."""
+    curves = {target: results.curve(target) for target in results.sweeps}
+    fig, drawing = style.new_figure("full", 3.5, _caption(results))
     axes = drawing.subplots(2, 3, sharex=True, squeeze=False)
     colours = style.colours(curves)
     for ax, metric in zip(axes.flat, SHOWN, strict=True):
         for i, (target, levels) in enumerate(curves.items()):
             panels.curve(ax, metric, [(x, s[metric]) for x, s in levels.items()], colours[target], target)
-            _mark(ax, peaks.get(target, {}).get(metric), i, colours[target])
+            _mark(ax, results.peaks[target].get(metric), i, colours[target])
         ax.axvline(0, color=style.GREY, linewidth=0.6, linestyle=(0, (3, 2)), zorder=0)
         ax.set_ylabel(panels.axis_label(metric))
         ax.grid(axis="y")
@@ -55,18 +64,47 @@ def _mark(ax: Axes, peak: Peak | None, place: int, colour: str) -> None:
     ax.plot([peak.at], [y], marker="v", color=colour, markersize=4.5, transform=across)
 
 
-def _caption(
-    curves: Mapping[str, Mapping[float, Summary]], sweeps: Mapping[str, Mapping[str, Any]], judge: str, note: str
-) -> str:
+def _caption(results: SweepResults) -> str:
     lines = [
         "Bands: 95 % intervals clustered by latent. Triangles: peaks, with intervals from resampled latents. "
-        f"Dashed: threshold boost. Judge: {judge}. {note}".strip()
+        f"Dashed: threshold boost. Judge: {results.measured.judge}. {planted_note(results)}".strip()
     ]
-    for target, levels in curves.items():
-        sweep = sweeps[target]
-        lost = sum(sweep["dropped"].values())
+    for target, sweep in results.sweeps.items():
         lines.append(
-            f"{panels.counted(target, levels.values())} 1 sd = {sweep['sd']:.3g} in boost; "
-            f"{lost} of {len(sweep['levels']) * sweep['latents']} pairs of latent and level have a negative boost."
+            f"{panels.counted(target, results.curve(target).values())} 1 sd = {sweep.sd:.3g} in boost; "
+            f"{sum(sweep.dropped.values())} of {len(sweep.levels) * sweep.latents} pairs of latent and level have a "
+            "negative boost."
         )
     return "\n".join(lines)
+
+
+def peak_table(peaks: Mapping[str, Mapping[str, Peak | None]], judge: str) -> Table:
+    """One row per target and metric."""
+    cells, records = [], []
+    for target, by_metric in peaks.items():
+        for name, peak in by_metric.items():
+            rate = METRICS[name].rate
+            shown = (
+                ("-", "-", "-")
+                if peak is None
+                else (
+                    number(peak.value, rate),
+                    f"{peak.at:+.2f} [{peak.low:+.2f}, {peak.high:+.2f}]",
+                    f"{peak.edge:.0%}",
+                )
+            )
+            cells.append((target, METRICS[name].label, *shown))
+            records.append({"target": target, "metric": name, "judge": judge, **({} if peak is None else asdict(peak))})
+    return Table(
+        ("target", "metric", "peak", "at (sd from threshold)", "at the edge"),
+        cells,
+        "Peaks of the curves, with 95 % intervals from resampled latents; sd is that of thresholds across latents. "
+        "At the edge: share of resamples that peak at the first or last level. Rates in per cent.",
+        records,
+        left=2,
+    )
+
+
+def _line(target: str, sweep: Sweep) -> str:
+    lost = ", ".join(f"{n} of {sweep.latents} latents at {level}" for level, n in sweep.dropped.items() if n)
+    return f"{target}: sd of thresholds across latents {sweep.sd:.4g}; dropped, negative boost: {lost or 'none'}"

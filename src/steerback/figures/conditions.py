@@ -5,54 +5,68 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from steerback.analysis.base import Measured
+from steerback.analysis.conditions import ConditionResults
 from steerback.figures import panels, style
+from steerback.figures.base import Presentation, measured_tables, planted_note
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-    from steerback.experiments.base import Measured
-
 USUAL = ("multi_attempt_rate", "esr_rate", "msi", "mean_first")
 
 
+def present(results: ConditionResults) -> Presentation:
+    """One figure of all conditions, and their tables."""
+    note = planted_note(results)
+    if results.experiment == "held-out":
+        note = f"Pairs share latent, boost and seed; the prompts differ. {note}"
+    name = {"held-out": "held_out"}.get(results.experiment, "conditions")
+    return Presentation(measured_tables(results.measured), {name: lambda: draw(results.measured, note=note)})
+
+
 @style.styled
-def draw(found: Measured, metrics: Sequence[str] = USUAL, note: str = "", shown: Sequence[str] | None = None) -> Figure:
+def draw(
+    measured: Measured, metrics: Sequence[str] = USUAL, note: str = "", shown: Sequence[str] | None = None
+) -> Figure:
     """Every condition's metrics with 95 % intervals; a faint line marks the first condition of each target.
 
     `shown`: these conditions only.
     """
-    conditions = list(shown or dict.fromkeys(condition for _, condition in found.summaries))
-    rows = max(len(conditions), 1) * max(len(found.targets), 1)
+    conditions = list(shown or dict.fromkeys(condition for _, condition in measured.summaries))
+    rows = max(len(conditions), 1) * max(len(measured.targets), 1)
     fig, drawing = style.new_figure(
-        "full", max(1.2, 0.17 * rows + 0.12 * len(conditions) + 0.75), caption(found, note, shown)
+        "full", max(1.2, 0.17 * rows + 0.12 * len(conditions) + 0.75), caption(measured, note, shown)
     )
-    rows_of_conditions(drawing, found, conditions, metrics)
+    rows_of_conditions(drawing, measured, conditions, metrics)
     return fig
 
 
-def caption(found: Measured, note: str, shown: Sequence[str] | None = None) -> str:
+def caption(measured: Measured, note: str, shown: Sequence[str] | None = None) -> str:
     """What is shown, by which judge, over how many responses (of the conditions `shown`, default: all)."""
-    lines = [f"95 % intervals clustered by latent, over valid responses. Judge: {found.judge}. {note}".strip()]
-    for target in found.targets:
-        lines.append(panels.counted(target, [s for c, s in found.of(target).items() if shown is None or c in shown]))
+    lines = [f"95 % intervals clustered by latent, over valid responses. Judge: {measured.judge}. {note}".strip()]
+    for target in measured.targets:
+        lines.append(panels.counted(target, [s for c, s in measured.of(target).items() if shown is None or c in shown]))
     return "\n".join(lines)
 
 
 def rows_of_conditions(
-    fig: SubFigure, found: Measured, conditions: Sequence[str], metrics: Sequence[str]
+    fig: SubFigure, measured: Measured, conditions: Sequence[str], metrics: Sequence[str]
 ) -> list[Axes]:
     """Fills a (sub)figure: conditions from top to bottom, targets within each, one panel a metric."""
     axes = list(fig.subplots(1, len(metrics), sharey=True, squeeze=False)[0])
     if not conditions:
         style.message(axes[0], "nothing was measured")
         return axes
-    colours = style.colours(found.targets)
-    offsets = {t: (i - (len(found.targets) - 1) / 2) * 0.62 / len(found.targets) for i, t in enumerate(found.targets)}
+    colours = style.colours(measured.targets)
+    offsets = {
+        t: (i - (len(measured.targets) - 1) / 2) * 0.62 / len(measured.targets) for i, t in enumerate(measured.targets)
+    }
     for ax, metric in zip(axes, metrics, strict=True):
         for target, offset in offsets.items():
-            own = found.of(target)
+            own = measured.of(target)
             for y, condition in enumerate(conditions):
                 if condition in own:
                     panels.dot(ax, metric, own[condition][metric], y + offset, colours[target])

@@ -6,64 +6,78 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from steerback.analysis.cross_judge import Compared
 from steerback.figures import style
+from steerback.figures.base import Presentation, planted_note
+from steerback.figures.tables import Table, number, show
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from steerback.experiments.cross_judge import Compared
-
 NAMES = {"esr_rate": "ESR rate (%)", "multi_attempt_rate": "Multi-attempt rate (%)"}
 
 
+def present(results: Compared) -> Presentation:
+    """Figures A2 to A4, agreement and rates as tables, and whether all judges rank the models alike."""
+    return Presentation(
+        tables={"agreement": agreement_table(results), "judges": judge_table(results)},
+        figures={
+            "figureA2": lambda: rates(results, "esr_rate"),
+            "figureA3": lambda: rates(results, "multi_attempt_rate"),
+            "figureA4": lambda: agreement(results),
+        },
+        lines=[ranking_line(results)],
+    )
+
+
 @style.styled
-def rates(found: Compared, metric: str, note: str = "") -> Figure:
+def rates(results: Compared, metric: str) -> Figure:
     """One group of bars per judge, one bar per model, with 95 % intervals."""
     caption = (
-        f"{NAMES[metric].removesuffix(' (%)')} by judge over the same {found.n:,} responses, a sample "
-        f"that takes multi-attempt trials first. 95 % intervals clustered by latent. {note}".strip()
+        f"{NAMES[metric].removesuffix(' (%)')} by judge over the same {results.n:,} responses, a sample "
+        f"that takes multi-attempt trials first. 95 % intervals clustered by latent. {planted_note(results)}".strip()
     )
     fig, drawing = style.new_figure("full", 2.3, caption)
     ax = drawing.subplots()
-    colours = style.colours(found.targets)
-    width = 0.8 / max(len(found.targets), 1)
-    for i, target in enumerate(found.targets):
-        places = np.arange(len(found.judges)) + (i - (len(found.targets) - 1) / 2) * width
-        values = [found.summaries[judge, target][metric] for judge in found.judges]
+    colours = style.colours(results.targets)
+    width = 0.8 / max(len(results.targets), 1)
+    for i, target in enumerate(results.targets):
+        places = np.arange(len(results.judges)) + (i - (len(results.targets) - 1) / 2) * width
+        values = [results.summaries[judge, target][metric] for judge in results.judges]
         heights = [100 * (v.value or 0.0) for v in values]
         low = [h - 100 * (v.low if v.low is not None else h / 100) for h, v in zip(heights, values, strict=True)]
         high = [100 * (v.high if v.high is not None else h / 100) - h for h, v in zip(heights, values, strict=True)]
         spread = np.maximum([low, high], 0)
         ax.bar(places, heights, 0.9 * width, color=colours[target], label=style.plain(target))
         ax.errorbar(places, heights, spread, fmt="none", ecolor=style.INK, elinewidth=0.8, capsize=2)
-    ax.set_xticks(range(len(found.judges)), [style.plain(judge) for judge in found.judges])
+    ax.set_xticks(range(len(results.judges)), [style.plain(judge) for judge in results.judges])
     ax.set_ylabel(NAMES[metric])
     ax.grid(axis="y")
-    ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=min(len(found.targets), 5))
+    ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=min(len(results.targets), 5))
     return fig
 
 
 @style.styled
-def agreement(found: Compared, note: str = "") -> Figure:
+def agreement(results: Compared) -> Figure:
     """Left: share of equal verdicts on several attempts (above) and direction (below). Right: first scores."""
     caption = (
         "Left: agreement of judges in per cent; above the diagonal on whether there are several attempts, below it on "
         "whether the last attempt is better, equal or worse where both see several. Right: first scores of the two "
-        f"judges that differ most. n = {found.n:,}. {note}".strip()
+        f"judges that differ most. n = {results.n:,}. {planted_note(results)}".strip()
     )
     fig, drawing = style.new_figure("full", 2.8, caption)
     left, right = drawing.subplots(1, 2)
-    _matrix(left, found)
-    _scatter(right, found)
+    _matrix(left, results)
+    _scatter(right, results)
     return fig
 
 
-def _matrix(ax: Axes, found: Compared) -> None:
-    n = len(found.judges)
+def _matrix(ax: Axes, results: Compared) -> None:
+    n = len(results.judges)
     table = np.full((n, n), np.nan)
-    for (a, b), pair in found.pairs.items():
-        i, j = found.judges.index(a), found.judges.index(b)
+    for (a, b), pair in results.pairs.items():
+        i, j = results.judges.index(a), results.judges.index(b)
         table[i, j] = np.nan if pair.several.value is None else 100 * pair.several.value
         table[j, i] = np.nan if pair.direction.value is None else 100 * pair.direction.value
     ax.imshow(table, cmap="Blues", vmin=50, vmax=100)
@@ -73,22 +87,93 @@ def _matrix(ax: Axes, found: Compared) -> None:
                 shown = "-" if np.isnan(table[i, j]) else f"{table[i, j]:.1f}"
                 dark = not np.isnan(table[i, j]) and table[i, j] > 80
                 ax.text(j, i, shown, ha="center", va="center", color="white" if dark else style.INK)
-    names = [style.plain(judge) for judge in found.judges]
+    names = [style.plain(judge) for judge in results.judges]
     ax.set_xticks(range(n), names, rotation=30, ha="right")
     ax.set_yticks(range(n), names)
     ax.set_title("agreement (%)", loc="left")
 
 
-def _scatter(ax: Axes, found: Compared) -> None:
-    known = {pair: p.first.value for pair, p in found.pairs.items() if p.first.value is not None}
+def _scatter(ax: Axes, results: Compared) -> None:
+    known = {pair: p.first.value for pair, p in results.pairs.items() if p.first.value is not None}
     if not known:
         style.message(ax, "no response scored by two judges")
         return
     a, b = min(known, key=lambda pair: known[pair])
     ax.plot([0, 100], [0, 100], color=style.LIGHT, linewidth=0.8)
-    ax.scatter(found.first[a], found.first[b], s=5, alpha=0.35, color=style.PALETTE[0], linewidths=0)
+    ax.scatter(results.first[a], results.first[b], s=5, alpha=0.35, color=style.PALETTE[0], linewidths=0)
     ax.set_xlabel(f"first score, {style.plain(a)}")
     ax.set_ylabel(f"first score, {style.plain(b)}")
     ax.set_xlim(-2, 102)
     ax.set_ylim(-2, 102)
     ax.set_title(f"rank correlation {known[a, b]:.2f}", loc="left")
+
+
+def agreement_table(results: Compared) -> Table:
+    """One row per pair of judges."""
+    cells = [
+        (
+            f"{a} / {b}",
+            f"{p.several.n:,}",
+            show(p.several, rate=True),
+            show(p.several_kappa, rate=False),
+            f"{p.direction.n:,}",
+            show(p.direction, rate=True),
+            show(p.direction_kappa, rate=False),
+            show(p.first, rate=False),
+        )
+        for (a, b), p in results.pairs.items()
+    ]
+    columns = ("judges", "n", "same count %", "kappa", "n multi", "same direction %", "its kappa", "first scores")
+    caption = (
+        "Agreement on whether a response has several attempts, on better / same / worse where both see several, and "
+        "rank correlation of first scores. Krippendorff's alpha over all judges: several "
+        f"{show(results.alpha_several, False)}, first score {show(results.alpha_first, False)}. "
+        "95 % intervals clustered by latent."
+    )
+    return Table(columns, cells, caption)
+
+
+def judge_table(results: Compared) -> Table:
+    """One row per judge and target: rates over the sample and weighed back to the runs."""
+    cells = []
+    for judge in results.judges:
+        for target in results.targets:
+            summary, back = results.summaries[judge, target], results.weighted[judge, target]
+            cells.append(
+                (
+                    judge,
+                    target,
+                    f"{summary['msi'].n:,}",
+                    show(summary["multi_attempt_rate"], rate=True),
+                    show(summary["esr_rate"], rate=True),
+                    show(summary["msi"], rate=False),
+                    number(back["multi_attempt_rate"], rate=True),
+                    number(back["esr_rate"], rate=True),
+                    number(back["msi"]),
+                )
+            )
+    columns = (
+        "judge",
+        "target",
+        "n",
+        "multi-attempt %",
+        "ESR %",
+        "MSI",
+        "multi (runs) %",
+        "ESR (runs) %",
+        "MSI (runs)",
+    )
+    caption = (
+        "Over the sample, which takes multi-attempt trials first, with 95 % intervals; "
+        "(runs): weighed back to the runs it was drawn from."
+    )
+    return Table(columns, cells, caption, left=2)
+
+
+def ranking_line(results: Compared) -> str:
+    """One sentence: do all judges rank the models alike?"""
+    if len(results.targets) < 2:
+        return "one model only: there is no order to compare"
+    alike = results.same_order("esr_rate")
+    shown = "; ".join(f"{j}: {' > '.join(results.orders['esr_rate'][j])}" for j in results.judges)
+    return f"models by ESR rate: {'all judges rank them alike' if alike else 'judges differ'} ({shown})"

@@ -1,49 +1,109 @@
-"""The distributions behind Table A1: each detector's pooled activation on matched and on shuffled pairs."""
+"""Table A1, and the distributions behind it: pooled activation of each detector on matched and on shuffled pairs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import numpy as np
+
+from steerback.analysis.detector_statistics import DetectorStatisticsResults, PairStatistics
 from steerback.figures import style
+from steerback.figures.base import Presentation, planted_note
+from steerback.figures.tables import Table, show
+from steerback.latents.separation import Separation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from steerback.experiments.detector_statistics import Statistics
-
 MOST = 30  # rows that stay legible
 
 
+def present(results: DetectorStatisticsResults) -> Presentation:
+    """Table A1 and the figure of the distributions behind it."""
+    return Presentation(
+        tables={"tableA1": table(results.statistics)},
+        figures={"tableA1": lambda: draw(results.statistics, planted_note(results))},
+        lines=[_line(target, s) for target, s in results.statistics.items()],
+    )
+
+
+def table(results: Mapping[str, PairStatistics]) -> Table:
+    """One row per detector, both arms side by side."""
+    cells, records = [], []
+    for target, s in results.items():
+        x = s.separation
+        both = (
+            (x.matched_mean, x.mismatched_mean, ".2f"),
+            (x.matched_sd, x.mismatched_sd, ".2f"),
+            (x.matched_median, x.mismatched_median, ".2f"),
+            (x.matched_frequency, x.mismatched_frequency, ".0%"),
+        )
+        for i, (latent, label, auc) in enumerate(zip(s.latents, s.labels, s.auc, strict=True)):
+            arms = [f"{matched[i]:{form}} / {mismatched[i]:{form}}" for matched, mismatched, form in both]
+            effect = f"{x.effect[i]:.2f}" if np.isfinite(x.effect[i]) else "∞"
+            cells.append((target, str(latent), label or "-", *arms, show(auc, False), effect))
+            records.append(
+                {"target": target, "latent": latent, "label": label}
+                | _record(x, i)
+                | {"auc_low": auc.low, "auc_high": auc.high, "pairs": len(s.matched), "prompts": s.prompts}
+            )
+    return Table(
+        ("target", "latent", "label", "mean", "sd", "median", "active", "AUC", "d"),
+        cells,
+        "Matched / shuffled pairs: largest activation in a response after its own and after another prompt; active: "
+        "share of responses with any. Responses to prompts that were not searched; AUC with a 95 % interval from "
+        "resampled prompts; d: Cohen's, pooled sd.",
+        records,
+        left=3,
+    )
+
+
+def _record(separation: Separation, i: int) -> dict[str, float | None]:
+    """Every statistic of detector `i`; None where it is infinite."""
+    return {name: values[i] for name, values in separation.to_json().items()}
+
+
+def _line(target: str, s: PairStatistics) -> str:
+    high = sum(e.value is not None and e.value >= 0.9 for e in s.auc)
+    return (
+        f"{target}: {high} of {len(s.latents)} detectors at AUC >= 0.9 on {len(s.matched)} pairs of "
+        f"{s.prompts} prompts that were not searched"
+    )
+
+
 @style.styled
-def draw(found: Mapping[str, Statistics], note: str = "") -> Figure:
+def draw(results: Mapping[str, PairStatistics], note: str = "") -> Figure:
     """One row a detector: boxes of both arms (quartiles, whiskers to the 5th and 95th percentile), scaled together."""
-    rows = [max(min(len(s.latents), MOST), 2) for s in found.values()] or [3]
+    rows = [max(min(len(s.latents), MOST), 2) for s in results.values()] or [3]
     lines = [
         "Largest activation in a response after its own (grey) and after another prompt (colour), relative to the "
         "detector's largest. Boxes: quartiles; whiskers: 5th to 95th percentile. Right: AUC with 95 % interval from "
         f"resampled prompts. Not judged. {note}".strip()
     ]
-    lines += [f"{t}: n = {len(s.matched)} pairs, {s.prompts} prompts that were not searched." for t, s in found.items()]
+    lines += [
+        f"{target}: n = {len(s.matched)} pairs, {s.prompts} prompts that were not searched."
+        for target, s in results.items()
+    ]
     fig, drawing = style.new_figure("full", 0.19 * sum(rows) + 0.65 * len(rows), "\n".join(lines))
     axes = drawing.subplots(len(rows), 2, squeeze=False, width_ratios=[2, 1], height_ratios=rows, sharey="row")
-    colours = style.colours(found)
-    for (left, right), (target, s) in zip(axes, found.items(), strict=False):
+    colours = style.colours(results)
+    for (left, right), (target, s) in zip(axes, results.items(), strict=False):
         left.set_title(style.plain(target), loc="left", color=colours[target], fontweight="bold", pad=2)
         _boxes(left, s, colours[target])
         _auc(right, s, colours[target])
-    if not found:
+    if not results:
         for ax in axes.flat:
             style.message(ax, "nothing was read")
     return fig
 
 
-def _boxes(ax: Axes, s: Statistics, colour: str) -> None:
+def _boxes(ax: Axes, s: PairStatistics, colour: str) -> None:
     for y in range(min(len(s.latents), MOST)):
         scale = max(float(s.matched[:, y].max()), float(s.mismatched[:, y].max())) or 1.0
         for arm, offset, face in ((s.matched, -0.18, style.LIGHT), (s.mismatched, 0.18, colour)):
-            boxes: dict[str, Any] = ax.boxplot(
+            boxes = ax.boxplot(
                 [(arm[:, y] / scale).tolist()],
                 positions=[y + offset],
                 widths=0.3,
@@ -65,7 +125,7 @@ def _boxes(ax: Axes, s: Statistics, colour: str) -> None:
     ax.grid(axis="x")
 
 
-def _auc(ax: Axes, s: Statistics, colour: str) -> None:
+def _auc(ax: Axes, s: PairStatistics, colour: str) -> None:
     for y, e in enumerate(s.auc[:MOST]):
         if e.value is None:
             continue

@@ -1,53 +1,107 @@
-"""Detectors of each target: how well they separate on searched and on held-out prompts, beside what chance gives."""
+"""Detectors of each target: separation on searched and on held-out prompts, against that expected by chance."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from steerback.analysis.detectors import DetectorResults
 from steerback.figures import style
+from steerback.figures.base import Presentation, planted_note
+from steerback.figures.tables import Table
+from steerback.store.facts import DetectorSet, Search, SearchHalf
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-    from steerback.experiments.detectors import Detectors
-
 MOST = 30  # rows that stay legible
 CHANCE = (0, (3, 2))
 
 
+def present(results: DetectorResults) -> Presentation:
+    """The detectors' table and figure, and a line about each target."""
+    return Presentation(
+        tables={"table": detector_table(results.detectors)},
+        figures={"detectors": lambda: draw(results.detectors, planted_note(results))},
+        lines=[f"{target}: {detector_line(d)}" for target, d in results.detectors.items()],
+    )
+
+
+def detector_line(detectors: DetectorSet) -> str:
+    """One line: how many, by which rule, and how many of them separate on prompts that were not searched."""
+    number = len(detectors.detectors)
+    line = f"{number} detector{'s' * (number != 1)} ({detectors.source})"
+    half = detectors.search.held_out if detectors.search is not None else None
+    if half is None or not number:
+        return line
+    high = half.high_auc
+    return (
+        f"{line}; on held-out prompts {high.observed} of them at AUC >= 0.9, "
+        f"{high.expected:.2g} expected by chance (p = {high.p:.2g})"
+    )
+
+
+def detector_table(results: Mapping[str, DetectorSet]) -> Table:
+    """One row per detector: separation on the searched and on the held-out half."""
+
+    def shown(value: float | None, digits: int = 3) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    entries = [(target, d) for target, detectors in results.items() for d in detectors.detectors]
+    return Table(
+        ("target", "latent", "label", "AUC searched", "AUC held out", "d held out", "level"),
+        [
+            (
+                target,
+                str(d.latent),
+                d.label or "-",
+                shown(d.auc),
+                shown(d.held_out_auc),
+                shown(d.held_out_effect, 2),
+                shown(d.level, 2),
+            )
+            for target, d in entries
+        ],
+        "Detectors, best first. AUC: how often a mismatched response is more active than a matched one; the "
+        "held-out prompts were not searched. Level: mean pooled activation on mismatched pairs of the searched half.",
+        [{"target": target, **dict(sorted(d.model_dump().items()))} for target, d in entries],
+        left=3,
+    )
+
+
 @style.styled
-def draw(found: Mapping[str, Detectors], note: str = "") -> Figure:
+def draw(results: Mapping[str, DetectorSet], note: str = "") -> Figure:
     """Left: AUC of each detector on both halves. Right: how many latents separate, against swapped labels."""
-    rows = [max(min(len(d.latents), MOST), 4) for d in found.values()] or [4]
-    fig, drawing = style.new_figure("full", 0.145 * sum(rows) + 0.75 * len(rows) + 0.15, _caption(found, note))
+    rows = [max(min(len(d.latents), MOST), 4) for d in results.values()] or [4]
+    fig, drawing = style.new_figure("full", 0.145 * sum(rows) + 0.75 * len(rows) + 0.15, _caption(results, note))
     axes = drawing.subplots(len(rows), 2, width_ratios=[1.7, 1], height_ratios=rows, squeeze=False)
-    colours = style.colours(found)
-    for (left, right), (target, detectors) in zip(axes, found.items(), strict=False):
+    colours = style.colours(results)
+    for (left, right), (target, detectors) in zip(axes, results.items(), strict=False):
         _separation(left, detectors, colours[target])
-        _counts(right, detectors.stored["search"], colours[target])
+        _counts(right, detectors.search, colours[target])
         left.set_title(style.plain(target), loc="left", color=colours[target], fontweight="bold", pad=3)
     _legend(drawing)
-    if not found:
+    if not results:
         for ax in axes.flat:
             style.message(ax, "no target was searched")
     return fig
 
 
-def _separation(ax: Axes, detectors: Detectors, colour: str) -> None:
-    entries = detectors.stored["detectors"][:MOST]
+def _separation(ax: Axes, detectors: DetectorSet, colour: str) -> None:
+    entries = detectors.detectors[:MOST]
     if not entries:
         style.message(ax, "no latent separates matched from mismatched pairs")
         return
-    searched = [e["auc"] for e in entries]
-    held_out = [(e["held_out_auc"], y) for y, e in enumerate(entries) if e["held_out_auc"] is not None]
+    searched = [d.auc for d in entries]
+    held_out = [(d.held_out_auc, y) for y, d in enumerate(entries) if d.held_out_auc is not None]
+    half = detectors.search.held_out if detectors.search is not None else None
     if held_out:
         ax.plot(*zip(*held_out, strict=True), "o", color=colour)
-        limit = detectors.stored["search"]["held_out"]["max_auc_null"]
-        ax.axvline(limit, color=style.GREY, linewidth=0.8, linestyle=CHANCE)
+    if held_out and half is not None:
+        ax.axvline(half.max_auc_null, color=style.GREY, linewidth=0.8, linestyle=CHANCE)
     ax.plot(searched, range(len(entries)), "o", color=colour, markerfacecolor="none", markersize=6)
-    names = [f"{e['latent']} {(e['label'] or '')[:34]}".strip() for e in entries]
+    names = [f"{d.latent} {(d.label or '')[:34]}".strip() for d in entries]
     ax.set_yticks(range(len(entries)), [style.plain(n) for n in names], fontsize=6)
     ax.set_ylim(len(entries) - 0.4, -0.6)
     ax.tick_params(axis="y", length=0)
@@ -55,22 +109,26 @@ def _separation(ax: Axes, detectors: Detectors, colour: str) -> None:
     ax.grid(axis="x")
 
 
-def _counts(ax: Axes, search: Mapping[str, Any] | None, colour: str) -> None:
-    """Observed counts as bars, chance as its mean with the reach to the 95th percentile."""
+def _counts(ax: Axes, search: Search | None, colour: str) -> None:
+    """Observed counts as bars, next to them the mean count by chance with a whisker to its 95th percentile."""
     if search is None:
         style.message(ax, "named by hand, not searched")
         return
-    halves = [("searched,\nall latents", search["search"]), ("held out,\ndetectors", search["held_out"])]
-    kinds = [("AUC 1", "perfect"), ("AUC ≥ 0.9", "high_auc")]
-    cells = [(f"{kind}\n{name}", half[key]) for name, half in halves if half for kind, key in kinds]
-    for x, (_, null) in enumerate(cells):
-        ax.bar(x - 0.18, null["observed"], 0.34, color=colour)
-        ax.bar(x + 0.18, null["expected"], 0.34, color=style.LIGHT)
-        reach = max(null["high"] - null["expected"], 0.0)
-        ax.errorbar(x + 0.18, null["expected"], [[0], [reach]], fmt="none", ecolor=style.INK, elinewidth=0.8, capsize=2)
+    halves = [("searched,\nall latents", search.search), ("held out,\ndetectors", search.held_out)]
+    cells = [
+        (f"{kind}\n{name}", null)
+        for name, half in halves
+        if half is not None
+        for kind, null in (("AUC 1", half.perfect), ("AUC ≥ 0.9", half.high_auc))
+    ]
+    for x, null in enumerate(null for _, null in cells):
+        ax.bar(x - 0.18, null.observed, 0.34, color=colour)
+        ax.bar(x + 0.18, null.expected, 0.34, color=style.LIGHT)
+        reach = max(null.high - null.expected, 0.0)
+        ax.errorbar(x + 0.18, null.expected, [[0.0], [reach]], fmt="none", ecolor=style.INK, elinewidth=0.8, capsize=2)
         ax.annotate(
-            f"{null['observed']:,}",
-            (x - 0.18, null["observed"]),
+            f"{null.observed:,}",
+            (x - 0.18, null.observed),
             xytext=(0, 1.5),
             textcoords="offset points",
             ha="center",
@@ -87,10 +145,9 @@ def _legend(fig: SubFigure) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    ink: dict[str, Any] = {"color": style.INK, "linestyle": "none", "marker": "o"}
     handles = [
-        Line2D([], [], markerfacecolor="none", markersize=6, label="searched prompts", **ink),
-        Line2D([], [], label="held-out prompts", **ink),
+        Line2D([], [], color=style.INK, ls="none", marker="o", mfc="none", ms=6, label="searched prompts"),
+        Line2D([], [], color=style.INK, ls="none", marker="o", label="held-out prompts"),
         Line2D([], [], color=style.GREY, linestyle=CHANCE, label="95 % of the largest by chance, held out"),
         Patch(color=style.INK, label="observed"),
         Patch(color=style.LIGHT, label="labels swapped"),
@@ -98,25 +155,26 @@ def _legend(fig: SubFigure) -> None:
     fig.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=6.5, columnspacing=1.2)
 
 
-def _caption(found: Mapping[str, Detectors], note: str) -> str:
+def _caption(results: Mapping[str, DetectorSet], note: str) -> str:
     lines = [
         "Left: separation of responses after another prompt from the same responses after their own, pooled by "
         "maximum. Right: latents at each level beside their number when labels are swapped prompt by prompt (mean and "
         f"95th percentile). Not judged. {note}".strip()
     ]
-    for target, detectors in found.items():
-        search = detectors.stored["search"]
-        said = (
-            "named by hand"
-            if search is None
-            else f"{detectors.stored['source']}; "
-            + ", ".join(
-                f"{half['n_texts']} responses to {half['n_prompts']} prompts {name}"
-                for name, half in (("searched", search["search"]), ("held out", search["held_out"]))
-                if half
-            )
-        )
-        plural = "s" * (len(detectors.latents) != 1)
-        more = f", the best {MOST} shown" if len(detectors.latents) > MOST else ""
-        lines.append(f"{target}: {len(detectors.latents)} detector{plural}{more} ({said}).")
+    for target, detectors in results.items():
+        number = len(detectors.detectors)
+        more = f", the best {MOST} shown" if number > MOST else ""
+        lines.append(f"{target}: {number} detector{'s' * (number != 1)}{more} ({_source(detectors)}).")
     return "\n".join(lines)
+
+
+def _source(detectors: DetectorSet) -> str:
+    """The rule and the sizes of both halves of the search."""
+    if detectors.search is None:
+        return "named by hand"
+    halves: tuple[tuple[str, SearchHalf | None], ...] = (
+        ("searched", detectors.search.search),
+        ("held out", detectors.search.held_out),
+    )
+    sizes = [f"{h.n_texts} responses to {h.n_prompts} prompts {name}" for name, h in halves if h is not None]
+    return f"{detectors.source}; {', '.join(sizes)}"

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from steerback.analysis.esr import EsrResults
+from steerback.calibration import CalibrationReport
 from steerback.figures import style
+from steerback.figures.base import Presentation, measured_tables, planted_note
 from steerback.metrics import Estimate, Outcomes, Summary, view
 
 if TYPE_CHECKING:
@@ -16,6 +19,19 @@ if TYPE_CHECKING:
 
 BINS = np.arange(-100, 101, 10)
 RATES = (("multi_attempt_rate", "multi-attempt", ""), ("esr_rate", "ESR (improved)", "//////"))
+
+
+def present(results: EsrResults) -> Presentation:
+    """Figure 2, the table of rates, and a line about each target's calibration."""
+    conditions = results.measured
+    data = {
+        target: (conditions.outcomes[target, c], conditions.summaries[target, c]) for target, c in conditions.summaries
+    }
+    return Presentation(
+        tables=measured_tables(conditions),
+        figures={"figure2": lambda: draw(data, conditions.judge, note=planted_note(results))},
+        lines=[_calibrated(target, report) for target, report in results.calibration.items()],
+    )
 
 
 @style.styled
@@ -124,3 +140,21 @@ def _caption(data: Mapping[str, tuple[Outcomes, Summary]], judge: str, note: str
         out = ", ".join(f"{c[k]:,} {k}" for k in ("degraded", "unscored", "invalid", "empty") if c[k])
         lines.append(f"{target}: n = {n.n:,}, {n.clusters:,} latents; left out: {out or 'none'}.")
     return "\n".join(lines)
+
+
+def _calibrated(target: str, report: CalibrationReport) -> str:
+    if not report.n:
+        return f"{target}: no calibration in this ledger (imported results hold thresholds alone)"
+    if report.mean_score is None:
+        return f"{target}: no latent has a usable threshold ({report.statuses})"
+    interval = "" if report.mean_low is None else f" [{report.mean_low:.1f}, {report.mean_high:.1f}]"
+    states = ", ".join(f"{n} {status}" for status, n in report.statuses.items() if n)
+    return (
+        f"{target}: calibrated mean first score {report.mean_score:.1f}{interval} over {report.n_judged} latents "
+        f"({states}; {report.share_outside:.0%} of latents off by more than the tolerance{_spread(report)})"
+    )
+
+
+def _spread(report: CalibrationReport) -> str:
+    """With few fresh trials a latent, most of what is off is noise; this is what is left of it."""
+    return "" if report.spread is None else f", spread beyond noise {report.spread:.0f} points"

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from steerback.analysis.base import Measured
+from steerback.analysis.finetuning import SHOWN, Ending, FinetuningResults, steered_comparisons
 from steerback.figures import panels, style
+from steerback.figures.base import Presentation, measured_tables, planted_note
 from steerback.figures.conditions import caption, legend
+from steerback.figures.tables import Table, number
+from steerback.metrics import Trend
+from steerback.store.facts import HELD_OUT_UNSTEERED, STEERED, UNSTEERED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from steerback.experiments.base import Measured
-
-SHOWN = ("mean_attempts", "multi_attempt_rate", "improvement_rate", "esr_rate", "msi", "mean_first")
 LINES = (
     ("", style.PALETTE[0], "steered"),
     (" held-out", style.PALETTE[1], "steered, held-out"),
@@ -26,27 +29,44 @@ FEWEST = 5
 """A base's value over fewer responses is not drawn: without an interval a line looks surer than one response is."""
 
 
+def present(results: FinetuningResults) -> Presentation:
+    """Figure 6, tables and trends, and lines on restarts without steering and on responses that were cut."""
+    trends = {target: mix.trends for target, mix in results.mixes.items()}
+    tables = measured_tables(steered_comparisons(results.measured))
+    if any(trends.values()):
+        tables["trends"] = trend_table(trends, results.measured.judge)
+    return Presentation(
+        tables=tables,
+        figures={"figure6": lambda: draw(results)},
+        lines=[
+            *(line for target in results.mixes for line in restart_lines(results, target)),
+            *(line for name, endings in results.endings.items() for line in ending_lines(name, endings)),
+        ],
+    )
+
+
 @style.styled
-def draw(found: Measured, facts: Mapping[str, Mapping[str, Any]], note: str = "") -> Figure:
+def draw(results: FinetuningResults) -> Figure:
     """Six metrics against the mix; dashed: the base, steered on the same prompts. One row of panels pair per base."""
+    measured, note = results.measured, planted_note(results)
     text = (
         "Dashed: the model without adapter, at its own thresholds; thresholds are calibrated anew for every adapter. "
         "Held-out: on prompts that no adapter met in training. "
     )
-    fig, drawing = style.new_figure("full", 3.5, caption(found, text + note, [n for _, n in found.summaries]))
+    fig, drawing = style.new_figure("full", 3.5, caption(measured, text + note, [n for _, n in measured.summaries]))
     axes = drawing.subplots(2, 3, sharex=True, squeeze=False)
-    target = found.targets[0] if found.targets else ""
+    target = measured.targets[0] if measured.targets else ""
     for ax, metric in zip(axes.flat, SHOWN, strict=True):
         for suffix, colour, _ in LINES:
-            points = _points(found, target, facts, suffix)
+            points = results.levels(target, suffix.strip() or STEERED)
             if suffix.endswith("unsteered") and metric in ("improvement_rate", "esr_rate", "msi"):
                 continue  # without restarts these say nothing, with a few they are noise
-            panels.curve(ax, metric, [(x, found.summaries[target, n][metric]) for x, n in points], colour)
-            if (target, f"base{suffix}") in found.summaries:
-                _base(ax, metric, found, target, suffix, colour)
+            panels.curve(ax, metric, [(x, measured.summaries[target, n][metric]) for x, n in points], colour)
+            if (target, f"base{suffix}") in measured.summaries:
+                _base(ax, metric, measured, target, suffix, colour)
         ax.set_ylabel(panels.axis_label(metric))
         ax.grid(axis="y")
-        if not found.summaries:
+        if not measured.summaries:
             style.message(ax, "nothing was measured")
     for ax in axes[1]:
         ax.set_xlabel("self-corrections in training (%)")
@@ -54,19 +74,8 @@ def draw(found: Measured, facts: Mapping[str, Mapping[str, Any]], note: str = ""
     return fig
 
 
-def _points(
-    found: Measured, target: str, facts: Mapping[str, Mapping[str, Any]], suffix: str
-) -> Sequence[tuple[float, str]]:
-    named = [
-        (float(fact["percent"]), f"{fact['adapter']}{suffix}")
-        for fact in facts.values()
-        if fact["base"] == target and fact["percent"] is not None
-    ]
-    return sorted((x, name) for x, name in named if (target, name) in found.summaries)
-
-
-def _base(ax: Axes, metric: str, found: Measured, target: str, suffix: str, colour: str) -> None:
-    estimate = found.summaries[target, f"base{suffix}"][metric]
+def _base(ax: Axes, metric: str, measured: Measured, target: str, suffix: str, colour: str) -> None:
+    estimate = measured.summaries[target, f"base{suffix}"][metric]
     span = panels.span(metric, estimate)
     if span is not None and estimate.n >= FEWEST:
         ax.axhline(span[0], color=colour, linewidth=0.9, linestyle=(0, (4, 2)), zorder=1)
@@ -103,3 +112,51 @@ def draw_losses(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
     handles, labels = axes[0, 0].get_legend_handles_labels()
     drawing.legend(handles, labels, loc="outside upper center", ncols=3)
     return fig
+
+
+def trend_table(trends: Mapping[str, Mapping[str, Trend]], judge: str) -> Table:
+    """One row per metric and condition: its slope per ten percent more corrections."""
+    rows, records = [], []
+    for target, by_metric in trends.items():
+        for name, t in by_metric.items():
+            ends = [None if x is None else 10 * x for x in (t.slope, t.low, t.high)]
+            rate = name.split()[0].endswith("rate")
+            p = "-" if t.p is None else f"{t.p:.4f}"
+            rows.append((target, name, *(number(x, rate=rate) for x in ends), p))
+            records.append({"target": target, "condition": name, "judge": judge, **t.to_json()})
+    return Table(
+        ("target", "metric", "per 10 %", "low", "high", "p"),
+        rows,
+        "Trend over the mixes: least-squares slope per ten percent more self-corrections (rates in percent), 95 % "
+        f"interval clustered by latent, p from permuting the mixes within latents. Judge: {judge}.",
+        records,
+    )
+
+
+def restart_lines(results: FinetuningResults, target: str) -> list[str]:
+    """Whether restarts also appear without a reason: one line per mix and kind of prompts that shows any."""
+    lines: list[str] = []
+    for condition in (UNSTEERED, HELD_OUT_UNSTEERED):
+        along = results.levels(target, condition)
+        rates = {name: results.measured.summaries[target, name]["multi_attempt_rate"] for _, name in along}
+        for name, rate in rates.items():
+            if rate.events and rate.value is not None:
+                ends = "" if rate.low is None or rate.high is None else f" [{rate.low:.1%}, {rate.high:.1%}]"
+                lines.append(f"{target}: {name} restarts in {rate.value:.1%}{ends} of {rate.n} responses")
+        highs = [rate.high for rate in rates.values() if rate.high is not None]
+        if rates and not any(rate.events for rate in rates.values()):
+            bound = f" (95 % upper bound of a mix at most {max(highs):.1%})" if highs else ""
+            lines.append(f"{target}: no {condition} restart at any mix{bound}")
+    return lines
+
+
+def ending_lines(name: str, endings: Mapping[str, Ending]) -> list[str]:
+    """One line where responses were cut at the length limit in the middle of correcting themselves."""
+    if "cut" not in endings:
+        return []
+    cut, ended = endings["cut"], endings.get("ended")
+    others = f", {ended.gain:+.1f} in the {ended.n} others" if ended else ""
+    return [
+        f"{name}: {cut.n} multi-attempt responses were cut at the length limit: last minus first attempt "
+        f"{cut.gain:+.1f} points there{others}"
+    ]

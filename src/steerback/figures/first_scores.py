@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from steerback.analysis.no_steering import NoSteeringResults, RestartBound
 from steerback.figures import style
+from steerback.figures.base import Presentation, measured_tables, planted_note
 from steerback.figures.conditions import legend
+from steerback.figures.tables import Table, number
 from steerback.metrics import Outcomes, view
 
 if TYPE_CHECKING:
@@ -16,6 +20,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BINS = np.arange(0, 101, 5)
+
+
+def present(results: NoSteeringResults) -> Presentation:
+    """Figure A7; Figure A8 where a steered baseline was measured; the bounds on restarts."""
+    judge, note = results.measured.judge, planted_note(results)
+    unsteered, steered = results.unsteered(), results.steered()
+    figures = {"figureA7": lambda: draw(unsteered, judge, note=note)}
+    if steered:
+        both = {target: unsteered[target] for target in steered}
+        figures["figureA8"] = lambda: draw(both, judge, steered=steered, note=note)
+    return Presentation({**measured_tables(results.measured), "bounds": bound_table(results.bounds, judge)}, figures)
 
 
 @style.styled
@@ -72,3 +87,18 @@ def _caption(unsteered: Mapping[str, Outcomes], judge: str, steered: Mapping[str
             f"{target}: n = {len(v.cluster):,} valid of {len(outcomes):,}, {int(v.multi.sum()):,} with a restart."
         )
     return "\n".join(lines)
+
+
+def bound_table(bounds: Mapping[str, RestartBound], judge: str) -> Table:
+    """One row per target, and one for all together."""
+    shown = ("rate", "upper_by_latent", "upper_by_prompt", "upper_clopper_pearson")
+    return Table(
+        ("target", "n", "multi-attempt", "rate %", "upper % (latents)", "upper % (prompts)", "upper % (independent)"),
+        [
+            (target, f"{b.n:,}", f"{b.multi_attempt:,}", *(number(getattr(b, name), rate=True) for name in shown))
+            for target, b in bounds.items()
+        ],
+        "Restarts without steering: upper ends of 95 % intervals, clustered by latent, by prompt, and Clopper-Pearson "
+        f"as if all trials were independent. Judge: {judge}.",
+        [{"target": target, "judge": judge, **asdict(b)} for target, b in bounds.items()],
+    )

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from steerback.analysis.base import Measured
+from steerback.analysis.prefill_control import PrefillResults
 from steerback.figures import panels, style
+from steerback.figures.base import Presentation, measured_tables, planted_note
 from steerback.figures.conditions import legend
 from steerback.metrics import Estimate
+from steerback.store.facts import PREFILL_ARMS, PrefixCounts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from steerback.experiments.base import Measured
 
 SHOWN = ("multi_attempt_rate", "improvement_rate", "mean_first")
 LABELS = {
@@ -22,16 +23,26 @@ LABELS = {
 }
 
 
+def present(results: PrefillResults) -> Presentation:
+    """The figure, the tables, and how many prefixes of each length there were."""
+    return Presentation(
+        tables=measured_tables(results.measured),
+        figures={"prefill_control": lambda: draw(results)},
+        lines=[_line(target, counts) for target, counts in results.prefixes.items()],
+    )
+
+
 @style.styled
-def draw(found: Measured, facts: Mapping[str, Mapping[str, Any]], note: str = "") -> Figure:
+def draw(results: PrefillResults) -> Figure:
     """Solid: unsteered continuations; dashed: steered ones. x is the length of the prefix in characters."""
-    fig, drawing = style.new_figure("full", 2.1, _caption(found, facts, note))
+    measured = results.measured
+    fig, drawing = style.new_figure("full", 2.1, _caption(results))
     axes = drawing.subplots(1, len(SHOWN), squeeze=False)[0]
-    colours = style.colours(found.targets)
+    colours = style.colours(measured.targets)
     for ax, metric in zip(axes, SHOWN, strict=True):
-        for target in found.targets:
-            for arm, dashed in (("unsteered", False), ("steered", True)):
-                points = _points(found, target, arm, metric, facts[target]["characters"])
+        for target in measured.targets:
+            for arm, dashed in zip(PREFILL_ARMS, (False, True), strict=True):
+                points = _points(measured, target, arm, metric, results.prefixes[target].characters)
                 panels.curve(ax, metric, points, colours[target], arm, "s" if dashed else "o", dashed)
         ax.set_xlabel("prefix (characters)")
         ax.set_ylabel(LABELS[metric])
@@ -46,22 +57,31 @@ def draw(found: Measured, facts: Mapping[str, Mapping[str, Any]], note: str = ""
     return fig
 
 
-def _points(found: Measured, target: str, arm: str, metric: str, characters: int) -> list[tuple[float, Estimate]]:
+def _points(measured: Measured, target: str, arm: str, metric: str, characters: int) -> list[tuple[float, Estimate]]:
     """(prefix length, estimate) for each multiple of n that was measured."""
     points = []
-    for condition, summary in found.of(target).items():
+    for condition, summary in measured.of(target).items():
         name, _, length = condition.partition(" ")
         if name == arm:
             points.append((float(int(length.removesuffix("n")) * characters), summary[metric]))
     return sorted(points, key=lambda point: point[0])
 
 
-def _caption(found: Measured, facts: Mapping[str, Mapping[str, Any]], note: str) -> str:
+def _caption(results: PrefillResults) -> str:
     lines = [
         "Continuations of the first characters of steered responses that had not restarted there; prefix and "
-        f"continuation judged together. Bands: 95 % intervals clustered by latent. Judge: {found.judge}. {note}".strip()
+        "continuation judged together. Bands: 95 % intervals clustered by latent. "
+        f"Judge: {results.measured.judge}. {planted_note(results)}".strip()
     ]
-    for target in found.targets:
-        used = ", ".join(f"{k}: {tally.get('used', 0):,}" for k, tally in facts[target]["prefixes"].items())
-        lines.append(f"{target}: n = {facts[target]['characters']} characters; prefixes {used}.")
+    for target, counts in results.prefixes.items():
+        used = ", ".join(f"{k}: {tally.get('used', 0):,}" for k, tally in counts.prefixes.items())
+        lines.append(f"{target}: n = {counts.characters} characters; prefixes {used}.")
     return "\n".join(lines)
+
+
+def _line(target: str, counts: PrefixCounts) -> str:
+    used = "; ".join(
+        f"{k}: " + ", ".join(f"{n} {why}" for why, n in sorted(tally.items(), key=lambda item: item[0] != "used"))
+        for k, tally in counts.prefixes.items()
+    )
+    return f"{target}: n = {counts.characters} characters; prefixes {used}"

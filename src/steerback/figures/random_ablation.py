@@ -2,64 +2,165 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from steerback.analysis.random_ablation import RandomAblationResults, Rank
 from steerback.figures import panels, style
+from steerback.figures.base import Presentation, measured_tables, planted_note
 from steerback.figures.conditions import caption
-from steerback.metrics import METRICS
+from steerback.figures.tables import Table, comparison_table, number
+from steerback.metrics import METRICS, Summary
+from steerback.store.facts import ABLATED, BASELINE, ControlSets
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from steerback.experiments.base import Measured
-    from steerback.experiments.random_ablation import Rank
-
 SHOWN = ("multi_attempt_rate", "esr_rate", "msi", "mean_first")
 NAMES = ("baseline", "detectors\nat zero", "random\nsets")
 
 
+def present(results: RandomAblationResults) -> Presentation:
+    """Figure A9; tables of the conditions, the control's comparisons, the ranks and the match of the sets."""
+    judge = results.measured.judge
+    # summary.json has every set against the baseline as well; the table holds the comparisons of the control
+    pairs = {f"{t}: {c} − {BASELINE}": x for (t, c), x in results.measured.comparisons.items() if c == ABLATED}
+    pairs |= {f"{t}: {ABLATED} − {c}": x for (t, c), x in results.against_sets.items()}
+    return Presentation(
+        tables={
+            "table": measured_tables(results.measured)["table"],
+            "comparisons": comparison_table(pairs, judge=judge, metrics=("multi_attempt_rate", "msi")),
+            "ranks": rank_table(results.ranks),
+            "match": match_table(results.sets),
+        },
+        figures={"figureA9": lambda: draw(results)},
+        lines=[_line(target, results.ranks[target], sets) for target, sets in results.sets.items()],
+    )
+
+
+def rank_table(ranks: Mapping[str, Mapping[str, Rank | None]]) -> Table:
+    """One row per target and metric: baseline, detectors, and the values of the random sets."""
+    cells, records = [], []
+    for target, by_metric in ranks.items():
+        for metric, r in by_metric.items():
+            if r is None:
+                continue
+            values = (r.baseline, r.value, r.mean, r.low, r.high)
+            shown = [number(v, METRICS[metric].rate) for v in values]
+            cells.append((target, METRICS[metric].label, *shown, f"{r.below} / {r.above} of {r.sets}", f"{r.p:.3f}"))
+            records.append({"target": target, "metric": metric, **asdict(r)})
+    return Table(
+        ("target", "metric", "baseline", "detectors", "sets: mean", "least", "most", "below / above", "p (rank)"),
+        cells,
+        "Detectors clamped to zero among random sets clamped to zero. Below / above: sets with a smaller / larger "
+        "value than the detectors; p: two-sided, from the rank of the distance to the mean of the other sets.",
+        records,
+        left=2,
+    )
+
+
+def match_table(sets: Mapping[str, ControlSets]) -> Table:
+    """One row per random set: its distance from the detectors."""
+
+    def shown(value: float | None, sign: str = "") -> str:
+        return "-" if value is None else f"{value:{sign}.2f}"
+
+    rows = [
+        (target, i, members, quality)
+        for target, control in sets.items()
+        for i, (members, quality) in enumerate(zip(control.sets, control.quality, strict=True), 1)
+    ]
+    return Table(
+        ("target", "set", "mean", "frequency", "norm removed", "distance", "norm, ratio"),
+        [
+            (
+                target,
+                ControlSets.condition(i),
+                *(shown(q.difference[feature], "+") for feature in ("mean", "frequency", "removed")),
+                shown(q.distance),
+                shown(q.removed_ratio),
+            )
+            for target, i, _, q in rows
+        ],
+        "Random sets minus detectors, in logarithms and units of the sd over live latents; distance: mean over members "
+        "to the detector each stands for; ratio: norm that the clamp removes per token, relative to the detectors.",
+        [
+            {
+                "target": target,
+                "set": i,
+                "latents": " ".join(map(str, members)),
+                **q.difference,
+                "distance": q.distance,
+                "removed_ratio": q.removed_ratio,
+            }
+            for target, i, members, q in rows
+        ],
+        left=2,
+    )
+
+
+def _line(target: str, ranks: Mapping[str, Rank | None], control: ControlSets) -> str:
+    """One line: how far the ablation of the detectors lies from those of the sets."""
+    kind = (
+        f"{len(control.sets)} {control.method} sets of {len(control.sets[0])} from {control.n_candidates} live latents"
+    )
+    overlap = f", which share {control.overlap:.0%} of their latents" if control.overlap else ""
+    r = ranks["multi_attempt_rate"]
+    if r is None:
+        return f"{target}: {kind}{overlap}; nothing to compare"
+    return (
+        f"{target}: {kind}{overlap}; multi-attempt rate {r.value:.1%} without the detectors, {r.mean:.1%} "
+        f"[{r.low:.1%}, {r.high:.1%}] without a random set (rank p = {r.p:.3f}; the least that {r.sets} sets allow is "
+        f"{1 / (r.sets + 1):.3f})"
+    )
+
+
 @style.styled
-def draw(
-    found: Measured,
-    ranks: Mapping[str, Mapping[str, Rank | None]],
-    sets: Mapping[str, Mapping[str, Any]],
-    note: str = "",
-) -> Figure:
-    """One row a target, one panel a metric; the rank of the detectors among the sets stands in the panel."""
-    rows = max(len(found.targets), 1)
+def draw(results: RandomAblationResults) -> Figure:
+    """One row a target, one panel a metric; the rank of the detectors among the sets is written in the panel."""
+    measured = results.measured
+    rows = max(len(measured.targets), 1)
     words = "Random sets: one point each, their mean as a bar; p from the rank of the detectors among them. "
-    told = "\n".join(f"{t}: {_match(s)}" for t, s in sets.items())
-    fig, drawing = style.new_figure("full", 1.75 * rows + 0.1, f"{words}{caption(found, note)}\n{told}")
+    match = "\n".join(f"{target}: {_match(control)}" for target, control in results.sets.items())
+    under = f"{words}{caption(measured, planted_note(results))}\n{match}"
+    fig, drawing = style.new_figure("full", 1.75 * rows + 0.1, under)
     axes = drawing.subplots(rows, len(SHOWN), squeeze=False)
-    colours = style.colours(found.targets)
-    for row, target in zip(axes, found.targets, strict=False):
+    colours = style.colours(measured.targets)
+    for row, target in zip(axes, measured.targets, strict=False):
+        summaries, ranks, conditions = measured.of(target), results.ranks[target], results.sets[target].conditions
+        random = [summaries[c] for c in conditions if c in summaries]
         for ax, metric in zip(row, SHOWN, strict=True):
-            _panel(ax, metric, found, target, ranks[target].get(metric), colours[target])
+            _panel(ax, metric, summaries, random, ranks.get(metric), colours[target])
         row[0].set_title(style.plain(target), loc="left", color=colours[target], fontweight="bold", pad=2)
-    if not found.targets:
+    if not measured.targets:
         for ax in axes.flat:
             style.message(ax, "nothing was measured")
     return fig
 
 
-def _panel(ax: Axes, metric: str, found: Measured, target: str, rank: Rank | None, colour: str) -> None:
-    own = found.of(target)
-    for x, (condition, filled) in enumerate((("baseline", False), ("ablated", True))):
-        shown = panels.span(metric, own[condition][metric]) if condition in own else None
+def _panel(
+    ax: Axes,
+    metric: str,
+    summaries: Mapping[str, Summary],
+    random: Sequence[Summary],
+    rank: Rank | None,
+    colour: str,
+) -> None:
+    for x, (condition, filled) in enumerate(((BASELINE, False), (ABLATED, True))):
+        shown = panels.span(metric, summaries[condition][metric]) if condition in summaries else None
         if shown is not None:
             value, low, high = shown
             face = colour if filled else "white"
             reach = [[value - low], [high - value]]
             ax.errorbar(x, value, reach, fmt="o", color=colour, markerfacecolor=face, elinewidth=1.0, capsize=2)
-    values = [s[metric].value for c, s in own.items() if c.startswith("random ")]
-    points = [panels.scaled(metric, v) for v in values if v is not None]
+    points = [panels.scaled(metric, v) for s in random if (v := s[metric].value) is not None]
     if points:
-        beside = 2 + np.linspace(-0.22, 0.22, len(points)) if len(points) > 1 else [2]
-        ax.plot(beside, points, "o", color=style.GREY, markersize=2.6, alpha=0.8)
+        places = 2 + np.linspace(-0.22, 0.22, len(points)) if len(points) > 1 else [2]
+        ax.plot(places, points, "o", color=style.GREY, markersize=2.6, alpha=0.8)
         ax.hlines(float(np.mean(points)), 1.68, 2.32, color=style.INK, linewidth=1.2)
     if rank is not None:
         ax.set_title(f"p = {rank.p:.2f}", loc="right", fontsize=6.5, pad=2)
@@ -72,9 +173,10 @@ def _panel(ax: Axes, metric: str, found: Measured, target: str, rank: Rank | Non
     ax.grid(axis="y")
 
 
-def _match(sets: Mapping[str, Any]) -> str:
-    ratios = [q["removed_ratio"] for q in sets["quality"] if q["removed_ratio"] is not None]
+def _match(control: ControlSets) -> str:
+    """Number and kind of the sets, and the norm that they remove relative to the detectors."""
+    ratios = [q.removed_ratio for q in control.quality if q.removed_ratio is not None]
     norm = f"; they remove {np.mean(ratios):.2f} times the norm that the detectors' clamp removes" if ratios else ""
-    overlap = f", sharing {sets['overlap']:.0%} of their latents" if sets["overlap"] else ""
-    size = len(sets["sets"][0])
-    return f"{len(sets['sets'])} {sets['method']} sets of {size} latent{'s' * (size != 1)}{overlap}{norm}."
+    overlap = f", sharing {control.overlap:.0%} of their latents" if control.overlap else ""
+    size = len(control.sets[0])
+    return f"{len(control.sets)} {control.method} sets of {size} latent{'s' * (size != 1)}{overlap}{norm}."

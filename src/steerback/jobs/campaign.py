@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 
 from steerback.config import RunConfig, parse_config
 from steerback.errors import SteerbackError
-from steerback.experiments import get_experiment
-from steerback.experiments.base import Analysis
 from steerback.jobs import execute
 from steerback.jobs.check import check
 from steerback.jobs.estimate import judge_estimate, of_experiment, response_tokens
+from steerback.jobs.execute import Analysis
 from steerback.judging import Maker, make_judge
 from steerback.paper.published import compare_published, comparison
 from steerback.store.files import make_folder, write_atomic
@@ -126,9 +125,9 @@ def run(steps: Sequence[Step], cached: bool, say: Callable[[str], None], judges:
 def _one(step: Step, cached: bool, say: Callable[[str], None], judges: Maker) -> None:
     with execute.tools(cached) as (progress, cache):
         analysis = execute.run(_checked(step, judges), step.folder, progress, cache)
-    for table in list(analysis.tables.values())[:1]:
+    for table in list(analysis.shown.tables.values())[:1]:
         say(table.text())
-    for line in analysis.lines:
+    for line in analysis.shown.lines:
         say(line)
 
 
@@ -138,20 +137,18 @@ def reanalyse(folder: Path, judge: str | None = None, draws: int | None = None) 
     `judge` and `draws` replace those of the run's config.
     """
     with Run.read(folder) as opened:
-        config = opened.config
-        if draws is not None:
-            config = parse_config(config.model_dump(mode="json") | {"draws": draws}, "figures")
-        experiment, chosen = get_experiment(config.experiment), opened.judge(judge)
-        return execute.analyse(experiment, opened.ledger, opened.folder, chosen, config.draws)
+        if draws is not None:  # refused where the config's own bounds refuse it
+            parse_config(opened.config.model_dump(mode="json") | {"draws": draws}, "figures")
+        return execute.analyse(opened, opened.judge(judge), draws=draws)
 
 
 def report(analysis: Analysis, folder: Path) -> list[str]:
     """Return tables and lines of an analysis, and the files in its folder, as lines to print."""
-    tables = [line for table in analysis.tables.values() for line in ("", table.text())]
+    tables = [line for table in analysis.shown.tables.values() for line in ("", table.text())]
     files = [
         p for p in sorted(folder.iterdir()) if not p.name.startswith(".") and not p.name.endswith(("-wal", "-shm"))
     ]
-    return [*tables, *analysis.lines, "", *(f"  {path}" for path in files)]
+    return [*tables, *analysis.shown.lines, "", *(f"  {path}" for path in files)]
 
 
 COMPARED = {"text": "txt", "csv": "csv", "markdown": "md"}
@@ -182,11 +179,10 @@ def draw_all(folders: Sequence[Path], out: Path) -> list[Path]:
     drawn: list[tuple[str, str, Analysis]] = []
     for folder in folders:
         with Run.read(folder) as opened:
-            config = opened.config
-            analysis = get_experiment(config.experiment).analyse(opened.ledger, config.judge, config.draws)
-        drawn += [(name, folder.name, analysis) for name in analysis.figures]
+            analysis = execute.analysed(opened, opened.config.judge)
+        drawn += [(name, folder.name, analysis) for name in analysis.shown.figures]
     shared = Counter(name for name, _, _ in drawn)
     paths: list[Path] = []
     for name, run_name, analysis in drawn:
-        paths += save(analysis.figures[name](), out, name if shared[name] == 1 else f"{name}-{run_name}")
+        paths += save(analysis.shown.figures[name](), out, name if shared[name] == 1 else f"{name}-{run_name}")
     return paths

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from steerback import organism
 from steerback.config import RunConfig
@@ -11,11 +12,12 @@ from steerback.data import paper_files
 from steerback.data.prompts import load_prompts
 from steerback.engines import check_engine, default_engine
 from steerback.errors import SteerbackError
-from steerback.experiments import get_experiment
-from steerback.experiments.base import Experiment, settings
+from steerback.experiments import make_experiment
+from steerback.experiments.base import Experiment
 from steerback.judging import Maker, make_judge
 from steerback.latents.concreteness import make_rater
 from steerback.latents.selection import check_own, rating_model
+from steerback.store.facts import LATENTS
 from steerback.store.run import stored_config
 from steerback.study.study import fact_of
 from steerback.targets import Target, resolve, user_tables
@@ -26,7 +28,7 @@ class PreparedRun:
     """A checked config with what it names: nothing is loaded yet, but everything exists."""
 
     config: RunConfig
-    experiment: Experiment
+    experiment: Experiment[Any]
     targets: tuple[Target, ...]
     prompts: tuple[str, ...]
     judges: Maker
@@ -37,8 +39,7 @@ def check(config: RunConfig, judges: Maker = make_judge) -> PreparedRun:
 
     `judges` makes the judges (`judging.judge_maker` for ones with a budget).
     """
-    experiment = get_experiment(config.experiment)
-    settings(experiment, config)  # so does a senseless option
+    experiment = make_experiment(config)  # a wrong option shows now
     if config.from_run is not None:
         _takes_latents(config, Path(config.from_run))
     own = {**user_tables(), **config.definitions}
@@ -55,8 +56,8 @@ def check(config: RunConfig, judges: Maker = make_judge) -> PreparedRun:
     config = config.model_copy(update=chosen)
     experiment.conditions(config)  # so do options that do not go together
     check_engine(config.engine, config.engine_options)
-    targets = experiment.own_targets(config, tuple(steerable(target, config, experiment) for target in targets))
-    for name in paper_files.used(config.prompts, settings(experiment, config).get("detectors")):
+    targets = experiment.measured_targets(config, tuple(steerable(target, config, experiment) for target in targets))
+    for name in paper_files.used(config.prompts, experiment.own_detectors()):
         paper_files.path_of(name)
     for name in experiment.judges(config):
         judges(name)  # a missing key or unknown judge shows now
@@ -72,7 +73,7 @@ def _takes_latents(config: RunConfig, base: Path) -> None:
     before = stored_config(base)
     for field in ("n_latents", "latents"):
         if getattr(config, field) != getattr(before, field) and any(
-            fact_of(base, name, "latents")[0] is not None for name in config.targets
+            fact_of(base, name, LATENTS)[0] is not None for name in config.targets
         ):
             raise SteerbackError(
                 f"{config.experiment} takes the latents that run {base.name} has chosen, and {field} would choose "
@@ -80,7 +81,7 @@ def _takes_latents(config: RunConfig, base: Path) -> None:
             )
 
 
-def steerable(target: Target, config: RunConfig, experiment: Experiment) -> Target:
+def steerable(target: Target, config: RunConfig, experiment: Experiment[Any]) -> Target:
     """Return the target with the directions that the run uses, if it has what the experiment needs."""
     if experiment.needs_sae and not target.has_sae:
         raise SteerbackError(f"{experiment.name} reads SAE latents and target {target.name!r} has no SAE")
@@ -119,7 +120,7 @@ def with_directions(target: Target, config: RunConfig) -> Target:
 
 
 def _default_judge(config: RunConfig) -> str:
-    real = [name for name in config.targets if name.partition("+")[0] not in organism.NAMES]
+    real = [name for name in config.targets if not organism.is_builtin(name)]
     if real:
         raise SteerbackError(
             f"{real[0]} is a real model: name its judge with --judge (see steerback judges); "

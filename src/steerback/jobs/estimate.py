@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from steerback.config import RunConfig
-from steerback.experiments.base import settings
 from steerback.judging.base import Judge, JudgeItem
 from steerback.judging.graders import LLMRater
 from steerback.judging.spending import estimated
 from steerback.latents.concreteness import make_rater
 from steerback.latents.selection import rating_model
 from steerback.records import Spend
+from steerback.store.facts import JUDGE_SPEND
 from steerback.store.run import Run
 from steerback.study.study import UNJUDGED
 from steerback.targets.download import gigabytes
@@ -86,7 +86,7 @@ def _rating(job: PreparedRun, target: Target) -> list[str]:
 def _collecting(job: PreparedRun) -> list[str]:
     """What an experiment that generates nothing takes from where, and what its judges would take."""
     config = job.config
-    chosen = settings(job.experiment, config)
+    chosen = job.experiment.options.model_dump()
     lines = [f"  {key}: {', '.join(map(str, v)) if isinstance(v, list) else v}" for key, v in chosen.items()]
     count = sum(of_experiment(job).values())
     for name in job.experiment.judges(config):
@@ -116,8 +116,8 @@ def judging_line(work: Judging) -> str:
 def spent_lines(folder: Path) -> list[str]:
     """What each judge of a run has been paid."""
     with Run.read(folder) as opened:
-        paid = opened.ledger.fact("", "judge spend") or {}
-    return [f"spent on judge {name}: {Spend(**spend)}" for name, spend in paid.items()]
+        paid = opened.ledger.get("", JUDGE_SPEND) or {}
+    return [f"spent on judge {name}: {Spend(**dict(spend))}" for name, spend in paid.items()]
 
 
 def _time(target: Target, total: int) -> str:

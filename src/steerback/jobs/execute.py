@@ -8,18 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from steerback.analysis import analyse as analyse_ledger
+from steerback.analysis.base import Results
 from steerback.api import finish
 from steerback.config import RunConfig
 from steerback.data import paper_files
 from steerback.engines import make_engine
 from steerback.errors import SteerbackError
-from steerback.experiments.base import Analysis, Experiment, settings
+from steerback.experiments import make_experiment
+from steerback.experiments.base import Experiment
+from steerback.figures import present
+from steerback.figures.base import Presentation
 from steerback.jobs.check import PreparedRun, with_directions
 from steerback.judging import Judge, Maker, make_judge
 from steerback.judging.spending import drain, estimated
 from steerback.records import Judgement, LatentKey, Sampling, Spend, digest
 from steerback.store.cache import Cache, default_path
-from steerback.store.ledger import Ledger, Row
+from steerback.store.facts import ENGINE, JUDGES, PROVENANCE, EngineIdentity, Provenance
+from steerback.store.ledger import Row
 from steerback.store.progress import Progress, Silent, make_progress
 from steerback.store.run import Run, write_atomic, write_json
 from steerback.study.pipeline import Workbench, judge_item, judge_rows
@@ -53,7 +59,7 @@ def run(
             finish(_targets(job, opened, progress or Silent(), cache))
         else:
             _collected(job, opened, progress or Silent(), cache)
-        return analyse(job.experiment, opened.ledger, opened.folder, job.config.judge, job.config.draws)
+        return analyse(opened, job.config.judge, job.experiment)
 
 
 async def _targets(job: PreparedRun, opened: Run, progress: Progress, cache: Cache | None) -> None:
@@ -61,7 +67,7 @@ async def _targets(job: PreparedRun, opened: Run, progress: Progress, cache: Cac
         "targets": {},
         "prompts": {"source": job.config.prompts, "count": len(job.prompts), "hash": digest(list(job.prompts))},
     }
-    if used := paper_files.used(job.config.prompts, settings(job.experiment, job.config).get("detectors")):
+    if used := paper_files.used(job.config.prompts, job.experiment.own_detectors()):
         parts["paper data"] = {"repository": paper_files.REPOSITORY, "commit": paper_files.COMMIT, "sha256": used}
     for target in job.targets:
         engine = make_engine(
@@ -70,6 +76,7 @@ async def _targets(job: PreparedRun, opened: Run, progress: Progress, cache: Cac
         try:
             judge = job.judges(job.config.judge)
             _same_engine(opened, target, engine)
+            opened.ledger.put(target.name, PROVENANCE, Provenance(planted=target.planted))
             if job.config.from_run is not None:
                 same_weights(Path(job.config.from_run), target.name, engine)
             sampling = job.config.sampling.record(target.max_new_tokens)
@@ -101,9 +108,9 @@ def _collected(job: PreparedRun, opened: Run, progress: Progress, cache: Cache |
 
 def note_judge(opened: Run, judge: Judge) -> None:
     """Keeps what the judge is (with its rubric's text) and what it has been paid, in ledger and manifest."""
-    known = opened.ledger.fact("", "judges") or {}
-    known[judge.name] = judge.describe()
-    opened.ledger.set_fact("", "judges", known)
+    stored = opened.ledger.get("", JUDGES)
+    known = {**(stored or {}), judge.name: dict(judge.describe())}
+    opened.ledger.put("", JUDGES, known)
     opened.amend_manifest({"judges": known})
     spent = drain(judge)
     if spent is not None:
@@ -112,14 +119,13 @@ def note_judge(opened: Run, judge: Judge) -> None:
 
 def _same_engine(opened: Run, target: Target, engine: Engine) -> None:
     """A run goes on only with the engine it was started with: otherwise its rows would not be comparable."""
-    now = {"fingerprint": engine.fingerprint, "engine": engine.describe()}
-    before = opened.ledger.fact(target.name, "engine")
+    now = EngineIdentity(fingerprint=engine.fingerprint, engine=dict(engine.describe()))
+    before = opened.ledger.get(target.name, ENGINE)
     if before is None:
-        opened.ledger.set_fact(target.name, "engine", now)
+        opened.ledger.put(target.name, ENGINE, now)
         return
-    if before["fingerprint"] != now["fingerprint"]:
-        old: dict[str, Any] = before["engine"]
-        new = engine.describe()
+    if before.fingerprint != now.fingerprint:
+        old, new = before.engine, now.engine
         changed = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted(old | new) if old.get(k) != new.get(k)]
         raise SteerbackError(
             f"run {opened.folder.name!r} was started with another engine for {target.name} "
@@ -127,18 +133,38 @@ def _same_engine(opened: Run, target: Target, engine: Engine) -> None:
         )
 
 
-def analyse(experiment: Experiment, ledger: Ledger, folder: Path, judge: str, draws: int) -> Analysis:
-    """Analyses a ledger and writes summary.json, tables (txt, csv, tex) and figures (png, pdf) into `folder`."""
+@dataclass(frozen=True, slots=True)
+class Analysis:
+    """The results of a run's ledger, and how they are shown."""
+
+    results: Results
+    shown: Presentation
+
+    @property
+    def summary(self) -> dict[str, object]:
+        """The content of summary.json."""
+        return self.results.to_json()
+
+
+def analysed(opened: Run, judge: str, experiment: Experiment[Any] | None = None, draws: int | None = None) -> Analysis:
+    """Analyse a run's ledger by one judge; `draws`: bootstrap draws, as the config says unless given."""
+    planned = experiment or make_experiment(opened.config)
+    results = analyse_ledger(planned.name, opened.ledger, judge, draws or opened.config.draws, planned.options)
+    return Analysis(results, present(planned.name, results))
+
+
+def analyse(opened: Run, judge: str, experiment: Experiment[Any] | None = None, draws: int | None = None) -> Analysis:
+    """As `analysed`; writes summary.json, tables (txt, csv, tex) and figures (png, pdf) into the run's folder."""
     from steerback.figures.style import save
 
-    analysis = experiment.analyse(ledger, judge, draws)
+    folder, analysis = opened.folder, analysed(opened, judge, experiment, draws)
     write_json(folder / "summary.json", analysis.summary)
-    for name, value in analysis.data.items():
+    for name, value in analysis.results.data().items():
         write_json(folder / f"{name}.json", value)
-    for name, table in analysis.tables.items():
+    for name, table in analysis.shown.tables.items():
         for suffix, text in (("txt", table.text()), ("csv", table.csv()), ("tex", table.latex())):
             write_atomic(folder / f"{name}.{suffix}", text.encode("utf-8"))
-    for name, draw in analysis.figures.items():
+    for name, draw in analysis.shown.figures.items():
         save(draw(), folder, name)
     return analysis
 

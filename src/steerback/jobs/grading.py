@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from steerback.errors import SteerbackError, unknown
-from steerback.experiments.episodes import EPISODES, REPLAY, boundaries_fact, is_episode
 from steerback.figures.tables import Table, show
 from steerback.judging.graders import BoundaryAnnotator, WholeJudge, offline_boundaries
 from steerback.judging.models import model_string
@@ -24,6 +23,7 @@ from steerback.judging.transport import Limits, Transport
 from steerback.metrics import cluster_code
 from steerback.metrics.regions import mean_of
 from steerback.records import Spend
+from steerback.store.facts import EPISODES, REPLAY, Fact, boundaries
 from steerback.store.ledger import Row
 from steerback.store.progress import Progress, Silent
 from steerback.store.run import Run, write_atomic
@@ -77,13 +77,16 @@ class Grader:
         items = [judge_item(r) for own in rows.values() for r in own]
         return Grading(rows, self._asking.estimate(items) if self._transport else None)
 
-    def known(self, run: Run, target: str) -> dict[str, Any]:
+    def known(self, run: Run, target: str) -> dict[str, dict[str, Any]]:
         """Results by trial."""
-        return dict(run.ledger.fact(target, self.fact) or {})
+        results = run.ledger.get(target, self.fact)
+        return {} if results is None else results
 
     @property
-    def fact(self) -> str:
-        return boundaries_fact(self.name) if self.rubric == "boundaries" else f"{self.rubric} by {self.name}"
+    def fact(self) -> Fact[dict[str, dict[str, Any]]]:
+        """The fact that holds the results of this rubric and judge, in the form in which they are stored."""
+        name = boundaries(self.name).name if self.rubric == "boundaries" else f"{self.rubric} by {self.name}"
+        return Fact.of(name, dict[str, dict[str, Any]])
 
     def _concerned(self, run: Run, target: str) -> list[Row]:
         """Every measured response; boundaries are asked for of recorded episodes, else of measured ones."""
@@ -92,7 +95,7 @@ class Grader:
         if self.rubric == "whole":
             return rows
         recorded = run.ledger.rows(target, REPLAY, EPISODES, judge)
-        return [r for r in recorded or rows if is_episode(r)]
+        return [r for r in recorded or rows if r.is_episode]
 
     def grade(self, run: Run, retry: bool = False, progress: Progress | None = None) -> int:
         """Grades what is to be graded and keeps it; returns how many responses. Raises when the budget is spent."""
@@ -103,7 +106,7 @@ class Grader:
                 found = self._results(rows[first : first + CHUNK])
                 refused = [v for v in found.values() if str(v.get("reason", "")).startswith(OVER_BUDGET)]
                 kept = {k: v for k, v in found.items() if v not in refused}
-                run.ledger.set_fact(target, self.fact, self.known(run, target) | kept)
+                run.ledger.put(target, self.fact, self.known(run, target) | kept)
                 told.update(judged=len(kept), unscored=sum(bool(v.get("reason")) for v in kept.values()))
                 self._pay(run)
                 if refused:
@@ -163,5 +166,4 @@ def whole_table(run: Run, grader: Grader) -> Table:
 
 
 def _single(row: Row) -> bool:
-    judged = row.judgement
-    return judged is not None and judged.status == "scored" and len(judged.gated_attempts()) == 1
+    return len(row.attempts) == 1

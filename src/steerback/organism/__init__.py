@@ -17,3 +17,8 @@ def weights_dir(name: str) -> Path:
     if name not in NAMES:
         raise KeyError(f"no organism {name!r}; there are {', '.join(NAMES)}")
     return Path(__file__).parent / "weights" / name
+
+
+def is_builtin(target: str) -> bool:
+    """Whether a target is a built-in organism, with an adapter or without."""
+    return target.partition("+")[0] in NAMES

@@ -25,6 +25,17 @@ from steerback.paper.schema import (
     split_prompt,
 )
 from steerback.records import Completion, Intervention, Judgement, LatentKey, Receipt, Trial, digest
+from steerback.store.facts import (
+    IMPORTED,
+    LATENTS,
+    META_PROMPTS,
+    SWEEP,
+    ChosenLatent,
+    ImportedFiles,
+    MetaPromptSet,
+    Selection,
+    Sweep,
+)
 from steerback.store.files import make_folder
 from steerback.store.ledger import Ledger, Row
 from steerback.store.run import Run, write_json
@@ -186,9 +197,7 @@ def _trial(
         prompt = entry.prompt.removesuffix(meta).strip()
     boost = feature.boost(entry)
     if levels is not None:
-        from steerback.experiments.boost_sweep import condition as level_name
-
-        condition = level_name(levels.of(boost))
+        condition = Sweep.condition(levels.of(boost))
     place = (condition, feature.index, prompt)
     pair = (target, feature.index, prompt, seen[place])
     seen[place] += 1
@@ -205,7 +214,6 @@ def _trial(
         seed=entry.seed or 0,
         latent=feature.index,
         label=feature.label,
-        boost=0.0 if source.kind == "unsteered" else boost,
         meta_prompt=meta,
         interventions=tuple(edits),
     )
@@ -237,22 +245,21 @@ def _facts(ledger: Ledger, sources: Sequence[Source], target: str | None, result
     for name in result.targets:
         own = [s for s in sources if (target or s.model) == name]
         chosen = {f.index: f.label for s in own for f in s.file.results_by_feature}
-        latents = [{"key": key, "label": label} for key, label in chosen.items()]
-        ledger.set_fact(name, "latents", {"chosen": latents, "counts": {"imported": len(latents)}})
+        latents = [ChosenLatent(key=key, label=label) for key, label in chosen.items()]
+        ledger.put(name, LATENTS, Selection(chosen=latents, counts={"imported": len(latents)}))
         for source in own:
             for fact, value in ((source.file.steerback and source.file.steerback.facts) or {}).items():
-                ledger.set_fact(name, fact, value)
+                ledger.put_json(name, fact, value)
         sweeps = [levels for s in own if (levels := _levels(s)) is not None]
         if sweeps:
             names = {c for t, c in ledger.conditions() if t == name}
             grid = sorted(float(c.split()[0]) for c in names)
             first = {"mean": sweeps[0].mean, "sd": sweeps[0].sd, "latents": sweeps[0].latents}
-            ledger.set_fact(name, "sweep", {**first, "levels": grid, "dropped": {}, "boosts": "absolute"})
+            ledger.put(name, SWEEP, Sweep(**first, levels=grid, dropped={}, boosts="absolute"))
         if result.experiment == "meta-prompts" and not any(s.kind == "ours" for s in own):
             texts = {s.condition: s.file.variant.template for s in own if s.kind == "variant"}
-            fact_body = {"variants": texts, "cells_without_label": 0, "parameters": None}
-            ledger.set_fact(name, "meta-prompts", fact_body)
-    ledger.set_fact("", "imported", {"files": [s.path.name for s in sources], "counts": dict(result.counts)})
+            ledger.put(name, META_PROMPTS, MetaPromptSet(variants=texts, cells_without_label=0, parameters=None))
+    ledger.put("", IMPORTED, ImportedFiles(files=[s.path.name for s in sources], counts=dict(result.counts)))
 
 
 def export_authors(run: Run, folder: Path, judge: str) -> list[Path]:
@@ -273,7 +280,7 @@ def _body(run: Run, target: str, condition: str, judge: str, rows: Sequence[Row]
         by_latent.setdefault(row.trial.latent, []).append(row)
     config = run.config
     clamped = {i.latent for row in rows for i in row.trial.interventions if i.mode == "clamp"}
-    facts = {name: run.ledger.fact(target, name) for name in EXPORTED_FACTS}
+    facts = {name: value for owner, name, value in run.ledger.facts() if owner == target and name in EXPORTED_FACTS}
     return {
         "experiment_config": {
             "model_name": target,
@@ -291,7 +298,7 @@ def _body(run: Run, target: str, condition: str, judge: str, rows: Sequence[Row]
             "experiment": config.experiment,
             "condition": condition,
             "config": digest(config),
-            "facts": {name: value for name, value in facts.items() if value is not None},
+            "facts": facts,
         },
     }
 

@@ -25,28 +25,14 @@ def choose(ledger: Ledger, judge: str, key: str | None, condition: str | None, r
         known = ", ".join(sorted({c for _, c in ledger.conditions()})) or "none yet"
         raise SteerbackError(f"no measured responses in {ledger.path} (conditions: {known})")
     if restarts:
-        rows = [r for r in rows if attempts(r) >= 2]
-    rows.sort(key=lambda r: (-gain(r), -attempts(r), r.trial.key))
+        rows = [r for r in rows if len(r.attempts) >= 2]
+    rows.sort(key=lambda r: (-r.gain, -len(r.attempts), r.trial.key))
     seen: Counter[LatentKey | None] = Counter()
     turns: list[tuple[int, int, Row]] = []
     for row in rows:
         turns.append((seen[row.trial.latent], len(turns), row))
         seen[row.trial.latent] += 1
     return [row for _, _, row in sorted(turns, key=lambda t: t[:2])[:count]]
-
-
-def attempts(row: Row) -> int:
-    """Number of gated attempts; 0 where there is no score."""
-    judged = row.judgement
-    return len(judged.gated_attempts()) if judged is not None and judged.status == "scored" else 0
-
-
-def gain(row: Row) -> float:
-    """Score of the last gated attempt minus that of the first; 0 for single attempts."""
-    if row.judgement is None or attempts(row) < 2:
-        return 0.0
-    spans = row.judgement.gated_attempts()
-    return spans[-1].score - spans[0].score
 
 
 def transcript(row: Row, colour: bool = False) -> str:

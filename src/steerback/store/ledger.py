@@ -14,7 +14,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import JsonValue
 
 from steerback.errors import SteerbackError
 from steerback.records import (
@@ -26,7 +28,10 @@ from steerback.records import (
     Recording,
     Trial,
 )
+from steerback.store.facts import CONFIG, Fact
 from steerback.store.files import make_folder
+
+T = TypeVar("T")
 
 APPLICATION_ID = 0x53544252  # "STBR": marks our files, so that a foreign database is recognised
 SCHEMA_VERSION = 1
@@ -61,6 +66,29 @@ class Row:
         """Whether the response exists and was steered exactly where its plan says."""
         done = self.completion
         return done is not None and done.finish != "error" and done.receipt_matches(self.trial.interventions)
+
+    @property
+    def attempts(self) -> tuple[Attempt, ...]:
+        """The gated attempts of a valid, scored response; empty if it is invalid, unscored or not judged yet."""
+        judged = self.judgement
+        return (
+            judged.gated_attempts() if self.valid_receipt and judged is not None and judged.status == "scored" else ()
+        )
+
+    @property
+    def gain(self) -> float:
+        """Score of the last gated attempt minus that of the first, in points; 0 without attempts."""
+        attempts = self.attempts
+        return attempts[-1].score - attempts[0].score if attempts else 0.0
+
+    @property
+    def is_episode(self) -> bool:
+        """Whether the response corrects itself: two attempts or more, the last better than the first."""
+        return self.gain > 0
+
+    def is_drift(self, below: float) -> bool:
+        """Whether the response is a single attempt that scores less than `below`."""
+        return len(self.attempts) == 1 and self.attempts[0].score < below
 
     @property
     def judged_text(self) -> str:
@@ -151,23 +179,36 @@ class Ledger:
                     self._db.execute("ROLLBACK")
                 raise
 
-    def set_fact(self, target: str, name: str, value: Any) -> None:
-        """Stores a JSON-able value (selection, thresholds, ...); `target` "" is the run itself."""
+    def put(self, target: str, fact: Fact[T], value: T) -> None:
+        """Store a fact of a target; `target` "" is the run itself."""
+        self.put_json(target, fact.name, fact.dump(value))
+
+    def get(self, target: str, fact: Fact[T]) -> T | None:
+        """The stored fact, or None. Raises SteerbackError if it has another form than the fact's type."""
+        with sqlite_errors(self.path):
+            query = "SELECT value FROM facts WHERE target = ? AND name = ?"
+            row = self._db.execute(query, (target, fact.name)).fetchone()
+        return None if row is None else fact.load(json.loads(row[0]), f"{self.path}, target {target!r}")
+
+    def put_json(self, target: str, name: str, value: JsonValue) -> None:
+        """Store a fact that is copied from another ledger or file, in its JSON form."""
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?, ?)", (target, name, _dump(value)))
 
-    def fact(self, target: str, name: str) -> Any:
-        """The stored value, or None."""
+    def facts(self) -> list[tuple[str, str, JsonValue]]:
+        """Every stored fact: (target, name, JSON form)."""
         with sqlite_errors(self.path):
-            query = "SELECT value FROM facts WHERE target = ? AND name = ?"
-            row = self._db.execute(query, (target, name)).fetchone()
-        return None if row is None else json.loads(row[0])
+            stored = self._db.execute("SELECT target, name, value FROM facts ORDER BY 1, 2").fetchall()
+        return [(target, name, json.loads(value)) for target, name, value in stored]
 
-    def facts(self) -> list[tuple[str, str, Any]]:
-        """Every stored fact: (target, name, value)."""
-        with sqlite_errors(self.path):
-            found = self._db.execute("SELECT target, name, value FROM facts ORDER BY 1, 2").fetchall()
-        return [(target, name, json.loads(value)) for target, name, value in found]
+    def targets_with(self, fact: Fact[T]) -> dict[str, T]:
+        """Every target that has a fact, with its value, in the order of the run's config, others after it."""
+        config = self.get("", CONFIG) or {}
+        listed = config.get("targets")
+        order = [str(name) for name in listed] if isinstance(listed, list) else []
+        having = [target for target, name, _ in self.facts() if name == fact.name]
+        having.sort(key=lambda name: order.index(name) if name in order else len(order))
+        return {target: value for target in having if (value := self.get(target, fact)) is not None}
 
     def engines(self) -> dict[str, str]:
         """Fingerprint of the engine that gave each completion, by trial key."""
@@ -277,7 +318,7 @@ def _trial_row(t: Trial) -> tuple[Any, ...]:
         t.index,
         None if t.latent is None else _dump(t.latent),
         t.label,
-        None if t.boost is None else float(t.boost),
+        None if t.boost is None else float(t.boost),  # derived; kept as a column for those who read the file
         t.prompt,
         t.meta_prompt,
         t.prefill,
@@ -305,7 +346,7 @@ def _completion_row(key: str, c: Completion, engine: str) -> tuple[Any, ...]:
 
 
 def _row(found: tuple[Any, ...]) -> Row:
-    key, target, stage, condition, index, latent, label, boost, prompt, meta, prefill, seed, edits, record = found[:14]
+    key, target, stage, condition, index, latent, label, _boost, prompt, meta, prefill, seed, edits, record = found[:14]
     recording = json.loads(record) if record else None
     trial = Trial(
         key=key,
@@ -317,7 +358,6 @@ def _row(found: tuple[Any, ...]) -> Row:
         seed=seed,
         latent=None if latent is None else json.loads(latent),
         label=label,
-        boost=boost,
         meta_prompt=meta,
         prefill=prefill,
         interventions=tuple(Intervention(**i) for i in json.loads(edits)),

@@ -39,7 +39,7 @@ def merge(folders: Sequence[Path], into: Path) -> Merged:
     repeated = differing = 0
     with Run.start(into, config) as run:
         for name, target in facts:
-            run.ledger.set_fact(target, name, facts[name, target])
+            run.ledger.put_json(target, name, facts[name, target])
         for folder in folders:
             with Ledger(folder / "ledger.sqlite", read_only=True) as source:
                 again, other = _copy(source, run.ledger, texts)

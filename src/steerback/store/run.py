@@ -19,6 +19,7 @@ from typing import IO, Any
 from steerback.config import RunConfig, differences, parse_config
 from steerback.errors import VERSION, SteerbackError
 from steerback.records import Spend
+from steerback.store.facts import CONFIG, JUDGE_SPEND, Spending
 from steerback.store.files import make_folder
 from steerback.store.files import write_atomic as write_atomic
 from steerback.store.files import write_json as write_json
@@ -66,13 +67,13 @@ class Run:
         return cls(folder, config, Ledger(folder / "ledger.sqlite", read_only=True), None)
 
     def _keep_config(self) -> None:
-        stored = self.ledger.fact("", "config")
+        stored = self.ledger.get("", CONFIG)
         if stored is None:
-            self.ledger.set_fact("", "config", self.config.model_dump(mode="json"))
+            self.ledger.put("", CONFIG, self.config.model_dump(mode="json"))
             return
         changed = differences(parse_config(stored, f"config of {self.folder}"), self.config)
         if changed and not self.ledger.rows() and len(self.ledger.facts()) == 1:  # it came to nothing: start anew
-            self.ledger.set_fact("", "config", self.config.model_dump(mode="json"))
+            self.ledger.put("", CONFIG, self.config.model_dump(mode="json"))
         elif changed:
             raise SteerbackError(
                 f"run {self.folder.name!r} was started with another config ({'; '.join(changed)}); "
@@ -111,11 +112,12 @@ class Run:
 
     def add_spend(self, name: str, spent: Spend) -> None:
         """Adds to what a judge of this run has been paid."""
-        paid = self.ledger.fact("", "judge spend") or {}
-        before = Spend(**paid[name]) if name in paid else Spend()
-        paid[name] = asdict(before + spent)
-        self.ledger.set_fact("", "judge spend", paid)
-        self.amend_manifest({"judge spend": paid})
+        stored = self.ledger.get("", JUDGE_SPEND)
+        paid = dict(stored or {})
+        before = Spend(**dict(paid[name])) if name in paid else Spend()
+        paid[name] = Spending(**asdict(before + spent))
+        self.ledger.put("", JUDGE_SPEND, paid)
+        self.amend_manifest({"judge spend": JUDGE_SPEND.dump(paid)})
 
     def amend_manifest(self, parts: dict[str, Any]) -> None:
         """Sets `parts` in the manifest that is there; an imported run has none, and gets none."""
@@ -131,7 +133,7 @@ def stored_config(folder: Path) -> RunConfig:
         known = f"runs there: {', '.join(siblings)}" if siblings else "there are no runs there"
         raise SteerbackError(f"no run {folder.name!r} in {folder.parent} ({known})")
     with Ledger(folder / "ledger.sqlite", read_only=True) as ledger:
-        stored = ledger.fact("", "config")
+        stored = ledger.get("", CONFIG)
     if stored is None:
         if (folder / "manifest.json").is_file():
             raise SteerbackError(

@@ -7,19 +7,21 @@ conditions; they never loop over responses themselves.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from steerback.calibration import Calibrator, Threshold, Verification, verified
+from steerback.calibration import Calibrator, Threshold, verified
+from steerback.calibration.thresholds import THRESHOLDS, LatentThreshold
 from steerback.errors import SteerbackError
 from steerback.judging import Maker, References, make_judge
 from steerback.judging.spending import drain
 from steerback.latents import selection as choose
 from steerback.latents.concreteness import make_rater
 from steerback.records import Intervention, Latent, LatentKey, Trial
+from steerback.store.facts import BASELINE, CONFIG, ENGINE, LATENTS, ChosenLatent, Fact, Selection
 from steerback.store.ledger import Ledger, Row
 from steerback.store.run import Run
 from steerback.study.pipeline import Workbench, complete
@@ -28,7 +30,7 @@ from steerback.targets import Target
 if TYPE_CHECKING:
     from steerback.engines.base import Engine
 
-BASELINE = "baseline"  # the condition in which every cell is steered at its threshold and nothing else is done
+T = TypeVar("T")
 
 # Seeds of the stages are disjoint: measured trials count up from the generation seed, the others from far above it.
 SEED_OFFSETS = {
@@ -81,24 +83,24 @@ class Study:
     def seed(self, stage: str, index: int) -> int:
         return self.config.seeds.generation + SEED_OFFSETS[stage] + index
 
-    def fact(self, name: str) -> Any:
-        """A stored result of this run, or of the runs it starts from (copied, so that the ledger stands alone).
+    def fact(self, fact: Fact[T]) -> T | None:
+        """The stored fact of this run, or of the runs it starts from (copied, so that the ledger stands alone).
 
-        None if it has yet to be computed: the runs before are finished and had no need of it.
+        None if it has yet to be computed: the earlier runs are finished and did not need it.
         """
-        stored = self.run.ledger.fact(self.name, name)
+        stored = self.run.ledger.get(self.name, fact)
         folder = None if stored is not None else self.config.from_run
         while folder is not None:
-            stored, earlier = fact_of(Path(folder), self.name, name)
-            if stored is not None:
-                self.run.ledger.set_fact(self.name, name, stored)
-                break
+            kept = fact_of(Path(folder), self.name, fact)
+            if kept[0] is not None:
+                self.run.ledger.put(self.name, fact, kept[0])
+                return kept[0]
             if not (Path(folder) / "summary.json").is_file():
                 raise SteerbackError(
-                    f"run {folder} has no {name} for {self.name} yet; finish it first: "
+                    f"run {folder} has no {fact.name} for {self.name} yet; finish it first: "
                     f"steerback resume {Path(folder).name}"
                 )
-            folder = earlier
+            folder = kept[1]
         return stored
 
     async def prepare(self, more: Sequence[str] = ()) -> None:
@@ -130,13 +132,13 @@ class Study:
 
     async def latents(self) -> list[Latent]:
         """The latents that are steered with, in order; chosen once and kept."""
-        stored = self.fact("latents")
+        stored = self.fact(LATENTS)
         if stored is None:
             stored = await self._select()
-            self.run.ledger.set_fact(self.name, "latents", stored)
-        return [Latent(entry["key"], entry["label"]) for entry in stored["chosen"]]
+            self.run.ledger.put(self.name, LATENTS, stored)
+        return [Latent(entry.key, entry.label) for entry in stored.chosen]
 
-    async def _select(self) -> dict[str, Any]:
+    async def _select(self) -> Selection:
         labels = self.target.labels()
         if self.config.latents is None and not self.target.has_sae:
             keys: list[LatentKey] = [*self.target.directions()]
@@ -165,7 +167,7 @@ class Study:
                 if rater is not None and (spent := drain(rater)) is not None:
                     self.run.add_spend(rater.name, spent)
             keys, counts = list(chosen.chosen), chosen.counts
-        return {"chosen": [{"key": k, "label": self.label(k)} for k in keys], "counts": dict(counts)}
+        return Selection(chosen=[ChosenLatent(key=k, label=self.label(k)) for k in keys], counts=dict(counts))
 
     def label(self, key: LatentKey) -> str | None:
         """The latent's label where there is one; a named direction is its own label."""
@@ -186,12 +188,12 @@ class Study:
 
     async def thresholds(self) -> dict[LatentKey, Threshold]:
         """Calibrated boost per latent, searched for all latents in lockstep, verified on fresh trials."""
-        stored = self.fact("thresholds")
+        stored = self.fact(THRESHOLDS)
         if stored is None:
             found = await self._verify(await self._calibrate())
-            stored = [{"latent": key, **asdict(t)} for key, t in found.items()]
-            self.run.ledger.set_fact(self.name, "thresholds", stored)
-        return dict(read_threshold(entry) for entry in stored)
+            stored = [LatentThreshold.of(key, t) for key, t in found.items()]
+            self.run.ledger.put(self.name, THRESHOLDS, stored)
+        return {entry.latent: entry.threshold for entry in stored}
 
     async def _calibrate(self) -> dict[LatentKey, Threshold]:
         latents = await self.latents()
@@ -239,7 +241,7 @@ class Study:
         scores: dict[LatentKey, list[float | None]] = {key: [] for key in boosts}
         for row in await complete(self.bench, trials, stage=title):
             assert row.trial.latent is not None
-            scores[row.trial.latent].append(first_score(row))
+            scores[row.trial.latent].append(row.attempts[0].score if row.attempts else None)
         return scores
 
     def steered(self, stage: str, condition: str, latent: Latent, boost: float, index: int, prompt: str) -> Trial:
@@ -252,7 +254,6 @@ class Study:
             seed=self.seed(stage, index),
             latent=latent.key,
             label=latent.label,
-            boost=boost,
             interventions=(Intervention("add", latent.key, boost),),
         )
 
@@ -294,10 +295,22 @@ class Study:
         by_turn = sorted(grid, key=lambda cell: (cell.index % per_latent, cell.index))  # all latents take part
         return sorted(by_turn[: self.config.limit], key=lambda cell: cell.index)
 
-    def at(self, cell: Cell, condition: str, **changes: Any) -> Trial:
-        """The cell's trial at its threshold boost, with `changes` to any of its fields."""
-        trial = self.steered("measure", condition, cell.latent, cell.boost, cell.index, cell.prompt)
-        return replace(trial, **changes)
+    def at(
+        self,
+        cell: Cell,
+        condition: str,
+        *,
+        boost: float | None = None,
+        prompt: str | None = None,
+        meta_prompt: str = "",
+        prefill: str = "",
+        clamps: Sequence[Intervention] = (),
+    ) -> Trial:
+        """The cell's trial in a condition, at its threshold unless `boost` says otherwise (0: not steered)."""
+        value = cell.boost if boost is None else boost
+        trial = self.steered("measure", condition, cell.latent, value, cell.index, prompt or cell.prompt)
+        edits = (*(trial.interventions if boost != 0 else ()), *clamps)
+        return replace(trial, meta_prompt=meta_prompt, prefill=prefill, interventions=edits)
 
     async def baseline(self, condition: str = BASELINE) -> list[Row]:
         """Every cell at its threshold and nothing else: what other conditions are compared with.
@@ -320,17 +333,11 @@ def references(rows: Sequence[Row], contexts: Mapping[LatentKey, Sequence[str]])
     return References(responses, contexts)
 
 
-def first_score(row: Row) -> float | None:
-    """Score of the first attempt after gating, or None where there is none to be had."""
-    if not row.valid_receipt or row.judgement is None or row.judgement.status != "scored":
-        return None
-    return row.judgement.gated_attempts()[0].score
-
-
-def fact_of(folder: Path, target: str, name: str) -> tuple[Any, str | None]:
-    """(stored result of another run or None, folder of the run which that one starts from or None)."""
+def fact_of(folder: Path, target: str, fact: Fact[T]) -> tuple[T | None, str | None]:
+    """A fact of another run (None if it has none), and the folder of the run which that one starts from, if any."""
     with Ledger(folder / "ledger.sqlite", read_only=True) as other:
-        return other.fact(target, name), (other.fact("", "config") or {}).get("from_run")
+        earlier = (other.get("", CONFIG) or {}).get("from_run")
+        return other.get(target, fact), earlier if isinstance(earlier, str) else None
 
 
 IDENTITY = ("model", "revision", "files", "sae", "layers", "lora")  # what findings belong to, in any engine
@@ -338,26 +345,15 @@ IDENTITY = ("model", "revision", "files", "sae", "layers", "lora")  # what findi
 
 def same_weights(folder: Path, target: str, engine: Engine) -> None:
     """Raises SteerbackError unless a run was made with the very model and SAE that `engine` has."""
-    stored, _ = fact_of(folder, target, "engine")
-    now_with = engine.describe()
-    if stored is None and now_with.get("lora"):  # the run may have been made with the base, without this adapter
-        stored, _ = fact_of(folder, target.rpartition("+")[0], "engine")
-        now_with = {key: value for key, value in now_with.items() if key != "lora"}
-    before, now = (stored or {"engine": {}})["engine"], now_with
+    stored = fact_of(folder, target, ENGINE)[0]
+    now: Mapping[str, object] = engine.describe()
+    if stored is None and now.get("lora"):  # the run may have been made with the base, without this adapter
+        stored = fact_of(folder, target.rpartition("+")[0], ENGINE)[0]
+        now = {key: value for key, value in now.items() if key != "lora"}
+    before: Mapping[str, object] = stored.engine if stored is not None else {}
     changed = [key for key in IDENTITY if key in before and key in now and before[key] != now[key]]
     if changed:
         raise SteerbackError(
             f"run {folder} was made with another {target}: {', '.join(changed)} differ, so what it found does not "
             f"hold; calibrate anew: steerback run esr --target {target}"
         )
-
-
-def read_threshold(entry: Mapping[str, Any]) -> tuple[LatentKey, Threshold]:
-    """(latent, threshold) from its stored form."""
-    values = dict(entry)
-    latent = values.pop("latent")
-    if values["verification"] is not None:
-        values["verification"] = Verification(**values["verification"])
-        # ledgers of 0.1 do not say so, but only converged thresholds are verified
-        values.setdefault("contradicted", values["status"] == "not converged")
-    return latent, Threshold(**values)

@@ -9,9 +9,15 @@ import matplotlib.text
 import numpy as np
 import pytest
 
-from steerback.experiments.base import Measured
+from steerback.analysis.base import Measured
+from steerback.analysis.boost_sweep import SweepResults
+from steerback.analysis.conditions import ConditionResults
+from steerback.analysis.meta_prompts import MetaPromptResults
+from steerback.analysis.no_steering import NoSteeringResults
+from steerback.analysis.prefill_control import PrefillResults
 from steerback.figures import boost_sweep, conditions, first_scores, meta_prompts, prefill
 from steerback.metrics import Outcomes, compare, find_peak, summarize
+from steerback.store.facts import MetaPromptSet, PrefixCounts, Sweep
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,36 +59,45 @@ DATA: dict[str, dict[str, tuple[int, float]]] = {
 VARIANTS = ["baseline", "stay-on-topic", "self-monitor", "distracted-with-label"]
 
 
+def planted(targets: Mapping[str, object]) -> list[str]:
+    """All targets count as planted, so that the caption has to say so."""
+    return list(targets) or ["organism"]
+
+
 def draw_conditions(targets: Mapping[str, tuple[int, float]]) -> Figure:
-    return conditions.draw(measured(targets, VARIANTS), note="Planted.")
+    results = ConditionResults("imported", measured(targets, VARIANTS), planted(targets))
+    return conditions.present(results).figures["conditions"]()
 
 
 def draw_meta_prompts(targets: Mapping[str, tuple[int, float]]) -> Figure:
-    facts = {t: {"parameters": 1_000_000 if t == "organism" else None} for t in targets}
-    return meta_prompts.draw(measured(targets, VARIANTS), facts, note="Planted.")
+    sets = {t: MetaPromptSet(variants={}, parameters=1_000_000 if t == "organism" else None) for t in targets}
+    results = MetaPromptResults(measured(targets, VARIANTS), sets, planted(targets))
+    return meta_prompts.present(results).figures["figure4"]()
 
 
 def draw_sweep(targets: Mapping[str, tuple[int, float]]) -> Figure:
     levels = [-1.5, 0.0, 1.5, 3.0]
-    found = measured(targets, [str(x) for x in levels])
-    curves = {t: {x: found.summaries[t, str(x)] for x in levels} for t in targets}
+    names = [Sweep.condition(x) for x in levels]
+    conditions_of = measured(targets, names)
     peaks = {
-        t: {m: find_peak(levels, [found.outcomes[t, str(x)] for x in levels], m, 50) for m in boost_sweep.SHOWN}
+        t: {m: find_peak(levels, [conditions_of.outcomes[t, n] for n in names], m, 50) for m in boost_sweep.SHOWN}
         for t in targets
     }
-    sweeps = {t: {"sd": 2.5, "levels": levels, "dropped": {"-1.50 sd": 1}, "latents": 4} for t in targets}
-    return boost_sweep.draw(curves, peaks, sweeps, "offline", note="Planted.")
+    sweeps = {t: Sweep(sd=2.5, levels=levels, dropped={"-1.50 sd": 1}, latents=4) for t in targets}
+    return boost_sweep.present(SweepResults(conditions_of, sweeps, peaks, planted(targets))).figures["figure3"]()
 
 
 def draw_prefill(targets: Mapping[str, tuple[int, float]]) -> Figure:
     names = [f"{arm} {k}n" for k in (1, 2, 3) for arm in ("unsteered", "steered")]
-    facts = {t: {"characters": 90, "prefixes": {"1n": {"used": 3}, "2n": {}}} for t in targets}
-    return prefill.draw(measured(targets, names), facts, note="Planted.")
+    prefixes = {t: PrefixCounts(characters=90, prefixes={"1n": {"used": 3}, "2n": {}}) for t in targets}
+    results = PrefillResults(measured(targets, names), prefixes, planted(targets))
+    return prefill.present(results).figures["prefill_control"]()
 
 
 def draw_first_scores(targets: Mapping[str, tuple[int, float]]) -> Figure:
-    found = {t: outcomes(n, rate) for t, (n, rate) in targets.items()}
-    return first_scores.draw(found, "offline", steered=found, note="Planted.")
+    results = NoSteeringResults(measured(targets, ["baseline", "unsteered"]), {}, planted(targets))
+    figures = first_scores.present(results).figures
+    return figures.get("figureA8", figures["figureA7"])()
 
 
 DRAW = (draw_conditions, draw_meta_prompts, draw_sweep, draw_prefill, draw_first_scores)
@@ -102,7 +117,7 @@ def test_figures_stay_within_their_bounds(draw: Callable[[Any], Figure], name: s
     assert min(t.get_fontsize() for t in shown) >= 6
     everything = " ".join(t.get_text() for t in shown).replace("\n", " ")
     assert "Judge: offline" in everything
-    assert "Planted." in everything
+    assert "planted" in everything
     for target, (n, _) in DATA[name].items():
         assert target.replace("$", r"\$").split()[0] in everything
         assert n == 0 or "n = " in everything

@@ -3,42 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
-import random
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from planted import QuickEngine, Runs, thresholds
+from planted import Peaked, QuickEngine, Runs, headline, inside, thresholds
 from steerback.data.prompts import META_PROMPTS, load_prompts
-from steerback.engines.scripted import RESTART, PlantedModel
+from steerback.engines.scripted import PlantedModel
 from steerback.errors import SteerbackError
-from steerback.experiments import prefill_control
-from steerback.records import Attempt, Completion, Judgement, Receipt, Request, Trial
-from steerback.store.ledger import Row
-
-
-@dataclass(frozen=True)
-class Peaked(PlantedModel):
-    """Restarts most often at `offset` from the threshold, less so on both sides; a long second half."""
-
-    offset: float = -1.0
-    width: float = 2.0
-
-    def restart_probability(self, request: Request) -> float:
-        usual = super().restart_probability(request)
-        added = next((i for i in request.interventions if i.mode == "add"), None)
-        if added is None:
-            return 0.0
-        away = added.value - self.thresholds[added.latent] - self.offset
-        return usual * math.exp(-0.5 * (away / self.width) ** 2)
-
-    def __call__(self, request: Request) -> str:
-        return super().__call__(request) + " And so it goes on for a while." * 12
-
 
 MODEL = Peaked(
     thresholds=thresholds(),
@@ -57,14 +31,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
         made = Runs(tmp_path_factory.mktemp("runs"), patch, MODEL)
         made.run("esr")
         yield made
-
-
-def inside(estimate: dict[str, Any], truth: float) -> bool:
-    return bool(estimate["low"] <= truth <= estimate["high"])
-
-
-def headline(summary: Any, condition: str, target: str = "planted") -> dict[str, Any]:
-    return dict(summary["targets"][target]["conditions"][condition]["headline"])
 
 
 def test_boost_sweep_recovers_rates_and_the_peak(runs: Runs) -> None:
@@ -101,14 +67,14 @@ def test_levels_below_zero_are_dropped_and_counted(runs: Runs) -> None:
     assert min(r.trial.boost for r in rows if r.trial.boost is not None) >= 0
     kept = {r.trial.latent for r in rows if r.trial.condition == "-6.00 sd"}
     assert len(kept) + sweep["dropped"]["-6.00 sd"] == sweep["latents"]
-    assert any("negative" in line for line in analysis.lines)
+    assert any("negative" in line for line in analysis.shown.lines)
 
 
 def test_authors_preset_sweeps_from_minus_three() -> None:
     from steerback.config import authors
-    from steerback.experiments.boost_sweep import BoostSweep
+    from steerback.experiments import make_experiment
 
-    assert BoostSweep().levels(authors("boost-sweep", ("x",)))[0] == -3.0
+    assert make_experiment(authors("boost-sweep", ("x",))).levels()[0] == -3.0
 
 
 @pytest.mark.parametrize("wrong", ["options.levels=1", "options.low=4", "options.high=many"])
@@ -134,14 +100,14 @@ def test_meta_prompts_find_the_one_that_works(runs: Runs) -> None:
 
 def test_meta_prompt_sets_and_lists(runs: Runs) -> None:
     from steerback.config import authors, specification
-    from steerback.experiments.meta_prompts import MetaPrompts
+    from steerback.experiments import make_experiment
 
-    four = MetaPrompts().variants(authors("meta-prompts", ("x",)))
+    four = make_experiment(authors("meta-prompts", ("x",))).variants()
     assert four == ("dont-get-distracted", "distracted-with-label", "self-monitor", "resist-manipulation")
     chosen = specification("meta-prompts", ("x",)).model_copy(
         update={"options": {"variants": "self-monitor, stay-on-topic"}}
     )
-    assert MetaPrompts().variants(chosen) == ("self-monitor", "stay-on-topic")
+    assert make_experiment(chosen).variants() == ("self-monitor", "stay-on-topic")
     with pytest.raises(SteerbackError, match=r"unknown meta-prompt 'shout'.*self-monitor"):
         runs.run("meta-prompts", "options.variants=shout", base="esr", name="never")
 
@@ -169,7 +135,7 @@ def test_no_steering_alone_needs_no_calibration(runs: Runs) -> None:
     analysis, _ = runs.run("no-steering", name="alone")
     assert list(analysis.summary["targets"]["planted"]["conditions"]) == ["unsteered"]
     assert not runs.ledger("alone").rows(stage="calibration")
-    assert "figureA8" not in analysis.figures
+    assert "figureA8" not in analysis.shown.figures
 
 
 def test_several_targets_are_pooled(runs: Runs) -> None:
@@ -183,7 +149,7 @@ def test_several_targets_are_pooled(runs: Runs) -> None:
     rates = {t: headline(esr.summary, "steered", t)["multi_attempt_rate"] for t in ("planted", "second")}
     assert rates["planted"]["low"] > rates["second"]["value"] == 0
     assert rates["second"]["high"] > 0
-    assert "figure2" in esr.figures
+    assert "figure2" in esr.shown.figures
 
 
 def test_held_out_prompts_are_measured_and_disjoint(runs: Runs) -> None:
@@ -205,121 +171,10 @@ def test_organisms_have_held_out_prompts_of_their_own() -> None:
     from types import SimpleNamespace
 
     from steerback.experiments.held_out import held_out_prompts
+    from steerback.targets import resolve
 
-    study: Any = SimpleNamespace(name="organism-s", prompts=())
+    study: Any = SimpleNamespace(target=resolve("organism-s"), prompts=())
     assert held_out_prompts(study, "auto") == load_prompts("organism-held-out")
-
-
-@dataclass(frozen=True)
-class Continuing(Peaked):
-    """Goes on from a prefill: restarts with a known probability, more often when nothing is added."""
-
-    steered: float = 0.2
-    free: float = 0.6
-    corrected: float = 80.0
-    plain: float = 30.0
-
-    def __call__(self, request: Request) -> str:
-        if not request.prefill:
-            return super().__call__(request)
-        if "/continuation/" in request.key:
-            score = self.corrected if request.prefill.startswith(RESTART) else self.plain
-            return f" [[score {score:.1f}]] and further on."
-        again = random.Random(f"{request.seed}/{request.key}").random() < (
-            self.steered if request.interventions else self.free
-        )
-        return " and further on." + (f" {RESTART} [[score 90.0]] Here is the answer." if again else "")
-
-
-@pytest.fixture(scope="module")
-def continuing(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        made = Runs(tmp_path_factory.mktemp("continuing"), patch, Continuing(thresholds=thresholds(), restart_rate=0.4))
-        made.run("esr")
-        yield made
-
-
-def test_prefill_control_recovers_both_arms(continuing: Runs) -> None:
-    analysis, _ = continuing.run("prefill-control", "options.characters=60", base="esr")
-    fact = analysis.summary["targets"]["planted"]["prefill"]
-    assert fact["characters"] == 60
-    for k in ("1n", "2n", "3n", "4n"):
-        assert inside(headline(analysis.summary, f"unsteered {k}")["multi_attempt_rate"], 0.6)
-        assert inside(headline(analysis.summary, f"steered {k}")["multi_attempt_rate"], 0.2)
-    comparison = analysis.summary["targets"]["planted"]["comparisons"]["unsteered 2n"]
-    assert comparison["against"] == "steered 2n"
-    assert comparison["tests"]["multi_attempt_rate"]["low"] > 0
-    source = {r.trial.index: r for r in continuing.ledger("esr").rows(stage="measure", judge="scripted")}
-    for row in continuing.ledger("prefill-control").rows(stage="measure"):
-        if row.trial.prefill:
-            text = source[row.trial.index].judged_text
-            assert text.startswith(row.trial.prefill)
-            assert RESTART not in row.trial.prefill
-            assert text[len(row.trial.prefill)] == " "
-            assert len(row.trial.prefill) <= int(row.trial.condition.split()[1][0]) * 60
-    used = {k: sum(tally.values()) for k, tally in fact["prefixes"].items()}
-    assert set(used.values()) == {len(source)}
-
-
-def test_prefill_default_is_where_restarts_are(continuing: Runs) -> None:
-    analysis, _ = continuing.run("prefill-control", "options.multiples=[1]", base="esr", name="default-cut")
-    rows = continuing.ledger("esr").rows(stage="measure", judge="scripted")
-    starts = [r.judged_text.index(RESTART) for r in rows if RESTART in r.judged_text]
-    assert analysis.summary["targets"]["planted"]["prefill"]["characters"] == round(np.mean(starts))
-
-
-def row(text: str, attempts: list[tuple[int, int, float, bool]], prefill: str = "") -> Row:
-    trial = Trial("t/measure/c/0", "t", "measure", "c", 0, "p", 1, prefill=prefill)
-    spans = tuple(Attempt(a, b, s, "Wait" if n else "", g) for n, (a, b, s, g) in enumerate(attempts))
-    done = Completion(text, tuple(range(5)), 3, "stop", Receipt())
-    return Row(trial, done, Judgement("j", "r", "scored", spans))
-
-
-def test_restarts_before_the_cut_do_not_count() -> None:
-    one = row("x" * 60, [(0, 20, 10, True), (20, 40, 50, True), (40, 100, 90, True)], prefill="y" * 40)
-    (after,) = prefill_control.after_cut([one])
-    assert after.judgement is not None
-    assert [(a.start, a.end, a.score) for a in after.judgement.attempts] == [(0, 40, 30), (40, 100, 90)]
-    ungated = row("x" * 60, [(0, 50, 10, True), (50, 100, 90, False)], prefill="y" * 40)
-    (after,) = prefill_control.after_cut([ungated])
-    assert after.judgement is not None
-    assert len(after.judgement.attempts) == 2
-    assert len(after.judgement.gated_attempts()) == 1
-
-
-def test_cuts_are_before_a_space_and_before_any_restart() -> None:
-    class Engine:
-        def token_ends(self, done: Completion) -> list[int]:
-            return list(range(1, len(done.text) + 1))
-
-    engine: Any = Engine()
-    text = "one two three Wait, four five"
-    found = row(text, [(0, 14, 10, True), (14, len(text), 90, True)])
-    assert prefill_control.cut(found, 9, engine) == ("one two", "used")
-    assert prefill_control.cut(found, 20, engine) == ("", "restarted before the cut")
-    assert prefill_control.cut(found, len(text), engine) == ("", "too short")
-    broken = row("no no no no no no " * 3, [(0, 54, 10, True)])
-    assert prefill_control.cut(broken, 30, engine)[1] == "degraded"
-    assert prefill_control.cut(Row(found.trial, found.completion, None), 9, engine)[1] == "not scored"
-
-
-def test_matched_prefix_scores_the_continuation_alone(continuing: Runs) -> None:
-    analysis, _ = continuing.run("matched-prefix", base="esr")
-    own, generic = (headline(analysis.summary, c)["mean_first"] for c in ("own correction", "generic prefix"))
-    assert (own["value"], generic["value"]) == (80, 30)
-    rows = continuing.ledger("matched-prefix").rows(stage="continuation", judge="scripted")
-    by_index: dict[int, list[Row]] = {}
-    for found in rows:
-        by_index.setdefault(found.trial.index, []).append(found)
-    for pair in by_index.values():
-        generic_row, own_row, whole = sorted(pair, key=lambda r: r.trial.condition)
-        assert whole.trial.prefill.endswith(own_row.trial.prefill)
-        assert len(whole.trial.prefill) > len(own_row.trial.prefill)
-        assert own_row.trial.prefill.startswith(RESTART)
-        assert own_row.trial.seed == generic_row.trial.seed
-        assert len(own_row.trial.prefill) - 20 <= len(generic_row.trial.prefill) <= len(own_row.trial.prefill)
-        assert own_row.trial.interventions == generic_row.trial.interventions != ()
-        assert own_row.judged_text == own_row.completion.text  # type: ignore[union-attr]
 
 
 def test_an_experiment_resumed_changes_nothing(runs: Runs) -> None:
@@ -338,7 +193,7 @@ def test_nothing_restarts_and_everything_still_draws(tmp_path: Path, monkeypatch
         analysis, folder = quiet.run(name, base="esr")
         summary = json.loads((folder / "summary.json").read_text())
         assert summary["experiment"] == name
-        assert all((folder / f"{figure}.png").stat().st_size > 5000 for figure in analysis.figures)
+        assert all((folder / f"{figure}.png").stat().st_size > 5000 for figure in analysis.shown.figures)
 
 
 def test_thresholds_of_other_weights_are_not_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

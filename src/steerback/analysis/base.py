@@ -1,0 +1,147 @@
+"""Shared by all analyses: rows to outcomes, summaries of conditions, and their paired comparisons."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from pydantic import JsonValue
+
+from steerback import organism
+from steerback.metrics import Comparison, Outcomes, Summary, compare, correct, summarize
+from steerback.records import LatentKey, Trial
+from steerback.store.facts import BASELINE, PROVENANCE
+from steerback.store.ledger import Ledger, Row
+
+Key = tuple[str, str]  # (target, condition)
+
+
+class Results(ABC):
+    """The results of an analysis. `planted` are the targets whose behaviour was trained into them on purpose."""
+
+    planted: Sequence[str]
+
+    @abstractmethod
+    def to_json(self) -> dict[str, object]:
+        """The content of summary.json."""
+
+    def data(self) -> dict[str, JsonValue]:
+        """Further JSON files by their names."""
+        return {}
+
+
+def outcomes_of(rows: Sequence[Row], cluster: Callable[[Trial], LatentKey | None] = lambda t: t.latent) -> Outcomes:
+    """The statistics' input: one entry per planned trial, whatever became of it, clustered by latent (or `cluster`)."""
+    table = [
+        (
+            cluster(r.trial),
+            r.trial.index,
+            r.valid_receipt,
+            r.judgement,
+            r.completion.text if r.completion else "",
+        )
+        for r in rows
+    ]
+    cut = {"length": 1.0, "unknown": float("nan")}
+    return Outcomes.from_rows(table, [cut.get(r.completion.finish, 0.0) if r.completion else 0.0 for r in rows])
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The measured conditions of a ledger, and how each compares with the one it is paired with.
+
+    `comparisons[target, condition]` is that condition minus `against[target, condition]`, Holm-corrected over all
+    comparisons of the experiment, within each metric.
+    """
+
+    judge: str
+    outcomes: Mapping[Key, Outcomes]
+    summaries: Mapping[Key, Summary]
+    comparisons: Mapping[Key, Comparison]
+    against: Mapping[Key, str]
+
+    @property
+    def targets(self) -> list[str]:
+        """Targets in the order in which they were measured."""
+        return list(dict.fromkeys(target for target, _ in self.summaries))
+
+    def conditions(self, target: str) -> list[str]:
+        """Conditions of a target in the order in which they were planned."""
+        return [condition for t, condition in self.summaries if t == target]
+
+    def of(self, target: str) -> dict[str, Summary]:
+        """Summaries of a target's conditions."""
+        return {condition: self.summaries[target, condition] for condition in self.conditions(target)}
+
+    def to_json(
+        self, experiment: str, per_target: Mapping[str, Mapping[str, object]] | None = None, **further: object
+    ) -> dict[str, object]:
+        """The form of every summary.json: per target `conditions` (all metrics), `comparisons` (all tests).
+
+        `per_target` adds an experiment's own results to a target, `further` to the whole.
+        """
+        targets = {
+            target: {
+                "conditions": {name: s.to_json() for name, s in self.of(target).items()},
+                "comparisons": {
+                    name: {"against": self.against[t, name], **c.to_json()}
+                    for (t, name), c in self.comparisons.items()
+                    if t == target
+                },
+                **(per_target or {}).get(target, {}),
+            }
+            for target in self.targets
+        }
+        return {"experiment": experiment, "judge": self.judge, "targets": targets, **further}
+
+
+def to_baseline(condition: str) -> str | None:
+    """Every condition but the baseline is compared with the baseline."""
+    return None if condition == BASELINE else BASELINE
+
+
+def measured(
+    ledger: Ledger,
+    judge: str,
+    draws: int,
+    against: Callable[[str], str | None] = to_baseline,
+    stage: str = "measure",
+    prepare: Callable[[Sequence[Row]], Sequence[Row]] = lambda rows: rows,
+) -> Measured:
+    """Summaries of every condition of `stage`, each compared with the condition that `against` names (None: none).
+
+    `prepare` may drop or change a condition's rows before they are counted.
+    """
+    outcomes = {
+        (target, condition): outcomes_of(prepare(ledger.rows(target, stage, condition, judge)))
+        for target, condition in ledger.conditions(stage)
+    }
+    pairs = {
+        (target, condition): other
+        for target, condition in outcomes
+        if (other := against(condition)) is not None and (target, other) in outcomes
+    }
+    return paired(judge, outcomes, pairs, draws)
+
+
+def paired(judge: str, outcomes: Mapping[Key, Outcomes], against: Mapping[Key, str], draws: int) -> Measured:
+    """Summaries of the outcomes, and each one's tests against the condition of its target that `against` names."""
+    tests = correct({f"{t}\n{c}": compare(outcomes[t, other], outcomes[t, c]) for (t, c), other in against.items()})
+    return Measured(
+        judge=judge,
+        outcomes=outcomes,
+        summaries={key: summarize(x, draws) for key, x in outcomes.items()},
+        comparisons={(t, c): tests[f"{t}\n{c}"] for t, c in against},
+        against=against,
+    )
+
+
+def planted(ledger: Ledger, targets: Iterable[str]) -> list[str]:
+    """Those of the targets whose behaviour is planted; ledgers of 0.1 know the built-in organisms by name."""
+
+    def is_planted(target: str) -> bool:
+        stored = ledger.get(target, PROVENANCE)
+        return stored.planted if stored is not None else organism.is_builtin(target)
+
+    return [target for target in targets if is_planted(target)]

@@ -1,0 +1,63 @@
+"""Boost sweep: every metric at every level, and the boost at which each metric peaks (Fig. 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from steerback.analysis.base import Measured, Results, measured, planted
+from steerback.metrics import Peak, Summary, find_peak
+from steerback.store.facts import SWEEP, Sweep
+from steerback.store.ledger import Ledger
+
+PEAKS = ("multi_attempt_rate", "esr_rate", "improvement_rate", "msi", "mean_attempts")
+
+
+@dataclass(frozen=True, eq=False)
+class SweepResults(Results):
+    """Summaries per level and peaks per metric, by target (None: no peak, as nothing was scored)."""
+
+    measured: Measured
+    sweeps: Mapping[str, Sweep]
+    peaks: Mapping[str, Mapping[str, Peak | None]]
+    planted: Sequence[str]
+
+    def curve(self, target: str) -> dict[float, Summary]:
+        """Summary per level, for the levels at which anything was measured."""
+        return curve_of(self.measured, target, self.sweeps[target])
+
+    def to_json(self) -> dict[str, object]:
+        """The content of summary.json."""
+        return self.measured.to_json(
+            "boost-sweep",
+            {
+                target: {
+                    "sweep": SWEEP.dump(sweep),
+                    "peaks": {name: None if p is None else asdict(p) for name, p in self.peaks[target].items()},
+                }
+                for target, sweep in self.sweeps.items()
+            },
+        )
+
+
+def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> SweepResults:
+    """Summaries of every level, and the peak of every metric with an interval from resampled latents."""
+    conditions = measured(ledger, judge, draws, against=lambda _: None)
+    stored = ledger.targets_with(SWEEP)
+    sweeps = {target: stored[target] for target in conditions.targets}
+    peaks = {target: peaks_of(conditions, target, sweep, draws) for target, sweep in sweeps.items()}
+    return SweepResults(conditions, sweeps, peaks, planted(ledger, conditions.targets))
+
+
+def curve_of(measured: Measured, target: str, sweep: Sweep) -> dict[float, Summary]:
+    """Summary per level, for the levels at which anything was measured."""
+    summaries = measured.of(target)
+    named = {level: sweep.condition(level) for level in sweep.levels}
+    return {level: summaries[name] for level, name in named.items() if name in summaries}
+
+
+def peaks_of(measured: Measured, target: str, sweep: Sweep, draws: int) -> dict[str, Peak | None]:
+    """The peak of every metric over the levels."""
+    levels = list(curve_of(measured, target, sweep))
+    outcomes = [measured.outcomes[target, sweep.condition(level)] for level in levels]
+    return {name: find_peak(levels, outcomes, name, draws) for name in PEAKS}

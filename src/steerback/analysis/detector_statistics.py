@@ -1,0 +1,82 @@
+"""Statistics of the detectors on matched and shuffled pairs that the search has not used (Table A1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from steerback.analysis.base import Results, planted
+from steerback.latents.separation import Separation, separation
+from steerback.metrics import Estimate
+from steerback.metrics.regions import auc_of
+from steerback.store.facts import DETECTOR_SET, PAIR_ACTIVATIONS, DetectorSet, PairActivations
+from steerback.store.ledger import Ledger
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class PairStatistics:
+    """Detectors of one target with both arms, (n pairs, k detectors), and per detector the numbers of Table A1."""
+
+    latents: Sequence[int]
+    labels: Sequence[str | None]
+    matched: Floats
+    mismatched: Floats
+    prompts: int
+    separation: Separation
+    auc: Sequence[Estimate]
+
+    def to_json(self) -> dict[str, object]:
+        """The part of summary.json about one target."""
+        return {
+            "detectors": list(self.latents),
+            "pairs": len(self.matched),
+            "prompts": self.prompts,
+            "separation": self.separation.to_json(),
+            "auc": [asdict(e) for e in self.auc],
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class DetectorStatisticsResults(Results):
+    """The statistics of each target."""
+
+    statistics: Mapping[str, PairStatistics]
+    planted: Sequence[str]
+
+    def to_json(self) -> dict[str, object]:
+        """The content of summary.json."""
+        return {
+            "experiment": "detector-statistics",
+            "targets": {target: s.to_json() for target, s in self.statistics.items()},
+        }
+
+
+def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> DetectorStatisticsResults:
+    """Statistics of every target whose pairs were read; nothing is judged."""
+    detectors = ledger.targets_with(DETECTOR_SET)
+    pairs = ledger.targets_with(PAIR_ACTIVATIONS)
+    statistics = {target: statistics_of(p, detectors[target], draws) for target, p in pairs.items()}
+    return DetectorStatisticsResults(statistics, planted(ledger, statistics))
+
+
+def statistics_of(pairs: PairActivations, detectors: DetectorSet, draws: int) -> PairStatistics:
+    """Statistics of the pairs; the AUC has an interval from resampled prompts."""
+    matched, mismatched = (np.array(arm, dtype=np.float64) for arm in (pairs.matched, pairs.mismatched))
+    prompt = np.array(pairs.prompts, dtype=np.int64)
+    return PairStatistics(
+        detectors.latents,
+        [d.label for d in detectors.detectors],
+        matched,
+        mismatched,
+        len(np.unique(prompt)),
+        separation(matched, mismatched),
+        [auc_of(matched[:, k], mismatched[:, k], prompt, draws) for k in range(matched.shape[1])],
+    )

@@ -1,0 +1,37 @@
+"""Detectors: how well each separates matched from mismatched pairs, on the searched and on the held-out prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pydantic import JsonValue
+
+from steerback.analysis.base import Results, planted
+from steerback.store.facts import DETECTOR_SET, DetectorSet
+from steerback.store.ledger import Ledger
+
+
+@dataclass(frozen=True, eq=False)
+class DetectorResults(Results):
+    """The detectors of each target."""
+
+    detectors: Mapping[str, DetectorSet]
+    planted: Sequence[str]
+
+    def to_json(self) -> dict[str, object]:
+        """The content of summary.json."""
+        return {
+            "experiment": "detectors",
+            "targets": {target: DETECTOR_SET.dump(d) for target, d in self.detectors.items()},
+        }
+
+    def data(self) -> dict[str, JsonValue]:
+        """One list of latents per target, in the authors' format."""
+        return {f"off_topic_detectors_{target}": list(d.latents) for target, d in self.detectors.items()}
+
+
+def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> DetectorResults:
+    """Return the stored detectors; nothing is judged or resampled."""
+    detectors = ledger.targets_with(DETECTOR_SET)
+    return DetectorResults(detectors, planted(ledger, detectors))

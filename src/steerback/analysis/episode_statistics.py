@@ -1,0 +1,201 @@
+"""Appendix A.7: activity of detectors and backtracking latents before, in and after corrections (Figs. A5, A6).
+
+Episodes of exactly two attempts that improve, against two controls: unsteered responses, and steered ones that drift
+and never restart. The value of a region is the mean over its tokens of the group's summed activation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from steerback.analysis.base import Results, planted
+from steerback.analysis.episodes import Recorded, Trace, controls_of, recorded_targets
+from steerback.metrics import Estimate
+from steerback.metrics.regions import (
+    RegionTest,
+    correct_regions,
+    mean_of,
+    paired_regions,
+    ratio_of,
+    separate_regions,
+)
+from steerback.store.facts import BACKTRACKING, DETECTORS, DRIFTS, EPISODES, UNSTEERED
+from steerback.store.ledger import Ledger
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+    Codes = NDArray[np.int64]
+
+REGIONS = ("off-topic", "correction", "on-topic")
+PAIRED = (("off-topic", "correction"), ("off-topic", "on-topic"), ("correction", "on-topic"))
+SEPARATE = (
+    (UNSTEERED, "off-topic"),
+    (UNSTEERED, "correction"),
+    (UNSTEERED, "on-topic"),
+    (UNSTEERED, DRIFTS),
+    (DRIFTS, "off-topic"),
+)
+
+
+class ActivityOptions(Protocol):
+    """The options that the analysis reads."""
+
+    @property
+    def drift_below(self) -> float: ...
+    @property
+    def reach(self) -> int: ...
+
+
+@dataclass(frozen=True, eq=False)
+class RegionActivity:
+    """Activity of one target's recorded episodes; all mappings by group, then by region or (a, b) of a test.
+
+    `ratios` are those of each region to the unsteered responses, and of off-topic to steered without restart.
+    """
+
+    recorded: Recorded
+    groups: Sequence[str]
+    means: Mapping[str, Mapping[str, Estimate]]
+    ratios: Mapping[str, Mapping[str, Estimate]]
+    tests: Mapping[tuple[str, str, str], RegionTest]
+
+    def to_json(self) -> dict[str, object]:
+        """The part of summary.json about one target."""
+        return {
+            "counts": self.recorded.counts,
+            "latents": {group: list(latents) for group, latents in self.recorded.groups.items()},
+            "means": {g: {r: asdict(e) for r, e in regions.items()} for g, regions in self.means.items()},
+            "ratios": {g: {r: asdict(e) for r, e in regions.items()} for g, regions in self.ratios.items()},
+            "tests": [{"group": g, "a": a, "b": b, **asdict(t)} for (g, a, b), t in self.tests.items()],
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class AlignedCurve:
+    """Mean activation at each offset (tokens) from the correction's first token, each (2 reach + 1,); nan: no data."""
+
+    offsets: NDArray[np.int64]
+    mean: Floats
+    low: Floats
+    high: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class EpisodeStatisticsResults(Results):
+    """Activity of each target by region, and its aligned curves by group and kind of response."""
+
+    judge: str
+    activity: Mapping[str, RegionActivity]
+    curves: Mapping[str, Mapping[str, Mapping[str, AlignedCurve]]]
+    planted: Sequence[str]
+
+    def to_json(self) -> dict[str, object]:
+        """The content of summary.json."""
+        return {
+            "experiment": "episode-statistics",
+            "judge": self.judge,
+            "targets": {target: a.to_json() for target, a in self.activity.items()},
+        }
+
+
+def analyse(ledger: Ledger, judge: str, draws: int, options: ActivityOptions) -> EpisodeStatisticsResults:
+    """Means, ratios to the unsteered responses and tests by region; curves aligned at the correction."""
+    recorded = recorded_targets(ledger, judge, options.drift_below)
+    activity = {target: activity_of(r, draws) for target, r in recorded.items()}
+    curves = {target: {g: aligned(a.recorded, g, options.reach) for g in a.groups} for target, a in activity.items()}
+    return EpisodeStatisticsResults(judge, activity, curves, planted(ledger, activity))
+
+
+def activity_of(recorded: Recorded, draws: int) -> RegionActivity:
+    """Region means, ratios and Holm-corrected tests of every group that has latents."""
+    groups = [g for g in (DETECTORS, BACKTRACKING) if recorded.groups[g]]
+    means: dict[str, dict[str, Estimate]] = {}
+    ratios: dict[str, dict[str, Estimate]] = {}
+    tests: dict[tuple[str, str, str], RegionTest] = {}
+    for group in groups:
+        values = region_values(recorded, group)
+        means[group] = {name: mean_of(*v, (0.0, np.inf)) for name, v in values.items()}
+        pairs = [(r, UNSTEERED) for r in (*REGIONS, DRIFTS)] + [("off-topic", DRIFTS)]
+        ratios[group] = {f"{a} / {b}": ratio_of(*values[a], *values[b], draws) for a, b in pairs}
+        for a, b in PAIRED:
+            tests[group, a, b] = paired_regions(values[a][0], values[b][0], values[a][1])
+        for a, b in SEPARATE:
+            tests[group, a, b] = separate_regions(*values[a], *values[b])
+    corrected = correct_regions({"\n".join(key): test for key, test in tests.items()})
+    return RegionActivity(recorded, groups, means, ratios, {key: corrected["\n".join(key)] for key in tests})
+
+
+def region_values(recorded: Recorded, group: str) -> dict[str, tuple[Floats, Codes]]:
+    """Per region (values, latents' codes), one value a response: its mean activation per token, nan without tokens."""
+
+    def mean(values: Floats) -> float:
+        return float(values.mean()) if len(values) else float("nan")
+
+    def collect(traces: Sequence[Trace], value: Callable[[Trace], float]) -> tuple[Floats, Codes]:
+        return np.array([value(t) for t in traces]), np.array([t.cluster for t in traces], dtype=np.int64)
+
+    def of_region(name: str) -> Callable[[Trace], float]:
+        return lambda t: mean(t.sums[group][t.regions()[name]])
+
+    regions = {name: collect(recorded.twice, of_region(name)) for name in REGIONS}
+    return {
+        UNSTEERED: collect(recorded.unsteered, lambda t: mean(t.sums[group])),
+        DRIFTS: collect(recorded.drifts, lambda t: mean(t.sums[group])),
+        **regions,
+    }
+
+
+def aligned(recorded: Recorded, group: str, reach: int) -> dict[str, AlignedCurve]:
+    """Curves of the episodes with two attempts, and of their controls at the same positions.
+
+    An episode ends with its second attempt. A control's row is the mean over the controls of one episode
+    (`episodes.controls_of`), so that every episode counts once in each curve.
+    """
+
+    def window(trace: Trace, at: int, stop: int) -> Floats:
+        row = np.full(2 * reach + 1, np.nan)
+        values = trace.sums[group][:stop]
+        first, last = max(at - reach, 0), min(at + reach + 1, len(values))
+        if last > first:
+            row[first - at + reach : last - at + reach] = values[first:last]
+        return row
+
+    def control(trace: Trace, controls: Sequence[Trace]) -> Floats:
+        rows = [window(c, trace.start or 0, len(c)) for c in controls_of(trace, controls)]
+        return _nanmean(np.array(rows)) if rows else np.full(2 * reach + 1, np.nan)
+
+    traces = recorded.twice
+    clusters = np.array([t.cluster for t in traces], dtype=np.int64)
+    rows = {
+        EPISODES: [window(t, t.start or 0, t.stop or len(t)) for t in traces],
+        DRIFTS: [control(t, recorded.drifts) for t in traces],
+        UNSTEERED: [control(t, recorded.unsteered) for t in traces],
+    }
+    return {name: _curve(np.array(r).reshape(-1, 2 * reach + 1), clusters, reach) for name, r in rows.items()}
+
+
+def _nanmean(rows: Floats) -> Floats:
+    """Mean of each column's finite values, nan without any; `np.nanmean` warns about the latter."""
+    finite = np.isfinite(rows)
+    count = finite.sum(axis=0)
+    mean: Floats = np.where(count > 0, np.where(finite, rows, 0.0).sum(axis=0) / np.maximum(count, 1), np.nan)
+    return mean
+
+
+def _curve(rows: Floats, clusters: Codes, reach: int) -> AlignedCurve:
+    offsets = np.arange(-reach, reach + 1)
+    if not len(rows):
+        empty = np.full(len(offsets), np.nan)
+        return AlignedCurve(offsets, empty, empty, empty)
+    points = [mean_of(rows[:, i], clusters, (0.0, np.inf)) for i in range(len(offsets))]
+    mean, low, high = (
+        np.array([np.nan if v is None else v for v in values], dtype=np.float64)
+        for values in ([p.value for p in points], [p.low for p in points], [p.high for p in points])
+    )
+    return AlignedCurve(offsets, mean, low, high)

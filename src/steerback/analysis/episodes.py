@@ -1,0 +1,197 @@
+"""Recorded episodes: the activations of a response in which a model corrects itself, by region and group of latents.
+
+Shared by `traces` and `episode_statistics`. Controls of an episode are steered responses that drift and never restart,
+and unsteered ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from steerback.errors import SteerbackError
+from steerback.metrics import cluster_code
+from steerback.records import LatentKey
+from steerback.store.facts import (
+    DRIFTS,
+    EPISODES,
+    RECORDED_LATENTS,
+    REPLAY,
+    STEERED,
+    TOKEN_ENDS,
+    UNSTEERED,
+    Boundaries,
+    boundaries,
+)
+from steerback.store.ledger import Ledger, Row
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """One recorded response of T fed-back tokens.
+
+    `pieces` are the tokens as text (T,), `sums` maps a group of latents to its summed activation per token (T,).
+    For an episode `begin` is the first token off the topic (0 unless a judge has marked boundaries), `start` is the
+    first token of the correction (the restart phrase), `resume` the first token after it, `stop` the end of the second
+    attempt; otherwise these three are None.
+    """
+
+    row: Row
+    pieces: tuple[str, ...]
+    sums: Mapping[str, Floats]
+    start: int | None = None
+    resume: int | None = None
+    stop: int | None = None
+    begin: int = 0
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    @property
+    def latent(self) -> LatentKey | None:
+        """The latent of the trial."""
+        return self.row.trial.latent
+
+    @property
+    def cluster(self) -> int:
+        """Code of the latent, by which statistics are clustered."""
+        return cluster_code(self.latent)
+
+    def regions(self) -> dict[str, slice]:
+        """An episode's tokens before the correction, in its restart phrase, and after it in the second attempt."""
+        if self.start is None or self.resume is None or self.stop is None:
+            raise ValueError(f"{self.row.trial.key} is no episode")
+        return {
+            "off-topic": slice(self.begin, self.start),
+            "correction": slice(self.start, self.resume),
+            "on-topic": slice(self.resume, self.stop),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """The recorded responses of one target.
+
+    `changed` counts replays whose text is not the measured one, `lost` replays of episodes that are no episode any
+    more, `unmarked` episodes left out because a judge was asked for boundaries and gave none that hold.
+    """
+
+    episodes: Sequence[Trace]
+    drifts: Sequence[Trace]
+    unsteered: Sequence[Trace]
+    groups: Mapping[str, Sequence[int]]
+    changed: int
+    lost: int
+    unmarked: int = 0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Numbers of responses by kind; those of replays that went differently come last."""
+        return {
+            "episodes": len(self.episodes),
+            "episodes with two attempts": len(self.twice),
+            "steered without restart": len(self.drifts),
+            "unsteered": len(self.unsteered),
+            "latents": len({t.cluster for t in self.episodes}),
+            "replays with another text": self.changed,
+            "replays that are no episode": self.lost,
+            "replays without verified boundaries": self.unmarked,
+        }
+
+    @property
+    def twice(self) -> list[Trace]:
+        """Episodes of exactly two attempts."""
+        return [t for t in self.episodes if len(t.row.attempts) == 2]
+
+
+def recorded_targets(ledger: Ledger, judge: str, below: float) -> dict[str, Recorded]:
+    """Recorded responses of every target that has any."""
+    return {target: recorded(ledger, target, judge, below) for target in ledger.targets_with(TOKEN_ENDS)}
+
+
+def recorded(ledger: Ledger, target: str, judge: str, below: float) -> Recorded:
+    """Read the recorded responses of a target; controls that turned out to restart are left out.
+
+    A drift is a single attempt that scores less than `below`.
+    """
+    groups, ends = ledger.get(target, RECORDED_LATENTS), ledger.get(target, TOKEN_ENDS)
+    if groups is None or ends is None:
+        raise SteerbackError(f"{ledger.path}: {target} has no recorded episodes yet; resume the run")
+    texts = {r.trial.index: r.completion.text for r in ledger.rows(target, "measure") if r.completion is not None}
+    traces: dict[str, list[Trace]] = {EPISODES: [], DRIFTS: [], UNSTEERED: []}
+    marks = ledger.get(target, boundaries(judge))
+    changed = lost = unmarked = 0
+    for row in ledger.rows(target, REPLAY, judge=judge, activations=True):
+        condition, key = row.trial.condition, row.trial.key
+        if row.completion is None or row.completion.activations is None or not row.valid_receipt:
+            continue
+        changed += condition != UNSTEERED and row.completion.text != texts.get(row.trial.index)
+        if condition != EPISODES:
+            if row.is_drift(below if condition == DRIFTS else math.inf):
+                traces[condition].append(trace(row, ends[key], groups))
+            continue
+        if not row.is_episode:
+            lost += 1
+            continue
+        episode: Trace | None = trace(row, ends[key], groups)
+        if marks is not None and episode is not None:
+            episode = bounded(episode, ends[key], marks.get(key, Boundaries()))
+        if episode is None:
+            unmarked += 1
+        else:
+            traces[EPISODES].append(episode)
+    return Recorded(traces[EPISODES], traces[DRIFTS], traces[UNSTEERED], groups, changed, lost, unmarked)
+
+
+def trace(row: Row, ends: Sequence[int], groups: Mapping[str, Sequence[int]]) -> Trace:
+    """A row's generated tokens with the summed activations of each group; regions where it is an episode."""
+    done, record = row.completion, row.trial.record
+    if done is None or record is None:
+        raise ValueError(f"{row.trial.key} was not recorded")
+    z = np.asarray(done.activations, dtype=np.float64)[done.prompt_tokens :]
+    column = {latent: i for i, latent in enumerate(record.latents)}
+    steered = [row.trial.latent] if isinstance(row.trial.latent, int) and row.trial.latent in column else []
+    of_group: dict[str, Sequence[int]] = {**groups, STEERED: steered}
+    sums = {name: z[:, [column[k] for k in latents]].sum(axis=1) for name, latents in of_group.items()}
+    starts = [0, *ends[:-1]]
+    pieces = tuple(done.text[a:b] for a, b in zip(starts, ends, strict=True))[: len(z)]
+    if len(row.attempts) < 2:
+        return Trace(row, pieces, sums)
+    second = row.attempts[1]
+    after = token_at(ends, second.start + len(second.phrase))
+    places = [token_at(ends, second.start), after, token_at(ends, second.end)]
+    start, resume, stop = (min(p, len(pieces)) for p in places)
+    return Trace(row, pieces, sums, start, max(resume, start + 1), max(stop, resume))
+
+
+def bounded(episode: Trace, ends: Sequence[int], marks: Boundaries) -> Trace | None:
+    """The episode with regions from marked boundaries (characters); None where one of the three is missing."""
+    if marks.off_topic is None or marks.correction is None or marks.on_topic is None or episode.stop is None:
+        return None
+    places = (marks.off_topic, marks.correction, marks.on_topic)
+    begin, start, resume = (min(token_at(ends, place), len(episode)) for place in places)
+    resume = max(resume, start + 1)
+    return replace(episode, begin=min(begin, start), start=start, resume=resume, stop=max(episode.stop, resume))
+
+
+def token_at(ends: Sequence[int], character: int) -> int:
+    """Index of the token that holds a character of the text (the number of tokens if it is past the end)."""
+    return int(np.searchsorted(np.asarray(ends), character, side="right"))
+
+
+def controls_of(episode: Trace, controls: Sequence[Trace]) -> list[Trace]:
+    """Controls of an episode that reach the position of its correction: of its latent where there are any, else all."""
+    start = episode.start
+    if start is None:
+        raise ValueError(f"{episode.row.trial.key} is no episode")
+    same = [c for c in controls if c.cluster == episode.cluster and len(c) >= start]
+    return same or [c for c in controls if len(c) >= start]

@@ -1,0 +1,95 @@
+"""No steering: the restart rate with its upper bounds (Figs. A7 and A8)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from steerback.analysis.base import Measured, Results, measured, outcomes_of, planted
+from steerback.metrics import Estimate, Outcomes, summarize
+from steerback.records import Trial
+from steerback.store.facts import BASELINE, UNSTEERED
+from steerback.store.ledger import Ledger, Row
+
+ALL = "all targets"
+
+
+@dataclass(frozen=True, slots=True)
+class RestartBound:
+    """Restarts among `n` unsteered responses, with upper ends of 95 % intervals of their rate.
+
+    `upper_by_latent` and `upper_by_prompt` are clustered; `upper_clopper_pearson` takes all trials as independent;
+    `upper` is the larger of the two clustered ones.
+    """
+
+    n: int
+    multi_attempt: int
+    rate: float | None
+    upper: float | None
+    upper_by_latent: float | None
+    upper_by_prompt: float | None
+    upper_clopper_pearson: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class NoSteeringResults(Results):
+    """Summaries, and the bounds of each target and, with several, of all together (`ALL`)."""
+
+    measured: Measured
+    bounds: Mapping[str, RestartBound]
+    planted: Sequence[str]
+
+    def unsteered(self) -> dict[str, Outcomes]:
+        """Outcomes without steering by target."""
+        return {t: self.measured.outcomes[t, UNSTEERED] for t in self.measured.targets}
+
+    def steered(self) -> dict[str, Outcomes]:
+        """Outcomes of the steered baseline, for the targets that have one."""
+        return {
+            t: self.measured.outcomes[t, BASELINE] for t in self.unsteered() if (t, BASELINE) in self.measured.outcomes
+        }
+
+    def to_json(self) -> dict[str, object]:
+        """The content of summary.json."""
+        pooled = self.bounds.get(ALL)
+        return self.measured.to_json(
+            "no-steering",
+            {target: {"restarts": asdict(self.bounds[target])} for target in self.measured.targets},
+            pooled=None if pooled is None else asdict(pooled),
+        )
+
+
+def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> NoSteeringResults:
+    """Restart rate with upper bounds clustered by latent and by prompt."""
+    conditions = measured(ledger, judge, draws)
+    rows = {target: ledger.rows(target, "measure", UNSTEERED, judge) for target in conditions.targets}
+    bounds = {target: bounds_of({target: r}, draws) for target, r in rows.items()}
+    if len(rows) > 1:
+        bounds[ALL] = bounds_of(rows, draws)
+    return NoSteeringResults(conditions, bounds, planted(ledger, conditions.targets))
+
+
+def bounds_of(rows: Mapping[str, Sequence[Row]], draws: int) -> RestartBound:
+    """Multi-attempt rate of the rows with its interval clustered by latent, by prompt, and as if independent.
+
+    Unsteered responses to one prompt differ in their seed alone, so the prompt is the cluster that matters there; the
+    headline is the wider of the two.
+    """
+    latents = _rate(rows, lambda t: f"{t.target}/{t.latent}", draws)
+    prompts = _rate(rows, lambda t: f"{t.target}/{t.prompt}", draws)
+    exact = (latents.beside or {}).get("clopper_pearson", (None, None))
+    highs = [e.high for e in (latents, prompts) if e.high is not None]
+    return RestartBound(
+        n=latents.n,
+        multi_attempt=latents.events or 0,
+        rate=latents.value,
+        upper=max(highs) if highs else None,
+        upper_by_latent=latents.high,
+        upper_by_prompt=prompts.high,
+        upper_clopper_pearson=exact[1],
+    )
+
+
+def _rate(rows: Mapping[str, Sequence[Row]], cluster: Callable[[Trial], str], draws: int) -> Estimate:
+    outcomes = Outcomes.concat(outcomes_of(r, cluster) for r in rows.values())
+    return summarize(outcomes, draws)["multi_attempt_rate"]

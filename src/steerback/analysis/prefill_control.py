@@ -1,0 +1,53 @@
+"""Prefill control: restarts after the cut, by length of the prefix, unsteered against steered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from steerback.analysis.base import Measured, Results, measured, planted
+from steerback.records import Judgement
+from steerback.store.facts import PREFILL, PREFILL_ARMS, PrefixCounts
+from steerback.store.ledger import Ledger, Row
+
+
+@dataclass(frozen=True, eq=False)
+class PrefillResults(Results):
+    """Summaries of both arms by length of the prefix, and how many prefixes there were."""
+
+    measured: Measured
+    prefixes: Mapping[str, PrefixCounts]
+    planted: Sequence[str]
+
+    def to_json(self) -> dict[str, object]:
+        """The content of summary.json."""
+        return self.measured.to_json(
+            "prefill-control", {target: {"prefill": PREFILL.dump(p)} for target, p in self.prefixes.items()}
+        )
+
+
+def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> PrefillResults:
+    """Restart and improvement rates by length of the prefix; unsteered against steered, paired."""
+    conditions = measured(ledger, judge, draws, against=other_arm, prepare=after_cut)
+    stored = ledger.targets_with(PREFILL)
+    return PrefillResults(conditions, {t: stored[t] for t in conditions.targets}, planted(ledger, conditions.targets))
+
+
+def other_arm(condition: str) -> str | None:
+    """Unsteered continuations are compared with steered ones of the same prefixes."""
+    arm, _, length = condition.partition(" ")
+    return f"{PREFILL_ARMS[1]} {length}" if arm == PREFILL_ARMS[0] else None
+
+
+def after_cut(rows: Sequence[Row]) -> list[Row]:
+    """Rows whose judgements count no attempt that begins before the cut; it is merged into the one before."""
+    return [replace(row, judgement=_merged(row.judgement, len(row.trial.prefill))) for row in rows]
+
+
+def _merged(judgement: Judgement | None, cut_at: int) -> Judgement | None:
+    if judgement is None or judgement.status != "scored" or not cut_at:
+        return judgement
+    late = [replace(a, gated=n == 0 or a.start >= cut_at) for n, a in enumerate(judgement.attempts)]
+    merged = replace(judgement, attempts=tuple(late)).gated_attempts()
+    opened = {a.start: a.gated for a in judgement.attempts}
+    return replace(judgement, attempts=tuple(replace(a, gated=opened[a.start]) for a in merged))

@@ -1,0 +1,116 @@
+"""Random ablation: the detectors' ablation against that of every random set, and its rank among them (Fig. A9)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from steerback.analysis.base import Key, Measured, Results, measured, planted
+from steerback.metrics import Comparison, compare, correct
+from steerback.store.facts import ABLATED, BASELINE, RANDOM_SETS, ControlSets
+from steerback.store.ledger import Ledger
+
+RANKED = ("multi_attempt_rate", "esr_rate", "msi", "mean_attempts", "mean_first")
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """Rank of the detectors' value of a metric among the values of the random sets.
+
+    `below` of the `sets` have a smaller value, `above` a larger one; `mean`, `low` and `high` are those of the sets.
+    `p` is a two-sided permutation p-value: the share of all sets, detectors included, whose distance to the mean of the
+    others is at least that of the detectors.
+    """
+
+    value: float
+    baseline: float | None
+    mean: float
+    low: float
+    high: float
+    below: int
+    above: int
+    sets: int
+    p: float
+
+
+@dataclass(frozen=True, eq=False)
+class RandomAblationResults(Results):
+    """Summaries and comparisons with the baseline; per target its random sets and the detectors' ranks by metric.
+
+    `against_sets[target, condition]` is the detectors' ablation minus that of the random set of this condition.
+    """
+
+    measured: Measured
+    sets: Mapping[str, ControlSets]
+    ranks: Mapping[str, Mapping[str, Rank | None]]
+    against_sets: Mapping[Key, Comparison]
+    planted: Sequence[str]
+
+    def to_json(self) -> dict[str, object]:
+        """The content of summary.json."""
+        return self.measured.to_json(
+            "random-ablation",
+            {
+                target: {
+                    "random_sets": RANDOM_SETS.dump(sets),
+                    "ranks": {m: None if r is None else asdict(r) for m, r in self.ranks[target].items()},
+                    "detectors_against_sets": {
+                        condition: x.to_json() for (t, condition), x in self.against_sets.items() if t == target
+                    },
+                }
+                for target, sets in self.sets.items()
+            },
+        )
+
+
+def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> RandomAblationResults:
+    """The detectors against the baseline and against each set, paired; the rank of their effect."""
+    conditions = measured(ledger, judge, draws)
+    stored = ledger.targets_with(RANDOM_SETS)
+    sets = {target: stored[target] for target in conditions.targets}
+    return RandomAblationResults(
+        conditions,
+        sets,
+        {target: {m: rank_of(conditions, target, own, m) for m in RANKED} for target, own in sets.items()},
+        compare_with_sets(conditions, sets),
+        planted(ledger, conditions.targets),
+    )
+
+
+def rank_of(measured: Measured, target: str, sets: ControlSets, metric: str) -> Rank | None:
+    """The detectors' rank in `metric`; None where a value is missing."""
+    values = {condition: s[metric].value for condition, s in measured.of(target).items()}
+    random = [values.get(condition) for condition in sets.conditions]
+    return rank(values.get(ABLATED), [v for v in random if v is not None], values.get(BASELINE))
+
+
+def rank(value: float | None, others: Sequence[float], baseline: float | None = None) -> Rank | None:
+    """Rank of a value among others; None if there is no value or no other."""
+    if value is None or not others:
+        return None
+    everything = [value, *others]
+    apart = [abs(v - (sum(everything) - v) / len(others)) for v in everything]
+    return Rank(
+        value=value,
+        baseline=baseline,
+        mean=sum(others) / len(others),
+        low=min(others),
+        high=max(others),
+        below=sum(v < value for v in others),
+        above=sum(v > value for v in others),
+        sets=len(others),
+        p=sum(x >= apart[0] * (1 - 1e-12) for x in apart) / len(everything),
+    )
+
+
+def compare_with_sets(measured: Measured, sets: Mapping[str, ControlSets]) -> dict[Key, Comparison]:
+    """The detectors' ablation minus each random set's, paired, Holm-corrected over the sets."""
+    outcomes = measured.outcomes
+    pairs = [
+        (target, condition)
+        for target, own in sets.items()
+        for condition in own.conditions
+        if (target, condition) in outcomes and (target, ABLATED) in outcomes
+    ]
+    tests = correct({f"{t}\n{c}": compare(outcomes[t, c], outcomes[t, ABLATED]) for t, c in pairs})
+    return {(t, c): tests[f"{t}\n{c}"] for t, c in pairs}
