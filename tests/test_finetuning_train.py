@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import os
 import signal
 import subprocess
@@ -18,13 +16,10 @@ from torch.nn import functional
 from transformers import TrainerCallback
 
 import tiny
-from steerback.engines.loading import assemble, with_adapter
-from steerback.engines.transformers import TransformersEngine
 from steerback.errors import SteerbackError
 from steerback.finetuning.segments import IGNORED, Tokens
 from steerback.finetuning.settings import Settings, from_mapping
 from steerback.finetuning.train import Report, fit
-from steerback.records import Intervention
 
 QUICK = Settings(rank=4, dropout=0.0, learning_rate=1e-3, epochs=1, warmup_steps=1, evaluations=2)
 
@@ -277,38 +272,3 @@ def test_the_specifications_settings_are_the_defaults() -> None:
     s = Settings()
     assert (s.rank, s.alpha, s.dropout, s.learning_rate, s.schedule) == (32, 16, 0.05, 2e-4, "cosine")
     assert (s.epochs, s.batch_size, s.warmup_steps, s.sequence_length) == (4, 8, 10, 4096)
-
-
-@pytest.mark.parametrize("kind", ["llama", "gemma2"])
-def test_an_adapter_beside_the_weights_is_as_merged_into_them_under_steering_too(tmp_path: Path, kind: str) -> None:
-    from dataclasses import replace
-
-    from peft import LoraConfig, PeftModel, get_peft_model
-
-    torch.manual_seed(1)
-    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-    get_peft_model(tiny.model(kind), config).save_pretrained(str(tmp_path / "adapter"))
-    target = tiny.target().with_adapter(tmp_path / "adapter")
-    assert (target.name, target.base) == ("tiny+adapter", "tiny")
-    beside = with_adapter(target, tiny.model(kind))
-    assert any("lora_A" in name for name, _ in beside.named_parameters())  # not merged
-    merged = PeftModel.from_pretrained(tiny.model(kind), str(tmp_path / "adapter")).merge_and_unload()
-    assert not any("lora_A" in name for name, _ in merged.named_parameters())
-    logits = {}
-    ids = torch.randint(10, 300, (40,), generator=torch.Generator().manual_seed(2)).tolist()
-    edits: dict[str, tuple[Intervention, ...]] = {
-        "none": (),
-        "add": (Intervention("add", 3, 4.0),),
-        "add and clamp": (Intervention("add", 3, 4.0), Intervention("clamp", 7, 0.5), Intervention("clamp", 9, 0.0)),
-    }
-    for name, model in (("beside", beside), ("merged", merged), ("without", tiny.model(kind))):
-        made = TransformersEngine.from_loaded(assemble(target, model, tiny.tokenizer(), tiny.sae()), 4)
-        with contextlib.closing(made):
-            logits[name] = {e: made.teacher_forced(ids, edit, 10) for e, edit in edits.items()}
-    for e in edits:
-        torch.testing.assert_close(logits["beside"][e], logits["merged"][e], atol=2e-4, rtol=1e-4)
-        assert (logits["beside"][e] - logits["without"][e]).abs().max() > 0.5
-    assert (logits["beside"]["add"] - logits["beside"]["none"]).abs().max() > 0.5
-    broken = replace(target, adapter=str(tmp_path / "none"))
-    with pytest.raises(SteerbackError, match=r"target 'tiny\+adapter': cannot use adapter"):
-        with_adapter(broken, copy.deepcopy(tiny.model(kind)))

@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from steerback.engines.adapters import with_adapter
 from steerback.engines.checks import site_of
 from steerback.engines.prompting import Prompter
 from steerback.engines.runner import Runner, decoder_layers
@@ -24,6 +24,7 @@ from steerback.targets.download import commit_of
 from steerback.targets.fit import available_memory, check_ready, fetch
 from steerback.targets.sae import Sae
 from steerback.targets.sae_files import describe, load_sae
+from steerback.targets.target import ADAPTER_FILES, check_adapter
 
 if TYPE_CHECKING:
     from steerback.targets import Target
@@ -88,28 +89,10 @@ def provenance_of(target: Target, tokenizer: Any, sae: Sae | None) -> dict[str, 
     return known
 
 
-def with_adapter(target: Target, model: Any) -> Any:
-    """The model with the target's LoRA adapter beside its weights, not merged into them."""
-    from importlib.util import find_spec
-
-    if find_spec("peft") is None:
-        raise SteerbackError(f"target {target.name!r} has an adapter: pip install 'steerback[finetune]'")
-    from peft import PeftModel
-
-    assert target.adapter is not None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of peft's use of transformers
-            return PeftModel.from_pretrained(model, target.adapter).get_base_model()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise SteerbackError(f"target {target.name!r}: cannot use adapter {target.adapter}: {reason[:300]}") from error
-
-
 def hash_adapter(folder: str) -> dict[str, str]:
-    """SHA-256 of an adapter's weights and configuration."""
-    names = ("adapter_config.json", "adapter_model.safetensors")
-    return {name: _sha256(Path(folder) / name) for name in names if (Path(folder) / name).is_file()}
+    """Return the SHA-256 of an adapter's weights and configuration, the only files of it that are loaded."""
+    check_adapter(f"adapter {folder}", Path(folder))
+    return {name: _sha256(Path(folder) / name) for name in ADAPTER_FILES}
 
 
 def on_device(sae: Sae, place: torch.device) -> Sae:

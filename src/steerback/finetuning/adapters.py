@@ -24,6 +24,7 @@ from steerback.finetuning.settings import Settings, from_mapping
 from steerback.store.files import make_folder
 from steerback.store.run import commit, machine, write_atomic, write_json
 from steerback.targets import Target, resolve
+from steerback.targets.target import is_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -288,10 +289,6 @@ def find_adapters(place: str | Sequence[str]) -> list[TrainedAdapter]:
             raise unknown("second adapter of the name", name, ["folders with names of their own"])
     found = [TrainedAdapter(folder, percent_of(folder)) for folder in folders]
     return sorted(found, key=lambda a: (a.percent is None, a.percent or 0.0, a.name))
-
-
-def is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").is_file() and (folder / "adapter_model.safetensors").is_file()
 
 
 def percent_of(folder: Path) -> float | None:

@@ -27,6 +27,7 @@ from steerback.targets.target import (
     SaeMetadata,
     SaeSource,
     Target,
+    check_adapter,
     model_config,
     read_metadata,
     user_key,
@@ -128,10 +129,7 @@ def resolve(name: str, own: Tables | None = None) -> Target:
     base, plus, place = name.partition("+")
     if plus and (base in known or Path(base).expanduser().is_dir()):
         adapter = Path(place).expanduser()
-        if not (adapter / "adapter_config.json").is_file():
-            raise SteerbackError(
-                f"target {name}: no LoRA adapter there (adapter_config.json, adapter_model.safetensors)"
-            )
+        check_adapter(f"target {name}", adapter)
         return resolve(base, own).with_adapter(adapter.resolve())
     raise unknown("target", name, [*known, "(a folder with config.json and sae.json)"])
 

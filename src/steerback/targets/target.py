@@ -231,6 +231,21 @@ class Target:
         return asdict(self)
 
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+"""The files of a LoRA adapter. Weights in a pickle (adapter_model.bin) are never loaded."""
+
+
+def is_adapter(folder: Path) -> bool:
+    """Return whether a folder holds a LoRA adapter."""
+    return all((folder / name).is_file() for name in ADAPTER_FILES)
+
+
+def check_adapter(where: str, folder: Path) -> None:
+    """Raise SteerbackError if a folder holds no LoRA adapter; `where` opens the message."""
+    if not is_adapter(folder):
+        raise SteerbackError(f"{where}: no LoRA adapter there ({', '.join(ADAPTER_FILES)})")
+
+
 def user_key(name: str, model: str, builtin: bool) -> str:
     """Return a built-in target's name; any other's with a mark of its model, as two folders may have one name."""
     return name if builtin else f"{name}-{digest(model)[:8]}"

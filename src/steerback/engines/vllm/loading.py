@@ -18,6 +18,7 @@ from steerback.engines.prompting import Prompter
 from steerback.errors import SteerbackError
 from steerback.records import digest
 from steerback.store.files import make_folder, user_folder, write_atomic
+from steerback.targets.target import check_adapter
 
 if TYPE_CHECKING:
     import numpy as np
@@ -182,10 +183,8 @@ def lora_arguments(folder: str, dtype: str) -> dict[str, Any]:
             f"lora {folder!r}: vLLM's adapter kernels take no float32 on a GPU; use a target in bfloat16, or --engine "
             "transformers"
         )
-    path = Path(folder) / "adapter_config.json"
-    if not path.is_file():
-        raise SteerbackError(f"lora {folder!r}: no adapter_config.json there")
-    rank = int(json.loads(path.read_text(encoding="utf-8"))["r"])
+    check_adapter(f"lora {folder!r}", Path(folder))
+    rank = int(json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))["r"])
     return {"enable_lora": True, "max_lora_rank": next((r for r in (8, 16, 32, 64, 128, 256, 512) if r >= rank), rank)}
 
 
