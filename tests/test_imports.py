@@ -12,7 +12,19 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "steerback"
 # From the bottom up: a module may import what stands before it, and within its own package.
 ORDER = [
-    *("errors", "records", "config", "organism", "store", "data", "targets", "engines", "calibration", "judging"),
+    *(
+        "errors",
+        "readers",
+        "records",
+        "config",
+        "organism",
+        "store",
+        "data",
+        "targets",
+        "engines",
+        "calibration",
+        "judging",
+    ),
     *("latents", "study", "metrics", "finetuning", "experiments", "analysis", "figures", "report", "paper"),
     *("api", "jobs", "cli", "__main__"),
 ]

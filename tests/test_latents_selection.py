@@ -106,7 +106,7 @@ def test_own_list_from_files(tmp_path: Path) -> None:
     with pytest.raises(SteerbackError, match="None is not an index"):
         parse_latents(str(odd), LABELS, 20)
     as_json.write_text("[4,", encoding="utf-8")
-    with pytest.raises(SteerbackError, match="not a valid JSON list"):
+    with pytest.raises(SteerbackError, match="not valid JSON"):
         parse_latents(str(as_json), LABELS, 20)
 
 

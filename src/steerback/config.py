@@ -6,14 +6,13 @@ A config names things (target, judge, engine); it does not load them.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Literal, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from steerback import readers
 from steerback.errors import SteerbackError, unknown
 from steerback.records import LEAST_TEMPERATURE, LatentKey, Sampling, is_temperature
 
@@ -107,7 +106,7 @@ class RunConfig(Settings):
     limit: int | None = Field(None, ge=1)
     """At most this many measured trials per condition and target."""
     batch_size: int | None = Field(None, ge=1)
-    engine_options: dict[str, Any] = Field(default_factory=dict)
+    engine_options: dict[str, object] = Field(default_factory=dict)
     """What only this engine knows (vllm: replicas, tensor_parallel, columns, ...); checked when the engine is made."""
     from_run: str | None = None
     """Folder of a run whose latents, thresholds, prompts and seeds are reused, so that comparisons are paired."""
@@ -117,9 +116,9 @@ class RunConfig(Settings):
     calibration: CalibrationConfig = CalibrationConfig()
     selection: SelectionConfig = SelectionConfig()
     seeds: SeedConfig = SeedConfig()
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: dict[str, object] = Field(default_factory=dict)
     """What only this experiment knows; checked by the experiment."""
-    definitions: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    definitions: dict[str, dict[str, object]] = Field(default_factory=dict)
     """The user's own targets among `targets`, as their TOML file had them: with these a run needs no file."""
 
     @model_validator(mode="after")
@@ -192,20 +191,20 @@ def build_config(
     targets: tuple[str, ...],
     preset: str | None = None,
     file: Path | None = None,
-    overrides: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, object] | None = None,
     assignments: tuple[str, ...] = (),
     base: tuple[str, RunConfig] | None = None,
 ) -> RunConfig:
-    """Preset, then the YAML file, then the command line's options, then `--set key=value`; later ones win.
+    """Return the config of a run: preset, YAML file, the command line's options, `--set key=value`; later ones win.
 
     `base` is (folder, config) of the run given with `--from`: it takes the preset's place, so that latents,
     thresholds, prompts and seeds are the same and comparisons are paired.
     """
-    layers: list[Mapping[str, Any]] = []
+    layers: list[Mapping[str, object]] = []
     if file is not None:
-        layers.append(_read_yaml(file))
+        layers.append(readers.read_yaml(file, "config file"))
     layers.append({k: v for k, v in (overrides or {}).items() if v is not None})
-    layers.extend(_assignment(text) for text in assignments)
+    layers.extend(_nested(*assignment(text)) for text in assignments)
     usual = base[1].preset if base else "specification"
     chosen = preset or next((str(layer["preset"]) for layer in layers if "preset" in layer), usual)
     if chosen not in PRESETS:
@@ -226,7 +225,7 @@ def build_config(
     return parse_config(merged, where=f"config {file}" if file else "config")
 
 
-def _like(base: tuple[str, RunConfig], experiment: str, targets: tuple[str, ...]) -> dict[str, Any]:
+def _like(base: tuple[str, RunConfig], experiment: str, targets: tuple[str, ...]) -> dict[str, object]:
     folder, config = base
     missing = sorted(set(targets) - set(config.targets))
     if missing:
@@ -235,16 +234,16 @@ def _like(base: tuple[str, RunConfig], experiment: str, targets: tuple[str, ...]
     return config.model_dump(mode="json") | own
 
 
-def parse_config(values: Mapping[str, Any], where: str = "config") -> RunConfig:
-    """A checked config, or one line that names the first wrong field."""
+def parse_config(values: Mapping[str, object], where: str = "config") -> RunConfig:
+    """Return a checked config, or raise one line that names the first wrong field."""
     return parse(RunConfig, values, where)
 
 
 S = TypeVar("S", bound=Settings)
 
 
-def parse(model: type[S], values: Mapping[str, Any], where: str) -> S:
-    """Checked settings, or one line that names the first wrong field."""
+def parse(model: type[S], values: Mapping[str, object], where: str) -> S:
+    """Return checked settings, or raise one line that names the first wrong field."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -260,7 +259,7 @@ def parse(model: type[S], values: Mapping[str, Any], where: str) -> S:
 
 
 def differences(before: RunConfig, after: RunConfig) -> list[str]:
-    """`setting: old -> new` for each setting that differs."""
+    """Return `setting: old -> new` for each setting that differs."""
     old, new = _flatten(before.model_dump(mode="json")), _flatten(after.model_dump(mode="json"))
     return [
         f"{key}: {json.dumps(old.get(key))} -> {json.dumps(new.get(key))}"
@@ -269,52 +268,25 @@ def differences(before: RunConfig, after: RunConfig) -> list[str]:
     ]
 
 
-class _Yaml(yaml.SafeLoader):
-    """YAML whose only booleans are true and false: `off` and `no` are words here, and settings use them."""
-
-
-_Yaml.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Yaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
-
-
-def _parse_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Yaml)  # a SafeLoader: builds plain values only
-
-
-def _read_yaml(path: Path) -> Mapping[str, Any]:
-    try:
-        loaded = _parse_yaml(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise SteerbackError(f"config file {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SteerbackError(f"config file {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise SteerbackError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(loaded, dict):
-        raise SteerbackError(f"config file {path} must hold `setting: value` lines, not a {type(loaded).__name__}")
-    return loaded
-
-
-def _assignment(text: str) -> dict[str, Any]:
+def assignment(text: str) -> tuple[str, readers.Json]:
+    """Return key and value of a `key=value` text, the value as in YAML."""
     key, sign, value = text.partition("=")
     if not sign or not key.strip():
         raise SteerbackError(f"--set {text!r} is not of the form key=value, e.g. --set sampling.temperature=0.8")
-    try:
-        nested: Any = _parse_yaml(value)
-    except yaml.YAMLError:
-        raise SteerbackError(f"--set {text!r}: the value is not valid YAML") from None
-    for part in reversed(key.strip().split(".")):
-        nested = {part: nested}
-    return dict(nested)
+    return key.strip(), readers.parse_yaml(value, f"--set {text!r}: the value")
 
 
-def _merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:
+def _nested(key: str, value: readers.Json) -> dict[str, object]:
+    """Return `a.b.c` and a value as nested tables."""
+    first, dot, rest = key.partition(".")
+    return {first: _nested(rest, value) if dot else value}
+
+
+def _merge(into: dict[str, object], layer: Mapping[str, object]) -> None:
     for key, value in layer.items():
-        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
+        inner = into.get(key)
+        if isinstance(value, Mapping) and isinstance(inner, dict):
+            _merge(inner, value)
         else:
             into[key] = value
 
@@ -328,8 +300,8 @@ def _choices(model: type[BaseModel], location: tuple[int | str, ...]) -> list[st
     return sorted(model.model_fields)
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
             flat.update(_flatten(value, f"{prefix}{key}."))

@@ -119,12 +119,13 @@ def train(
     ] = None,
 ) -> None:
     """Train a LoRA adapter per mix. The same command again goes on where it stopped."""
+    from steerback.config import assignment
     from steerback.finetuning.adapters import Job, read_data, train_adapter, train_together
     from steerback.finetuning.settings import from_mapping
     from steerback.targets import resolve
 
     resolved = resolve(target)
-    chosen_settings = from_mapping(_settings(settings or []))
+    chosen_settings = from_mapping(dict(assignment(text) for text in settings or ()))
     place = out or folder / "adapters"
     jobs = [Job(target, str(data), str(place / name), chosen_settings) for name, data in _chosen(folder, chosen or [])]
     if export is not None:
@@ -162,26 +163,6 @@ def _draw(folders: list[Path], place: Path) -> None:
     from steerback.figures.style import save
 
     save(draw_losses({f.name: json.loads((f / "losses.json").read_text("utf-8")) for f in folders}), place, "losses")
-
-
-def _settings(texts: list[str]) -> dict[str, object]:
-    found: dict[str, object] = {}
-    for text in texts:
-        key, sign, value = text.partition("=")
-        if not sign:
-            raise SteerbackError(f"--set {text!r} is not of the form key=value, e.g. --set learning_rate=0.0001")
-        found[key.strip()] = _value(value)
-    return found
-
-
-def _value(text: str) -> object:
-    import yaml
-
-    try:
-        number = float(text)  # 1e-4 is a word to YAML
-    except ValueError:
-        return yaml.safe_load(text)
-    return int(number) if number.is_integer() and set(text) <= set("0123456789+-") else number
 
 
 def _chosen(folder: Path, names: list[str]) -> list[tuple[str, Path]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections import Counter
 from importlib import resources
 from pathlib import Path
 
+from steerback import readers
 from steerback.data import paper_files as paper_data
 from steerback.errors import SteerbackError, unknown
 
@@ -39,41 +41,39 @@ def load_prompts(source: str) -> tuple[str, ...]:
     `authors` is the list of the authors' repository, once the user has fetched it.
     """
     if source == "authors":
-        text = _read(paper_data.path_of(paper_data.PROMPTS))
+        prompts = readers.read_lines(paper_data.path_of(paper_data.PROMPTS), "prompts file")
     elif source in BUILTIN:
-        text = resources.files("steerback.data").joinpath("prompts", BUILTIN[source]).read_text("utf-8")
+        prompts = readers.content_lines(_builtin(BUILTIN[source]))
+    elif os.path.exists(source):
+        prompts = readers.read_lines(Path(source), "prompts file")
     else:
-        text = _read(Path(source))
-    prompts = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+        raise unknown("prompts list or file", source, BUILTIN)
     if not prompts:
         raise SteerbackError(f"prompts file {source} holds no prompt; write one prompt a line")
-    repeated = sorted({p for p in prompts if prompts.count(p) > 1})
-    if repeated:
-        raise SteerbackError(f"prompts file {source} repeats {repeated[0]!r}; every prompt must occur once")
+    repeated = min((prompt for prompt, count in Counter(prompts).items() if count > 1), default=None)
+    if repeated is not None:
+        raise SteerbackError(f"prompts file {source} repeats {repeated!r}; every prompt must occur once")
     return tuple(prompts)
 
 
 def load_subjects(source: str | None = None) -> dict[str, tuple[str, ...]]:
     """Off-topic subjects with words about them: the built-in list, or a file (`subject: word, word`, one a line)."""
     if source is None:
-        text = resources.files("steerback.data").joinpath("prompts", "off_topic_subjects.txt").read_text("utf-8")
+        lines = readers.content_lines(_builtin("off_topic_subjects.txt"))
+    elif os.path.exists(source):
+        lines = readers.read_lines(Path(source), "subjects file")
     else:
-        text = _read(Path(source), "subjects file", ("(leave it out for the built-in list)",))
-    found: dict[str, tuple[str, ...]] = {}
-    for line in text.splitlines():
-        subject, _, terms = line.partition(":")
-        if not subject.strip() or subject.lstrip().startswith("#"):
+        raise unknown("subjects file", source, ("(leave it out for the built-in list)",))
+    subjects: dict[str, tuple[str, ...]] = {}
+    for line in lines:
+        subject, _, terms = (part.strip() for part in line.partition(":"))
+        if not subject:
             continue
-        if subject.strip() in found:
-            raise SteerbackError(f"subjects {source} repeat {subject.strip()!r}; every subject must occur once")
-        found[subject.strip()] = tuple(term.strip() for term in terms.split(",") if term.strip())
-    return found
+        if subject in subjects:
+            raise SteerbackError(f"subjects {source} repeat {subject!r}; every subject must occur once")
+        subjects[subject] = tuple(term.strip() for term in terms.split(",") if term.strip())
+    return subjects
 
 
-def _read(path: Path, what: str = "prompts list or file", choices: Iterable[str] = BUILTIN) -> str:
-    if not path.is_file():
-        raise unknown(what, str(path), choices)
-    try:
-        return path.read_text("utf-8")
-    except (UnicodeDecodeError, OSError) as error:
-        raise SteerbackError(f"prompts file {path} cannot be read as UTF-8 text: {error}") from None
+def _builtin(name: str) -> str:
+    return resources.files("steerback.data").joinpath("prompts", name).read_text("utf-8")

@@ -10,13 +10,13 @@ Works on indices alone; what makes an index a candidate is decided elsewhere (`s
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
+from steerback import readers
 from steerback.errors import SteerbackError
 from steerback.records import LatentKey
 
@@ -134,21 +134,24 @@ def _entries(text: str, labels: Mapping[int, str]) -> tuple[list[LatentKey], str
 
 
 def _read(path: Path) -> list[LatentKey]:
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SteerbackError(f"latents file {path} cannot be read: {error}") from error
+    content = readers.read_text(path, "latents file")
     if content.lstrip().startswith("["):
-        try:
-            return list(json.loads(content))
-        except json.JSONDecodeError as error:
-            raise SteerbackError(f"latents file {path} is not a valid JSON list: {error}") from error
+        return _listed(readers.parse_json(content, f"latents file {path}"), f"latents file {path}")
     lines = [line.split("#", 1)[0].strip() for line in content.splitlines()]
     entries: list[LatentKey] = []
     for line in filter(None, lines):
         parts = [part.strip() for part in line.split(",") if part.strip()]
         entries.extend(parts if all(_is_index(part) for part in parts) else [line])
     return entries
+
+
+def _listed(value: readers.Json, where: str) -> list[LatentKey]:
+    keys: list[LatentKey] = []
+    for entry in value if isinstance(value, list) else ():
+        if isinstance(entry, bool) or not isinstance(entry, int | str):
+            raise SteerbackError(f"{where}: {entry!r} is not an index, a label or the name of a direction")
+        keys.append(entry)
+    return keys
 
 
 def _is_index(text: str) -> bool:

@@ -1,0 +1,252 @@
+"""Readers of users' files: one for each format, each defect one SteerbackError line that names the file.
+
+`where` or `what` says in messages what is read, e.g. "config file". What is read holds plain values alone (`Json`), of
+limited depth and size, with text that can be written again.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import select
+import stat
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from steerback.errors import SteerbackError
+
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+
+LARGEST = 2**30
+"""Bytes of a file that is read at once."""
+LARGEST_SETTINGS = 2**22
+"""Bytes of a YAML or TOML file, whose parsers are slow."""
+LONGEST_HEADER = 100_000_000
+"""Bytes of a safetensors header, as in the format's own library."""
+DEEPEST, MOST_NODES, WIDEST_INTEGER = 64, 100_000, 1000
+"""Levels of nesting; values in a YAML file, whose aliases can multiply; bits of an integer (1,024 are no float)."""
+PATIENCE = 10.0
+"""Seconds in which a pipe has to give something."""
+
+
+def read_bytes(path: Path, what: str, largest: int = LARGEST) -> bytes:
+    """Return the content of a file, or of a pipe that somebody writes to."""
+    where = f"{what} {path}"
+    with _opened(path, what) as file:
+        regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+        content = file.read(largest + 1) if regular else _from_pipe(file.fileno(), where, largest)
+    if len(content) > largest:
+        raise SteerbackError(f"{where} is larger than {largest:,} bytes, the most that is read")
+    return content
+
+
+@contextmanager
+def _opened(path: Path, what: str) -> Iterator[io.FileIO]:
+    """Open a file without waiting, as opening a pipe would; what fails until it is closed is one line."""
+    try:
+        with io.FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)) as file:
+            yield file
+    except FileNotFoundError:
+        raise SteerbackError(f"{what} {path} does not exist") from None
+    except OSError as error:
+        raise SteerbackError(f"{what} {path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise SteerbackError(f"{what} {str(path)!r} cannot be read: its name holds a NUL character") from None
+
+
+def _from_pipe(handle: int, where: str, largest: int) -> bytes:
+    content = b""
+    while len(content) <= largest:
+        if not select.select([handle], [], [], PATIENCE)[0]:
+            raise SteerbackError(f"{where} is a pipe that gave nothing for {PATIENCE:g} seconds; name a file")
+        part = os.read(handle, 2**20)
+        if not part:
+            break
+        content += part
+    return content
+
+
+def read_text(path: Path, what: str, largest: int = LARGEST) -> str:
+    """Return the text of a UTF-8 file, without a byte-order mark."""
+    return decode(read_bytes(path, what, largest), f"{what} {path}")
+
+
+def decode(content: bytes, where: str) -> str:
+    """Return UTF-8 text, without a byte-order mark."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SteerbackError(f"{where} cannot be read as UTF-8 text: {error}") from None
+    if "\0" in text:
+        raise SteerbackError(f"{where} is no text file: it holds a NUL character")
+    return text
+
+
+def read_lines(path: Path, what: str) -> list[str]:
+    """Return the lines of a text file, stripped, without blank lines and those that begin with `#`."""
+    return content_lines(read_text(path, what))
+
+
+def content_lines(text: str) -> list[str]:
+    """Return the lines of a text, stripped, without blank lines and those that begin with `#`."""
+    return [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+
+
+def read_json(path: Path, what: str) -> Json:
+    """Return the value in a JSON file."""
+    return parse_json(read_text(path, what), f"{what} {path}")
+
+
+def read_json_table(path: Path, what: str) -> dict[str, Json]:
+    """Return the object in a JSON file."""
+    return _table(read_json(path, what), f"{what} {path}")
+
+
+def read_json_lines(path: Path, what: str) -> Iterator[tuple[str, Json]]:
+    """Yield (file and line, value) of each line of a JSON lines file that is not blank."""
+    for number, line in enumerate(read_text(path, what).split("\n"), 1):
+        where = f"{what} {path}, line {number}"
+        if line.strip():
+            yield where, parse_json(line, where)
+
+
+def parse_json(text: str, where: str) -> Json:
+    """Return the value of a JSON text. NaN and Infinity are numbers here, as in what Python writes."""
+    try:
+        value: Json = json.loads(text, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise SteerbackError(f"{where} is not valid JSON: {_reason(error)}") from None
+    return _checked(value, where)
+
+
+def _once(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice in one object")
+    return table
+
+
+def read_toml(path: Path, what: str) -> dict[str, Json]:
+    """Return the tables of a TOML file."""
+    where = f"{what} {path}"
+    try:
+        value: Json = tomllib.loads(read_text(path, what, LARGEST_SETTINGS))
+    except (ValueError, RecursionError) as error:
+        raise SteerbackError(f"{where} is not valid TOML: {_reason(error)}") from None
+    return _table(_checked(value, where), where)
+
+
+def read_yaml(path: Path, what: str) -> dict[str, Json]:
+    """Return the settings of a YAML file of `key: value` lines."""
+    where = f"{what} {path}"
+    value = parse_yaml(read_text(path, what, LARGEST_SETTINGS), where)
+    if not isinstance(value, dict):
+        raise SteerbackError(f"{where} must hold `setting: value` lines, not a {type(value).__name__}")
+    return value
+
+
+def parse_yaml(text: str, where: str) -> Json:
+    """Return the value of a YAML text, in which `off`, `no` and dates are words and 1e-4 is a number."""
+    try:
+        value: Json = yaml.load(text, Loader=_Yaml)  # a SafeLoader: it builds plain values only
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise SteerbackError(f"{where} is not valid YAML: {_reason(error)}") from None
+    return _checked(value, where, MOST_NODES)
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML whose only booleans are true and false, without dates, with each key once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in set(keys):
+            if keys.count(key) > 1:
+                raise ValueError(f"key {key!r} occurs twice{node.start_mark}")
+        built: dict[object, object] = super().construct_mapping(node, deep)
+        return built
+
+
+_REPLACED = {
+    "bool": (r"^(?:true|True|false|False)$", "tTfF"),
+    "float": (
+        r"^[-+]?(?:(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$",
+        "-+0123456789.",
+    ),
+    "timestamp": (None, ""),
+}
+_Yaml.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in _REPLACED]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _name, (_pattern, _first) in _REPLACED.items():
+    if _pattern:
+        _Yaml.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(_pattern), list(_first))
+
+
+def read_safetensors_header(path: Path, what: str) -> dict[str, Json]:
+    """Return the header of a safetensors file: dtype, shape and place of each tensor, and `__metadata__`."""
+    where = f"{what} {path}"
+    with _opened(path, what) as file:
+        size = int.from_bytes(file.read(8), "little")
+        content = file.read(size) if size <= min(LONGEST_HEADER, os.fstat(file.fileno()).st_size) else b""
+    if len(content) != size:
+        raise SteerbackError(f"{where} is no safetensors file: its header of {size:,} bytes is not there")
+    return _table(parse_json(decode(content, where), where), where)
+
+
+def _table(value: Json, where: str) -> dict[str, Json]:
+    if not isinstance(value, dict):
+        raise SteerbackError(f"{where} must hold an object with named values, not a {type(value).__name__}")
+    return value
+
+
+def _checked(value: Json, where: str, most: int | None = None) -> Json:
+    """Return a parsed value. Raises SteerbackError if later code could not handle it: too deep, too large, no text."""
+    waiting: list[tuple[object, int]] = [(value, 0)]
+    seen = 0
+    while waiting:
+        item, depth = waiting.pop()
+        seen += 1
+        if depth > DEEPEST or (most is not None and seen > most):
+            limit = f"more than {DEEPEST} levels" if depth > DEEPEST else f"more than {most:,} values"
+            raise SteerbackError(f"{where} holds {limit}")
+        if isinstance(item, dict):
+            wrong = next((key for key in item if not isinstance(key, str)), None)
+            if wrong is not None or None in item:
+                raise SteerbackError(f"{where} has the key {wrong!r}, which is no text; write it in quotes")
+            waiting.extend((part, depth + 1) for pair in item.items() for part in pair)
+        elif isinstance(item, list):
+            waiting.extend((part, depth + 1) for part in item)
+        elif isinstance(item, str):
+            _check_text(item, where)
+        elif isinstance(item, int):
+            if item.bit_length() > WIDEST_INTEGER:
+                raise SteerbackError(f"{where} holds an integer of more than {WIDEST_INTEGER} bits")
+        elif not (item is None or isinstance(item, float)):
+            raise SteerbackError(f"{where} holds a {type(item).__name__}; write it as text, in quotes")
+    return value
+
+
+def _check_text(text: str, where: str) -> None:
+    if "\0" in text:
+        raise SteerbackError(f"{where} holds a text with a NUL character")
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise SteerbackError(f"{where} holds a text with half of a surrogate pair, which is no character") from None
+
+
+def _reason(error: Exception) -> str:
+    """Return the parser's message in one line; its advice about an integer's digits means nothing to a user."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    message = " ".join(str(error).split())
+    return "an integer has too many digits" if "integer string conversion" in message else message
