@@ -30,11 +30,10 @@ numbers = st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=25)
 
 @few
 @given(numbers, numbers)
-def test_cliffs_delta_equals_counting_pairs_and_the_u_statistic(a, b) -> None:
+def test_cliffs_delta_equals_counting_pairs(a, b) -> None:
     ours = cliffs_delta(np.array(a), np.array(b))
     counted = sum(np.sign(y - x) for x in a for y in b) / (len(a) * len(b))
     assert ours == pytest.approx(counted)
-    assert ours == pytest.approx(2 * stats.mannwhitneyu(b, a).statistic / (len(a) * len(b)) - 1)
 
 
 def two_samples(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

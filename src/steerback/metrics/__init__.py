@@ -5,6 +5,7 @@ Pure numpy (scipy where a distribution is needed): knows nothing of ledgers, eng
 
 from steerback.metrics.agreement import Agreement, agreement, alpha, cohens_kappa, krippendorff_alpha, rank_correlation
 from steerback.metrics.intervals import clopper_pearson, no_event_bound, wilson
+from steerback.metrics.levels import Peak, Trend, find_peak, trend
 from steerback.metrics.outcomes import (
     EMPTY,
     INVALID,
@@ -29,8 +30,6 @@ from steerback.metrics.rates import (
     summarize,
     view,
 )
-from steerback.metrics.sweep import Peak, find_peak
-from steerback.metrics.trend import Trend, trend
 
 __all__ = [
     "COMPARED",

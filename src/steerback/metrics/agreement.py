@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from steerback.metrics import intervals as iv
-from steerback.metrics.rates import Estimate, influence
-
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, NDArray
-
-    Floats = NDArray[np.float64]
+from steerback.metrics.intervals import Codes, Floats
+from steerback.metrics.rates import Estimate
+from steerback.metrics.regions import rate_of
 
 Level = Literal["nominal", "interval"]
 
@@ -37,7 +35,7 @@ def agreement(a: ArrayLike, b: ArrayLike, cluster: ArrayLike, draws: int = 2000,
     equal = (table[0] == table[1]).astype(np.float64)
     chance = _chance_disagreement(table)
     kappa = _estimate(lambda t: cohens_kappa(t[0], t[1]), table, codes, draws, seed, chance)
-    return Agreement(_share(equal, codes), kappa)
+    return Agreement(rate_of(equal, codes), kappa)
 
 
 def alpha(ratings: ArrayLike, cluster: ArrayLike, level: Level, draws: int = 2000, seed: int = 0) -> Estimate:
@@ -103,27 +101,16 @@ def spearman(a: Floats, b: Floats) -> float | None:
     return float(np.clip(np.corrcoef(rankdata(a), rankdata(b))[0, 1], -1, 1))
 
 
-def _complete(columns: list[ArrayLike], cluster: ArrayLike) -> tuple[Floats, NDArray[np.intp]]:
+def _complete(columns: list[ArrayLike], cluster: ArrayLike) -> tuple[Floats, Codes]:
     table = np.stack([np.asarray(c, dtype=np.float64) for c in columns])
     keep = np.all(np.isfinite(table), axis=0)
-    return table[:, keep], np.unique(np.asarray(cluster)[keep], return_inverse=True)[1].astype(np.intp)
-
-
-def _share(equal: Floats, codes: NDArray[np.intp]) -> Estimate:
-    n = len(equal)
-    if not n:
-        return Estimate(None, None, None, 0, "no response judged by both")
-    sizes = iv.cluster_sums(codes, np.ones(n))
-    events = float(equal.sum())
-    variance = iv.influence_variance(influence(equal, np.ones(n)), codes, np.ones(n, dtype=bool))
-    bounds = iv.rate_interval(events, sizes, variance)
-    return Estimate(events / n, *bounds[:2], n, bounds.method, int(events), len(sizes))
+    return table[:, keep], np.unique(np.asarray(cluster)[keep], return_inverse=True)[1].astype(np.int64)
 
 
 def _estimate(
     statistic: Callable[[Floats], float | None],
     table: Floats,
-    codes: NDArray[np.intp],
+    codes: Codes,
     draws: int,
     seed: int,
     expected: float | None = None,

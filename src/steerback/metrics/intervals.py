@@ -6,14 +6,16 @@ All are two-sided with total error `alpha`. A cluster is a latent; trials of one
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+Floats = NDArray[np.float64]
+Codes = NDArray[np.int64]
+"""The cluster of each trial: counted from 0, or a code of its latent."""
+Flags = NDArray[np.bool_]
 
-    Floats = NDArray[np.float64]
 
 ALPHA = 0.05
 ICC = 0.1  # correlation within a latent that is assumed where events are too few to estimate it
@@ -77,7 +79,7 @@ def no_event_bound(sizes: Floats, icc: float = ICC, alpha: float = ALPHA) -> flo
     return 1.0 if excess(top) > 0 else float(brentq(excess, 1e-12, top, xtol=1e-10))
 
 
-def cluster_sums(cluster: NDArray[np.intp], values: Floats, clusters: int = 0) -> Floats:
+def cluster_sums(cluster: Codes, values: Floats, clusters: int = 0) -> Floats:
     """Sum of `values` per cluster code, shape (clusters,)."""
     return np.bincount(cluster, weights=values, minlength=clusters).astype(np.float64, copy=False)
 
@@ -90,7 +92,7 @@ class Influence(NamedTuple):
     clusters: int
 
 
-def influence_variance(values: Floats, cluster: NDArray[np.intp], member: NDArray[np.bool_]) -> Influence:
+def influence_variance(values: Floats, cluster: Codes, member: Flags) -> Influence:
     """Linearised variances of an estimate whose trial i contributes `values[i]` (they sum to 0).
 
     independent = n / (n - 1) sum_i v_i^2, clustered = C / (C - 1) sum_c (sum_{i in c} v_i)^2, over the trials in
@@ -204,7 +206,7 @@ def resample_sums(sums: Floats, draws: int, rng: np.random.Generator, cells: int
     return np.concatenate(parts)
 
 
-def percentile(draws: NDArray[Any], alpha: float = ALPHA, clusters: int | None = None) -> tuple[float, float] | None:
+def percentile(draws: Floats, alpha: float = ALPHA, clusters: int | None = None) -> tuple[float, float] | None:
     """Percentile interval of bootstrap draws; undefined draws (nan) are left out, None if all are.
 
     With `clusters`, the number of resampled units C, its tails are expanded to Phi(-t sqrt(C / (C - 1))), t with C - 1

@@ -9,15 +9,14 @@ import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from steerback.errors import SteerbackError
+from steerback.metrics.intervals import Codes, Flags, Floats
 from steerback.records import Judgement, LatentKey, is_degraded
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 VALID, EMPTY, UNSCORED, INVALID = 0, 1, 2, 3
 STATES = ("valid", "empty", "unscored", "invalid")  # index is the constant
@@ -47,17 +46,17 @@ class Outcomes:
     stopped the response, so that its last attempt may be unfinished, nan where that is not known.
     """
 
-    cluster: NDArray[np.int64]
-    pair: NDArray[np.int64]
+    cluster: Codes
+    pair: Codes
     state: NDArray[np.uint8]
-    attempts: NDArray[np.int64]
-    first: NDArray[np.float64]
-    last: NDArray[np.float64]
-    ungated_attempts: NDArray[np.int64]
-    ungated_first: NDArray[np.float64]
-    ungated_last: NDArray[np.float64]
-    degraded: NDArray[np.bool_]
-    cut: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    attempts: Codes
+    first: Floats
+    last: Floats
+    ungated_attempts: Codes
+    ungated_first: Floats
+    ungated_last: Floats
+    degraded: Flags
+    cut: Floats = field(default_factory=lambda: np.zeros(0))
 
     def __post_init__(self) -> None:
         if not len(self.cut):
@@ -77,7 +76,7 @@ class Outcomes:
     def __len__(self) -> int:
         return len(self.state)
 
-    def take(self, index: NDArray[np.bool_] | NDArray[np.intp]) -> Outcomes:
+    def take(self, index: Flags | Codes) -> Outcomes:
         """The trials at `index` (positions or a mask), in that order."""
         return Outcomes(*(getattr(self, f.name)[index] for f in fields(self)))
 

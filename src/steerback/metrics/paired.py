@@ -8,18 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import JsonValue
 
 from steerback.metrics import intervals as iv
+from steerback.metrics.intervals import Codes, Floats
 from steerback.metrics.outcomes import STATES, VALID, Outcomes
 from steerback.metrics.rates import METRICS, Metric, View, influence, view
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Floats = NDArray[np.float64]
 
 COMPARED = ("multi_attempt_rate", "esr_rate", "improvement_rate", "msi", "mean_attempts", "mean_first")
 EXACT_CLUSTERS = 12  # up to this many informative latents all 2^k swaps are enumerated
@@ -59,7 +55,8 @@ class Comparison:
     dropped: dict[str, int]
     tests: dict[str, PairedTest]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, JsonValue]:
+        """Plain dicts, lists and numbers."""
         return asdict(self)
 
     def __getitem__(self, metric: str) -> PairedTest:
@@ -139,7 +136,7 @@ def _ratio(pair: Floats) -> float | None:
 
 
 def _difference_interval(
-    metric: Metric, cluster: NDArray[np.intp], parts: tuple[Floats, Floats, Floats, Floats], value: float, icc: float
+    metric: Metric, cluster: Codes, parts: tuple[Floats, Floats, Floats, Floats], value: float, icc: float
 ) -> iv.Bounds:
     """t interval of the difference from each pair's influence on it; bounded where no pair differs."""
     num_a, den_a, num_b, den_b = parts

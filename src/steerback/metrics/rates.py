@@ -11,31 +11,31 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import JsonValue
 
 from steerback.metrics import intervals as iv
+from steerback.metrics.intervals import Codes, Flags, Floats
 from steerback.metrics.outcomes import STATES, UNSCORED, VALID, Outcomes
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """The valid trials of one variant, every array of shape (n_valid,); `cluster` counts from 0."""
+    """The valid trials of one variant, every array of shape (n_valid,); `cluster` counts from 0.
 
-    cluster: NDArray[np.intp]
-    attempts: NDArray[np.int64]
+    `latents` holds the code of each cluster's latent.
+    """
+
+    cluster: Codes
+    latents: Codes
+    attempts: Codes
     first: Floats
     last: Floats
-    degraded: NDArray[np.bool_]
+    degraded: Flags
 
     @cached_property
-    def multi(self) -> NDArray[np.bool_]:
+    def multi(self) -> Flags:
         return self.attempts >= 2
 
     @cached_property
@@ -55,8 +55,8 @@ def view(outcomes: Outcomes, gated: bool = True, include_degraded: bool = False)
         keep = keep & ~outcomes.degraded
     g = "" if gated else "ungated_"
     attempts, first, last = (getattr(outcomes, g + name)[keep] for name in ("attempts", "first", "last"))
-    _, codes = np.unique(outcomes.cluster[keep], return_inverse=True)
-    return View(codes.astype(np.intp), attempts, first, last, outcomes.degraded[keep])
+    latents, codes = np.unique(outcomes.cluster[keep], return_inverse=True)
+    return View(codes.astype(np.int64), latents, attempts, first, last, outcomes.degraded[keep])
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _ones(v: View) -> Floats:
     return np.ones(len(v.cluster))
 
 
-def _f(mask: NDArray[np.bool_]) -> Floats:
+def _f(mask: Flags) -> Floats:
     return mask.astype(np.float64)
 
 
@@ -145,7 +145,7 @@ class Summary:
     seed: int
     icc: float
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, JsonValue]:
         """Plain dicts, lists and numbers (None for what is unknown; no nan)."""
         return asdict(self)
 
@@ -217,7 +217,7 @@ def influence(num: Floats, den: Floats) -> Floats:
 
 def _estimate(
     metric: Metric,
-    cluster: NDArray[np.intp],
+    cluster: Codes,
     num: Floats,
     den: Floats,
     sizes: Floats,

@@ -8,19 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from steerback.metrics import intervals as iv
+from steerback.metrics.intervals import Codes, Floats
 from steerback.metrics.paired import holm, swap_test
 from steerback.metrics.rates import Estimate, influence
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Floats = NDArray[np.float64]
-    Codes = NDArray[np.int64]
 
 INFINITE = (-np.inf, np.inf)
 
@@ -28,15 +22,12 @@ INFINITE = (-np.inf, np.inf)
 def mean_of(values: Floats, cluster: Codes, limits: tuple[float, float] = INFINITE) -> Estimate:
     """Mean of clustered values with the interval of `intervals.mean_interval`; nan values are left out."""
     values, codes = _present(values, cluster)
-    if not len(values):
+    n = len(values)
+    if not n:
         return Estimate(None, None, None, 0, "no values")
-    ones = np.ones(len(values))
-    variance = iv.influence_variance(influence(values, ones), codes, np.ones(len(values), dtype=bool))
-    clusters = int(codes.max()) + 1
-    bounds = iv.mean_interval(
-        float(values.mean()), iv.cluster_sums(codes, ones), variance, len(values), clusters, limits
-    )
-    return Estimate(float(values.mean()), bounds.low, bounds.high, len(values), bounds.method, len(values), clusters)
+    sizes, variance = _spread(values, codes)
+    bounds = iv.mean_interval(float(values.mean()), sizes, variance, n, len(sizes), limits)
+    return Estimate(float(values.mean()), bounds.low, bounds.high, n, bounds.method, n, len(sizes))
 
 
 def rate_of(yes: Floats, cluster: Codes) -> Estimate:
@@ -44,11 +35,16 @@ def rate_of(yes: Floats, cluster: Codes) -> Estimate:
     yes, codes = _present(yes, cluster)
     if not len(yes):
         return Estimate(None, None, None, 0, "no values")
-    ones = np.ones(len(yes))
-    variance = iv.influence_variance(influence(yes, ones), codes, np.ones(len(yes), dtype=bool))
-    bounds = iv.rate_interval(float(yes.sum()), iv.cluster_sums(codes, ones), variance)
-    clusters = int(codes.max()) + 1
-    return Estimate(float(yes.mean()), bounds.low, bounds.high, len(yes), bounds.method, int(yes.sum()), clusters)
+    sizes, variance = _spread(yes, codes)
+    bounds = iv.rate_interval(float(yes.sum()), sizes, variance)
+    return Estimate(float(yes.mean()), bounds.low, bounds.high, len(yes), bounds.method, int(yes.sum()), len(sizes))
+
+
+def _spread(values: Floats, codes: Codes) -> tuple[Floats, iv.Influence]:
+    """Sizes of the clusters, and the variance of the mean."""
+    ones = np.ones(len(values))
+    variance = iv.influence_variance(influence(values, ones), codes, np.ones(len(values), dtype=bool))
+    return iv.cluster_sums(codes, ones), variance
 
 
 def median_of(values: Floats, cluster: Codes, draws: int, seed: int = 0) -> Estimate:
@@ -116,7 +112,7 @@ def auc_of(low: Floats, high: Floats, cluster: Codes, draws: int, seed: int = 0)
     """
     if not len(low):
         return Estimate(None, None, None, 0, "no values")
-    codes = np.unique(cluster, return_inverse=True)[1].astype(np.intp)
+    codes = np.unique(cluster, return_inverse=True)[1].astype(np.int64)
     member = np.eye(int(codes.max()) + 1)[codes]  # (n, clusters)
     wins = member.T @ ((high[None] > low[:, None]) + 0.5 * (high[None] == low[:, None])) @ member
     sizes = member.sum(axis=0)
@@ -215,11 +211,11 @@ def cohens_d(a: Floats, b: Floats) -> float | None:
 
 def cliffs_delta(a: Floats, b: Floats) -> float | None:
     """P(b > a) - P(b < a) over all pairs."""
+    from scipy.stats import mannwhitneyu
+
     if not len(a) or not len(b):
         return None
-    ordered = np.sort(a)
-    below, upto = (int(np.searchsorted(ordered, b, side=side).sum()) for side in ("left", "right"))
-    return (below + upto) / (len(a) * len(b)) - 1
+    return float(2 * mannwhitneyu(b, a, method="asymptotic").statistic / (len(a) * len(b)) - 1)
 
 
 def _test(
@@ -269,7 +265,7 @@ def _finite(values: Floats, cluster: Codes) -> tuple[Floats, Codes]:
     return np.asarray(values, dtype=np.float64)[keep], np.asarray(cluster)[keep]
 
 
-def _present(values: Floats, cluster: Codes) -> tuple[Floats, NDArray[np.intp]]:
+def _present(values: Floats, cluster: Codes) -> tuple[Floats, Codes]:
     """Values that are there, with clusters counted from 0."""
     values, cluster = _finite(values, cluster)
-    return values, np.unique(cluster, return_inverse=True)[1].astype(np.intp)
+    return values, np.unique(cluster, return_inverse=True)[1].astype(np.int64)
