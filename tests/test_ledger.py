@@ -23,7 +23,8 @@ from steerback.records import (
     is_degraded,
 )
 from steerback.store.cache import Cache, cache_key
-from steerback.store.ledger import Ledger, pack_array, unpack_array
+from steerback.store.database import pack_array, unpack_array
+from steerback.store.ledger import Ledger
 
 
 def make_trial(index: int = 0, **fields: object) -> Trial:

@@ -117,7 +117,7 @@ def spent_lines(folder: Path) -> list[str]:
     """What each judge of a run has been paid."""
     with Run.read(folder) as opened:
         paid = opened.ledger.get("", JUDGE_SPEND) or {}
-    return [f"spent on judge {name}: {Spend(**dict(spend))}" for name, spend in paid.items()]
+    return [f"spent on judge {name}: {spend}" for name, spend in paid.items()]
 
 
 def _time(target: Target, total: int) -> str:

@@ -24,13 +24,12 @@ from steerback.paper.schema import (
     read_source,
     split_prompt,
 )
-from steerback.records import Completion, Intervention, Judgement, LatentKey, Receipt, Trial, digest
+from steerback.records import Completion, Intervention, Judgement, Latent, LatentKey, Receipt, Trial, digest
 from steerback.store.facts import (
     IMPORTED,
     LATENTS,
     META_PROMPTS,
     SWEEP,
-    ChosenLatent,
     ImportedFiles,
     MetaPromptSet,
     Selection,
@@ -245,7 +244,7 @@ def _facts(ledger: Ledger, sources: Sequence[Source], target: str | None, result
     for name in result.targets:
         own = [s for s in sources if (target or s.model) == name]
         chosen = {f.index: f.label for s in own for f in s.file.results_by_feature}
-        latents = [ChosenLatent(key=key, label=label) for key, label in chosen.items()]
+        latents = [Latent(key, label) for key, label in chosen.items()]
         ledger.put(name, LATENTS, Selection(chosen=latents, counts={"imported": len(latents)}))
         for source in own:
             for fact, value in ((source.file.steerback and source.file.steerback.facts) or {}).items():

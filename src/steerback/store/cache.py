@@ -14,8 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from steerback.records import Attempt, Completion, Judgement, Receipt, digest
+from steerback.store.database import open_database, pack_array, sqlite_errors, unpack_array
 from steerback.store.files import user_folder
-from steerback.store.ledger import open_database, pack_array, sqlite_errors, unpack_array
 
 APPLICATION_ID = 0x53544243  # "STBC"
 SCHEMA_VERSION = 1

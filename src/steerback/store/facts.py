@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
 from steerback.errors import SteerbackError
-from steerback.records import LatentKey
+from steerback.records import Latent, Spend
 
 T = TypeVar("T")
 
@@ -73,17 +73,10 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=True)
 
 
-class ChosenLatent(Record):
-    """A latent that the run steers with."""
-
-    key: LatentKey
-    label: str | None = None
-
-
 class Selection(Record):
     """The latents of a run, in order, and how many candidates each filter left."""
 
-    chosen: list[ChosenLatent]
+    chosen: list[Latent]
     counts: dict[str, JsonValue] = {}
 
 
@@ -92,15 +85,6 @@ class EngineIdentity(Record):
 
     fingerprint: str
     engine: dict[str, object] = {}
-
-
-class Spending(Record):
-    """What a judge was paid for: calls, tokens, and cost in USD (None: price unknown)."""
-
-    calls: int = 0
-    input_tokens: int = 0
-    output_tokens: int = 0
-    cost: float | None = 0.0
 
 
 class ImportedFiles(Record):
@@ -309,7 +293,7 @@ LATENTS = Fact.of("latents", Selection)
 ENGINE = Fact.of("engine", EngineIdentity)
 PROVENANCE = Fact.of("provenance", Provenance)
 JUDGES = Fact.of("judges", dict[str, dict[str, object]])
-JUDGE_SPEND = Fact.of("judge spend", dict[str, Spending])
+JUDGE_SPEND = Fact.of("judge spend", dict[str, Spend])
 IMPORTED = Fact.of("imported", ImportedFiles)
 SWEEP = Fact.of("sweep", Sweep)
 META_PROMPTS = Fact.of("meta-prompts", MetaPromptSet)

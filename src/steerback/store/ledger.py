@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sqlite3
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -28,8 +27,8 @@ from steerback.records import (
     Recording,
     Trial,
 )
+from steerback.store.database import open_database, pack_array, sqlite_errors, unpack_array
 from steerback.store.facts import CONFIG, Fact
-from steerback.store.files import make_folder
 
 T = TypeVar("T")
 
@@ -95,60 +94,6 @@ class Row:
         """What judges see and spans refer to: prefill and response; in stage `continuation` the response alone."""
         text = self.completion.text if self.completion is not None else ""
         return text if self.trial.stage == "continuation" else self.trial.prefill + text
-
-
-@contextmanager
-def sqlite_errors(path: Path) -> Iterator[None]:
-    """Turns what SQLite reports about a file into one line a user can act on."""
-    try:
-        yield
-    except sqlite3.DatabaseError as error:
-        text = str(error)
-        if "full" in text or "disk I/O" in text:
-            raise SteerbackError(
-                f"{path}: the disk is full ({text}); free some space, then resume: all committed trials are kept"
-            ) from None
-        if "readonly" in text or "read-only" in text or "unable to open" in text:
-            raise SteerbackError(f"{path}: cannot be written ({text}); check the folder's permissions") from None
-        if "locked" in text:
-            raise SteerbackError(f"{path}: another process is using it ({text}); wait for it or stop it") from None
-        raise SteerbackError(f"{path}: not a readable steerback database ({text}); restore it or use another") from None
-
-
-def open_database(path: Path, schema: str, application_id: int, version: int, read_only: bool = False) -> Any:
-    """An SQLite connection in WAL mode; creates the file when it is new, refuses files that are not ours."""
-    if read_only and not path.is_file():
-        raise SteerbackError(f"{path} does not exist; start a run first (steerback run ...)")
-    make_folder(path.parent)
-    with sqlite_errors(path):
-        connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
-        try:
-            _prepare(connection, path, schema, application_id, version)
-        except BaseException:
-            connection.close()
-            raise
-    return connection
-
-
-def _prepare(connection: sqlite3.Connection, path: Path, schema: str, application_id: int, version: int) -> None:
-    found = connection.execute("PRAGMA application_id").fetchone()[0]
-    tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-    if tables == 0 and found in (0, application_id):
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("BEGIN IMMEDIATE")
-        # another process may have created the tables since we looked
-        if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
-            connection.execute(f"PRAGMA application_id = {application_id}")
-            connection.execute(f"PRAGMA user_version = {version}")
-            for statement in filter(str.strip, schema.split(";")):
-                connection.execute(statement)
-        connection.execute("COMMIT")
-    elif found != application_id:
-        raise SteerbackError(f"{path} is an SQLite file of another program; it was left as it is")
-    have = connection.execute("PRAGMA user_version").fetchone()[0]
-    if have != version:
-        raise SteerbackError(f"{path} has schema version {have}, this steerback reads {version}; use that release")
-    connection.execute("PRAGMA synchronous = NORMAL")
 
 
 class Ledger:
@@ -345,8 +290,10 @@ def _completion_row(key: str, c: Completion, engine: str) -> tuple[Any, ...]:
     )
 
 
-def _row(found: tuple[Any, ...]) -> Row:
-    key, target, stage, condition, index, latent, label, _boost, prompt, meta, prefill, seed, edits, record = found[:14]
+def _row(stored: tuple[Any, ...]) -> Row:
+    key, target, stage, condition, index, latent, label, _boost, prompt, meta, prefill, seed, edits, record = stored[
+        :14
+    ]
     recording = json.loads(record) if record else None
     trial = Trial(
         key=key,
@@ -364,39 +311,17 @@ def _row(found: tuple[Any, ...]) -> Row:
         record=Recording(tuple(recording["latents"]), recording["layer"]) if recording else None,
     )
     completion = None
-    if found[14] is not None:
-        text, ids, prompt_tokens, finish, in_prompt, generated, norm, blob = found[14:22]
+    if stored[14] is not None:
+        text, ids, prompt_tokens, finish, in_prompt, generated, norm, blob = stored[14:22]
         receipt = Receipt(in_prompt, generated, norm)
         tokens = tuple(json.loads(ids))
         completion = Completion(text, tokens, prompt_tokens, finish, receipt, unpack_array(blob))
     judgement = None
-    if found[22] is not None:
-        judge, rubric, status, attempts, reason, raw = found[22:28]
+    if stored[22] is not None:
+        judge, rubric, status, attempts, reason, raw = stored[22:28]
         spans = tuple(Attempt(**a) for a in json.loads(attempts))
         judgement = Judgement(judge, rubric, status, spans, reason, raw)
     return Row(trial, completion, judgement)
-
-
-def pack_array(array: Any) -> bytes | None:
-    """float32 array of shape (positions, latents) as compressed bytes with its shape in front."""
-    if array is None:
-        return None
-    import numpy as np
-
-    values = np.ascontiguousarray(array, dtype="<f4")
-    if values.ndim != 2:
-        raise ValueError(f"activations must have shape (positions, latents), not {values.shape}")
-    return np.asarray(values.shape, dtype="<i8").tobytes() + zlib.compress(values.tobytes(), 1)
-
-
-def unpack_array(blob: bytes | None) -> Any:
-    """Inverse of `pack_array`."""
-    if blob is None:
-        return None
-    import numpy as np
-
-    shape = np.frombuffer(blob[:16], dtype="<i8")
-    return np.frombuffer(zlib.decompress(blob[16:]), dtype="<f4").reshape(shape)
 
 
 def _dump(value: Any) -> str:

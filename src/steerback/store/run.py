@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -19,7 +18,7 @@ from typing import IO, Any
 from steerback.config import RunConfig, differences, parse_config
 from steerback.errors import VERSION, SteerbackError
 from steerback.records import Spend
-from steerback.store.facts import CONFIG, JUDGE_SPEND, Spending
+from steerback.store.facts import CONFIG, JUDGE_SPEND
 from steerback.store.files import make_folder
 from steerback.store.files import write_atomic as write_atomic
 from steerback.store.files import write_json as write_json
@@ -114,8 +113,7 @@ class Run:
         """Adds to what a judge of this run has been paid."""
         stored = self.ledger.get("", JUDGE_SPEND)
         paid = dict(stored or {})
-        before = Spend(**dict(paid[name])) if name in paid else Spend()
-        paid[name] = Spending(**asdict(before + spent))
+        paid[name] = paid.get(name, Spend()) + spent
         self.ledger.put("", JUDGE_SPEND, paid)
         self.amend_manifest({"judge spend": JUDGE_SPEND.dump(paid)})
 

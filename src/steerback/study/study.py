@@ -21,7 +21,7 @@ from steerback.judging.spending import drain
 from steerback.latents import selection as choose
 from steerback.latents.concreteness import make_rater
 from steerback.records import Intervention, Latent, LatentKey, Trial
-from steerback.store.facts import BASELINE, CONFIG, ENGINE, LATENTS, ChosenLatent, Fact, Selection
+from steerback.store.facts import BASELINE, CONFIG, ENGINE, LATENTS, Fact, Selection
 from steerback.store.ledger import Ledger, Row
 from steerback.store.run import Run
 from steerback.study.pipeline import Workbench, complete
@@ -136,7 +136,7 @@ class Study:
         if stored is None:
             stored = await self._select()
             self.run.ledger.put(self.name, LATENTS, stored)
-        return [Latent(entry.key, entry.label) for entry in stored.chosen]
+        return list(stored.chosen)
 
     async def _select(self) -> Selection:
         labels = self.target.labels()
@@ -167,7 +167,7 @@ class Study:
                 if rater is not None and (spent := drain(rater)) is not None:
                     self.run.add_spend(rater.name, spent)
             keys, counts = list(chosen.chosen), chosen.counts
-        return Selection(chosen=[ChosenLatent(key=k, label=self.label(k)) for k in keys], counts=dict(counts))
+        return Selection(chosen=[Latent(k, self.label(k)) for k in keys], counts=dict(counts))
 
     def label(self, key: LatentKey) -> str | None:
         """The latent's label where there is one; a named direction is its own label."""

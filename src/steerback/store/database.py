@@ -1,0 +1,95 @@
+"""SQLite files as ledger and cache use them: opened safely, errors as one line, arrays as compressed bytes."""
+
+from __future__ import annotations
+
+import sqlite3
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from steerback.errors import SteerbackError
+from steerback.store.files import make_folder
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+@contextmanager
+def sqlite_errors(path: Path) -> Iterator[None]:
+    """Turn an error of SQLite about a file into one line that a user can act on."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        text = str(error)
+        if "full" in text or "disk I/O" in text:
+            raise SteerbackError(
+                f"{path}: the disk is full ({text}); free some space, then resume: all committed trials are kept"
+            ) from None
+        if "readonly" in text or "read-only" in text or "unable to open" in text:
+            raise SteerbackError(f"{path}: cannot be written ({text}); check the folder's permissions") from None
+        if "locked" in text:
+            raise SteerbackError(f"{path}: another process is using it ({text}); wait for it or stop it") from None
+        raise SteerbackError(f"{path}: not a readable steerback database ({text}); restore it or use another") from None
+
+
+def open_database(
+    path: Path, schema: str, application_id: int, version: int, read_only: bool = False
+) -> sqlite3.Connection:
+    """Open an SQLite file in WAL mode; create it when it is new, refuse files of other programs."""
+    if read_only and not path.is_file():
+        raise SteerbackError(f"{path} does not exist; start a run first (steerback run ...)")
+    make_folder(path.parent)
+    with sqlite_errors(path):
+        connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+        try:
+            _prepare(connection, path, schema, application_id, version)
+        except BaseException:
+            connection.close()
+            raise
+    return connection
+
+
+def _prepare(connection: sqlite3.Connection, path: Path, schema: str, application_id: int, version: int) -> None:
+    found = connection.execute("PRAGMA application_id").fetchone()[0]
+    tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    if tables == 0 and found in (0, application_id):
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("BEGIN IMMEDIATE")
+        # another process may have created the tables since we looked
+        if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
+            connection.execute(f"PRAGMA application_id = {application_id}")
+            connection.execute(f"PRAGMA user_version = {version}")
+            for statement in filter(str.strip, schema.split(";")):
+                connection.execute(statement)
+        connection.execute("COMMIT")
+    elif found != application_id:
+        raise SteerbackError(f"{path} is an SQLite file of another program; it was left as it is")
+    have = connection.execute("PRAGMA user_version").fetchone()[0]
+    if have != version:
+        raise SteerbackError(f"{path} has schema version {have}, this steerback reads {version}; use that release")
+    connection.execute("PRAGMA synchronous = NORMAL")
+
+
+def pack_array(array: NDArray[np.float32] | None) -> bytes | None:
+    """Compress a float32 array of shape (positions, latents), with its shape in front."""
+    if array is None:
+        return None
+    import numpy as np
+
+    values = np.ascontiguousarray(array, dtype="<f4")
+    if values.ndim != 2:
+        raise ValueError(f"activations must have shape (positions, latents), not {values.shape}")
+    return np.asarray(values.shape, dtype="<i8").tobytes() + zlib.compress(values.tobytes(), 1)
+
+
+def unpack_array(blob: bytes | None) -> NDArray[np.float32] | None:
+    """Restore an array that `pack_array` compressed."""
+    if blob is None:
+        return None
+    import numpy as np
+
+    shape = np.frombuffer(blob[:16], dtype="<i8")
+    return np.frombuffer(zlib.decompress(blob[16:]), dtype="<f4").reshape(shape)
