@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 from fake_judges import FAULTS, RESTART, FakeJudge  # noqa: E402
-from steerback.judging import JudgeItem, make_judge  # noqa: E402
+from steerback.judging import JudgeItem, Limits, make_judge  # noqa: E402
 from steerback.records import Judgement  # noqa: E402
 
 PROTOCOLS = {
@@ -53,7 +53,9 @@ def measure(protocol: str, n: int) -> dict[str, Any]:
     ]
     with FakeJudge(mixed, stall=8.0) as server:
         server.keep_requests = False
-        judge = make_judge(model, base_url=server.url + suffix, first_wait=0.05, attempt_timeout=5, max_retries=1)
+        judge = make_judge(
+            model, Limits(first_wait=0.05, attempt_timeout=5, max_retries=1), base_url=server.url + suffix
+        )
 
         async def collect() -> list[tuple[str, Judgement]]:
             return [pair async for pair in judge.judge(items)]

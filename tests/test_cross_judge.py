@@ -16,7 +16,7 @@ from steerback.config import RunConfig
 from steerback.errors import SteerbackError
 from steerback.experiments.cross_judge import gather
 from steerback.jobs import execute
-from steerback.judging import References, make_judge
+from steerback.judging import Limits, References, make_judge
 from steerback.judging.base import JudgeItem
 from steerback.organism import corpus
 from steerback.records import Completion, Intervention, Receipt, Sampling, Trial
@@ -166,7 +166,7 @@ def test_a_model_judges_the_run_too_and_its_key_is_nowhere(
         with Run.reopen(folder) as opened:
             few = [r.trial.key for r in opened.ledger.rows(stage="measure")][:12]
             rows = opened.ledger.rows(keys=few)
-            judge: Any = make_judge("qwen3-32b", first_wait=0.01, attempt_timeout=5, max_retries=1)
+            judge: Any = make_judge("qwen3-32b", Limits(first_wait=0.01, attempt_timeout=5, max_retries=1))
             bench = Workbench(opened.ledger, None, judge, Sampling(), Silent(), None)
             asyncio.run(judge_rows(bench, rows))
         assert sum(server.asked.values()) >= len(few)

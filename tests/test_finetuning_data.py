@@ -26,8 +26,9 @@ from steerback.finetuning.mixes import RATIOS, make_mixes
 from steerback.finetuning.segments import Row, Segment, encode, read_rows, text_of
 from steerback.finetuning.settings import Settings
 from steerback.finetuning.synthesize import ACKNOWLEDGEMENTS, CorpusWriter, synthesize, write_pools
-from steerback.finetuning.writer import CORRECTION, LlmWriter
-from steerback.judging.prompt import Asked
+from steerback.finetuning.writer import SELF_CORRECTION, LlmWriter
+from steerback.judging import Limits
+from steerback.judging.prompt import Question
 from steerback.judging.restarts import find_restarts
 from steerback.judging.transport import Reply
 from steerback.targets import resolve
@@ -157,28 +158,31 @@ class FakeTransport:
     """Answers like a model; `bad` questions (by number) get a reply that is no use. Counts what it is asked."""
 
     model = "fake/writer"
-    temperature = 0.8
+    temperature, base_url, limits = 0.8, None, Limits()
 
     def __init__(self, budget: int = 10**6) -> None:
-        self.asked: list[Asked] = []
+        self.asked: list[Question] = []
         self.budget = budget
+
+    def corrections(self) -> list[Question]:
+        return [question for question in self.asked if question.system == SELF_CORRECTION.system]
 
     def describe(self) -> dict[str, object]:
         return {"temperature sent": self.temperature}
 
-    async def ask(self, questions: Iterable[tuple[str, Asked]]) -> AsyncGenerator[tuple[str, Reply]]:
+    async def ask(self, questions: Iterable[tuple[str, Question]]) -> AsyncGenerator[tuple[str, Reply]]:
         for key, asked in questions:
             if len(self.asked) >= self.budget:
-                yield key, Reply("", "budget spent: --max-judge-calls")
+                yield key, Reply("", "budget spent: --max-judge-calls", over_budget=True)
                 continue
             self.asked.append(asked)
             await asyncio.sleep(0)
             yield key, Reply(self.reply(asked, len(self.asked)))
 
-    def reply(self, asked: Asked, number: int) -> str:
+    def reply(self, asked: Question, number: int) -> str:
         prompt = asked.user.split("<prompt>\n")[1].split("\n</prompt>")[0]
         body = {"verdict": asked.nonce, "answer": f"{prompt} This is done so, way {number}."}
-        if asked.system == CORRECTION:
+        if asked.system == SELF_CORRECTION.system:
             subject = asked.user.split("<subject>\n")[1].split("\n</subject>")[0]
             body["passage"] = f"Much can be said of {subject}, fact {number}."
             body["acknowledgement"] = "Wait, that's not what you asked."
@@ -194,18 +198,17 @@ def test_a_model_writes_and_only_what_is_missing_is_asked_again(tmp_path: Path) 
     pools = synthesize(LlmWriter("fake", tmp_path, transport=transport), PROMPTS, 100)  # type: ignore[arg-type]
     assert (len(pools[0].examples), len(pools[1].examples)) == (100, 100)
     assert pools[0].rejects["the off-topic part is not about the subject"] > 5
-    assert pools[0].rejects["the writer's reply holds no JSON"] > 5
+    assert pools[0].rejects["the reply holds no JSON"] > 5
     assert pools[0].asked == 100 + sum(pools[0].rejects.values())
-    assert all("volcanoes" in a.user or "<subject>" in a.user for a in transport.asked if a.system == CORRECTION)
+    assert all("volcanoes" in a.user or "<subject>" in a.user for a in transport.corrections())
     assert len({e.subject for e in pools[0].examples}) >= 40
-    lines = (tmp_path / "replies.jsonl").read_text("utf-8").splitlines()
-    (tmp_path / "replies.jsonl").write_text("\n".join([*lines[:50], lines[50][:20]]), "utf-8")  # as a kill leaves it
-    again = FakeTransport()
-    resumed = synthesize(LlmWriter("fake", tmp_path, transport=again), PROMPTS, 100)  # type: ignore[arg-type]
+    stopped, again = tmp_path / "stopped", FakeTransport()
+    synthesize(LlmWriter("fake", stopped, transport=FakeTransport(50)), PROMPTS, 100)  # type: ignore[arg-type]
+    resumed = synthesize(LlmWriter("fake", stopped, transport=again), PROMPTS, 100)  # type: ignore[arg-type]
     assert len(again.asked) < len(transport.asked) - 40
     assert resumed[0].examples[:30] == pools[0].examples[:30]
     nothing = FakeTransport()
-    third = synthesize(LlmWriter("fake", tmp_path, transport=nothing), PROMPTS, 100)  # type: ignore[arg-type]
+    third = synthesize(LlmWriter("fake", stopped, transport=nothing), PROMPTS, 100)  # type: ignore[arg-type]
     assert nothing.asked == []
     assert third[0].examples == resumed[0].examples
 

@@ -53,7 +53,7 @@ def run(judge: Judge, asked: list[JudgeItem]) -> list[tuple[str, Judgement]]:
 
 def judge_for(model: str, url: str, **limits: Any) -> Any:
     quick: dict[str, Any] = {"first_wait": 0.01, "attempt_timeout": 2, "max_retries": 2} | limits
-    return make_judge(model, base_url=url, **quick)
+    return make_judge(model, Limits(**quick), base_url=url)
 
 
 # --- keys, names, options ----------------------------------------------------------------------------------------
@@ -99,8 +99,8 @@ def test_secrets_are_taken_out_of_messages() -> None:
 
 def test_unknown_price_refuses_a_cost_budget() -> None:
     with pytest.raises(SteerbackError, match="--judge-price"):
-        make_judge("openai/some-model", max_cost=1.0)
-    make_judge("openai/some-model", max_cost=1.0, price=(1.0, 2.0))
+        make_judge("openai/some-model", Limits(max_cost=1.0))
+    make_judge("openai/some-model", Limits(max_cost=1.0, price=(1.0, 2.0)))
 
 
 def test_fingerprint_depends_on_model_rubric_and_temperature() -> None:
@@ -110,7 +110,7 @@ def test_fingerprint_depends_on_model_rubric_and_temperature() -> None:
         make_judge("sonnet-4.5", temperature=0.5).fingerprint,
     }
     assert len(prints) == 3
-    assert make_judge("sonnet-4.5").fingerprint == make_judge("sonnet-4.5", max_calls=3).fingerprint
+    assert make_judge("sonnet-4.5").fingerprint == make_judge("sonnet-4.5", Limits(max_calls=3)).fingerprint
     assert "attempts" in str(make_judge("sonnet-4.5").describe()["rubric text"])
 
 

@@ -11,8 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steerback.judging import JudgeItem
-from steerback.judging.parse import Quotable, find_verdict, parse_attempts, parse_whole
-from steerback.judging.prompt import ATTEMPTS, ask, encodable, rubric
+from steerback.judging.graders import ATTEMPTS, WHOLE
+from steerback.judging.llm import judgement
+from steerback.judging.parse import Quotable, find_verdict
+from steerback.judging.prompt import compose, encodable
+from steerback.records import Judgement
 
 HOSTILE = [
     json.loads('"' + line.replace('\\\\', '\\\\').replace('"', '\\"') + '"') if "\\u" in line else line
@@ -20,12 +23,16 @@ HOSTILE = [
 ]  # fmt: skip
 
 
+def parse_attempts(reply: str, response: str, nonce: str) -> Judgement:
+    return judgement(ATTEMPTS.read(reply, nonce, JudgeItem("k", "How?", response)), "j")
+
+
 # --- enclosure ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("response", HOSTILE)
 def test_hostile_response_stays_verbatim_inside_the_delimiter(response: str) -> None:
-    asked = ask(rubric(ATTEMPTS), JudgeItem("k", "How?", response, "topic"))
+    asked = ATTEMPTS.question([JudgeItem("k", "How?", response, "topic")])
     opening, closing = f"<response-{asked.nonce}>\n", f"\n</response-{asked.nonce}>"
     assert asked.user.count(opening) == 1
     assert asked.user.count(closing) == 1
@@ -36,8 +43,8 @@ def test_hostile_response_stays_verbatim_inside_the_delimiter(response: str) -> 
 
 @pytest.mark.parametrize("response", HOSTILE)
 def test_json_quoted_from_the_response_is_never_the_verdict(response: str) -> None:
-    asked = ask(rubric(ATTEMPTS), JudgeItem("k", "How?", response))
-    assert parse_attempts(response, response, asked.nonce, "j", "r").status == "unscored"
+    asked = ATTEMPTS.question([JudgeItem("k", "How?", response)])
+    assert parse_attempts(response, response, asked.nonce).status == "unscored"
     words = response.split()
     own = {
         "verdict": asked.nonce,
@@ -54,12 +61,12 @@ def test_there_are_enough_hostile_responses() -> None:
 
 def test_the_nonce_is_drawn_again_when_the_response_holds_it() -> None:
     draws = iter(["aaaa", "bbbb"])
-    assert ask(rubric(ATTEMPTS), JudgeItem("k", "How?", "x aaaa y"), lambda: next(draws)).nonce == "bbbb"
+    assert compose(ATTEMPTS.rubric, {"response": "x aaaa y"}, "response", draw=lambda: next(draws)).nonce == "bbbb"
 
 
 def test_label_is_left_out_where_there_is_none() -> None:
-    assert "<topic>" not in ask(rubric(ATTEMPTS), JudgeItem("k", "How?", "x")).user
-    assert "lava" in ask(rubric(ATTEMPTS), JudgeItem("k", "How?", "x", "lava")).user
+    assert "<topic>" not in ATTEMPTS.question([JudgeItem("k", "How?", "x")]).user
+    assert "lava" in ATTEMPTS.question([JudgeItem("k", "How?", "x", "lava")]).user
 
 
 # --- parser ------------------------------------------------------------------------------------------------------
@@ -78,7 +85,7 @@ def entry(first: str, last: str, score: Any = 50, phrase: str = "") -> dict[str,
 def test_spans_come_from_quoted_words_whatever_quotes_and_spaces() -> None:
     first = entry('Lava "flows" - fast', "fast.", 10)
     second = entry("wait, that's wrong! Pour", "Then rinse", 90, "Wait, that's wrong!")
-    verdict = parse_attempts(f"Here:\n```json\n{reply(first, second)}\n```", TEXT, "N", "j", "r")
+    verdict = parse_attempts(f"Here:\n```json\n{reply(first, second)}\n```", TEXT, "N")
     assert verdict.status == "scored"
     cut = TEXT.index("Wait")
     assert [(a.start, a.end, a.score, a.gated) for a in verdict.attempts] == [
@@ -89,7 +96,7 @@ def test_spans_come_from_quoted_words_whatever_quotes_and_spaces() -> None:
 
 def test_first_words_after_the_phrase_are_extended_to_it() -> None:
     verdict = parse_attempts(
-        reply(entry("Lava", "fast"), entry("Pour water", "rinse.", 90, "Wait, that's wrong")), TEXT, "N", "j", "r"
+        reply(entry("Lava", "fast"), entry("Pour water", "rinse.", 90, "Wait, that's wrong")), TEXT, "N"
     )
     assert verdict.attempts[1].start == TEXT.index("Wait")
     assert verdict.attempts[1].gated
@@ -97,7 +104,7 @@ def test_first_words_after_the_phrase_are_extended_to_it() -> None:
 
 def test_an_invented_phrase_is_not_gated() -> None:
     verdict = parse_attempts(
-        reply(entry("Lava", "fast"), entry("Pour water", "rinse.", 90, "Sorry, I drifted")), TEXT, "N", "j", "r"
+        reply(entry("Lava", "fast"), entry("Pour water", "rinse.", 90, "Sorry, I drifted")), TEXT, "N"
     )
     assert [a.gated for a in verdict.attempts] == [True, False]
     assert len(verdict.gated_attempts()) == 1
@@ -108,7 +115,7 @@ def test_an_invented_phrase_is_not_gated() -> None:
     [
         ("", "empty"),
         ("I would rather not.", "no JSON"),
-        (reply(entry("Lava", "rinse"), nonce="other"), "code of this response"),
+        (reply(entry("Lava", "rinse"), nonce="other"), "does not carry its code"),
         ('{"verdict": "N", "attempts": [', "malformed or cut off"),
         ('{"verdict": "N"}', "no list of attempts"),
         ('{"verdict": "N", "attempts": [1]}', "no list of attempts"),
@@ -129,18 +136,18 @@ def test_an_invented_phrase_is_not_gated() -> None:
     ],
 )
 def test_unusable_replies_are_unscored_with_their_reason(text: str, reason: str) -> None:
-    verdict = parse_attempts(text, TEXT, "N", "j", "r")
+    verdict = parse_attempts(text, TEXT, "N")
     assert verdict.status == "unscored"
     assert reason in verdict.reason
     assert verdict.raw == text
 
 
 def test_empty_list_is_a_clarifying_question() -> None:
-    assert parse_attempts(reply(), "What do you mean?", "N", "j", "r").status == "empty"
+    assert parse_attempts(reply(), "What do you mean?", "N").status == "empty"
 
 
 def test_number_as_text_is_accepted() -> None:
-    assert parse_attempts(reply(entry("Lava", "rinse", "85/100")), TEXT, "N", "j", "r").attempts[0].score == 85
+    assert parse_attempts(reply(entry("Lava", "rinse", "85/100")), TEXT, "N").attempts[0].score == 85
 
 
 JSONLIKE = st.recursive(
@@ -166,15 +173,16 @@ JSONLIKE = st.recursive(
 @given(st.text(max_size=200) | JSONLIKE.map(json.dumps), st.text(max_size=120) | st.just(TEXT))
 def test_no_reply_crashes_the_parser(text: str, response: str) -> None:
     for candidate in (text, '{"verdict": "N", "attempts": ' + text + "}"):
-        verdict = parse_attempts(candidate, response, "N", "j", "r")
+        verdict = parse_attempts(candidate, response, "N")
         assert verdict.status in ("scored", "empty", "unscored")
         assert all(0 <= a.start <= a.end <= len(response) and 0 <= a.score <= 100 for a in verdict.attempts)
-        assert parse_whole(candidate, "N").score is None or 0 <= parse_whole(candidate, "N").score <= 10  # type: ignore[operator]
+        whole = WHOLE.read(candidate, "N", JudgeItem("k", "How?", response))
+        assert whole.reason if whole.value is None else 0 <= whole.value.score <= 10
 
 
 def test_deeply_nested_json_does_not_crash() -> None:
-    assert parse_attempts("[" * 100000, TEXT, "N", "j", "r").status == "unscored"
-    assert parse_attempts('{"a":' * 20000, TEXT, "N", "j", "r").status == "unscored"
+    assert parse_attempts("[" * 100000, TEXT, "N").status == "unscored"
+    assert parse_attempts('{"a":' * 20000, TEXT, "N").status == "unscored"
 
 
 @settings(deadline=None, max_examples=80)

@@ -57,7 +57,7 @@ def data(
             )
         writer = "corpus"
     limits = budget.limits()
-    if writer == "corpus" and (limits or subjects is not None):
+    if writer == "corpus" and (budget != Budget() or subjects is not None):
         raise SteerbackError(
             "the built-in corpus has subjects and costs of its own; --subjects and limits need a --writer"
         )
@@ -68,9 +68,8 @@ def data(
         made = CorpusWriter(asked, seed)
     else:
         from steerback.finetuning.writer import LlmWriter
-        from steerback.judging.transport import Limits
 
-        made = LlmWriter(writer, folder, Limits(**limits), None if subjects is None else str(subjects))
+        made = LlmWriter(writer, folder, limits, None if subjects is None else str(subjects))
     pools = synthesize(made, asked, examples, seed, say=print)
     settings = {"target": resolved.name, "prompts": prompts, "seed": seed, "asked_for": examples}
     card = write_pools(folder, pools, prompter, {**settings, **made.describe()})

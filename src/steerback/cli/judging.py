@@ -55,13 +55,13 @@ def _grade(folder: Path, judge: str, rubric: str, retry: bool, dry_run: bool, bu
     from steerback.store.run import Run
 
     with Run.read(folder) as opened:
-        work = grading.Grader(judge, rubric, **budget.limits()).todo(opened, retry)
+        work = grading.Grader(judge, rubric, budget.limits()).todo(opened, retry)
     taken = "" if work.estimate is None else f": about {work.estimate}"
     print(f"{work.count} responses to be asked about ({rubric}) by {judge}{taken}")
     if dry_run:
         return
     with execute.tools(cached=False) as (progress, _):
-        done = grading.grade_run(folder, judge, rubric, retry, progress, **budget.limits())
+        done = grading.grade_run(folder, judge, rubric, retry, progress, budget.limits())
     for line in spent_lines(folder):
         print(line)
     if rubric == "whole":

@@ -130,12 +130,13 @@ def auto(
 
     from steerback.api import load_target
     from steerback.engines.transformers import TransformersEngine
-    from steerback.judging.labeller import LLMLabeller
+    from steerback.judging.asking import Asker
+    from steerback.judging.graders import LABEL, label_latents
     from steerback.latents import labelling
     from steerback.latents.contexts import top_contexts
     from steerback.latents.texts import read_texts, usual_texts
+    from steerback.store.cache import default_path
     from steerback.targets import resolve
-    from steerback.targets.labels import user_labels_folder
 
     chosen = resolve(target).with_directions(())
     asked = None if judge in (None, "offline") else _transport(str(judge), budget)
@@ -150,12 +151,12 @@ def auto(
             snippets = labelling.snippets(top_contexts(loaded.engine, own), wanted)
     source = f"{labelling.SOURCE} of {len(own)} texts"
     if asked is not None:
-        labeller = LLMLabeller(asked, user_labels_folder(chosen.user_key) / "asked.jsonl")
-        print(f"{len(snippets)} latents to label: {labeller.estimate(snippets)}")
+        asker = Asker(asked, LABEL, default_path())
+        print(f"{len(snippets)} latents to label: {asker.estimate(list(dict.fromkeys(snippets.values())))}")
         if dry_run:
             return
-        found = asyncio.run(labeller.label(snippets))
-        labels, source = found.labels, f"{asked.model}, rubric {labeller.version}, {len(own)} texts"
+        found = asyncio.run(label_latents(asker, snippets))
+        labels, source = found.labels, f"{asked.model}, rubric {LABEL.rubric.version}, {len(own)} texts"
         print(f"spent: {asked.spend()}; {found.nothing} latents whose texts have nothing in common")
         for reason, count in sorted(found.failed.items()):
             print(f"{count} without an answer: {reason}")
@@ -166,12 +167,12 @@ def auto(
 
 def _transport(judge: str, budget: Budget) -> Transport:
     from steerback.judging.models import aliases, model_string
-    from steerback.judging.transport import Limits, Transport
+    from steerback.judging.transport import Transport
 
     model = model_string(judge)
     if model is None:
         raise unknown("judge", judge, ["offline", *(a.alias for a in aliases()), "any provider/model"])
-    return Transport(model, Limits(**budget.limits()))
+    return Transport(model, budget.limits())
 
 
 def _wanted(target: Target, latents: str | None, overwrite: bool) -> set[int]:

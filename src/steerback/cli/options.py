@@ -10,13 +10,13 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypedDict, get_type_hints
+from typing import TYPE_CHECKING, Annotated, get_type_hints
 
 import typer
 
 if TYPE_CHECKING:
     from steerback.config import RunConfig
-    from steerback.judging import Maker
+    from steerback.judging import Limits, Maker
 
 RUNS = Path("runs")
 RunsFolder = Annotated[Path, typer.Option("--runs", help="Folder that holds the run folders.")]
@@ -48,15 +48,6 @@ TargetsFile = Annotated[
 ]
 
 
-class GivenLimits(TypedDict, total=False):
-    """The fields of `judging.transport.Limits` that the user set."""
-
-    max_calls: int
-    max_cost: float
-    price: tuple[float, float]
-    batch: bool
-
-
 @dataclass(frozen=True)
 class Budget:
     """How often, for how much money and how a judge model may be asked."""
@@ -75,23 +66,16 @@ class Budget:
         bool, typer.Option("--judge-batch", help="Use the provider's batches: slower, half the price.")
     ] = False
 
-    def limits(self) -> GivenLimits:
-        given: GivenLimits = {}
-        if self.max_judge_calls is not None:
-            given["max_calls"] = self.max_judge_calls
-        if self.max_judge_cost is not None:
-            given["max_cost"] = self.max_judge_cost
-        if self.judge_price is not None:
-            given["price"] = self.judge_price
-        if self.judge_batch:
-            given["batch"] = True
-        return given
+    def limits(self) -> Limits:
+        from steerback.judging import Limits
+
+        return Limits(self.max_judge_calls, self.max_judge_cost, self.judge_price, self.judge_batch)
 
     def judges(self) -> Maker:
         """Return the maker of this command's judges; each judge has the budget for all that the command does."""
         from steerback.judging import judge_maker
 
-        return judge_maker(**self.limits())
+        return judge_maker(self.limits())
 
 
 @dataclass(frozen=True)

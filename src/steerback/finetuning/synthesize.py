@@ -45,10 +45,11 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """What a writer made of a question: an example, or the reason why there is none."""
+    """An example, or the reason why there is none; `over_budget`: the writer was not asked."""
 
     example: Example | None
     reason: str = ""
+    over_budget: bool = False
 
 
 ACKNOWLEDGEMENTS = (
@@ -85,7 +86,7 @@ class Writer(Protocol):
         """Subjects that are off topic for a prompt."""
         ...
 
-    def describe(self) -> Mapping[str, Any]: ...
+    def describe(self) -> Mapping[str, object]: ...
 
 
 class CorpusWriter:
@@ -125,7 +126,7 @@ class CorpusWriter:
                 said += f" Let me get back to {topic(question.prompt).phrase}."
             yield question, Draft(Example(question.prompt, answer, question.subject, away, said))
 
-    def describe(self) -> Mapping[str, Any]:
+    def describe(self) -> Mapping[str, object]:
         return {"writer": "corpus", "checks": "by the corpus's own truth"}
 
 
@@ -179,7 +180,7 @@ async def _fill(
                 pool.rejects[reason] += 1
             elif draft.example is not None:
                 pool.examples.append(draft.example)
-        if drafts and all(d.reason.startswith("budget") for d in drafts.values()):
+        if drafts and all(d.over_budget for d in drafts.values()):
             break
     return pool
 
@@ -212,7 +213,9 @@ def _plain(prompts: Sequence[str]) -> Iterator[Question]:
         turn += 1
 
 
-def write_pools(folder: Path, pools: tuple[Pool, Pool], prompter: Prompter, card: Mapping[str, Any]) -> dict[str, Any]:
+def write_pools(
+    folder: Path, pools: tuple[Pool, Pool], prompter: Prompter, card: Mapping[str, object]
+) -> dict[str, Any]:
     """Both pools as JSONL and data.json, the data card; returns the card.
 
     Raises SteerbackError where a pool is empty, with the reasons for the rejects.

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from steerback.config import RunConfig
-from steerback.judging.base import Judge, JudgeItem
+from steerback.judging.base import Judge, JudgeItem, estimated
 from steerback.judging.graders import LLMRater
-from steerback.judging.spending import estimated
 from steerback.latents.concreteness import make_rater
 from steerback.latents.selection import rating_model
 from steerback.records import Spend

@@ -21,7 +21,7 @@ from steerback.figures import present
 from steerback.figures.base import Presentation
 from steerback.jobs.check import PreparedRun, with_directions
 from steerback.judging import Judge, Maker, make_judge
-from steerback.judging.spending import drain, estimated
+from steerback.judging.base import drain, estimated
 from steerback.records import Judgement, LatentKey, Sampling, Spend, digest
 from steerback.store.cache import Cache, default_path
 from steerback.store.facts import ENGINE, JUDGES, PROVENANCE, EngineIdentity, Provenance

@@ -7,23 +7,23 @@ and nothing is graded twice. `whole` also writes a table. Knows runs and graders
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from steerback.errors import SteerbackError, unknown
 from steerback.figures.tables import Table, show
-from steerback.judging.graders import BoundaryAnnotator, WholeJudge, offline_boundaries
-from steerback.judging.models import model_string
-from steerback.judging.spending import OVER_BUDGET
-from steerback.judging.transport import Limits, Transport
+from steerback.judging.asking import Answer, Asker
+from steerback.judging.base import JudgeItem
+from steerback.judging.graders import BOUNDARIES, WHOLE, offline_boundaries
+from steerback.judging.models import Limits, model_string
+from steerback.judging.transport import Transport
 from steerback.metrics import cluster_code
 from steerback.metrics.regions import mean_of
 from steerback.records import Spend
-from steerback.store.facts import EPISODES, REPLAY, Fact, boundaries
+from steerback.store.facts import EPISODES, REPLAY, Boundaries, Fact, WholeScore, boundaries, whole_scores
 from steerback.store.ledger import Row
 from steerback.store.progress import Progress, Silent
 from steerback.store.run import Run, write_atomic
@@ -31,6 +31,7 @@ from steerback.study.pipeline import judge_item
 
 RUBRICS = ("attempts", "whole", "boundaries")
 CHUNK = 512  # after so many responses what is graded is kept
+NO_IMPROVEMENT = "no attempt that improves on the one before it"
 RECOVERED = 5.0  # of 10: "it starts off the prompt and recovers in part"
 
 
@@ -49,23 +50,22 @@ class Grading:
 class Grader:
     """One rubric and one judge. `offline` marks boundaries, from attempts and restart phrases; nothing else."""
 
-    def __init__(self, name: str, rubric: str, **limits: Any) -> None:
+    def __init__(self, name: str, rubric: str, limits: Limits | None = None) -> None:
         if rubric not in RUBRICS[1:]:
             raise unknown("rubric", rubric, RUBRICS)
         self.name, self.rubric = name, rubric
-        self._transport = None
+        self._asker: Asker[JudgeItem, WholeScore] | Asker[JudgeItem, Boundaries] | None = None
         if name == "offline" and rubric == "boundaries":
             return
         model = model_string(name)
         if model is None:
             can = "a judge model" + (" or offline" if rubric == "boundaries" else "")
             raise SteerbackError(f"rubric {rubric!r} needs {can}, not {name!r} (see steerback judges)")
-        self._transport = Transport(model, Limits(**limits))
-        kinds: Mapping[str, Any] = {"whole": WholeJudge, "boundaries": BoundaryAnnotator}
-        self._asking = kinds[rubric](self._transport)
+        transport = Transport(model, limits or Limits())
+        self._asker = Asker(transport, WHOLE) if rubric == "whole" else Asker(transport, BOUNDARIES)
 
     def todo(self, run: Run, retry: bool = False) -> Grading:
-        """Rows without a result; with `retry` also those whose result is a reason why there is none."""
+        """Return the rows without a result; with `retry` also those whose result is a reason why there is none."""
         rows: dict[str, list[Row]] = {}
         for target in run.config.targets:
             known = self.known(run, target)
@@ -75,21 +75,20 @@ class Grader:
                 if r.trial.key not in known or (retry and known[r.trial.key].get("reason"))
             ]
         items = [judge_item(r) for own in rows.values() for r in own]
-        return Grading(rows, self._asking.estimate(items) if self._transport else None)
+        return Grading(rows, self._asker.estimate(items) if self._asker else None)
 
-    def known(self, run: Run, target: str) -> dict[str, dict[str, Any]]:
-        """Results by trial."""
-        results = run.ledger.get(target, self.fact)
-        return {} if results is None else results
+    def known(self, run: Run, target: str) -> dict[str, dict[str, object]]:
+        """Return the results by trial, in the form in which they are stored."""
+        return run.ledger.get(target, self.fact) or {}
 
     @property
-    def fact(self) -> Fact[dict[str, dict[str, Any]]]:
+    def fact(self) -> Fact[dict[str, dict[str, object]]]:
         """The fact that holds the results of this rubric and judge, in the form in which they are stored."""
-        name = boundaries(self.name).name if self.rubric == "boundaries" else f"{self.rubric} by {self.name}"
-        return Fact.of(name, dict[str, dict[str, Any]])
+        typed = boundaries(self.name) if self.rubric == "boundaries" else whole_scores(self.name)
+        return Fact.of(typed.name, dict[str, dict[str, object]])
 
     def _concerned(self, run: Run, target: str) -> list[Row]:
-        """Every measured response; boundaries are asked for of recorded episodes, else of measured ones."""
+        """Return every measured response; for boundaries the recorded episodes, else the measured ones."""
         judge = run.config.judge
         rows = [r for r in run.ledger.rows(target, "measure", judge=judge) if r.completion and r.valid_receipt]
         if self.rubric == "whole":
@@ -98,42 +97,50 @@ class Grader:
         return [r for r in recorded or rows if r.is_episode]
 
     def grade(self, run: Run, retry: bool = False, progress: Progress | None = None) -> int:
-        """Grades what is to be graded and keeps it; returns how many responses. Raises when the budget is spent."""
-        work, told = self.todo(run, retry), progress or Silent()
+        """Grade what is to be graded and keep it; return how many responses. Raises when the budget is spent."""
+        work, shown = self.todo(run, retry), progress or Silent()
         for target, rows in work.rows.items():
-            told.stage(f"{target}: {self.rubric} by {self.name}", len(rows))
+            shown.stage(f"{target}: {self.rubric} by {self.name}", len(rows))
             for first in range(0, len(rows), CHUNK):
-                found = self._results(rows[first : first + CHUNK])
-                refused = [v for v in found.values() if str(v.get("reason", "")).startswith(OVER_BUDGET)]
-                kept = {k: v for k, v in found.items() if v not in refused}
+                answers = self._answers(rows[first : first + CHUNK])
+                kept = {key: _entry(answer) for key, answer in answers.items() if not answer.over_budget}
                 run.ledger.put(target, self.fact, self.known(run, target) | kept)
-                told.update(judged=len(kept), unscored=sum(bool(v.get("reason")) for v in kept.values()))
-                self._pay(run)
-                if refused:
-                    raise SteerbackError(f"judge {self.name}: {refused[0]['reason']}; all results so far are kept")
+                shown.update(judged=len(kept), unscored=sum(bool(entry["reason"]) for entry in kept.values()))
+                if self._asker and (spent := self._asker.transport.drain()).calls:
+                    run.add_spend(f"{self.name} ({self.rubric})", spent)
+                refused = next((answer.reason for answer in answers.values() if answer.over_budget), None)
+                if refused is not None:
+                    raise SteerbackError(f"judge {self.name}: {refused}; all results so far are kept")
         return work.count
 
-    def _results(self, rows: Sequence[Row]) -> dict[str, Any]:
-        if self._transport is None:
-            return {r.trial.key: asdict(offline_boundaries(r.judged_text, r.judgement)) for r in rows if r.judgement}
-        grade: Callable[[Any], Any] = self._asking.score if self.rubric == "whole" else self._asking.annotate
+    def _answers(self, rows: Sequence[Row]) -> Mapping[str, Answer[WholeScore] | Answer[Boundaries]]:
+        if self._asker is None:
+            marked = {r.trial.key: offline_boundaries(r.judged_text, r.judgement) for r in rows if r.judgement}
+            return {key: Answer(found, "" if found else NO_IMPROVEMENT) for key, found in marked.items()}
+        asker = self._asker
 
-        async def ask() -> dict[str, Any]:
-            return {key: asdict(found) async for key, found in grade([judge_item(r) for r in rows])}
+        async def ask() -> dict[str, Answer[WholeScore] | Answer[Boundaries]]:
+            return {item.key: answer async for item, answer in asker.ask([judge_item(r) for r in rows])}
 
         return asyncio.run(ask())
 
-    def _pay(self, run: Run) -> None:
-        spent = self._transport.drain() if self._transport else Spend()
-        if spent.calls:
-            run.add_spend(f"{self.name} ({self.rubric})", spent)
+
+def _entry(answer: Answer[WholeScore] | Answer[Boundaries]) -> dict[str, object]:
+    """The answer as it is kept in the ledger."""
+    values = {} if answer.value is None else answer.value.model_dump()
+    return {**values, "reason": answer.reason, "raw": answer.raw}
 
 
 def grade_run(
-    folder: Path, name: str, rubric: str, retry: bool = False, progress: Progress | None = None, **limits: Any
+    folder: Path,
+    name: str,
+    rubric: str,
+    retry: bool = False,
+    progress: Progress | None = None,
+    limits: Limits | None = None,
 ) -> int:
-    """Asks a judge another rubric about a finished run; `whole` leaves a table in the folder."""
-    grader = Grader(name, rubric, **limits)
+    """Ask a judge another rubric about a finished run; `whole` leaves a table in the folder."""
+    grader = Grader(name, rubric, limits)
     with Run.reopen(folder) as run:
         count = grader.grade(run, retry, progress)
         if rubric == "whole":
@@ -147,13 +154,15 @@ def whole_table(run: Run, grader: Grader) -> Table:
     """Per condition: mean score 0-10, and how many single attempts recover although nothing announces it."""
     cells = []
     for target, condition in run.ledger.conditions("measure"):
-        known = grader.known(run, target)
+        known = run.ledger.get(target, whole_scores(grader.name)) or {}
         rows = run.ledger.rows(target, "measure", condition, run.config.judge)
-        graded = [(r, known[r.trial.key]) for r in rows if (known.get(r.trial.key) or {}).get("score") is not None]
-        cluster = np.array([cluster_code(r.trial.latent) for r, _ in graded], dtype=np.int64)
-        scores = np.array([v["score"] for _, v in graded], dtype=np.float64)
+        scored = [(r, known[r.trial.key]) for r in rows if r.trial.key in known]
+        graded = [(r, whole, whole.score) for r, whole in scored if whole.score is not None]
+        cluster = np.array([cluster_code(r.trial.latent) for r, _, _ in graded], dtype=np.int64)
+        scores = np.array([score for _, _, score in graded], dtype=np.float64)
         silent = [
-            float(v["score"] >= RECOVERED and not v["on_topic_from_start"]) if _single(r) else np.nan for r, v in graded
+            float(score >= RECOVERED and not whole.on_topic_from_start) if _single(r) else np.nan
+            for r, whole, score in graded
         ]
         quiet = mean_of(np.array(silent, dtype=np.float64), cluster, (0.0, 1.0))
         mean = mean_of(scores, cluster, (0.0, 10.0))
@@ -166,4 +175,5 @@ def whole_table(run: Run, grader: Grader) -> Table:
 
 
 def _single(row: Row) -> bool:
-    return len(row.attempts) == 1
+    judged = row.judgement
+    return judged is not None and judged.status == "scored" and len(judged.gated_attempts()) == 1

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 from steerback.errors import unknown
 from steerback.judging.base import Judge, JudgeItem, References
-from steerback.judging.models import JudgeModel, aliases, model_string
+from steerback.judging.models import JudgeModel, Limits, aliases, model_string
 
 __all__ = [
     "LOCAL",
     "Judge",
     "JudgeItem",
     "JudgeModel",
+    "Limits",
     "Maker",
     "References",
     "aliases",
@@ -30,14 +30,16 @@ LOCAL = {
     "offline-bayes": "another offline judge: restart classifier and naive Bayes, to compare the first with",
     "scripted": "reads the truth that the scripted engine writes into its responses; for tests",
 }
-"""Judges that need no key, with what they are."""
+"""Judges that need no key."""
 
 
-def make_judge(name: str, *, temperature: float | None = 0.0, base_url: str | None = None, **limits: Any) -> Judge:
-    """The judge a user asked for: a local one, an alias, or any Inspect model string ("provider/model").
+def make_judge(
+    name: str, limits: Limits | None = None, *, temperature: float | None = 0.0, base_url: str | None = None
+) -> Judge:
+    """Return the judge of that name: a local one, an alias, or any Inspect model string ("provider/model").
 
-    `limits` are the fields of `transport.Limits`; local judges ignore all options. Raises SteerbackError for an unknown
-    name (with the choices), a missing key (naming the variable) or a missing extra.
+    Local judges ignore all options. Raises SteerbackError for an unknown name (with the choices), a missing key (naming
+    the variable) or a missing extra.
     """
     if name in ("offline", "offline-bayes"):
         from steerback.judging.offline import bayes_judge, tfidf_judge
@@ -51,11 +53,11 @@ def make_judge(name: str, *, temperature: float | None = 0.0, base_url: str | No
     if model is None:
         raise unknown("judge", name, [*LOCAL, *(a.alias for a in aliases()), "any provider/model"])
     from steerback.judging.llm import LLMJudge
-    from steerback.judging.transport import Limits, Transport
+    from steerback.judging.transport import Transport
 
-    return LLMJudge(name, Transport(model, Limits(**limits), temperature, base_url))
+    return LLMJudge(name, Transport(model, limits or Limits(), temperature, base_url))
 
 
-def judge_maker(**limits: Any) -> Maker:
-    """`make_judge` with these limits; a name gives the same judge each time, so that its budget holds for all uses."""
-    return functools.cache(functools.partial(make_judge, **limits))
+def judge_maker(limits: Limits) -> Maker:
+    """Return `make_judge` with these limits. A name always gives the same judge, so its budget holds for all uses."""
+    return functools.cache(functools.partial(make_judge, limits=limits))

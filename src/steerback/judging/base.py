@@ -1,4 +1,4 @@
-"""What any judge must give; it knows nothing of engines or ledgers."""
+"""The protocol of judges, and of those that cost money; it knows nothing of engines or ledgers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
-from steerback.records import Judgement, LatentKey
+from steerback.records import Judgement, LatentKey, Spend
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,3 +55,32 @@ class Judge(Protocol):
     def judge(self, items: Sequence[JudgeItem]) -> AsyncIterator[tuple[str, Judgement]]:
         """Yields (item key, judgement) in any order."""
         ...
+
+
+@runtime_checkable
+class Paid(Protocol):
+    """A judge or rater that costs money."""
+
+    def drain(self) -> Spend:
+        """Return what was spent since the last call of this method, by the provider's counts."""
+        ...
+
+
+@runtime_checkable
+class PaidJudge(Paid, Protocol):
+    """A judge that can estimate what it would cost."""
+
+    def estimate(self, items: Sequence[JudgeItem]) -> Spend:
+        """Return what judging `items` would take, from their lengths."""
+        ...
+
+
+def estimated(judge: Judge, items: Sequence[JudgeItem]) -> Spend | None:
+    """Return what judging `items` would take; None for a judge that costs nothing."""
+    return judge.estimate(items) if isinstance(judge, PaidJudge) else None
+
+
+def drain(judge: object) -> Spend | None:
+    """Return what was spent since the last call; None for what costs nothing, or where nothing was asked."""
+    spent = judge.drain() if isinstance(judge, Paid) else Spend()
+    return spent if spent.calls else None

@@ -24,6 +24,28 @@ class JudgeModel:
     price: tuple[float, float] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How a model is asked. Counts and money are for the life of one transport; None means no limit."""
+
+    max_calls: int | None = None
+    max_cost: float | None = None  # USD
+    price: tuple[float, float] | None = None  # USD per million input and output tokens, where the table has none
+    batch: bool = False  # the provider's batch API
+    concurrency: int = 64
+    max_tokens: int = 4096
+    max_retries: int = 4
+    attempt_timeout: int = 120  # seconds
+    first_wait: float = 3.0  # seconds before the first retry, doubled each time
+    ask_again: int = 0  # how often a question is repeated of whose reply nothing can be read
+
+    def __post_init__(self) -> None:
+        prices = [("--judge-price", price) for price in self.price or ()]
+        for option, amount in (*prices, ("--max-judge-cost", self.max_cost or 0.0)):
+            if not 0 <= amount < float("inf"):
+                raise SteerbackError(f"{option} {amount} is no amount of money; 0 or more USD")
+
+
 ALIASES = (
     JudgeModel("sonnet-4.5", "anthropic/claude-sonnet-4-5-20250929", "the specification's primary judge", (3.0, 15.0)),
     JudgeModel("haiku-4.5", "anthropic/claude-haiku-4-5-20251001", "cross-judge; in the authors' plots", (1.0, 5.0)),

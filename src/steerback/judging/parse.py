@@ -1,123 +1,127 @@
-"""From a judge's reply to a judgement: exactly one of scored, empty, or unscored with its reason.
+"""From a language model's reply to its verdict, and from the verdict of each rubric to a value.
 
 Spans are found through the quoted words, tolerant of whitespace, quotes, dashes and case; whatever cannot be found in
-the response is never scored. Knows replies and responses; nothing of transport. No input makes it raise.
+the response is never scored. No input raises anything but `Unusable`, whose message is the reason.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+import re
+from collections.abc import Iterator, Mapping, Sequence
 
 from steerback.judging.gating import gate
-from steerback.records import Attempt, Judgement
+from steerback.records import Attempt
+from steerback.store.facts import Boundaries, WholeScore
 
+Verdict = Mapping[str, object]
 MAX_ATTEMPTS = 50
+MAX_BRACES = 1000  # that are tried before a nonce: more than a verdict of MAX_ATTEMPTS has
+LONGEST_LABEL = 120
 _SAME = {"’": "'", "‘": "'", "`": "'", "“": '"', "”": '"', "«": '"', "»": '"', "–": "-", "—": "-", "−": "-"}
 _IGNORED = "\"'*_"
 
 
-class _Rejected(Exception):
+class Unusable(Exception):
     """The reply is no usable verdict; the message is the reason."""
 
 
-@dataclass(frozen=True, slots=True)
-class WholeScore:
-    """Verdict of the whole-response rubric: 0-10, or None with the reason."""
-
-    score: float | None
-    on_topic_from_start: bool = False
-    reason: str = ""
-    raw: str = ""
+def parse_attempts(verdict: Verdict, response: str) -> tuple[Attempt, ...]:
+    """The attempts that a verdict of the attempts rubric lists, gated; none for a clarifying question."""
+    return gate(response, _attempts(verdict, response))
 
 
-def parse_attempts(reply: str, response: str, nonce: str, judge: str, rubric: str) -> Judgement:
-    """The judgement that a reply to the attempts rubric amounts to."""
-    try:
-        verdict = find_verdict(reply, nonce)
-        attempts = _attempts(verdict, response)
-    except _Rejected as rejected:
-        return Judgement(judge, rubric, "unscored", reason=str(rejected), raw=reply)
-    if not attempts:
-        return Judgement(judge, rubric, "empty", reason="a clarifying question, says the judge", raw=reply)
-    return Judgement(judge, rubric, "scored", gate(response, attempts), raw=reply)
+def parse_whole(verdict: Verdict) -> WholeScore:
+    """The score that a verdict of the whole-response rubric gives."""
+    score = _number(verdict.get("score"), 10)
+    return WholeScore(score=score, on_topic_from_start=verdict.get("on_topic_from_start") is True)
 
 
-def parse_whole(reply: str, nonce: str) -> WholeScore:
-    """The score that a reply to the whole-response rubric amounts to."""
-    try:
-        verdict = find_verdict(reply, nonce)
-        score = _number(verdict.get("score"), 10)
-    except _Rejected as rejected:
-        return WholeScore(None, reason=str(rejected), raw=reply)
-    return WholeScore(score, verdict.get("on_topic_from_start") is True, raw=reply)
+def parse_boundaries(verdict: Verdict, response: str) -> Boundaries:
+    """The boundaries that a verdict quotes; unusable where a quotation does not occur or the order is impossible."""
+    text, after = Quotable(response), 0
+    places: dict[str, int] = {}
+    for name in ("off_topic", "correction", "on_topic"):
+        quoted = verdict.get(name)
+        if quoted is None:
+            continue
+        found = text.find(quoted, after) if isinstance(quoted, str) else None
+        if found is None:
+            raise Unusable(f"the quoted words for {name} do not occur in the response (or not in this order)")
+        places[name] = after = found[0]
+    return Boundaries(**places)
 
 
-def parse_ratings(reply: str, nonce: str, count: int) -> dict[int, float]:
-    """Usable ratings (0-100) by number 1..count of a reply to the concreteness rubric; the rest is left out."""
-    verdict = parse_verdict(reply, nonce)
-    listed = None if isinstance(verdict, str) else verdict.get("ratings")
-    ratings: dict[int, float] = {}
-    for key, value in listed.items() if isinstance(listed, dict) else ():
-        if key.isdecimal() and len(key) < 6 and 1 <= int(key) <= count:
-            with contextlib.suppress(_Rejected):
-                ratings[int(key)] = _number(value, 100)
-    return ratings
+def parse_rating(verdict: Verdict, number: int) -> float:
+    """The rating (0-100) of the label with this number in a verdict of the concreteness rubric."""
+    ratings = verdict.get("ratings")
+    return _number(ratings.get(str(number)) if isinstance(ratings, dict) else None, 100)
 
 
-def parse_verdict(reply: str, nonce: str) -> dict[str, Any] | str:
-    """The verdict of a reply, or the reason why there is none."""
-    try:
-        return find_verdict(reply, nonce)
-    except _Rejected as rejected:
-        return str(rejected)
+def parse_label(verdict: Verdict) -> str:
+    """The label that a verdict of the label rubric gives, "" where the snippets have nothing in common."""
+    label = verdict.get("label", 0)
+    if label is None:
+        return ""
+    if not isinstance(label, str) or not label.strip() or len(label) > LONGEST_LABEL:
+        raise Unusable(f"the judge's label is not a text of at most {LONGEST_LABEL} characters")
+    return " ".join(label.split())
 
 
-def find_verdict(reply: str, nonce: str) -> dict[str, Any]:
+def parse_texts(verdict: Verdict, names: Sequence[str]) -> dict[str, str]:
+    """The texts of these names in a verdict, single-spaced; unusable where one is missing."""
+    texts = {}
+    for name in names:
+        value = verdict.get(name)
+        if not isinstance(value, str) or not value.strip():
+            raise Unusable(f"the reply has no {name}")
+        texts[name] = " ".join(value.split())
+    return texts
+
+
+def find_verdict(reply: str, nonce: str) -> Verdict:
     """The one JSON object in `reply` that carries the nonce; objects quoted from a response cannot carry it.
 
-    Raises a rejection where there is none, or where two differ.
+    Raises Unusable where there is none, or where two differ.
     """
     if not reply.strip():
-        raise _Rejected("the judge's reply is empty")
-    found = [v for v in _objects(reply) if v.get("verdict") == nonce]
+        raise Unusable("the reply is empty")
+    found = list(_objects(reply, nonce))
     if not found:
         if "{" not in reply:
-            raise _Rejected("the judge's reply holds no JSON")
+            raise Unusable("the reply holds no JSON")
         if nonce in reply:
-            raise _Rejected("the judge's JSON is malformed or cut off")
-        raise _Rejected("the judge's JSON does not carry the code of this response")
+            raise Unusable("the JSON of the reply is malformed or cut off")
+        raise Unusable("the JSON of the reply does not carry its code")
     if any(v != found[0] for v in found[1:]):
-        raise _Rejected("the judge gave several verdicts that differ")
+        raise Unusable("the reply holds several verdicts that differ")
     return found[0]
 
 
-def _objects(text: str) -> Iterator[dict[str, Any]]:
-    """JSON objects in a text, outermost first."""
+def _objects(reply: str, nonce: str) -> Iterator[Verdict]:
+    """Yield the outermost JSON objects whose verdict is the nonce: back from each nonce to the brace of its object."""
     decoder = json.JSONDecoder()
-    at = text.find("{")
-    tried = 0
-    while at >= 0 and tried < 200:
-        tried += 1
-        try:
-            value, end = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError):
-            end = at + 1
-        else:
-            if isinstance(value, dict):
+    ended = 0
+    for carried in re.finditer(re.escape(f'"{nonce}"'), reply):
+        start, tried = carried.start(), 0
+        while start > ended and tried < MAX_BRACES and (start := reply.rfind("{", ended, start)) >= 0:
+            tried += 1
+            try:
+                value, end = decoder.raw_decode(reply, start)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(value, dict) and value.get("verdict") == nonce:
+                ended = end
                 yield value
-        at = text.find("{", end)
+                break
 
 
-def _attempts(verdict: dict[str, Any], response: str) -> list[Attempt]:
+def _attempts(verdict: Verdict, response: str) -> list[Attempt]:
     listed = verdict.get("attempts")
     if not isinstance(listed, list) or not all(isinstance(a, dict) for a in listed):
-        raise _Rejected("the judge's verdict has no list of attempts")
+        raise Unusable("the judge's verdict has no list of attempts")
     if len(listed) > MAX_ATTEMPTS:
-        raise _Rejected(f"the judge lists {len(listed)} attempts, more than {MAX_ATTEMPTS}")
+        raise Unusable(f"the judge lists {len(listed)} attempts, more than {MAX_ATTEMPTS}")
     text = Quotable(response)
     places: list[tuple[int, int, float, str]] = []
     after = 0
@@ -128,13 +132,13 @@ def _attempts(verdict: dict[str, Any], response: str) -> list[Attempt]:
         phrase = phrase if isinstance(phrase, str) and number > 1 else ""
         start = text.find(first, after)
         if start is None:
-            raise _Rejected(f"attempt {number} quotes first words that do not occur in the response (or not there)")
+            raise Unusable(f"attempt {number} quotes first words that do not occur in the response (or not there)")
         opened = text.find(phrase, after) if phrase.strip() else None
         if opened is not None and opened[0] < start[0] and not text.has_words(opened[1], start[0]):
             start = opened  # the judge quoted what comes after the phrase
         end = text.find(last, start[0])
         if end is None:
-            raise _Rejected(f"attempt {number} quotes last words that do not occur in the response (or not there)")
+            raise Unusable(f"attempt {number} quotes last words that do not occur in the response (or not there)")
         places.append((start[0], end[1], score, phrase))
         after = start[1]
     return _tile(places, response)
@@ -146,28 +150,28 @@ def _tile(places: list[tuple[int, int, float, str]], response: str) -> list[Atte
     for i, (start, end, score, phrase) in enumerate(places):
         following = places[i + 1][0] if i + 1 < len(places) else len(response)
         if end > following:
-            raise _Rejected(f"attempt {i + 1} ends after attempt {i + 2} begins")
+            raise Unusable(f"attempt {i + 1} ends after attempt {i + 2} begins")
         attempts.append(Attempt(start if i else 0, following, score, phrase))
     return attempts
 
 
-def _number(value: Any, top: int) -> float:
+def _number(value: object, top: int) -> float:
     if isinstance(value, str):
         try:
             value = float(value.strip().removesuffix("/100").removesuffix("/10").removesuffix("%"))
         except ValueError:
             value = None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _Rejected("the judge gave a score that is no number")
+        raise Unusable("the judge gave a score that is no number")
     if not 0 <= value <= top:  # also false for nan
-        raise _Rejected(f"the judge gave a score outside 0-{top}")
+        raise Unusable(f"the judge gave a score outside 0-{top}")
     return float(value)
 
 
-def _words(entry: dict[str, Any], field: str, number: int) -> str:
+def _words(entry: Verdict, field: str, number: int) -> str:
     value = entry.get(field)
     if not isinstance(value, str) or not value.strip():
-        raise _Rejected(f"attempt {number} has no {field.replace('_', ' ')}")
+        raise Unusable(f"attempt {number} has no {field.replace('_', ' ')}")
     return value
 
 

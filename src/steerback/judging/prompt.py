@@ -1,25 +1,20 @@
-"""What an LLM judge is told: versioned rubrics, and how untrusted responses are enclosed.
+"""Questions to a language model: a versioned rubric, and named places that hold the texts it is asked about.
 
-A response is enclosed by tags with a random nonce that it cannot contain, and the verdict must repeat that
-nonce: text inside a response can neither close the enclosure nor pass for a verdict. Knows nothing of models or
-parsing.
+Text that may hold anything (a response, a label, a snippet) is enclosed by tags with a random nonce that it cannot
+contain, and the verdict must repeat that nonce: text inside can neither close the enclosure nor pass for a verdict.
 """
 
 from __future__ import annotations
 
+import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
-from steerback.judging.base import JudgeItem
-
-ATTEMPTS = "attempts-1"
-WHOLE = "whole-1"
-CONCRETENESS = "concreteness-1"
-BOUNDARIES = "boundaries-1"
-LABEL = "label-1"
+_OUR_TAG = re.compile(r"<(?=\s*/?\s*(?:prompt|topic|subject|response|labels|snippets)\b)", re.IGNORECASE)
+CLOSING = 'Reply with the JSON object for verdict "{nonce}" only.'
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,47 +27,51 @@ class Rubric:
 
 @cache
 def rubric(version: str) -> Rubric:
-    """The rubric of that version."""
+    """Load the rubric of that version."""
     file = resources.files("steerback.judging") / "rubrics" / f"{version}.txt"
     return Rubric(version, file.read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """One question to a judge: the messages and the nonce that its verdict must repeat."""
+class Question:
+    """The messages of one call and the nonce that the verdict must repeat."""
 
     system: str
     user: str
     nonce: str
 
 
-def ask(asked: Rubric, item: JudgeItem, draw: Callable[[], str] = lambda: secrets.token_hex(8)) -> Asked:
-    """The messages for one response. Prompt and topic are the user's own and trusted; the response is enclosed."""
-    context = f"<prompt>\n{encodable(item.prompt)}\n</prompt>\n\n"
-    if item.label:
-        context += f"<topic>\n{encodable(item.label)}\n</topic>\n\n"
-    return enclose(asked, "response", encodable(item.response), context, draw)
+def _draw() -> str:
+    return secrets.token_hex(8)
 
 
-def enclose(
-    asked: Rubric, what: str, untrusted: str, context: str = "", draw: Callable[[], str] = lambda: secrets.token_hex(8)
-) -> Asked:
-    """The messages for untrusted text, enclosed by <what-NONCE> tags and preceded by trusted `context`."""
-    nonce = fresh_nonce(untrusted + context, draw)
-    user = (
-        f"{context}<{what}-{nonce}>\n{untrusted}\n</{what}-{nonce}>\n\n"
-        f'Reply with the JSON object for verdict "{nonce}" only.'
-    )
-    return Asked(asked.system, user, nonce)
+def compose(
+    asked: Rubric,
+    places: Mapping[str, str],
+    enclosed: str = "",
+    closing: str = CLOSING,
+    draw: Callable[[], str] = _draw,
+) -> Question:
+    """Return the question of a rubric with each text between tags named after its place; empty places are left out.
 
-
-def fresh_nonce(text: str, draw: Callable[[], str] = lambda: secrets.token_hex(8)) -> str:
-    """A random nonce that does not occur in `text`."""
-    while (nonce := draw()) in text:
+    The place named `enclosed` is sent verbatim between tags with the nonce. In all others our own tags are escaped.
+    """
+    texts = {name: encodable(text) for name, text in places.items() if text or name == enclosed}
+    together = "\n".join(texts.values())
+    while (nonce := draw()) in together:
         continue
-    return nonce
+    parts = []
+    for name, text in texts.items():
+        tag = f"{name}-{nonce}" if name == enclosed else name
+        parts.append(f"<{tag}>\n{text if name == enclosed else _OUR_TAG.sub('&lt;', text)}\n</{tag}>")
+    return Question(asked.system, "\n\n".join([*parts, closing.format(nonce=nonce)]), nonce)
+
+
+def numbered(texts: Sequence[str]) -> str:
+    """List the texts, each on a line that begins with its number."""
+    return "\n".join(f"{n}. {' '.join(encodable(text).split())}" for n, text in enumerate(texts, 1))
 
 
 def encodable(text: str) -> str:
-    """The text with lone surrogates, which no protocol can carry, replaced one for one; all else stays as it is."""
+    """Replace lone surrogates, which no protocol can carry, one for one."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

@@ -2,7 +2,7 @@
 
 Inspect does providers, retries with back-off, adaptive concurrency and provider batches. This module keeps a window of
 questions in flight, counts tokens and money, and turns whatever goes wrong into a reply with a reason. Knows nothing
-of rubrics or responses; judges, graders and the synthesis of training examples share it.
+of rubrics or responses.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from steerback.errors import SteerbackError
-from steerback.judging.models import check_key, default_temperature, price, read_dotenv, redact
-from steerback.judging.prompt import Asked
-from steerback.judging.spending import OVER_BUDGET
+from steerback.judging.models import Limits, check_key, default_temperature, price, read_dotenv, redact
+from steerback.judging.prompt import Question
 from steerback.records import Spend
 
 if TYPE_CHECKING:
@@ -25,27 +24,6 @@ if TYPE_CHECKING:
 
 CHARACTERS_PER_TOKEN = 4.0
 """For estimates before the first call; afterwards the provider's own counts are used."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How a judge is asked. Counts and money are for the life of one transport; None means no limit."""
-
-    max_calls: int | None = None
-    max_cost: float | None = None  # USD
-    price: tuple[float, float] | None = None  # USD per million input and output tokens, where the table has none
-    batch: bool = False  # the provider's batch API
-    concurrency: int = 64
-    max_tokens: int = 4096
-    max_retries: int = 4
-    attempt_timeout: int = 120  # seconds
-    first_wait: float = 3.0  # seconds before the first retry, doubled each time
-
-    def __post_init__(self) -> None:
-        prices = [("--judge-price", price) for price in self.price or ()]
-        for option, amount in (*prices, ("--max-judge-cost", self.max_cost or 0.0)):
-            if not 0 <= amount < float("inf"):
-                raise SteerbackError(f"{option} {amount} is no amount of money; 0 or more USD")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +40,10 @@ class Transport:
     """One model, asked many times. `temperature` None: the provider's own; describe() tells what was really sent."""
 
     model: str
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     temperature: float | None = 0.0
     base_url: str | None = None
-    model_args: dict[str, Any] = field(default_factory=dict)
+    model_args: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         read_dotenv()
@@ -83,6 +61,7 @@ class Transport:
         self._spent = Spend(cost=0.0 if self._price else None)
         self._drained = self._spent
         self._sent: object = "nothing asked yet"
+        self._takes_temperature = True
         self._asked = 0
         self._reserved = 0.0
 
@@ -95,7 +74,7 @@ class Transport:
         spent, self._drained = self._spent - self._drained, self._spent
         return spent
 
-    def estimate(self, questions: Iterable[Asked], output_tokens: int = 150) -> Spend:
+    def estimate(self, questions: Iterable[Question], output_tokens: int = 150) -> Spend:
         """What asking `questions` would take, from their lengths."""
         total = Spend(cost=0.0 if self._price else None)
         for question in questions:
@@ -113,7 +92,7 @@ class Transport:
             "provider batch": self.limits.batch,
         }
 
-    async def ask(self, questions: Iterable[tuple[str, Asked]]) -> AsyncGenerator[tuple[str, Reply]]:
+    async def ask(self, questions: Iterable[tuple[str, Question]]) -> AsyncGenerator[tuple[str, Reply]]:
         """Yields (key, reply) in the order of completion; every question comes back exactly once."""
         waiting = deque(questions)
         running: dict[asyncio.Task[Reply], str] = {}
@@ -132,7 +111,7 @@ class Transport:
                 await asyncio.gather(*running, return_exceptions=True)
 
     def _start(
-        self, model: Model, waiting: deque[tuple[str, Asked]], running: int
+        self, model: Model, waiting: deque[tuple[str, Question]], running: int
     ) -> Iterator[tuple[asyncio.Task[Reply], str]]:
         asked = running
         while waiting and running < self.limits.concurrency:
@@ -148,10 +127,10 @@ class Transport:
                 self._reserved += self._expected(question)
             yield asyncio.create_task(self._one(model, question, refused)), key
 
-    def _expected(self, question: Asked) -> float:
+    def _expected(self, question: Question) -> float:
         return self._cost(_tokens(question), 150)
 
-    async def _one(self, model: Model, question: Asked, refused: str) -> Reply:
+    async def _one(self, model: Model, question: Question, refused: str) -> Reply:
         if refused:
             return Reply("", refused, over_budget=True)
         try:
@@ -167,26 +146,26 @@ class Transport:
         if output.error:
             return Reply(output.completion, f"the provider reported: {_line(output.error)}")
         if output.stop_reason == "content_filter":
-            return Reply(output.completion, "the judge refused (content filter)")
+            return Reply(output.completion, "the model refused (content filter)")
         if output.stop_reason in ("max_tokens", "model_length"):
-            return Reply(output.completion, f"the judge's reply was cut off ({output.stop_reason})")
+            return Reply(output.completion, f"the reply was cut off ({output.stop_reason})")
         return Reply(output.completion)
 
-    async def _generate(self, model: Model, question: Asked) -> ModelOutput:
-        from inspect_ai.model import ChatMessageSystem, ChatMessageUser, GenerateConfig
+    async def _generate(self, model: Model, question: Question) -> ModelOutput:
+        from inspect_ai.model import ChatMessage, ChatMessageSystem, ChatMessageUser, GenerateConfig
 
-        messages: list[Any] = [ChatMessageSystem(content=question.system), ChatMessageUser(content=question.user)]
-        asked_with = self.temperature
-        output: ModelOutput
+        messages: list[ChatMessage] = [
+            ChatMessageSystem(content=question.system),
+            ChatMessageUser(content=question.user),
+        ]
+        temperature = self.temperature if self._takes_temperature else None
         try:
-            output = await model.generate(messages, config=GenerateConfig(temperature=asked_with))
-            return output
+            return await model.generate(messages, config=GenerateConfig(temperature=temperature))
         except Exception as error:
-            if asked_with is None or "temperature" not in str(error).lower():
+            if temperature is None or "temperature" not in str(error).lower():
                 raise
-        self.temperature = None  # this model takes none; from now on it is asked without, and describe() says so
-        output = await model.generate(messages, config=GenerateConfig(temperature=None))
-        return output
+        self._takes_temperature = False  # from now on this model is asked without
+        return await model.generate(messages, config=GenerateConfig(temperature=None))
 
     @contextlib.asynccontextmanager
     async def _open(self) -> AsyncGenerator[Model]:
@@ -209,10 +188,10 @@ class Transport:
         async with model:
             yield model
 
-    def _observed(self, generate: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    def _observed(self, generate: Callable[..., Awaitable[object]]) -> Callable[..., Awaitable[object]]:
         """The provider's call, noting which temperature the request really carried: some drop it silently."""
 
-        async def call(*args: Any, **kwargs: Any) -> Any:
+        async def call(*args: object, **kwargs: object) -> object:
             result = await generate(*args, **kwargs)
             request = getattr(result[1], "request", None) if isinstance(result, tuple) else None
             if isinstance(request, dict) and request:
@@ -221,13 +200,13 @@ class Transport:
 
         return call
 
-    def _over_budget(self, question: Asked) -> str:
+    def _over_budget(self, question: Question) -> str:
         limits = self.limits
         if limits.max_calls is not None and self._asked >= limits.max_calls:
-            return f"{OVER_BUDGET}: --max-judge-calls {limits.max_calls}"
+            return f"budget spent: --max-judge-calls {limits.max_calls}"
         spent = (self._spent.cost or 0.0) + self._reserved + self._expected(question)
         if limits.max_cost is not None and spent > limits.max_cost:
-            return f"{OVER_BUDGET}: --max-judge-cost {limits.max_cost:g}"
+            return f"budget spent: --max-judge-cost {limits.max_cost:g}"
         return ""
 
     def _cost(self, input_tokens: int, output_tokens: int) -> float:
@@ -258,7 +237,7 @@ def _search(value: object, name: str) -> object:
     )
 
 
-def _tokens(question: Asked) -> int:
+def _tokens(question: Question) -> int:
     return int((len(question.system) + len(question.user)) / CHARACTERS_PER_TOKEN) + 1
 
 

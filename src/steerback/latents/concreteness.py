@@ -12,12 +12,11 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from steerback.errors import unknown
 from steerback.judging import Maker, aliases, make_judge, model_string
-from steerback.store.files import user_folder
+from steerback.store.cache import default_path
 
 
 @runtime_checkable
@@ -81,12 +80,7 @@ def make_rater(name: str, judges: Maker = make_judge) -> Rater:
 
     judge = judges(name)
     assert isinstance(judge, LLMJudge)  # the names of judges that are none are known, and no model's
-    return LLMRater(name, judge.transport, ratings_path())
-
-
-def ratings_path() -> Path:
-    """Where a language model's ratings are kept: `ratings.json` beside the shared cache."""
-    return user_folder("ratings.json")
+    return LLMRater(name, judge.transport, default_path())
 
 
 def _vote(word: str, first: bool) -> float:

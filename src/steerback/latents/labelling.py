@@ -89,9 +89,8 @@ def token_words(text: str, ends: Sequence[int]) -> list[str]:
     return found
 
 
-def snippets(contexts: Contexts, latents: Collection[int] | None = None) -> dict[int, list[str]]:
-    """Marked top contexts per latent, for latents that are active in enough texts."""
-    found = {
-        int(k): [c.marked for c in contexts.of(int(k))] for k in contexts.active() if latents is None or k in latents
-    }
-    return {k: texts for k, texts in found.items() if len(texts) >= LEAST_TEXTS}
+def snippets(contexts: Contexts, latents: Collection[int] | None = None) -> dict[int, tuple[str, ...]]:
+    """Return the marked top contexts of each latent that is active in enough texts."""
+    wanted = [int(k) for k in contexts.active() if latents is None or k in latents]
+    marked = {k: tuple(c.marked for c in contexts.of(k)) for k in wanted}
+    return {k: texts for k, texts in marked.items() if len(texts) >= LEAST_TEXTS}

@@ -1,4 +1,4 @@
-"""A cache of completions and judgements shared by all runs, keyed by everything that shaped the value.
+"""A cache of completions, judgements and judges' replies, shared by all runs and keyed by all that shaped the value.
 
 Only what is expensive is cached; thresholds, selections and metrics are recomputed from it, so a warm cache changes
 how long a run takes and nothing else. A hit is copied into the run's ledger.
@@ -10,7 +10,7 @@ import json
 import sqlite3
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from steerback.records import Attempt, Completion, Judgement, Receipt, digest
@@ -25,6 +25,15 @@ SCHEMA = "CREATE TABLE entries (key TEXT PRIMARY KEY, value BLOB NOT NULL, activ
 def default_path() -> Path:
     """`cache.sqlite` in the user's folder."""
     return user_folder("cache.sqlite")
+
+
+@dataclass(frozen=True, slots=True)
+class KeptReply:
+    """A language model's reply, the nonce its verdict carries, and the number of the item in its call (from 1)."""
+
+    text: str
+    nonce: str
+    number: int
 
 
 class Cache:
@@ -63,6 +72,14 @@ class Cache:
         rows = [(key, _pack(asdict(j)), None) for key, j in entries.items() if j.status != "unscored"]
         self._put(rows)
 
+    def replies(self, keys: Sequence[str]) -> dict[str, KeptReply]:
+        """The replies that are known, by cache key."""
+        return {key: KeptReply(**_unpack(value)) for key, value, _ in self._get(keys)}  # type: ignore[arg-type]
+
+    def put_replies(self, entries: Mapping[str, KeptReply]) -> None:
+        """Keep replies by cache key; one that is there stays."""
+        self._put([(key, _pack(asdict(reply)), None) for key, reply in entries.items()])
+
     def _get(self, keys: Sequence[str]) -> list[tuple[str, bytes, bytes | None]]:
         with sqlite_errors(self.path):
             query = "SELECT key, value, activations FROM entries WHERE key IN (SELECT value FROM json_each(?))"
@@ -81,7 +98,7 @@ class Cache:
 
 
 def cache_key(kind: str, fingerprint: str, content: object) -> str:
-    """`kind` is completion or judgement; `fingerprint` the engine's or judge's; `content` the request or item."""
+    """`kind`: completion, judgement or reply; `fingerprint`: the engine's or judge's; `content`: request or item."""
     return digest([kind, fingerprint, content])
 
 

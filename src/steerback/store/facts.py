@@ -279,13 +279,23 @@ class JudgedSample(Record):
 class Boundaries(Record):
     """Characters at which the three regions of an episode begin according to a judge (None: not in the text).
 
-    `reason` says why there are none at all.
+    `reason` says why there are none at all; `raw` is the judge's reply.
     """
 
     off_topic: int | None = None
     correction: int | None = None
     on_topic: int | None = None
     reason: str = ""
+    raw: str = ""
+
+
+class WholeScore(Record):
+    """How far a whole response finds its way back to the prompt, 0-10 (None: no score, see `reason`)."""
+
+    score: float | None = None
+    on_topic_from_start: bool = False
+    reason: str = ""
+    raw: str = ""
 
 
 CONFIG = Fact.of("config", dict[str, JsonValue])
@@ -307,6 +317,11 @@ ADAPTER = Fact.of("adapter", Adapter)
 SAMPLE = Fact.of("cross-judge sample", JudgedSample)
 TOKEN_ENDS = Fact.of("token ends", dict[str, list[int]])
 RECORDED_LATENTS = Fact.of("watched", dict[str, list[int]])
+
+
+def whole_scores(judge: str) -> Fact[dict[str, WholeScore]]:
+    """The fact that holds a judge's scores of whole responses, by trial key."""
+    return Fact.of(f"whole by {judge}", dict[str, WholeScore])
 
 
 def boundaries(judge: str) -> Fact[dict[str, Boundaries]]:

@@ -17,7 +17,7 @@ from steerback.calibration import Calibrator, Threshold, verified
 from steerback.calibration.thresholds import THRESHOLDS, LatentThreshold
 from steerback.errors import SteerbackError
 from steerback.judging import Maker, References, make_judge
-from steerback.judging.spending import drain
+from steerback.judging.base import drain
 from steerback.latents import selection as choose
 from steerback.latents.concreteness import make_rater
 from steerback.records import Intervention, Latent, LatentKey, Trial
