@@ -146,9 +146,9 @@ def main() -> None:
     loaded = load(args.target, args.device)
     plain = copy.deepcopy(loaded.runner.model) if args.device == "cpu" else load(args.target, args.device).runner.model
     plain.set_attn_implementation("sdpa")
-    engine = TransformersEngine.from_loaded(loaded, args.batch)
+    engine = TransformersEngine(loaded, args.batch)
     if engine.workers > 1:  # side by side they decode as many rows as `generate` does
-        engine = TransformersEngine.from_loaded(loaded, max(args.batch // engine.workers, 1))
+        engine = TransformersEngine(loaded, max(args.batch // engine.workers, 1))
     rates = measure(engine, plain, args.batch, args.tokens, args.device)
     found = {
         "command": f"engine_speed.py --target {args.target} --batch {args.batch} --tokens {args.tokens}"

@@ -26,6 +26,7 @@ from steerback.engines.vllm.slots import Arrival, Slots, Step
 from steerback.engines.vllm.tables import LayerTable, Shared
 from steerback.records import Intervention
 from steerback.targets.sae import Sae
+from steerback.targets.target import SaeSource
 
 WIDTH, LATENTS, REQUESTS = 4096, 8192, 256
 
@@ -36,7 +37,7 @@ def slots() -> Slots:
     sae = Sae("relu", 0, decoder.T, zeros, decoder, torch.zeros(WIDTH), zeros)
     rows = REQUESTS + 32
     site = Site(1, WIDTH, 0, 0, 0, LATENTS)
-    settings = TableSettings(site, (0,), rows, 128, 512 * 32, rows, 0, 512, "1", "0", {"location": ""})
+    settings = TableSettings(site, (0,), rows, 128, 512 * 32, 0, 512, "1", "0", SaeSource(""))
     cpu = torch.device("cpu")
     shared, table = Shared.empty(settings, 8192, torch.bfloat16, cpu), LayerTable.empty(settings, cpu)
     return Slots(settings, shared, {0: table}, sae, {})

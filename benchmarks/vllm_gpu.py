@@ -120,6 +120,7 @@ def stock_driver(engine: Any) -> Any:
 
 def start(target: Any, args: argparse.Namespace) -> tuple[Any, Any]:
     """The steered engine and stock vLLM (None if `--apart`), started at the same time."""
+    from steerback.engines.options import VllmOptions
     from steerback.engines.vllm.engine import VllmEngine
 
     class Beside(VllmEngine):
@@ -142,7 +143,7 @@ def start(target: Any, args: argparse.Namespace) -> tuple[Any, Any]:
         options["kv_cache_memory_bytes"] = args.kv_gib << 30
     if SHAPES[args.shape].get("fp8"):
         options["quantization"] = "fp8"
-    engine = Beside(target, batch_size=max(args.requests), max_model_len=LENGTH, options=options)
+    engine = Beside(target, VllmOptions(batch_size=max(args.requests), max_model_len=LENGTH, options=options))
     return engine, engine.stock
 
 

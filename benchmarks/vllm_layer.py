@@ -22,6 +22,7 @@ from steerback.engines.vllm.slots import Arrival, Slots, Step
 from steerback.engines.vllm.tables import LayerTable, Shared, steer_layer
 from steerback.records import Intervention
 from steerback.targets.sae import Sae
+from steerback.targets.target import SaeSource
 
 
 class Layer(nn.Module):
@@ -39,7 +40,7 @@ def steered(tokens: int, width: int, columns: int, with_sae: bool, kind: str, de
     sae = Sae("relu", 0, decoder.T.contiguous(), zeros, decoder, torch.zeros(width), zeros)
     site = Site(1, width, 0, 0, 0, n)
     settings = TableSettings(
-        site, (0,), tokens + 8, columns, 512 * 32, tokens + 8, 0, 512, "1", "0", {"location": ""} if with_sae else None
+        site, (0,), tokens + 8, columns, 512 * 32, 0, 512, "1", "0", SaeSource("") if with_sae else None
     )
     shared = Shared.empty(settings, tokens, torch.bfloat16, device)
     table = LayerTable.empty(settings, device)

@@ -89,7 +89,7 @@ def final_norm(model: Any) -> Any:
 def pair(request: pytest.FixtureRequest) -> tuple[TransformersEngine, Any]:
     """An engine around one copy, and another copy."""
     loaded = assemble(tiny.target(), build(request.param), tiny.tokenizer(), tiny.sae("jumprelu"))
-    return TransformersEngine.from_loaded(loaded, 4), build(request.param)
+    return TransformersEngine(loaded, 4), build(request.param)
 
 
 @torch.no_grad()
@@ -200,7 +200,7 @@ def test_a_saved_model_loads_as_a_target_and_answers_the_same(tmp_path: Path, na
     edits = (Intervention("add", 3, 30.0),)
     requests = [Request("a", "the cat", 1, greedy, edits), Request("b", "the cat", 1, greedy)]
     memory = assemble(tiny.target(), build(name), tiny.tokenizer(), tiny.sae("jumprelu"))
-    wanted = collect(TransformersEngine.from_loaded(memory, 8), requests)
+    wanted = collect(TransformersEngine(memory, 8), requests)
     with load_target(str(tmp_path)) as loaded:
         assert [c.token_ids for c in loaded.complete(requests)] == [wanted[k].token_ids for k in ("a", "b")]
     assert wanted["a"].token_ids != wanted["b"].token_ids

@@ -142,7 +142,7 @@ def test_concreteness_threshold_is_the_authors_rule(capsys: pytest.CaptureFixtur
         (["run", "esr", "--target", "organism", "--name", "a b"], "letters, digits"),
         (["run", "esr", "--target", "organism", "--set", "experiment=traces"], "experiment 'traces' is not what the"),
         (["run", "esr", "--target", "organism", "--set", "from_run=/nope"], "use --from RUN"),
-        (["run", "esr", "--target", "organism", "--set", "engine_options.foo=1"], "unknown option of engine"),
+        (["run", "esr", "--target", "organism", "--set", "engine_options.foo=1"], "unknown setting 'foo'"),
         (["resume", "nothing"], "no run 'nothing'"),
         (["show", "nothing"], "no run 'nothing'"),
         (["figures", "nothing"], "no run 'nothing'"),

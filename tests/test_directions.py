@@ -21,6 +21,7 @@ from steerback.api import LoadedTarget
 from steerback.cli import main
 from steerback.config import RunConfig
 from steerback.engines import make_engine
+from steerback.engines.options import TransformersOptions
 from steerback.engines.transformers import TransformersEngine
 from steerback.errors import SteerbackError
 from steerback.experiments import REGISTRY, experiment_type
@@ -205,7 +206,7 @@ def test_a_file_is_taken_over_with_the_residuals_norm(engine: TransformersEngine
 def test_a_boost_is_the_norm_of_what_is_added(tmp_path: Path) -> None:
     save_direction(tmp_path / "own.safetensors", 7 * VECTOR, FACTS)
     files = find_directions([str(tmp_path)], "tiny")
-    engine = TransformersEngine.from_loaded(
+    engine = TransformersEngine(
         tiny.assemble(tiny.target(), tiny.model(), tiny.tokenizer(), None, directions=("own",)),
         directions=load_directions(files, 2, "tiny"),
     )
@@ -237,7 +238,7 @@ def test_a_run_is_shaped_by_the_directions_it_uses_alone() -> None:
     assert used.prior_of("lava") == BoostPrior(30, 18, 0, 120)
     assert used.prior_of(2) == used.boost_prior
     engines = [
-        make_engine(t, "transformers", batch_size=4) for t in (used, used.with_directions(()), resolve("organism"))
+        make_engine(t, TransformersOptions(batch_size=4)) for t in (used, used.with_directions(()), resolve("organism"))
     ]
     assert len({e.fingerprint for e in engines}) == 3
     with pytest.raises(SteerbackError, match="'ice' is not an index, a label or a direction"):
@@ -357,7 +358,7 @@ def test_a_table_with_directions_alone_is_a_target(tmp_path: Path, monkeypatch: 
 
 @contextlib.contextmanager
 def make_and_close(target: Target) -> Iterator[Any]:
-    engine = make_engine(target, "transformers", batch_size=2)
+    engine = make_engine(target, TransformersOptions(batch_size=2))
     try:
         yield engine
     finally:

@@ -164,7 +164,7 @@ def test_neighbours_are_near_and_in_range() -> None:
 def test_a_target_without_sae_is_examined_with_its_direction() -> None:
     direction = {"warmth": torch.nn.functional.normalize(torch.ones(32), dim=0)}
     parts = tiny.assemble(tiny.target(), tiny.model(), tiny.tokenizer(), None, directions=("warmth",))
-    engine = TransformersEngine.from_loaded(parts, 4, direction)
+    engine = TransformersEngine(parts, 4, direction)
     target = replace(tiny.target(direction_files=(("warmth", "x.npy"),)), n_latents=0, max_new_tokens=6)
     report = examine(LoadedTarget(target, engine), texts=TEXTS)
     assert [c.name for c in report.checks] == ["model", "boost prior", "steering"]

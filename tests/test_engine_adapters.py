@@ -58,7 +58,7 @@ def test_an_adapter_beside_the_weights_is_as_merged_into_them_under_steering_too
         "add and clamp": (Intervention("add", 3, 4.0), Intervention("clamp", 7, 0.5), Intervention("clamp", 9, 0.0)),
     }
     for name, model in (("beside", beside), ("merged", merged), ("without", tiny.model(kind))):
-        made = TransformersEngine.from_loaded(assemble(target, model, tiny.tokenizer(), tiny.sae()), 4)
+        made = TransformersEngine(assemble(target, model, tiny.tokenizer(), tiny.sae()), 4)
         with contextlib.closing(made):
             logits[name] = {e: made.teacher_forced(ids, edit, 10) for e, edit in edits.items()}
     for e in edits:

@@ -89,7 +89,7 @@ def test_the_cache_for_gpus_gives_the_same_tokens(kind: str) -> None:
 def test_bfloat16_models_are_steered_in_float32() -> None:
     plain, half = tiny.model(), tiny.model().bfloat16()
     made = tiny.assemble(tiny.target(), half, tiny.tokenizer(), tiny.sae())
-    engine = TransformersEngine.from_loaded(made, 8)
+    engine = TransformersEngine(made, 8)
     requests = make_requests(10)
     done = collect(engine, requests)
     assert engine.describe()["dtype"] == "bfloat16"
@@ -97,7 +97,7 @@ def test_bfloat16_models_are_steered_in_float32() -> None:
     ids = engine.runner.prompter.tokens("the cat explains")
     edits = (Intervention("add", 3, 4.0), Intervention("clamp", 5, 1.0))
     exact = tiny.assemble(tiny.target(), plain, tiny.tokenizer(), tiny.sae())
-    wanted = TransformersEngine.from_loaded(exact, 8).teacher_forced(ids, edits, 4)
+    wanted = TransformersEngine(exact, 8).teacher_forced(ids, edits, 4)
     assert (engine.teacher_forced(ids, edits, 4) - wanted).abs().mean() < 0.05 * wanted.abs().max()
 
 
@@ -344,7 +344,7 @@ def test_batches_side_by_side_give_the_same_responses(
 ) -> None:
     """Three threads share one queue and one model: every response once, and bit for bit what one thread makes."""
     requests, together = crowd
-    engine = TransformersEngine.from_loaded(tiny.loaded(), 16, workers=3)
+    engine = TransformersEngine(tiny.loaded(), 16, workers=3)
     assert engine.fingerprint == tiny.engine(rows=16).fingerprint
     done = collect(engine, requests)
     assert set(done) == set(together)

@@ -121,8 +121,8 @@ def test_activations_equal_the_residual_encoded(engines: dict[str, TransformersE
             h = plain(torch.tensor([ids]), output_hidden_states=True).hidden_states[3][0]
         said = list(range(len(head), len(ids)))
         user = list(range(2, len(head) - 2))  # after <s> <|user|>, before the template's newline and <|assistant|>
-        assert prompter.spoken(prompt, reply).response == tuple(said)
-        assert prompter.spoken(prompt, reply).user == tuple(user)
+        assert prompter.conversation(prompt, reply).response == tuple(said)
+        assert prompter.conversation(prompt, reply).user == tuple(user)
         wanted = sae.encode(h[said]).amax(0) if said else torch.zeros(sae.n_latents)
         np.testing.assert_allclose(found[n], wanted.numpy(), atol=1e-3)
         np.testing.assert_allclose(both[n], sae.encode(h[user + said], [5, 1]).amax(0).numpy(), atol=1e-3)
@@ -161,7 +161,7 @@ def test_gpus_agree_with_the_cpu(engines: dict[str, TransformersEngine], device:
 def test_named_directions_are_added_and_checked() -> None:
     loaded = tiny.assemble(tiny.target(), tiny.model(), tiny.tokenizer(), tiny.sae(), directions=("north",))
     sae = tiny.sae()
-    engine = TransformersEngine.from_loaded(loaded, 4, {"north": sae.W_dec[3] * 2})
+    engine = TransformersEngine(loaded, 4, {"north": sae.W_dec[3] * 2})
     requests = [
         Request("direction", PROMPT, 1, GREEDY, (Intervention("add", "north", 2.0),)),
         Request("latent", PROMPT, 1, GREEDY, (Intervention("add", 3, 4.0),)),
@@ -173,7 +173,7 @@ def test_named_directions_are_added_and_checked() -> None:
     with pytest.raises(SteerbackError, match="only SAE latents can be clamped"):
         collect(engine, [Request("x", PROMPT, 1, GREEDY, (Intervention("clamp", "north", 1.0),))])
     with pytest.raises(SteerbackError, match=r"shape \(3,\)"):
-        TransformersEngine.from_loaded(loaded, 4, {"north": torch.ones(3)})
+        TransformersEngine(loaded, 4, {"north": torch.ones(3)})
 
 
 @pytest.mark.parametrize(

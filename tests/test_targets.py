@@ -11,7 +11,7 @@ import pytest
 
 import tiny
 from steerback.api import LoadedTarget, load_target
-from steerback.engines import default_engine, make_engine
+from steerback.engines import check_engine, default_engine, make_engine
 from steerback.engines.scripted import ScriptedEngine
 from steerback.errors import SteerbackError
 from steerback.records import Intervention, Request, Sampling
@@ -171,11 +171,11 @@ def test_damaged_weights_are_refused(folder: Path, tmp_path: Path) -> None:
 def test_make_engine_by_name(folder: Path) -> None:
     target = resolve(str(folder))
     assert default_engine() == "transformers"
-    assert isinstance(make_engine(target, "scripted", batch_size=None), ScriptedEngine)
-    with pytest.raises(SteerbackError, match="unknown option of engine 'vllm' 'batchsize'; choose one of: batch_size"):
-        make_engine(target, "vllm", batchsize=3)
+    assert isinstance(make_engine(target, check_engine("scripted", {"batch_size": None})), ScriptedEngine)
+    with pytest.raises(SteerbackError, match="engine_options of 'vllm': unknown setting 'batchsize'; choose one of: b"):
+        check_engine("vllm", {"batchsize": 3})
     with pytest.raises(SteerbackError, match="unknown engine 'vlm'; choose one of: auto, transformers, vllm, scripted"):
-        make_engine(target, "vlm")
+        check_engine("vlm", {})
 
 
 def test_weights_in_half_precision_are_computed_in_float32(little: LoadedTarget) -> None:

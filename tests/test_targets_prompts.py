@@ -50,7 +50,7 @@ def test_the_authors_header_is_doubled_and_nothing_else() -> None:
     assert len(doubled.tokens("Hi")) == len(plain.tokens("Hi")) + len(
         plain.tokenizer(second, add_special_tokens=False)["input_ids"]
     )
-    spoken = doubled.spoken("the cat", "a stone")
+    spoken = doubled.conversation("the cat", "a stone")
     said = plain.tokenizer.decode([spoken.token_ids[n] for n in spoken.response])
     assert said == "a stone"  # headers are no one's words
     assert plain.tokenizer.decode([spoken.token_ids[n] for n in spoken.user]) == "the cat"
@@ -78,7 +78,7 @@ def test_gemma_has_no_system_role() -> None:
 def test_the_users_words_are_found_whatever_they_are(template: str, prompt: str) -> None:
     """Also where the template trims them, and where they are words of the template itself."""
     prompter = Prompter(tokenizer(template))
-    spoken = prompter.spoken(prompt, "a stone")
+    spoken = prompter.conversation(prompt, "a stone")
     said = prompter.tokenizer.decode([spoken.token_ids[n] for n in spoken.user])
     assert said.strip() == prompt.strip()
     head = len(prompter.tokens(prompt))
@@ -90,4 +90,4 @@ def test_a_template_that_writes_prompts_in_other_forms_is_refused() -> None:
     """Positions of the user's words could not be told."""
     odd = Prompter(tokenizer(GEMMA.replace("m.content", "(m.content | length | string) + m.content")))
     with pytest.raises(SteerbackError, match="writes this prompt in another form"):
-        odd.spoken("the cat", "a stone")
+        odd.conversation("the cat", "a stone")

@@ -101,7 +101,7 @@ def loaded(kind: str = "llama", sae_kind: str = "relu", device: str = "cpu", **c
 
 
 def engine(kind: str = "llama", sae_kind: str = "relu", rows: int = 16, **changes: Any) -> TransformersEngine:
-    return TransformersEngine.from_loaded(loaded(kind, sae_kind, **changes), rows)
+    return TransformersEngine(loaded(kind, sae_kind, **changes), rows)
 
 
 def collect(made: Any, requests: list[Request]) -> dict[str, Completion]:

@@ -7,7 +7,7 @@ from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from steerback.errors import SteerbackError, unknown
 from steerback.records import Completion, Intervention, LatentKey, Recording, Request, Sampling
@@ -128,16 +128,16 @@ class LoadedTarget:
         self.close()
 
 
-def load_target(name: str | Target, engine: str = "auto", batch_size: int = 8, **options: Any) -> LoadedTarget:
-    """Loads a built-in target, a folder in our own format, or a `Target`.
+def load_target(name: str | Target, engine: str = "auto", batch_size: int = 8, **options: object) -> LoadedTarget:
+    """Load a built-in target, a folder in our own format, or a `Target`; `options` are those of the engine.
 
     `batch_size` is small because responses are asked for one by one; a run uses a larger one, and as batch shape
     changes floats, its texts may differ from those given here.
     """
-    from steerback.engines import make_engine
+    from steerback.engines import check_engine, make_engine
 
     target = resolve(name) if isinstance(name, str) else name
-    return LoadedTarget(target, make_engine(target, engine, batch_size=batch_size, **options))
+    return LoadedTarget(target, make_engine(target, check_engine(engine, options, batch_size)))
 
 
 def finish(work: Coroutine[object, None, Result]) -> Result:

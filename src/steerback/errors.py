@@ -18,3 +18,8 @@ class SteerbackError(Exception):
 def unknown(what: str, value: object, choices: Iterable[object]) -> SteerbackError:
     """Error for a name that does not exist, with the names that do."""
     return SteerbackError(f"unknown {what} {value!r}; choose one of: {', '.join(str(c) for c in choices)}")
+
+
+def one_line(text: object) -> str:
+    """Return the text of a library or a file as one line in which control characters are visible, never obeyed."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in " ".join(str(text).split()))

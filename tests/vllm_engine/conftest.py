@@ -41,13 +41,13 @@ class Pair:
     def __init__(self, target: Any, reference: Any = None, **options: Any) -> None:
         import small
 
-        from steerback.engines.transformers import TransformersEngine
-        from steerback.engines.vllm.engine import VllmEngine
+        from steerback.engines import make_engine
+        from steerback.engines.options import VllmOptions
 
         self.target = target
         options = small.OPTIONS | {"max_logprobs": -1} | options
-        self.vllm = VllmEngine(target, batch_size=32, max_model_len=256, layers=(0,), options=options)
-        self.reference = TransformersEngine(reference or target, batch_size=2, device="cpu")
+        self.vllm = make_engine(target, VllmOptions(batch_size=32, max_model_len=256, layers=(0,), options=options))
+        self.reference = small.reference_engine(reference or target)
 
 
 @pytest.fixture(scope="session")

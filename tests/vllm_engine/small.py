@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from steerback.engines import make_engine
 from steerback.engines.interventions import Site
+from steerback.engines.options import TransformersOptions
 from steerback.engines.vllm.settings import TableSettings
 from steerback.targets import Target, from_folder
 from steerback.targets.sae import Kind, Sae, save_native
+from steerback.targets.target import SaeSource
 
 GPU = torch.cuda.device_count() > 0
 TOLERANCE = 1e-3 if GPU else 1e-4
@@ -30,13 +33,18 @@ SEEN: dict[str, float] = {}
 """The largest differences met, by what was compared."""
 
 SITE = Site(n_layers=3, d_model=16, steer_layer=0, sae_layer=1, read_layer=1, n_latents=40)
-SETTINGS = TableSettings(SITE, (0, 1), 8, 20, 96, 8, 2, 24, "1", "0", {})
+SETTINGS = TableSettings(SITE, (0, 1), 8, 20, 96, 2, 24, "1", "0", SaeSource(""))
 """Of an engine that is only pretended."""
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,!?"
 TEMPLATE = (
     "{{ '<s>' }}{% for m in messages %}<u>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 )
+
+
+def reference_engine(target: Target) -> Any:
+    """The engine that the other one is compared with."""
+    return make_engine(target, TransformersOptions(batch_size=2, device="cpu"))
 
 
 def near(what: str, got: Any, want: Any, tolerance: float = TOLERANCE) -> None:

@@ -295,10 +295,11 @@ def test_models_and_releases_that_cannot_be_steered_are_refused() -> None:
     from torch import nn
 
     from steerback.engines.interventions import Site
+    from steerback.engines.vllm.runners import generation
     from steerback.engines.vllm.settings import TableSettings
-    from steerback.engines.vllm.worker import decoder_layers, generation
+    from steerback.engines.vllm.worker import decoder_layers
 
-    settings = TableSettings(Site(2, 4, 0, 0, 0, 0), (0,), 1, 0, 1, 1, 0, 8, "1", "0")
+    settings = TableSettings(Site(2, 4, 0, 0, 0, 0), (0,), 1, 0, 1, 0, 8, "1", "0")
     model = nn.Module()
     model.layers = nn.ModuleList([nn.Linear(4, 4)])  # one layer, where two are expected
     with pytest.raises(SteerbackError, match="no single list of 2 decoder layers"):

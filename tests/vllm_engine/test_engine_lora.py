@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from small import EFFECT
 from test_engine import CASES, check_all_edits, tokens
 
-from steerback.engines.transformers import TransformersEngine
 from steerback.targets import from_folder
 
 RANK, ALPHA = 32, 16
@@ -55,7 +54,7 @@ def test_adapter_is_steered_like_merged_weights(tmp_path: Path) -> None:
     merged = from_folder(tmp_path / "merged", steer_layer=1, read_layer=2)
     pair = Pair(target.with_adapter(tmp_path / "adapter"), merged, enforce_eager=True)
     try:
-        plain = TransformersEngine(target, batch_size=2, device="cpu")
+        plain = small.reference_engine(target)
         check_all_edits(pair)
         ids, edits = tokens(9, 30), CASES["add and clamp"]
         with_adapter, without = (e.teacher_forced(ids, edits, 12).log_softmax(-1) for e in (pair.reference, plain))
@@ -77,7 +76,7 @@ def test_adapter_in_bfloat16_is_steered_like_merged_weights(tmp_path: Path) -> N
     merged = from_folder(tmp_path / "merged", steer_layer=1, read_layer=2)
     pair = Pair(target.with_adapter(tmp_path / "adapter"), merged)
     try:
-        plain, ids = TransformersEngine(replace(target, dtype="float32"), batch_size=2, device="cpu"), tokens(9, 30)
+        plain, ids = small.reference_engine(replace(target, dtype="float32")), tokens(9, 30)
         for name in ("add", "clamp", "add and clamp"):
             got = pair.vllm.teacher_forced(ids, CASES[name], 12)
             want, without = (e.teacher_forced(ids, CASES[name], 12).log_softmax(-1) for e in (pair.reference, plain))

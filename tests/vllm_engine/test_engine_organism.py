@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 from conftest import INTERPRETED
-from small import EFFECT, OPTIONS, near
+from small import EFFECT, OPTIONS, near, reference_engine
 
 import steerback.jobs.execute
 from steerback.cli import main
 from steerback.engines import make_engine
-from steerback.engines.transformers import TransformersEngine
+from steerback.engines.options import VllmOptions
 from steerback.records import Intervention
 from steerback.targets import resolve
 
@@ -33,10 +33,10 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path]]:
     """The engine of a run of the ESR experiment, kept open after it, and the run's folder."""
     folder, engines = tmp_path_factory.mktemp("runs"), []
 
-    def make(target: Any, name: str, **options: Any) -> Any:
-        assert name == "vllm"
+    def make(target: Any, options: Any) -> Any:
+        assert isinstance(options, VllmOptions)
         arguments = OPTIONS | {"enforce_eager": True, "max_logprobs": -1}
-        engine: Any = make_engine(target, name, **options, options=arguments)
+        engine: Any = make_engine(target, options.model_copy(update={"options": arguments}))
         engines.append((engine, engine.close))
         engine.close = lambda: None
         return engine
@@ -70,7 +70,7 @@ def test_rates_of_the_experiment_are_those_of_the_reference_engine(ran: tuple[An
 def test_logits_are_those_of_the_reference_engine(ran: tuple[Any, Path]) -> None:
     """Teacher-forced, at boosts around the threshold of its latents."""
     target = resolve("organism")
-    reference = TransformersEngine(target, batch_size=2, device="cpu")
+    reference = reference_engine(target)
     latents = sorted(target.labels())[:4]
     add, clamps = Intervention("add", latents[0], 35.0), [Intervention("clamp", k, 3.0) for k in latents[1:]]
     ids = random.Random(0).choices(range(10, 1500), k=60)

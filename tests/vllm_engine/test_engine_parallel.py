@@ -14,7 +14,7 @@ import small
 import torch
 from test_engine import CASES, check_all_edits, collect, words
 
-from steerback.engines.transformers import TransformersEngine
+from steerback.engines.options import VllmOptions
 from steerback.engines.vllm import engine
 from steerback.engines.vllm.engine import VllmEngine
 from steerback.records import Request, Sampling
@@ -43,8 +43,10 @@ class Parallel:
         options = {"max_logprobs": -1, "enforce_eager": not small.GPU, **(small.OPTIONS if small.GPU else {})}
         if SHARED and "tensor_parallel" in how:
             options |= {"distributed_executor_backend": "mp", "disable_custom_all_reduce": True}
-        self.vllm = VllmEngine(target, batch_size=32, max_model_len=256, layers=(0,), options=options, **how)
-        self.reference = TransformersEngine(target, batch_size=2, device="cpu")
+        self.vllm = VllmEngine(
+            target, VllmOptions(batch_size=32, max_model_len=256, layers=(0,), options=options, **how)
+        )
+        self.reference = small.reference_engine(target)
 
 
 def test_two_workers_edit_like_the_reference(tmp_path: Path) -> None:

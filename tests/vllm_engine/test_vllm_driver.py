@@ -189,7 +189,7 @@ def test_an_engine_that_cannot_be_ended_leaves_no_thread(llm: Llm, monkeypatch: 
 
 def test_gate_never_lets_in_more_than_the_tables_hold() -> None:
     """Jobs with up to ten latents compete for 12 columns and 4 rows; all get their turn, in order."""
-    sizes = replace(SETTINGS, rows=4, columns=12, recorders=2)
+    sizes = replace(SETTINGS, rows=4, columns=12)
     entered: list[int] = []
 
     async def job(gate: Gate, n: int) -> None:
@@ -200,7 +200,6 @@ def test_gate_never_lets_in_more_than_the_tables_hold() -> None:
         entered.append(n)
         assert gate.running <= 4
         assert len(gate.columns) <= 12
-        assert gate.recorders <= 2
         for _ in range(draw.randrange(5)):
             await asyncio.sleep(0)
         gate.leave(ticket)
@@ -217,4 +216,4 @@ def test_gate_never_lets_in_more_than_the_tables_hold() -> None:
     gate = asyncio.run(run())
     assert entered == sorted(entered)
     assert len(entered) >= 58
-    assert (gate.running, gate.recorders, len(gate.columns), len(gate.waiting)) == (0, 0, 0, 0)
+    assert (gate.running, len(gate.columns), len(gate.waiting)) == (0, 0, 0)

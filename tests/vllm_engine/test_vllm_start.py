@@ -15,10 +15,11 @@ import pytest
 import small
 import torch
 
+from steerback.engines.options import VllmOptions, parse_options
 from steerback.engines.vllm import engine as module
 from steerback.engines.vllm import loading
 from steerback.engines.vllm.engine import VllmEngine
-from steerback.engines.vllm.selftest import fault
+from steerback.engines.vllm.jobs import steering_fault
 from steerback.errors import SteerbackError
 from steerback.records import Request, Sampling
 from steerback.targets.sae import save_native
@@ -67,7 +68,7 @@ class Started:
 )
 def test_an_engine_that_does_not_steer_is_found_out_at_its_start(broken: Any, says: str | None) -> None:
     """Whatever its release: arithmetic, hooks, effect and leaks are looked at, on every worker."""
-    found = fault(Started(**broken), small.SETTINGS, (1, 2, 3, 4), 40.0, 0)  # type: ignore[arg-type]
+    found = steering_fault(Started(**broken), small.SETTINGS, (1, 2, 3, 4), 40.0, 0)  # type: ignore[arg-type]
     assert (found is None) if says is None else (found is not None and re.search(says, found)), found
 
 
@@ -110,7 +111,7 @@ def test_the_test_of_itself_takes_a_latent_that_writes_something(target: Any, pr
     dead.W_dec[0] = 0
     save_native(dead, folder, boost_prior=[2.0, 1.0, 0.0, 10.0])
     pretend["edited"] = (prompt_tokens(target), 2)
-    VllmEngine(target, max_model_len=256)
+    VllmEngine(target, VllmOptions(max_model_len=256))
     steered = next(job for job in pretend["started"][0].jobs if job.ticket.edits)
     assert [edit.latent for edit in steered.ticket.edits] == [1]
 
@@ -149,7 +150,7 @@ def test_replicas_have_gpus_of_their_own_and_share_the_requests(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1,0,2,5,7")
     pretend["edited"] = (prompt_tokens(target), 2)
-    engine = VllmEngine(target, replicas=3, tensor_parallel=2, max_model_len=256)
+    engine = VllmEngine(target, VllmOptions(replicas=3, tensor_parallel=2, max_model_len=256))
     assert [one.visible for one in pretend["started"]] == ["3,1", "0,2", "5,7"]
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,1,0,2,5,7"
     for one in pretend["started"]:
@@ -174,7 +175,7 @@ def test_an_adapter_that_a_gpu_could_not_serve_is_refused(target: Any, monkeypat
 def test_a_release_that_fails_its_self_test_is_refused_and_closed(pretend: dict[str, Any], target: Any) -> None:
     pretend["edited"] = (0, 0)
     with pytest.raises(SteerbackError, match=r"vLLM 99.0 .*does not steer this model.*use --engine transformers"):
-        VllmEngine(target, max_model_len=256)
+        VllmEngine(target, VllmOptions(max_model_len=256))
     assert all(one.closed for one in pretend["started"])
 
 
@@ -182,30 +183,31 @@ def test_what_cannot_work_is_refused_before_vllm_starts(
     pretend: dict[str, Any], target: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("replicas", "tensor_parallel", "batch_size", "max_model_len", "poolers"):
-        with pytest.raises(SteerbackError, match=f"{name} 0 is out of range; 1 or more"):
-            VllmEngine(target, **{name: 0})
+        with pytest.raises(SteerbackError, match=f"{name}: Input should be greater than or equal to 1"):
+            parse_options("vllm", {name: 0})
     for name, says in (
         ("pipeline_parallel_size", "pipeline parallelism; use tensor_parallel"),
-        ("data_parallel_size", "has a name of its own, replicas"),
-        ("max_model_len", "has a name of its own, max_model_len"),
-        ("speculative_config", "guessed ahead"),
+        ("data_parallel_size", "is set with replicas"),
+        ("max_model_len", "is set with max_model_len"),
+        ("speculative_config", "speculative decoding"),
         ("worker_cls", "is set by steerback"),
+        ("trust_remote_code", "never run"),
     ):
-        with pytest.raises(SteerbackError, match=f"options.{name} .*{says}"):
-            VllmEngine(target, options={name: 2})
+        with pytest.raises(SteerbackError, match=f"options: {name} .*{says}"):
+            parse_options("vllm", {"options": {name: 2}})
     for layer in (-1, 4):
         with pytest.raises(SteerbackError, match=rf"layers {layer} is outside 0\.\.3, the layers of this model"):
-            VllmEngine(target, layers=(layer,))
+            VllmEngine(target, VllmOptions(layers=(layer,)))
     with pytest.raises(SteerbackError, match=r"test of itself: prompt of .* exceed 20, the engine's max_model_len"):
-        VllmEngine(target, max_model_len=20)
+        VllmEngine(target, VllmOptions(max_model_len=20))
     with pytest.raises(SteerbackError, match=r"direction 'north' has shape \(5,\); this model needs \(64,\)"):
-        VllmEngine(target, directions={"north": torch.zeros(5)})
-    with pytest.raises(SteerbackError, match=r"no adapter_config.json"):
-        VllmEngine(target.with_adapter(tmp_path / "none"))
+        VllmEngine(target, VllmOptions(), {"north": torch.zeros(5)})
+    with pytest.raises(SteerbackError, match="no LoRA adapter there"):
+        VllmEngine(target.with_adapter(tmp_path / "none"), VllmOptions())
     save_native(small.sae("relu", 32, 96, layer=2), tmp_path, boost_prior=[2.0, 1.0, 0.0, 10.0])
     with pytest.raises(SteerbackError, match=r"reads width 32, the model has 64"):
-        VllmEngine(target)
+        VllmEngine(target, VllmOptions())
     monkeypatch.setattr(module, "gpus", lambda: 3)
     with pytest.raises(SteerbackError, match="2 replicas of 2 GPUs each need 4, and 3 are visible"):
-        VllmEngine(target, replicas=2, tensor_parallel=2)
+        VllmEngine(target, VllmOptions(replicas=2, tensor_parallel=2))
     assert pretend["started"] == []

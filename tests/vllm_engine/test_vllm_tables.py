@@ -19,6 +19,7 @@ from steerback.engines.vllm.tables import LayerTable, Shared, steer_layer
 from steerback.errors import SteerbackError
 from steerback.records import Intervention
 from steerback.targets.sae import Kind, Sae
+from steerback.targets.target import SaeSource
 
 D, N, LENGTH = 16, 40, 24
 SITE = Site(n_layers=3, d_model=D, steer_layer=0, sae_layer=1, read_layer=1, n_latents=N, directions=("north",))
@@ -37,8 +38,8 @@ class Worker:
     def __init__(self, kind: Kind, rows: int = 6, columns: int = 20, poolers: int = 2) -> None:
         self.sae: Sae = small.sae(kind, D, N, layer=1)
         self.north = {"north": torch.linspace(-1, 1, D)}
-        sizes = (rows, columns, LENGTH * 4, rows, poolers, LENGTH)
-        self.settings = TableSettings(SITE, (0, 1), *sizes, "1", "0", {"location": ""})
+        sizes = (rows, columns, LENGTH * 4, poolers, LENGTH)
+        self.settings = TableSettings(SITE, (0, 1), *sizes, "1", "0", SaeSource(""))
         shared = Shared.empty(self.settings, 64, torch.float32, torch.device("cpu"))
         tables = {n: LayerTable.empty(self.settings, torch.device("cpu")) for n in (0, 1)}
         self.layers = {n: Layer() for n in (0, 1)}

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from steerback.errors import unknown
+from steerback.engines.options import ENGINES, EngineOptions, ScriptedOptions, VllmOptions, parse_options
 from steerback.targets.fit import check_ready, fetch, gpus
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from steerback.engines.base import Engine
     from steerback.targets import Target
 
-ENGINES = ("transformers", "vllm", "scripted")
+__all__ = ["ENGINES", "EngineOptions", "check_engine", "default_engine", "make_engine"]
 
 
 def default_engine() -> str:
-    """The engine that `auto` means on this machine: vLLM where it is installed and there is a GPU for it."""
+    """Return the engine that `auto` stands for: vLLM where it is installed and has a GPU, else transformers."""
     if find_spec("vllm") is None:
         return "transformers"
     import torch
@@ -26,51 +27,48 @@ def default_engine() -> str:
     return "vllm" if torch.cuda.device_count() else "transformers"  # counting does not initialise CUDA
 
 
-def make_engine(target: Target, name: str = "auto", **options: Any) -> Engine:
-    """Loads a target into the named engine ("auto": `default_engine()`); options that are None are left out.
+def check_engine(name: str, values: Mapping[str, object], batch_size: int | None = None) -> EngineOptions:
+    """Return the checked options of the engine `name` ("auto": `default_engine()`).
 
-    transformers: batch_size, device. vllm: see `VllmEngine`. scripted: script (a function or PlantedModel).
-    Raises SteerbackError for an option that the engine does not know.
+    Raises SteerbackError if the engine is unknown or not installed, or an option is unknown or has a wrong value.
     """
-    given = {key: value for key, value in options.items() if value is not None}
-    chosen, make = check_engine(name, given)
-    if chosen == "vllm":
-        room = sum(size for _, size in gpus()[: given.get("tensor_parallel", 1)])
-        check_ready(target, "GPU memory", room, dict(given.get("options", {})).get("quantization"))
-        fetch(target)
-    elif chosen == "scripted":
-        from steerback.engines.scripted import PlantedModel
-
-        given.pop("batch_size", None)  # a fake has no batches
-        prior = target.boost_prior
-        given.setdefault("script", PlantedModel(threshold=prior.mean, slope=prior.sd / 5))
-        given |= {"target": target.name, "n_latents": target.n_latents}
-        return make(**given)
-    if target.direction_files and "directions" not in given:
-        from steerback.targets.directions import load_directions
-
-        given["directions"] = load_directions(target.direction_files, target.steer_layer, target.name)
-    return make(target, **given)
-
-
-def check_engine(name: str, options: Mapping[str, Any]) -> tuple[str, Callable[..., Engine]]:
-    """What `name` means here, and what makes it; SteerbackError if it is not there or does not know an option."""
-    chosen = default_engine() if name == "auto" else name
-    make: Any
-    if chosen == "transformers":
-        from steerback.engines.transformers import TransformersEngine as make
-    elif chosen == "vllm":
-        from steerback.engines.vllm.engine import VllmEngine as make
-    elif chosen == "scripted":
-        from steerback.engines.scripted import ScriptedEngine as make
-    else:
-        raise unknown("engine", name, ("auto", *ENGINES))
-    known = [p for p in inspect.signature(make).parameters if p != "target"]
-    for key in options:
-        if key not in known and (chosen, key) != ("scripted", "batch_size"):
-            raise unknown(f"option of engine {chosen!r}", key, known)
-    if chosen == "vllm" and find_spec("vllm") is None:
+    options = parse_options(default_engine() if name == "auto" else name, values, batch_size)
+    if isinstance(options, VllmOptions) and find_spec("vllm") is None:
         from steerback.engines.vllm.loading import require_vllm
 
-        require_vllm()  # importing it takes long: done here only to say what is missing
-    return chosen, make
+        require_vllm()  # raises the error that says how to install it; a real import would take seconds
+    return options
+
+
+def make_engine(target: Target, options: EngineOptions, directions: Mapping[str, Tensor] | None = None) -> Engine:
+    """Load a target into the engine that `options` belong to; `directions` default to the target's own."""
+    if isinstance(options, ScriptedOptions):
+        from steerback.engines.scripted import PlantedModel, ScriptedEngine
+
+        prior = target.boost_prior
+        return ScriptedEngine(
+            options.script or PlantedModel(threshold=prior.mean, slope=prior.sd / 5),
+            target=target.name,
+            n_latents=target.n_latents,
+            fail_receipts=options.fail_receipts,
+            raise_on=options.raise_on,
+            shuffled=options.shuffled,
+        )
+    if isinstance(options, VllmOptions):
+        memory = sum(size for _, size in gpus()[: options.tensor_parallel])
+        quantization = options.options.get("quantization")
+        check_ready(target, "GPU memory", memory, None if quantization is None else str(quantization))
+        fetch(target)
+    if directions is None and target.direction_files:
+        from steerback.targets.directions import load_directions
+
+        directions = load_directions(target.direction_files, target.steer_layer, target.name)
+    if isinstance(options, VllmOptions):
+        from steerback.engines.vllm.engine import VllmEngine
+
+        return VllmEngine(target, options, directions)
+    from steerback.engines.loading import load
+    from steerback.engines.transformers import TransformersEngine
+
+    loaded = load(target, options.device, tuple(directions or ()))
+    return TransformersEngine(loaded, options.batch_size, directions, options.workers)

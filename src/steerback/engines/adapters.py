@@ -11,9 +11,10 @@ import re
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from steerback.errors import SteerbackError
+from steerback.engines.runner import CausalModel
+from steerback.errors import SteerbackError, one_line
 from steerback.targets.target import ADAPTER_FILES, Target, check_adapter
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ REPEATED = re.compile(r"\)[*+?{]|(?:[*+{].*){4}", re.DOTALL)
 """A pattern with a repeated group, or with many repetitions: matching it can take exponential time."""
 
 
-def with_adapter(target: Target, model: Any) -> Any:
+def with_adapter(target: Target, model: CausalModel) -> CausalModel:
     """Return the model with the target's LoRA adapter beside its weights, not merged into them."""
     if find_spec("peft") is None:
         raise SteerbackError(f"target {target.name!r} has an adapter: pip install 'steerback[finetune]'")
@@ -42,7 +43,7 @@ def with_adapter(target: Target, model: Any) -> Any:
             renamed = getattr(model, "_checkpoint_conversion_mapping", {})
             result = adapted.load_adapter(str(folder), "default", key_mapping=renamed)
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
-        raise SteerbackError(f"{where}: {' '.join(str(error).split())[:300]}") from error
+        raise SteerbackError(f"{where}: {one_line(error)[:300]}") from error
     for keys, problem in (
         (result.missing_keys, "it lacks {} weights that its configuration names"),
         (result.unexpected_keys, "it has {} weights that the model has no place for"),
@@ -52,7 +53,8 @@ def with_adapter(target: Target, model: Any) -> Any:
                 f"{where}: {problem.format(len(keys))}, the first is {min(keys)}; it belongs to another model or is "
                 "incomplete"
             )
-    return adapted.get_base_model()
+    steered: CausalModel = adapted.get_base_model()
+    return steered
 
 
 def _without_patterns(config: PeftConfig, folder: Path, where: str) -> PeftConfig:

@@ -1,9 +1,9 @@
-"""What any engine must give; it knows nothing of judges, ledgers or experiments."""
+"""The protocol that every engine keeps, and the record of what made a response. Knows nothing of judges or ledgers."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, runtime_checkable
 
 from steerback.records import Completion, Request
 
@@ -15,22 +15,67 @@ Pooling = Literal["max", "mean", "active"]
 """Over tokens: the largest activation, the mean one, or the share of tokens at which a latent is active."""
 
 
+class EngineRecord(TypedDict):
+    """Everything but the request that shapes a response, JSON-able: `Engine.describe()`.
+
+    It is stored in the manifest and hashed into the fingerprint, so a key that is renamed ends the cache and makes
+    old runs impossible to resume.
+    """
+
+    engine: str
+    target: str
+
+
+class Provenance(TypedDict, total=False):
+    """Names, commits and SHA-256 hashes of the model, adapter, tokenizer and SAE that were loaded."""
+
+    model: str
+    revision: str | None
+    commit: str | None
+    files: dict[str, str]
+    tokenizer: str
+    lora: dict[str, str]
+    sae_source: dict[str, str | None]
+    decoder_norms: dict[str, float]
+
+
+class LayerNumbers(TypedDict):
+    """Layers at which a target is steered, clamped and read."""
+
+    steer: int
+    sae: int
+    read: int
+
+
+class ModelRecord(EngineRecord, Provenance):
+    """The part of the record that all engines with a real model share."""
+
+    arithmetic: str
+    steerback: str
+    torch: str
+    device: str
+    dtype: str
+    layers: LayerNumbers
+    prompt_format: str
+    sae: str | None
+    directions: dict[str, str]
+
+
 @runtime_checkable
 class Engine(Protocol):
     """Generates steered responses and reads activations for one target.
 
     `fingerprint` hashes everything but the request that shapes a completion (model, revision, SAE, engine and its
     version, dtype, batch shape, threads, version of the steering arithmetic); completions are cached under it.
-    `describe()` is the human-readable, JSON-able form that goes into the manifest.
     """
 
     @property
     def fingerprint(self) -> str: ...
 
-    def describe(self) -> dict[str, object]: ...
+    def describe(self) -> EngineRecord: ...
 
     def generate(self, requests: Sequence[Request]) -> AsyncIterator[tuple[str, Completion]]:
-        """Yields (request key, completion) in completion order.
+        """Yield (request key, completion) in completion order.
 
         Raises SteerbackError before anything is generated if a request is impossible (latent out of range, prompt
         too long, ...), naming the field.
@@ -45,19 +90,22 @@ class Engine(Protocol):
         include_prompt: bool = False,
         pool: Pooling = "max",
     ) -> NDArray[np.float32]:
-        """Unsteered SAE activations at the read layer, pooled over the response tokens.
+        """Return unsteered SAE activations at the read layer, pooled over the response tokens: (n texts, n latents).
 
-        Special and chat-template tokens are excluded; `include_prompt` pools over the user's words as well.
-        Returns shape (n texts, n latents), all latents of the SAE where `latents` is None.
+        `latents` None means all latents of the SAE. Special and chat-template tokens are excluded; `include_prompt`
+        pools over the user's words as well. A text without such tokens gets zeros.
         """
         ...
 
     def decoder_norms(self) -> NDArray[np.float32]:
-        """L2 norm of each latent's decoder direction, shape (n latents of the SAE,)."""
+        """Return the L2 norm of each latent's decoder direction: (n latents,). Raises SteerbackError without an SAE."""
         ...
 
     def token_ends(self, completion: Completion) -> list[int]:
-        """Character of `completion.text` at which each of its tokens ends, never decreasing, shape (n tokens,)."""
+        """Return the character of `completion.text` at which each token ends, never decreasing: (n tokens,).
+
+        A character of several tokens ends with its last token.
+        """
         ...
 
     def close(self) -> None: ...

@@ -28,13 +28,17 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+PAGE = 64
+"""Positions of a page of the cache on a CPU."""
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """The fixed shapes of a batch; part of the engine's fingerprint, as other shapes give other floats."""
 
     rows: int
     prefill_rows: int = 8
-    page: int | None = 64  # None: no pages
+    page: int | None = PAGE  # None: no pages
 
     @staticmethod
     def bucket(prompt: int) -> int:
@@ -184,7 +188,7 @@ class DecodingBatch:
         size = len(prompt)
         for layer in state.planned[0]:
             self._decode.tally.at(layer)[slot, :size] = self._prompts.tally.at(layer)[row, :size]
-        read = self._decode.record_layer(state.request)
+        read = self.runner.site.record_layer(state.request.record)
         if read is not None and state.request.record is not None:
             width = -(-len(state.request.record.latents) // GROUP) * GROUP
             kept = self._prompts.records[read].kept[row, :size, :width]
@@ -235,7 +239,7 @@ class DecodingBatch:
         return slot.request.key, completion
 
     def _recorded(self, n: int, slot: DecodingSlot, length: int) -> NDArray[np.float32] | None:
-        record, layer = slot.request.record, self._decode.record_layer(slot.request)
+        record, layer = slot.request.record, self.runner.site.record_layer(slot.request.record)
         if record is None or layer is None:
             return None
         kept = self._decode.records[layer].kept[n, :length, : len(record.latents)]

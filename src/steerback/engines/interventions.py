@@ -57,6 +57,12 @@ class Site:
             return intervention.layer
         return self.steer_layer if intervention.mode == "add" else self.sae_layer
 
+    def record_layer(self, record: Recording | None) -> int | None:
+        """Return the layer at which a recording is made: the read layer, unless it names one."""
+        if record is None:
+            return None
+        return self.read_layer if record.layer is None else record.layer
+
 
 def plan_layers(interventions: Sequence[Intervention], phase: Phase, site: Site) -> dict[int, LayerPlan]:
     """The edits of `phase`, by layer; layers without an edit are absent."""

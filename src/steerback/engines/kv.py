@@ -8,13 +8,13 @@ Knows nothing of steering, sampling or requests.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, Cache
 
 ATTENTION = "steerback"
+Pair = tuple[Tensor, Tensor]
+"""Keys and values."""
 
 
 class PromptCache(Cache):  # type: ignore[misc]
@@ -22,9 +22,9 @@ class PromptCache(Cache):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__(layers=[])
-        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self.kept: dict[int, Pair] = {}
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object) -> Pair:
         self.kept[layer_idx] = (key_states, value_states)
         return key_states, value_states
 
@@ -40,7 +40,7 @@ class PagedCache(Cache):  # type: ignore[misc]
         self.rows, self.page = rows, page
         self.pages = -(-length // page)
         self._used = 1
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._kept: dict[int, Pair] = {}
         self._index: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
@@ -64,7 +64,7 @@ class PagedCache(Cache):  # type: ignore[misc]
         self._index = (positions // self.page, row, positions % self.page)
         self._used = min(-(-far // self.page), self.pages)
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object) -> Pair:
         """Writes one token per row; returns the pages in use, (n, rows, heads, page, dim)."""
         assert self._index is not None
         page, row, offset = self._index
@@ -73,7 +73,7 @@ class PagedCache(Cache):  # type: ignore[misc]
         values[page, row, :, offset] = value_states[:, :, 0]
         return keys[: self._used].transpose(-1, -2), values[: self._used]
 
-    def _make(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _make(self, layer: int, like: Tensor) -> Pair:
         # Keys lie with positions innermost: multiplying a query by them is a third faster that way on a CPU.
         # Zeros, not garbage: a masked position still meets a multiplication by 0, which NaN would survive.
         _, heads, _, dim = like.shape
@@ -91,7 +91,7 @@ class FlatCache(Cache):  # type: ignore[misc]
         super().__init__(layers=[])
         self.rows, self.length = rows, -(-length // 64) * 64
         self.seen = 64
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._kept: dict[int, Pair] = {}
         self._index: Tensor | None = None
 
     def admit(self, prompts: PromptCache, rows: list[int], slots: list[int]) -> None:
@@ -109,7 +109,7 @@ class FlatCache(Cache):  # type: ignore[misc]
         self._index = torch.arange(self.rows, device=positions.device) * self.length + positions
         self.seen = min(-(-far // 64) * 64, self.length)
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object) -> Pair:
         """Writes one token per row; returns keys and values (rows, heads, seen, dim)."""
         assert self._index is not None
         for stored, new in zip(self._kept[layer_idx], (key_states, value_states), strict=True):
@@ -119,14 +119,14 @@ class FlatCache(Cache):  # type: ignore[misc]
 
 
 def attention(
-    module: Any,
+    module: object,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
-    **_: Any,
+    **_: object,
 ) -> tuple[Tensor, None]:
     """Attention in the interface of transformers: query (B, H, Q, D) -> (B, Q, H, D).
 
@@ -156,6 +156,9 @@ def attention(
     for n in range(1, len(pages[1])):
         out = out + weights[..., n * size : (n + 1) * size] @ pages[1][n]
     return out.view(rows, heads, length, dim).transpose(1, 2), None
+
+
+KeyValues = PromptCache | PagedCache | FlatCache
 
 
 AttentionInterface.register(ATTENTION, attention)

@@ -5,19 +5,63 @@ Knows nothing of models or steering.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Collection, Sequence
+import sys
+import time
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal, Protocol, TypedDict
 
-from steerback.errors import SteerbackError, unknown
+from steerback.errors import SteerbackError, one_line, unknown
 from steerback.records import FinishReason
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from _typeshed import TraceFunction
+
+
+class Encoding(TypedDict):
+    """Tokens of a text, with the first character and last + 1 of each where offsets were asked for."""
+
+    input_ids: list[int]
+    offset_mapping: list[tuple[int, int]]
+
+
+class Tokenizer(Protocol):
+    """The part of transformers' fast tokenizers that is used here."""
+
+    chat_template: str | None
+    bos_token: str | None
+    bos_token_id: int | None
+    eos_token: str | None
+    eos_token_id: int | None
+    all_special_ids: list[int]
+    all_special_tokens: list[str]
+
+    def __call__(
+        self, text: str, *, add_special_tokens: bool = True, return_offsets_mapping: bool = False
+    ) -> Encoding: ...
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str: ...
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict[str, str]],
+        *,
+        tokenize: bool,
+        add_generation_prompt: bool = False,
+        date_string: str = "",
+    ) -> str: ...
+
+    def get_vocab(self) -> dict[str, int]: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Spoken:
-    """A conversation in tokens, with the positions that are words of its speakers (no special or template tokens)."""
+class Conversation:
+    """A prompt with its response in tokens; `user` and `response` are positions without special or template tokens."""
 
     token_ids: tuple[int, ...]
     user: tuple[int, ...]
@@ -31,6 +75,10 @@ MARK = "\ue000"
 """Stands for a user's words in a template; a character for private use."""
 DATE = "26 Jul 2024"
 """The date that Llama's templates tell the model: their own default, never the day of the run."""
+TEMPLATE_SECONDS = 5.0
+"""A chat template that runs longer is refused: templates come with the model and may loop for ever."""
+TEMPLATE_ERRORS = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+"""Exceptions besides jinja's own that an expression in a template can raise."""
 
 
 class Prompter:
@@ -40,7 +88,7 @@ class Prompter:
     second header that the authors' prompts had: malformed, and kept for reproduction).
     """
 
-    def __init__(self, tokenizer: Any, style: str = "chat") -> None:
+    def __init__(self, tokenizer: Tokenizer, style: str = "chat") -> None:
         if style not in STYLES:
             raise unknown("prompt_format", style, STYLES)
         if style != "plain" and not getattr(tokenizer, "chat_template", None):
@@ -51,7 +99,7 @@ class Prompter:
         self._tokens: dict[tuple[str, str, str | None], tuple[int, ...]] = {}
 
     def render(self, prompt: str, system: str | None = None) -> str:
-        """The text before the response. Templates without a system role get it as the first lines of the prompt."""
+        """Return the text before the response; templates without a system role get it in front of the prompt."""
         if self.style == "plain":
             return f"{system}\n\n{prompt}" if system else prompt
         user = {"role": "user", "content": prompt}
@@ -63,37 +111,38 @@ class Prompter:
         return text
 
     def tokens(self, prompt: str, prefill: str = "", system: str | None = None) -> tuple[int, ...]:
-        """Token ids of prompt and prefill (assistant text that the model goes on from)."""
+        """Return the token ids of prompt and prefill (assistant text that the model continues)."""
         key = (prompt, prefill, system)
         if key not in self._tokens:
             self._tokens[key] = tuple(self._encode(self.render(prompt, system) + prefill)["input_ids"])
         return self._tokens[key]
 
-    def spoken(self, prompt: str, response: str) -> Spoken:
-        """A prompt with its response, saying which tokens are the user's words and which the response."""
+    def conversation(self, prompt: str, response: str) -> Conversation:
+        """Return a prompt with its response in tokens, and which of these are the user's words and the response."""
         head = self.render(prompt)
-        encoded = self._encode(head + response, return_offsets_mapping=True)
+        encoded = self._encode(head + response, offsets=True)
         special = set(self.tokenizer.all_special_ids)
         first, last = self._words(head)
         user: list[int] = []
-        said: list[int] = []
+        answer: list[int] = []
         for n, (token, (start, end)) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)):
             if token in special or start == end:
                 continue
             if end > len(head):
-                said.append(n)
+                answer.append(n)
             elif end > first and start < last:
                 user.append(n)
-        return Spoken(tuple(encoded["input_ids"]), tuple(user), tuple(said))
+        return Conversation(tuple(encoded["input_ids"]), tuple(user), tuple(answer))
 
     def _words(self, head: str) -> tuple[int, int]:
-        """First character and last + 1 of the user's words in a rendered prompt: what another prompt replaces.
+        """Return the first character and last + 1 of the user's words in a rendered prompt.
 
-        Looking for the prompt itself would miss one that the template trims, and take a word of the template for it.
+        These are the characters that depend on the prompt. A search for the prompt itself would miss one that the
+        template trims, and could match words of the template.
         """
         before, after = self._around
         if not (head.startswith(before) and head.endswith(after)):
-            raise SteerbackError("the chat template writes this prompt in another form; its words cannot be told")
+            raise SteerbackError("the chat template writes this prompt in another form, so its words cannot be located")
         return len(before), len(head) - len(after)
 
     @cached_property
@@ -102,11 +151,11 @@ class Prompter:
         return before, after
 
     def text(self, token_ids: Sequence[int]) -> str:
-        """What was said, without special tokens."""
+        """Return the text of a response, without special tokens."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def ends(self, token_ids: Sequence[int], length: int) -> list[int]:
-        """Character at which each token ends in the decoded text, of which the first `length` were kept."""
+        """Return the character at which each token ends in the decoded text, of which the first `length` were kept."""
         found, end = [], 0
         for n in range(1, len(token_ids) + 1):
             end = max(end, len(self.text(token_ids[:n]).rstrip("\ufffd")))
@@ -116,10 +165,10 @@ class Prompter:
     def finish(
         self, token_ids: Sequence[int], limit: int, ends: Collection[int], stops: Sequence[str], checked: int
     ) -> tuple[int, str, FinishReason] | None:
-        """Whether a response has come to its end: (tokens it keeps, text, reason), or None while it goes on.
+        """Return (tokens kept, text, reason) of a response that has ended, or None.
 
-        The first `checked` tokens were looked at before. The token that ends it is kept, a stop string is cut off the
-        text; so the number of tokens is always what the model was asked for.
+        The first `checked` tokens were checked before. The token that ends a response is kept and a stop string is cut
+        off the text, so the number of tokens is always the number that the model generated.
         """
         end = next((n + 1 for n in range(checked, min(len(token_ids), limit)) if token_ids[n] in ends), None)
         upto = end or min(len(token_ids), limit)
@@ -130,7 +179,7 @@ class Prompter:
         return (upto, self.text(token_ids[:upto]), reason) if end or upto == limit else None
 
     def _stops(self, token_ids: Sequence[int], stops: Sequence[str]) -> tuple[str] | None:
-        """The text before the first stop string in it, wrapped, or None."""
+        """Return the text before the first stop string as a tuple of one, or None."""
         text = self.text(token_ids)
         found = [at for at in (text.find(stop) for stop in stops) if at >= 0]
         return (text[: min(found)],) if found else None
@@ -139,23 +188,42 @@ class Prompter:
         from jinja2 import TemplateError
 
         try:
-            text = str(
-                self.tokenizer.apply_chat_template(
+            with _time_limit(TEMPLATE_SECONDS):
+                text = self.tokenizer.apply_chat_template(
                     messages, tokenize=False, add_generation_prompt=True, date_string=DATE
                 )
-            )
             return text + SECOND_HEADER if self.style == "authors" and text else text
-        except TemplateError as error:
+        except (TemplateError, TimeoutError, *TEMPLATE_ERRORS) as error:
             if may_fail:
                 return ""
-            raise SteerbackError(f"the chat template refuses this prompt: {error}") from error
+            raise SteerbackError(f"the chat template refuses this prompt: {one_line(error)}") from error
 
-    def _encode(self, text: str, **options: Any) -> Any:
+    def _encode(self, text: str, offsets: bool = False) -> Encoding:
         # A template brings its own beginning-of-text token; plain text gets the tokenizer's.
-        return self.tokenizer(text, add_special_tokens=self.style == "plain", **options)
+        return self.tokenizer(text, add_special_tokens=self.style == "plain", return_offsets_mapping=offsets)
 
 
-def _lacks(tokenizer: Any, text: str) -> bool:
-    """Whether a special token in a text is none to this tokenizer."""
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError once templates have run for `seconds` in this thread.
+
+    Jinja compiles a template to Python, so a trace function sees each of its lines; works in every thread.
+    """
+    end, before = time.monotonic() + seconds, sys.gettrace()
+
+    def check(frame: FrameType, _event: str, _value: object) -> TraceFunction | None:
+        if time.monotonic() > end:
+            raise TimeoutError(f"it did not end within {seconds:g} seconds")
+        return check if frame.f_code.co_filename == "<template>" else None
+
+    sys.settrace(check)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def _lacks(tokenizer: Tokenizer, text: str) -> bool:
+    """Return whether a special token in a text is unknown to this tokenizer."""
     known = tokenizer.get_vocab()
     return any(token not in known for token in re.findall(r"<\|\w+\|>", text))

@@ -7,14 +7,14 @@ Knows nothing of requests, sampling or what a pass edits.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from steerback.engines.interventions import Site
-from steerback.engines.kv import ATTENTION, mask
+from steerback.engines.kv import ATTENTION, KeyValues, mask
 from steerback.engines.prompting import Prompter
 from steerback.engines.steering import Enough, Hooks, Pass
 from steerback.errors import SteerbackError
@@ -23,42 +23,108 @@ from steerback.records import Request
 SUPPORTED = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text")
 
 
+class EndTokens(Protocol):
+    """A configuration that names the tokens which end a response."""
+
+    eos_token_id: int | list[int] | None
+
+
+class ModelConfig(EndTokens, Protocol):
+    """The part of a model's configuration that is used here."""
+
+    model_type: str
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    sliding_window: int
+
+
+class DecoderOutput(Protocol):
+    """Result of a decoder's forward pass."""
+
+    last_hidden_state: Tensor
+
+
+class Decoder(Protocol):
+    """The decoder of a transformers model: embeddings, blocks and final norm."""
+
+    config: ModelConfig
+    layers: nn.ModuleList
+    norm: nn.Module
+
+    def __call__(
+        self,
+        *,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | Mapping[str, Tensor],
+        past_key_values: KeyValues | None,
+        use_cache: bool,
+    ) -> DecoderOutput: ...
+
+
+class CausalModel(Protocol):
+    """The part of transformers' causal language models that is used here."""
+
+    config: EndTokens
+
+    def get_decoder(self) -> Decoder: ...
+
+    def get_output_embeddings(self) -> nn.Linear: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def set_attn_implementation(self, attn_implementation: str) -> None: ...
+
+    def eval(self) -> nn.Module: ...
+
+    def to(self, device: torch.device) -> CausalModel: ...
+
+
 class Runner:
     """Model, tokenizer and hooks on one device; `site` says where edits act."""
 
-    def __init__(self, model: Any, prompter: Prompter, site: Site) -> None:
+    def __init__(self, model: CausalModel, prompter: Prompter, site: Site) -> None:
         self.model, self.prompter, self.site = model, prompter, site
         self.decoder = model.get_decoder()
         self.config = self.decoder.config
         layers = decoder_layers(model)
         model.set_attn_implementation(ATTENTION)
         model.eval().requires_grad_(False)
-        self.device: torch.device = next(model.parameters()).device
-        self.dtype: torch.dtype = next(model.parameters()).dtype
-        self.vocabulary: int = model.get_output_embeddings().weight.shape[0]
-        self.ends = end_tokens(model, prompter.tokenizer)
+        self.device = next(model.parameters()).device
+        self.dtype = next(model.parameters()).dtype
+        self.vocabulary = model.get_output_embeddings().weight.shape[0]
+        self.ends = end_tokens(getattr(model, "generation_config", None), model.config, prompter.tokenizer)
         self.hooks = Hooks(layers)
         self._windowed = "sliding_attention" in (getattr(self.config, "layer_types", None) or ())
 
     def prompt_of(self, request: Request) -> tuple[int, ...]:
-        """Token ids of a request's prompt, prefill included."""
+        """Return the token ids of a request's prompt, prefill included."""
         return self.prompter.tokens(request.prompt, request.prefill, request.system)
 
-    def hidden(self, ids: Tensor, positions: Tensor, length: int, cache: Any, forward: Pass) -> Tensor:
+    def hidden(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        length: int,
+        cache: KeyValues | None,
+        forward: Pass,
+    ) -> Tensor:
         """Final hidden states (rows, Q, d) of ids (rows, Q) at positions (rows or 1, Q), seeing `length` keys."""
-        masks: Any = mask(positions, length, self.dtype)
+        full = mask(positions, length, self.dtype)
+        masks: Tensor | dict[str, Tensor] = full
         if self._windowed:
             window = mask(positions, length, self.dtype, self.config.sliding_window)
-            masks = {"full_attention": masks, "sliding_attention": window}
+            masks = {"full_attention": full, "sliding_attention": window}
         with self.hooks.during(forward):
-            result: Tensor = self.decoder(
+            return self.decoder(
                 input_ids=ids,
                 position_ids=positions,
                 attention_mask=masks,
                 past_key_values=cache,
                 use_cache=cache is not None,
             ).last_hidden_state
-        return result
 
     def residuals(self, ids: Tensor, layers: Collection[int]) -> dict[int, Tensor]:
         """The unsteered residual (rows, T, d) after each of `layers` of ids (rows, T); no later layer is computed."""
@@ -86,19 +152,18 @@ class Runner:
             )
 
 
-def decoder_layers(model: Any) -> Sequence[nn.Module]:
-    """The decoder blocks of a supported model, in order; block i's output is the residual stream after layer i."""
+def decoder_layers(model: CausalModel) -> Sequence[nn.Module]:
+    """Return the decoder blocks of a supported model; block i's output is the residual stream after layer i."""
     kind = model.get_decoder().config.model_type
     if kind not in SUPPORTED:
         raise SteerbackError(f"model type {kind!r} cannot be steered yet; supported: {', '.join(SUPPORTED)}")
-    layers: nn.ModuleList = model.get_decoder().layers
-    return list(layers)
+    return list(model.get_decoder().layers)
 
 
-def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Token ids that end a response: those of the generation config and the tokenizer."""
+def end_tokens(*sources: object) -> frozenset[int]:
+    """Return the token ids that end a response, according to any of the model's configs and the tokenizer."""
     found: set[int] = set()
-    configs = (getattr(model, "generation_config", None), model.config)
-    for value in (*(getattr(c, "eos_token_id", None) for c in configs), tokenizer.eos_token_id):
+    for source in sources:
+        value: int | list[int] | None = getattr(source, "eos_token_id", None)
         found.update([value] if isinstance(value, int) else value or [])
     return frozenset(found)

@@ -13,8 +13,9 @@ import random
 import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from steerback.engines.base import EngineRecord
 from steerback.errors import SteerbackError
 from steerback.records import Completion, LatentKey, Receipt, Request, digest, expected_positions
 
@@ -95,8 +96,15 @@ class PlantedModel:
         return text
 
 
-Script = Callable[[Request], "str | Completion"]
+Script = Callable[[Request], str | Completion]
 Chosen = Callable[[Request], bool]
+
+
+class ScriptedRecord(EngineRecord):
+    """Record of the scripted engine."""
+
+    script: dict[str, str] | str
+    n_latents: int
 
 
 class ScriptedEngine:
@@ -125,11 +133,12 @@ class ScriptedEngine:
     def fingerprint(self) -> str:
         return digest(self.describe())
 
-    def describe(self) -> dict[str, object]:
-        script: Any = self.script
-        told = {k: str(v) for k, v in asdict(script).items()} if isinstance(script, PlantedModel) else None
+    def describe(self) -> ScriptedRecord:
+        """Return the script's settings or its name, and what it stands for."""
+        script = self.script
+        settings = {k: str(v) for k, v in asdict(script).items()} if isinstance(script, PlantedModel) else None
         name = f"{getattr(script, '__module__', '')}.{getattr(script, '__qualname__', type(script).__qualname__)}"
-        return {"engine": "scripted", "target": self.target, "script": told or name, "n_latents": self.n_latents}
+        return {"engine": "scripted", "target": self.target, "script": settings or name, "n_latents": self.n_latents}
 
     async def generate(self, requests: Sequence[Request]) -> AsyncIterator[tuple[str, Completion]]:
         """Yields (key, completion); raises SteerbackError at once for a latent out of range or a key given twice."""

@@ -11,7 +11,6 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -202,14 +201,8 @@ class Steering:
         for record in self.records.values():
             record.columns.set(row, ())
 
-    def record_layer(self, request: Request) -> int | None:
-        """The layer at which a request is recorded."""
-        if request.record is None:
-            return None
-        return self.site.read_layer if request.record.layer is None else request.record.layer
-
     def _admit_record(self, row: int, request: Request) -> None:
-        layer = self.record_layer(request)
+        layer = self.site.record_layer(request.record)
         if request.record is not None and layer is not None:
             assert self.sae is not None  # `interventions.check` refuses recording without an SAE
             if layer not in self.records:
@@ -270,6 +263,11 @@ class Enough(Exception):
     """Raised by the hook after the last layer that is wanted."""
 
 
+BlockOutput = Tensor | tuple[Tensor, ...]
+"""What a decoder block returns: the residual stream, or a tuple that starts with it."""
+Hook = Callable[[torch.nn.Module, object, BlockOutput], BlockOutput | None]
+
+
 class Hooks:
     """The hooks on a model's decoder layers; each thread has a pass of its own, without one the model is left alone."""
 
@@ -286,8 +284,8 @@ class Hooks:
         finally:
             self._thread.current = None
 
-    def _hook(self, layer: int) -> Callable[[torch.nn.Module, Any, Any], Any]:
-        def hook(_module: torch.nn.Module, _inputs: Any, output: Any) -> Any:
+    def _hook(self, layer: int) -> Hook:
+        def hook(_module: torch.nn.Module, _inputs: object, output: BlockOutput) -> BlockOutput | None:
             current: Pass | None = getattr(self._thread, "current", None)
             if current is None:
                 return None

@@ -11,18 +11,18 @@ import gc
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from steerback.engines.batch import DecodingBatch, Item, Queue, Shape
+from steerback.engines.base import ModelRecord
+from steerback.engines.batch import PAGE, DecodingBatch, Item, Queue, Shape
 from steerback.engines.checks import check_texts, checked
 from steerback.engines.interventions import ARITHMETIC_VERSION, check, check_directions
-from steerback.engines.loading import LoadedModel, batch_rows, load, out_of_memory
-from steerback.engines.prompting import Spoken
-from steerback.engines.runner import Runner
+from steerback.engines.loading import LoadedModel, batch_rows, out_of_memory
+from steerback.engines.prompting import Conversation
 from steerback.engines.steering import Pass, Steering
 from steerback.errors import VERSION, SteerbackError
 from steerback.records import Completion, Intervention, Request, digest
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from steerback.engines.base import Pooling
-    from steerback.targets import Target
 
 SMALL = 50_000_000
 """Models with fewer parameters than this run in one-threaded batches side by side on a CPU."""
@@ -40,74 +39,60 @@ CHUNK_TOKENS = 1024
 """Residuals are encoded this many tokens at a time, so that tokens x latents never fills the memory."""
 
 
+class TransformersRecord(ModelRecord):
+    """Record of the transformers engine."""
+
+    transformers: str
+    threads: int | None
+    batch: dict[str, int | None]
+    workers: int
+    halved_on_out_of_memory: list[str]
+
+
 class TransformersEngine:
     """Generates steered responses for one target on CPU, CUDA or MPS.
 
-    `batch_size` (rows that decode together) is estimated from the machine's memory where it is not given, and halved
-    when memory runs out all the same; small models on a CPU decode in several such batches (`workers`) side by side. A
-    request's tokens do not depend on the others in its batch nor on the number of workers (measured bit for bit on
-    CPU); they do depend on batch size, threads, device and library versions, all of which are in `describe()`.
+    `batch_size` (rows that decode together) is estimated from the machine's memory by default, and halved when memory
+    runs out all the same; small models on a CPU decode in several such batches (`workers`) side by side. A request's
+    tokens do not depend on the others in its batch nor on the number of workers (measured bit for bit on CPU); they
+    do depend on batch size, threads, device and library versions, all of which are in `describe()`.
     """
 
     def __init__(
         self,
-        target: Target,
-        batch_size: int | None = None,
-        device: str | None = None,
-        directions: Mapping[str, Tensor] | None = None,
-        workers: int | None = None,
-    ) -> None:
-        self._setup(load(target, device, tuple(directions or ())), batch_size, directions or {}, workers)
-
-    @classmethod
-    def from_loaded(
-        cls,
         loaded: LoadedModel,
         batch_size: int | None = None,
         directions: Mapping[str, Tensor] | None = None,
         workers: int | None = None,
-    ) -> TransformersEngine:
-        """An engine around a model, tokenizer and SAE that are in memory already."""
-        engine = cls.__new__(cls)
-        engine._setup(loaded, batch_size, directions or {}, workers)
-        return engine
-
-    def _setup(
-        self, loaded: LoadedModel, batch_size: int | None, directions: Mapping[str, Tensor], workers: int | None
     ) -> None:
-        self.runner: Runner = loaded.runner
-        self.sae: Sae | None = loaded.sae
+        directions = directions or {}
+        self.runner, self.sae, self._loaded = loaded.runner, loaded.sae, loaded
         check_directions(directions, self.runner.site.d_model)
         self.directions = {name: v.to(self.runner.device, torch.float32) for name, v in directions.items()}
-        self._provenance = loaded.provenance
-        self._threads = torch.get_num_threads()
+        on_cpu = self.runner.device.type == "cpu"
+        self.shape = Shape(batch_size or batch_rows(self.runner), page=PAGE if on_cpu else None)
         self._halvings: list[str] = []
-        if batch_size is not None and batch_size < 1:
-            raise SteerbackError(f"batch_size {batch_size} is not at least 1")
-        self.shape = Shape(batch_size or batch_rows(self.runner))
-        if self.runner.device.type != "cpu":
-            self.shape = Shape(self.shape.rows, page=None)
         # The event loop stays free for judges. Small models gain more from batches side by side than from threads
         # within a matrix product: those wait for each other at every operation.
-        small = self.runner.device.type == "cpu" and sum(p.numel() for p in self.runner.model.parameters()) < SMALL
-        self.workers = workers or (min(self._threads, 4) if small else 1)
-        self._threads = 1 if small else self._threads
+        small = on_cpu and sum(p.numel() for p in self.runner.model.parameters()) < SMALL
+        threads = torch.get_num_threads()
+        self.workers = workers or (min(threads, 4) if small else 1)
+        self._threads = 1 if small else threads
         self._pool = ThreadPoolExecutor(
             self.workers, "steerback-engine", initializer=torch.set_num_threads, initargs=(self._threads,)
         )
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all that shapes a completion except the request."""
-        facts = self.describe()
-        del facts["halved_on_out_of_memory"]  # told by the batch shape
-        del facts["workers"]  # batches do not touch each other
-        return digest(facts)
+        """Hash of everything that shapes a completion except the request."""
+        # Halvings show in the batch shape, and batches that run side by side do not touch each other.
+        return digest({k: v for k, v in self.describe().items() if k not in ("halved_on_out_of_memory", "workers")})
 
-    def describe(self) -> dict[str, object]:
-        """What is needed to get the same texts again, JSON-able."""
+    def describe(self) -> TransformersRecord:
+        """Return what is needed to get the same texts again."""
         import transformers
 
+        site = self.runner.site
         return {
             "engine": "transformers",
             "arithmetic": ARITHMETIC_VERSION,
@@ -120,15 +105,12 @@ class TransformersEngine:
             "batch": {"rows": self.shape.rows, "prefill_rows": self.shape.prefill_rows, "page": self.shape.page},
             "workers": self.workers,
             "halved_on_out_of_memory": list(self._halvings),
-            "layers": {
-                "steer": self.runner.site.steer_layer,
-                "sae": self.runner.site.sae_layer,
-                "read": self.runner.site.read_layer,
-            },
+            "layers": {"steer": site.steer_layer, "sae": site.sae_layer, "read": site.read_layer},
             "prompt_format": self.runner.prompter.style,
             "sae": self.sae.hash if self.sae is not None else None,
             "directions": self._direction_hashes,
-            **self._provenance,
+            "target": self._loaded.target,
+            **self._loaded.provenance,
         }
 
     @cached_property
@@ -175,7 +157,7 @@ class TransformersEngine:
     def _batch(self, queue: Queue) -> DecodingBatch:
         return DecodingBatch(self.runner, queue, self.shape, self.sae, self.directions)
 
-    def _short_of_memory(self, future: asyncio.Future[Any]) -> bool:
+    def _short_of_memory(self, future: asyncio.Future[list[tuple[str, Completion]]]) -> bool:
         error = future.exception()
         return error is not None and out_of_memory(error) and self.shape.rows > 1
 
@@ -204,19 +186,15 @@ class TransformersEngine:
         include_prompt: bool = False,
         pool: Pooling = "max",
     ) -> NDArray[np.float32]:
-        """Unsteered SAE activations at the read layer, pooled over the response's tokens: (n texts, n latents).
-
-        Special and template tokens are excluded; `include_prompt` pools over the user's words as well. A text without
-        such tokens gets zeros.
-        """
+        """Return unsteered SAE activations, pooled over tokens; see `Engine.activations`."""
         check_texts(prompts, responses, latents, self.runner.site)
         assert self.sae is not None
-        spoken = [self.runner.prompter.spoken(p, r) for p, r in zip(prompts, responses, strict=True)]
-        out = np.zeros((len(spoken), self.sae.n_latents if latents is None else len(latents)), dtype=np.float32)
+        texts = [self.runner.prompter.conversation(p, r) for p, r in zip(prompts, responses, strict=True)]
+        out = np.zeros((len(texts), self.sae.n_latents if latents is None else len(latents)), dtype=np.float32)
         layer = self.runner.site.read_layer
         sae = self.sae if latents is not None else self.encoder
-        for n, states in self._states(spoken, (layer,)):
-            chosen = [*spoken[n].user, *spoken[n].response] if include_prompt else [*spoken[n].response]
+        for n, states in self._states(texts, (layer,)):
+            chosen = [*texts[n].user, *texts[n].response] if include_prompt else [*texts[n].response]
             for first in range(0, len(chosen), CHUNK_TOKENS):
                 z = sae.encode(states[layer][chosen[first : first + CHUNK_TOKENS]].float(), latents)
                 if pool == "max":
@@ -247,37 +225,39 @@ class TransformersEngine:
         for layer in layers:
             if not 0 <= layer < self.runner.site.n_layers:
                 raise SteerbackError(f"layer {layer} is outside 0..{self.runner.site.n_layers - 1}")
-        spoken = [self.runner.prompter.spoken(p, r) for p, r in zip(prompts, responses, strict=True)]
-        for n, states in self._states(spoken, layers):
-            chosen = list(spoken[n].response)
-            ids = tuple(spoken[n].token_ids[i] for i in chosen)
+        texts = [self.runner.prompter.conversation(p, r) for p, r in zip(prompts, responses, strict=True)]
+        for n, states in self._states(texts, layers):
+            chosen = list(texts[n].response)
+            ids = tuple(texts[n].token_ids[i] for i in chosen)
             yield n, ids, {layer: h[chosen].float() for layer, h in states.items()}
 
-    def _states(self, spoken: Sequence[Spoken], layers: Collection[int]) -> Iterator[tuple[int, dict[int, Tensor]]]:
+    def _states(
+        self, texts: Sequence[Conversation], layers: Collection[int]
+    ) -> Iterator[tuple[int, dict[int, Tensor]]]:
         """For each text the residuals (padded T, d) of all its tokens after `layers`, shortest text first."""
         rows = self.shape.prefill_rows
-        order = sorted(range(len(spoken)), key=lambda n: Shape.bucket(len(spoken[n].token_ids)))
+        order = sorted(range(len(texts)), key=lambda n: Shape.bucket(len(texts[n].token_ids)))
         while order:
-            bucket = Shape.bucket(len(spoken[order[0]].token_ids))
-            part = [n for n in order[:rows] if Shape.bucket(len(spoken[n].token_ids)) == bucket]
+            bucket = Shape.bucket(len(texts[order[0]].token_ids))
+            part = [n for n in order[:rows] if Shape.bucket(len(texts[n].token_ids)) == bucket]
             order = order[len(part) :]
             ids = torch.zeros(rows, bucket, dtype=torch.long)
             for row, n in enumerate(part):
-                self.runner.check_length(f"text {n}", len(spoken[n].token_ids), 0)
-                ids[row, : len(spoken[n].token_ids)] = torch.tensor(spoken[n].token_ids)
+                self.runner.check_length(f"text {n}", len(texts[n].token_ids), 0)
+                ids[row, : len(texts[n].token_ids)] = torch.tensor(texts[n].token_ids)
             found = self.runner.residuals(ids, layers)
             for row, n in enumerate(part):
                 yield n, {layer: h[row] for layer, h in found.items()}
 
     def decoder_norms(self) -> NDArray[np.float32]:
-        """L2 norm of each latent's decoder direction: (n latents,)."""
+        """Return the L2 norm of each latent's decoder direction: (n latents,)."""
         if self.sae is None:
             raise SteerbackError("decoder norms need an SAE and this target has none")
         norms: NDArray[np.float32] = self.sae.decoder_norms.numpy()
         return norms
 
     def token_ends(self, completion: Completion) -> list[int]:
-        """Where each token ends in the text; a character of several tokens ends with its last one."""
+        """Return the character at which each token ends; see `Engine.token_ends`."""
         return self.runner.prompter.ends(completion.token_ids, len(completion.text))
 
     @torch.inference_mode()

@@ -10,7 +10,7 @@ from steerback import organism
 from steerback.config import RunConfig
 from steerback.data import paper_files
 from steerback.data.prompts import load_prompts
-from steerback.engines import check_engine, default_engine
+from steerback.engines import EngineOptions, check_engine, default_engine
 from steerback.errors import SteerbackError
 from steerback.experiments import make_experiment
 from steerback.experiments.base import Experiment
@@ -32,6 +32,7 @@ class PreparedRun:
     targets: tuple[Target, ...]
     prompts: tuple[str, ...]
     judges: Maker
+    engine: EngineOptions
 
 
 def check(config: RunConfig, judges: Maker = make_judge) -> PreparedRun:
@@ -55,7 +56,7 @@ def check(config: RunConfig, judges: Maker = make_judge) -> PreparedRun:
         chosen["latents"] = (shared.pop() or None) if len(shared) == 1 else None  # as the run is started, so it goes on
     config = config.model_copy(update=chosen)
     experiment.conditions(config)  # so do options that do not go together
-    check_engine(config.engine, config.engine_options)
+    engine = check_engine(config.engine, config.engine_options, config.batch_size)
     targets = experiment.measured_targets(config, tuple(steerable(target, config, experiment) for target in targets))
     for name in paper_files.used(config.prompts, experiment.own_detectors()):
         paper_files.path_of(name)
@@ -63,7 +64,7 @@ def check(config: RunConfig, judges: Maker = make_judge) -> PreparedRun:
         judges(name)  # a missing key or unknown judge shows now
     if (rater := rating_model(config)) is not None:
         make_rater(rater, judges)
-    return PreparedRun(config, experiment, targets, load_prompts(config.prompts), judges)
+    return PreparedRun(config, experiment, targets, load_prompts(config.prompts), judges, engine)
 
 
 def _takes_latents(config: RunConfig, base: Path) -> None:

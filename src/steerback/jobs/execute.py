@@ -70,9 +70,7 @@ async def _targets(job: PreparedRun, opened: Run, progress: Progress, cache: Cac
     if used := paper_files.used(job.config.prompts, job.experiment.own_detectors()):
         parts["paper data"] = {"repository": paper_files.REPOSITORY, "commit": paper_files.COMMIT, "sha256": used}
     for target in job.targets:
-        engine = make_engine(
-            target, job.config.engine, **{"batch_size": job.config.batch_size, **job.config.engine_options}
-        )
+        engine = make_engine(target, job.engine)
         try:
             judge = job.judges(job.config.judge)
             _same_engine(opened, target, engine)

@@ -11,12 +11,14 @@ import asyncio
 import itertools
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, TypedDict, TypeVar
 
-from steerback.engines.vllm.settings import TableSettings, Ticket
+from steerback.engines.vllm.settings import Entry, TableSettings, Ticket
+
+Result = TypeVar("Result")
 
 PAUSE, GLANCE = 0.02, 0.002
 """Seconds between two readings of results (each stops the worker for about a millisecond), and between two looks
@@ -25,21 +27,70 @@ RELEASE = 5
 """Seconds that cancelled jobs have to give back their rows before the engine ends."""
 
 
+class SamplingFields(TypedDict, total=False):
+    """The fields of vLLM's SamplingParams that are set here."""
+
+    temperature: float
+    top_p: float
+    repetition_penalty: float
+    max_tokens: int
+    seed: int
+    stop: list[str]
+    stop_token_ids: list[int]
+    ignore_eos: bool
+    detokenize: bool
+    logprobs: int
+    prompt_logprobs: int
+
+
+class TokenProbability(Protocol):
+    """vLLM's log-probability of one token."""
+
+    logprob: float
+
+
+class Response(Protocol):
+    """One response in vLLM's output; `logprobs` has a mapping for each of its tokens if they were asked for."""
+
+    token_ids: Sequence[int]
+    logprobs: Sequence[Mapping[int, TokenProbability]]
+
+
+class Output(Protocol):
+    """vLLM's output for one request."""
+
+    prompt_token_ids: Sequence[int]
+    prompt_logprobs: Sequence[Mapping[int, TokenProbability]]
+    outputs: Sequence[Response]
+
+
+class AsyncEngine(Protocol):
+    """The part of vLLM's AsyncLLM that is used here."""
+
+    def generate(
+        self, prompt: Mapping[str, object], sampling_params: object, request_id: str, *, lora_request: object
+    ) -> AsyncIterator[Output]: ...
+
+    async def collective_rpc(self, method: str, *, args: tuple[object, ...]) -> list[Any]: ...
+
+    def shutdown(self, timeout: float | None = None) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class VllmJob:
-    """One request as vLLM sees it; `sampling` are the fields of its SamplingParams."""
+    """One request as vLLM sees it."""
 
     ticket: Ticket
     token_ids: tuple[int, ...]
-    sampling: Mapping[str, Any]
+    sampling: SamplingFields
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back: vLLM's own output, and the worker's entry (receipt, recordings) if the job had a ticket."""
+    """vLLM's own output, and the worker's entry (receipt, recordings) if the job's ticket had instructions."""
 
-    output: Any
-    entry: Mapping[str, Any] | None
+    output: Output
+    entry: Entry | None
 
 
 @dataclass(slots=True)
@@ -48,13 +99,12 @@ class Gate:
 
     settings: TableSettings
     running: int = 0
-    recorders: int = 0
     poolers: int = 0
     columns: Counter[int] = field(default_factory=Counter)
     waiting: deque[tuple[Ticket, asyncio.Future[None]]] = field(default_factory=deque)
 
     async def enter(self, ticket: Ticket) -> None:
-        """Waits for a turn."""
+        """Wait for a turn."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.waiting.append((ticket, turn))
         self._admit()
@@ -64,11 +114,11 @@ class Gate:
             if turn.done() and not turn.cancelled():
                 self.leave(ticket)  # the turn came in the same moment
             else:
-                self._admit()  # whoever waited behind this one
+                self._admit()  # lets in those that waited behind this one
             raise
 
     def leave(self, ticket: Ticket) -> None:
-        """Gives back what `enter` took."""
+        """Give back what `enter` took."""
         self._count(ticket, -1)
         self._admit()
 
@@ -87,13 +137,11 @@ class Gate:
         return (
             self.running < self.settings.rows
             and len(self.columns) + new <= self.settings.columns
-            and self.recorders + bool(ticket.record) <= self.settings.recorders
             and self.poolers + bool(ticket.pool) <= self.settings.poolers
         )
 
     def _count(self, ticket: Ticket, sign: int) -> None:
         self.running += sign
-        self.recorders += sign * bool(ticket.record)
         self.poolers += sign * bool(ticket.pool)
         for latent in ticket.latents():
             self.columns[latent] += sign
@@ -104,46 +152,51 @@ class Gate:
 class Driver:
     """One vLLM engine. Methods may be called from any thread."""
 
-    def __init__(self, settings: TableSettings, start: Callable[[], Any], lora: Any = None) -> None:
+    def __init__(self, settings: TableSettings, start: Callable[[], AsyncEngine], lora: object = None) -> None:
         self.settings, self._lora = settings, lora
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="steerback-vllm", daemon=True)
         self._thread.start()
         self._numbers = itertools.count()
-        self._finished: list[tuple[VllmJob, Any, asyncio.Future[Any]]] = []
+        self._finished: list[tuple[VllmJob, Output, asyncio.Future[Entry]]] = []
         self._collecting: asyncio.Task[None] | None = None
-        self._jobs: set[asyncio.Task[Any]] = set()
+        self._jobs: set[asyncio.Task[Answer]] = set()
         self._gate = Gate(settings)
-        self.llm: Any = None
+        self.llm: AsyncEngine | None = None
         try:
             self.wait(self._start(start))
         except BaseException:
             self.close()  # also what has started after an interrupt
             raise
 
-    async def _start(self, start: Callable[[], Any]) -> None:
+    async def _start(self, start: Callable[[], AsyncEngine]) -> None:
         self.llm = start()
 
-    def wait(self, work: Any) -> Any:
-        """Runs a coroutine in the engine's thread and waits for it."""
+    def wait(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Run a coroutine in the engine's thread and return its result."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def submit(self, job: VllmJob) -> Future[Answer]:
-        """Starts a job; cancelling the future aborts it. The same key may be used again, also at the same time."""
+        """Start a job; cancelling the future aborts it. The same key may be used again, also at the same time."""
         job = replace(job, ticket=replace(job.ticket, key=f"{next(self._numbers)}:{job.ticket.key}"))
         return asyncio.run_coroutine_threadsafe(self._run(job), self._loop)
 
-    def call(self, method: str, *args: Any) -> list[Any]:
-        """Calls a method of every worker."""
-        found: list[Any] = self.wait(self.llm.collective_rpc(method, args=args))
-        return found
+    def call(self, method: str, *args: object) -> list[Any]:
+        """Call a method of every worker."""
+        return self.wait(self._call(method, *args))
+
+    async def _call(self, method: str, *args: object) -> list[Any]:
+        if self.llm is None:
+            raise RuntimeError("this vLLM engine is closed")
+        return await self.llm.collective_rpc(method, args=args)
 
     async def _run(self, job: VllmJob) -> Answer:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        task = asyncio.current_task()
+        task: asyncio.Task[Answer] | None = asyncio.current_task()
         assert task is not None
+        assert self.llm is not None
         self._jobs.add(task)
         task.add_done_callback(self._jobs.discard)
         await self._gate.enter(job.ticket)
@@ -154,7 +207,7 @@ class Driver:
                 output_kind=RequestOutputKind.FINAL_ONLY,
                 extra_args=None if job.ticket.empty else job.ticket.as_args(),
             )
-            prompt: dict[str, Any] = {"prompt_token_ids": list(job.token_ids)}
+            prompt: dict[str, object] = {"prompt_token_ids": list(job.token_ids)}
             if (salt := job.ticket.salt(len(job.token_ids))) is not None:
                 prompt["cache_salt"] = salt
             stream = self.llm.generate(prompt, params, job.ticket.key, lora_request=self._lora)
@@ -167,13 +220,13 @@ class Driver:
         finally:
             try:
                 if not fetched:
-                    await asyncio.shield(self.llm.collective_rpc("steerback_release", args=([job.ticket.key],)))
+                    await asyncio.shield(self._call("steerback_release", [job.ticket.key]))
             finally:
                 self._gate.leave(job.ticket)
 
-    async def _collect(self, job: VllmJob, output: Any) -> Mapping[str, Any]:
-        """The worker's entry for a finished job, read together with those of others."""
-        result: asyncio.Future[Mapping[str, Any]] = asyncio.get_running_loop().create_future()
+    async def _collect(self, job: VllmJob, output: Output) -> Entry:
+        """Return the worker's entry for a finished job, read together with those of others."""
+        result: asyncio.Future[Entry] = asyncio.get_running_loop().create_future()
         self._finished.append((job, output, result))
         if self._collecting is None or self._collecting.done():
             self._collecting = asyncio.create_task(self._collect_all())
@@ -187,9 +240,9 @@ class Driver:
                     break
             batch = [one for one in self._finished if not one[2].done()]  # without those cancelled meanwhile
             self._finished = []
-            wanted = [[job.ticket.key, positions_fed(output)] for job, output, _ in batch]
+            wanted = [(job.ticket.key, positions_fed(output)) for job, output, _ in batch]
             try:
-                workers = await self.llm.collective_rpc("steerback_fetch", args=(wanted,)) if wanted else []
+                workers = await self._call("steerback_fetch", wanted) if wanted else []
             except Exception as error:  # noqa: BLE001 - handed on to every job that waits for this reading
                 for _, _, result in batch:
                     if not result.done():
@@ -204,7 +257,7 @@ class Driver:
                     result.set_exception(error)
 
     def close(self) -> None:
-        """Ends the engine and its processes; jobs that are not done are cancelled."""
+        """End the engine and its processes; jobs that are not done are cancelled."""
         if self._thread.is_alive():
             try:
                 self.wait(self._shutdown())
@@ -227,18 +280,17 @@ class Driver:
         await asyncio.gather(*others, return_exceptions=True)
 
 
-def positions_fed(output: Any) -> int:
-    """Positions that a finished request went through the model with: its last token was sampled, not read."""
+def positions_fed(output: Output) -> int:
+    """Return the positions that a finished request fed to the model: its last token was sampled, never fed."""
     return len(output.prompt_token_ids) + max(len(output.outputs[0].token_ids) - 1, 0)
 
 
-def _agreed(key: str, workers: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The first worker's entry; under tensor parallelism all must have edited the same positions."""
+def _agreed(key: str, workers: Sequence[Mapping[str, Sequence[Entry]]]) -> Entry:
+    """Return the first worker's entry; under tensor parallelism all must have edited the same positions."""
     found = [worker[key] for worker in workers]
     if any(len(entries) != 1 for entries in found):
         raise RuntimeError(f"request {key!r} left {len(found[0])} receipts in the worker instead of one")
     counts = {(entries[0]["prompt"], entries[0]["generated"]) for entries in found}
     if len(counts) != 1:
         raise RuntimeError(f"request {key!r}: the workers edited different positions {sorted(counts)}")
-    entry: Mapping[str, Any] = found[0][0]
-    return entry
+    return found[0][0]

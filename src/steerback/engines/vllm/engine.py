@@ -11,19 +11,19 @@ import contextlib
 import os
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import Future
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from steerback.engines.base import ModelRecord
 from steerback.engines.checks import check_texts, checked
 from steerback.engines.interventions import ARITHMETIC_VERSION, check, check_directions, check_layer
+from steerback.engines.options import VllmOptions
 from steerback.engines.vllm import jobs
-from steerback.engines.vllm.driver import Answer, Driver, VllmJob, positions_fed
+from steerback.engines.vllm.driver import Answer, AsyncEngine, Driver, SamplingFields, VllmJob, positions_fed
 from steerback.engines.vllm.loading import (
     TESTED,
-    check_options,
-    check_sizes,
     device_shares,
     engine_arguments,
     gpus,
@@ -31,9 +31,8 @@ from steerback.engines.vllm.loading import (
     require_vllm,
     save_directions,
 )
-from steerback.engines.vllm.selftest import fault
 from steerback.engines.vllm.settings import TableSettings, Ticket
-from steerback.errors import VERSION, SteerbackError
+from steerback.errors import VERSION, SteerbackError, one_line
 from steerback.records import Completion, FinishReason, Intervention, Receipt, Request, digest
 
 if TYPE_CHECKING:
@@ -48,70 +47,57 @@ QUESTION = "What is the capital of France?"
 WORKER = "steerback.engines.vllm.worker.SteeredWorker"
 
 
+class VllmRecord(ModelRecord):
+    """Record of the vLLM engine."""
+
+    vllm: str
+    runner: str
+    arguments: dict[str, str | int | float | bool | None]
+    replicas: int
+
+
 class VllmEngine:
     """Generates steered responses for one target on stock vLLM.
 
-    batch_size: requests that run together (vLLM's `max_num_seqs`); replicas: engines, one GPU (or `tensor_parallel`
-    GPUs) each; max_model_len: longest prompt + response, at most the model's context; layers: further layers that
-    interventions and recordings may name; columns: distinct latents that may be clamped or recorded at one time;
-    record_latents: how many latents a request of full length may record (shorter requests: more); options: further
-    arguments of vLLM's engine. A target's LoRA adapter is served beside its model, not merged.
+    A target's LoRA adapter is served beside its model, not merged.
     """
 
-    def __init__(
-        self,
-        target: Target,
-        batch_size: int | None = None,
-        *,
-        replicas: int = 1,
-        tensor_parallel: int = 1,
-        max_model_len: int | None = None,
-        directions: Mapping[str, Tensor] | None = None,
-        layers: Sequence[int] = (),
-        columns: int = 128,
-        record_latents: int = 32,
-        poolers: int = 128,
-        options: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, target: Target, options: VllmOptions, directions: Mapping[str, Tensor] | None = None) -> None:
         version = require_vllm()
-        check_options(options or {})
-        check_sizes(1, replicas=replicas, tensor_parallel=tensor_parallel, batch_size=batch_size, poolers=poolers)
-        check_sizes(1, max_model_len=max_model_len)
-        check_sizes(0, columns=columns, record_latents=record_latents)
-        if 0 < (there := gpus()) < (needed := replicas * tensor_parallel):
+        replicas, needed = options.replicas, options.replicas * options.tensor_parallel
+        if 0 < (available := gpus()) < needed:
             raise SteerbackError(
-                f"{replicas} replicas of {tensor_parallel} GPUs each need {needed}, and {there} are visible here; "
-                "lower replicas or tensor_parallel"
+                f"{replicas} replicas of {options.tensor_parallel} GPUs each need {needed}, and {available} are "
+                "visible here; lower replicas or tensor_parallel"
             )
         self.target = target
         self._loaded = prepare(target, tuple(directions or ()))
         site = self._loaded.site
         check_directions(directions or {}, site.d_model)
-        for layer in layers:
+        for layer in options.layers:
             check_layer("vLLM engine: layers", layer, site)
-        length = min(max_model_len or 4096, self._loaded.context)
-        rows = batch_size or (256 if gpus() else 64)
+        length = min(options.max_model_len or 4096, self._loaded.context)
+        rows = options.batch_size or (256 if gpus() else 64)
         self.settings = TableSettings(
             site=site,
-            layers=tuple(sorted({site.steer_layer, site.sae_layer, site.read_layer, *layers})),
+            layers=tuple(sorted({site.steer_layer, site.sae_layer, site.read_layer, *options.layers})),
             rows=rows + max(8, rows // 8),
-            columns=columns if target.sae is not None else 0,
-            room=length * record_latents,
-            recorders=rows + max(8, rows // 8),
-            poolers=poolers if target.sae is not None else 0,
+            columns=options.columns if target.sae is not None else 0,
+            room=length * options.record_latents,
+            poolers=options.poolers if target.sae is not None else 0,
             length=length,
             arithmetic=ARITHMETIC_VERSION,
             version=VERSION,
-            sae=None if target.sae is None else asdict(target.sae),
+            sae=target.sae,
             directions=save_directions(directions or {}),
         )
         asked = len(self._loaded.prompter.tokens(QUESTION))
         jobs.check_length(self.settings, "the vLLM engine's test of itself", asked, 3)
-        self._arguments = engine_arguments(target, length, rows, tensor_parallel) | dict(options or {})
-        self._drivers = self._start(replicas, tensor_parallel)
+        self._arguments = engine_arguments(target, length, rows, options.tensor_parallel) | dict(options.options)
+        self._drivers = self._start(replicas, options.tensor_parallel)
         try:
             with _one_line():
-                self._facts = self._describe(version, replicas, directions or {})
+                self._record = self._describe(version, replicas, directions or {})
                 self._self_test(version)
         except BaseException:
             self.close()
@@ -135,7 +121,7 @@ class VllmEngine:
         except BaseException as error:
             _close(drivers)
             if isinstance(error, (RuntimeError, ValueError, OSError, TypeError)):
-                reason = " ".join(str(error).split())[:300]
+                reason = one_line(error)[:300]
                 raise SteerbackError(
                     f"vLLM could not start {self.target.name!r} ({reason}); its own messages stand above"
                 ) from error
@@ -147,7 +133,7 @@ class VllmEngine:
                     os.environ["CUDA_VISIBLE_DEVICES"] = visible
         return drivers
 
-    def _launch(self) -> Any:
+    def _launch(self) -> AsyncEngine:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -157,10 +143,11 @@ class VllmEngine:
             additional_config=self.settings.as_config(),
             disable_log_stats=True,
         )
-        return AsyncLLM.from_engine_args(arguments)
+        started: AsyncEngine = AsyncLLM.from_engine_args(arguments)
+        return started
 
     def close(self) -> None:
-        """Ends vLLM's processes."""
+        """End vLLM's processes."""
         _close(self._drivers)
 
     def _self_test(self, version: str) -> None:
@@ -168,7 +155,7 @@ class VllmEngine:
         norms = self._loaded.norms
         latent = None if norms is None else int((norms > 0).argmax())  # some SAEs have latents that write nothing
         for driver in self._drivers:
-            found = fault(driver, self.settings, prompt, self.target.boost_prior.high, latent)
+            found = jobs.steering_fault(driver, self.settings, prompt, self.target.boost_prior.high, latent)
             if found:
                 raise SteerbackError(
                     f"vLLM {version} (tested: {TESTED}) does not steer this model: {found}; use --engine transformers"
@@ -178,14 +165,14 @@ class VllmEngine:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all that shapes a completion except the request."""
-        return digest(self._facts)
+        """Hash of everything that shapes a completion except the request."""
+        return digest(self._record)
 
-    def describe(self) -> dict[str, object]:
-        """What is needed to repeat a run, JSON-able. vLLM promises equal plans and seeds, not equal texts."""
-        return dict(self._facts)
+    def describe(self) -> VllmRecord:
+        """Return what is needed to repeat a run. vLLM promises equal plans and seeds, not equal texts."""
+        return self._record.copy()
 
-    def _describe(self, version: str, replicas: int, directions: Mapping[str, Tensor]) -> dict[str, object]:
+    def _describe(self, version: str, replicas: int, directions: Mapping[str, Tensor]) -> VllmRecord:
         import torch
 
         site, state = self.settings.site, self._drivers[0].call("steerback_state")[0]
@@ -207,25 +194,26 @@ class VllmEngine:
             "prompt_format": self._loaded.prompter.style,
             "sae": self._loaded.sae_hash,
             "directions": {k: digest(v.detach().cpu().tolist()) for k, v in sorted(directions.items())},
+            "target": self.target.name,
             **self._loaded.provenance,
         }
 
     # ---- generation
 
     async def generate(self, requests: Sequence[Request]) -> AsyncIterator[tuple[str, Completion]]:
-        """Yields (key, completion) as responses finish; everything is checked before anything is generated."""
+        """Yield (key, completion) as responses finish; everything is checked before anything is generated."""
         planned = self._check(requests)
         loop = asyncio.get_running_loop()
-        done: asyncio.Queue[tuple[Request, Any]] = asyncio.Queue()
+        done: asyncio.Queue[tuple[Request, Future[Answer]]] = asyncio.Queue()
         futures = []
         for n, (request, job) in enumerate(zip(requests, planned, strict=True)):
             future = self._drivers[n % len(self._drivers)].submit(job)
             futures.append(future)
 
-            def tell(finished: Any, request: Request = request) -> None:
+            def put(finished: Future[Answer], request: Request = request) -> None:
                 loop.call_soon_threadsafe(done.put_nowait, (request, finished))
 
-            future.add_done_callback(tell)
+            future.add_done_callback(put)
         try:
             for _ in futures:
                 request, finished = await done.get()
@@ -276,40 +264,38 @@ class VllmEngine:
         include_prompt: bool = False,
         pool: Pooling = "max",
     ) -> NDArray[np.float32]:
-        """Unsteered SAE activations at the read layer, pooled over the response's tokens: (n texts, n latents).
-
-        Special and template tokens are excluded; `include_prompt` pools over the user's words as well. A text without
-        such tokens gets zeros. Pooled on the device while the texts are read.
-        """
+        """Return unsteered SAE activations, pooled on the device while it reads the texts; see `Engine.activations`."""
         site = self.settings.site
         check_texts(prompts, responses, latents, site)
         chosen = None if latents is None else list(latents)
         out = np.zeros((len(prompts), site.n_latents if chosen is None else len(chosen)), dtype=np.float32)
-        pending: deque[tuple[int, Any]] = deque()  # forgotten as they are read: each holds all latents
+        pending: deque[tuple[int, Future[Answer]]] = deque()  # forgotten as they are read: each holds all latents
         for n, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            spoken = self._loaded.prompter.spoken(prompt, response)
-            jobs.check_length(self.settings, f"text {n}", len(spoken.token_ids), 1)
-            positions = sorted([*spoken.user, *spoken.response] if include_prompt else spoken.response)
+            text = self._loaded.prompter.conversation(prompt, response)
+            jobs.check_length(self.settings, f"text {n}", len(text.token_ids), 1)
+            positions = sorted([*text.user, *text.response] if include_prompt else text.response)
             if not positions:
                 continue
             ticket = Ticket(f"activations/{n}", pool=_spans(positions), how=pool)
-            job = VllmJob(ticket, spoken.token_ids, {"max_tokens": 1, "temperature": 0.0, "detokenize": False})
+            job = VllmJob(ticket, text.token_ids, {"max_tokens": 1, "temperature": 0.0, "detokenize": False})
             pending.append((n, self._drivers[n % len(self._drivers)].submit(job)))
         while pending:
             n, future = pending.popleft()
             with _one_line():
-                whole = np.frombuffer(future.result().entry["pooled"], dtype=np.float32)
+                entry = future.result().entry
+            assert entry is not None  # the ticket asks for pooling
+            whole = np.frombuffer(entry["pooled"], dtype=np.float32)
             out[n] = whole if chosen is None else whole[chosen]
         return out
 
     def decoder_norms(self) -> NDArray[np.float32]:
-        """L2 norm of each latent's decoder direction: (n latents,)."""
+        """Return the L2 norm of each latent's decoder direction: (n latents,)."""
         if self._loaded.norms is None:
             raise SteerbackError("decoder norms need an SAE and this target has none")
         return self._loaded.norms
 
     def token_ends(self, completion: Completion) -> list[int]:
-        """Where each token ends in the text; a character of several tokens ends with its last one."""
+        """Return the character at which each token ends; see `Engine.token_ends`."""
         return self._loaded.prompter.ends(completion.token_ids, len(completion.text))
 
     # ---- proof
@@ -317,7 +303,7 @@ class VllmEngine:
     def teacher_forced(
         self, token_ids: Sequence[int], interventions: Sequence[Intervention], prompt_tokens: int
     ) -> NDArray[np.float32]:
-        """Log-probabilities (T, vocabulary) of a given text, steered: what the reference engine is compared with.
+        """Return log-probabilities (T, vocabulary) of a text, steered, for the comparison with the reference engine.
 
         The first `prompt_tokens` positions are the prompt. The text is prefilled; needs `max_logprobs=-1` in options.
         """
@@ -325,7 +311,8 @@ class VllmEngine:
         jobs.check_length(self.settings, "teacher_forced", len(token_ids), 1)
         ticket = Ticket("teacher_forced", tuple(interventions), prompt=prompt_tokens)
         jobs.check_ticket("teacher_forced", ticket, self.settings)
-        sampling = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": -1, "logprobs": -1, "detokenize": False}
+        sampling: SamplingFields = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": -1, "logprobs": -1}
+        sampling["detokenize"] = False
         output = self._drivers[0].submit(VllmJob(ticket, tuple(token_ids), sampling)).result().output
         rows = [*output.prompt_logprobs[1:], output.outputs[0].logprobs[0]]
         out = np.full((len(rows), len(rows[0])), -np.inf, dtype=np.float32)
@@ -336,7 +323,7 @@ class VllmEngine:
 
 
 def _close(drivers: Sequence[Driver]) -> None:
-    """Ends them all, also when one cannot be ended."""
+    """End all drivers, also when one of them cannot be ended."""
     with contextlib.ExitStack() as ending:
         for driver in drivers:
             ending.callback(driver.close)
@@ -344,7 +331,7 @@ def _close(drivers: Sequence[Driver]) -> None:
 
 @contextlib.contextmanager
 def _one_line() -> Iterator[None]:
-    """A vLLM that died is the user's to restart."""
+    """Turn vLLM's error about its dead process into one line."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
     try:
@@ -356,7 +343,7 @@ def _one_line() -> Iterator[None]:
 
 
 def _spans(positions: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Ascending positions as [first, last + 1) pairs."""
+    """Return ascending positions as [first, last + 1) pairs."""
     out: list[list[int]] = []
     for at in positions:
         if out and out[-1][1] == at:

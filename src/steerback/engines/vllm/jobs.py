@@ -1,29 +1,32 @@
-"""From a request to what vLLM is sent, once it is known to fit the worker's tables.
+"""From a request to what vLLM is sent, once it is known to fit the worker's tables; and the test of a new engine.
 
 Everything a worker cannot do is refused here, in one line that names the field.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
-from steerback.engines.vllm.driver import VllmJob
+from steerback.engines.vllm.driver import Driver, SamplingFields, VllmJob
 from steerback.engines.vllm.loading import PreparedTarget
 from steerback.engines.vllm.settings import TableSettings, Ticket
 from steerback.errors import SteerbackError
-from steerback.records import Request
+from steerback.records import Intervention, LatentKey, Request
+
+TOLERANCE = 1e-3
+"""Largest error of an edit, relative to its size, on random residuals in float32."""
 
 
-def job_of(where: str, request: Request, settings: TableSettings, loaded: PreparedTarget) -> VllmJob:
-    """Prompt tokens, ticket and sampling of a checked request; SteerbackError for what this engine cannot do."""
-    prompt = loaded.prompter.tokens(request.prompt, request.prefill, request.system)
+def job_of(where: str, request: Request, settings: TableSettings, prepared: PreparedTarget) -> VllmJob:
+    """Return prompt tokens, ticket and sampling of a checked request; SteerbackError for what vLLM cannot do."""
+    prompt = prepared.prompter.tokens(request.prompt, request.prefill, request.system)
     until = len(prompt) + request.sampling.max_new_tokens
     check_length(settings, where, len(prompt), request.sampling.max_new_tokens)
-    return VllmJob(_ticket(where, request, settings, until), prompt, _sampling(request, loaded))
+    return VllmJob(_ticket(where, request, settings, until), prompt, _sampling(request, prepared))
 
 
 def check_length(settings: TableSettings, where: str, prompt: int, new: int) -> None:
-    """Raises SteerbackError if prompt and response cannot both fit the engine's context."""
+    """Raise SteerbackError if prompt and response cannot both fit the engine's context."""
     if prompt == 0:
         raise SteerbackError(f"{where}: the prompt has no tokens")
     if prompt + new > settings.length:
@@ -34,12 +37,11 @@ def check_length(settings: TableSettings, where: str, prompt: int, new: int) -> 
 
 
 def _ticket(where: str, request: Request, settings: TableSettings, until: int) -> Ticket:
-    site, record = settings.site, request.record
-    layer = -1 if record is None else site.read_layer if record.layer is None else record.layer
-    latents = () if record is None else tuple(record.latents)
+    latents = () if request.record is None else tuple(request.record.latents)
     if len(set(latents)) != len(latents):
         raise SteerbackError(f"{where}: record.latents names a latent twice")
-    ticket = Ticket(request.key, request.interventions, latents, layer, until)
+    layer = settings.site.record_layer(request.record)
+    ticket = Ticket(request.key, request.interventions, latents, -1 if layer is None else layer, until)
     check_ticket(where, ticket, settings)
     if until * len(latents) > settings.room:
         raise SteerbackError(
@@ -50,7 +52,7 @@ def _ticket(where: str, request: Request, settings: TableSettings, until: int) -
 
 
 def check_ticket(where: str, ticket: Ticket, settings: TableSettings) -> None:
-    """Raises SteerbackError if the tables lack a layer or the columns for a request, which would wait for ever."""
+    """Raise SteerbackError if the tables lack a layer or the columns for a request, which would wait for ever."""
     used = [(f"interventions[{n}].layer", settings.site.layer_of(edit)) for n, edit in enumerate(ticket.edits)]
     for field, wanted in [*used, *([("record.layer", ticket.layer)] if ticket.layer >= 0 else [])]:
         if wanted not in settings.layers:
@@ -65,8 +67,8 @@ def check_ticket(where: str, ticket: Ticket, settings: TableSettings) -> None:
         )
 
 
-def _sampling(request: Request, loaded: PreparedTarget) -> dict[str, Any]:
-    """Fields of vLLM's SamplingParams; what ends a response is what does so in the reference engine."""
+def _sampling(request: Request, prepared: PreparedTarget) -> SamplingFields:
+    """Return vLLM's sampling parameters; a response ends where it does in the reference engine."""
     sampling = request.sampling
     return {
         "temperature": sampling.temperature,
@@ -75,7 +77,50 @@ def _sampling(request: Request, loaded: PreparedTarget) -> dict[str, Any]:
         "max_tokens": sampling.max_new_tokens,
         "seed": request.seed % (1 << 31),
         "stop": list(sampling.stop),
-        "stop_token_ids": sorted(loaded.ends),
+        "stop_token_ids": sorted(prepared.ends),
         "ignore_eos": True,
         "detokenize": bool(sampling.stop),
     }
+
+
+def steering_fault(
+    driver: Driver, settings: TableSettings, prompt: tuple[int, ...], boost: float, latent: int | None
+) -> str | None:
+    """Return how an engine that has just started fails to steer, or None: arithmetic, hooks and effect on each worker.
+
+    A release of vLLM may move a hook point without an error; an unsteered model would then look steered. `boost` is a
+    strong one for this target, `latent` one with a decoder direction (None: the target has no SAE).
+    """
+    site = settings.site
+    latents: list[LatentKey] = [*([] if latent is None else [latent]), *site.directions[:1]]
+    if not latents:
+        return None
+    few = range(min(site.n_latents, settings.columns, 3))
+    clamps = [Intervention("clamp", k, 1.5, layer=n) for k in few for n in settings.layers]
+    mixed = Ticket("check", (Intervention("add", latents[0], 2.0, "generated"), *clamps))
+    for error in driver.call("steerback_check", mixed.as_args(), 0):
+        if not error < TOLERANCE:  # nor NaN
+            return f"its edits are off by {error:.1e} of their size"
+    edits = (Intervention("add", latents[0], boost),)
+    sampling: SamplingFields = {
+        "temperature": 0.0,
+        "max_tokens": 3,
+        "logprobs": 5,
+        "ignore_eos": True,
+        "detokenize": False,
+    }
+    jobs = [VllmJob(Ticket(key, e), prompt, sampling) for key, e in (("plain", ()), ("steered", edits), ("again", ()))]
+    plain, steered, again = (driver.submit(job).result() for job in jobs)
+    entry = steered.entry or {}
+    if (entry.get("prompt"), entry.get("generated")) != (len(prompt), 2):
+        return f"of {len(prompt)} + 2 positions it edited {entry.get('prompt')} + {entry.get('generated')}"
+    first, pushed, later = (
+        {token: v.logprob for token, v in answer.output.outputs[0].logprobs[0].items()}
+        for answer in (plain, steered, again)
+    )
+    if all(abs(value - pushed.get(token, -math.inf)) < 1e-6 for token, value in first.items()):
+        return "a strong addition leaves the next token's probabilities as they were"
+    best = max(first, key=lambda token: first[token])
+    if abs(first[best] - later.get(best, -math.inf)) > 0.1:  # two equally good tokens may change places
+        return "an unsteered request differs before and after a steered one"
+    return None

@@ -1,4 +1,4 @@
-"""What the engine process knows of a target without loading its model, and the arguments that vLLM is started with."""
+"""Prepare a target for vLLM without loading its model: tokenizer, layers, hashes, arguments of vLLM's engine."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from pydantic import JsonValue
+
+from steerback.engines.base import Provenance
 from steerback.engines.checks import site_of
 from steerback.engines.interventions import Site
 from steerback.engines.prompting import Prompter
@@ -33,7 +35,7 @@ TESTED = "0.26.0 and 0.32.0"
 
 @dataclass(frozen=True)
 class PreparedTarget:
-    """What the engine process knows of a target without loading its model."""
+    """The tokenizer, layers and hashes of a target whose model vLLM loads."""
 
     prompter: Prompter
     ends: frozenset[int]
@@ -41,11 +43,11 @@ class PreparedTarget:
     context: int
     sae_hash: str | None
     norms: NDArray[np.float32] | None
-    provenance: dict[str, object]
+    provenance: Provenance
 
 
 def require_vllm() -> str:
-    """vLLM's version, or a SteerbackError that says how to get it. Its log is kept to errors unless asked for."""
+    """Return vLLM's version; SteerbackError that says how to install it. Its log is kept to errors by default."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
         import vllm
@@ -57,65 +59,33 @@ def require_vllm() -> str:
 
 
 def gpus() -> int:
-    """How many GPUs vLLM will find here (asked without initialising CUDA)."""
+    """Return how many GPUs vLLM will find here, without initialising CUDA."""
     import torch
 
     return torch.cuda.device_count()
 
 
 def device_shares(replicas: int, tensor_parallel: int) -> list[str]:
-    """What CUDA_VISIBLE_DEVICES has to be for each replica: `tensor_parallel` GPUs of those visible now."""
+    """Return CUDA_VISIBLE_DEVICES for each replica: `tensor_parallel` GPUs of those visible now."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = [str(n) for n in range(replicas * tensor_parallel)] if visible is None else visible.split(",")
     return [",".join(devices[n * tensor_parallel : (n + 1) * tensor_parallel]) for n in range(replicas)]
 
 
-NOT_OPTIONS = {
-    **dict.fromkeys(
-        ("model", "revision", "worker_cls", "additional_config", "disable_log_stats"), "is set by steerback"
-    ),
-    "max_model_len": "has a name of its own, max_model_len",
-    "max_num_seqs": "has a name of its own, batch_size",
-    "tensor_parallel_size": "has a name of its own, tensor_parallel",
-    "data_parallel_size": "has a name of its own, replicas",
-    "pipeline_parallel_size": "is refused: this engine does not steer under pipeline parallelism; use tensor_parallel",
-    "speculative_config": "is refused: steering was not checked with tokens that are guessed ahead",
-    "enable_dbo": "is refused: steering was not checked with batches in two halves",
-}
-"""Arguments of vLLM's that may not be among the user's `options`, and why."""
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """Raises SteerbackError for an argument of vLLM's that is not for the user to set."""
-    for name in options:
-        if name in NOT_OPTIONS:
-            raise SteerbackError(f"vLLM engine: options.{name} {NOT_OPTIONS[name]}")
-
-
-def check_sizes(least: int, **sizes: int | None) -> None:
-    """Raises SteerbackError for a size that is given and too small."""
-    for name, size in sizes.items():
-        if size is not None and size < least:
-            raise SteerbackError(f"vLLM engine: {name} {size} is out of range; {least} or more")
-
-
 def prepare(target: Target, directions: tuple[str, ...]) -> PreparedTarget:
-    """Tokenizer, layers and hashes of a target; SteerbackError for what is missing or does not fit together."""
+    """Return tokenizer, layers and hashes of a target; SteerbackError for what is missing or does not fit together."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    from steerback.engines.loading import provenance_of
+    from steerback.engines.loading import hub_arguments, load_errors, provenance_of
     from steerback.engines.runner import end_tokens
     from steerback.targets.sae_files import load_sae
 
-    origin: dict[str, Any] = {} if Path(target.model).is_dir() else {"revision": target.revision}
+    origin = hub_arguments(target)
+    with load_errors(target, f"cannot load {target.model}"):
+        config = AutoConfig.from_pretrained(target.model, **origin)
+        tokenizer = AutoTokenizer.from_pretrained(target.model, **origin)
     try:
-        config = AutoConfig.from_pretrained(target.model, trust_remote_code=False, **origin)
-        tokenizer = AutoTokenizer.from_pretrained(target.model, trust_remote_code=False, **origin)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise SteerbackError(f"target {target.name!r}: cannot load {target.model}: {reason}") from error
-    try:
-        generation = GenerationConfig.from_pretrained(target.model, **origin)
+        generation = GenerationConfig.from_pretrained(target.model, revision=origin.get("revision"))
     except OSError:
         generation = None
     text = config.get_text_config()
@@ -123,7 +93,7 @@ def prepare(target: Target, directions: tuple[str, ...]) -> PreparedTarget:
     site = site_of(target, text.num_hidden_layers, text.hidden_size, sae, directions)
     return PreparedTarget(
         prompter=Prompter(tokenizer, target.prompt_format),
-        ends=end_tokens(SimpleNamespace(generation_config=generation, config=config), tokenizer),
+        ends=end_tokens(generation, config, tokenizer),
         site=site,
         context=getattr(text, "max_position_embeddings", 4096),
         sae_hash=None if sae is None else sae.hash,
@@ -133,7 +103,7 @@ def prepare(target: Target, directions: tuple[str, ...]) -> PreparedTarget:
 
 
 def model_alone(target: Target) -> str:
-    """A folder with the model's files only: vLLM takes every safetensors file it finds for weights of the model.
+    """Return a folder with the model's files only: vLLM takes every safetensors file it finds for weights of the model.
 
     Links under a name that stays, as the path is part of the key of vLLM's compile cache.
     """
@@ -147,7 +117,7 @@ def model_alone(target: Target) -> str:
     for old in links.iterdir():
         if old.name not in wanted and not old.name.startswith("."):
             old.unlink(missing_ok=True)
-    for name, path in wanted.items():  # what is right stays: another process may be reading it
+    for name, path in wanted.items():  # a right link stays: another process may be reading it
         link, fresh = links / name, links / f".{os.getpid()}-{threading.get_ident()}-{name}"
         if not (link.is_symlink() and link.readlink() == path):
             fresh.symlink_to(path)
@@ -156,7 +126,7 @@ def model_alone(target: Target) -> str:
 
 
 def save_directions(directions: Mapping[str, Tensor]) -> str | None:
-    """A file with the directions, named by its contents for the same reason."""
+    """Return a file with the directions, named by its contents for the same reason."""
     if not directions:
         return None
     import torch
@@ -167,7 +137,7 @@ def save_directions(directions: Mapping[str, Tensor]) -> str | None:
     return str(write_atomic(make_folder(user_folder("vllm", "directions")) / name, data))
 
 
-def cpu_arguments(length: int) -> dict[str, Any]:
+def cpu_arguments(length: int) -> dict[str, JsonValue]:
     """vLLM's CPU build fails on a seeded request whose prefill is split over steps, so it is not split there."""
     return {
         "kv_cache_memory_bytes": 1 << 30,
@@ -176,8 +146,8 @@ def cpu_arguments(length: int) -> dict[str, Any]:
     }
 
 
-def lora_arguments(folder: str, dtype: str) -> dict[str, Any]:
-    """vLLM's arguments for an adapter; SteerbackError where vLLM could not serve it."""
+def lora_arguments(folder: str, dtype: str) -> dict[str, JsonValue]:
+    """Return vLLM's arguments for an adapter; SteerbackError where vLLM could not serve it."""
     if gpus() and dtype == "float32":
         raise SteerbackError(
             f"lora {folder!r}: vLLM's adapter kernels take no float32 on a GPU; use a target in bfloat16, or --engine "
@@ -188,8 +158,8 @@ def lora_arguments(folder: str, dtype: str) -> dict[str, Any]:
     return {"enable_lora": True, "max_lora_rank": next((r for r in (8, 16, 32, 64, 128, 256, 512) if r >= rank), rank)}
 
 
-def engine_arguments(target: Target, length: int, rows: int, tensor_parallel: int) -> dict[str, Any]:
-    """What vLLM's engine is told about a target, unless the user's options say otherwise."""
+def engine_arguments(target: Target, length: int, rows: int, tensor_parallel: int) -> dict[str, JsonValue]:
+    """Return the arguments of vLLM's engine for a target; the user's options override them."""
     return {
         "model": model_alone(target),
         "revision": target.revision,

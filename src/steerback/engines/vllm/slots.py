@@ -10,16 +10,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from steerback.engines.interventions import LayerPlan, direction, plan_layers
-from steerback.engines.vllm.receipts import receipts
-from steerback.engines.vllm.settings import PHASES, TableSettings, Ticket
-from steerback.engines.vllm.tables import CACHED, UNEDITED, LayerTable, Shared
+from steerback.engines.vllm.settings import PHASES, Entry, TableSettings, Ticket
+from steerback.engines.vllm.tables import CACHED, UNEDITED, LayerTable, Shared, receipts
 from steerback.records import Intervention
 from steerback.targets.sae import Sae
 
@@ -32,7 +31,7 @@ class Arrival:
     """A request that a runner sees for the first time (or again, after a preemption)."""
 
     request: str
-    args: Mapping[str, Any] | None
+    args: Mapping[str, str] | None
     prompt_tokens: int
     cached: int
 
@@ -42,8 +41,8 @@ class Step:
     """One step: requests in the order of their tokens, how many tokens each, and how many came before those."""
 
     requests: Sequence[str]
-    counts: np.ndarray[Any, Any]
-    before: np.ndarray[Any, Any]
+    counts: NDArray[np.integer]
+    before: NDArray[np.integer]
 
 
 @dataclass(slots=True)
@@ -53,7 +52,6 @@ class Slot:
     ticket: Ticket
     row: int
     prompt: int
-    recorder: int = -1
     pooler: int = -1
     pooled: int = 0  # positions below are in the pool, and are not taken again after a preemption
     columns: dict[int, int] = field(default_factory=dict)
@@ -82,7 +80,6 @@ class Slots:
         self.device = shared.row.device
         self._free_rows = list(range(settings.rows, 0, -1))
         self._free_columns = list(range(settings.columns - 1, -1, -1))
-        self._free_recorders = list(range(settings.recorders - 1, -1, -1))
         self._free_poolers = list(range(settings.poolers - 1, -1, -1))
         self._columns: dict[int, list[int]] = {}  # latent -> [column, requests that use it]
         self._dirty: dict[int, set[int]] = {layer: set() for layer in tables}  # rows that hold edits, or did
@@ -107,7 +104,6 @@ class Slots:
         return {
             "rows": len(self._free_rows),
             "columns": len(self._free_columns),
-            "recorders": len(self._free_recorders),
             "poolers": len(self._free_poolers),
             "preemptions": self.preemptions,
         }
@@ -131,8 +127,6 @@ class Slots:
                     latents.append(latent)
                 held[1] += 1
                 slot.columns[latent] = held[0]
-            if ticket.record:
-                slot.recorder = self._free_recorders.pop()
             if ticket.pool and self.settings.poolers:  # one worker pools; the others only compute the text
                 slot.pooler = self._free_poolers.pop()
             self._by_request[arrival.request] = slot
@@ -164,18 +158,20 @@ class Slots:
         rows = self._send(torch.tensor([s.row for s in slots]))
         for table, values in (
             (self.shared.prompt, [s.boundary for s in slots]),
-            (self.shared.start, [1 + max(s.recorder, 0) * self.settings.room for s in slots]),
+            (self.shared.start, [self._record_start(s) for s in slots]),
             (self.shared.width, [len(s.ticket.record) for s in slots]),
             (self.shared.until, [s.ticket.until for s in slots]),
         ):
             table.index_copy_(0, rows, self._send(torch.tensor(values)))
         for slot in slots:
-            if slot.recorder >= 0:
-                first = 1 + slot.recorder * self.settings.room
-                size = slot.ticket.until * len(slot.ticket.record)
-                self.shared.kept[first : first + size] = float("nan")
+            first = self._record_start(slot)
+            self.shared.kept[first : first + slot.ticket.until * len(slot.ticket.record)] = float("nan")
             if slot.pooler >= 0:
                 self.pooled[slot.pooler] = 0
+
+    def _record_start(self, slot: Slot) -> int:
+        """Return the place of a slot's record; rows count from 1, and cell 0 is for waste."""
+        return 1 + (slot.row - 1) * self.settings.room
 
     def _write_layer(self, layer: int, table: LayerTable, fresh: Sequence[tuple[Slot, int]]) -> None:
         """Writes one layer's cells and marks for the rows of new requests."""
@@ -305,14 +301,14 @@ class Slots:
 
     # ---- results
 
-    def fetch(self, wanted: Sequence[tuple[str, int]], records: bool) -> dict[str, list[dict[str, Any]]]:
-        """Receipts and recordings of finished requests, whose rows become free.
+    def fetch(self, wanted: Sequence[tuple[str, int]], records: bool) -> dict[str, list[Entry]]:
+        """Return receipts and recordings of finished requests, and free their rows.
 
         `wanted` has (key, positions fed); the result has one entry for each request of that key: prompt
         and generated positions edited, their mean norm, and the bytes of what was recorded or pooled.
         """
         slots = [(k, self._by_request[r], fed) for k, fed in wanted for r in self._by_key.get(k, ())]
-        out: dict[str, list[dict[str, Any]]] = {key: [] for key, _ in wanted}
+        out: dict[str, list[Entry]] = {key: [] for key, _ in wanted}
         if slots:
             with self._reading(any(slot.pooler >= 0 for _, slot, _ in slots)):
                 fed = [(slot, n) for _, slot, n in slots]
@@ -320,7 +316,10 @@ class Slots:
                 kept = self._recorded(fed) if records else []
                 pooled = self._pooled([slot for slot, _ in fed]) if records else []
             for n, (key, _, _) in enumerate(slots):
-                out[key].append(counted[n] | ({"record": kept[n], "pooled": pooled[n]} if records else {}))
+                entry = counted[n]
+                if records:
+                    entry |= {"record": kept[n], "pooled": pooled[n]}
+                out[key].append(entry)
         self.release([key for key, _ in wanted])
         return out
 
@@ -339,12 +338,12 @@ class Slots:
                 self._reader.wait_event(self._pooled_last)
             yield
 
-    def _receipts(self, slots: Sequence[tuple[Slot, int]]) -> list[dict[str, Any]]:
+    def _receipts(self, slots: Sequence[tuple[Slot, int]]) -> list[Entry]:
         layers = sorted({layer for slot, _ in slots for plan in slot.plans for layer in plan})
         marks = self._marks([slot for slot, _ in slots], layers, max(fed for _, fed in slots))
         return receipts([s.plans for s, _ in slots], [s.boundary for s, _ in slots], [fed for _, fed in slots], marks)
 
-    def _marks(self, slots: Sequence[Slot], layers: Sequence[int], longest: int) -> dict[int, np.ndarray[Any, Any]]:
+    def _marks(self, slots: Sequence[Slot], layers: Sequence[int], longest: int) -> dict[int, NDArray[np.float32]]:
         rows = self._send(torch.tensor([s.row for s in slots]))
         length = self.settings.length
         return {
@@ -356,9 +355,8 @@ class Slots:
         """What each request recorded in the positions it fed, read from the device at once."""
         parts = []
         for slot, fed in slots:
-            first = 1 + max(slot.recorder, 0) * self.settings.room
-            size = min(fed, slot.ticket.until) * len(slot.ticket.record) if slot.recorder >= 0 else 0
-            parts.append(self.shared.kept[first : first + size])
+            first = self._record_start(slot)
+            parts.append(self.shared.kept[first : first + min(fed, slot.ticket.until) * len(slot.ticket.record)])
         whole = torch.cat(parts).cpu().numpy()
         ends = np.cumsum([len(part) for part in parts])
         return [part.tobytes() for part in np.split(whole, ends[:-1])]
@@ -378,8 +376,6 @@ class Slots:
             for request in self._by_key.pop(key, ()):
                 slot = self._by_request.pop(request)
                 self._free_rows.append(slot.row)
-                if slot.recorder >= 0:
-                    self._free_recorders.append(slot.recorder)
                 if slot.pooler >= 0:
                     self._free_poolers.append(slot.pooler)
                 for latent in slot.columns:

@@ -8,13 +8,15 @@ prompt and one for generated positions. Knows nothing of requests or of vLLM.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from steerback.engines.vllm.settings import TableSettings
+from steerback.engines.vllm.settings import Entry, TableSettings
 from steerback.errors import SteerbackError
 from steerback.targets.sae import Sae
 
@@ -69,7 +71,7 @@ class Shared:
             start=whole(rows),
             width=whole(rows),
             until=whole(rows),
-            kept=real(1 + (settings.recorders * settings.room if columns else 0)),
+            kept=real(1 + (settings.rows * settings.room if columns else 0)),
             residual=torch.zeros(tokens if settings.poolers else 0, d, dtype=dtype, device=device),
         )
 
@@ -103,10 +105,11 @@ class LayerTable:
         )
 
 
-class Steered:
+class Steered(nn.Module):
     """Mixed into the class of a decoder layer: edits and records the residual that leaves the layer.
 
-    The layer's output is (hidden, residual), whose sum is the residual stream, or that stream itself.
+    The layer's output is (hidden, residual), whose sum is the residual stream, or that stream itself. The buffers are
+    the tables of `Shared` and `LayerTable`, and for a TopK SAE its whole encoder.
     """
 
     steerback_positions: int
@@ -114,17 +117,38 @@ class Steered:
     steerback_kind: str | None
     steerback_k: int
     steerback_reads: bool
+    steerback_row: Tensor
+    steerback_prompt: Tensor
+    steerback_encoder: Tensor
+    steerback_bias: Tensor
+    steerback_threshold: Tensor
+    steerback_decoder: Tensor
+    steerback_latent: Tensor
+    steerback_start: Tensor
+    steerback_width: Tensor
+    steerback_until: Tensor
+    steerback_kept: Tensor
+    steerback_residual: Tensor
+    steerback_add: Tensor
+    steerback_active: Tensor
+    steerback_value: Tensor
+    steerback_used: Tensor
+    steerback_slot: Tensor
+    steerback_marks: Tensor
+    steerback_whole_encoder: Tensor
+    steerback_whole_bias: Tensor
+    steerback_whole_threshold: Tensor
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        out = super().forward(*args, **kwargs)  # type: ignore[misc]
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        out: Tensor | tuple[Tensor, ...] = super().forward(*args, **kwargs)
         positions = kwargs["positions"] if "positions" in kwargs else args[self.steerback_positions]
         if isinstance(out, tuple):
             return (edit(self, positions, out[0], out[1]), *out[1:])
         return edit(self, positions, out, None)
 
 
-def edit(layer: Any, positions: Tensor, hidden: Tensor, residual: Tensor | None) -> Tensor:
-    """`hidden` (T, d) with this step's edits added; marks, records and the arriving residual are written."""
+def edit(layer: Steered, positions: Tensor, hidden: Tensor, residual: Tensor | None) -> Tensor:
+    """Return `hidden` (T, d) with this step's edits added; write marks, records and the arriving residual."""
     row = layer.steerback_row[: hidden.shape[0]]
     cell = 2 * row + (positions >= layer.steerback_prompt[row]).long()
     delta = layer.steerback_add[cell]
@@ -140,24 +164,21 @@ def edit(layer: Any, positions: Tensor, hidden: Tensor, residual: Tensor | None)
     norm = torch.sqrt((delta * delta).sum(dim=-1))
     at = torch.where(layer.steerback_active[cell], row * layer.steerback_length + positions, 0)
     layer.steerback_marks.index_put_((at,), norm)
-    edited: Tensor = (hidden.float() + delta).to(hidden.dtype)
-    return edited
+    return (hidden.float() + delta).to(hidden.dtype)
 
 
-def _read(layer: Any, h: Tensor) -> Tensor:
-    """Activations (T, U) of the latents in use, from the arriving residual (T, d) in float32."""
-    z: Tensor
+def _read(layer: Steered, h: Tensor) -> Tensor:
+    """Return the activations (T, U) of the latents in use, from the arriving residual (T, d) in float32."""
     if layer.steerback_kind == "topk":
         whole = (layer.steerback_whole_encoder, layer.steerback_whole_bias, layer.steerback_whole_threshold)
-        z = torch.ops.steerback.topk_columns(h, *whole, layer.steerback_latent, layer.steerback_k)
+        z: Tensor = torch.ops.steerback.topk_columns(h, *whole, layer.steerback_latent, layer.steerback_k)
         return z
     pre = torch.addmm(layer.steerback_bias, h, layer.steerback_encoder)
-    z = pre * (pre > layer.steerback_threshold)
-    return z
+    return pre * (pre > layer.steerback_threshold)
 
 
-def _record(layer: Any, row: Tensor, positions: Tensor, z: Tensor) -> None:
-    """Writes z (T, U) to its places in the records; columns that a row does not record go to the waste cell."""
+def _record(layer: Steered, row: Tensor, positions: Tensor, z: Tensor) -> None:
+    """Write z (T, U) to its places in the records; columns that a row does not record go to the waste cell."""
     slot = layer.steerback_slot[row].long()
     wanted = (slot >= 0) & (positions < layer.steerback_until[row])[:, None]
     line = layer.steerback_start[row] + positions * layer.steerback_width[row]
@@ -167,21 +188,21 @@ def _record(layer: Any, row: Tensor, positions: Tensor, z: Tensor) -> None:
 def steer_layer(
     layer: nn.Module, shared: Shared, table: LayerTable, settings: TableSettings, sae: Sae | None, reads: bool
 ) -> None:
-    """Turns a loaded decoder layer into a steered one, in place.
+    """Turn a loaded decoder layer into a steered one, in place.
 
     The class is swapped rather than the module wrapped: names of weights stay what vLLM's loaders and LoRA expect.
     """
-    kind: Any = type(layer)
+    kind = type(layer)
     names = list(inspect.signature(kind.forward).parameters)[1:]
     if "positions" not in names:
         raise SteerbackError(f"{kind.__name__}.forward takes no positions; this model class cannot be steered in vLLM")
     layer.__class__ = type(f"Steered{kind.__name__}", (Steered, kind), {})
-    target: Any = layer
-    target.steerback_positions = names.index("positions")
-    target.steerback_length = settings.length
-    target.steerback_kind = None if sae is None else sae.kind
-    target.steerback_k = 0 if sae is None or sae.k is None else sae.k
-    target.steerback_reads = reads
+    assert isinstance(layer, Steered)
+    layer.steerback_positions = names.index("positions")
+    layer.steerback_length = settings.length
+    layer.steerback_kind = None if sae is None else sae.kind
+    layer.steerback_k = 0 if sae is None or sae.k is None else sae.k
+    layer.steerback_reads = reads
     for source in (shared, table):
         for name, tensor in vars(source).items():
             layer.register_buffer(f"steerback_{name}", tensor, persistent=False)
@@ -215,3 +236,35 @@ def register_topk() -> None:
     @topk_columns.register_fake
     def _(h: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor, latent: Tensor, k: int) -> Tensor:
         return h.new_empty(h.shape[0], latent.shape[0])
+
+
+def receipts(
+    plans: Sequence[Sequence[Collection[int]]],
+    boundaries: Sequence[int],
+    fed: Sequence[int],
+    marks: Mapping[int, NDArray[np.float32]],
+) -> list[Entry]:
+    """Return the prompt and generated positions edited and their mean norm, for n requests at once.
+
+    plans: the layers that edit each request's prompt and generated positions; boundaries: its first generated position;
+    fed: how many positions it had; marks: (n, longest) of every layer in `plans`. A position counts when every layer
+    that was to edit it did. What came out of the prefix cache was edited when it was computed, and its norm is not
+    known here: it counts, and the mean is over the others (0.0 if there are none).
+    """
+    position = np.arange(max(fed))
+    end, generated = np.array(fed)[:, None], position >= np.array(boundaries)[:, None]
+    counts, computed, norm = [], np.zeros(len(fed)), np.zeros(len(fed))
+    for phase, inside in enumerate((~generated, generated)):
+        planned = {layer: np.array([layer in plan[phase] for plan in plans])[:, None] for layer in marks}
+        some = np.array([bool(plan[phase]) for plan in plans])[:, None]
+        done = inside & (position < end) & some
+        for layer, edits in planned.items():
+            done &= (marks[layer] != UNEDITED) | ~edits
+        counts.append(done.sum(axis=1).tolist())
+        for layer, edits in planned.items():
+            done &= (marks[layer] != CACHED) | ~edits
+        computed += done.sum(axis=1)
+        for layer, edits in planned.items():
+            norm += marks[layer].sum(axis=1, dtype=np.float64, where=done & edits)
+    means = (norm / np.maximum(computed, 1)).tolist()
+    return [{"prompt": p, "generated": g, "norm": n} for p, g, n in zip(*counts, means, strict=True)]

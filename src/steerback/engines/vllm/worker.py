@@ -7,24 +7,19 @@ stream is whole on each of them, so all edit alike.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
-import vllm
 from torch import Tensor, nn
 from vllm.platforms import current_platform
 
 from steerback.engines.interventions import steer
-from steerback.engines.vllm import runner_v1, runner_v2
-from steerback.engines.vllm.hooks import token_room
-from steerback.engines.vllm.settings import TableSettings, Ticket
+from steerback.engines.vllm.runners import ModelRunner, follow, generation, token_room
+from steerback.engines.vllm.settings import Entry, TableSettings, Ticket
 from steerback.engines.vllm.slots import Arrival, Slots, Step
-from steerback.engines.vllm.tables import LayerTable, Shared, edit, steer_layer
+from steerback.engines.vllm.tables import LayerTable, Shared, Steered, edit, steer_layer
 from steerback.errors import SteerbackError
-from steerback.targets.sae import Sae
 from steerback.targets.sae_files import load_sae
-from steerback.targets.target import SaeSource
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as Base
@@ -37,8 +32,8 @@ class SteeredWorker(Base):  # type: ignore[misc]
 
     steerback: Slots
 
-    def load_model(self, *args: Any, **kwargs: Any) -> Any:
-        out = super().load_model(*args, **kwargs)
+    def load_model(self, *args: object, **kwargs: object) -> object:
+        out: object = super().load_model(*args, **kwargs)
         settings = TableSettings.from_config(self.vllm_config.additional_config)
         before = allocated(self.device)
         self.steerback = install(self.model_runner, settings, self.device, first=self.rank == 0)
@@ -49,56 +44,45 @@ class SteeredWorker(Base):  # type: ignore[misc]
             torch.set_num_threads(1)  # with a thread per core the first tables after a pause took 40-105 ms, not 3
         return out
 
-    def steerback_fetch(self, wanted: list[list[Any]]) -> dict[str, list[dict[str, Any]]]:
-        """Results of finished requests; recordings come from the first worker alone."""
-        return self.steerback.fetch([(key, fed) for key, fed in wanted], records=self.rank == 0)
+    def steerback_fetch(self, wanted: list[tuple[str, int]]) -> dict[str, list[Entry]]:
+        """Return the results of finished requests; recordings come from the first worker alone."""
+        return self.steerback.fetch(wanted, records=self.rank == 0)
 
     def steerback_release(self, keys: list[str]) -> None:
-        """Frees the rows of aborted requests."""
+        """Free the rows of aborted requests."""
         self.steerback.release(keys)
 
-    def steerback_state(self) -> dict[str, Any]:
-        """Which generation of model runner is at work, on what, and what of its tables is free."""
+    def steerback_state(self) -> dict[str, str | int]:
+        """Return the generation of the model runner, its device, and how much of its tables is free."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
-        return {"runner": generation(self.model_runner).NAME, "device": name, **self.steerback.state()}
+        return {"runner": generation(self.model_runner).name, "device": name, **self.steerback.state()}
 
     def steerback_memory(self) -> int:
-        """The most bytes that tensors held on this device since the last call."""
+        """Return the most bytes that tensors held on this device since the last call."""
         if self.device.type == "cpu":
             return 0
         peak = torch.cuda.max_memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         return peak
 
-    def steerback_check(self, ticket: dict[str, Any], seed: int) -> float:
-        """Largest error of the tables against `interventions.steer` on this device, relative to the edit."""
+    def steerback_check(self, ticket: dict[str, str], seed: int) -> float:
+        """Return the largest error of the tables against `interventions.steer` on this device, relative to the edit."""
         layers = decoder_layers(self.model_runner.get_model(), self.steerback.settings)
         return check_arithmetic(self.steerback, layers, ticket, seed)
 
 
 def allocated(device: torch.device) -> int:
-    """Bytes that tensors hold on a device (0 on a CPU, where vLLM is told how much to take)."""
+    """Return the bytes that tensors hold on a device (0 on a CPU, where vLLM is told how much to take)."""
     return 0 if device.type == "cpu" else torch.cuda.memory_allocated(device)
 
 
-def generation(runner: Any) -> Any:
-    """The module that knows this model runner's hook points."""
-    for module in (runner_v2, runner_v1):
-        if all(hasattr(runner, name) for name in module.NEEDS):
-            return module
-    raise SteerbackError(
-        f"vLLM {vllm.__version__}: its model runner {type(runner).__name__} has none of the known hook points "
-        f"({', '.join(runner_v2.NEEDS)}, or {', '.join(runner_v1.NEEDS)}); use --engine transformers"
-    )
-
-
-def install(runner: Any, settings: TableSettings, device: torch.device, first: bool) -> Slots:
-    """Steers the loaded model of `runner`; the `first` worker also pools over the whole SAE."""
-    kind = generation(runner)
+def install(runner: ModelRunner, settings: TableSettings, device: torch.device, first: bool) -> Slots:
+    """Steer the loaded model of `runner`; the `first` worker also pools over the whole SAE."""
+    generation(runner)  # refuses an unknown one before anything is changed
     layers = decoder_layers(runner.get_model(), settings)
     if not first:
         settings = replace(settings, poolers=0)
-    sae = load(settings)
+    sae = None if settings.sae is None else load_sae(settings.sae)  # on the CPU: columns go to the device when used
     whole = None
     if sae is not None and (sae.kind == "topk" or settings.poolers):
         whole = replace(sae, W_dec=sae.W_dec[:0]).to(device, torch.float32)  # all of the encoder
@@ -108,13 +92,13 @@ def install(runner: Any, settings: TableSettings, device: torch.device, first: b
         reads = settings.poolers > 0 and layer == settings.site.read_layer
         steer_layer(layers[layer], shared, table, settings, whole or sae, reads)
     slots = Slots(settings, shared, tables, sae, load_directions(settings), whole)
-    kind.hook(runner, slots)
+    follow(runner, slots)
     return slots
 
 
 @torch.inference_mode()
-def check_arithmetic(slots: Slots, layers: nn.ModuleList, ticket: dict[str, Any], seed: int, tokens: int = 12) -> float:
-    """Sends random residuals of one request through every edited layer; half of the positions are its prompt."""
+def check_arithmetic(slots: Slots, layers: nn.ModuleList, ticket: dict[str, str], seed: int, tokens: int = 12) -> float:
+    """Send random residuals of one request through every edited layer; half of the positions are its prompt."""
     settings, shared = slots.settings, slots.shared
     draw = torch.Generator().manual_seed(seed)
     slots.admit([Arrival("steerback_check", ticket, tokens // 2, 0)])
@@ -124,16 +108,16 @@ def check_arithmetic(slots: Slots, layers: nn.ModuleList, ticket: dict[str, Any]
     for layer in settings.layers:
         hidden, residual = torch.randn(2, tokens, settings.site.d_model, generator=draw)
         positions = torch.arange(tokens, device=shared.row.device)
-        out = edit(layers[layer], positions, hidden.to(positions.device), residual.to(positions.device)) - hidden.to(
-            positions.device
-        )
+        steered, arriving = layers[layer], hidden.to(positions.device)
+        assert isinstance(steered, Steered)
+        out = edit(steered, positions, arriving, residual.to(positions.device)) - arriving
         wanted = steer(
             (hidden + residual).double(),
             () if edits is None else edits.edits,
             layer,
             tokens // 2,
             settings.site,
-            None if slots.sae is None else slots.sae,
+            slots.sae,
             slots.directions,
         )
         delta = wanted - (hidden + residual).double()
@@ -145,7 +129,7 @@ def check_arithmetic(slots: Slots, layers: nn.ModuleList, ticket: dict[str, Any]
 
 
 def decoder_layers(model: nn.Module, settings: TableSettings) -> nn.ModuleList:
-    """The list of decoder layers, wherever the model class keeps it."""
+    """Return the list of decoder layers, wherever the model class keeps it."""
     found = [
         module
         for name, module in model.named_modules()
@@ -160,15 +144,8 @@ def decoder_layers(model: nn.Module, settings: TableSettings) -> nn.ModuleList:
     return found[0]
 
 
-def load(settings: TableSettings) -> Sae | None:
-    """The SAE on the CPU: only the columns in use, and for pooling its encoder, go to the device."""
-    if settings.sae is None:
-        return None
-    return load_sae(SaeSource(**settings.sae))
-
-
 def load_directions(settings: TableSettings) -> dict[str, Tensor]:
-    """The named directions."""
+    """Return the named directions."""
     if settings.directions is None:
         return {}
     from safetensors.torch import load_file

@@ -1,0 +1,100 @@
+"""Options of each engine: parsed once from a run's `engine_options`, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from pydantic import Field, JsonValue, field_validator
+
+from steerback.config import Settings, parse
+from steerback.errors import unknown
+from steerback.records import Completion, Request
+
+
+class TransformersOptions(Settings):
+    """Options of the transformers engine."""
+
+    batch_size: int | None = Field(None, ge=1)
+    """Rows that decode together; None: estimated from the machine's memory."""
+    device: str | None = None
+    """`cuda`, `mps` or `cpu`; None: the first of these that this machine has."""
+    workers: int | None = Field(None, ge=1)
+    """Batches that decode side by side; None: one per thread (at most 4) for small models on a CPU, else 1."""
+
+
+REFUSED = {
+    **dict.fromkeys(
+        ("model", "revision", "worker_cls", "additional_config", "disable_log_stats"), "is set by steerback"
+    ),
+    "max_model_len": "is set with max_model_len",
+    "max_num_seqs": "is set with batch_size",
+    "tensor_parallel_size": "is set with tensor_parallel",
+    "data_parallel_size": "is set with replicas",
+    "pipeline_parallel_size": "is refused: this engine does not steer under pipeline parallelism; use tensor_parallel",
+    "speculative_config": "is refused: steering was not tested with speculative decoding",
+    "enable_dbo": "is refused: steering was not tested with dual-batch overlap",
+    "trust_remote_code": "is refused: code in a model's folder is never run",
+}
+"""Arguments of vLLM's engine that a user may not set, with the reason."""
+
+
+class VllmOptions(Settings):
+    """Options of the vLLM engine."""
+
+    batch_size: int | None = Field(None, ge=1)
+    """Requests that run together (vLLM's `max_num_seqs`); None: 256 with a GPU, else 64."""
+    replicas: int = Field(1, ge=1)
+    """Engines side by side, each with `tensor_parallel` GPUs; requests are dealt to them in turn."""
+    tensor_parallel: int = Field(1, ge=1)
+    """GPUs per engine."""
+    max_model_len: int | None = Field(None, ge=1)
+    """Longest prompt and response together, at most the model's context; None: 4096."""
+    layers: tuple[int, ...] = ()
+    """Layers that interventions and recordings may name besides the target's steer, SAE and read layer."""
+    columns: int = Field(128, ge=0)
+    """Distinct latents that may be clamped or recorded at one time, over all requests in flight."""
+    record_latents: int = Field(32, ge=0)
+    """Latents that a request of full length may record; a shorter request may record more."""
+    poolers: int = Field(128, ge=1)
+    """Texts over which the whole SAE is pooled at one time."""
+    options: Mapping[str, JsonValue] = Field(default_factory=dict)
+    """Further arguments of vLLM's engine."""
+
+    @field_validator("options")
+    @classmethod
+    def _may_be_set(cls, options: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
+        for name in options:
+            if name in REFUSED:
+                raise ValueError(f"{name} {REFUSED[name]}")
+        return options
+
+
+class ScriptedOptions(Settings):
+    """Options of the scripted engine; see `ScriptedEngine`."""
+
+    batch_size: int | None = Field(None, ge=1)
+    """Accepted so that a run's batch size may stay set; a script has no batches."""
+    script: Callable[[Request], str | Completion] | None = None
+    fail_receipts: Callable[[Request], bool] | None = None
+    raise_on: Callable[[Request], bool] | None = None
+    shuffled: bool = False
+
+
+EngineOptions = TransformersOptions | VllmOptions | ScriptedOptions
+
+ENGINES: Mapping[str, type[EngineOptions]] = {
+    "transformers": TransformersOptions,
+    "vllm": VllmOptions,
+    "scripted": ScriptedOptions,
+}
+
+
+def parse_options(engine: str, values: Mapping[str, object], batch_size: int | None = None) -> EngineOptions:
+    """Return the checked options of an engine; options that are None keep their default.
+
+    `batch_size` is used unless `values` name one. Raises SteerbackError for an unknown engine, option, type or value.
+    """
+    if engine not in ENGINES:
+        raise unknown("engine", engine, ("auto", *ENGINES))
+    chosen = {key: value for key, value in {"batch_size": batch_size, **values}.items() if value is not None}
+    return parse(ENGINES[engine], chosen, f"engine_options of {engine!r}")

@@ -1,0 +1,145 @@
+"""Hook points of vLLM's model runners: they keep the worker's `Slots` informed of arrivals and of each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import vllm
+from numpy.typing import NDArray
+from torch import nn
+
+from steerback.engines.vllm.slots import Arrival, Slots, Step
+from steerback.errors import SteerbackError
+
+
+class SamplingArguments(Protocol):
+    """Sampling parameters of a request, as vLLM's scheduler has them."""
+
+    extra_args: Mapping[str, str] | None
+
+
+class NewRequest(Protocol):
+    """A request that a step computes for the first time, or again where the runner forgot it after a preemption."""
+
+    req_id: str
+    prompt_token_ids: Sequence[int] | None
+    num_computed_tokens: int
+    sampling_params: SamplingArguments | None
+
+
+class SchedulerOutput(Protocol):
+    """What a step computes."""
+
+    scheduled_new_reqs: Sequence[NewRequest]
+    preempted_req_ids: set[str] | None
+
+
+class ModelRunner(Protocol):
+    """The part of vLLM's model runners that is used here; only the first generation has `input_batch`."""
+
+    max_num_tokens: int
+    compilation_config: Any
+    model_config: Any
+    input_batch: Any
+    model_memory_usage: int
+    execute_model: Callable[..., object]
+    _dummy_run: Callable[..., object]
+
+    def get_model(self) -> nn.Module: ...
+
+
+class StepInputs(Protocol):
+    """Inputs of a step, as the second generation prepares them."""
+
+    req_ids: Sequence[str]
+    num_scheduled_tokens: NDArray[Any]
+    num_computed_tokens_np: NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A generation of vLLM's model runner.
+
+    `prepare` is the method that gets a step's inputs ready; `step(runner, result, *its arguments)` describes the step;
+    `needs` are the attributes by which the generation is recognised.
+    """
+
+    name: str
+    prepare: str
+    step: Callable[..., Step]
+    needs: tuple[str, ...]
+
+
+def _first_step(
+    runner: ModelRunner, _made: object, num_scheduled_tokens: NDArray[Any], *_: object, **__: object
+) -> Step:
+    state, n = runner.input_batch, len(num_scheduled_tokens)
+    return Step(state.req_ids[:n], num_scheduled_tokens, state.num_computed_tokens_cpu[:n])
+
+
+def _second_step(_runner: ModelRunner, made: StepInputs, *_: object, **__: object) -> Step:
+    return Step(made.req_ids, made.num_scheduled_tokens, made.num_computed_tokens_np)
+
+
+COMMON = ("_dummy_run", "execute_model")
+GENERATIONS = (
+    Generation("v2", "prepare_inputs", _second_step, ("prepare_inputs", *COMMON, "req_states")),  # GPUs
+    Generation("v1", "_prepare_inputs", _first_step, ("_prepare_inputs", *COMMON, "input_batch")),  # CPUs, old releases
+)
+
+
+def generation(runner: object) -> Generation:
+    """Return the generation that a model runner belongs to; SteerbackError if its hook points are not known."""
+    for known in GENERATIONS:
+        if all(hasattr(runner, name) for name in known.needs):
+            return known
+    points = ", or ".join(", ".join(known.needs) for known in GENERATIONS)
+    raise SteerbackError(
+        f"vLLM {vllm.__version__}: its model runner {type(runner).__name__} has none of the known hook points "
+        f"({points}); use --engine transformers"
+    )
+
+
+def token_room(runner: ModelRunner) -> int:
+    """Return a bound on the tokens, padding included, that one forward pass can have."""
+    return max(int(runner.max_num_tokens), int(runner.compilation_config.max_cudagraph_capture_size or 0)) + 8
+
+
+def follow(runner: ModelRunner, slots: Slots) -> None:
+    """Tell `slots` what arrives and what a step computes before its forward pass, and that it is under way after it."""
+    kind = generation(runner)
+    prepare, dummy, execute = getattr(runner, kind.prepare), runner._dummy_run, runner.execute_model
+
+    def prepare_inputs(scheduler_output: SchedulerOutput, *args: object, **kwargs: object) -> object:
+        slots.admit(arrivals(scheduler_output))
+        slots.preemptions += len(scheduler_output.preempted_req_ids or ())
+        made = prepare(scheduler_output, *args, **kwargs)
+        slots.step(kind.step(runner, made, *args, **kwargs))
+        return made
+
+    def dummy_run(*args: object, **kwargs: object) -> object:
+        slots.idle()
+        return dummy(*args, **kwargs)
+
+    def execute_model(*args: object, **kwargs: object) -> object:
+        result = execute(*args, **kwargs)
+        slots.after()
+        return result
+
+    setattr(runner, kind.prepare, prepare_inputs)
+    runner._dummy_run, runner.execute_model = dummy_run, execute_model
+
+
+def arrivals(scheduler_output: SchedulerOutput) -> list[Arrival]:
+    """Return the requests that a step brings."""
+    return [
+        Arrival(
+            request=new.req_id,
+            args=None if new.sampling_params is None else new.sampling_params.extra_args,
+            prompt_tokens=len(new.prompt_token_ids or ()),
+            cached=new.num_computed_tokens,
+        )
+        for new in scheduler_output.scheduled_new_reqs
+    ]
