@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from scipy.special import ndtr
 
-from steerback.metrics import Outcomes, compare, estimates, view
+from steerback.metrics import Outcomes, compare, view
+from steerback.metrics.rates import estimates
 
 LATENTS = (5, 10, 20, 50)
 RATES = (0.005, 0.02, 0.10, 0.30)

@@ -12,20 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steerback.metrics import (
-    EMPTY,
-    INVALID,
-    METRICS,
-    UNSCORED,
-    VALID,
-    VARIANTS,
-    Outcomes,
-    Summary,
-    cluster_code,
-    counts,
-    outcome_of,
-    summarize,
-)
+from steerback.metrics import METRICS, VALID, VARIANTS, Outcomes, Summary, cluster_code, outcome_of, summarize
+from steerback.metrics.outcomes import EMPTY, INVALID, UNSCORED
+from steerback.metrics.rates import counts
 from steerback.records import Attempt, Judgement, is_degraded
 
 REPEATED = "word word word word word"

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steerback.metrics import agreement, alpha, cohens_kappa, krippendorff_alpha, rank_correlation
-from steerback.metrics.agreement import spearman
+from steerback.metrics import agreement, alpha, rank_correlation
+from steerback.metrics.agreement import cohens_kappa, krippendorff_alpha, spearman
 
 few = settings(deadline=None, max_examples=80)
 NAN = float("nan")

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
-from steerback.metrics import Outcomes, clopper_pearson, no_event_bound, summarize, wilson
+from steerback.metrics import Outcomes, summarize, wilson
 from steerback.metrics import intervals as iv
+from steerback.metrics.intervals import clopper_pearson, no_event_bound
 
 few = settings(deadline=None, max_examples=60)
 

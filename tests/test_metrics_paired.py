@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from steerback.metrics import COMPARED, EMPTY, INVALID, UNSCORED, VALID, Outcomes, compare, correct, holm, swap_test
+from steerback.metrics import VALID, Outcomes, compare, correct
+from steerback.metrics.outcomes import EMPTY, INVALID, UNSCORED
+from steerback.metrics.paired import COMPARED, holm, swap_test
 
 few = settings(deadline=None, max_examples=40)
 

@@ -1,4 +1,4 @@
-"""What a calibration says: thresholds, their verification on fresh trials, and how all latents fared together.
+"""Results of a calibration: thresholds, their verification on fresh trials, and a report over all latents.
 
 Knows nothing of how a threshold was searched for.
 """
@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,7 +95,7 @@ class CalibrationReport:
     """Calibration of all latents of a target. Tolerance is judged on the average over latents."""
 
     n: int
-    statuses: Mapping[str, int] = field(default_factory=dict)
+    statuses: Mapping[ThresholdStatus, int] = field(default_factory=dict)
     n_judged: int = 0
     """Converged thresholds with a score, verified where fresh trials exist; the numbers below are over these."""
     n_verified: int = 0
@@ -123,7 +123,7 @@ def assess(thresholds: Sequence[Threshold]) -> CalibrationReport:
     checks = [t.verification for t in thresholds if t.verification]
     report = CalibrationReport(
         n=len(thresholds),
-        statuses={s: counts.get(s, 0) for s in ("converged", "at bound", "not converged")},
+        statuses={s: counts.get(s, 0) for s in get_args(ThresholdStatus)},
         n_verified=len(checks),
         n_trials=sum(t.n_trials + (t.verification.n_trials if t.verification else 0) for t in thresholds),
         n_unscored=sum(t.n_unscored + (t.verification.n_unscored if t.verification else 0) for t in thresholds),

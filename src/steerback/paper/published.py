@@ -16,12 +16,13 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue, ValidationError
 
+from steerback.analysis.base import planted
 from steerback.config import RunConfig
 from steerback.errors import SteerbackError
 from steerback.figures.tables import Table, number
 from steerback.metrics import wilson
+from steerback.store.ledger import Ledger
 from steerback.store.run import stored_config
-from steerback.targets.registry import tables
 
 SourceName = Literal["specification", "paper", "reader"]
 Column = Literal["specification", "authors"]
@@ -103,16 +104,15 @@ class Ours:
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run: its folder's name, config and summary."""
+    """A finished run: its folder's name, config and summary.
+
+    `planted` are the targets whose behaviour was trained into them on purpose.
+    """
 
     name: str
     config: RunConfig
     summary: RunSummary
-
-    def planted(self, target: str) -> bool:
-        """Whether a target's behaviour was trained into it on purpose."""
-        entry: Mapping[str, object] = {**tables(), **self.config.definitions}.get(target.partition("+")[0], {})
-        return entry.get("planted") is True
+    planted: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,8 @@ def finished(folders: Sequence[Path]) -> list[Finished]:
             raise SteerbackError(
                 f"{folder / 'summary.json'} is damaged; make it again: steerback figures {folder}"
             ) from None
-        runs.append(Finished(folder.name, config, summary))
+        with Ledger(folder / "ledger.sqlite", read_only=True) as ledger:
+            runs.append(Finished(folder.name, config, summary, planted(ledger, summary.targets)))
     return runs
 
 
@@ -171,7 +172,7 @@ def _lines(row: Published, target: str, runs: Sequence[Finished], settings: Sequ
         for run in runs
         if run.summary.experiment == row.experiment
         for measured in run.summary.targets
-        if target in (measured, measured.split("@")[0], ALL) or (target == main and run.planted(measured))
+        if target in (measured, measured.split("@")[0], ALL) or (target == main and measured in run.planted)
     ]
     for source, value in row.published.items():
         if not measurements:
@@ -223,7 +224,7 @@ def _estimate(leaf: Mapping[str, JsonValue], row: Published) -> Ours | None:
 def _verdict(row: Published, source: SourceName, value: Value, ours: Ours | None, run: Finished, measured: str) -> str:
     if ours is None:
         return "no value"
-    if run.planted(measured):
+    if measured in run.planted:
         return "none (built-in model)"
     if run.config.judge in LOCAL_JUDGES:
         return f"none (judge {run.config.judge})"

@@ -19,6 +19,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 
 from steerback.errors import SteerbackError
+from steerback.readers import read_bytes
 from steerback.records import Attempt, FinishReason, Judgement, LatentKey
 
 RUBRIC = "imported"
@@ -209,14 +210,10 @@ class Source:
 
 def read_source(path: Path, condition: str | None = None) -> Source:
     """Read and check one file; `condition` replaces the condition that follows from its content."""
+    raw = read_bytes(path, "result file")
     try:
-        raw = path.read_bytes()
         body = json.loads(raw)
-    except FileNotFoundError:
-        raise SteerbackError(f"result file {path} does not exist") from None
-    except OSError as error:
-        raise SteerbackError(f"result file {path} cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise SteerbackError(f"result file {path} is not valid JSON: {error}") from None
     features = body.get("results_by_feature") if isinstance(body, dict) else None
     if not isinstance(features, list) or not all(isinstance(f, dict) for f in features):
