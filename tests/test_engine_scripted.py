@@ -17,7 +17,7 @@ from steerback.engines.scripted import PlantedModel, ScriptedEngine
 from steerback.errors import SteerbackError
 from steerback.judging.base import Judge, JudgeItem
 from steerback.judging.scripted import ScriptedJudge
-from steerback.records import Completion, Intervention, Judgement, Receipt, Recording, Request
+from steerback.records import Completion, Intervention, Judgement, Receipt, Recording, Request, Sampling
 
 PROMPT = "How do you fold a shirt?"
 
@@ -116,6 +116,8 @@ def test_failures_and_order() -> None:
     assert list(collect(ScriptedEngine(shuffled=True), steered(20))) != [f"r{i}" for i in range(20)]
     with pytest.raises(SteerbackError, match="latent 5000 is outside"):
         collect(ScriptedEngine(), steered(1, latent=5000))
+    with pytest.raises(SteerbackError, match="max_new_tokens -1 is out of range"):
+        collect(ScriptedEngine(), [replace(steered(1)[0], sampling=Sampling(max_new_tokens=-1))])
     with pytest.raises(SteerbackError, match="same key"):
         collect(ScriptedEngine(), steered(1) * 2)
 

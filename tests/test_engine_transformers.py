@@ -188,6 +188,10 @@ def test_named_directions_are_added_and_checked() -> None:
         (Request("k", PROMPT, 0, GREEDY, record=Recording((99,))), r"record.latents 99"),
         (Request("k", PROMPT, 0, GREEDY, record=Recording((1,), layer=9)), r"record.layer 9"),
         (Request("k", PROMPT, 0, Sampling(max_new_tokens=600)), "exceed the model's context of 512"),
+        (Request("k", PROMPT, 0, Sampling(max_new_tokens=-1)), "max_new_tokens -1 is out of range; .* 1 or more"),
+        (Request("k", PROMPT, 0, Sampling(max_new_tokens=0)), "max_new_tokens 0 is out of range"),
+        (Request("k", PROMPT, 0, Sampling(max_new_tokens=2.5)), "max_new_tokens 2.5 is out of range"),  # type: ignore[arg-type]
+        (Request("k", PROMPT, 0, Sampling(repetition_penalty=-1.0)), "repetition_penalty -1.0 is out of range"),
         (Request("k", PROMPT, 0, Sampling(top_p=0)), r"sampling.top_p 0 is out of range"),
         (Request("k", PROMPT, 0, Sampling(temperature=1e-320)), r"sampling.temperature 1e-320 .*at least 0.0001"),
         (Request("k", PROMPT, 0, Sampling(stop=("",))), "sampling.stop"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import pytest
 
 import tiny
+from steerback.engines import prompting
 from steerback.engines.prompting import Prompter
 from steerback.errors import SteerbackError
 
@@ -91,3 +93,29 @@ def test_a_template_that_writes_prompts_in_other_forms_is_refused() -> None:
     odd = Prompter(tokenizer(GEMMA.replace("m.content", "(m.content | length | string) + m.content")))
     with pytest.raises(SteerbackError, match="writes this prompt in another form"):
         odd.conversation("the cat", "a stone")
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ raise_exception('\x1b[31mred\nalert') }}", r"\\x1b\[31mred alert"),
+        ("{{ 1 // 0 }}", "by zero"),
+        ("{{ messages.nothing.content }}", "no attribute"),
+        ("{{ messages + 1 }}", "concatenate"),
+        ("{{ range(10 ** 9) }}", "too big"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+        (
+            "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
+            "did not end within 0.3 seconds",
+        ),
+    ],
+)
+def test_a_template_that_fails_or_loops_is_one_line(template: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Templates come with the model: control characters are shown, not obeyed, and none runs for ever."""
+    monkeypatch.setattr(prompting, "TEMPLATE_SECONDS", 0.3)
+    trace = sys.gettrace()
+    for system in (None, "Be short."):
+        with pytest.raises(SteerbackError, match="the chat template refuses this prompt: .*" + words) as caught:
+            Prompter(tokenizer(template)).render("Hi", system)
+        assert str(caught.value).isprintable()
+    assert sys.gettrace() is trace

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from steerback.engines.interventions import Site, check
 from steerback.errors import SteerbackError
-from steerback.records import LEAST_TEMPERATURE, Request, is_temperature
+from steerback.records import LEAST_TEMPERATURE, Request, Sampling, is_temperature
 
 if TYPE_CHECKING:
     from steerback.targets import Target
@@ -51,18 +51,19 @@ def checked(requests: Sequence[Request], site: Site) -> Iterator[tuple[str, Requ
         if request.key in keys:
             raise SteerbackError(f"{where}: another request has the same key")
         keys.add(request.key)
-        _check_sampling(where, request)
+        check_sampling(where, request.sampling)
         check(where, request.interventions, request.record, site)
         yield where, request
 
 
-def _check_sampling(where: str, request: Request) -> None:
-    sampling = request.sampling
+def check_sampling(where: str, sampling: Sampling) -> None:
+    """Raise SteerbackError naming the field if tokens cannot be drawn with these settings."""
+    whole = isinstance(sampling.max_new_tokens, int)
     for field, good, valid in (
         ("temperature", is_temperature(sampling.temperature), f"0 (greedy) or at least {LEAST_TEMPERATURE:g}"),
         ("top_p", 0 < sampling.top_p <= 1, "above 0 and at most 1"),
         ("repetition_penalty", 0 < sampling.repetition_penalty < float("inf"), "above 0"),
-        ("max_new_tokens", sampling.max_new_tokens >= 1, "1 or more"),
+        ("max_new_tokens", whole and sampling.max_new_tokens >= 1, "a whole number of 1 or more"),
     ):
         if not good:
             value = getattr(sampling, field)

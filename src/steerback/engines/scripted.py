@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from steerback.engines.base import EngineRecord
+from steerback.engines.checks import check_sampling
 from steerback.errors import SteerbackError
 from steerback.records import Completion, LatentKey, Receipt, Request, digest, expected_positions
 
@@ -155,6 +156,7 @@ class ScriptedEngine:
             yield request.key, self._complete(request)
 
     def _check(self, request: Request) -> None:
+        check_sampling(f"request {request.key!r}", request.sampling)
         named = [i.latent for i in request.interventions] + list(request.record.latents if request.record else ())
         for latent in named:
             if isinstance(latent, int) and not 0 <= latent < self.n_latents:
