@@ -194,7 +194,7 @@ def write_results(given: argparse.Namespace, rows: list[dict[str, Any]]) -> None
     import torch
 
     import steerback
-    from steerback.store.run import machine
+    from steerback.store.manifest import machine
 
     shape = {"latents": given.latents, "width": given.width, "dtype": given.dtype}
     body = {

@@ -261,6 +261,63 @@ def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert steerback("resume", "a") == 0
 
 
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", ".", "..", "a/b", "n" * 300])
+def test_names_of_new_runs_stay_in_their_folder(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    with Run.start(Path("runs/a"), specification("imported", ("t",))):
+        pass
+    Path("result.json").write_text("{}")
+    for verb in (
+        ["run", "esr", "--target", "organism", *SMALL],
+        ["cross-judge", "a", "--judges", "offline,offline-bayes"],
+        ["paper", "--target", "organism", *SMALL],
+        ["import", "result.json"],
+        ["merge", "a", "a"],
+    ):
+        assert "letters, digits" in refused(capsys, *verb, "--name", name)
+    assert [path.name for path in Path("runs").iterdir()] == ["a"]
+    assert sorted(path.name for path in Path().iterdir()) == ["result.json", "runs"]
+
+
+def test_names_that_no_file_can_have_are_unknown_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ("show", "figures", "resume", "export"):
+        for name in ("n" * 300, "a\0b"):
+            assert "no run" in refused(capsys, verb, name)
+
+
+def test_an_unforeseen_error_is_one_line_with_the_path_of_its_traceback(tmp_path: Path) -> None:
+    key = "sk-planted-0123456789"
+    code = (
+        "import sys\nfrom steerback import targets\nfrom steerback.cli import main\n"
+        f"def broken(name): raise RuntimeError('x\\n\\x1b[31m {key}' + 'long ' * 50_000)\n"
+        "targets.resolve = broken\nmain(['labels', 'show', 'organism'])"
+    )
+    environment = {**os.environ, "OPENAI_API_KEY": key}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("steerback: error: unforeseen RuntimeError: x [31m [OPENAI_API_KEY]long")
+    assert done.stderr.count("\n") == 1
+    assert len(done.stderr) < 1000
+    (path,) = (tmp_path / "cache" / "errors").iterdir()
+    assert str(path) in done.stderr
+    saved = path.read_text("utf-8")
+    assert "in broken" in saved
+    assert key not in saved + done.stderr
+    environment["STEERBACK_CACHE"] = "/proc/nowhere"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "its traceback could not be saved" in done.stderr
+
+
+def test_a_direction_goes_into_a_folder_that_can_be_meant(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("topic.txt").write_text("Lava flows down.\nThe crater smokes.\nAsh falls on the town.\n")
+    make = ["directions", "make", "organism", "lava", "--topic", "topic.txt", "--out"]
+    assert "folder nope does not exist" in refused(capsys, *make, "nope/x")
+    assert not Path("nope").exists()
+    assert "is no folder" in refused(capsys, *make, "topic.txt")
+    assert "is no folder" in refused(capsys, *make, "topic.txt/x")
+
+
 def test_a_reader_that_leaves_is_no_error() -> None:
     assert signal.SIGPIPE  # on this system at least
     command = f"{sys.executable} -m steerback --help | head -1"

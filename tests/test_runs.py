@@ -13,7 +13,7 @@ import pytest
 
 from steerback.config import build_config
 from steerback.errors import SteerbackError
-from steerback.store.run import Run, find_run, write_json
+from steerback.store.run import Run, find_run, new_run, plain, write_json
 
 CONFIG = build_config("esr", ("organism",), "quick")
 
@@ -62,6 +62,25 @@ def test_two_processes_on_one_run_are_one_too_many(tmp_path: Path) -> None:
             assert reader.config == CONFIG
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_a_lock_that_is_a_link_leaves_the_file_it_points_to_alone(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text("years of work")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / ".lock").symlink_to(mine)
+    with pytest.raises(SteerbackError, match=r"\.lock is a symbolic link; remove it"):
+        Run.start(tmp_path / "a", CONFIG)
+    assert mine.read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "/tmp/x", "a/b", ".", "..", ".hidden", "", "a b", "a\0b", "n" * 201, "a\x1b[31m"]
+)
+def test_a_name_stays_in_its_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(SteerbackError, match="letters, digits"):
+        new_run(name, tmp_path)
+    assert plain(name) == "" or new_run(plain(name)[:200], tmp_path).parent == tmp_path
 
 
 def test_unknown_run_lists_those_there(tmp_path: Path) -> None:

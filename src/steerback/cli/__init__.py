@@ -9,6 +9,9 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+import time
+import traceback
+from types import TracebackType
 from typing import Annotated
 
 import typer
@@ -32,10 +35,12 @@ USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: runs a verb and turns every expected failure into one line and an exit code."""
+    sys.excepthook = report_unforeseen
     words = sys.argv[1:] if arguments is None else arguments
     before = os.environ.get(USER_FILE)
     try:
-        code = app(args=words, prog_name="steerback", standalone_mode=False)
+        # called through its command, as the app itself would put its own hook for unforeseen errors in place of ours
+        code = typer.main.get_command(app).main(args=words, prog_name="steerback", standalone_mode=False)
     except SteerbackError as error:
         fail(str(error))
     except USAGE_ERROR as error:
@@ -68,6 +73,23 @@ def _usage(message: str, words: list[str]) -> str:
 def fail(message: str) -> None:
     print("steerback: error: " + " ".join(message.split("\n")), file=sys.stderr)
     sys.exit(2)
+
+
+def report_unforeseen(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print one line about an exception that nothing caught, and save its traceback; Python exits with code 1."""
+    from steerback.judging.models import redact
+    from steerback.store.files import make_folder, user_folder, write_atomic
+
+    text = redact("".join(traceback.format_exception(kind, error, trace)))
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+    try:
+        path = write_atomic(make_folder(user_folder("errors")) / name, text.encode("utf-8", "backslashreplace"))
+        saved = f"is in {path}"
+    except SteerbackError as problem:
+        saved = f"could not be saved ({problem})"
+    shown = "".join(c if c.isprintable() else " " for c in redact(str(error)[:1000]))[:200]
+    message = f"unforeseen {kind.__name__}: {' '.join(shown.split())}; its traceback {saved}; please report it"
+    print(f"steerback: error: {message}", file=sys.stderr)
 
 
 def _version(wanted: bool) -> None:

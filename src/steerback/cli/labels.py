@@ -219,6 +219,11 @@ def make_direction(
             f"direction name {name!r} must have a letter and no slash; it is a file's name and a label"
         )
     chosen = resolve(target).with_directions(())
+    if out is not None and not (out.is_dir() or (out.parent.is_dir() and not out.exists())):
+        missing = not out.exists() and not out.parent.exists()
+        raise SteerbackError(
+            f"--out {out}: folder {out.parent} does not exist" if missing else f"--out {out} is no folder; name another"
+        )
     path = (out or user_directions(chosen.user_key)) / f"{name}.safetensors"
     if path.exists() and not overwrite:
         raise SteerbackError(f"{path} exists already; choose another name or add --overwrite")

@@ -155,7 +155,9 @@ def paper(
     """Run every experiment of the paper in order, then compare and draw (--set boost-sweep.high=6: for one of them)."""
     from steerback.experiments.paper import own_options, plan
     from steerback.jobs import campaign
+    from steerback.store.run import new_run
 
+    new_run(f"{name}-results", runs)  # refuses a name that is no file name
     common, options = own_options(setup.settings or ())
     judges = budget.judges()
     first = campaign.resolved(setup.build("esr", tuple(target), settings=tuple(common)), judges)

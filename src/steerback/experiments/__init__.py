@@ -7,12 +7,12 @@ and its figures are registered under the same name in `analysis` and `figures`.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from steerback.errors import unknown
 
 if TYPE_CHECKING:
-    from steerback.config import RunConfig
+    from steerback.config import RunConfig, Settings
     from steerback.experiments.base import Experiment
 
 REGISTRY = {
@@ -35,16 +35,16 @@ REGISTRY = {
 }
 
 
-def experiment_type(name: str) -> type[Experiment[Any]]:
+def experiment_type(name: str) -> type[Experiment[Settings]]:
     """The experiment's class. Raises SteerbackError listing the names if there is none of that name."""
     if name not in REGISTRY:
         raise unknown("experiment", name, sorted(REGISTRY))
     module, cls = REGISTRY[name]
-    kind: type[Experiment[Any]] = getattr(importlib.import_module(f"steerback.experiments.{module}"), cls)
+    kind: type[Experiment[Settings]] = getattr(importlib.import_module(f"steerback.experiments.{module}"), cls)
     return kind
 
 
-def make_experiment(config: RunConfig) -> Experiment[Any]:
+def make_experiment(config: RunConfig) -> Experiment[Settings]:
     """The experiment that a config names, with its options parsed and checked."""
     from steerback.experiments.base import parse_options
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from steerback.study.study import Study
     from steerback.targets import Target
 
-OptionsType = TypeVar("OptionsType", bound=Settings)
+OptionsType = TypeVar("OptionsType", bound=Settings, covariant=True)
 
 
 class NoOptions(Settings):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from steerback.config import RunConfig, build_config
 from steerback.errors import SteerbackError, unknown
@@ -78,7 +77,7 @@ def plan(
     return steps
 
 
-def _judged_again(judge: str, source: Path) -> dict[str, Any]:
+def _judged_again(judge: str, source: Path) -> dict[str, object]:
     """Options of cross-judge: the run's judge and others of its kind, which are the specification's for a model."""
     others = OFFLINE if judge in (*OFFLINE, "scripted") else SPECIFIED
     return {"options": {"sources": [str(source)], "judges": list(dict.fromkeys((judge, *others)))}}

@@ -22,7 +22,8 @@ from steerback.finetuning.mixes import hash_rows
 from steerback.finetuning.segments import Row, Tokens, encode, read_rows
 from steerback.finetuning.settings import Settings, from_mapping
 from steerback.store.files import make_folder
-from steerback.store.run import commit, machine, write_atomic, write_json
+from steerback.store.manifest import commit, machine
+from steerback.store.run import write_atomic, write_json
 from steerback.targets import Target, resolve
 from steerback.targets.target import is_adapter
 

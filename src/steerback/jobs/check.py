@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from steerback import organism
-from steerback.config import RunConfig
+from steerback.config import RunConfig, Settings
 from steerback.data import paper_files
 from steerback.data.prompts import load_prompts
 from steerback.engines import EngineOptions, check_engine, default_engine
@@ -28,7 +27,7 @@ class PreparedRun:
     """A checked config with what it names: nothing is loaded yet, but everything exists."""
 
     config: RunConfig
-    experiment: Experiment[Any]
+    experiment: Experiment[Settings]
     targets: tuple[Target, ...]
     prompts: tuple[str, ...]
     judges: Maker
@@ -82,7 +81,7 @@ def _takes_latents(config: RunConfig, base: Path) -> None:
             )
 
 
-def steerable(target: Target, config: RunConfig, experiment: Experiment[Any]) -> Target:
+def steerable(target: Target, config: RunConfig, experiment: Experiment[Settings]) -> Target:
     """Return the target with the directions that the run uses, if it has what the experiment needs."""
     if experiment.needs_sae and not target.has_sae:
         raise SteerbackError(f"{experiment.name} reads SAE latents and target {target.name!r} has no SAE")

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from steerback.analysis import analyse as analyse_ledger
 from steerback.analysis.base import Results
 from steerback.api import finish
-from steerback.config import RunConfig
+from steerback.config import RunConfig, Settings
 from steerback.data import paper_files
 from steerback.engines import make_engine
 from steerback.errors import SteerbackError
@@ -26,6 +26,7 @@ from steerback.records import Judgement, LatentKey, Sampling, Spend, digest
 from steerback.store.cache import Cache, default_path
 from steerback.store.facts import ENGINE, JUDGES, PROVENANCE, EngineIdentity, Provenance
 from steerback.store.ledger import Row
+from steerback.store.manifest import Parts, TargetUsed
 from steerback.store.progress import Progress, Silent, make_progress
 from steerback.store.run import Run, write_atomic, write_json
 from steerback.study.pipeline import Workbench, judge_item, judge_rows
@@ -63,8 +64,9 @@ def run(
 
 
 async def _targets(job: PreparedRun, opened: Run, progress: Progress, cache: Cache | None) -> None:
-    parts: dict[str, Any] = {
-        "targets": {},
+    targets: dict[str, TargetUsed] = {}
+    parts: Parts = {
+        "targets": targets,
         "prompts": {"source": job.config.prompts, "count": len(job.prompts), "hash": digest(list(job.prompts))},
     }
     if used := paper_files.used(job.config.prompts, job.experiment.own_detectors()):
@@ -81,7 +83,7 @@ async def _targets(job: PreparedRun, opened: Run, progress: Progress, cache: Cac
             bench = Workbench(opened.ledger, engine, judge, sampling, progress, cache)
             study = Study(opened, target, bench, job.prompts, job.judges)
             await study.prepare()
-            parts["targets"][target.name] = {
+            targets[target.name] = {
                 "target": target.describe(),
                 "labels": {"count": len(labels := target.labels()), "hash": digest(sorted(labels.items()))},
                 "engine": engine.describe(),
@@ -144,14 +146,18 @@ class Analysis:
         return self.results.to_json()
 
 
-def analysed(opened: Run, judge: str, experiment: Experiment[Any] | None = None, draws: int | None = None) -> Analysis:
+def analysed(
+    opened: Run, judge: str, experiment: Experiment[Settings] | None = None, draws: int | None = None
+) -> Analysis:
     """Analyse a run's ledger by one judge; `draws`: bootstrap draws, as the config says unless given."""
     planned = experiment or make_experiment(opened.config)
     results = analyse_ledger(planned.name, opened.ledger, judge, draws or opened.config.draws, planned.options)
     return Analysis(results, present(planned.name, results))
 
 
-def analyse(opened: Run, judge: str, experiment: Experiment[Any] | None = None, draws: int | None = None) -> Analysis:
+def analyse(
+    opened: Run, judge: str, experiment: Experiment[Settings] | None = None, draws: int | None = None
+) -> Analysis:
     """As `analysed`; writes summary.json, tables (txt, csv, tex) and figures (png, pdf) into the run's folder."""
     from steerback.figures.style import save
 

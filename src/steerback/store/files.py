@@ -6,7 +6,6 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from steerback.errors import SteerbackError
 
@@ -28,7 +27,7 @@ def make_folder(folder: Path, fix: str = "choose another place") -> Path:
     return folder
 
 
-def write_json(path: Path, body: Any) -> Path:
+def write_json(path: Path, body: object) -> Path:
     """Writes JSON so that the file is either the old one or the whole new one."""
     text = json.dumps(body, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
     return write_atomic(path, text.encode("utf-8"))

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
-import importlib.metadata
-import json
 import os
-import platform
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from steerback.config import RunConfig, differences, parse_config
-from steerback.errors import VERSION, SteerbackError
+from steerback.errors import SteerbackError
+from steerback.readers import read_json_table
 from steerback.records import Spend
 from steerback.store.facts import CONFIG, JUDGE_SPEND
 from steerback.store.files import make_folder
 from steerback.store.files import write_atomic as write_atomic
 from steerback.store.files import write_json as write_json
 from steerback.store.ledger import Ledger
+from steerback.store.manifest import Parts, manifest
 
-PACKAGES = ("numpy", "scipy", "scikit-learn", "torch", "transformers", "tokenizers", "safetensors", "pydantic")
 LONGEST_NAME = 200
 """Bytes of a run's name: file systems allow 255, and names of figures are longer than the run's."""
 
@@ -97,17 +93,9 @@ class Run:
             raise SteerbackError(f"judge {chosen!r} has judged nothing in this run; there are: {', '.join(known)}")
         return chosen
 
-    def write_manifest(self, parts: dict[str, Any]) -> Path:
-        """`manifest.json`: config, versions, commit, machine, and `parts` (targets, engines, judge, prompts)."""
-        body = {
-            "config": self.config.model_dump(mode="json"),
-            "versions": versions(),
-            "commit": commit(),
-            "machine": machine(),
-            "written": datetime.now(UTC).isoformat(timespec="seconds"),
-            **parts,
-        }
-        return write_json(self.folder / "manifest.json", body)
+    def write_manifest(self, parts: Parts) -> Path:
+        """Write `manifest.json`: config, versions, commit, machine, and `parts` (targets, engines, judge, prompts)."""
+        return write_json(self.folder / "manifest.json", manifest(self.config, parts))
 
     def add_spend(self, name: str, spent: Spend) -> None:
         """Adds to what a judge of this run has been paid."""
@@ -117,16 +105,16 @@ class Run:
         self.ledger.put("", JUDGE_SPEND, paid)
         self.amend_manifest({"judge spend": JUDGE_SPEND.dump(paid)})
 
-    def amend_manifest(self, parts: dict[str, Any]) -> None:
-        """Sets `parts` in the manifest that is there; an imported run has none, and gets none."""
+    def amend_manifest(self, parts: Parts) -> None:
+        """Set `parts` in the existing manifest; an imported run has none, and gets none."""
         path = self.folder / "manifest.json"
         if path.is_file():
-            write_json(path, json.loads(path.read_text("utf-8")) | parts)
+            write_json(path, {**read_json_table(path, "manifest"), **parts})
 
 
 def stored_config(folder: Path) -> RunConfig:
     """The config a run was started with."""
-    if not (folder / "ledger.sqlite").is_file():
+    if not os.path.isfile(folder / "ledger.sqlite"):
         siblings = sorted(p.parent.name for p in folder.parent.glob("*/ledger.sqlite"))
         known = f"runs there: {', '.join(siblings)}" if siblings else "there are no runs there"
         raise SteerbackError(f"no run {folder.name!r} in {folder.parent} ({known})")
@@ -144,7 +132,7 @@ def stored_config(folder: Path) -> RunConfig:
 def find_run(name_or_path: str, root: Path) -> Path:
     """The folder of a run given by name (under `root`) or by path."""
     path = Path(name_or_path)
-    if (path / "ledger.sqlite").is_file():
+    if os.path.isfile(path / "ledger.sqlite"):  # unlike Path.is_file, False for a name that no file can have
         return path
     return root / name_or_path
 
@@ -160,68 +148,23 @@ def finished_runs(names: Sequence[str] | None, root: Path) -> list[Path]:
 
 
 def new_run(name: str, root: Path) -> Path:
-    """The folder of a run to be made under `root`. Raises SteerbackError for a name that is no plain file name."""
+    """Return the folder of a run to be made under `root`. Raises SteerbackError for a name that is no file name."""
     _name_is_plain(name)
     return root / name
 
 
 def plain(text: str) -> str:
-    """The text with `_` for each character that a run's name may not hold."""
+    """Return the text with `_` for each character that a run's name may not hold."""
     return re.sub(r"[^\w.@+-]", "_", text).lstrip(".")
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python, this package and what its numbers depend on."""
-    found = {"python": platform.python_version(), "steerback": VERSION}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def commit() -> dict[str, Any] | None:
-    """Commit and dirty flag of the source tree this package runs from; None for an installed wheel."""
-    source = Path(__file__).resolve().parents[1]
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", str(source), *arguments], capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None  # no git on this machine: the version says which release this is
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    tracked = git("ls-files", "--error-unmatch", __file__)
-    revision = git("rev-parse", "HEAD") if tracked else None
-    return None if revision is None else {"revision": revision, "dirty": bool(git("status", "--porcelain", "."))}
-
-
-def machine() -> dict[str, Any]:
-    """Kind of machine: what text depends on besides versions and seeds."""
-    found: dict[str, Any] = {"system": platform.platform(), "processor": _processor(), "cores": os.cpu_count()}
-    if "torch" in sys.modules:  # never imported for the manifest alone
-        import torch
-
-        found["threads"] = torch.get_num_threads()
-        found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return found
-
-
-def _processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor()
-    named = re.search(r"model name\s*:\s*(.+)", text)
-    return named.group(1).strip() if named else platform.machine()
-
-
 def _acquire(folder: Path) -> IO[str]:
-    try:
-        lock = open(folder / ".lock", "a+")  # noqa: SIM115 - held open for the life of the run
+    try:  # never through a link, which could name any file of the user's
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        lock = open(handle, "r+")  # noqa: SIM115 - held open for the life of the run
     except OSError as error:
-        raise SteerbackError(f"run folder {folder} cannot be written: {error.strerror}") from None
+        why = "its .lock is a symbolic link; remove it" if error.errno == errno.ELOOP else error.strerror
+        raise SteerbackError(f"run folder {folder} cannot be written: {why}") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
