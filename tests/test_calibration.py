@@ -16,14 +16,10 @@ from scipy.optimize import minimize
 from scipy.stats import beta
 from sklearn.isotonic import IsotonicRegression
 
-from steerback.calibration import (
-    Calibrator,
-    Threshold,
-    assess,
-    probability_above,
-    verified,
-)
+from steerback.calibration import Calibrator, Threshold, assess, verified
+from steerback.calibration.bisection import probability_above
 from steerback.calibration.curves import RIDGE, falling_means, fit_falling, mean_interval
+from steerback.calibration.thresholds import THRESHOLDS, LatentThreshold
 from steerback.config import CalibrationConfig
 from steerback.records import BoostPrior
 
@@ -347,3 +343,15 @@ def test_report_of_nothing() -> None:
 def test_thresholds_are_json(curve: Callable[[float], float]) -> None:
     found = verified(search(curve).finish(), [50.0, 40.0])
     assert json.loads(json.dumps(asdict(found), allow_nan=False))["status"] == found.status
+
+
+@pytest.mark.parametrize("score", [50.0, 95.0])
+def test_stored_thresholds_of_0_1_are_read_as_contradicted_or_not(score: float) -> None:
+    """Ledgers of 0.1 lack the field, and the report over all latents needs it."""
+    threshold = verified(search(falling(120)).finish(), [score - 5, score + 5] * 10)
+    stored = THRESHOLDS.dump([LatentThreshold.of(7, threshold)])
+    assert THRESHOLDS.load(stored, "ledger")[0].threshold == threshold
+    assert isinstance(stored, list)
+    old = [{name: value for name, value in entry.items() if name != "contradicted"} for entry in stored]
+    assert THRESHOLDS.load(old, "ledger")[0].threshold == threshold
+    assert threshold.contradicted == (score == 95)

@@ -19,26 +19,7 @@ to all trials (`curves`), with an interval, and is verified on fresh trials. Sto
 whose mean is near the target selects lucky rounds; it is the option `stop="tolerance"`. See docs/calibration.md.
 """
 
-from steerback.calibration.bisection import Calibrator, Round, probability_above
-from steerback.calibration.thresholds import (
-    CalibrationReport,
-    Scores,
-    Threshold,
-    ThresholdStatus,
-    Verification,
-    assess,
-    verified,
-)
+from steerback.calibration.bisection import Calibrator
+from steerback.calibration.thresholds import CalibrationReport, Threshold, assess, verified
 
-__all__ = [
-    "CalibrationReport",
-    "Calibrator",
-    "Round",
-    "Scores",
-    "Threshold",
-    "ThresholdStatus",
-    "Verification",
-    "assess",
-    "probability_above",
-    "verified",
-]
+__all__ = ["CalibrationReport", "Calibrator", "Threshold", "assess", "verified"]

@@ -79,7 +79,7 @@ class Calibrator:
         return stopped or len(self.rounds) >= self.settings.max_iterations
 
     def next_boost(self) -> float | None:
-        """Where to sample next: the posterior median; None when the search is over.
+        """Return the boost to sample next, the posterior median, or None when the search is over.
 
         If half of the rounds never crossed the target, one round is spent on the bound the search is heading for,
         so that "at bound" is measured, not inferred.

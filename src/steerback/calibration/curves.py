@@ -52,7 +52,7 @@ class Logistic:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FallingFit:
-    """Where the curve crosses the target: `boost` with its 95 % interval, clipped to the search range.
+    """The place where the curve crosses the target: `boost` with its 95 % interval, clipped to the search range.
 
     The interval joins that of the bootstrap draws and the step of the isotonic fit, as a cliff is steeper than any
     logistic fitted to it.

@@ -118,7 +118,7 @@ class CalibrationReport:
 
 
 def assess(thresholds: Sequence[Threshold]) -> CalibrationReport:
-    """How well a set of latents was calibrated as a whole."""
+    """Assess the calibration of a set of latents as a whole."""
     counts = Counter(t.status for t in thresholds)
     checks = [t.verification for t in thresholds if t.verification]
     report = CalibrationReport(

@@ -1,4 +1,4 @@
-"""How far judges agree: shares, Cohen's kappa, Krippendorff's alpha, rank correlation. Knows arrays only.
+"""Agreement of judges: shares, Cohen's kappa, Krippendorff's alpha, rank correlation.
 
 Intervals are clustered by latent and never a point: complete agreement on n responses does not prove that the judges
 never disagree.
@@ -128,24 +128,24 @@ def _estimate(
         return Estimate(value, None, None, n, "one latent: the spread between latents is unknown", n, clusters)
     rows = np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1])
     rng = np.random.default_rng(seed)
-    found = []
+    resampled = []
     for _ in range(draws):
         drawn = statistic(table[:, np.concatenate([rows[c] for c in rng.integers(0, clusters, clusters)])])
         if drawn is not None:
-            found.append(drawn)
-    if value > 1 - 1e-12 or len(found) < 2 or np.ptp(found) < 1e-12:
+            resampled.append(drawn)
+    if value > 1 - 1e-12 or len(resampled) < 2 or np.ptp(resampled) < 1e-12:
         if value < 1 - 1e-12 or not expected:
             return Estimate(value, None, value, n, "no spread to estimate an interval from", n, clusters)
         share = iv.no_event_bound(np.bincount(codes).astype(np.float64))
         return Estimate(value, max(-1.0, 1 - share / expected), value, n, "bound on disagreement", n, clusters)
-    half = iv.t_quantile(clusters - 1) * float(np.std(found, ddof=1)) / (1 - value**2)
+    half = iv.t_quantile(clusters - 1) * float(np.std(resampled, ddof=1)) / (1 - value**2)
     low, high = (float(np.tanh(np.arctanh(value) + sign * half)) for sign in (-1, 1))
-    beside = {"bootstrap": iv.percentile(np.array(found)) or (low, high)}
+    beside = {"bootstrap": iv.percentile(np.array(resampled)) or (low, high)}
     return Estimate(value, low, high, n, "bootstrap over latents, t on Fisher's scale", n, clusters, beside)
 
 
 def _chance_disagreement(table: Floats) -> float:
-    """How often two ratings would differ if they were drawn from all of them."""
+    """Share of pairs of ratings that would differ if both were drawn from all ratings."""
     values = table[np.isfinite(table)]
     shares = np.unique(values, return_counts=True)[1] / max(len(values), 1)
     return float(1 - np.sum(shares**2))

@@ -1,4 +1,4 @@
-"""What one condition came to, trial by trial, as plain arrays: the input of every statistic.
+"""The outcomes of one condition, trial by trial, as plain arrays: the input of every statistic.
 
 Knows the judgement record, and nothing of ledgers, engines or files. Missing numbers are nan, never 0.
 """

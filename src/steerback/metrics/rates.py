@@ -3,7 +3,7 @@
 Definitions (over valid trials N): multi-attempt rate #(>= 2 attempts) / N; ESR rate #(>= 2 attempts and
 last > first) / N; improvement rate #(last > first) / #(>= 2 attempts); MSI mean(last - first), single attempts
 count 0; MSI over multi-attempt trials; mean attempts; mean first score; degraded share. The headline is gated and
-leaves degraded trials out; the variants stand beside it. Knows arrays only.
+leaves degraded trials out; the other variants are reported as well.
 """
 
 from __future__ import annotations
@@ -163,19 +163,20 @@ VARIANTS: dict[str, dict[str, bool]] = {
 def summarize(outcomes: Outcomes, draws: int = 2000, seed: int = 0, icc: float = iv.ICC) -> Summary:
     """Every metric of a condition with intervals clustered by latent.
 
-    `draws` resamples of latents for the bootstrap beside; `icc` is assumed where events are too few to estimate it.
+    `draws` resamples of latents give the bootstrap interval, which is reported as well; `icc` is assumed where events
+    are too few to estimate it.
     The degraded share is over all valid trials in every variant.
     """
-    found: dict[str, dict[str, Estimate]] = {}
+    by_variant: dict[str, dict[str, Estimate]] = {}
     worst: dict[str, dict[str, tuple[float | None, float | None]]] = {}
     for variant, options in VARIANTS.items():
         names = [m for m in METRICS if m != "degraded_share"]
         rng = np.random.default_rng(seed)
-        found[variant] = estimates(view(outcomes, **options), names, draws, rng, icc)
+        by_variant[variant] = estimates(view(outcomes, **options), names, draws, rng, icc)
         everything = view(outcomes, gated=options["gated"], include_degraded=True)
-        found[variant] |= estimates(everything, ["degraded_share"], draws, rng, icc)
+        by_variant[variant] |= estimates(everything, ["degraded_share"], draws, rng, icc)
         worst[variant] = _worst_case(outcomes, options)
-    return Summary(counts(outcomes), **found, worst_case=worst, draws=draws, seed=seed, icc=icc)
+    return Summary(counts(outcomes), **by_variant, worst_case=worst, draws=draws, seed=seed, icc=icc)
 
 
 def counts(outcomes: Outcomes) -> dict[str, int]:
@@ -194,7 +195,7 @@ def counts(outcomes: Outcomes) -> dict[str, int]:
 def estimates(
     v: View, names: Sequence[str], draws: int, rng: np.random.Generator, icc: float = iv.ICC
 ) -> dict[str, Estimate]:
-    """The named metrics of a view with their intervals (without the bootstrap beside where `draws` is 0)."""
+    """The named metrics of a view with their intervals (no bootstrap interval where `draws` is 0)."""
     parts = {name: METRICS[name].parts(v) for name in names}
     columns = [iv.cluster_sums(v.cluster, x, v.clusters) for pair in parts.values() for x in pair]
     totals = iv.resample_sums(np.stack(columns, axis=1), draws, rng) if v.clusters > 1 and draws else None
@@ -210,7 +211,7 @@ def estimates(
 
 
 def influence(num: Floats, den: Floats) -> Floats:
-    """What each trial contributes to sum(num) / sum(den) - value, to first order."""
+    """Contribution of each trial to sum(num) / sum(den) - value, to first order."""
     total = float(den.sum())
     return (num - float(num.sum()) / total * den) / total
 

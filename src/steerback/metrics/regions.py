@@ -1,7 +1,7 @@
 """Measurements of responses and of their regions: means, medians and ratios with intervals, and two-sided tests.
 
-Values belong to clusters (latents), whose members are correlated: intervals and the headline p respect that, the t and
-rank tests of the paper's appendix A.7 stand beside and take every value as independent. Knows arrays only.
+Values belong to clusters (latents), whose members are correlated. Intervals and the headline p respect that; the t and
+rank tests of the paper's appendix A.7, which are reported as well, take every value as independent.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from steerback.metrics.paired import holm, swap_test
 from steerback.metrics.rates import Estimate, influence
 
 INFINITE = (-np.inf, np.inf)
+Sample = tuple[Floats, Codes]
+"""Values and the cluster of each."""
 
 
 def mean_of(values: Floats, cluster: Codes, limits: tuple[float, float] = INFINITE) -> Estimate:
@@ -58,9 +60,7 @@ def median_of(values: Floats, cluster: Codes, draws: int, seed: int = 0) -> Esti
     return _bootstrapped(float(np.median(values)), drawn, len(values), len(parts))
 
 
-def of_means(
-    samples: Sequence[tuple[Floats, Codes]], statistic: Callable[[Floats], Floats], draws: int, seed: int = 0
-) -> Estimate:
+def of_means(samples: Sequence[Sample], statistic: Callable[[Floats], Floats], draws: int, seed: int = 0) -> Estimate:
     """A statistic of the means of clustered samples; nan values are left out.
 
     `statistic` maps means of shape (..., samples) to (...,). A cluster that occurs in several samples is drawn for all
@@ -170,7 +170,7 @@ def paired_regions(a: Floats, b: Floats, cluster: Codes, draws: int = 10_000, se
 
         t_p = _p(ttest_rel(b, a).pvalue) if np.ptp(b - a) > 0 else None
         rank_p = _p(wilcoxon(b - a).pvalue)
-    return _test(True, a, cluster, b, cluster, gap, t_p, rank_p, draws, seed)
+    return _test(True, (a, cluster), (b, cluster), gap, (t_p, rank_p), draws, seed)
 
 
 def separate_regions(
@@ -188,7 +188,7 @@ def separate_regions(
 
         t_p = _p(ttest_ind(b, a, equal_var=False).pvalue) if np.ptp(a) > 0 or np.ptp(b) > 0 else None
         rank_p = _p(mannwhitneyu(b, a, alternative="two-sided").pvalue)
-    return _test(False, a, a_cluster, b, b_cluster, gap, t_p, rank_p, draws, seed)
+    return _test(False, (a, a_cluster), (b, b_cluster), gap, (t_p, rank_p), draws, seed)
 
 
 def correct_regions(tests: Mapping[str, RegionTest]) -> dict[str, RegionTest]:
@@ -220,24 +220,22 @@ def cliffs_delta(a: Floats, b: Floats) -> float | None:
 
 def _test(
     paired: bool,
-    a: Floats,
-    a_cluster: Codes,
-    b: Floats,
-    b_cluster: Codes,
+    first: Sample,
+    second: Sample,
     gap: Estimate,
-    t_p: float | None,
-    rank_p: float | None,
+    p: tuple[float | None, float | None],
     draws: int,
     seed: int,
 ) -> RegionTest:
-    names = np.unique(np.concatenate([a_cluster, b_cluster]))
+    """The test of two samples; `p` are those of the t and of the rank test."""
+    names = np.unique(np.concatenate([first[1], second[1]]))
 
     def sums(values: Floats, cluster: Codes) -> Floats:
         codes = np.searchsorted(names, cluster)
         weights = (values, np.ones(len(values)))
         return np.stack([iv.cluster_sums(codes, w, len(names)) for w in weights], axis=1)
 
-    there = len(a) > 0 and len(b) > 0
+    a, b = first[0], second[0]
     return RegionTest(
         paired=paired,
         n_a=len(a),
@@ -248,9 +246,9 @@ def _test(
         difference=gap.value,
         low=gap.low,
         high=gap.high,
-        p=swap_test(sums(a, a_cluster), sums(b, b_cluster), draws, seed)[0] if there else None,
-        t_p=t_p,
-        rank_p=rank_p,
+        p=swap_test(sums(*first), sums(*second), draws, seed)[0] if len(a) and len(b) else None,
+        t_p=p[0],
+        rank_p=p[1],
         cohens_d=cohens_d(a, b),
         cliffs_delta=cliffs_delta(a, b),
     )

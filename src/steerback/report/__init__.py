@@ -1,1 +1,1 @@
-"""What people read: tables and transcripts, from rows and estimates alone."""
+"""Transcripts and flat exports, from rows alone."""

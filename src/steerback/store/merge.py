@@ -65,18 +65,18 @@ def _common(configs: Sequence[tuple[Path, RunConfig]]) -> RunConfig:
 
 def _facts(folders: Sequence[Path], config: RunConfig) -> dict[tuple[str, str], JsonValue]:
     """(name, target) -> value of all stored facts but the configs; two runs must agree on each."""
-    found: dict[tuple[str, str], JsonValue] = {}
+    facts: dict[tuple[str, str], JsonValue] = {}
     for folder in folders:
         with Ledger(folder / "ledger.sqlite", read_only=True) as source:
             for target, name, value in source.facts():
                 if (target, name) == ("", "config"):
                     continue
-                if found.setdefault((name, target), value) != value:
+                if facts.setdefault((name, target), value) != value:
                     raise SteerbackError(
                         f"{folder} has other {name} for {target or 'the run'} than the runs before it, so their trials "
                         "do not belong together; start both --from the same run"
                     )
-    return found
+    return facts
 
 
 def _copy(source: Ledger, into: Ledger, texts: dict[str, str]) -> tuple[int, int]:
