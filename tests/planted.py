@@ -62,12 +62,9 @@ class Runs:
         self.draw = False
         patch.setattr(style, "save", lambda *given: save(*given) if self.draw else [])
         self.root, self.scripts = root, {name: script or PlantedModel(thresholds=thresholds())}
-        for module in (check, execute):
-            patch.setattr(module, "resolve", lambda wanted, own=None: target(wanted))
-        patch.setattr(
-            execute,
-            "make_engine",
-            lambda t, *_, **__: QuickEngine(self.scripts[t.name], target=t.name, n_latents=64),
+        self.makers = check.Makers(
+            engine=lambda t, options: QuickEngine(self.scripts[t.name], target=t.name, n_latents=64),
+            target=lambda wanted, own: target(wanted),
         )
 
     def run(
@@ -91,7 +88,7 @@ class Runs:
             base=started,
         )
         folder = self.root / (name or experiment)
-        return execute.run(check.check(config), folder), folder
+        return execute.run(check.check(config, self.makers), folder), folder
 
     def ledger(self, name: str) -> Ledger:
         return Ledger(self.root / name / "ledger.sqlite", read_only=True)

@@ -250,21 +250,23 @@ def steps_of(runs: Runs, *only: str) -> list[paper.Step]:
         overrides={"engine": "scripted", "judge": "scripted"},
         assignments=(*SIZES, *SMALL),
     )
-    return paper.plan(campaign.resolved(first), runs.root, "p", only)
+    return paper.plan(campaign.resolved(first, runs.makers), runs.root, "p", only)
 
 
 def test_a_paper_is_run_resumed_compared_and_drawn(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     steps = steps_of(runs, "no-steering", "boost-sweep")
-    lines = campaign.plan_lines(steps)
+    lines = campaign.plan_lines(steps, runs.makers)
     assert len(lines) == len(steps) + 1
     assert "at most" in lines[-1]
-    (searched,) = [x for x in campaign.plan_lines(steps_of(runs, "detectors")) if x.startswith("p-detectors")]
+    (searched,) = [
+        x for x in campaign.plan_lines(steps_of(runs, "detectors"), runs.makers) if x.startswith("p-detectors")
+    ]
     assert "at most 500 responses" in searched  # the references are in the cache by then, the discovery is not
     said: list[str] = []
-    assert campaign.run(steps, cached=False, say=said.append) == {}
+    assert campaign.run(steps, cached=False, say=said.append, makers=runs.makers) == {}
     assert all(campaign.is_done(step) for step in steps)
     again: list[str] = []
-    campaign.run(steps, cached=False, say=again.append)
+    campaign.run(steps, cached=False, say=again.append, makers=runs.makers)
     assert again == [f"[{n}/3] {s.folder.name}: done before" for n, s in enumerate(steps, 1)]
     runs.draw = True
     drawn = campaign.draw_all([s.folder for s in steps], runs.root / "all")
@@ -284,7 +286,7 @@ def test_a_step_that_fails_stops_only_what_needs_it(runs: Runs, monkeypatch: pyt
         raise SteerbackError("no discovery prompts")
 
     monkeypatch.setattr(DetectorExperiment, "run", refuse)
-    failed = campaign.run(steps, cached=False, say=lambda _: None)
+    failed = campaign.run(steps, cached=False, say=lambda _: None, makers=runs.makers)
     assert {folder.name: why for folder, why in failed.items()} == {
         "p-detectors": "no discovery prompts",
         "p-detector-ablation": "needs p-detectors",

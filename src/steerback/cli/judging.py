@@ -36,13 +36,13 @@ def judge_command(
     folder = find_run(name, runs)
     if rubric != "attempts":
         return _grade(folder, judge, rubric, retry_unscored, dry_run, budget)
-    judges = budget.judges()
+    makers = budget.makers()
     with Run.read(folder) as opened:
-        print(judging_line(execute.to_judge(opened, judges(judge), retry_unscored)))
+        print(judging_line(execute.to_judge(opened, makers.judge(judge), retry_unscored)))
     if dry_run:
         return None
     with execute.tools(not no_cache) as (progress, cache):
-        done = execute.judge_run(folder, judge, progress, cache, retry_unscored, judges)
+        done = execute.judge_run(folder, judge, progress, cache, retry_unscored, makers)
     for line in spent_lines(folder):
         print(line)
     print(f"{done} responses judged by {judge}; see them with: steerback figures {name} --judge {judge}")

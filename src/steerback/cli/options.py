@@ -16,7 +16,8 @@ import typer
 
 if TYPE_CHECKING:
     from steerback.config import RunConfig
-    from steerback.judging import Limits, Maker
+    from steerback.jobs.check import Makers
+    from steerback.judging import Limits
 
 RUNS = Path("runs")
 RunsFolder = Annotated[Path, typer.Option("--runs", help="Folder that holds the run folders.")]
@@ -71,11 +72,12 @@ class Budget:
 
         return Limits(self.max_judge_calls, self.max_judge_cost, self.judge_price, self.judge_batch)
 
-    def judges(self) -> Maker:
-        """Return the maker of this command's judges; each judge has the budget for all that the command does."""
+    def makers(self) -> Makers:
+        """Return the makers of this command's run; each judge has the budget for all that the command does."""
+        from steerback.jobs.check import Makers
         from steerback.judging import judge_maker
 
-        return judge_maker(self.limits())
+        return Makers(judge=judge_maker(self.limits()))
 
 
 @dataclass(frozen=True)

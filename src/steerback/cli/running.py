@@ -82,7 +82,7 @@ def run_command(
     if latents is not None:
         overrides |= _own_latents(latents, targets[0], base)
     config = setup.build(experiment, targets, overrides, base)
-    _go(check(config, budget.judges()), _folder(runs, name, config), dry_run, no_cache)
+    _go(check(config, budget.makers()), _folder(runs, name, config), dry_run, no_cache)
 
 
 def _base(names: Sequence[str], runs: Path) -> tuple[str, RunConfig] | None:
@@ -138,7 +138,7 @@ def cross_judge(
     options = {"sources": [str(f) for f in folders], "judges": chosen or None, "sample": sample}
     given = {"options": {key: value for key, value in options.items() if value is not None}}
     config = setup.build("cross-judge", targets, given)
-    _go(check(config, budget.judges()), _folder(runs, name, config), dry_run, no_cache)
+    _go(check(config, budget.makers()), _folder(runs, name, config), dry_run, no_cache)
 
 
 def paper(
@@ -159,15 +159,15 @@ def paper(
 
     new_run(f"{name}-results", runs)  # refuses a name that is no file name
     common, options = own_options(setup.settings or ())
-    judges = budget.judges()
-    first = campaign.resolved(setup.build("esr", tuple(target), settings=tuple(common)), judges)
+    makers = budget.makers()
+    first = campaign.resolved(setup.build("esr", tuple(target), settings=tuple(common)), makers)
     steps = plan(first, runs, name, only or (), skip or (), options)
-    for line in campaign.plan_lines(steps, judges):
+    for line in campaign.plan_lines(steps, makers):
         print(line)
     if dry_run:
         return
     try:
-        failed = campaign.run(steps, not no_cache, print, judges)
+        failed = campaign.run(steps, not no_cache, print, makers)
     except KeyboardInterrupt:
         print("steerback: stopped; what was done is kept: the same command goes on", file=sys.stderr)
         sys.exit(130)
@@ -187,7 +187,7 @@ def resume(name: RunName, budget: Budget, no_cache: NoCache = False, runs: RunsF
     from steerback.store.run import find_run, stored_config
 
     folder = find_run(name, runs)
-    _go(check(stored_config(folder), budget.judges()), folder, False, no_cache)
+    _go(check(stored_config(folder), budget.makers()), folder, False, no_cache)
 
 
 def _go(job: PreparedRun, folder: Path, dry_run: bool, no_cache: bool) -> None:

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 from steerback.config import RunConfig, parse_config
 from steerback.errors import SteerbackError
 from steerback.jobs import execute
-from steerback.jobs.check import check
+from steerback.jobs.check import Makers, check
 from steerback.jobs.estimate import judge_estimate, of_experiment, response_tokens
 from steerback.jobs.execute import Analysis
-from steerback.judging import Maker, make_judge
 from steerback.paper.published import compare_published, comparison
 from steerback.store.files import make_folder, write_atomic
 from steerback.store.run import Run, stored_config
@@ -27,9 +26,9 @@ if TYPE_CHECKING:
     from steerback.jobs.check import PreparedRun
 
 
-def resolved(config: RunConfig, judges: Maker = make_judge) -> RunConfig:
+def resolved(config: RunConfig, makers: Makers | None = None) -> RunConfig:
     """The config with engine and judge chosen, as a run of it would store it."""
-    return check(config, judges).config
+    return check(config, makers).config
 
 
 def is_done(step: Step) -> bool:
@@ -39,9 +38,9 @@ def is_done(step: Step) -> bool:
     return stored_config(step.folder) == step.config
 
 
-def plan_lines(steps: Sequence[Step], judges: Maker = make_judge) -> list[str]:
+def plan_lines(steps: Sequence[Step], makers: Makers | None = None) -> list[str]:
     """What would be run, and at most how many responses, tokens, verdicts and minutes that is."""
-    jobs = [(step, _checked(step, judges)) for step in steps]
+    jobs = [(step, _checked(step, makers)) for step in steps]
     lines, total, verdicts = [], Counter[str](), Counter[str]()
     shared: set[str] = set()  # stages that an earlier step has generated: the same requests, so they are in the cache
     for step, job in jobs:
@@ -64,14 +63,14 @@ def plan_lines(steps: Sequence[Step], judges: Maker = make_judge) -> list[str]:
     )
     longest = max(response_tokens(job.config, target) for _, job in jobs for target in job.targets)
     for name, n in verdicts.items():
-        asked_for = judge_estimate(judges(name), n, longest)
+        asked_for = judge_estimate((makers or Makers()).judge(name), n, longest)
         lines += [] if asked_for is None else [f"judge {name}: at most {asked_for}"]
     return lines
 
 
-def _checked(step: Step, judges: Maker) -> PreparedRun:
+def _checked(step: Step, makers: Makers | None) -> PreparedRun:
     try:
-        return check(step.config, judges)
+        return check(step.config, makers)
     except SteerbackError as error:
         raise SteerbackError(
             f"{step.folder.name}: {error} (leave it out with --skip {step.config.experiment})"
@@ -100,7 +99,9 @@ def _cost(job: PreparedRun, shared: set[str]) -> Counter[str]:
     return cost
 
 
-def run(steps: Sequence[Step], cached: bool, say: Callable[[str], None], judges: Maker = make_judge) -> dict[Path, str]:
+def run(
+    steps: Sequence[Step], cached: bool, say: Callable[[str], None], makers: Makers | None = None
+) -> dict[Path, str]:
     """Run the steps that are not done; a step that fails does not stop those that do not need it.
 
     Return the folders of the steps that failed, with the reason.
@@ -115,16 +116,16 @@ def run(steps: Sequence[Step], cached: bool, say: Callable[[str], None], judges:
         else:
             say(head)
             try:
-                _one(step, cached, say, judges)
+                _one(step, cached, say, makers)
             except SteerbackError as error:
                 failed[step.folder] = str(error)
                 say(f"{head}: not done: {error}")
     return failed
 
 
-def _one(step: Step, cached: bool, say: Callable[[str], None], judges: Maker) -> None:
+def _one(step: Step, cached: bool, say: Callable[[str], None], makers: Makers | None) -> None:
     with execute.tools(cached) as (progress, cache):
-        analysis = execute.run(_checked(step, judges), step.folder, progress, cache)
+        analysis = execute.run(_checked(step, makers), step.folder, progress, cache)
     for table in list(analysis.shown.tables.values())[:1]:
         say(table.text())
     for line in analysis.shown.lines:

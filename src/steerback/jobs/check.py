@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from steerback import organism
 from steerback.config import RunConfig, Settings
 from steerback.data import paper_files
 from steerback.data.prompts import load_prompts
-from steerback.engines import EngineOptions, check_engine, default_engine
+from steerback.engines import EngineOptions, check_engine, default_engine, make_engine
 from steerback.errors import SteerbackError
 from steerback.experiments import make_experiment
 from steerback.experiments.base import Experiment
@@ -21,6 +23,18 @@ from steerback.store.run import stored_config
 from steerback.study.study import fact_of
 from steerback.targets import Target, resolve, user_tables
 
+if TYPE_CHECKING:
+    from steerback.engines.base import Engine
+
+
+@dataclass(frozen=True, slots=True)
+class Makers:
+    """Functions that make a run's judges, engines and targets; a test or another program can pass its own."""
+
+    judge: Maker = make_judge
+    engine: Callable[[Target, EngineOptions], Engine] = make_engine
+    target: Callable[[str, Mapping[str, Mapping[str, object]]], Target] = resolve
+
 
 @dataclass(frozen=True, slots=True)
 class PreparedRun:
@@ -30,20 +44,21 @@ class PreparedRun:
     experiment: Experiment[Settings]
     targets: tuple[Target, ...]
     prompts: tuple[str, ...]
-    judges: Maker
+    makers: Makers
     engine: EngineOptions
 
 
-def check(config: RunConfig, judges: Maker = make_judge) -> PreparedRun:
+def check(config: RunConfig, makers: Makers | None = None) -> PreparedRun:
     """Resolve every name in the config, so that a mistake shows before anything is loaded or written.
 
-    `judges` makes the judges (`judging.judge_maker` for ones with a budget).
+    `makers` default to the package's own; `judging.judge_maker` makes judges with a budget.
     """
+    makers = makers or Makers()
     experiment = make_experiment(config)  # a wrong option shows now
     if config.from_run is not None:
         _takes_latents(config, Path(config.from_run))
     own = {**user_tables(), **config.definitions}
-    targets = tuple(resolve(name, own) for name in config.targets) if experiment.generates else ()
+    targets = tuple(makers.target(name, own) for name in config.targets) if experiment.generates else ()
     chosen: dict[str, object] = {"engine": config.engine, "judge": config.judge}
     chosen["definitions"] = {name: own[name] for name in config.targets if name in own}
     if config.engine == "auto":
@@ -60,10 +75,10 @@ def check(config: RunConfig, judges: Maker = make_judge) -> PreparedRun:
     for name in paper_files.used(config.prompts, experiment.own_detectors()):
         paper_files.path_of(name)
     for name in experiment.judges(config):
-        judges(name)  # a missing key or unknown judge shows now
+        makers.judge(name)  # a missing key or unknown judge shows now
     if (rater := rating_model(config)) is not None:
-        make_rater(rater, judges)
-    return PreparedRun(config, experiment, targets, load_prompts(config.prompts), judges, engine)
+        make_rater(rater, makers.judge)
+    return PreparedRun(config, experiment, targets, load_prompts(config.prompts), makers, engine)
 
 
 def _takes_latents(config: RunConfig, base: Path) -> None:

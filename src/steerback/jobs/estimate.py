@@ -62,7 +62,7 @@ def plan_lines(job: PreparedRun, folder: Path) -> list[str]:
         detail = " + ".join(f"{n} {stage}" for stage, n in counts.items() if n)
         cap = response_tokens(config, target)
         verdicts = sum(n for stage, n in counts.items() if stage not in UNJUDGED)
-        asked = judge_estimate(job.judges(config.judge), verdicts, cap)
+        asked = judge_estimate(job.makers.judge(config.judge), verdicts, cap)
         lines.append(
             f"  {target.name}: at most {total} responses ({detail}), {total * cap:,} tokens, {_time(target, total)}"
         )
@@ -77,7 +77,7 @@ def _rating(job: PreparedRun, target: Target) -> list[str]:
     name = rating_model(job.config)
     if name is None or not target.has_sae:
         return []
-    rater = make_rater(name, job.judges)
+    rater = make_rater(name, job.makers.judge)
     assert isinstance(rater, LLMRater)
     return [f"  {target.name}: rater {name}: at most {rater.estimate([*target.labels().values()])}"]
 
@@ -89,7 +89,7 @@ def _collecting(job: PreparedRun) -> list[str]:
     lines = [f"  {key}: {', '.join(map(str, v)) if isinstance(v, list) else v}" for key, v in chosen.items()]
     count = sum(of_experiment(job).values())
     for name in job.experiment.judges(config):
-        asked = judge_estimate(job.judges(name), count, config.sampling.max_new_tokens)
+        asked = judge_estimate(job.makers.judge(name), count, config.sampling.max_new_tokens)
         lines += [] if asked is None else [f"  judge {name}: at most {asked}"]
     return lines
 

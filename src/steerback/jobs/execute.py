@@ -13,14 +13,13 @@ from steerback.analysis.base import Results
 from steerback.api import finish
 from steerback.config import RunConfig, Settings
 from steerback.data import paper_files
-from steerback.engines import make_engine
 from steerback.errors import SteerbackError
 from steerback.experiments import make_experiment
 from steerback.experiments.base import Experiment
 from steerback.figures import present
 from steerback.figures.base import Presentation
-from steerback.jobs.check import PreparedRun, with_directions
-from steerback.judging import Judge, Maker, make_judge
+from steerback.jobs.check import Makers, PreparedRun, with_directions
+from steerback.judging import Judge
 from steerback.judging.base import drain, estimated
 from steerback.records import Judgement, LatentKey, Sampling, Spend, digest
 from steerback.store.cache import Cache, default_path
@@ -31,7 +30,7 @@ from steerback.store.progress import Progress, Silent, make_progress
 from steerback.store.run import Run, write_atomic, write_json
 from steerback.study.pipeline import Workbench, judge_item, judge_rows
 from steerback.study.study import UNJUDGED, Study, references, same_weights
-from steerback.targets import Target, resolve
+from steerback.targets import Target
 
 if TYPE_CHECKING:
     from steerback.engines.base import Engine
@@ -72,16 +71,16 @@ async def _targets(job: PreparedRun, opened: Run, progress: Progress, cache: Cac
     if used := paper_files.used(job.config.prompts, job.experiment.own_detectors()):
         parts["paper data"] = {"repository": paper_files.REPOSITORY, "commit": paper_files.COMMIT, "sha256": used}
     for target in job.targets:
-        engine = make_engine(target, job.engine)
+        engine = job.makers.engine(target, job.engine)
         try:
-            judge = job.judges(job.config.judge)
+            judge = job.makers.judge(job.config.judge)
             _same_engine(opened, target, engine)
             opened.ledger.put(target.name, PROVENANCE, Provenance(planted=target.planted))
             if job.config.from_run is not None:
                 same_weights(Path(job.config.from_run), target.name, engine)
             sampling = job.config.sampling.record(target.max_new_tokens)
             bench = Workbench(opened.ledger, engine, judge, sampling, progress, cache)
-            study = Study(opened, target, bench, job.prompts, job.judges)
+            study = Study(opened, target, bench, job.prompts, job.makers.judge)
             await study.prepare()
             targets[target.name] = {
                 "target": target.describe(),
@@ -103,7 +102,7 @@ def _collected(job: PreparedRun, opened: Run, progress: Progress, cache: Cache |
     job.experiment.collect(opened)
     opened.write_manifest({"options": dict(job.config.options)})
     for name in job.experiment.judges(job.config):
-        _judge_all(opened, job.judges(name), progress, cache)
+        _judge_all(opened, job.makers.judge(name), progress, cache, job.makers)
 
 
 def note_judge(opened: Run, judge: Judge) -> None:
@@ -209,24 +208,27 @@ def judge_run(
     progress: Progress | None = None,
     cache: Cache | None = None,
     retry: bool = False,
-    judges: Maker = make_judge,
+    makers: Makers | None = None,
 ) -> int:
     """Adds a judge's verdicts to a finished run; returns how many responses it judged.
 
     `retry` asks again for what this judge left unscored. Nothing is judged twice.
     """
+    chosen = makers or Makers()
     with Run.reopen(folder) as opened:
-        return _judge_all(opened, judges(name), progress or Silent(), cache, retry)
+        return _judge_all(opened, chosen.judge(name), progress or Silent(), cache, chosen, retry)
 
 
-def _judge_all(opened: Run, judge: Judge, progress: Progress, cache: Cache | None, retry: bool = False) -> int:
+def _judge_all(
+    opened: Run, judge: Judge, progress: Progress, cache: Cache | None, makers: Makers, retry: bool = False
+) -> int:
     work = to_judge(opened, judge, retry)
     try:
         for target, rows in work.rows.items():
             if rows:
                 # an adapter is compared with its base's unsteered responses, as when it was measured
                 known = (opened.ledger.rows(t, "reference") for t in (target, target.rpartition("+")[0]))
-                judge.prepare(references(next(filter(None, known), []), _contexts(target, opened.config)))
+                judge.prepare(references(next(filter(None, known), []), _contexts(target, opened.config, makers)))
                 bench = Workbench(opened.ledger, None, judge, Sampling(), progress, cache)
                 finish(judge_rows(bench, rows, f"{target}: judging with {judge.name}"))
     finally:
@@ -234,10 +236,10 @@ def _judge_all(opened: Run, judge: Judge, progress: Progress, cache: Cache | Non
     return work.count
 
 
-def _contexts(name: str, config: RunConfig) -> Mapping[LatentKey, Sequence[str]]:
+def _contexts(name: str, config: RunConfig, makers: Makers) -> Mapping[LatentKey, Sequence[str]]:
     """Contexts of a target's latents; none for the model of an imported run, which need not be a target of ours."""
     try:
-        return with_directions(resolve(name, config.definitions), config).contexts()
+        return with_directions(makers.target(name, config.definitions), config).contexts()
     except SteerbackError:
         return {}
 
