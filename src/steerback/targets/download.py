@@ -1,7 +1,7 @@
-"""Files from the network: resumed, checked, renamed into place when whole, and every failure in one line.
+"""Download files: resumed after an interruption, checked, renamed into place when whole, each failure in one line.
 
-`download` fetches a URL, `hub_file` a file of a model hub's repository into the hub's own cache. Whatever is at the
-destination is whole; what is not stands beside it as NAME.part and is gone on with. Knows nothing of what is in a file.
+`download` fetches an address, `hub_file` a file of a model hub's repository into the hub's cache. A file at its
+destination is whole; an unfinished one is NAME.part, and the next call continues it.
 """
 
 from __future__ import annotations
@@ -14,23 +14,22 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING
 
 from steerback.errors import SteerbackError
 
-CHUNK = 1 << 20
+if TYPE_CHECKING:
+    import httpx2
+
 SPARE = 64 << 20
 """Bytes of disk that a download leaves free."""
 
-Progress = Callable[[int, int | None], None]
-"""Called with the bytes that are there and the size of the file, None where the server does not say."""
-
 
 class NoSuchFile(SteerbackError):
-    """The repository is there, the file is not: not an error to who can do without it."""
+    """The repository has no such file, which is no error for a file that may be missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +41,12 @@ class Downloaded:
     size: int
 
 
-def download(
-    url: str,
-    destination: Path,
-    *,
-    sha256: str | None = None,
-    token: str | None = None,
-    progress: Progress | None = None,
-) -> Downloaded:
-    """Fetches `url` to `destination`, going on from an earlier attempt where the server's file is still the same.
+def download(url: str, destination: Path, *, sha256: str | None = None, token: str | None = None) -> Downloaded:
+    """Fetch `url` to `destination`, continuing an earlier attempt if the server's file is still the same.
 
-    A destination that is there already is kept (with `sha256`: where it has that hash). `token` is sent as a bearer
-    token to the host of `url` alone. A connection that breaks is taken up again as long as each attempt brings bytes.
-    Raises SteerbackError for anything that goes wrong; what has arrived by then is kept for the next attempt, unless
-    its hash is wrong.
+    An existing destination is kept (with `sha256`: if it has that hash). `token` is sent as a bearer token to the host
+    of `url` alone. A broken connection is taken up again as long as each attempt brings bytes. Raises SteerbackError
+    for anything that goes wrong; the bytes so far are kept for the next call, unless their hash is wrong.
     """
     if (there := _existing(destination, sha256)) is not None:
         return there
@@ -65,21 +56,22 @@ def download(
             if (there := _existing(destination, sha256)) is not None:  # another process was faster
                 Path(file.name).unlink(missing_ok=True)
                 return there
-            return _Transfer(url, destination, file, token, progress).run(sha256)
+            _fill(url, file, token)
+            return _finish(url, file, destination, sha256)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        what = "the disk is full: make room and run it again, it goes on from there" if full else str(error.strerror)
+        what = "the disk is full: make room and run it again, it continues from there" if full else str(error.strerror)
         raise SteerbackError(f"{url}: cannot write {destination}: {what}") from error
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file's contents."""
+    """Return the SHA-256 of a file's contents."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_space(folder: Path, size: int, what: str) -> None:
-    """SteerbackError where `size` more bytes do not fit the disk that `folder` is (or will be) on."""
+    """Raise SteerbackError if `size` more bytes do not fit the disk that `folder` is (or will be) on."""
     if (free := free_space(folder)) < size + SPARE:
         raise SteerbackError(
             f"{what} needs {gigabytes(size)} of disk and {folder} has {gigabytes(free)} free; make room there"
@@ -87,13 +79,13 @@ def check_space(folder: Path, size: int, what: str) -> None:
 
 
 def free_space(folder: Path) -> int:
-    """Free bytes of the disk that a folder is, or would be, on."""
+    """Return the free bytes of the disk that a folder is, or would be, on."""
     place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     return shutil.disk_usage(place).free
 
 
 def gigabytes(size: float) -> str:
-    """A size in bytes for people, e.g. "2.1 GB"."""
+    """Return a size in bytes for people, e.g. "2.1 GB"."""
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
@@ -108,7 +100,7 @@ def _existing(destination: Path, sha256: str | None) -> Downloaded | None:
 
 @contextlib.contextmanager
 def _part(destination: Path) -> Iterator[IO[bytes]]:
-    """The unfinished file, open for appending and held by this process alone; others wait for their turn."""
+    """Open the unfinished file for appending and hold it; other processes wait for their turn."""
     path = destination.with_name(destination.name + ".part")
     while True:
         with path.open("ab+") as file:
@@ -119,124 +111,102 @@ def _part(destination: Path) -> Iterator[IO[bytes]]:
                     return
 
 
-class _Transfer:
-    """One file on its way: what has arrived, and what the server said of the file when it began."""
+def _fill(url: str, file: IO[bytes], token: str | None) -> None:
+    """Get the missing part of a file; a connection that breaks is taken up again if it brought any bytes."""
+    import httpx2
 
-    def __init__(self, url: str, destination: Path, file: IO[bytes], token: str | None, progress: Progress | None):
-        self.url, self.destination, self.file = url, destination, file
-        self.token, self.progress = token, progress
-        self.notes = destination.with_name(destination.name + ".part.json")
-        self.part = Path(file.name)
-        self.size = file.seek(0, os.SEEK_END)
-        self.total: int | None = None
-        self.digest = hashlib.sha256()
-        validator = self._remembered()
-        if self.size and validator is None:
-            self._restart()
-        self.validator = validator
-        file.seek(0)
-        while chunk := file.read(CHUNK):
-            self.digest.update(chunk)
+    headers = {"Accept-Encoding": "identity"}  # sizes and ranges are those of the file
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
+    with httpx2.Client(headers=headers, follow_redirects=True, timeout=30) as client:
+        whole = False
+        while not whole:
+            before = file.seek(0, os.SEEK_END)
+            try:
+                whole = _attempt(client, url, file)
+            except httpx2.InvalidURL as error:
+                raise SteerbackError(f"{url}: not an address ({error})") from error
+            except httpx2.HTTPError as error:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                size = file.seek(0, os.SEEK_END)
+                if not size:
+                    raise SteerbackError(
+                        f"{url}: cannot be reached ({reason}); is there a network, or a proxy to be set?"
+                    ) from error
+                if size <= before:
+                    raise SteerbackError(
+                        f"{url}: the connection broke after {size} bytes ({reason}); run it again, it continues there"
+                    ) from error
 
-    def run(self, sha256: str | None) -> Downloaded:
-        import httpx2
 
-        headers = {"Accept-Encoding": "identity"}  # sizes and ranges are those of the file
-        if self.token:
-            headers["Authorization"] = f"Bearer {self.token}"
-        with httpx2.Client(headers=headers, follow_redirects=True, timeout=30) as client:
-            before = -1
-            while True:
-                try:
-                    if self._attempt(client):
-                        return self._finish(sha256)
-                except httpx2.InvalidURL as error:
-                    raise SteerbackError(f"{self.url}: not an address ({error})") from error
-                except httpx2.HTTPError as error:
-                    if self.size <= before or not self.size:
-                        raise SteerbackError(self._broken(error)) from error
-                before = self.size
+def _attempt(client: httpx2.Client, url: str, file: IO[bytes]) -> bool:
+    """Send one request; return False if the file has to be begun anew. Shows a bar if stderr is a terminal."""
+    from tqdm import tqdm
 
-    def _broken(self, error: Exception) -> str:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if not self.size:
-            return f"{self.url}: cannot be reached ({reason}); is there a network, or a proxy to be set?"
-        return f"{self.url}: the connection broke after {self._have} ({reason}); run it again, it goes on from there"
-
-    @property
-    def _have(self) -> str:
-        return f"{self.size} of {self.total if self.total is not None else 'unknown'} bytes"
-
-    def _attempt(self, client: Any) -> bool:
-        """One request; True when the file is whole, False when another attempt is needed."""
-        asked = {"Range": f"bytes={self.size}-", "If-Range": str(self.validator)} if self.size else {}
-        with client.stream("GET", self.url, headers=asked) as response:
-            if response.status_code == 416 and self.size:
-                if response.headers.get("content-range") == f"bytes */{self.size}":
-                    return True
-                self._restart()
-                return False
-            if response.status_code >= 400:
-                raise SteerbackError(_refusal(response.status_code, self.url, bool(self.token)))
-            start = re.match(r"bytes (\d+)-", response.headers.get("content-range", ""))
-            if response.status_code != 206 or start is None or int(start[1]) != self.size:
-                if response.status_code == 206:
-                    raise SteerbackError(f"{self.url}: the server sent another part of the file than was asked for")
-                self._restart()
-            packed = "content-encoding" in response.headers  # though asked not to: lengths are not the file's
-            length = None if packed else response.headers.get("content-length")
-            self.total = None if length is None else self.size + int(length)
-            self._remember(response.headers)
-            check_space(self.destination.parent, int(length or 0), self.destination.name)
+    size, notes = file.seek(0, os.SEEK_END), _notes(file)
+    same = _remembered(notes, url) if size else None
+    with client.stream("GET", url, headers={"Range": f"bytes={size}-", "If-Range": same} if same else {}) as response:
+        if response.status_code == 416 and same:
+            whole = response.headers.get("content-range") == f"bytes */{size}"
+            if not whole:
+                file.truncate(0)
+            return whole
+        if response.status_code >= 400:
+            raise SteerbackError(_refusal(response.status_code, url, "authorization" in client.headers))
+        if response.status_code != 206:
+            file.truncate(0)
+            size = 0
+        elif not response.headers.get("content-range", "").startswith(f"bytes {size}-"):
+            raise SteerbackError(f"{url}: the server sent another part of the file than was asked for")
+        packed = "content-encoding" in response.headers  # though asked not to: its length is not the file's
+        length = None if packed else response.headers.get("content-length")
+        _remember(notes, url, None if packed else response.headers)
+        check_space(notes.parent, int(length or 0), notes.name.removesuffix(".part.json"))
+        total = None if length is None else size + int(length)
+        name = url.rpartition("/")[2]
+        with tqdm(desc=name, total=total, initial=size, unit="B", unit_scale=True, leave=False, disable=None) as bar:
             for chunk in response.iter_bytes():
-                self._take(chunk)
-        return self.total is None or self.size >= self.total
+                bar.update(file.write(chunk))
+    return True
 
-    def _take(self, chunk: bytes) -> None:
-        self.file.write(chunk)
-        self.digest.update(chunk)
-        self.size += len(chunk)
-        if self.progress is not None:
-            self.progress(self.size, self.total)
 
-    def _finish(self, sha256: str | None) -> Downloaded:
-        found = self.digest.hexdigest()
-        if self.total is not None and self.size != self.total:
-            self._restart()
-            raise SteerbackError(f"{self.url}: sent more bytes than it said it would; what came was thrown away")
-        if sha256 is not None and found != sha256.lower():
-            self._restart()
-            raise SteerbackError(
-                f"{self.url}: its SHA-256 is {found}, expected {sha256.lower()}; the file is damaged or was replaced, "
-                "what came was thrown away"
-            )
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.part.replace(self.destination)
-        self.notes.unlink(missing_ok=True)
-        return Downloaded(self.destination, found, self.size)
+def _finish(url: str, file: IO[bytes], destination: Path, sha256: str | None) -> Downloaded:
+    """Check a whole file and rename it into place."""
+    part = Path(file.name)
+    file.flush()
+    os.fsync(file.fileno())
+    done = Downloaded(destination, hash_file(part), part.stat().st_size)
+    if sha256 is not None and done.sha256 != sha256.lower():
+        file.truncate(0)
+        raise SteerbackError(
+            f"{url}: its SHA-256 is {done.sha256}, expected {sha256.lower()}; the file is damaged or was replaced, and "
+            "its bytes were deleted"
+        )
+    part.replace(destination)
+    _notes(file).unlink(missing_ok=True)
+    return done
 
-    def _restart(self) -> None:
-        self.file.truncate(0)
-        self.file.seek(0)
-        self.notes.unlink(missing_ok=True)
-        self.size, self.total, self.digest = 0, None, hashlib.sha256()
 
-    def _remember(self, headers: Any) -> None:
-        """Notes what tells whether the server's file is the same next time; without it the file starts anew."""
-        etag = headers.get("etag", "")
-        self.validator = etag if etag and not etag.startswith("W/") else headers.get("last-modified")
-        if "content-encoding" in headers:
-            self.validator = None
-        if self.validator:
-            self.notes.write_text(json.dumps({"url": self.url, "validator": self.validator}), encoding="utf-8")
+def _notes(file: IO[bytes]) -> Path:
+    """Return the file that says which version of the server's file an unfinished one is of."""
+    return Path(f"{file.name}.json")
 
-    def _remembered(self) -> str | None:
-        try:
-            known = json.loads(self.notes.read_text(encoding="utf-8"))
-            return str(known["validator"]) if known["url"] == self.url else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+
+def _remember(notes: Path, url: str, headers: httpx2.Headers | None) -> None:
+    """Note the server's mark of this version of the file; without one the next call begins anew."""
+    notes.unlink(missing_ok=True)
+    etag = "" if headers is None else headers.get("etag", "")
+    mark = etag if etag and not etag.startswith("W/") else headers and headers.get("last-modified")
+    if mark:
+        notes.write_text(json.dumps({"url": url, "validator": mark}), encoding="utf-8")
+
+
+def _remembered(notes: Path, url: str) -> str | None:
+    try:
+        known = json.loads(notes.read_text(encoding="utf-8"))
+        return str(known["validator"]) if known["url"] == url else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _refusal(status: int, url: str, token: bool) -> str:
@@ -245,12 +215,12 @@ def _refusal(status: int, url: str, token: bool) -> str:
     if status in (401, 403):
         return f"{url}: access refused ({status}); {'' if token else 'if it is gated, '}{_access(_page(url), token)}"
     if status == 429:
-        return f"{url}: the server asks for patience (429); try again later"
+        return f"{url}: the server answered that it is asked too often (429); try again later"
     return f"{url}: the server answered {status}; try again later"
 
 
 def _page(url: str) -> str:
-    """The page of the repository that a hub's URL belongs to."""
+    """Return the page of the repository that a hub's URL belongs to."""
     return re.sub(r"/(?:resolve|raw|blob)/.*", "", url)
 
 
@@ -260,15 +230,8 @@ def _access(page: str, token: bool) -> str:
     return f"accept its terms at {page} and set HF_TOKEN to a token of that account"
 
 
-def hub_file(
-    repo: str,
-    file: str,
-    revision: str | None = None,
-    *,
-    endpoint: str | None = None,
-    progress: Progress | None = None,
-) -> Path:
-    """A file of a hub repository ("owner/name") in the hub's cache (`HF_HOME`); downloaded unless it is there.
+def hub_file(repo: str, file: str, revision: str | None = None) -> Path:
+    """Return a file of a hub repository ("owner/name") in the hub's cache (`HF_HOME`), downloading it if need be.
 
     `revision` is a commit, tag or branch; a commit that is in the cache needs no network. Honours HF_ENDPOINT, HF_TOKEN
     and HF_HUB_OFFLINE. Large files are checked against the hash the hub gives and are resumed. The commit that a
@@ -276,105 +239,75 @@ def hub_file(
     """
     from huggingface_hub import hf_hub_download
 
-    where, version = endpoint or hub_place(), revision or "main"
-    with hub_errors(repo, version, file, where):
-        reached = _prefetch(repo, file, version, where, progress)
+    where, version = hub_place(), revision or "main"
+    with hub_errors(repo, version, file):
+        reached = _prefetch(repo, file, version, where)
         return Path(hf_hub_download(repo, file, revision=version, endpoint=where, local_files_only=not reached))
 
 
 def hub_place() -> str:
-    """Address of the model hub: HF_ENDPOINT, or the public one."""
+    """Return the address of the model hub: HF_ENDPOINT, or the public one."""
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 
 @contextlib.contextmanager
-def hub_errors(repo: str, version: str, file: str, where: str | None = None) -> Iterator[None]:
-    """What the hub's library raises about a file of a repository, as one line that says what to do."""
+def hub_errors(repo: str, version: str, file: str) -> Iterator[None]:
+    """Turn what the hub's library raises about a file of a repository into one line that says what to do."""
     import httpx2
-    from huggingface_hub import errors
+    from huggingface_hub import errors, get_token
 
-    where = where or hub_place()
-    page, known = f"{where}/{repo}", _token() is not None
-    address = f"{page}/resolve/{version}/{file}"
+    where = hub_place()
+    page, token = f"{where}/{repo}", get_token() is not None
+    known = {  # the first that fits: some are kinds of later ones
+        errors.GatedRepoError: f"{repo}: gated; {_access(page, token)}",
+        errors.RevisionNotFoundError: f"{repo}: no revision {version!r} there; see {page}/commits/main",
+        errors.RepositoryNotFoundError: f"{repo}: no such repository at {where}, or it is private: then set HF_TOKEN "
+        "to a token that may read it",
+        errors.LocalEntryNotFoundError: f"{repo}: {file} is not in the cache and {where} cannot be reached; connect "
+        "once, or fetch it elsewhere and point HF_HOME at that cache",
+        errors.HFValidationError: f"{repo!r} is not the name of a hub repository (owner/name)",
+    }
     try:
         yield
-    except errors.GatedRepoError as error:
-        raise SteerbackError(f"{repo}: gated; {_access(page, known)}") from error
-    except errors.RevisionNotFoundError as error:
-        raise SteerbackError(f"{repo}: no revision {version!r} there; see {page}/commits/main") from error
-    except errors.RepositoryNotFoundError as error:
-        raise SteerbackError(
-            f"{repo}: no such repository at {where}, or it is private: then set HF_TOKEN to a token that may read it"
-        ) from error
-    except errors.LocalEntryNotFoundError as error:
-        if isinstance(error.__cause__, errors.HfHubHTTPError):
-            status = getattr(error.__cause__.response, "status_code", 0)
-            raise SteerbackError(_refusal(status, address, known)) from error
-        raise SteerbackError(
-            f"{repo}: {file} is not in the cache and {where} cannot be reached; connect once, or fetch it elsewhere "
-            "and point HF_HOME at that cache"
-        ) from error
-    except errors.EntryNotFoundError as error:
-        raise NoSuchFile(f"{repo}: no file {file!r} at revision {version!r}; see {page}/tree/{version}") from error
-    except errors.HfHubHTTPError as error:
-        raise SteerbackError(_refusal(getattr(error.response, "status_code", 0), address, known)) from error
-    except errors.HFValidationError as error:
-        raise SteerbackError(f"{repo!r} is not the name of a hub repository (owner/name)") from error
-    except (httpx2.HTTPError, OSError) as error:
-        raise SteerbackError(f"{repo}: cannot get {file}: {' '.join(str(error).split())}") from error
+    except (errors.EntryNotFoundError, errors.HFValidationError, httpx2.HTTPError, OSError) as error:
+        refused = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
+        line = next((text for kind, text in known.items() if isinstance(error, kind)), None)
+        if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+            raise NoSuchFile(f"{repo}: no file {file!r} at revision {version!r}; see {page}/tree/{version}") from error
+        if isinstance(refused, errors.HfHubHTTPError) and (line is None or refused is not error):
+            status = getattr(refused.response, "status_code", 0)
+            line = _refusal(status, f"{page}/resolve/{version}/{file}", token)
+        raise SteerbackError(line or f"{repo}: cannot get {file}: {' '.join(str(error).split())}") from error
 
 
-def _prefetch(repo: str, file: str, version: str, endpoint: str, progress: Progress | None) -> bool:
-    """Puts a large file where the hub's library looks before it downloads: that library begins anew when it is stopped.
+def _prefetch(repo: str, file: str, version: str, endpoint: str) -> bool:
+    """Put a large file where the hub's library looks before it downloads, and return whether to ask the hub at all.
 
-    The place is the documented layout of its cache, `blobs/<hash>`; in another layout it would just download itself.
-    Returns whether there is any point in asking the hub (that library retries for half a minute where there is none).
+    The library (up to 2.4) deletes what it has of a file when it is stopped, and an SAE is one file of several GB. The
+    place is the documented layout of its cache, `blobs/<hash>`; in another layout it would just download the file.
+    It also retries for half a minute where there is no network, which the answer avoids.
     """
     import httpx2
-    from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url, is_offline_mode
+    from huggingface_hub import constants, errors, get_hf_file_metadata, get_token, hf_hub_url, is_offline_mode
     from huggingface_hub import try_to_load_from_cache as cached
 
     commit = re.fullmatch(r"[0-9a-f]{40}", version)
     if is_offline_mode() or (commit and isinstance(cached(repo, file, revision=version), str)):
         return False
-    url = hf_hub_url(repo, file, revision=version, endpoint=endpoint)
-    token = _token()
+    url, token = hf_hub_url(repo, file, revision=version, endpoint=endpoint), get_token()
     try:
         known = get_hf_file_metadata(url, token=token, endpoint=endpoint)
     except errors.HfHubHTTPError:
-        return True  # the hub's library will say so, or find an older copy in its cache
+        return True  # the library says what is wrong, or finds an older copy in its cache
     except httpx2.TransportError:
         return False
-    if known.etag is None or not re.fullmatch(r"[0-9a-f]{64}", known.etag):
-        return True  # a small file, not named by its SHA-256
-    blob = Path(constants.HF_HUB_CACHE) / ("models--" + repo.replace("/", "--")) / "blobs" / known.etag
-    if not blob.exists():
-        with _bar(file) as shown:
-            download(url, blob, sha256=known.etag, token=token, progress=progress or shown)
+    if known.etag is not None and re.fullmatch(r"[0-9a-f]{64}", known.etag):  # large files are named by their SHA-256
+        blob = Path(constants.HF_HUB_CACHE) / ("models--" + repo.replace("/", "--")) / "blobs" / known.etag
+        download(url, blob, sha256=known.etag, token=token)
     return True
 
 
-@contextlib.contextmanager
-def _bar(name: str) -> Iterator[Progress]:
-    """A progress bar where a person is looking (stderr is a terminal)."""
-    from tqdm import tqdm
-
-    with tqdm(desc=Path(name).name, unit="B", unit_scale=True, disable=None) as bar:
-
-        def show(done: int, total: int | None) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield show
-
-
 def commit_of(path: Path) -> str | None:
-    """The commit of a file in the hub's cache, None for any other path."""
+    """Return the commit of a file in the hub's cache, None for any other path."""
     found = re.search(r"/snapshots/([0-9a-f]{40})/", path.as_posix())
     return found[1] if found else None
-
-
-def _token() -> str | None:
-    from huggingface_hub import get_token
-
-    return get_token()

@@ -13,20 +13,27 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+import psutil
 
 from steerback.errors import SteerbackError
 from steerback.targets.download import check_space, free_space, gigabytes, hub_errors, hub_place
-from steerback.targets.target import Target
+from steerback.targets.target import Target, model_config, weight_sizes
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja"]
 """What is loaded of a hub model; other forms of its weights are left there."""
 NOT_MODEL_FILES = ["original/*", "*/*"]
+DECODER_LAYER = re.compile(r"(?:.*\.)?(?:language_model|model)\.layers\.(\d{1,6})\.")
+"""Weights of a layer of the language model (not of a vision tower), whatever stands before it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What there is: (name, bytes) of each GPU, bytes of memory and of free disk where models are kept."""
+    """A machine: (name, bytes) of each GPU, bytes of memory, and of free disk where models are kept."""
 
     gpus: tuple[tuple[str, int], ...]
     memory: int
@@ -38,62 +45,50 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """The machine this runs on."""
+    """Return the machine this runs on."""
     from huggingface_hub import constants
 
     return Machine(gpus(), total_memory(), free_space(Path(constants.HF_HUB_CACHE)))
 
 
 def gpus() -> tuple[tuple[str, int], ...]:
-    """(name, bytes) of the GPUs that a process here may use; asked of the driver, so that CUDA is not started by it."""
+    """Return (name, bytes) of the GPUs that a process here may use.
+
+    PyTorch gives names and sizes only once CUDA is started in this process, after which vLLM can no longer fork its
+    own; so the driver's program is asked.
+    """
     program = shutil.which("nvidia-smi")
     if program is None:
         return ()
-    asked = [program, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    said = subprocess.run(asked, capture_output=True, text=True, check=False)
-    rows = [line.rsplit(",", 1) for line in said.stdout.splitlines() if "," in line]
-    found = [(name.strip(), int(size) << 20) for name, size in rows if size.strip().isdecimal()]
+    query = [program, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+    rows = [line.rsplit(",", 1) for line in answer.splitlines() if "," in line]
+    known = [(name.strip(), int(size) << 20) for name, size in rows if size.strip().isdecimal()]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None or not all(part.strip().isdecimal() for part in visible.split(",") if part.strip()):
-        return tuple(found)
-    return tuple(found[int(part)] for part in visible.split(",") if part.strip() and int(part) < len(found))
+        return tuple(known)
+    return tuple(known[int(part)] for part in visible.split(",") if part.strip() and int(part) < len(known))
 
 
 def total_memory() -> int:
-    """Bytes of memory of this machine; 0 where the system does not say."""
-    return _meminfo().get("MemTotal", 0) or _pages("SC_PHYS_PAGES")
+    """Return the bytes of memory of this machine."""
+    return int(psutil.virtual_memory().total)
 
 
 def available_memory() -> int:
-    """Bytes of memory that can be had without swapping; 0 where the system does not say."""
-    return _meminfo().get("MemAvailable", 0) or _pages("SC_PHYS_PAGES")
-
-
-def _meminfo() -> dict[str, int]:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return {}
-    fields = (line.split() for line in lines if line.endswith("kB"))
-    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in fields}
-
-
-def _pages(name: str) -> int:
-    try:
-        return os.sysconf(name) * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return 0
+    """Return the bytes of memory that can be had without swapping."""
+    return int(psutil.virtual_memory().available)
 
 
 def download_bytes(target: Target) -> int:
-    """Bytes of a hub target's model (in 16 bits) and SAE; 0 for what is in folders."""
+    """Return the bytes of a hub target's model (in 16 bits) and SAE; 0 for what is in folders."""
     model = 0 if Path(target.model).is_dir() or not target.n_parameters else 2 * target.n_parameters
     local = target.sae is None or Path(target.sae.location).expanduser().exists()
     return model + (0 if local else target.sae_bytes)
 
 
 def verdict(target: Target, machine: Machine) -> str:
-    """How a target can run on a machine, or why it cannot."""
+    """Say how a target can run on a machine, or why it cannot."""
     if target.memory() is None:
         return "unknown: its size is not known"
     reasons = []
@@ -123,7 +118,7 @@ def _where(needed: int, machine: Machine, form: str) -> str | None:
 
 
 def check_ready(target: Target, kind: str = "", free: int = 0, form: str | None = None) -> None:
-    """SteerbackError in one line where a target does not fit `free` bytes of a `kind` of memory, or cannot be had.
+    """Raise SteerbackError where a target does not fit `free` bytes of a `kind` of memory, or cannot be had.
 
     `form` is the type of its weights, if not the target's own; `free` 0 leaves memory out. The hub is asked for access
     and sizes, and the disk for room for what is not in its cache.
@@ -147,11 +142,12 @@ def _check_hub_model(target: Target) -> None:
         )
     if _pinned(target) and snapshot_is_whole(target):
         return
-    asked: dict[str, Any] = {"repo_id": target.model, "revision": target.revision, "endpoint": hub_place()}
     with hub_errors(target.model, target.revision or "main", "config.json"):
         try:
             files = snapshot_download(
-                **asked,
+                target.model,
+                revision=target.revision,
+                endpoint=hub_place(),
                 allow_patterns=MODEL_FILES,
                 ignore_patterns=NOT_MODEL_FILES,
                 tqdm_class=quiet_bar(),
@@ -170,39 +166,70 @@ def _check_hub_model(target: Target) -> None:
 
 
 def fetch(target: Target) -> None:
-    """Downloads what the hub's cache lacks of a target, the SAE first, and shows how far it is at a terminal."""
+    """Download what the hub's cache lacks of a target, the SAE first, and show progress at a terminal.
+
+    The hub's library keeps each file of a model that is whole, so a stopped download continues with the next file.
+    """
     from huggingface_hub import snapshot_download
 
     from steerback.targets.sae_files import FORMATS, locate
 
     if target.sae is not None and target.sae.format in FORMATS and FORMATS[target.sae.format].suffixes:
         locate(target.sae)
-    if Path(target.model).is_dir() or (_pinned(target) and snapshot_is_whole(target)):
-        return
-    with hub_errors(target.model, target.revision or "main", "config.json"):
-        snapshot_download(
-            target.model,
-            revision=target.revision,
-            endpoint=hub_place(),
-            allow_patterns=MODEL_FILES,
-            ignore_patterns=NOT_MODEL_FILES,
-            tqdm_class=None if sys.stderr.isatty() else quiet_bar(),
+    if not Path(target.model).is_dir() and not (_pinned(target) and snapshot_is_whole(target)):
+        with hub_errors(target.model, target.revision or "main", "config.json"):
+            snapshot_download(
+                target.model,
+                revision=target.revision,
+                endpoint=hub_place(),
+                allow_patterns=MODEL_FILES,
+                ignore_patterns=NOT_MODEL_FILES,
+                tqdm_class=None if sys.stderr.isatty() else quiet_bar(),
+            )
+    check_weights(target)
+
+
+def check_weights(target: Target) -> None:
+    """Raise SteerbackError if a model's files hold layers that its config.json leaves out.
+
+    Engines would build the model without these layers and never say so.
+    """
+    folder = model_folder(target)
+    layers = {int(m[1]) for name in weight_sizes(folder) if (m := DECODER_LAYER.match(name))}
+    n_layers = model_config(folder).get("num_hidden_layers")
+    if layers and isinstance(n_layers, int) and max(layers) >= n_layers:
+        raise SteerbackError(
+            f"target {target.name!r}: config.json of {target.model} says {n_layers} layers and its weights have "
+            f"{max(layers) + 1}; they are not of one model"
         )
+
+
+def model_folder(target: Target) -> Path:
+    """Return the folder of a model's files: its own, or that of a hub model in the local cache."""
+    from huggingface_hub import try_to_load_from_cache as cached
+
+    if Path(target.model).is_dir():
+        return Path(target.model)
+    config = cached(target.model, "config.json", revision=target.revision)
+    return Path(config).parent if isinstance(config, str) else Path(target.model)
 
 
 def _pinned(target: Target) -> bool:
     return re.fullmatch(r"[0-9a-f]{40}", target.revision or "") is not None
 
 
-def quiet_bar() -> Any:
-    """A progress bar that shows nothing."""
+def quiet_bar() -> type[tqdm]:
+    """Return a progress bar that shows nothing."""
     from tqdm import tqdm
 
-    return type("Quiet", (tqdm,), {"__init__": lambda self, *a, **k: tqdm.__init__(self, *a, **k | {"disable": True})})
+    def init(self: tqdm, *args: object, **options: object) -> None:
+        tqdm.__init__(self, *args, **options | {"disable": True})
+
+    return type("QuietBar", (tqdm,), {"__init__": init})
 
 
 def snapshot_is_whole(target: Target) -> bool:
-    """Whether the hub's cache has config and weights of a target's model."""
+    """Return whether the hub's cache has config and weights of a target's model."""
     from huggingface_hub import try_to_load_from_cache as cached
 
     def there(name: str) -> str | None:
