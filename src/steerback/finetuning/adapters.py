@@ -25,6 +25,7 @@ from steerback.store.files import make_folder
 from steerback.store.manifest import commit, machine
 from steerback.store.run import write_atomic, write_json
 from steerback.targets import Target, resolve
+from steerback.targets.fit import check_weights
 from steerback.targets.target import is_adapter
 
 if TYPE_CHECKING:
@@ -148,22 +149,19 @@ def load_base(target: Target) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    from steerback.engines.loading import hub_arguments, load_errors
     from steerback.finetuning.train import has_bf16
 
     place = "cuda" if torch.cuda.is_available() else "cpu"
     if place == "cuda":
         place = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     logging.disable_progress_bar()
-    origin: dict[str, Any] = {} if Path(target.model).is_dir() else {"revision": target.revision}
     dtype = torch.bfloat16 if has_bf16(place.partition(":")[0]) else torch.float32
-    try:
+    check_weights(target)
+    with load_errors(target, f"cannot load {target.model}"):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            target.model, dtype=dtype, use_safetensors=True, **origin
+            target.model, dtype=dtype, use_safetensors=True, **hub_arguments(target)
         )
-    except (OSError, ValueError) as error:
-        raise SteerbackError(
-            f"base {target.name!r}: cannot load {target.model}: {' '.join(str(error).split())}"
-        ) from None
     return model.to(place)
 
 
@@ -171,13 +169,10 @@ def load_tokenizer(target: Target) -> Any:
     """The target's tokenizer; SteerbackError where it cannot be had."""
     from transformers import AutoTokenizer
 
-    origin: dict[str, Any] = {} if Path(target.model).is_dir() else {"revision": target.revision}
-    try:
-        return AutoTokenizer.from_pretrained(target.model, **origin)
-    except (OSError, ValueError) as error:
-        raise SteerbackError(
-            f"base {target.name!r}: cannot load the tokenizer of {target.model}: {' '.join(str(error).split())}"
-        ) from None
+    from steerback.engines.loading import hub_arguments, load_errors
+
+    with load_errors(target, f"cannot load the tokenizer of {target.model}"):
+        return AutoTokenizer.from_pretrained(target.model, **hub_arguments(target))
 
 
 def read_data(path: Path) -> tuple[list[Row], list[Row]]:

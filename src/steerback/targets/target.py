@@ -11,7 +11,7 @@ import math
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, TypedDict
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
@@ -76,16 +76,6 @@ def read_metadata(folder: Path) -> SaeMetadata:
     return parse(SaeMetadata, meta, str(path))
 
 
-class LoadOptions(TypedDict):
-    """Arguments of every `from_pretrained` for a target's model: its revision, and never code from its files.
-
-    Without the second transformers asks at the terminal whether to run such code.
-    """
-
-    revision: str | None
-    trust_remote_code: Literal[False]
-
-
 @dataclass(frozen=True, slots=True)
 class SaeSource:
     """Where an SAE comes from: a format known to `targets.sae_files`, a folder or hub id, a file in it, a revision.
@@ -146,11 +136,6 @@ class Target:
     """(name, file) of each direction that can be added beside (or instead of) SAE latents; see `targets.directions`."""
     provenance: tuple[tuple[str, str], ...] = ()
     """(field, where its value comes from): specification, authors, measured, derived, published, assumed, ..."""
-
-    @property
-    def load_options(self) -> LoadOptions:
-        """Arguments of `from_pretrained` for model, config and tokenizer."""
-        return {"revision": self.revision, "trust_remote_code": False}
 
     def labels(self) -> dict[int, str]:
         """Return the label per latent, the user's (fetched, imported, made) before the target's; others are absent."""

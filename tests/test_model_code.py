@@ -1,0 +1,94 @@
+"""Code in a model's folder never runs, nothing asks whether to run it, and the refusal is one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import tiny
+from steerback.errors import SteerbackError
+from steerback.targets import from_folder
+from steerback.targets.fit import check_weights
+from steerback.targets.sae import save_native
+
+BOMB = """
+from pathlib import Path
+Path({mark!r}).touch()
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+class OwnTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "little"
+    tiny.model().save_pretrained(path)
+    tiny.tokenizer().save_pretrained(path)
+    save_native(tiny.sae(), path, boost_prior=[6, 3, 0, 30])
+    return path
+
+
+def put_code(folder: Path, part: str) -> Path:
+    """Let a folder's model or tokenizer need code of its own, which would make the file that is returned."""
+    mark = folder.parent / "code-ran"
+    (folder / "own.py").write_text(BOMB.format(mark=str(mark)))
+    name = "config.json" if part == "model" else "tokenizer_config.json"
+    config = json.loads((folder / name).read_text())
+    if part == "model":
+        config |= {"model_type": "own", "architectures": ["OwnModel"]}
+        config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    else:
+        config |= {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
+    (folder / name).write_text(json.dumps(config))
+    return mark
+
+
+@pytest.mark.parametrize("part", ["model", "tokenizer"])
+@pytest.mark.parametrize("verb", ["try", "finetune"])
+def test_code_in_a_models_folder_is_refused_without_a_question(folder: Path, part: str, verb: str) -> None:
+    mark = put_code(folder, part)
+    row = {"segments": [{"label": True, "text": "the cat"}]}
+    (folder.parent / "train.jsonl").write_text("\n".join([json.dumps(row)] * 4))
+    words = {
+        "try": ["try", str(folder), "the cat", "--latent", "5", "--boost", "4"],
+        "finetune": ["finetune", "train", "train.jsonl", "-t", str(folder), "--out", "adapters"],
+    }[verb]
+    done = subprocess.run(
+        [sys.executable, "-m", "steerback", *words],
+        input="y\ny\ny\n",
+        cwd=folder.parent,
+        env={**os.environ, "HF_HOME": str(folder.parent / "hf"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert not mark.exists()
+    assert done.returncode == 2, done.stderr
+    said = done.stderr.strip().splitlines()[-1]  # the library may have warned about the architecture before
+    assert said.startswith("steerback: error: ")
+    assert "needs Python code from its own folder, which is never run" in said
+    assert "[y/N]" not in done.stdout
+
+
+def test_a_model_with_more_layers_than_its_config_says_is_refused(folder: Path) -> None:
+    check_weights(from_folder(folder))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(SteerbackError, match="says 3 layers and its weights have 4") as caught:
+        check_weights(from_folder(folder))
+    assert "\n" not in str(caught.value)
+    weights = load_file(folder / "model.safetensors")
+    other = {name.replace("model.layers", "vision_tower.vision_model.layers"): w for name, w in weights.items()}
+    save_file(other, folder / "model.safetensors")
+    check_weights(from_folder(folder))  # the layers of a vision tower are others
