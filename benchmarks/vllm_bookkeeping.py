@@ -22,7 +22,7 @@ from vllm_gpu import CLAMPED, NEW, PROMPT, Report
 
 from steerback.engines.interventions import Site
 from steerback.engines.vllm.settings import TableSettings, Ticket
-from steerback.engines.vllm.slots import Arrival, Slots, Step
+from steerback.engines.vllm.slots import Arrival, EngineStep, Slots
 from steerback.engines.vllm.tables import LayerTable, Shared
 from steerback.records import Intervention
 from steerback.targets.sae import Sae
@@ -55,10 +55,10 @@ def one_round(worker: Slots, edits: tuple[Intervention, ...], record: tuple[int,
     marks.append(time.process_time())
     worker.admit([Arrival(key, args, PROMPT, 0) for key, (_, args) in zip(keys, packed, strict=True)])
     marks.append(time.process_time())
-    worker.step(Step(keys, np.ones(REQUESTS, dtype=int), np.full(REQUESTS, 60)))
+    worker.step(EngineStep(keys, np.ones(REQUESTS, dtype=int), np.full(REQUESTS, 60)))
     marks.append(time.process_time())
     for _ in range(20):
-        worker.step(Step(keys, np.ones(REQUESTS, dtype=int), np.full(REQUESTS, 61)))
+        worker.step(EngineStep(keys, np.ones(REQUESTS, dtype=int), np.full(REQUESTS, 61)))
     marks.append(time.process_time())
     worker.fetch([(key, PROMPT + NEW - 1) for key in keys], records=True)
     marks.append(time.process_time())

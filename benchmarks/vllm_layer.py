@@ -18,7 +18,7 @@ from vllm_gpu import CLAMPED, Report
 
 from steerback.engines.interventions import Site
 from steerback.engines.vllm.settings import TableSettings, Ticket
-from steerback.engines.vllm.slots import Arrival, Slots, Step
+from steerback.engines.vllm.slots import Arrival, EngineStep, Slots
 from steerback.engines.vllm.tables import LayerTable, Shared, steer_layer
 from steerback.records import Intervention
 from steerback.targets.sae import Sae
@@ -56,7 +56,7 @@ def steered(tokens: int, width: int, columns: int, with_sae: bool, kind: str, de
     import numpy as np
 
     slots.admit(arrivals)
-    slots.step(Step([str(k) for k in range(tokens)], np.ones(tokens, dtype=int), np.full(tokens, 60)))
+    slots.step(EngineStep([str(k) for k in range(tokens)], np.ones(tokens, dtype=int), np.full(tokens, 60)))
     return layer, slots
 
 

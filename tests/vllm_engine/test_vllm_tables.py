@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from steerback.engines.interventions import Site, steer
 from steerback.engines.vllm.settings import TableSettings, Ticket
-from steerback.engines.vllm.slots import Arrival, Slots, Step
+from steerback.engines.vllm.slots import Arrival, EngineStep, Slots
 from steerback.engines.vllm.tables import LayerTable, Shared, steer_layer
 from steerback.errors import SteerbackError
 from steerback.records import Intervention
@@ -51,7 +51,7 @@ class Worker:
         """Sends (request, residuals (T, d), first position) through both layers as one batch; returns what leaves."""
         counts = np.array([len(h) for _, h, _ in parts])
         before = np.array([first for *_, first in parts])
-        self.slots.step(Step([request for request, *_ in parts], counts, before))
+        self.slots.step(EngineStep([request for request, *_ in parts], counts, before))
         positions = torch.cat([torch.arange(len(h)) + first for _, h, first in parts])
         h = torch.cat([h for _, h, _ in parts])
         out = {}

@@ -26,7 +26,7 @@ class EngineRecord(TypedDict):
     target: str
 
 
-class Provenance(TypedDict, total=False):
+class ModelProvenance(TypedDict, total=False):
     """Names, commits and SHA-256 hashes of the model, adapter, tokenizer and SAE that were loaded."""
 
     model: str
@@ -47,7 +47,7 @@ class LayerNumbers(TypedDict):
     read: int
 
 
-class ModelRecord(EngineRecord, Provenance):
+class ModelRecord(EngineRecord, ModelProvenance):
     """The part of the record that all engines with a real model share."""
 
     arithmetic: str

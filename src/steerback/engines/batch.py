@@ -42,7 +42,7 @@ class Shape:
 
     @staticmethod
     def bucket(prompt: int) -> int:
-        """Padded length of a prompt: a function of this prompt alone."""
+        """Return the padded length of a prompt, which depends on this prompt alone."""
         step = 16 if prompt <= 256 else 64
         return -(-prompt // step) * step
 
@@ -60,7 +60,7 @@ class DecodingSlot:
 
 Item = tuple[Request, tuple[int, ...]]  # a request and the tokens of its prompt
 BLOCK = 8
-"""Decoding steps between two looks at what came out; a row that ends within a block idles until its end."""
+"""Decoding steps between two checks for finished rows; a row that ends within a block idles until its end."""
 
 
 class Queue:
@@ -79,7 +79,7 @@ class Queue:
         return sum(map(len, self._buckets.values()))
 
     def take(self, free: int, rows: int, idle: bool) -> tuple[int, list[Item]]:
-        """A bucket and up to `rows` of its requests for `free` slots, or none where it is better to wait.
+        """Return a bucket and up to `rows` of its requests for `free` slots, or none where it is better to wait.
 
         A prefill costs the same for one prompt as for `rows`, so unless the batch is idle it waits for free slots.
         """
@@ -92,7 +92,7 @@ class Queue:
             return bucket, [queue.popleft() for _ in range(min(rows, free, len(queue)))]
 
     def drain(self) -> list[Item]:
-        """All that is left, which is taken out."""
+        """Take all remaining requests out of the queue."""
         with self._lock:
             left = [item for queue in self._buckets.values() for item in queue]
             self._buckets.clear()
@@ -100,7 +100,7 @@ class Queue:
 
 
 class DecodingBatch:
-    """Slots that decode together. `advance` does a block of steps and returns what was finished."""
+    """Slots that decode together. `advance` does a block of steps and returns the finished responses."""
 
     def __init__(
         self, runner: Runner, queue: Queue, shape: Shape, sae: Sae | None, directions: Mapping[str, Tensor]
@@ -124,17 +124,17 @@ class DecodingBatch:
 
     @property
     def pending(self) -> bool:
-        """Whether anything is left to do."""
+        """Whether requests are running or waiting."""
         return bool(self.slots or len(self.queue))
 
     def unfinished(self) -> list[Item]:
-        """Requests taken from the queue and not finished, to be started anew elsewhere."""
+        """Return the requests taken from the queue and not finished, to be started anew in another batch."""
         running = {s.request.key: (s.request, self.runner.prompt_of(s.request)) for s in self.slots.values()}
         return [*(running | {item[0].key: item for item in self._entering}).values()]
 
     @torch.inference_mode()
     def advance(self) -> list[tuple[str, Completion]]:
-        """Fills free slots, decodes a block of steps for all slots, empties the slots that finished."""
+        """Fill free slots, decode a block of steps for all slots, and empty the slots that finished."""
         self._fill()
         left = max((s.request.sampling.max_new_tokens - len(s.tokens) for s in self.slots.values()), default=0)
         drawn = [self._step(ahead) for ahead in range(min(BLOCK, left))]
@@ -145,7 +145,7 @@ class DecodingBatch:
         return [done for n in list(self.slots) if (done := self._finish(n)) is not None]
 
     def _fill(self) -> None:
-        """Prefills what the queue gives."""
+        """Prefill the requests that the queue hands out."""
         while True:
             bucket, self._entering = self.queue.take(len(self._free), self.shape.prefill_rows, not self.slots)
             if not self._entering:
@@ -182,7 +182,7 @@ class DecodingBatch:
             self._first.release(n)
 
     def _enter(self, slot: int, row: int, state: DecodingSlot, prompt: tuple[int, ...]) -> None:
-        """Carries a prefilled row into its slot: tokens, draws, receipts and recordings."""
+        """Carry a prefilled row into its slot: tokens, draws, receipts and recordings."""
         known = torch.tensor([*prompt, *state.tokens], device=self.runner.device)
         self._sampler.admit(slot, state.request.sampling, state.request.seed, known)
         size = len(prompt)
@@ -200,7 +200,7 @@ class DecodingBatch:
         self.slots[slot] = state
 
     def _step(self, ahead: int) -> Tensor:
-        """Feeds every slot its last token, `ahead` tokens beyond those known here; returns the next ones (rows,)."""
+        """Feed every slot its last token, `ahead` tokens beyond those known here; return the next tokens (rows,)."""
         far = max(s.prompt + len(s.tokens) for s in self.slots.values()) + ahead
         self._cache.seek(self._positions, far)
         positions = self._positions[:, None]

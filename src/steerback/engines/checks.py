@@ -1,6 +1,6 @@
-"""What every engine asks of its target and its requests before anything is generated, in one line naming the field.
+"""Checks that every engine makes of its target and requests before anything is generated; errors name the field.
 
-Whether a prompt fits is asked by each engine itself, as their contexts differ. Knows nothing of models in memory.
+Knows nothing of models in memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def site_of(target: Target, n_layers: int, d_model: int, sae: Sae | None, directions: tuple[str, ...]) -> Site:
-    """Where a target is edited and read, once it is known that model, SAE and layers fit together."""
+    """Return where a target is edited and read; SteerbackError if model, SAE and layers do not fit together."""
     if sae is not None:
         sae.check(f"SAE of target {target.name!r}", d_model, n_layers)
         if target.n_latents and target.n_latents != sae.n_latents:
@@ -44,7 +44,7 @@ def site_of(target: Target, n_layers: int, d_model: int, sae: Sae | None, direct
 
 
 def checked(requests: Sequence[Request], site: Site) -> Iterator[tuple[str, Request]]:
-    """("request 'key'", request) for each request, none of whose keys may occur twice."""
+    """Yield ("request 'key'", request) for each request once it is checked; no key may occur twice."""
     keys: set[str] = set()
     for request in requests:
         where = f"request {request.key!r}"
@@ -72,8 +72,19 @@ def check_sampling(where: str, sampling: Sampling) -> None:
         raise SteerbackError(f"{where}: sampling.stop contains an empty string, which would stop every response")
 
 
+def check_length(where: str, prompt: int, new: int, most: int, limit: str, advice: str) -> None:
+    """Raise SteerbackError if a prompt is empty or cannot fit with its response into `most` tokens, the `limit`."""
+    if prompt == 0:
+        raise SteerbackError(f"{where}: the prompt has no tokens")
+    if prompt + new > most:
+        raise SteerbackError(
+            f"{where}: prompt of {prompt} tokens and max_new_tokens {new} exceed {limit} {most}; shorten the prompt, "
+            f"lower max_new_tokens{advice}"
+        )
+
+
 def check_texts(prompts: Sequence[str], responses: Sequence[str], latents: Sequence[int] | None, site: Site) -> None:
-    """Raises SteerbackError if the activations of these texts cannot be given."""
+    """Raise SteerbackError if the activations of these texts cannot be given."""
     if not site.n_latents:
         raise SteerbackError("activations need an SAE and this target has none")
     if len(prompts) != len(responses):

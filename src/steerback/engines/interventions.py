@@ -1,4 +1,4 @@
-"""What steering does to the residual stream: the single definition every engine is tested against.
+"""The arithmetic of steering: the single definition that every engine is tested against.
 
     h' = h + sum_clamp (v_k - z_k(h)) W_dec[k] + sum_add b d
 
@@ -30,7 +30,7 @@ Phase = Literal["prompt", "generated"]
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """What happens at one layer in one phase: clamps (latent, value) first, then additions (latent, boost)."""
+    """The edits of one layer in one phase: clamps (latent, value) first, then additions (latent, boost)."""
 
     add: tuple[tuple[LatentKey, float], ...] = ()
     clamp: tuple[tuple[int, float], ...] = ()
@@ -38,7 +38,7 @@ class LayerPlan:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where a target is edited and read, and what there is to edit with. `n_latents` is 0 without an SAE.
+    """The layers at which a target is edited and read, its latents and directions. `n_latents` is 0 without an SAE.
 
     `sae_layer` is where clamps act: the SAE's own layer unless the target says another.
     """
@@ -52,7 +52,7 @@ class Site:
     directions: tuple[str, ...] = ()
 
     def layer_of(self, intervention: Intervention) -> int:
-        """An addition acts at the steer layer, a clamp at the SAE's own, unless the intervention names a layer."""
+        """Return the layer of an edit: its own, else the steer layer for an addition and the SAE's for a clamp."""
         if intervention.layer is not None:
             return intervention.layer
         return self.steer_layer if intervention.mode == "add" else self.sae_layer
@@ -65,7 +65,7 @@ class Site:
 
 
 def plan_layers(interventions: Sequence[Intervention], phase: Phase, site: Site) -> dict[int, LayerPlan]:
-    """The edits of `phase`, by layer; layers without an edit are absent."""
+    """Return the edits of `phase` by layer; layers without an edit are absent."""
     adds: dict[int, list[tuple[LatentKey, float]]] = {}
     clamps: dict[int, list[tuple[int, float]]] = {}
     for item in interventions:
@@ -83,12 +83,12 @@ def plan_layers(interventions: Sequence[Intervention], phase: Phase, site: Site)
 
 
 def clamp_delta(z: Tensor, values: Tensor, decoder: Tensor) -> Tensor:
-    """What clamping adds: z and values (..., k), decoder rows (..., k, d) -> (..., d)."""
+    """Return what clamping adds: z and values (..., k), decoder rows (..., k, d) -> (..., d)."""
     return (values - z) @ decoder
 
 
 def added_vector(plan: LayerPlan, sae: Sae | None, directions: Mapping[str, Tensor], like: Tensor) -> Tensor:
-    """The sum of all additions of one layer, (d,) float32 on the device of `like`."""
+    """Return the sum of all additions of one layer, (d,) float32 on the device of `like`."""
     import torch
 
     total = torch.zeros(like.shape[-1], dtype=torch.float32, device=like.device)
@@ -98,7 +98,7 @@ def added_vector(plan: LayerPlan, sae: Sae | None, directions: Mapping[str, Tens
 
 
 def direction(key: LatentKey, sae: Sae | None, directions: Mapping[str, Tensor]) -> Tensor:
-    """The vector (d,) that a boost of 1 adds: a raw decoder row of the SAE, or a named direction."""
+    """Return the vector (d,) that a boost of 1 adds: a raw decoder row of the SAE, or a named direction."""
     if isinstance(key, str):
         if key not in directions:
             raise unknown("direction", key, sorted(directions) or ["(this target has none)"])
@@ -109,7 +109,7 @@ def direction(key: LatentKey, sae: Sae | None, directions: Mapping[str, Tensor])
 
 
 def edit(h: Tensor, plan: LayerPlan, sae: Sae | None, directions: Mapping[str, Tensor] | None = None) -> Tensor:
-    """The residual (..., d) after the clamps and additions of one layer; computed in float32 or wider."""
+    """Return the residual (..., d) after the clamps and additions of one layer; computed in float32 or wider."""
     import torch
 
     x = h if h.dtype == torch.float64 else h.float()
@@ -133,7 +133,7 @@ def steer(
     sae: Sae | None,
     directions: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """One sequence's residual (T, d) after `layer`, its first `prompt` positions being the prompt."""
+    """Return one sequence's residual (T, d) after `layer`; its first `prompt` positions are the prompt."""
     import torch
 
     parts = []
@@ -145,7 +145,7 @@ def steer(
 
 
 def check(where: str, interventions: Sequence[Intervention], record: Recording | None, site: Site) -> None:
-    """Raises SteerbackError naming the field if `interventions` or `record` cannot be carried out at `site`."""
+    """Raise SteerbackError naming the field if `interventions` or `record` cannot be carried out at `site`."""
     seen: set[tuple[int, LatentKey, Phase]] = set()
     phases: tuple[Phase, ...] = ("prompt", "generated")
     for n, item in enumerate(interventions):
@@ -173,7 +173,7 @@ def check(where: str, interventions: Sequence[Intervention], record: Recording |
 
 
 def check_layer(field: str, layer: int | None, site: Site) -> None:
-    """Raises SteerbackError for a layer that the model does not have."""
+    """Raise SteerbackError for a layer that the model does not have."""
     if layer is not None and not 0 <= layer < site.n_layers:
         raise SteerbackError(f"{field} {layer} is outside 0..{site.n_layers - 1}, the layers of this model")
 
@@ -190,7 +190,7 @@ def _check_latent(field: str, latent: LatentKey, site: Site) -> None:
 
 
 def check_directions(directions: Mapping[str, Tensor], d_model: int) -> None:
-    """Raises SteerbackError if a named direction has the wrong width or is not finite."""
+    """Raise SteerbackError if a named direction has the wrong width or is not finite."""
     for name, vector in directions.items():
         if tuple(vector.shape) != (d_model,):
             raise SteerbackError(f"direction {name!r} has shape {tuple(vector.shape)}; this model needs ({d_model},)")

@@ -1,4 +1,4 @@
-"""Key/value storage with a position of its own for every row, and the attention that reads it.
+"""Key/value storage in which every row has its own position, and the attention that reads it.
 
 Decoding works on fixed slots: keys and values lie in pages (page, row, head, position, dim), a row's next token goes
 to its own position, and no row is padded on the left. Attention multiplies page by page in the same shapes whatever the
@@ -18,7 +18,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 class PromptCache(Cache):  # type: ignore[misc]
-    """Collects keys and values (rows, heads, length, dim) of a batch of prompts that start at position 0."""
+    """Keys and values (rows, heads, length, dim) of a batch of prompts that start at position 0."""
 
     def __init__(self) -> None:
         super().__init__(layers=[])
@@ -32,7 +32,7 @@ class PromptCache(Cache):  # type: ignore[misc]
 class PagedCache(Cache):  # type: ignore[misc]
     """Keys (page, row, head, dim, position) and values (page, row, head, position, dim) of `rows` slots.
 
-    `seek` says where each row writes next and how far anybody has to look; the rest is masked for everybody.
+    `seek` sets where each row writes next and how many pages attention reads; the rest is masked for every row.
     """
 
     def __init__(self, rows: int, length: int, page: int) -> None:
@@ -49,7 +49,7 @@ class PagedCache(Cache):  # type: ignore[misc]
         return self._used * self.page
 
     def admit(self, prompts: PromptCache, rows: list[int], slots: list[int]) -> None:
-        """Copies rows of a prompt batch into slots."""
+        """Copy rows of a prompt batch into slots."""
         for layer, (keys, values) in prompts.kept.items():
             stored = self._kept[layer] if layer in self._kept else self._make(layer, keys)
             for first in range(0, keys.shape[2], self.page):
@@ -59,13 +59,13 @@ class PagedCache(Cache):  # type: ignore[misc]
                 stored[1][first // self.page][slots, :, :size] = values[rows, :, part]
 
     def seek(self, positions: Tensor, far: int) -> None:
-        """The next `update` writes at positions (rows,); none of the rows in use stands beyond `far` tokens."""
+        """Set where the next `update` writes, positions (rows,); no row in use holds more than `far` tokens."""
         row = torch.arange(self.rows, device=positions.device)
         self._index = (positions // self.page, row, positions % self.page)
         self._used = min(-(-far // self.page), self.pages)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object) -> Pair:
-        """Writes one token per row; returns the pages in use, (n, rows, heads, page, dim)."""
+        """Write one token per row; return the pages in use, (n, rows, heads, page, dim)."""
         assert self._index is not None
         page, row, offset = self._index
         keys, values = self._kept[layer_idx]
@@ -85,7 +85,7 @@ class PagedCache(Cache):  # type: ignore[misc]
 
 
 class FlatCache(Cache):  # type: ignore[misc]
-    """The same for GPUs, where launches count: one stretch (row, position, head, dim) per slot, no pages."""
+    """The same without pages for GPUs, where kernel launches are costly: (row, position, head, dim)."""
 
     def __init__(self, rows: int, length: int) -> None:
         super().__init__(layers=[])
@@ -95,7 +95,7 @@ class FlatCache(Cache):  # type: ignore[misc]
         self._index: Tensor | None = None
 
     def admit(self, prompts: PromptCache, rows: list[int], slots: list[int]) -> None:
-        """Copies rows of a prompt batch into slots."""
+        """Copy rows of a prompt batch into slots."""
         for layer, fresh in prompts.kept.items():
             if layer not in self._kept:
                 _, heads, _, dim = fresh[0].shape
@@ -105,12 +105,12 @@ class FlatCache(Cache):  # type: ignore[misc]
                 stored[slots, : new.shape[2]] = new[rows].transpose(1, 2)
 
     def seek(self, positions: Tensor, far: int) -> None:
-        """The next `update` writes at positions (rows,); none of the rows in use stands beyond `far` tokens."""
+        """Set where the next `update` writes, positions (rows,); no row in use holds more than `far` tokens."""
         self._index = torch.arange(self.rows, device=positions.device) * self.length + positions
         self.seen = min(-(-far // 64) * 64, self.length)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object) -> Pair:
-        """Writes one token per row; returns keys and values (rows, heads, seen, dim)."""
+        """Write one token per row; return keys and values (rows, heads, seen, dim)."""
         assert self._index is not None
         for stored, new in zip(self._kept[layer_idx], (key_states, value_states), strict=True):
             stored.flatten(0, 1).index_copy_(0, self._index, new[:, :, 0])
@@ -128,7 +128,7 @@ def attention(
     softcap: float | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Attention in the interface of transformers: query (B, H, Q, D) -> (B, Q, H, D).
+    """Compute attention in the interface of transformers: query (B, H, Q, D) -> (B, Q, H, D).
 
     key and value are (B, G, L, D), or pages (n, B, G, page, D) while decoding (Q = 1); G divides H. The mask is
     additive, (B or 1, 1, Q, L). One fused operation where keys lie in one stretch and one token is asked for.
@@ -165,7 +165,7 @@ AttentionInterface.register(ATTENTION, attention)
 
 
 def mask(query_positions: Tensor, length: int, dtype: torch.dtype, window: int | None = None) -> Tensor:
-    """Additive causal mask (B, 1, Q, length) for queries at positions (B, Q); `window` is a sliding window."""
+    """Return the additive causal mask (B, 1, Q, length) of queries at positions (B, Q), with a sliding `window`."""
     at = torch.arange(length, device=query_positions.device)
     before = query_positions[..., None] - at
     allowed = before >= 0

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from steerback.engines.adapters import with_adapter
-from steerback.engines.base import Provenance
+from steerback.engines.base import ModelProvenance
 from steerback.engines.checks import site_of
 from steerback.engines.prompting import Prompter, Tokenizer
 from steerback.engines.runner import CausalModel, Runner, decoder_layers
@@ -40,7 +40,7 @@ class LoadedModel:
     runner: Runner
     sae: Sae | None
     target: str
-    provenance: Provenance = field(default_factory=Provenance)
+    provenance: ModelProvenance = field(default_factory=ModelProvenance)
 
 
 def load(target: Target, device: str | None = None, directions: tuple[str, ...] = ()) -> LoadedModel:
@@ -88,9 +88,9 @@ def load_errors(target: Target, failure: str) -> Iterator[None]:
         raise SteerbackError(f"target {target.name!r}: {failure}: {reason[:500]}") from error
 
 
-def provenance_of(target: Target, tokenizer: Tokenizer, sae: Sae | None) -> Provenance:
+def provenance_of(target: Target, tokenizer: Tokenizer, sae: Sae | None) -> ModelProvenance:
     """Return names, commits and hashes of model, adapter, tokenizer and SAE, and a summary of the decoder norms."""
-    known: Provenance = {
+    known: ModelProvenance = {
         "model": target.base if Path(target.model).is_dir() else target.model,
         "revision": target.revision,
         "commit": hub_commit(target.model, target.revision),
@@ -135,7 +135,7 @@ def assemble(
     model: CausalModel,
     tokenizer: Tokenizer,
     sae: Sae | None,
-    provenance: Provenance | None = None,
+    provenance: ModelProvenance | None = None,
     directions: tuple[str, ...] = (),
 ) -> LoadedModel:
     """Return model, tokenizer and SAE as one; SteerbackError if they or the target's layers do not fit together."""

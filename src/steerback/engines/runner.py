@@ -1,4 +1,4 @@
-"""A Hugging Face model as the engine needs it: its decoder layers, a forward pass with masks and a cache of our own.
+"""A Hugging Face model: its decoder layers, and a forward pass with our own masks and cache.
 
 Serves decoders whose blocks return the residual stream (Llama, Qwen 2/3, Gemma 2/3); refuses others in one line.
 Knows nothing of requests, sampling or what a pass edits.
@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from steerback.engines.checks import check_length
 from steerback.engines.interventions import Site
 from steerback.engines.kv import ATTENTION, KeyValues, mask
 from steerback.engines.prompting import Prompter
@@ -111,7 +112,7 @@ class Runner:
         cache: KeyValues | None,
         forward: Pass,
     ) -> Tensor:
-        """Final hidden states (rows, Q, d) of ids (rows, Q) at positions (rows or 1, Q), seeing `length` keys."""
+        """Return final hidden states (rows, Q, d) of ids (rows, Q) at positions (rows or 1, Q) over `length` keys."""
         full = mask(positions, length, self.dtype)
         masks: Tensor | dict[str, Tensor] = full
         if self._windowed:
@@ -127,7 +128,7 @@ class Runner:
             ).last_hidden_state
 
     def residuals(self, ids: Tensor, layers: Collection[int]) -> dict[int, Tensor]:
-        """The unsteered residual (rows, T, d) after each of `layers` of ids (rows, T); no later layer is computed."""
+        """Return unsteered residuals (rows, T, d) of ids (rows, T) after `layers`; later layers are not computed."""
         positions = torch.arange(ids.shape[1], device=self.device)[None]
         forward = Pass(positions, [], stop_after=max(layers), keep=frozenset(layers))
         with contextlib.suppress(Enough):
@@ -135,21 +136,15 @@ class Runner:
         return forward.residual
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (..., vocabulary) of final hidden states (..., d), soft-capped where the model does so."""
+        """Return the logits (..., vocabulary) of final hidden states (..., d), soft-capped where the model does so."""
         logits: Tensor = self.model.get_output_embeddings()(hidden)
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def check_length(self, where: str, prompt: int, new: int) -> None:
-        """Raises SteerbackError if prompt and response cannot both fit the model's context."""
-        most = getattr(self.config, "max_position_embeddings", None)
-        if prompt == 0:
-            raise SteerbackError(f"{where}: the prompt has no tokens")
-        if most is not None and prompt + new > most:
-            raise SteerbackError(
-                f"{where}: prompt of {prompt} tokens and max_new_tokens {new} exceed the model's context of {most}; "
-                "shorten the prompt or lower max_new_tokens"
-            )
+        """Raise SteerbackError if prompt and response cannot both fit the model's context."""
+        most = getattr(self.config, "max_position_embeddings", None) or prompt + new
+        check_length(where, prompt, new, most, "the model's context of", "")
 
 
 def decoder_layers(model: CausalModel) -> Sequence[nn.Module]:

@@ -14,7 +14,7 @@ from steerback.records import Sampling
 
 
 def uniforms(seed: int, n: int) -> Tensor:
-    """The draws of one request: n uniform float64 numbers in [0, 1), a function of `seed` alone (Philox)."""
+    """Return the draws of one request: n uniform float64 numbers in [0, 1), a function of `seed` alone (Philox)."""
     generator = np.random.Generator(np.random.Philox(key=seed % 2**64))
     return torch.from_numpy(generator.random(n))
 
@@ -33,10 +33,10 @@ class Sampler:
         self._penalty = torch.ones(rows, 1, device=device)
         self._seen = torch.zeros(rows, vocabulary, dtype=torch.bool, device=device)
         self._settings: dict[int, Sampling] = {}
-        self._wanted: dict[str, bool] | None = None  # what any live row needs
+        self._wanted: dict[str, bool] | None = None  # operations that any live row needs
 
     def admit(self, row: int, sampling: Sampling, seed: int, prompt: Tensor) -> None:
-        """Puts a request into a row; `prompt` (n,) are the tokens a repetition penalty starts from."""
+        """Put a request into a row; `prompt` (n,) are the tokens a repetition penalty starts from."""
         self._settings[row] = sampling
         self._wanted = None
         self._greedy[row] = sampling.temperature == 0
@@ -50,12 +50,12 @@ class Sampler:
             self._seen[row, prompt] = True
 
     def release(self, row: int) -> None:
-        """Forgets a finished row; idle rows draw something that nobody reads."""
+        """Forget a finished row; tokens drawn for idle rows are never read."""
         self._settings.pop(row, None)
         self._wanted = None
 
-    def _look(self) -> dict[str, bool]:
-        """What any live row needs; a row's numbers are the same whether what it does not need is done or not."""
+    def _needs(self) -> dict[str, bool]:
+        """Return the operations that any live row needs; the others would not change a row's numbers."""
         live = self._settings.values()
         return {
             "penalty": any(s.repetition_penalty != 1 for s in live),
@@ -65,8 +65,8 @@ class Sampler:
         }
 
     def draw(self, logits: Tensor, step: Tensor) -> Tensor:
-        """Next tokens (rows,) from logits (rows, vocabulary); `step` (rows,) counts the tokens a row already has."""
-        wanted = self._wanted = self._wanted or self._look()
+        """Return next tokens (rows,) for logits (rows, vocabulary); `step` (rows,) counts the tokens of each row."""
+        wanted = self._wanted = self._wanted or self._needs()
         logits = logits.float()
         if wanted["penalty"]:
             logits = penalise(logits, self._seen, self._penalty)
@@ -86,12 +86,12 @@ class Sampler:
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
-    """Repetition penalty (Keskar et al. 2019, as in transformers): seen tokens divided if positive, else multiplied."""
+    """Divide positive logits of seen tokens by the penalty and multiply others (Keskar et al. 2019, transformers)."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
-    """Token (rows,) at which the cumulative weight (rows, n) first exceeds u (rows, 1) of the total."""
+    """Return the token (rows,) at which the cumulative weight (rows, n) first exceeds u (rows, 1) of the total."""
     cumulative = weights.cumsum(dim=-1)
     total = cumulative[:, -1:]
     below = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))  # u * total may round to total
@@ -99,7 +99,7 @@ def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
 
 
 def nucleus(weights: Tensor, u: Tensor, top_p: Tensor) -> Tensor:
-    """As `inverse_cdf`, among the fewest most likely tokens whose probability reaches top_p (Holtzman et al. 2020)."""
+    """Draw by `inverse_cdf` among the fewest likeliest tokens that together reach top_p (Holtzman et al. 2020)."""
     ordered, order = weights.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(dim=-1) - ordered
     kept = torch.where(before < top_p * ordered.sum(dim=-1, keepdim=True), ordered, torch.zeros_like(ordered))

@@ -1,7 +1,7 @@
 """A fake engine: responses come from a function or a planted model, with the receipts a real engine would give.
 
-It runs whole pipelines in milliseconds, its truth is known, and it can be told to fail. No torch, no model;
-`judging.scripted` reads the truth back.
+It runs whole pipelines in milliseconds, its true rates are known, and it can be made to fail. No torch, no model;
+`judging.scripted` reads the true scores back.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class PlantedModel:
     unscored_rate: float = 0.0
 
     def mean_first_score(self, latent: LatentKey | None, boost: float) -> float:
-        """Expected first score, noise and its clipping to 0..100 aside."""
+        """Return the expected first score before noise and clipping to 0..100."""
         if latent is None:
             return self.unsteered
         x = (boost - self.thresholds.get(latent, self.threshold)) / self.slope
@@ -67,7 +67,7 @@ class PlantedModel:
         return low + (self.unsteered - low) * (1 - 1 / (1 + math.exp(-max(min(x, 50), -50))))
 
     def restart_probability(self, request: Request) -> float:
-        """Chance that this request's response restarts; 0 where nothing is added."""
+        """Return the probability that this request's response restarts; 0 where nothing is added."""
         if all(i.mode != "add" or i.value == 0 for i in request.interventions):
             return 0.0
         clamped = {i.latent for i in request.interventions if i.mode == "clamp"}
@@ -142,7 +142,7 @@ class ScriptedEngine:
         return {"engine": "scripted", "target": self.target, "script": settings or name, "n_latents": self.n_latents}
 
     async def generate(self, requests: Sequence[Request]) -> AsyncIterator[tuple[str, Completion]]:
-        """Yields (key, completion); raises SteerbackError at once for a latent out of range or a key given twice."""
+        """Yield (key, completion); raises SteerbackError at once for a latent out of range or a repeated key."""
         if len({r.key for r in requests}) != len(requests):
             raise SteerbackError("two requests have the same key")
         for request in requests:
@@ -163,37 +163,37 @@ class ScriptedEngine:
                 raise SteerbackError(f"request {request.key!r}: latent {latent} is outside 0..{self.n_latents - 1}")
 
     def _complete(self, request: Request) -> Completion:
-        said = self.script(request)
-        if isinstance(said, Completion):
-            return said
-        tokens = tuple(_seed(word) % 50_000 for word in said.split()) or (0,)
+        text = self.script(request)
+        if isinstance(text, Completion):
+            return text
+        tokens = tuple(_seed(word) % 50_000 for word in text.split()) or (0,)
         prompt = len(f"{request.system or ''} {request.prompt} {request.prefill}".split()) + 4  # the chat template's
         before, after = expected_positions(request.interventions, prompt, len(tokens))
         norm = math.sqrt(sum(i.value**2 for i in request.interventions if i.mode == "add"))
         if self.fail_receipts is not None and self.fail_receipts(request):
             before, after, norm = 0, 0, 0.0
         return Completion(
-            text=said,
+            text=text,
             token_ids=tokens,
             prompt_tokens=prompt,
             finish="stop",
             receipt=Receipt(before, after, norm if before + after else 0.0),
-            activations=self._recorded(request, said, prompt, prompt + len(tokens) - 1),
+            activations=self._recorded(request, text, prompt, prompt + len(tokens) - 1),
         )
 
-    def _recorded(self, request: Request, said: str, prompt: int, length: int) -> NDArray[np.float32] | None:
+    def _recorded(self, request: Request, text: str, prompt: int, length: int) -> NDArray[np.float32] | None:
         if request.record is None:
             return None
         import numpy as np
 
         latents = request.record.latents
         columns = [_sparse(f"{request.content_hash()}/{latent}", length, 0.1) for latent in latents]
-        found = np.stack(columns, axis=1) if columns else np.zeros((length, 0), dtype=np.float32)
-        if isinstance(self.script, PlantedModel) and RESTART in said:
-            at = prompt + len(said[: said.index(RESTART)].split())
-            found[max(at - self.script.lead, 0) : at, np.isin(latents, self.script.detectors)] += 2.0
-            found[at : at + len(RESTART.split()), np.isin(latents, self.script.backtrackers)] += 2.0
-        return found
+        values = np.stack(columns, axis=1) if columns else np.zeros((length, 0), dtype=np.float32)
+        if isinstance(self.script, PlantedModel) and RESTART in text:
+            at = prompt + len(text[: text.index(RESTART)].split())
+            values[max(at - self.script.lead, 0) : at, np.isin(latents, self.script.detectors)] += 2.0
+            values[at : at + len(RESTART.split()), np.isin(latents, self.script.backtrackers)] += 2.0
+        return values
 
     def activations(
         self,
@@ -203,7 +203,7 @@ class ScriptedEngine:
         include_prompt: bool = False,
         pool: Pooling = "max",
     ) -> NDArray[np.float32]:
-        """Sparse noise that depends on the texts; planted detectors fire where a response is not on its prompt.
+        """Return sparse noise that depends on the texts; planted detectors fire where a response is not on its prompt.
 
         A latent is active at a tenth of the tokens of a text in which it is active at all.
         """
@@ -223,17 +223,17 @@ class ScriptedEngine:
         return found if latents is None else found[:, list(latents)]
 
     def decoder_norms(self) -> NDArray[np.float32]:
-        """All directions have length 1."""
+        """Return ones: all directions have length 1."""
         import numpy as np
 
         return np.ones(self.n_latents, dtype=np.float32)
 
     def token_ends(self, completion: Completion) -> list[int]:
-        """Tokens are words."""
+        """Return the ends of the words, which are the tokens."""
         return [word.end() for word in re.finditer(r"\S+", completion.text)] or [len(completion.text)]
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Do nothing: there is no model to release."""
 
 
 def _seed(text: str) -> int:

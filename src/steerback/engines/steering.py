@@ -24,21 +24,21 @@ GROUP = 8
 
 
 class Columns:
-    """For each row a list of latents of its own, padded to groups; reads z_k (rows, Q, k) from h (rows, Q, d)."""
+    """Latents of each row, padded to groups; reads their activations z_k (rows, Q, k) from h (rows, Q, d)."""
 
     def __init__(self, sae: Sae, rows: int, device: torch.device) -> None:
         self.sae, self.rows, self.device = sae, rows, device
         self.groups: list[dict[str, Tensor]] = []
 
     def set(self, row: int, latents: Sequence[int], values: Sequence[float] = ()) -> None:
-        """Gives a row its latents (and what to clamp them to)."""
+        """Give a row its latents (and the values to clamp them to)."""
         while len(self.groups) * GROUP < len(latents):
             self.groups.append(self._empty())
         for n, group in enumerate(self.groups):
             own = list(latents[n * GROUP : (n + 1) * GROUP])
             for tensor in group.values():
                 tensor[row] = 0
-            group["threshold"][row] = float("inf")  # what is not used reads 0
+            group["threshold"][row] = float("inf")  # an unused column reads 0
             if not own:
                 continue
             size = len(own)
@@ -52,13 +52,13 @@ class Columns:
                 group["value"][row, 0, :size] = torch.tensor(values[n * GROUP : n * GROUP + size]).to(group["value"])
 
     def read(self, x: Tensor, group: dict[str, Tensor], full: Tensor | None) -> Tensor:
-        """z (rows, Q, GROUP) of one group; `full` is the TopK code of x, which cannot be read by columns."""
+        """Return z (rows, Q, GROUP) of one group; `full` is the TopK code of x, which cannot be read by columns."""
         if full is not None:
             return full.gather(2, group["latent"][:, None].expand(-1, x.shape[1], -1)) * group["used"]
         return self.sae.activate(torch.baddbmm(group["bias"], x, group["encoder"]), group["threshold"])
 
     def full(self, x: Tensor) -> Tensor | None:
-        """The whole code where the SAE needs it (TopK), else None."""
+        """Return the activations of all latents where the SAE needs them (TopK), else None."""
         return self.sae.encode(x) if self.sae.kind == "topk" else None
 
     def _empty(self) -> dict[str, Tensor]:
@@ -88,7 +88,7 @@ class LayerEdits:
         self._columns = None if sae is None else Columns(sae, rows, device)
 
     def set(self, row: int, plan: LayerPlan | None, sae: Sae | None, directions: Mapping[str, Tensor]) -> None:
-        """Gives a row its edits, or none."""
+        """Give a row its edits, or none."""
         changed = plan is not None or row in self.live
         if not changed:
             return
@@ -101,7 +101,7 @@ class LayerEdits:
             (self._clamped.add if clamp else self._clamped.discard)(row)
 
     def delta(self, h: Tensor) -> Tensor:
-        """What is to be added (rows, Q, d) in float32: clamps read h as it arrives, additions come after."""
+        """Return the sum of all edits (rows, Q, d) in float32: clamps read h as it arrives, additions come after."""
         if not self._clamped or self._columns is None:
             return self.add
         x = h.float()
@@ -114,29 +114,29 @@ class LayerEdits:
 
 
 class Tally:
-    """Where edits really happened: per layer, the norm of what was added at each row and position, -1 where nothing."""
+    """Record of executed edits: for each layer, the norm added at each row and position, -1 where nothing was added."""
 
     def __init__(self, rows: int, length: int, device: torch.device) -> None:
         self._rows, self._length, self._device = rows, length, device
         self._norms: dict[int, Tensor] = {}
 
     def at(self, layer: int) -> Tensor:
-        """Norms (rows, length) of one layer."""
+        """Return the norms (rows, length) of one layer."""
         if layer not in self._norms:
             self._norms[layer] = torch.full((self._rows, self._length), -1.0, device=self._device)
         return self._norms[layer]
 
     def clear(self, row: int) -> None:
-        """Forgets a row."""
+        """Forget a row."""
         for norms in self._norms.values():
             norms[row] = -1
 
     def count(self, layer: int, positions: Tensor, edited: Tensor, norms: Tensor) -> None:
-        """Notes one layer's edits: positions, edited (bool) and norms are (rows, Q)."""
+        """Note one layer's edits: positions, edited (bool) and norms are (rows, Q)."""
         self.at(layer).scatter_(1, positions, norms.masked_fill(~edited, -1.0))
 
     def receipt(self, row: int, prompt: int, generated: int, planned: Sequence[Sequence[int]]) -> Receipt:
-        """The receipt of a finished row: a position counts if all layers `planned` for its phase edited it."""
+        """Return the receipt of a finished row: a position counts if all layers `planned` for its phase edited it."""
         counts, total = [], 0.0
         spans = (slice(0, prompt), slice(prompt, prompt + max(generated - 1, 0)))
         for span, layers in zip(spans, planned, strict=True):
@@ -148,14 +148,14 @@ class Tally:
 
 
 @dataclass
-class Record:
+class Recorder:
     """Recorded activations of a batch, (rows, length, latents padded to groups) float32, at one layer."""
 
     columns: Columns
     kept: Tensor
 
     def take(self, h: Tensor, positions: Tensor, valid: Tensor) -> None:
-        """Stores z of the arriving residual h (rows, Q, d) at positions (rows, Q) where valid."""
+        """Store z of the arriving residual h (rows, Q, d) at positions (rows, Q) where valid."""
         x = h.float()
         full = self.columns.full(x)
         for n, group in enumerate(self.columns.groups):
@@ -164,7 +164,7 @@ class Record:
 
 
 class Steering:
-    """All edits and recordings of `rows` slots in one phase, and the tally of what was done."""
+    """All edits and recordings of `rows` slots in one phase, and the tally of executed edits."""
 
     def __init__(
         self,
@@ -179,11 +179,11 @@ class Steering:
         self.phase, self.rows, self.length, self.site = phase, rows, length, site
         self.sae, self.directions, self.device = sae, directions, device
         self.tables: dict[int, LayerEdits] = {}
-        self.records: dict[int, Record] = {}
+        self.records: dict[int, Recorder] = {}
         self.tally = Tally(rows, length, device)
 
     def admit(self, row: int, request: Request) -> tuple[int, ...]:
-        """Puts a request's edits and recording into a row; returns the layers it edits in this phase."""
+        """Put a request's edits and recording into a row; return the layers it edits in this phase."""
         plans = plan_layers(request.interventions, self.phase, self.site)
         for layer in plans:
             if layer not in self.tables:
@@ -195,7 +195,7 @@ class Steering:
         return tuple(plans)
 
     def release(self, row: int) -> None:
-        """Empties a row; idle rows are never edited."""
+        """Empty a row; idle rows are never edited."""
         for table in self.tables.values():
             table.set(row, None, self.sae, self.directions)
         for record in self.records.values():
@@ -207,7 +207,7 @@ class Steering:
             assert self.sae is not None  # `interventions.check` refuses recording without an SAE
             if layer not in self.records:
                 columns = Columns(self.sae, self.rows, self.device)
-                self.records[layer] = Record(columns, torch.zeros(self.rows, self.length, 0, device=self.device))
+                self.records[layer] = Recorder(columns, torch.zeros(self.rows, self.length, 0, device=self.device))
         for at, record in self.records.items():
             latents = request.record.latents if request.record is not None and at == layer else ()
             record.columns.set(row, latents)
@@ -220,7 +220,7 @@ class Steering:
 
 @dataclass
 class Pass:
-    """One forward pass: which tables act, where each token stands, and which tokens count (not padding, not idle).
+    """One forward pass: which tables act, the position of each token, and which tokens count (not padding, not idle).
 
     `parts` pairs a Steering with a mask (rows, Q) of the positions that are in its phase.
     """
@@ -233,11 +233,11 @@ class Pass:
 
     @property
     def alone(self) -> bool:
-        """One token per row and one phase: whatever is not to be edited has nothing to add."""
+        """Whether there is one token per row and one phase, so that rows without edits simply add zeros."""
         return len(self.parts) == 1 and self.positions.shape[1] == 1
 
     def at_layer(self, layer: int, h: Tensor) -> Tensor:
-        """The residual (rows, Q, d) that leaves `layer`."""
+        """Return the residual (rows, Q, d) that leaves `layer`."""
         if layer in self.keep:
             self.residual[layer] = h
         if layer == self.stop_after:
@@ -260,16 +260,16 @@ class Pass:
 
 
 class Enough(Exception):
-    """Raised by the hook after the last layer that is wanted."""
+    """Raised by the hook after the last layer whose residual is needed."""
 
 
 BlockOutput = Tensor | tuple[Tensor, ...]
-"""What a decoder block returns: the residual stream, or a tuple that starts with it."""
+"""Output of a decoder block: the residual stream, or a tuple that starts with it."""
 Hook = Callable[[torch.nn.Module, object, BlockOutput], BlockOutput | None]
 
 
 class Hooks:
-    """The hooks on a model's decoder layers; each thread has a pass of its own, without one the model is left alone."""
+    """Hooks on a model's decoder layers; each thread sets its own pass, and without one the model runs unchanged."""
 
     def __init__(self, layers: Sequence[torch.nn.Module]) -> None:
         self._thread = threading.local()
@@ -277,7 +277,7 @@ class Hooks:
 
     @contextlib.contextmanager
     def during(self, forward: Pass) -> Iterator[None]:
-        """This thread's forward passes are `forward` within the block."""
+        """Apply `forward` to this thread's forward passes within the block."""
         self._thread.current = forward
         try:
             yield

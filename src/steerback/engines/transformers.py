@@ -125,7 +125,7 @@ class TransformersEngine:
         return {name: digest(v.cpu().tolist()) for name, v in sorted(self.directions.items())}
 
     async def generate(self, requests: Sequence[Request]) -> AsyncIterator[tuple[str, Completion]]:
-        """Yields (key, completion) as responses finish; everything is checked before anything is generated."""
+        """Yield (key, completion) as responses finish; everything is checked before anything is generated."""
         items = self._check(requests)
         queue = Queue(items)
         running: dict[asyncio.Future[list[tuple[str, Completion]]], DecodingBatch] = {}
@@ -136,7 +136,7 @@ class TransformersEngine:
                     running = {self._advance(batch): batch for batch in batches}
                 ready, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 if any(self._short_of_memory(future) for future in ready):
-                    ready, _ = await asyncio.wait(running)  # nobody may hold memory while the batch is made smaller
+                    ready, _ = await asyncio.wait(running)  # no batch may hold memory while the shape shrinks
                 short = {future for future in ready if self._short_of_memory(future)}
                 finished = [done for future in ready - short for done in future.result()]
                 stopped = {future: running.pop(future) for future in ready}
@@ -162,6 +162,11 @@ class TransformersEngine:
         return error is not None and out_of_memory(error) and self.shape.rows > 1
 
     def _halve(self) -> None:
+        """Halve the batch after memory ran out, and record it.
+
+        accelerate's `find_executable_batch_size` does not fit: it calls its function again from the start, which would
+        generate finished responses a second time, and keeps no record of the batch shape that the ledger needs.
+        """
         before, after = self.shape.rows, self.shape.rows // 2
         self.shape = Shape(after, self.shape.prefill_rows, self.shape.page)
         self._halvings.append(f"{before} -> {after}")

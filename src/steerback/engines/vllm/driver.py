@@ -86,7 +86,7 @@ class VllmJob:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class VllmAnswer:
     """vLLM's own output, and the worker's entry (receipt, recordings) if the job's ticket had instructions."""
 
     output: Output
@@ -160,7 +160,7 @@ class Driver:
         self._numbers = itertools.count()
         self._finished: list[tuple[VllmJob, Output, asyncio.Future[Entry]]] = []
         self._collecting: asyncio.Task[None] | None = None
-        self._jobs: set[asyncio.Task[Answer]] = set()
+        self._jobs: set[asyncio.Task[VllmAnswer]] = set()
         self._gate = Gate(settings)
         self.llm: AsyncEngine | None = None
         try:
@@ -176,7 +176,7 @@ class Driver:
         """Run a coroutine in the engine's thread and return its result."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
-    def submit(self, job: VllmJob) -> Future[Answer]:
+    def submit(self, job: VllmJob) -> Future[VllmAnswer]:
         """Start a job; cancelling the future aborts it. The same key may be used again, also at the same time."""
         job = replace(job, ticket=replace(job.ticket, key=f"{next(self._numbers)}:{job.ticket.key}"))
         return asyncio.run_coroutine_threadsafe(self._run(job), self._loop)
@@ -190,11 +190,11 @@ class Driver:
             raise RuntimeError("this vLLM engine is closed")
         return await self.llm.collective_rpc(method, args=args)
 
-    async def _run(self, job: VllmJob) -> Answer:
+    async def _run(self, job: VllmJob) -> VllmAnswer:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        task: asyncio.Task[Answer] | None = asyncio.current_task()
+        task: asyncio.Task[VllmAnswer] | None = asyncio.current_task()
         assert task is not None
         assert self.llm is not None
         self._jobs.add(task)
@@ -216,7 +216,7 @@ class Driver:
             if not job.ticket.empty:
                 entry = await self._collect(job, output)
                 fetched = True
-            return Answer(output, entry)
+            return VllmAnswer(output, entry)
         finally:
             try:
                 if not fetched:

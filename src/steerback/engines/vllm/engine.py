@@ -21,7 +21,7 @@ from steerback.engines.checks import check_texts, checked
 from steerback.engines.interventions import ARITHMETIC_VERSION, check, check_directions, check_layer
 from steerback.engines.options import VllmOptions
 from steerback.engines.vllm import jobs
-from steerback.engines.vllm.driver import Answer, AsyncEngine, Driver, SamplingFields, VllmJob, positions_fed
+from steerback.engines.vllm.driver import AsyncEngine, Driver, SamplingFields, VllmAnswer, VllmJob, positions_fed
 from steerback.engines.vllm.loading import (
     TESTED,
     device_shares,
@@ -204,13 +204,13 @@ class VllmEngine:
         """Yield (key, completion) as responses finish; everything is checked before anything is generated."""
         planned = self._check(requests)
         loop = asyncio.get_running_loop()
-        done: asyncio.Queue[tuple[Request, Future[Answer]]] = asyncio.Queue()
+        done: asyncio.Queue[tuple[Request, Future[VllmAnswer]]] = asyncio.Queue()
         futures = []
         for n, (request, job) in enumerate(zip(requests, planned, strict=True)):
             future = self._drivers[n % len(self._drivers)].submit(job)
             futures.append(future)
 
-            def put(finished: Future[Answer], request: Request = request) -> None:
+            def put(finished: Future[VllmAnswer], request: Request = request) -> None:
                 loop.call_soon_threadsafe(done.put_nowait, (request, finished))
 
             future.add_done_callback(put)
@@ -224,7 +224,7 @@ class VllmEngine:
             for future in futures:
                 future.cancel()
 
-    def _completion(self, request: Request, answer: Answer) -> Completion:
+    def _completion(self, request: Request, answer: VllmAnswer) -> Completion:
         output = answer.output.outputs[0]
         sampling, prompter = request.sampling, self._loaded.prompter
         end = prompter.finish(output.token_ids, sampling.max_new_tokens, self._loaded.ends, sampling.stop, 0)
@@ -269,7 +269,7 @@ class VllmEngine:
         check_texts(prompts, responses, latents, site)
         chosen = None if latents is None else list(latents)
         out = np.zeros((len(prompts), site.n_latents if chosen is None else len(chosen)), dtype=np.float32)
-        pending: deque[tuple[int, Future[Answer]]] = deque()  # forgotten as they are read: each holds all latents
+        pending: deque[tuple[int, Future[VllmAnswer]]] = deque()  # forgotten as they are read: each holds all latents
         for n, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             text = self._loaded.prompter.conversation(prompt, response)
             jobs.check_length(self.settings, f"text {n}", len(text.token_ids), 1)

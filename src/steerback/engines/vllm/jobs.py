@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+from steerback.engines import checks
 from steerback.engines.vllm.driver import Driver, SamplingFields, VllmJob
 from steerback.engines.vllm.loading import PreparedTarget
 from steerback.engines.vllm.settings import TableSettings, Ticket
@@ -27,13 +28,7 @@ def job_of(where: str, request: Request, settings: TableSettings, prepared: Prep
 
 def check_length(settings: TableSettings, where: str, prompt: int, new: int) -> None:
     """Raise SteerbackError if prompt and response cannot both fit the engine's context."""
-    if prompt == 0:
-        raise SteerbackError(f"{where}: the prompt has no tokens")
-    if prompt + new > settings.length:
-        raise SteerbackError(
-            f"{where}: prompt of {prompt} tokens and max_new_tokens {new} exceed {settings.length}, the "
-            "engine's max_model_len; shorten the prompt, lower max_new_tokens or raise max_model_len"
-        )
+    checks.check_length(where, prompt, new, settings.length, "the engine's max_model_len of", " or raise max_model_len")
 
 
 def _ticket(where: str, request: Request, settings: TableSettings, until: int) -> Ticket:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from steerback.engines.base import Provenance
+from steerback.engines.base import ModelProvenance
 from steerback.engines.checks import site_of
 from steerback.engines.interventions import Site
 from steerback.engines.prompting import Prompter
@@ -43,7 +43,7 @@ class PreparedTarget:
     context: int
     sae_hash: str | None
     norms: NDArray[np.float32] | None
-    provenance: Provenance
+    provenance: ModelProvenance
 
 
 def require_vllm() -> str:

@@ -10,7 +10,7 @@ import vllm
 from numpy.typing import NDArray
 from torch import nn
 
-from steerback.engines.vllm.slots import Arrival, Slots, Step
+from steerback.engines.vllm.slots import Arrival, EngineStep, Slots
 from steerback.errors import SteerbackError
 
 
@@ -68,19 +68,19 @@ class Generation:
 
     name: str
     prepare: str
-    step: Callable[..., Step]
+    step: Callable[..., EngineStep]
     needs: tuple[str, ...]
 
 
 def _first_step(
     runner: ModelRunner, _made: object, num_scheduled_tokens: NDArray[Any], *_: object, **__: object
-) -> Step:
+) -> EngineStep:
     state, n = runner.input_batch, len(num_scheduled_tokens)
-    return Step(state.req_ids[:n], num_scheduled_tokens, state.num_computed_tokens_cpu[:n])
+    return EngineStep(state.req_ids[:n], num_scheduled_tokens, state.num_computed_tokens_cpu[:n])
 
 
-def _second_step(_runner: ModelRunner, made: StepInputs, *_: object, **__: object) -> Step:
-    return Step(made.req_ids, made.num_scheduled_tokens, made.num_computed_tokens_np)
+def _second_step(_runner: ModelRunner, made: StepInputs, *_: object, **__: object) -> EngineStep:
+    return EngineStep(made.req_ids, made.num_scheduled_tokens, made.num_computed_tokens_np)
 
 
 COMMON = ("_dummy_run", "execute_model")

@@ -2,7 +2,7 @@
 
 Tables are written only when requests arrive, all arrivals of a step together; a step without arrivals copies one small
 array of rows. Works by request, not by the runner's own slots, so that a preempted request finds its row again.
-Knows nothing of vLLM's classes: a `Step` says what a runner is about to compute.
+Knows nothing of vLLM's classes: an `EngineStep` is what a runner is about to compute.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Arrival:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One step: requests in the order of their tokens, how many tokens each, and how many came before those."""
+class EngineStep:
+    """One step: requests in the order of their tokens, the number of tokens of each, and how many came before."""
 
     requests: Sequence[str]
     counts: NDArray[np.integer]
@@ -47,7 +47,7 @@ class Step:
 
 @dataclass(slots=True)
 class Slot:
-    """A request with something to do, from its arrival until its results were fetched."""
+    """A request with a ticket, from its arrival until its results were fetched."""
 
     ticket: Ticket
     row: int
@@ -55,7 +55,7 @@ class Slot:
     pooler: int = -1
     pooled: int = 0  # positions below are in the pool, and are not taken again after a preemption
     columns: dict[int, int] = field(default_factory=dict)
-    plans: tuple[dict[int, LayerPlan], ...] = ({}, {})  # what happens at which layer, in prompt and generated positions
+    plans: tuple[dict[int, LayerPlan], ...] = ({}, {})  # edits by layer of prompt and generated positions
 
     @property
     def boundary(self) -> int:
@@ -96,11 +96,11 @@ class Slots:
 
     @property
     def transient_bytes(self) -> int:
-        """What pooling takes for a moment: the code of a chunk, and which of it is below threshold."""
+        """Bytes that pooling takes for a moment: the activations of a chunk, and a mask of the same shape."""
         return 5 * POOL_CHUNK * self.pooled.shape[1]
 
     def state(self) -> dict[str, int]:
-        """How much of each table is free, and how often a request had to be computed again."""
+        """Return how much of each table is free, and how often a request had to be computed again."""
         return {
             "rows": len(self._free_rows),
             "columns": len(self._free_columns),
@@ -111,7 +111,7 @@ class Slots:
     # ---- arrivals
 
     def admit(self, arrivals: Iterable[Arrival]) -> None:
-        """Gives rows to the requests that need one and writes what they hold."""
+        """Give rows to the requests that need one, and write their contents."""
         fresh: list[tuple[Slot, int]] = []
         latents: list[int] = []
         for arrival in arrivals:
@@ -139,7 +139,7 @@ class Slots:
                 self._write_layer(layer, table, fresh)
 
     def _plans(self, edits: Sequence[Intervention]) -> tuple[dict[int, LayerPlan], ...]:
-        """What happens at which layer in prompt and generated positions; planned once where it is the same."""
+        """Return the edits by layer of prompt and generated positions; planned once where both are the same."""
         if all(edit.positions == "all" for edit in edits):
             return (plan_layers(edits, "prompt", self.settings.site),) * 2
         return tuple(plan_layers(edits, phase, self.settings.site) for phase in PHASES)
@@ -174,7 +174,7 @@ class Slots:
         return 1 + (slot.row - 1) * self.settings.room
 
     def _write_layer(self, layer: int, table: LayerTable, fresh: Sequence[tuple[Slot, int]]) -> None:
-        """Writes one layer's cells and marks for the rows of new requests."""
+        """Write one layer's cells and marks for the rows of new requests."""
         dirty = self._dirty[layer]
         chosen: list[tuple[Slot, int, tuple[LayerPlan | None, ...]]] = []
         for slot, cached in fresh:
@@ -203,7 +203,7 @@ class Slots:
                     marks[slot.row, first:last] = CACHED
 
     def _additions(self, plans: Sequence[LayerPlan | None]) -> tuple[Tensor, Tensor]:
-        """Sums of additions (k, d), one for each plan that differs, and which of them each plan means (n,)."""
+        """Return sums of additions (k, d), one for each distinct plan, and the index of each plan's sum (n,)."""
         first: dict[int, int] = {}
         which = [first.setdefault(id(plan), len(first)) for plan in plans]
         out = torch.zeros(len(first), self.settings.site.d_model)
@@ -240,8 +240,8 @@ class Slots:
 
     # ---- steps
 
-    def step(self, batch: Step) -> None:
-        """Says which row each token of the coming step belongs to."""
+    def step(self, batch: EngineStep) -> None:
+        """Write which row each token of the coming step belongs to."""
         rows = [self._row(request) for request in batch.requests]
         self._pooling = []
         if not any(rows):
@@ -259,7 +259,7 @@ class Slots:
         self._mapping = mapping
 
     def idle(self) -> None:
-        """The coming step has no request with interventions (or is a dummy)."""
+        """Prepare for a step without steered requests (or a dummy)."""
         if len(self._mapping):
             self.shared.row[: len(self._mapping)].zero_()
             self._mapping = np.zeros(0, dtype=np.int64)
@@ -268,7 +268,7 @@ class Slots:
         slot = self._by_request.get(request)
         return 0 if slot is None else slot.row
 
-    def _plan_pooling(self, batch: Step) -> None:
+    def _plan_pooling(self, batch: EngineStep) -> None:
         first = 0
         for request, count, before in zip(batch.requests, batch.counts.tolist(), batch.before.tolist(), strict=True):
             slot = self._by_request.get(request)
@@ -285,7 +285,7 @@ class Slots:
             first += count
 
     def after(self) -> None:
-        """Once the step's forward pass is under way: pools the texts that are pooled."""
+        """Pool activations of the step's texts; called once its forward pass is under way."""
         for slot, at in self._pooling:
             assert self.whole is not None
             total = self.pooled[slot.pooler]
@@ -325,10 +325,10 @@ class Slots:
 
     @contextlib.contextmanager
     def _reading(self, pooled: bool) -> Iterator[None]:
-        """Reads beside the steps that are under way rather than after them, which would leave the device idle.
+        """Read in parallel with the running steps: waiting for them would leave the device idle.
 
-        What a finished request left was complete before its last token could be known, except for what is pooled:
-        some runners sample before that.
+        The results of a finished request are complete before its last token is known, except for pooled activations:
+        some runners sample before these are added.
         """
         if self._reader is None or self._pooled_last is None:
             yield
@@ -352,7 +352,7 @@ class Slots:
         }
 
     def _recorded(self, slots: Sequence[tuple[Slot, int]]) -> list[bytes]:
-        """What each request recorded in the positions it fed, read from the device at once."""
+        """Return the recordings of all requests in the positions they fed, read from the device at once."""
         parts = []
         for slot, fed in slots:
             first = self._record_start(slot)
@@ -362,7 +362,7 @@ class Slots:
         return [part.tobytes() for part in np.split(whole, ends[:-1])]
 
     def _pooled(self, slots: Sequence[Slot]) -> list[bytes]:
-        """What was pooled for each request, read from the device at once."""
+        """Return the pooled activations of all requests, read from the device at once."""
         rows = [slot.pooler for slot in slots if slot.pooler >= 0]
         read = iter(self.pooled[self._send(torch.tensor(rows, dtype=torch.long))].cpu().numpy())
         counts = [1 if s.ticket.how == "max" else sum(b - a for a, b in s.ticket.pool) for s in slots]
@@ -371,7 +371,7 @@ class Slots:
         ]
 
     def release(self, keys: Iterable[str]) -> None:
-        """Frees the rows of requests whose results nobody will ask for (again)."""
+        """Free the rows of requests whose results are fetched or no longer needed."""
         for key in keys:
             for request in self._by_key.pop(key, ()):
                 slot = self._by_request.pop(request)
@@ -387,7 +387,7 @@ class Slots:
 
 
 def _encode(sae: Sae, h: Tensor) -> Tensor:
-    """All activations (T, n) of h (T, d), in as little memory as they need."""
+    """Return all activations (T, n) of h (T, d), computed in place to save memory."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True  # six times faster on GPUs, and no coarser than bfloat16 residuals
     z = torch.addmm(sae.b_enc, h, sae.W_enc)

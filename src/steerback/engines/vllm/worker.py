@@ -1,4 +1,4 @@
-"""vLLM's own worker, with tables beside the model: what `worker_cls` names, so that no steered engine runs without it.
+"""vLLM's own worker, with tables beside the model; `worker_cls` names it, so no steered engine runs without it.
 
 Runs in vLLM's worker processes, one per GPU. Under tensor parallelism every worker holds the same tables; the residual
 stream is whole on each of them, so all edit alike.
@@ -16,7 +16,7 @@ from vllm.platforms import current_platform
 from steerback.engines.interventions import steer
 from steerback.engines.vllm.runners import ModelRunner, follow, generation, token_room
 from steerback.engines.vllm.settings import Entry, TableSettings, Ticket
-from steerback.engines.vllm.slots import Arrival, Slots, Step
+from steerback.engines.vllm.slots import Arrival, EngineStep, Slots
 from steerback.engines.vllm.tables import LayerTable, Shared, Steered, edit, steer_layer
 from steerback.errors import SteerbackError
 from steerback.targets.sae_files import load_sae
@@ -37,7 +37,7 @@ class SteeredWorker(Base):  # type: ignore[misc]
         settings = TableSettings.from_config(self.vllm_config.additional_config)
         before = allocated(self.device)
         self.steerback = install(self.model_runner, settings, self.device, first=self.rank == 0)
-        # Some releases size their cache from what loading the weights took; tables are to be counted with them.
+        # Some releases size their cache by the memory that loading the weights took, so tables are counted with them.
         taken = allocated(self.device) - before + self.steerback.transient_bytes
         self.model_runner.model_memory_usage = getattr(self.model_runner, "model_memory_usage", 0) + taken
         if self.device.type != "cpu":
@@ -102,7 +102,7 @@ def check_arithmetic(slots: Slots, layers: nn.ModuleList, ticket: dict[str, str]
     settings, shared = slots.settings, slots.shared
     draw = torch.Generator().manual_seed(seed)
     slots.admit([Arrival("steerback_check", ticket, tokens // 2, 0)])
-    slots.step(Step(["steerback_check"], np.array([tokens]), np.array([0])))
+    slots.step(EngineStep(["steerback_check"], np.array([tokens]), np.array([0])))
     edits = Ticket.from_args(ticket)
     worst = 0.0
     for layer in settings.layers:
