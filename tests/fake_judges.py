@@ -118,7 +118,13 @@ class FakeJudge:
         if fault == "timeout":
             await asyncio.sleep(self.stall)
             return False
-        status, payload = reply(protocol, message, fault, graded(json.dumps(body), message))
+        other = graded(json.dumps(body), message)
+        if fault == "echo":  # the provider repeats the key it was sent, in its reply and in a quotation
+            quoted = (other or verdict(message)).replace('"restart_phrase": ""', f'"restart_phrase": "{key(headers)}"')
+            other = f"Your key is {key(headers)}. {quoted}"
+        status, payload = reply(protocol, message, fault, other)
+        if fault == "rejected":
+            status, payload = 400, {"error": {"message": f"no such key: {key(headers)}", "code": 400}}
         text = json.dumps(payload).encode()
         extra = "retry-after: 0\r\n" if fault == "429" else ""
         writer.write(
@@ -128,6 +134,12 @@ class FakeJudge:
         writer.write(text[: len(text) // 2] if fault == "truncated" else text)
         await writer.drain()
         return fault != "truncated"
+
+
+def key(headers: dict[str, str]) -> str:
+    """The API key that a request carries."""
+    sent = [headers.get(name, "") for name in ("authorization", "x-api-key", "x-goog-api-key")]
+    return "".join(sent).removeprefix("bearer ")
 
 
 def read(path: str, body: dict[str, Any]) -> tuple[str, str]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import sqlite3
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -192,6 +195,63 @@ def test_other_rubrics(server: FakeJudge, capsys: pytest.CaptureFixture[str]) ->
     assert "needs a judge model" in capsys.readouterr().err
     assert steerback("judge", "a", "--judge", "qwen3-32b", "--rubric", "hole") == 2
     assert "unknown rubric 'hole'; choose one of: attempts, whole, boundaries" in capsys.readouterr().err
+
+
+def test_a_key_that_the_provider_repeats_is_stored_and_shown_nowhere(
+    server: FakeJudge, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert steerback("run", "esr", "--target", "organism", "--name", "a", *SMALL) == 0
+    for fault, judge in (("echo", "qwen3-32b"), ("rejected", "openrouter/another/model")):
+        server.fault = lambda response, before, fault=fault: fault
+        for rubric in ("attempts", "whole", "boundaries"):
+            steerback("judge", "a", "--judge", judge, "--rubric", rubric)
+        steerback("run", "esr", "--target", "organism", "--name", fault, *SMALL, "--set", f"selection.rater={judge}")
+    server.fault = lambda response, before: ""
+    assert steerback("figures", "a", "--judge", "qwen3-32b") in (0, 2)
+    shown = capfd.readouterr()
+    assert server.faults["echo"] > 12
+    assert server.faults["rejected"]
+    assert KEY not in shown.out + shown.err
+    with Run.read(Path("runs/a")) as run:
+        judged = [r.judgement for r in run.ledger.rows(stage="measure", judge="qwen3-32b") if r.judgement]
+    assert any("[OPENROUTER_API_KEY]" in j.raw for j in judged)
+    for file in (f for f in tmp_path.rglob("*") if f.is_file()):
+        content = file.read_bytes()
+        assert KEY.encode() not in content, file
+        if file.name == "cache.sqlite":  # its values are compressed
+            with contextlib.closing(sqlite3.connect(file)) as cache:
+                for (value,) in cache.execute("SELECT value FROM entries"):
+                    assert KEY.encode() not in zlib.decompress(value)
+
+
+def test_an_unknown_provider_is_refused_before_anything_is_generated(
+    server: FakeJudge, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["run", "esr", "--target", "organism", "--name", "a", *SMALL, "--judge", "nobody/some-model"]
+    for arguments in ([*run, "--dry-run"], run, ["labels", "auto", "organism", "--judge", "nobody/m", "--dry-run"]):
+        assert steerback(*arguments) == 2
+        said = capsys.readouterr().err
+        assert "unknown provider of judge 'nobody/" in said
+        assert "anthropic" in said
+        assert said.count("\n") == 1
+    assert not Path("runs").exists()
+
+
+def test_a_judge_that_refuses_everything_is_said_to_have_scored_nothing(
+    server: FakeJudge, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert steerback("run", "esr", "--target", "organism", "--name", "a", *SMALL) == 0
+    server.fault = lambda response, before: "refusal"
+    for rubric in ("attempts", "whole"):
+        capsys.readouterr()
+        assert steerback("judge", "a", "--judge", "qwen3-32b", "--rubric", rubric) == 0
+        said = capsys.readouterr().out
+        count = int(re.search(r"(\d+) responses to be", said)[1])  # type: ignore[index]
+        assert f"{count} of {count} responses stay unscored by qwen3-32b" in said
+        assert "the model refused (content filter)" in said
+    server.fault = lambda response, before: ""
+    assert steerback("judge", "a", "--judge", "qwen3-32b", "--retry-unscored") == 0
+    assert "unscored" not in capsys.readouterr().out
 
 
 PRICED = ["run", "esr", "--target", "organism", "--judge", "openai/any", "--dry-run", "--judge-price"]

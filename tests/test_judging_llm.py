@@ -85,6 +85,20 @@ def test_keys_come_from_dotenv_too(tmp_path: Path) -> None:
     assert found == {"A_API_KEY": "one", "B_API_KEY": "kept"}
 
 
+def test_a_dotenv_file_may_set_keys_alone(tmp_path: Path) -> None:
+    file = tmp_path / ".env"
+    file.write_text("ANTHROPIC_BASE_URL=http://elsewhere\nPYTHONPATH=/tmp\nOPENAI_API_KEY=k\n", encoding="utf-8")
+    found: dict[str, str] = {}
+    read_dotenv(file, found)
+    assert found == {"OPENAI_API_KEY": "k"}
+    file.write_bytes(b"\x00\xff\xfe binary")
+    with pytest.raises(SteerbackError, match=r"\.env is no text file"):
+        read_dotenv(file, found)
+    file.unlink()
+    file.mkdir()
+    read_dotenv(file, found)
+
+
 def test_aliases_cover_the_specified_judges() -> None:
     models = {a.alias: a.model for a in aliases()}
     assert models["sonnet-4.5"] == "anthropic/claude-sonnet-4-5-20250929"

@@ -30,7 +30,7 @@ def judge_command(
 ) -> None:
     """Add a judge's verdicts to a finished run."""
     from steerback.jobs import execute
-    from steerback.jobs.estimate import judging_line, spent_lines
+    from steerback.jobs.estimate import judging_line, spent_lines, unscored_lines
     from steerback.store.run import Run, find_run
 
     folder = find_run(name, runs)
@@ -43,7 +43,10 @@ def judge_command(
         return None
     with execute.tools(not no_cache) as (progress, cache):
         done = execute.judge_run(folder, judge, progress, cache, retry_unscored, makers)
-    for line in spent_lines(folder):
+    with Run.read(folder) as opened:
+        judged = [r.judgement for r in opened.ledger.rows(judge=judge) if r.judgement is not None]
+    reasons = [j.reason if j.status == "unscored" else "" for j in judged]
+    for line in (*spent_lines(folder), *unscored_lines(judge, reasons)):
         print(line)
     print(f"{done} responses judged by {judge}; see them with: steerback figures {name} --judge {judge}")
     return None
@@ -51,18 +54,21 @@ def judge_command(
 
 def _grade(folder: Path, judge: str, rubric: str, retry: bool, dry_run: bool, budget: Budget) -> None:
     from steerback.jobs import execute, grading
-    from steerback.jobs.estimate import spent_lines
+    from steerback.jobs.estimate import spent_lines, unscored_lines
     from steerback.store.run import Run
 
+    grader = grading.Grader(judge, rubric, budget.limits())
     with Run.read(folder) as opened:
-        work = grading.Grader(judge, rubric, budget.limits()).todo(opened, retry)
+        work = grader.todo(opened, retry)
     taken = "" if work.estimate is None else f": about {work.estimate}"
     print(f"{work.count} responses to be asked about ({rubric}) by {judge}{taken}")
     if dry_run:
         return
     with execute.tools(cached=False) as (progress, _):
         done = grading.grade_run(folder, judge, rubric, retry, progress, budget.limits())
-    for line in spent_lines(folder):
+    with Run.read(folder) as opened:
+        reasons = grader.reasons(opened)
+    for line in (*spent_lines(folder), *unscored_lines(judge, reasons)):
         print(line)
     if rubric == "whole":
         print((folder / "whole.txt").read_text("utf-8"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -110,6 +112,15 @@ def judging_line(work: Judging) -> str:
     """What a judge would be asked about a finished run."""
     taken = "" if work.estimate is None else f": about {work.estimate}"
     return f"{work.count} responses to be judged by {work.judge.name}{taken}; what is cached is not asked again"
+
+
+def unscored_lines(judge: str, reasons: Sequence[str]) -> list[str]:
+    """Say how many responses a judge left unscored. `reasons` has an entry for each response, "" for a scored one."""
+    counts = Counter(filter(None, reasons))
+    if not counts:
+        return []
+    reason = counts.most_common(1)[0][0]
+    return [f"{counts.total()} of {len(reasons)} responses stay unscored by {judge}, most often because: {reason}"]
 
 
 def spent_lines(folder: Path) -> list[str]:

@@ -81,6 +81,10 @@ class Grader:
         """Return the results by trial, in the form in which they are stored."""
         return run.ledger.get(target, self.fact) or {}
 
+    def reasons(self, run: Run) -> list[str]:
+        """Return for each result why it holds nothing, "" where it does."""
+        return [str(v.get("reason", "")) for target in run.config.targets for v in self.known(run, target).values()]
+
     @property
     def fact(self) -> Fact[dict[str, dict[str, object]]]:
         """The fact that holds the results of this rubric and judge, in the form in which they are stored."""

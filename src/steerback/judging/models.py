@@ -70,7 +70,8 @@ KEYS: Mapping[str, tuple[str, ...]] = {
 }
 """Variables of which one must be set, for the providers where we can tell before the first call."""
 
-_SECRET = re.compile(r"(?:_API_KEY|_AUTH_TOKEN|_TOKEN|_SECRET)$")
+_SECRET = re.compile(r"(?:KEY|TOKEN|SECRET|PASSWORD)$")
+SHORTEST_SECRET = 8  # characters; a shorter value is a placeholder, and replacing it would damage replies
 _NO_TEMPERATURE = re.compile(r"(?:^|/)(?:gpt-5|o\d)")
 
 
@@ -98,12 +99,20 @@ def default_temperature(model: str) -> float | None:
 
 
 def read_dotenv(path: Path = Path(".env"), environment: MutableMapping[str, str] = os.environ) -> None:
-    """Adds the variables of a .env file that are not set already (NAME=value lines; quotes and `export` allowed)."""
+    """Set the keys (`*_API_KEY`) of a .env file that are not set yet (NAME=value lines; quotes and `export` allowed).
+
+    Other variables are ignored: an address in a downloaded folder must not receive the user's keys.
+    """
     if not path.is_file():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
-        match = re.match(r"\s*(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(.*?)\s*$", line)
-        if match and not line.lstrip().startswith("#"):
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if "\0" in text:
+            raise ValueError
+    except (OSError, ValueError):
+        raise SteerbackError(f"{path} is no text file that can be read; write NAME_API_KEY=... lines into it") from None
+    for line in text.splitlines():
+        if match := re.match(r"\s*(?:export\s+)?([A-Za-z_]\w*_API_KEY)\s*=\s*(.*?)\s*$", line):
             environment.setdefault(match[1], match[2].strip("\"'"))
 
 
@@ -124,8 +133,9 @@ def check_key(model: str, environment: Mapping[str, str] = os.environ) -> None:
 
 
 def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """The text without any secret of the environment that it may quote."""
-    for name, value in environment.items():
-        if _SECRET.search(name) and len(value) >= 6:
-            text = text.replace(value, f"[{name}]")
+    """Return the text with every key, token and password of the environment replaced by its variable's name."""
+    secrets = {value: name for name, value in environment.items() if _SECRET.search(name)}
+    for value in sorted(secrets, key=len, reverse=True):  # a key may contain another
+        if len(value) >= SHORTEST_SECRET:
+            text = text.replace(value, f"[{secrets[value]}]")
     return text

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from steerback.errors import SteerbackError
-from steerback.judging.models import Limits, check_key, default_temperature, price, read_dotenv, redact
+from steerback.judging.models import KEYS, Limits, check_key, default_temperature, price, read_dotenv, redact
 from steerback.judging.prompt import Question
 from steerback.records import Spend
 
@@ -50,6 +50,7 @@ class Transport:
         if not self.base_url or not self.model_args.get("api_key"):
             check_key(self.model)
         require_inspect(self.model)
+        check_provider(self.model)
         if default_temperature(self.model) is None:
             self.temperature = None
         self._price = self.limits.price or price(self.model)
@@ -143,13 +144,14 @@ class Transport:
             self._spent = self._add(self._spent, usage.input_tokens + cached, usage.output_tokens)
         else:
             self._spent = self._add(self._spent, _tokens(question), int(len(output.completion) / CHARACTERS_PER_TOKEN))
+        text = redact(output.completion)
         if output.error:
-            return Reply(output.completion, f"the provider reported: {_line(output.error)}")
+            return Reply(text, f"the provider reported: {_line(output.error)}")
         if output.stop_reason == "content_filter":
-            return Reply(output.completion, "the model refused (content filter)")
+            return Reply(text, "the model refused (content filter)")
         if output.stop_reason in ("max_tokens", "model_length"):
-            return Reply(output.completion, f"the reply was cut off ({output.stop_reason})")
-        return Reply(output.completion)
+            return Reply(text, f"the reply was cut off ({output.stop_reason})")
+        return Reply(text)
 
     async def _generate(self, model: Model, question: Question) -> ModelOutput:
         from inspect_ai.model import ChatMessage, ChatMessageSystem, ChatMessageUser, GenerateConfig
@@ -226,6 +228,22 @@ def require_inspect(model: str) -> None:
 
     if find_spec("inspect_ai") is None:
         raise SteerbackError(f"judge {model} needs the extra 'judges': pip install 'steerback[judges]'")
+
+
+def check_provider(model: str) -> None:
+    """Raise SteerbackError with the known providers where Inspect AI does not have the provider of `model`."""
+    provider = model.partition("/")[0]
+    if provider in KEYS or provider == "openai-api":
+        return  # known without a slow import
+    import inspect_ai.model  # noqa: F401  registers the providers
+    from inspect_ai._util.registry import registry_find, registry_info, registry_unqualified_name
+
+    def name_of(api: object) -> str:
+        return registry_unqualified_name(registry_info(api))
+
+    if not registry_find(lambda info: info.type == "modelapi" and registry_unqualified_name(info) == provider):
+        known = sorted({name_of(api) for api in registry_find(lambda info: info.type == "modelapi")})
+        raise SteerbackError(f"unknown provider of judge {model!r}; choose one of: {', '.join(known)}")
 
 
 def _search(value: object, name: str) -> object:
