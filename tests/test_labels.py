@@ -88,7 +88,7 @@ def test_a_folder_is_read_in_order_and_the_first_label_of_a_latent_stays(tmp_pat
         ("a.jsonl", b"[1, 2]\n", "expected"),
         ("a.jsonl.gz", batch(explanation(1, "x"))[:20], "cannot be read"),
         ("a.jsonl.gz", b"\x1f\x8bnonsense", "cannot be read"),
-        ("a.json", b"3", "is not valid JSON"),
+        ("a.json", b"3", "must hold a list or an object of labels"),
     ],
 )
 def test_damaged_files_are_one_line(tmp_path: Path, name: str, data: bytes, message: str) -> None:

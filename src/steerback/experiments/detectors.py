@@ -7,7 +7,6 @@ well they separate on new prompts. Nothing is steered or judged. Other plans tak
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -20,6 +19,7 @@ from steerback.config import RunConfig, Settings
 from steerback.data.prompts import load_prompts
 from steerback.errors import SteerbackError
 from steerback.experiments.base import Experiment
+from steerback.readers import read_json
 from steerback.store.facts import DETECTOR_SET, Detector, DetectorSet, Search
 from steerback.store.ledger import Row
 from steerback.study.pipeline import complete
@@ -205,17 +205,17 @@ def _of_run(study: Study, folder: Path) -> DetectorSet:
 
 def read_latents(path: Path) -> list[LatentKey]:
     """Read a JSON file that holds a list of latents, or one under the key `latents` or `off_topic_detectors`."""
-    try:
-        content: object = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise SteerbackError(f"options.detectors: {path} is neither a JSON file nor the folder of a run") from None
-    except (OSError, ValueError) as error:
-        raise SteerbackError(f"options.detectors: {path} cannot be read as JSON: {error}") from None
+    if not path.is_file():
+        raise SteerbackError(f"options.detectors: {path} is neither a JSON file nor the folder of a run")
+    content = read_json(path, "options.detectors:")
     if isinstance(content, dict):
         content = next((content[key] for key in ("latents", "off_topic_detectors") if key in content), content)
     if not isinstance(content, list):
         raise SteerbackError(f"detectors of {path}: expected a list of latents, not {content!r}")
-    return content
+    wrong = next((key for key in content if isinstance(key, bool) or not isinstance(key, int | str)), None)
+    if wrong is not None:
+        raise SteerbackError(f"detectors of {path}: {wrong!r} is no latent")
+    return [key for key in content if isinstance(key, int | str)]
 
 
 def _detector_set(

@@ -110,10 +110,14 @@ def read_json_table(path: Path, what: str) -> dict[str, Json]:
 
 def read_json_lines(path: Path, what: str) -> Iterator[tuple[str, Json]]:
     """Yield (file and line, value) of each line of a JSON lines file that is not blank."""
-    for number, line in enumerate(read_text(path, what).split("\n"), 1):
-        where = f"{what} {path}, line {number}"
+    yield from parse_json_lines(read_text(path, what), f"{what} {path}")
+
+
+def parse_json_lines(text: str, where: str) -> Iterator[tuple[str, Json]]:
+    """Yield (file and line, value) of each line that is not blank."""
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield where, parse_json(line, where)
+            yield (place := f"{where}, line {number}"), parse_json(line, place)
 
 
 def parse_json(text: str, where: str) -> Json:
@@ -190,7 +194,7 @@ for _name, (_pattern, _first) in _REPLACED.items():
         _Yaml.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(_pattern), list(_first))
 
 
-def read_safetensors_header(path: Path, what: str) -> dict[str, Json]:
+def read_safetensors_header(path: Path, what: str) -> dict[str, dict[str, Json]]:
     """Return the header of a safetensors file: dtype, shape and place of each tensor, and `__metadata__`."""
     where = f"{what} {path}"
     with _opened(path, what) as file:
@@ -198,7 +202,8 @@ def read_safetensors_header(path: Path, what: str) -> dict[str, Json]:
         content = file.read(size) if size <= min(LONGEST_HEADER, os.fstat(file.fileno()).st_size) else b""
     if len(content) != size:
         raise SteerbackError(f"{where} is no safetensors file: its header of {size:,} bytes is not there")
-    return _table(parse_json(decode(content, where), where), where)
+    header = _table(parse_json(decode(content, where), where), where)
+    return {name: _table(entry, f"{where}: {name!r}") for name, entry in header.items()}
 
 
 def _table(value: Json, where: str) -> dict[str, Json]:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from pydantic import TypeAdapter
 
 from steerback.errors import SteerbackError
+from steerback.readers import read_safetensors_header
 from steerback.store.files import make_folder, user_folder, write_atomic
 
 if TYPE_CHECKING:
@@ -90,31 +91,16 @@ def _in_folder(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("*") if p.suffix in SUFFIXES) if folder.is_dir() else []
 
 
-def read_header(path: Path) -> dict[str, dict[str, object]]:
-    """Return the header of a safetensors file: shape and place of each tensor, and `__metadata__`, without a library.
-
-    Raises OSError or ValueError for a file that has none.
-    """
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        if size > 100_000_000:
-            raise ValueError("its header is too long")
-        header = json.loads(file.read(size))
-    if not isinstance(header, dict) or not all(isinstance(value, dict) for value in header.values()):
-        raise ValueError("its header is no table of tensors")
-    return header
-
-
 def read_facts(path: Path) -> DirectionFacts:
     """Return the facts in the header of a file in our format; empty for any other."""
     if path.suffix != ".safetensors":
         return DirectionFacts()
+    stored = read_safetensors_header(path, "direction").get("__metadata__", {}).get(HEADER, "{}")
     try:
-        stored = str(read_header(path).get("__metadata__", {}).get(HEADER, "{}"))
-        return TypeAdapter(DirectionFacts).validate_json(stored)
-    except (OSError, ValueError, RecursionError) as error:
+        return TypeAdapter(DirectionFacts).validate_json(str(stored))
+    except ValueError as error:
         reason = " ".join(str(error).split())
-        raise SteerbackError(f"direction {path}: not a readable safetensors file ({reason[:200]})") from error
+        raise SteerbackError(f"direction {path}: damaged facts in its header ({reason[:200]})") from error
 
 
 def read_vector(path: Path, layer: int) -> Tensor:

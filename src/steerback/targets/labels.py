@@ -20,7 +20,6 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,6 +27,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+from steerback import readers
 from steerback.errors import SteerbackError
 from steerback.records import LatentKey
 from steerback.store.files import make_folder, user_folder, write_atomic
@@ -68,11 +68,17 @@ def read_contexts(folder: Path) -> dict[LatentKey, tuple[str, ...]]:
     path = folder / "contexts.json"
     if not path.is_file():
         return {}
+    loaded = readers.read_json_table(path, "contexts")
     try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-        return {int(index): tuple(str(text) for text in texts) for index, texts in loaded.items()}
-    except DAMAGED as error:
+        return {int(index): tuple(map(str, _list(texts))) for index, texts in loaded.items()}
+    except ValueError as error:
         raise SteerbackError(f'{path}: expected {{"index": ["snippet", ...]}} ({error})') from error
+
+
+def _list(value: readers.Json) -> list[readers.Json]:
+    if not isinstance(value, list):
+        raise ValueError(f"{str(value)[:80]!r} is no list")
+    return value
 
 
 def _rows(path: Path, column: str) -> list[tuple[int, str]]:
@@ -145,9 +151,9 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 
 def _read_into(read: LabelFile, path: Path) -> None:
     try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
-    except DAMAGED as error:
+        data = readers.read_bytes(path, "label file")
+        text = readers.decode(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data, f"label file {path}")
+    except (OSError, EOFError, zlib.error) as error:
         raise SteerbackError(f"label file {path} cannot be read: {error}") from error
     if path.name.endswith(".csv"):
         _read_csv(read, text, path)
@@ -162,22 +168,18 @@ def _read_into(read: LabelFile, path: Path) -> None:
         read.add(row["index"], row.get("description", row.get("label")), where)
 
 
-def _json_rows(text: str, path: Path) -> Iterator[tuple[str, object]]:
+def _json_rows(text: str, path: Path) -> Iterator[tuple[str, readers.Json]]:
     """Yield (place, row) of each row of JSON or JSON lines."""
     where = f"label file {path}"
-    try:
-        if path.name.endswith(".json"):
-            loaded = json.loads(text)
-            if isinstance(loaded, dict):
-                loaded = [{"index": k, "label": v} for k, v in loaded.items()]
-            yield from ((where, row) for row in loaded)
-            return
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                where = f"label file {path}, line {number}"
-                yield where, json.loads(line)
-    except DAMAGED as error:
-        raise SteerbackError(f"{where} is not valid JSON: {error}") from error
+    if not path.name.endswith(".json"):
+        yield from readers.parse_json_lines(text, where)
+        return
+    loaded = readers.parse_json(text, where)
+    if isinstance(loaded, dict):
+        loaded = [{"index": k, "label": v} for k, v in loaded.items()]
+    if not isinstance(loaded, list):
+        raise SteerbackError(f"{where} must hold a list or an object of labels, not {str(loaded)[:80]!r}")
+    yield from ((where, row) for row in loaded)
 
 
 def _read_csv(read: LabelFile, text: str, path: Path) -> None:

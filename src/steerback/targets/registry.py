@@ -18,6 +18,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 from steerback.config import Settings, parse
 from steerback.errors import SteerbackError, unknown
 from steerback.organism import NAMES, weights_dir
+from steerback.readers import read_toml
 from steerback.records import BoostPrior
 from steerback.targets.directions import PRIOR, DirectionFiles, find_directions, read_facts
 from steerback.targets.target import (
@@ -161,13 +162,8 @@ def read_targets(file: Path) -> dict[str, dict[str, object]]:
     Paths are relative to the file. Raises SteerbackError naming the file, the target and the key that is wrong.
     """
     where = f"file of targets {file}"
-    try:
-        loaded = tomllib.loads(file.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise SteerbackError(f"{where} does not exist") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise SteerbackError(f"{where}: {' '.join(str(error).split())}") from error
-    for name, table in loaded.items():
+    loaded: dict[str, Table] = {}
+    for name, table in read_toml(file, "file of targets").items():
         if not isinstance(table, dict):
             raise SteerbackError(f"{where}: {name!r} is not a table; each target is one, [{name}]")
         if "model" not in table:
@@ -178,11 +174,12 @@ def read_targets(file: Path) -> dict[str, dict[str, object]]:
         variants = table.get("variants", {})
         if not isinstance(variants, dict) or not all(isinstance(changes, dict) for changes in variants.values()):
             raise SteerbackError(f"{where}: target {name!r}: variants should be tables, [{name}.variants.NAME]")
+        loaded[name] = table
     absolute = {name: _absolute(table, file.resolve().parent) for name, table in _variants(loaded).items()}
-    for name, table in absolute.items():
+    for name, own in absolute.items():
         _check_name(where, name)
         try:
-            _from_table(name, table, complete=False)
+            _from_table(name, own, complete=False)
         except SteerbackError as error:
             raise SteerbackError(f"{where}: {error}") from None
     return absolute

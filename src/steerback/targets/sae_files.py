@@ -14,7 +14,6 @@ above their threshold (Lieberum et al. 2024). No file is loaded in a way that co
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import struct
@@ -33,6 +32,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from steerback.errors import SteerbackError, unknown
+from steerback.readers import read_json_table
 from steerback.targets.download import NoSuchFile, commit_of, hub_file
 from steerback.targets.sae import TENSORS, Sae, stored
 from steerback.targets.saelens import convert
@@ -237,7 +237,7 @@ def _gemma_scope_2(place: Place, source: SaeSource) -> Sae:
 
 def _gemma_layer(path: Path) -> int:
     """Return the block whose output an SAE of Gemma Scope 2 reads, by its config."""
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json_table(path, "SAE config")
     if config.get("architecture") != "jump_relu":
         raise SteerbackError(f"{path}: architecture {config.get('architecture')!r}, expected 'jump_relu'")
     hook = str(config.get("hf_hook_point_in"))
@@ -249,7 +249,7 @@ def _gemma_layer(path: Path) -> int:
 
 def _saelens(place: Place, source: SaeSource) -> Sae:
     assert place.config is not None  # the format needs it
-    config = json.loads(place.config.read_text(encoding="utf-8"))
+    config = read_json_table(place.config, "SAE config")
     return convert(config, load_file(place.weights), str(place.weights), source.input_scale)
 
 

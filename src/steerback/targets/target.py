@@ -17,8 +17,9 @@ from pydantic import BeforeValidator, ConfigDict, Field
 
 from steerback.config import Settings, parse
 from steerback.errors import SteerbackError
+from steerback.readers import read_json_table, read_safetensors_header
 from steerback.records import BoostPrior, LatentKey, digest
-from steerback.targets.directions import DirectionFacts, read_facts, read_header
+from steerback.targets.directions import DirectionFacts, read_facts
 from steerback.targets.labels import read_contexts, read_dead, read_labels, read_user_labels
 
 Kind = Literal["relu", "jumprelu", "topk"]
@@ -67,13 +68,9 @@ class SaeMetadata(Settings):
 def read_metadata(folder: Path) -> SaeMetadata:
     """Read the `sae.json` of a folder in our own format."""
     path = folder / "sae.json"
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SteerbackError(f"{folder}: no sae.json there; an SAE folder holds sae.safetensors and sae.json") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise SteerbackError(f"{path}: not readable as JSON ({error})") from error
-    return parse(SaeMetadata, meta, str(path))
+    if not path.is_file():
+        raise SteerbackError(f"{folder}: no sae.json there; an SAE folder holds sae.safetensors and sae.json")
+    return parse(SaeMetadata, read_json_table(path, "metadata"), str(path))
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,10 +254,12 @@ def weight_sizes(folder: Path) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for path in folder.glob("*.safetensors"):
         try:
-            header = {} if path.name == "sae.safetensors" else read_header(path)
-        except (OSError, ValueError, RecursionError):
+            header = {} if path.name == "sae.safetensors" else read_safetensors_header(path, "weights")
+        except SteerbackError:
             continue
         for name, tensor in header.items():
-            if isinstance(shape := tensor.get("shape"), list) and all(isinstance(n, int) for n in shape):
-                sizes[name] = math.prod(shape)
+            shape = tensor.get("shape")
+            lengths = [n for n in shape if isinstance(n, int)] if isinstance(shape, list) else []
+            if isinstance(shape, list) and len(lengths) == len(shape):
+                sizes[name] = math.prod(lengths)
     return sizes
