@@ -78,7 +78,13 @@ demo-finetune-small:
 	$(MAKE) demo-finetune RUNS=$(RUNS) FT_EXAMPLES=54 FT_MIXES="10 90" FT_ENV=OMP_NUM_THREADS=1 \
 	  FT_SIZES="--set n_latents=4 --set trials_per_latent=5"
 
-test: $(VENV)/.installed-dev
+# The labelling page is tested in Chromium. Elsewhere than on Debian as root, install it yourself, or its tests are skipped.
+/usr/bin/chromium:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && apt-get install -y -qq chromium || echo "chromium could not be installed"; \
+	else echo "chromium is missing, so the tests of the labelling page are skipped: sudo apt install chromium"; fi
+
+test: $(VENV)/.installed-dev | /usr/bin/chromium
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # All that is needed is pinned, and nothing else installed: the CPU build of vLLM asks for builds of torch's companions

@@ -276,6 +276,34 @@ class JudgedSample(Record):
     several_keys: list[str] = Field([], alias="several keys")
 
 
+class LabelStratum(Record):
+    """A part of a label sample: one condition's responses with several attempts, or with a single one.
+
+    `available` counts the scored responses that it was drawn from.
+    """
+
+    stage: str
+    condition: str
+    several: bool
+    available: int
+    drawn: int
+
+
+class LabelSample(Record):
+    """Responses of a target that were drawn at random for people to label.
+
+    `judge` is the judge whose verdicts made the strata; `size`, `seed` and `conditions` are those of the command
+    (no conditions: all). `items` maps the number under which a response is shown to the key of its trial.
+    """
+
+    judge: str
+    size: int
+    seed: int
+    conditions: list[str] = []
+    strata: list[LabelStratum]
+    items: dict[str, str]
+
+
 class Boundaries(Record):
     """Characters at which the three regions of an episode begin according to a judge (None: not in the text).
 
@@ -315,6 +343,8 @@ PAIR_ACTIVATIONS = Fact.of("pair activations", PairActivations)
 RANDOM_SETS = Fact.of("random sets", ControlSets)
 ADAPTER = Fact.of("adapter", Adapter)
 SAMPLE = Fact.of("cross-judge sample", JudgedSample)
+LABEL_SAMPLES = Fact.of("label samples", dict[str, LabelSample])
+"""By the identifier of the sample, which hashes the responses in it."""
 TOKEN_ENDS = Fact.of("token ends", dict[str, list[int]])
 RECORDED_LATENTS = Fact.of("watched", dict[str, list[int]])
 

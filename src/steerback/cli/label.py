@@ -1,0 +1,75 @@
+"""Verbs about human labels: draw a sample to label, import the labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from steerback.cli.options import RUNS, RunName, RunsFolder, VerdictsOf, add
+from steerback.store.files import make_folder
+
+
+class _DrawByDefault(TyperGroup):
+    """A group in which `label RUN` means `label draw RUN`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """Put `draw` before arguments that name no verb. (`Any`: some releases of typer bring their own click.)"""
+        return super().resolve_command(ctx, args if args and args[0] in self.commands else ["draw", *args])
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs to the command line."""
+    label = typer.Typer(
+        cls=_DrawByDefault,
+        help="Human labels of a run: `label RUN` draws a sample and writes its labelling page.",
+        no_args_is_help=True,
+        context_settings={"ignore_unknown_options": True},
+        rich_markup_mode=None,
+    )
+    add(label, draw, "draw")
+    add(label, import_command, "import")
+    app.add_typer(label, name="label")
+
+
+def draw(
+    name: RunName,
+    size: Annotated[int, typer.Option("--n", "-n", min=1, help="Responses in the sample, of all targets.")] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of the sample; it is kept in the run.")] = 42,
+    condition: Annotated[
+        list[str] | None, typer.Option("--condition", help="Only this condition; repeat the option for several.")
+    ] = None,
+    judge: VerdictsOf = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the files; default: the run's.")] = None,
+    runs: RunsFolder = RUNS,
+) -> None:
+    """Draw a blind sample of a run, and write a page and a spreadsheet on which it is labelled."""
+    from steerback.jobs.labelling import draw_sample
+    from steerback.store.run import find_run
+
+    place = None if out is None else make_folder(out, "choose another --out")
+    sample = draw_sample(find_run(name, runs), size, seed, judge, condition or (), place)
+    print(f"{sample.count} responses in random order:")
+    print(f"  {sample.page}  (open it in a browser; press h for the keys, s to save)")
+    print(f"  {sample.spreadsheet}  (the same for a spreadsheet)")
+    print(f"then: steerback label import {name} FILE --by YOUR_NAME")
+
+
+def import_command(
+    name: RunName,
+    file: Annotated[Path, typer.Argument(help="The JSON file that the page saved, or the filled-in CSV file.")],
+    by: Annotated[str, typer.Option("--by", help="Name of the labeller; the judge is called human:NAME.")],
+    runs: RunsFolder = RUNS,
+) -> None:
+    """Add a labeller's verdicts to a run, as judge human:NAME."""
+    from steerback.jobs.labelling import import_labels
+    from steerback.store.run import find_run
+
+    done = import_labels(find_run(name, runs), file, by)
+    print(
+        f"{done.new} labels imported; {done.judge} has labelled {done.labelled} of {done.size} responses of the sample"
+    )
+    print(f"see them with: steerback show {name} --judge {done.judge}")
+    print(f"rates corrected by them: steerback figures {name}")

@@ -1,0 +1,191 @@
+"""The page and the spreadsheet on which people label a sample, and the reading of both.
+
+Responses are untrusted: on the page they are data that a script sets as text, under a policy that allows no other
+script and no network; in the spreadsheet no cell can be taken for a formula.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import io
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from steerback.errors import SteerbackError
+from steerback.judging.human import FORMAT, RUBRIC, LabelFile, LabelItem, parse_labels, sentences, words
+from steerback.readers import Json, decode, parse_json, read_bytes
+from steerback.report.transcripts import plain
+
+HERE = Path(__file__).parent
+COLUMNS = ("sample", "response", "position", "prompt", "topic", "sentence", "restart", "score")
+MARKS, BLANKS = ("x", "1", "yes", "restart"), ("", "0", "no")
+STATES = {"empty": "empty", "?": "unscored"}
+"""Words in the place of the first score of a response, with the status they stand for."""
+
+
+def page(items: Sequence[LabelItem], run: str, sample: str) -> str:
+    """Return the labelling page of a sample: one HTML file that needs nothing else."""
+    from jinja2 import Environment, FileSystemLoader
+    from markupsafe import Markup
+
+    style, script = ((HERE / name).read_text("utf-8") for name in ("label.css", "label.js"))
+    data = {
+        "format": FORMAT,
+        "run": run,
+        "sample": sample,
+        "rubric": RUBRIC,
+        "items": [
+            {
+                "number": i.number,
+                "prompt": i.prompt,
+                "topic": i.topic,
+                "response": i.response,
+                "words": words(i.response),
+                "sentences": sentences(i.response),
+            }
+            for i in items
+        ],
+    }
+    policy = f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'"
+    environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, keep_trailing_newline=True)
+    return environment.get_template("label.html").render(
+        policy=policy + "; form-action 'none'",
+        run=run,
+        style=Markup(style),
+        script=Markup(script),
+        data=Markup(_json_in_html(data)),
+    )
+
+
+def _hash(source: str) -> str:
+    """Return the expression by which a content security policy names an inline script or style."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode('utf-8')).digest()).decode('ascii')}'"
+
+
+def _json_in_html(value: object) -> str:
+    """Return JSON in ASCII without characters that mean something in HTML."""
+    text = json.dumps(value)
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def spreadsheet(items: Sequence[LabelItem], sample: str) -> str:
+    """Return the sample as CSV: one row for each sentence, with empty columns `restart` and `score`.
+
+    The score of the first attempt belongs into the first row of a response, that of a later attempt into the row
+    where `restart` is marked.
+    """
+    out = io.StringIO()
+    table = csv.writer(out, lineterminator="\n")
+    table.writerow(COLUMNS)
+    for item in items:
+        starts = sentences(item.response) or [0]
+        for start, end in zip(starts, [*starts[1:], len(item.response)], strict=True):
+            head = (item.prompt, item.topic or "") if start == starts[0] else ("", "")
+            cells = (*head, item.response[start:end].strip())
+            table.writerow([sample, item.number, start, *(_cell(text) for text in cells), "", ""])
+    return out.getvalue()
+
+
+def _cell(text: str) -> str:
+    """Return text that a spreadsheet shows as it is: no formula, no control characters."""
+    shown = plain(text)
+    return f"'{shown}" if shown[:1] in ("=", "+", "-", "@") else shown
+
+
+def read_labels(path: Path) -> LabelFile:
+    """Return the labels in a file that the page saved, or in a filled-in spreadsheet."""
+    where = f"label file {path}"
+    text = decode(read_bytes(path, "label file"), where)
+    if text.lstrip()[:1] == "{":
+        return parse_labels(parse_json(text, where), where)
+    return parse_labels(_from_spreadsheet(text, where), where)
+
+
+def _from_spreadsheet(text: str, where: str) -> Json:
+    """Return the JSON form of a filled-in spreadsheet; responses without any entry are left out."""
+    rows: dict[str, list[tuple[str, dict[str, str]]]] = {}
+    for place, row in _rows(text, where):
+        rows.setdefault(row["response"], []).append((place, row))
+    labels: dict[str, Json] = {number: label for number, own in rows.items() if (label := _label(own)) is not None}
+    samples = {row["sample"] for own in rows.values() for _, row in own}
+    if len(samples) != 1:
+        raise SteerbackError(f"{where} must hold the rows of one sample, not of {len(samples)}")
+    return {"format": FORMAT, "sample": samples.pop(), "rubric": RUBRIC, "labels": labels}
+
+
+def _rows(text: str, where: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield (place in the file, cells by column); the separator may be a comma, a semicolon or a tab."""
+    header = text.partition("\n")[0]
+    separator = max(",;\t", key=header.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    try:
+        table = [[cell.strip() for cell in cells] for cells in reader if any(cells)]
+    except csv.Error as error:
+        raise SteerbackError(f"{where} is neither JSON nor CSV: {error}") from None
+    names = table[0] if table else []
+    missing = [name for name in COLUMNS if name not in names and name not in ("prompt", "topic", "sentence")]
+    if missing or len(set(names)) != len(names):
+        raise SteerbackError(
+            f"{where} is neither a file of the labelling page nor its spreadsheet: its columns must be "
+            f"{', '.join(COLUMNS)}, each once"
+        )
+    seen: set[tuple[str, str]] = set()
+    for line, cells in enumerate(table[1:], 2):
+        place = f"{where}, row {line}"
+        if len(cells) > len(names):
+            raise SteerbackError(f"{place} has {len(cells)} cells; the header has {len(names)}")
+        row = dict.fromkeys(names, "") | dict(zip(names, cells, strict=False))
+        key = (row["response"], row["position"])
+        if key in seen:
+            raise SteerbackError(f"{place}: response {key[0]!r}, position {key[1]!r} occurs twice")
+        seen.add(key)
+        yield place, row
+
+
+def _label(rows: Sequence[tuple[str, dict[str, str]]]) -> Json:
+    """Return the label in the rows of one response, None where nothing is filled in."""
+    ordered = sorted(((_position(at, row), at, row) for at, row in rows), key=lambda entry: entry[0])
+    if not any(row["restart"] or row["score"] for _, _, row in ordered):
+        return None
+    restarts: list[Json] = []
+    scores: list[Json] = []
+    for nth, (position, at, row) in enumerate(ordered):
+        mark, score = row["restart"].lower(), row["score"].lower()
+        if mark not in (*MARKS, *BLANKS):
+            raise SteerbackError(f"{at}: restart is {mark!r}; write x where a new attempt begins, else nothing")
+        begins = mark in MARKS
+        if nth == 0 and begins:
+            raise SteerbackError(f"{at}: nothing stands before this sentence, so it cannot be a restart")
+        if nth == 0 and score in STATES:
+            if any(row["restart"] or row["score"] for _, _, row in ordered[1:]):
+                raise SteerbackError(f"{at}: a response that is {score!r} has no restarts and no further scores")
+            return {"status": STATES[score]}
+        if begins:
+            restarts.append(position)
+        if begins or nth == 0:
+            scores.append(_score(score, at))
+        elif score:
+            raise SteerbackError(f"{at} has a score but begins no attempt; mark its restart with x, or clear the score")
+    return {"status": "scored", "restarts": restarts, "scores": scores}
+
+
+def _position(at: str, row: dict[str, str]) -> int:
+    if not (row["position"].isascii() and row["position"].isdigit() and len(row["position"]) < 10):
+        raise SteerbackError(f"{at}: position {row['position']!r} is no number; leave that column as it was")
+    return int(row["position"])
+
+
+def _score(text: str, at: str) -> float:
+    try:
+        value = float(text.replace(",", "."))
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 100:
+        raise SteerbackError(f"{at}: score {text!r} is no number from 0 to 100; each attempt needs one")
+    return value
