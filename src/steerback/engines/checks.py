@@ -84,7 +84,7 @@ def check_length(where: str, prompt: int, new: int, most: int, limit: str, advic
 
 
 def check_texts(prompts: Sequence[str], responses: Sequence[str], latents: Sequence[int] | None, site: Site) -> None:
-    """Raise SteerbackError if the activations of these texts cannot be given."""
+    """Raise SteerbackError if the activations of these texts cannot be computed."""
     if not site.n_latents:
         raise SteerbackError("activations need an SAE and this target has none")
     if len(prompts) != len(responses):

@@ -7,7 +7,7 @@ Knows nothing of requests, sampling or what a pass edits.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -54,15 +54,7 @@ class Decoder(Protocol):
     layers: nn.ModuleList
     norm: nn.Module
 
-    def __call__(
-        self,
-        *,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        attention_mask: Tensor | Mapping[str, Tensor],
-        past_key_values: KeyValues | None,
-        use_cache: bool,
-    ) -> DecoderOutput: ...
+    def __call__(self, **inputs: object) -> DecoderOutput: ...
 
 
 class CausalModel(Protocol):
@@ -113,8 +105,7 @@ class Runner:
         forward: Pass,
     ) -> Tensor:
         """Return final hidden states (rows, Q, d) of ids (rows, Q) at positions (rows or 1, Q) over `length` keys."""
-        full = mask(positions, length, self.dtype)
-        masks: Tensor | dict[str, Tensor] = full
+        masks: object = (full := mask(positions, length, self.dtype))
         if self._windowed:
             window = mask(positions, length, self.dtype, self.config.sliding_window)
             masks = {"full_attention": full, "sliding_attention": window}

@@ -112,7 +112,7 @@ class ScriptedEngine:
     """Engine protocol over a script; deterministic, in order (or `shuffled` by request hash), with correct receipts.
 
     `fail_receipts` picks requests whose receipt is to be wrong, `raise_on` requests at which generation breaks with
-    SteerbackError. `generated` counts completions given out.
+    SteerbackError. `generated` counts completions.
     """
 
     def __init__(

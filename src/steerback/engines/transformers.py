@@ -269,7 +269,7 @@ class TransformersEngine:
     def teacher_forced(
         self, token_ids: Sequence[int], interventions: Sequence[Intervention], prompt_tokens: int
     ) -> Tensor:
-        """Logits (T, vocabulary) of a given text, steered, in one pass: what other engines are compared with.
+        """Return logits (T, vocabulary) of a text, steered, in one pass, for comparisons with other engines.
 
         The first `prompt_tokens` positions are the prompt.
         """

@@ -311,8 +311,7 @@ class VllmEngine:
         jobs.check_length(self.settings, "teacher_forced", len(token_ids), 1)
         ticket = Ticket("teacher_forced", tuple(interventions), prompt=prompt_tokens)
         jobs.check_ticket("teacher_forced", ticket, self.settings)
-        sampling: SamplingFields = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": -1, "logprobs": -1}
-        sampling["detokenize"] = False
+        sampling = SamplingFields(max_tokens=1, temperature=0.0, prompt_logprobs=-1, logprobs=-1, detokenize=False)
         output = self._drivers[0].submit(VllmJob(ticket, tuple(token_ids), sampling)).result().output
         rows = [*output.prompt_logprobs[1:], output.outputs[0].logprobs[0]]
         out = np.full((len(rows), len(rows[0])), -np.inf, dtype=np.float32)

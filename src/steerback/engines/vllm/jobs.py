@@ -97,13 +97,7 @@ def steering_fault(
         if not error < TOLERANCE:  # nor NaN
             return f"its edits are off by {error:.1e} of their size"
     edits = (Intervention("add", latents[0], boost),)
-    sampling: SamplingFields = {
-        "temperature": 0.0,
-        "max_tokens": 3,
-        "logprobs": 5,
-        "ignore_eos": True,
-        "detokenize": False,
-    }
+    sampling = SamplingFields(temperature=0.0, max_tokens=3, logprobs=5, ignore_eos=True, detokenize=False)
     jobs = [VllmJob(Ticket(key, e), prompt, sampling) for key, e in (("plain", ()), ("steered", edits), ("again", ()))]
     plain, steered, again = (driver.submit(job).result() for job in jobs)
     entry = steered.entry or {}

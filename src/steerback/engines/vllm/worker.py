@@ -72,7 +72,7 @@ class SteeredWorker(Base):  # type: ignore[misc]
 
 
 def allocated(device: torch.device) -> int:
-    """Return the bytes that tensors hold on a device (0 on a CPU, where vLLM is told how much to take)."""
+    """Return the bytes that tensors hold on a device (0 on a CPU, where vLLM is started with a fixed amount)."""
     return 0 if device.type == "cpu" else torch.cuda.memory_allocated(device)
 
 
