@@ -30,7 +30,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from steerback.finetuning.segments import IGNORED, Tokens
-from steerback.finetuning.settings import Settings
+from steerback.finetuning.settings import TrainingSettings
 from steerback.finetuning.train import fit
 
 PEAK = 989e12
@@ -130,7 +130,9 @@ def measure(shape: str, length: int, checkpointing: bool, steps: int) -> dict[st
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    settings = Settings(sequence_length=length, checkpointing=checkpointing, max_steps=WARM + steps, evaluations=1)
+    settings = TrainingSettings(
+        sequence_length=length, checkpointing=checkpointing, max_steps=WARM + steps, evaluations=1
+    )
     data = rows(settings.batch_size * (WARM + steps), length, SHAPES[shape]["vocab_size"])
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:

@@ -20,11 +20,11 @@ from steerback.cli import main
 from steerback.data.prompts import load_prompts, load_subjects
 from steerback.engines.prompting import Prompter
 from steerback.errors import SteerbackError
-from steerback.finetuning import adapters, axolotl
+from steerback.finetuning import adapters, axolotl, launch
 from steerback.finetuning.examples import Corpus, Example, Keywords, problem
 from steerback.finetuning.mixes import RATIOS, make_mixes
 from steerback.finetuning.segments import Row, Segment, encode, read_rows, text_of
-from steerback.finetuning.settings import Settings
+from steerback.finetuning.settings import TrainingJob
 from steerback.finetuning.synthesize import ACKNOWLEDGEMENTS, CorpusWriter, synthesize, write_pools
 from steerback.finetuning.writer import SELF_CORRECTION, LlmWriter
 from steerback.judging import Limits
@@ -251,7 +251,7 @@ def test_axolotls_configuration_is_the_same_training(tmp_path: Path) -> None:
         (tmp_path / "mix-50" / f"{name}.jsonl").write_text(
             "".join(json.dumps({"segments": [{"label": s.train, "text": s.text} for s in row]}) + "\n" for row in rows)
         )
-    job = adapters.Job("llama-3.1-8b", str(tmp_path / "mix-50"), str(tmp_path / "out" / "mix-50"), Settings())
+    job = TrainingJob(target="llama-3.1-8b", data=tmp_path / "mix-50", out=tmp_path / "out" / "mix-50")
     path = axolotl.export(job, resolve("llama-3.1-8b"), tmp_path / "out")
     body = yaml.safe_load(path.read_text("utf-8"))
     assert body["datasets"][0]["type"] == "input_output"
@@ -313,6 +313,15 @@ def test_processes_that_run_out_of_memory_start_again_with_a_smaller_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
+    counts = dict.fromkeys(("training", "validation", "cut_at_sequence_length", "tokens", "trained_tokens"), 1)
+    facts = dict.fromkeys(("seconds", "micro_batch", "accumulation", "devices", "resumed_from", "final_loss"), 1)
+    card: dict[str, object] = {
+        **dict.fromkeys(("name", "base", "model", "revision", "written"), "x"),
+        **{name: {} for name in ("base_files", "settings", "versions", "machine", "commit")},
+        "data": {"source": "x", "hash": "x", "percent": 50} | counts,
+        "training": {"steps": 5, "dtype": "float32", "out_of_memory": []} | facts,
+        "validation_loss": [],
+    }
 
     def run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
         task = json.loads(Path(command[-1]).read_text("utf-8"))
@@ -321,16 +330,19 @@ def test_processes_that_run_out_of_memory_start_again_with_a_smaller_batch(
         if len(seen) < 3:
             (tmp_path / ".out-of-memory").touch()
             return subprocess.CompletedProcess(command, 1)
-        (tmp_path / "card.json").write_text('{"name": "done"}', "utf-8")
+        (tmp_path / "card.json").write_text(json.dumps(card), "utf-8")
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(adapters.subprocess, "run", run)
-    job = adapters.Job("organism-control", "data", str(tmp_path), Settings())
-    assert adapters.train_together(job, 2, lambda text: None) == {"name": "done"}
+    monkeypatch.setattr(launch.subprocess, "run", run)
+    job = TrainingJob(target="organism-control", data=Path("data"), out=tmp_path)
+    assert launch.train_together(job, 2, lambda text: None).training.steps == 5
     assert seen == [4, 2, 1]
-    monkeypatch.setattr(adapters.subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, 1))
+    del seen[:], card["base"]
+    with pytest.raises(SteerbackError, match=r"adapter card .*card\.json: base: Field required"):
+        launch.train_together(job, 2, lambda text: None)
+    monkeypatch.setattr(launch.subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, 1))
     with pytest.raises(SteerbackError, match="failed in 2 processes; their messages stand above"):
-        adapters.train_together(job, 2, lambda text: None)
+        launch.train_together(job, 2, lambda text: None)
 
 
 def test_mistakes_are_one_line(
@@ -348,8 +360,9 @@ def test_mistakes_are_one_line(
         (["train", "-t", "organism-control"], "no mixes in finetuning; make them with"),
         (["train", "33", "-t", "organism-control"], "unknown mix or file '33'"),
         (["train", "empty.jsonl", "-t", "organism-control"], "holds no example"),
-        (["train", "bad.jsonl", "-t", "organism-control"], "label of segment 1 is 1"),
-        (["train", "bad.jsonl", "-t", "organism-control", "--set", "rank=x"], "rank should be int"),
+        (["train", "bad.jsonl", "-t", "organism-control"], "segments.0.label: Input should be a valid boolean"),
+        (["train", "bad.jsonl", "-t", "organism-control", "--set", "rank=x"], "rank: Input should be a valid integer"),
+        (["train", "bad.jsonl", "-t", "organism-control", "--set", "rank"], "not of the form key=value"),
         (["train", "bad.jsonl", "-t", "organism-control", "--export", "zip"], "unknown export 'zip'"),
         (["mixes"], "training data is made with: steerback finetune data"),
     ):

@@ -198,13 +198,16 @@ def test_files_are_read_as_they_are_written_and_as_others_write_them(tmp_path: P
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ('{"segments": [{"label": 1, "text": "a"}]}', "a.jsonl:1: label of segment 1 is 1; it has to be true"),
-        ('{"segments": [{"label": "true", "text": "a"}]}', "label of segment 1 is 'true'"),
-        ('{"segments": [{"label": true}]}', "a.jsonl:1: segment 1 has no text"),
+        (
+            '{"segments": [{"label": 1, "text": "a"}]}',
+            "a.jsonl, line 1: segments.0.label: Input",
+        ),
+        ('{"segments": [{"label": "true", "text": "a"}]}', "segments.0.label: Input should be a valid boolean"),
+        ('{"segments": [{"label": true}]}', "a.jsonl, line 1: segments.0.text: Field required"),
         ('{"segments": []}', 'should be {"segments"'),
         ('{"text": "a"}', 'should be {"segments"'),
         ("[1]", 'should be {"segments"'),
-        ('\n{"segments": ', "a.jsonl:2: not valid JSON"),
+        ('\n{"segments": ', "a.jsonl, line 2 is not valid JSON"),
         ("\n", "holds no example"),
     ],
 )

@@ -18,10 +18,10 @@ from transformers import TrainerCallback
 import tiny
 from steerback.errors import SteerbackError
 from steerback.finetuning.segments import IGNORED, Tokens
-from steerback.finetuning.settings import Settings, from_mapping
-from steerback.finetuning.train import Report, fit
+from steerback.finetuning.settings import TrainingSettings
+from steerback.finetuning.train import TrainingReport, fit
 
-QUICK = Settings(rank=4, dropout=0.0, learning_rate=1e-3, epochs=1, warmup_steps=1, evaluations=2)
+QUICK = TrainingSettings(rank=4, dropout=0.0, learning_rate=1e-3, epochs=1, warmup_steps=1, evaluations=2)
 
 
 def rows(n: int, seed: int = 0) -> list[Tokens]:
@@ -55,15 +55,15 @@ class Gradients(TrainerCallback):
             self.weights = {n: p.detach().clone() for n, p in named.items()}
 
 
-def train(folder: Path, data: Sequence[Tokens], settings: Settings = QUICK, **options: Any) -> Report:
+def train(folder: Path, data: Sequence[Tokens], settings: TrainingSettings = QUICK, **options: Any) -> TrainingReport:
     return fit(small, tiny.tokenizer(), data, options.pop("validation", ()), settings, folder, **options)
 
 
 def first_step(folder: Path, data: Sequence[Tokens]) -> tuple[float, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Loss and gradients (up to the clipping's factor) of the first step."""
     seen = Gradients()
-    report = train(folder, data, from_mapping({"max_steps": 1}, QUICK), callbacks=[seen])
-    return report.losses[0][1], seen.found, seen.weights
+    report = train(folder, data, QUICK.changed(max_steps=1), callbacks=[seen])
+    return report.curves.training[0].loss, seen.found, seen.weights
 
 
 def adapted(weights: dict[str, torch.Tensor]) -> Any:
@@ -193,8 +193,10 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_effective_one(tmp_pa
     assert any("out of memory at a micro-batch of 8; going on with 4" in line for line in said)
     whole = train(tmp_path / "b", data)
     assert (whole.micro_batch, whole.accumulation, whole.out_of_memory) == (8, 1, [])
-    assert [step for step, _ in report.losses] == [step for step, _ in whole.losses] == [1, 2, 3, 4, 5]
-    torch.testing.assert_close([x for _, x in report.losses], [x for _, x in whole.losses], rtol=1e-4, atol=1e-5)
+    assert [p.step for p in report.curves.training] == [p.step for p in whole.curves.training] == [1, 2, 3, 4, 5]
+    torch.testing.assert_close(
+        [p.loss for p in report.curves.training], [p.loss for p in whole.curves.training], rtol=1e-4, atol=1e-5
+    )
     with pytest.raises(SteerbackError, match="memory runs out with a single row"):
         fit(lambda: short_of_memory(0), tiny.tokenizer(), data, (), QUICK, tmp_path / "c", name="x")
 
@@ -210,7 +212,7 @@ class Kill(t.TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 t.train(Path({folder!r}), t.rows(64), t.LONG, validation=t.rows(8, 1), callbacks=[Kill()])
 """
-LONG = from_mapping({"dropout": 0.1, "evaluations": 4}, QUICK)
+LONG = QUICK.changed(dropout=0.1, evaluations=4)
 
 
 def test_killed_training_goes_on_to_the_same_end(tmp_path: Path) -> None:
@@ -227,8 +229,8 @@ def test_killed_training_goes_on_to_the_same_end(tmp_path: Path) -> None:
     resumed = train(tmp_path / "killed", rows(64), LONG, validation=rows(8, 1))
     assert resumed.resumed_from == 4
     assert resumed.final_loss == pytest.approx(whole.final_loss, rel=1e-5)
-    assert [p.step for p in resumed.validation] == [p.step for p in whole.validation] == [0, 2, 4, 6, 8]
-    assert resumed.validation[-1].trained == pytest.approx(whole.validation[-1].trained, rel=1e-5)
+    assert [p.step for p in resumed.curves.validation] == [p.step for p in whole.curves.validation] == [0, 2, 4, 6, 8]
+    assert resumed.curves.validation[-1].trained == pytest.approx(whole.curves.validation[-1].trained, rel=1e-5)
     a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "killed"))
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=1e-6, rtol=1e-4)
@@ -236,9 +238,9 @@ def test_killed_training_goes_on_to_the_same_end(tmp_path: Path) -> None:
 
 def test_it_learns_what_is_trained_and_reports_both_parts(tmp_path: Path) -> None:
     half = [Tokens((20, 21, 22, 23, *range(30, 38)), (IGNORED,) * 4 + tuple(range(30, 38)))] * 32
-    settings = from_mapping({"learning_rate": 2e-2, "epochs": 6, "evaluations": 3}, QUICK)
+    settings = QUICK.changed(learning_rate=2e-2, epochs=6, evaluations=3)
     report = train(tmp_path, half, settings, validation=half[:4])
-    first, last = report.validation[0], report.validation[-1]
+    first, last = report.curves.validation[0], report.curves.validation[-1]
     assert last.trained < 0.6 * first.trained
     assert first.masked is not None
     assert last.masked is not None
@@ -250,25 +252,25 @@ def test_no_example_and_wrong_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SteerbackError, match="nothing to train on"):
         train(tmp_path, [])
     for values, says in (
-        ({"rate": 1}, "unknown training setting 'rate'; choose one of: rank"),
-        ({"rank": 0}, "rank 0 is not at least 1"),
-        ({"rank": "8"}, "rank should be int"),
-        ({"rank": 2.5}, "rank should be int"),
-        ({"learning_rate": -1.0}, "learning_rate -1.0 is not above 0"),
-        ({"schedule": "step"}, "choose one of: cosine"),
-        ({"dropout": 1.0}, "dropout lies in"),
+        ({"rate": 1}, "unknown setting 'rate'; choose one of: alpha, batch_size"),
+        ({"rank": 0}, "rank: Input should be greater than or equal to 1"),
+        ({"rank": "many"}, "rank: Input should be a valid integer"),
+        ({"rank": 2.5}, "rank: Input should be a valid integer"),
+        ({"learning_rate": -1.0}, "learning_rate: Input should be greater than 0"),
+        ({"schedule": "step"}, "schedule: Input should be 'cosine', 'linear'"),
+        ({"dropout": 1.0}, "dropout: Input should be less than 1"),
     ):
         with pytest.raises(SteerbackError, match=says):
-            from_mapping(values)
+            TrainingSettings().changed(**values)
     with pytest.raises(SteerbackError, match="cannot be divided over 3 devices"):
-        Settings().micro_sizes(3)
+        TrainingSettings().micro_sizes(3)
     with pytest.raises(SteerbackError, match="micro_batch 3 does not divide"):
-        Settings(micro_batch=3).micro_sizes()
-    assert Settings().micro_sizes(2) == [4, 2, 1]
-    assert Settings(batch_size=12).micro_sizes() == [12, 6, 3, 1]
+        TrainingSettings(micro_batch=3).micro_sizes()
+    assert TrainingSettings().micro_sizes(2) == [4, 2, 1]
+    assert TrainingSettings(batch_size=12).micro_sizes() == [12, 6, 3, 1]
 
 
 def test_the_specifications_settings_are_the_defaults() -> None:
-    s = Settings()
+    s = TrainingSettings()
     assert (s.rank, s.alpha, s.dropout, s.learning_rate, s.schedule) == (32, 16, 0.05, 2e-4, "cosine")
     assert (s.epochs, s.batch_size, s.warmup_steps, s.sequence_length) == (4, 8, 10, 4096)

@@ -119,14 +119,18 @@ def train(
 ) -> None:
     """Train a LoRA adapter per mix. The same command again goes on where it stopped."""
     from steerback.config import assignment
-    from steerback.finetuning.adapters import Job, read_data, train_adapter, train_together
-    from steerback.finetuning.settings import from_mapping
+    from steerback.finetuning.adapters import read_data, train_adapter
+    from steerback.finetuning.launch import train_together
+    from steerback.finetuning.settings import TrainingJob, TrainingSettings
     from steerback.targets import resolve
 
     resolved = resolve(target)
-    chosen_settings = from_mapping(dict(assignment(text) for text in settings or ()))
+    changed = TrainingSettings().changed(**dict(assignment(text) for text in settings or ()))
     place = out or folder / "adapters"
-    jobs = [Job(target, str(data), str(place / name), chosen_settings) for name, data in _chosen(folder, chosen or [])]
+    jobs = [
+        TrainingJob(target=target, data=data, out=place / name, settings=changed)
+        for name, data in _chosen(folder, chosen or [])
+    ]
     if export is not None:
         if export != "axolotl":
             raise unknown("export", export, ["axolotl"])
@@ -136,7 +140,7 @@ def train(
             print(write(job, resolved, place))
         return
     for job in jobs:
-        read_data(Path(job.data))  # a mistake in the last mix shows before the first is trained
+        read_data(job.data)  # a mistake in the last mix shows before the first is trained
     cards = []
     for number, job in enumerate(jobs, 1):
         head = f"[{number}/{len(jobs)}] {job.name}"
@@ -148,10 +152,9 @@ def train(
         cards.append(train_together(job, processes, say) if processes > 1 else train_adapter(job, say))
     print()
     for card in cards:
-        done, ends = card["training"], card["validation_loss"]
-        held = f", validation loss {ends[-1]['trained']:.3f}" if ends else ""
-        print(f"{card['name']}: {done['steps']} steps, {done['seconds']:.0f} s{held}")
-    _draw([Path(job.out) for job in jobs], place)
+        ends = "".join(f", validation loss {loss.trained:.3f}" for loss in card.validation_loss)
+        print(f"{card.name}: {card.training.steps} steps, {card.training.seconds:.0f} s{ends}")
+    _draw([job.out for job in jobs], place)
     print(place)
 
 

@@ -1,6 +1,6 @@
-"""One training from a target and a mix to an adapter with its card; where adapters are and what they say of themselves.
+"""One training, from a target and a mix to an adapter with its card; finding adapters and reading their cards.
 
-Knows targets, files and processes; the arithmetic is in `train`.
+The arithmetic is in `train`; several processes are started by `launch`.
 """
 
 from __future__ import annotations
@@ -8,149 +8,124 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from steerback import readers
+from steerback.config import parse
 from steerback.errors import VERSION, SteerbackError, unknown
 from steerback.finetuning.mixes import hash_rows
 from steerback.finetuning.segments import Row, Tokens, encode, read_rows
-from steerback.finetuning.settings import Settings, from_mapping
-from steerback.store.files import make_folder
+from steerback.finetuning.settings import TrainingJob, TrainingSettings
+from steerback.finetuning.train import CardRecord, TrainingFacts, ValidationLoss, fit, has_bf16, require_extra
+from steerback.store.files import make_folder, write_atomic, write_json
 from steerback.store.manifest import commit, machine
-from steerback.store.run import write_atomic, write_json
 from steerback.targets import Target, resolve
 from steerback.targets.fit import check_weights
 from steerback.targets.target import is_adapter
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CARD = "card.json"
-OUT_OF_MEMORY = 75  # exit status of a process that ran out of memory: the batch has to be made smaller for all
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One adapter to be trained: base, rows (a folder with train.jsonl, or a file), settings, where it goes."""
+class TrainingData(CardRecord):
+    """The examples that an adapter was trained on: source, content hash, percent of self-corrections, counts."""
 
-    target: str
-    data: str
-    out: str
-    settings: Settings = field(default_factory=Settings)
+    source: str
+    hash: str
+    percent: float
+    training: int
+    validation: int
+    cut_at_sequence_length: int
+    tokens: int
+    trained_tokens: int
 
-    @property
-    def name(self) -> str:
-        return Path(self.out).name
+
+class AdapterCard(CardRecord):
+    """The file card.json of an adapter: base, data, settings, training, versions."""
+
+    name: str
+    base: str
+    model: str
+    """Hub id of the base, or the target's name if the base is a folder of this machine."""
+    revision: str | None
+    base_files: dict[str, str]
+    data: TrainingData
+    settings: TrainingSettings
+    training: TrainingFacts
+    validation_loss: list[ValidationLoss]
+    """The last one, if there are validation examples."""
+    versions: dict[str, str]
+    machine: dict[str, object]
+    commit: dict[str, object] | None
+    written: str
 
 
-def train_adapter(job: Job, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Trains (or goes on with) one adapter and writes its card; returns the card. Done before: returned at once."""
-    from steerback.finetuning.train import fit, require_extra, write_losses
-
+def train_adapter(job: TrainingJob, say: Callable[[str], None] = print) -> AdapterCard:
+    """Train (or go on with) one adapter, write its card and return it. A finished training is returned at once."""
     require_extra()
     target = resolve(job.target)
-    training, validation = read_data(Path(job.data))
+    training, validation = read_data(job.data)
     data_hash = hash_rows(training, validation)
-    done = _done(Path(job.out), target, data_hash, job.settings)
+    done = _done(job.out, target, data_hash, job.settings)
     if done is not None:
         return done
     tokenizer = load_tokenizer(target)
     tokens, cut = encode_rows(training, tokenizer, job.settings.sequence_length, f"{job.data} (training)")
     held, _ = encode_rows(validation, tokenizer, job.settings.sequence_length, f"{job.data} (validation)")
-    _mark(Path(job.out), target, data_hash, job.settings)
-    report = fit(
-        lambda: load_base(target), tokenizer, tokens, held, job.settings, Path(job.out), say=say, name=job.name
+    _mark(job.out, target, data_hash, job.settings)
+    report = fit(lambda: load_base(target), tokenizer, tokens, held, job.settings, job.out, say=say, name=job.name)
+    card = AdapterCard(
+        name=job.name,
+        base=target.name,
+        model=_public(target),
+        revision=target.revision,
+        base_files=_base_files(target),
+        data=TrainingData(
+            source=job.data.name,
+            hash=data_hash,
+            percent=_percent(training + validation),
+            training=len(training),
+            validation=len(validation),
+            cut_at_sequence_length=cut,
+            tokens=sum(len(row.input_ids) for row in tokens),
+            trained_tokens=sum(row.trained for row in tokens),
+        ),
+        settings=job.settings,
+        training=TrainingFacts(**report.model_dump(exclude={"curves"})),
+        validation_loss=report.curves.validation[-1:],
+        versions={"steerback": VERSION} | {name: version(name) for name in PACKAGES},
+        machine=machine(),
+        commit=commit(),
+        written=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    if int(os.environ.get("RANK", "0")) > 0:  # of several processes the first one writes
-        return {}
-    folder = Path(job.out)
-    body = {
-        "name": job.name,
-        "base": target.name,
-        "model": _public(target),
-        "revision": target.revision,
-        "base_files": _base_files(target),
-        "data": {
-            "source": Path(job.data).name,
-            "hash": data_hash,
-            "percent": _percent(training + validation),
-            "training": len(training),
-            "validation": len(validation),
-            "cut_at_sequence_length": cut,
-            "tokens": sum(len(row.input_ids) for row in tokens),
-            "trained_tokens": sum(row.trained for row in tokens),
-        },
-        "settings": job.settings.to_json(),
-        "training": {key: value for key, value in asdict(report).items() if key not in ("losses", "validation")},
-        "validation_loss": [asdict(point) for point in report.validation[-1:]],
-        "versions": {"steerback": VERSION} | {name: version(name) for name in PACKAGES},
-        "machine": machine(),
-        "commit": commit(),
-        "written": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    _name_base(folder, _public(target))
-    write_losses(report, folder)
-    write_atomic(folder / "README.md", _readme(body).encode("utf-8"))
-    write_json(folder / CARD, body)  # last: it marks a finished training
-    return body
+    if int(os.environ.get("RANK", "0")) == 0:  # of several processes the first one writes
+        _name_base(job.out, card.model)
+        write_json(job.out / "losses.json", report.curves.model_dump())
+        write_atomic(job.out / "README.md", _readme(card).encode("utf-8"))
+        write_json(job.out / CARD, card.model_dump(mode="json"))  # last: it marks a finished training
+    return card
 
 
-def train_together(job: Job, processes: int, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """The same over several processes, one device each; torch starts them and accelerate joins them in the trainer.
-
-    One process out of memory ends all; they start again from the newest checkpoint with a smaller micro-batch.
-    """
-    folder = Path(job.out)
-    make_folder(folder, "choose another --out")
-    for micro in job.settings.micro_sizes(processes):
-        settings = from_mapping({"micro_batch": micro}, job.settings)
-        task = write_json(folder / "job.json", asdict(job) | {"settings": settings.to_json()})
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command += ["-m", "steerback.finetuning", str(task)]
-        done = subprocess.run(command, check=False)
-        if done.returncode == 0:
-            task.unlink()
-            card: dict[str, Any] = json.loads((folder / CARD).read_text("utf-8"))
-            return card
-        if not (folder / ".out-of-memory").is_file():
-            raise SteerbackError(f"training of {job.name} failed in {processes} processes; their messages stand above")
-        (folder / ".out-of-memory").unlink()
-        say(f"{job.name}: out of memory at a micro-batch of {micro}")
-    raise SteerbackError(f"{job.name}: memory runs out with a single row a device; lower sequence_length")
-
-
-def worker(task: Path) -> int:
-    """What one process of several does; returns its exit status."""
-    from steerback.finetuning.train import OutOfMemory
-
-    body = json.loads(task.read_text("utf-8"))
-    job = Job(body["target"], body["data"], body["out"], Settings(**body["settings"]))
-    try:
-        train_adapter(job)
-    except OutOfMemory:
-        (Path(job.out) / ".out-of-memory").touch()
-        return OUT_OF_MEMORY
-    except SteerbackError as error:
-        print(f"steerback: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def read_card(folder: Path) -> AdapterCard:
+    """Return an adapter's card; SteerbackError if it is damaged."""
+    return parse(AdapterCard, readers.read_json_table(folder / CARD, "adapter card"), f"adapter card {folder / CARD}")
 
 
 def load_base(target: Target) -> PreTrainedModel:
-    """The base model for training: bfloat16 on a GPU that has it, else float32."""
+    """Load the base model for training: bfloat16 on a GPU that has it, else float32."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     from steerback.engines.loading import hub_arguments, load_errors
-    from steerback.finetuning.train import has_bf16
 
     place = "cuda" if torch.cuda.is_available() else "cpu"
     if place == "cuda":
@@ -159,14 +134,14 @@ def load_base(target: Target) -> PreTrainedModel:
     dtype = torch.bfloat16 if has_bf16(place.partition(":")[0]) else torch.float32
     check_weights(target)
     with load_errors(target, f"cannot load {target.model}"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             target.model, dtype=dtype, use_safetensors=True, **hub_arguments(target)
         )
     return model.to(place)
 
 
-def load_tokenizer(target: Target) -> Any:
-    """The target's tokenizer; SteerbackError where it cannot be had."""
+def load_tokenizer(target: Target) -> PreTrainedTokenizerBase:
+    """Load the target's tokenizer; SteerbackError if it cannot be had."""
     from transformers import AutoTokenizer
 
     from steerback.engines.loading import hub_arguments, load_errors
@@ -183,7 +158,9 @@ def read_data(path: Path) -> tuple[list[Row], list[Row]]:
     return read_rows(path), []
 
 
-def encode_rows(rows: Sequence[Row], tokenizer: Any, length: int, where: str) -> tuple[list[Tokens], int]:
+def encode_rows(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, length: int, where: str
+) -> tuple[list[Tokens], int]:
     """Tokens of all rows, cut at `length`, and how many were cut. A row that the cut leaves nothing of is refused."""
     found, cut = [], 0
     for number, row in enumerate(rows, 1):
@@ -222,18 +199,15 @@ def _base_files(target: Target) -> dict[str, str]:
     return {}
 
 
-def _identity(target: Target, data_hash: str, settings: Settings) -> dict[str, Any]:
-    return {
+def _mark(folder: Path, target: Target, data_hash: str, settings: TrainingSettings) -> None:
+    """Note what is trained here; raise SteerbackError if the folder holds checkpoints of another training."""
+    make_folder(folder, "choose another --out")
+    now = {
         "base_files": _base_files(target),
         "data": data_hash,
-        "settings": settings.to_json() | {"micro_batch": None},
+        "settings": settings.model_dump() | {"micro_batch": None},
     }
-
-
-def _mark(folder: Path, target: Target, data_hash: str, settings: Settings) -> None:
-    """Notes what is trained here; checkpoints of something else are not gone on with."""
-    make_folder(folder, "choose another --out")
-    path, now = folder / "training.json", _identity(target, data_hash, settings)
+    path = folder / "training.json"
     if path.is_file() and json.loads(path.read_text("utf-8")) != now:
         raise SteerbackError(
             f"{folder} holds a training with another base, data or settings; choose another --out or remove it"
@@ -242,38 +216,37 @@ def _mark(folder: Path, target: Target, data_hash: str, settings: Settings) -> N
         write_json(path, now)
 
 
-def _done(folder: Path, target: Target, data_hash: str, settings: Settings) -> dict[str, Any] | None:
-    """The card of a finished training of exactly this."""
+def _done(folder: Path, target: Target, data_hash: str, settings: TrainingSettings) -> AdapterCard | None:
+    """Return the card of a finished training with exactly this base, data and settings."""
     if not (folder / CARD).is_file() or not (folder / "training.json").is_file():
         return None
     _mark(folder, target, data_hash, settings)
-    card: dict[str, Any] = json.loads((folder / CARD).read_text("utf-8"))
-    return card
+    return read_card(folder)
 
 
 def _name_base(folder: Path, name: str) -> None:
     path = folder / "adapter_config.json"
-    if path.is_file():
-        write_json(path, json.loads(path.read_text("utf-8")) | {"base_model_name_or_path": name})
+    write_json(path, json.loads(path.read_text("utf-8")) | {"base_model_name_or_path": name})
 
 
 @dataclass(frozen=True, slots=True)
 class TrainedAdapter:
-    """A trained adapter: its folder and the percent of self-corrections it was trained on (None: not known)."""
+    """A trained adapter: its folder and the percent of self-corrections it was trained on (None: unknown)."""
 
     folder: Path
     percent: float | None
 
     @property
     def name(self) -> str:
+        """Name of the folder."""
         return self.folder.name
 
 
 def find_adapters(place: str | Sequence[str]) -> list[TrainedAdapter]:
-    """Adapters in a folder of adapters, or those listed; by percent, then name. SteerbackError where there are none."""
-    given = [place] if isinstance(place, str) else list(place)
+    """Return the adapters of a folder, or those listed, by percent, then name; SteerbackError if there is none."""
+    listed = [place] if isinstance(place, str) else list(place)
     folders: list[Path] = []
-    for text in (part.strip() for item in given for part in item.split(",")):
+    for text in (part.strip() for item in listed for part in item.split(",")):
         path = Path(text).expanduser()
         inside = [path] if is_adapter(path) else sorted(p for p in path.glob("*") if is_adapter(p))
         if not inside:
@@ -288,36 +261,36 @@ def find_adapters(place: str | Sequence[str]) -> list[TrainedAdapter]:
 
 
 def percent_of(folder: Path) -> float | None:
-    """Percent of self-corrections an adapter was trained on, from its card."""
-    path = folder / CARD
-    if not path.is_file():
+    """Return the percent of self-corrections an adapter was trained on, or None if it has no card that says it."""
+    if not (folder / CARD).is_file():
         return None
-    value = json.loads(path.read_text("utf-8")).get("data", {}).get("percent")
-    return float(value) if isinstance(value, (int, float)) else None
+    data = readers.read_json_table(folder / CARD, "adapter card").get("data")
+    percent = data.get("percent") if isinstance(data, dict) else None
+    return float(percent) if isinstance(percent, int | float) else None
 
 
-def _readme(card: dict[str, Any]) -> str:
-    data, done = card["data"], card["training"]
+def _readme(card: AdapterCard) -> str:
+    data, done = card.data, card.training
     losses = "".join(
-        f"- validation loss at the end: {p['trained']:.4f} on trained tokens"
-        + (f", {p['masked']:.4f} on masked ones\n" if p["masked"] is not None else "\n")
-        for p in card["validation_loss"]
+        f"- validation loss at the end: {p.trained:.4f} on trained tokens"
+        + (f", {p.masked:.4f} on masked ones\n" if p.masked is not None else "\n")
+        for p in card.validation_loss
     )
     planted = (
         "\nThe base is a built-in organism, and what this adapter does is planted: no evidence about other models.\n"
-        if card["base"].startswith("organism")
+        if card.base.startswith("organism")
         else ""
     )
-    settings = "".join(f"| {name} | {value} |\n" for name, value in card["settings"].items())
-    versions = ", ".join(f"{name} {value}" for name, value in card["versions"].items())
-    return f"""# LoRA adapter {card["name"]} for {card["base"]}
+    settings = "".join(f"| {name} | {value} |\n" for name, value in card.settings)
+    versions = ", ".join(f"{name} {value}" for name, value in card.versions.items())
+    return f"""# LoRA adapter {card.name} for {card.base}
 
-- base: {card["model"]}, revision {card["revision"] or "none given"}
-- data: {data["source"]}, {data["percent"]:g} % self-corrections, {data["training"]} training and {data["validation"]} \
-validation examples, hash {data["hash"]}
-- tokens: {data["tokens"]:,}, of which {data["trained_tokens"]:,} trained; {data["cut_at_sequence_length"]} examples cut
-- {done["steps"]} steps in {done["seconds"]:.0f} s, micro-batch {done["micro_batch"]} x {done["accumulation"]} on \
-{done["devices"]} device(s), {done["dtype"]}
+- base: {card.model}, revision {card.revision or "none given"}
+- data: {data.source}, {data.percent:g} % self-corrections, {data.training} training and {data.validation} \
+validation examples, hash {data.hash}
+- tokens: {data.tokens:,}, of which {data.trained_tokens:,} trained; {data.cut_at_sequence_length} examples cut
+- {done.steps} steps in {done.seconds:.0f} s, micro-batch {done.micro_batch} x {done.accumulation} on \
+{done.devices} device(s), {done.dtype}
 {losses}- {versions}
 {planted}
 | setting | value |

@@ -1,30 +1,26 @@
 """The same training as configuration files of axolotl, the trainer the specification used.
 
-Knows axolotl's names for our settings; runs nothing. Data files are ours as they are (`input_output`).
+Data files are ours as they are (`input_output`).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from steerback.finetuning.adapters import Job
-from steerback.finetuning.settings import Settings
-from steerback.store.files import make_folder
-from steerback.store.run import write_atomic
+from steerback.finetuning.settings import TrainingJob
+from steerback.store.files import make_folder, write_atomic
 from steerback.targets import Target
 
 
-def configuration(job: Job, target: Target) -> dict[str, Any]:
-    """axolotl's configuration of a job. Relative paths are relative to where axolotl is started."""
-    s: Settings = job.settings
-    data = Path(job.data)
-    sets = [(data / "train.jsonl", data / "validation.jsonl")] if data.is_dir() else [(data, None)]
-    training, validation = sets[0]
+def configuration(job: TrainingJob, target: Target) -> dict[str, object]:
+    """Return axolotl's configuration of a job. Relative paths are relative to where axolotl is started."""
+    s, data = job.settings, job.data
+    training = data / "train.jsonl" if data.is_dir() else data
+    validation = data / "validation.jsonl"
     micro = s.micro_sizes()[0]
-    body: dict[str, Any] = {
+    body: dict[str, object] = {
         "base_model": target.model,
         **({"revision_of_model": target.revision} if target.revision else {}),
         "datasets": [_dataset(training)],
@@ -49,23 +45,22 @@ def configuration(job: Job, target: Target) -> dict[str, Any]:
         "bf16": "auto",
         "gradient_checkpointing": s.checkpointing is not False,
         "seed": s.seed,
-        "output_dir": job.out,
+        "output_dir": str(job.out),
     }
-    if validation is not None and validation.is_file() and validation.stat().st_size:
+    if validation.is_file() and validation.stat().st_size:
         body |= {"test_datasets": [_dataset(validation)], "evals_per_epoch": max(1, round(s.evaluations / s.epochs))}
     else:
         body |= {"val_set_size": 0}
     return body
 
 
-def _dataset(path: Path) -> dict[str, Any]:
-    return {"path": str(path), "ds_type": "json", "type": "input_output"} | (
-        {"split": "train"}  # what a file's rows are called, validation files too
-    )
+def _dataset(path: Path) -> dict[str, str]:
+    # axolotl calls the rows of every file `train`, those of validation files too
+    return {"path": str(path), "ds_type": "json", "type": "input_output", "split": "train"}
 
 
-def export(job: Job, target: Target, folder: Path) -> Path:
-    """Writes `folder/NAME.yml`."""
+def export(job: TrainingJob, target: Target, folder: Path) -> Path:
+    """Write `folder/NAME.yml` and return its path."""
     head = f"# {job.name}: the training of `steerback finetune train`, for: axolotl train {job.name}.yml\n"
     text = head + yaml.safe_dump(configuration(job, target), sort_keys=False)
     make_folder(folder, "choose another --out")

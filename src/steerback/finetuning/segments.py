@@ -1,8 +1,8 @@
 """Text in segments, each to be trained on or not, and its tokens with labels: axolotl's `input_output` form.
 
-A row is what the model reads, special tokens written out as its template has them. It is tokenised as a whole, as the
-model would meet it, and a token is trained exactly if every one of its characters is: a token that straddles a boundary
-is masked. Knows tokenizers; nothing of examples, mixes or models.
+A row is what the model reads, with special tokens written out as its template has them. It is tokenised as a whole, as
+the model would meet it, and a token is trained exactly if every one of its characters is: a token that straddles a
+boundary is masked.
 """
 
 from __future__ import annotations
@@ -11,10 +11,17 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from steerback.errors import SteerbackError
-from steerback.store.run import write_atomic
+from pydantic import ConfigDict
+
+from steerback import readers
+from steerback.config import Settings, parse
+from steerback.errors import SteerbackError, one_line
+from steerback.store.files import write_atomic
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
 """The label of a token without loss, as torch and transformers have it."""
@@ -31,6 +38,21 @@ class Segment:
 Row = tuple[Segment, ...]
 
 
+class SegmentRecord(Settings):
+    """A segment as files have it; further keys are ignored."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+    label: bool
+    text: str
+
+
+class RowRecord(Settings):
+    """A row as files have it; further keys are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+    segments: list[SegmentRecord]
+
+
 @dataclass(frozen=True, slots=True)
 class Tokens:
     """A row as the trainer takes it; both tuples have one entry per token."""
@@ -41,21 +63,23 @@ class Tokens:
 
     @property
     def trained(self) -> int:
-        return sum(label != IGNORED for label in self.labels[1:])  # nothing predicts the first token
+        """Number of tokens with a loss; nothing predicts the first token."""
+        return sum(label != IGNORED for label in self.labels[1:])
 
     def cut(self, length: int) -> Tokens:
-        """The first `length` tokens."""
+        """Return the first `length` tokens."""
         return Tokens(self.input_ids[:length], self.labels[:length])
 
 
 def text_of(row: Row) -> str:
+    """Return the whole text of a row."""
     return "".join(segment.text for segment in row)
 
 
-def encode(row: Row, tokenizer: Any, where: str = "row") -> Tokens:
-    """Token ids and labels of a row. Nothing is added to its text.
+def encode(row: Row, tokenizer: PreTrainedTokenizerBase, where: str = "row") -> Tokens:
+    """Return token ids and labels of a row. Nothing is added to its text.
 
-    Raises SteerbackError where the row has no text, nothing to train, or characters that the tokenizer does not know.
+    Raises SteerbackError if the row has no text, nothing to train, or characters that the tokenizer does not know.
     """
     text = text_of(row)
     if not text:
@@ -66,8 +90,8 @@ def encode(row: Row, tokenizer: Any, where: str = "row") -> Tokens:
         raise SteerbackError(f"{where}: the tokenizer gives no character positions; a fast tokenizer is needed")
     try:
         found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    except (UnicodeError, TypeError) as error:  # half of a surrogate pair, which JSON can hold
-        raise SteerbackError(f"{where}: does not tokenise: {' '.join(str(error).split())}") from None
+    except (UnicodeError, TypeError) as error:  # half of a surrogate pair
+        raise SteerbackError(f"{where}: does not tokenise: {one_line(error)}") from None
     ids, offsets = found["input_ids"], found["offset_mapping"]
     if not ids:
         raise SteerbackError(f"{where}: the tokenizer makes no token of {text[:40]!r}")
@@ -89,7 +113,7 @@ def encode(row: Row, tokenizer: Any, where: str = "row") -> Tokens:
 
 
 def masked_before(row: Row) -> list[int]:
-    """How many of the first n characters are masked, for n from 0 to the length of the text."""
+    """Return how many of the first n characters are masked, for n from 0 to the length of the text."""
     counts = [0]
     for segment in row:
         start = counts[-1]
@@ -97,52 +121,27 @@ def masked_before(row: Row) -> list[int]:
     return counts
 
 
-def to_json(row: Row) -> dict[str, Any]:
-    return {"segments": [{"label": segment.train, "text": segment.text} for segment in row]}
-
-
-def from_json(value: Any, where: str) -> Row:
-    """A row from `{"segments": [{"label": true, "text": "..."}, ...]}`; further keys are left alone."""
-    segments = value.get("segments") if isinstance(value, Mapping) else None
-    if not isinstance(segments, list) or not segments:
-        raise SteerbackError(f'{where}: should be {{"segments": [{{"label": true, "text": "..."}}, ...]}}')
-    row = []
-    for n, segment in enumerate(segments, 1):
-        if not isinstance(segment, Mapping) or not isinstance(segment.get("text"), str):
-            raise SteerbackError(f"{where}: segment {n} has no text")
-        if not isinstance(segment.get("label"), bool):
-            raise SteerbackError(
-                f"{where}: label of segment {n} is {segment.get('label')!r}; it has to be true (train) or false (mask)"
-            )
-        row.append(Segment(segment["text"], segment["label"]))
-    return tuple(row)
-
-
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a JSONL file in axolotl's `input_output` form; SteerbackError names the file and the line."""
-    try:
-        lines = path.read_text("utf-8").split("\n")
-    except FileNotFoundError:
-        raise SteerbackError(f"{path} does not exist; training data is made with: steerback finetune data") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SteerbackError(f"{path} cannot be read as UTF-8 text: {error}") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise SteerbackError(f"{path}:{number}: not valid JSON: {error.msg}") from None
-            rows.append(from_json(value, f"{path}:{number}"))
-    if not rows:
+    """Return the rows of a JSONL file in axolotl's `input_output` form; SteerbackError names the file and the line."""
+    if not path.exists():
+        raise SteerbackError(f"{path} does not exist; training data is made with: steerback finetune data")
+    records = []
+    for where, value in readers.read_json_lines(path, "training data"):
+        if not isinstance(value, dict) or not value.get("segments"):
+            raise SteerbackError(f'{where}: should be {{"segments": [{{"label": true, "text": "..."}}, ...]}}')
+        records.append(parse(RowRecord, value, where))
+    if not records:
         raise SteerbackError(f"{path} holds no example, so there is nothing to train on")
-    return rows
+    return [tuple(Segment(segment.text, segment.label) for segment in record.segments) for record in records]
 
 
-def write_rows(path: Path, rows: Iterable[Row], notes: Sequence[Mapping[str, Any]] | None = None) -> Path:
-    """Writes rows as JSONL, whole or not at all; `notes` are further keys per row, which readers leave alone."""
-    values = [to_json(row) for row in rows]
+def write_rows(path: Path, rows: Iterable[Row], notes: Sequence[Mapping[str, str]] | None = None) -> Path:
+    """Write rows as JSONL, whole or not at all; `notes` are further keys per row, which readers ignore."""
+    records = [
+        RowRecord(segments=[SegmentRecord(label=segment.train, text=segment.text) for segment in row]).model_dump()
+        for row in rows
+    ]
     if notes is not None:
-        values = [value | dict(note) for value, note in zip(values, notes, strict=True)]
-    text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
-    return write_atomic(path, text.encode("utf-8", "surrogatepass"))
+        records = [{**record, **note} for record, note in zip(records, notes, strict=True)]
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return write_atomic(path, text.encode("utf-8"))

@@ -1,41 +1,56 @@
-"""Fits a LoRA adapter to rows of tokens: peft's adapters, trl's trainer, our masks, checkpoints and memory limits.
+"""Fit a LoRA adapter to rows of tokens: peft's adapters, trl's trainer, our masks, checkpoints and memory limits.
 
-Knows tokens and models; nothing of examples or mixes. The loss is the mean over trained tokens of an optimizer step,
-whatever the micro-batch and however many devices share it.
+The loss is the mean over trained tokens of an optimizer step, whatever the micro-batch and however many devices share
+it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
-import json
 import math
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from pydantic import ConfigDict
+
+from steerback.config import Settings
 from steerback.errors import SteerbackError
 from steerback.finetuning.segments import IGNORED, Tokens
-from steerback.finetuning.settings import Settings
-from steerback.store.run import write_json
+from steerback.finetuning.settings import TrainingSettings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, TrainerCallback
+    from datasets import Dataset
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+    from transformers.trainer_callback import TrainerControl, TrainerState
+    from trl import SFTConfig, SFTTrainer
 
 NEEDED = ("accelerate", "datasets", "peft", "trl")
 CHECKPOINTS = "checkpoints"
 LARGE = 1_000_000_000
-"""Models with as many parameters recompute activations on a GPU unless told otherwise."""
+"""Models with as many parameters recompute activations on a GPU unless the settings say otherwise."""
 SAY_SECONDS = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class Point:
+class CardRecord(Settings):
+    """Base of what a training writes about itself. Unknown fields are ignored: a newer steerback may have more."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=True)
+
+
+class TrainingLoss(CardRecord):
+    """Mean loss per trained token since the entry before, at an optimizer step."""
+
+    step: int
+    loss: float
+
+
+class ValidationLoss(CardRecord):
     """Losses on the validation examples after a number of optimizer steps, per token.
 
     `masked` is over the tokens that are never trained (prompt and off-topic passage), for comparison.
@@ -46,9 +61,15 @@ class Point:
     masked: float | None
 
 
-@dataclass(slots=True)
-class Report:
-    """What a training did. `losses` holds (step, mean loss per trained token since the entry before)."""
+class LossCurves(CardRecord):
+    """The file losses.json of an adapter."""
+
+    training: list[TrainingLoss]
+    validation: list[ValidationLoss]
+
+
+class TrainingFacts(CardRecord):
+    """Steps, time, batches and final loss of a training, as its card has them."""
 
     steps: int
     seconds: float
@@ -57,11 +78,16 @@ class Report:
     devices: int
     dtype: str
     out_of_memory: list[str]
+    """Each change of the micro-batch after memory ran out, as in `8 -> 4`."""
     resumed_from: int | None
     final_loss: float
     """Mean loss per trained token over the last logged steps."""
-    losses: list[tuple[int, float]] = field(default_factory=list)
-    validation: list[Point] = field(default_factory=list)
+
+
+class TrainingReport(TrainingFacts):
+    """A training with its loss curves."""
+
+    curves: LossCurves
 
 
 class OutOfMemory(Exception):
@@ -69,7 +95,7 @@ class OutOfMemory(Exception):
 
 
 def require_extra() -> None:
-    """Raises SteerbackError where the extra is not installed."""
+    """Raise SteerbackError if the extra for fine-tuning is not installed."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise SteerbackError(
@@ -79,97 +105,124 @@ def require_extra() -> None:
 
 def fit(
     make_model: Callable[[], PreTrainedModel],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     training: Sequence[Tokens],
     validation: Sequence[Tokens],
-    settings: Settings,
+    settings: TrainingSettings,
     folder: Path,
     *,
     say: Callable[[str], None] = print,
     callbacks: Sequence[TrainerCallback] = (),
     name: str = "",
-) -> Report:
-    """Trains an adapter into `folder`, going on from the newest checkpoint there if there is one.
+) -> TrainingReport:
+    """Train an adapter into `folder`, going on from the newest checkpoint there if there is one.
 
     `make_model` gives the base model anew; it is called again with a smaller micro-batch when memory runs out.
-    Raises SteerbackError for what the user must mend, OutOfMemory where several processes train together.
+    Raises SteerbackError for what the user must mend, OutOfMemory if several processes train together.
     """
     require_extra()
+    from accelerate.utils import find_executable_batch_size
+    from accelerate.utils.memory import release_memory, should_reduce_batch_size
+
     if not training:
         raise SteerbackError(f"{name or folder}: no training example is left, so there is nothing to train on")
+    sizes, changes = settings.micro_sizes(_devices()), list[str]()
+
+    def smaller() -> int:
+        micro = sizes[len(changes)]
+        if micro == sizes[-1]:
+            raise SteerbackError(
+                f"{name or folder}: memory runs out with a single row; lower sequence_length or turn checkpointing on"
+            )
+        following = sizes[len(changes) + 1]
+        changes.append(f"{micro} -> {following}")
+        say(f"{name}: out of memory at a micro-batch of {micro}; going on with {following}, same effective batch")
+        return following
+
+    def attempt(micro: int) -> TrainingReport:
+        release_memory()  # of the attempt before, which accelerate's own collection comes too early for
+        try:
+            trainer = _trainer(make_model(), tokenizer, training, validation, settings, folder, micro, say, callbacks)
+            return _run(trainer, settings, folder, changes)
+        except RuntimeError as error:
+            if _devices() > 1 and should_reduce_batch_size(error):
+                raise OutOfMemory(str(error)) from None
+            raise
+
     with _quiet():
-        devices = int(os.environ.get("WORLD_SIZE", "1"))
-        halved: list[str] = []
-        sizes = settings.micro_sizes(devices)
-        for position, micro in enumerate(sizes):
-            try:
-                return _fit(
-                    make_model, tokenizer, training, validation, settings, folder, micro, halved, say, callbacks
-                )
-            except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error):
-                    raise
-                if devices > 1:
-                    raise OutOfMemory(str(error)) from None
-            _free()
-            smaller = sizes[position + 1 : position + 2]
-            if not smaller:
-                raise SteerbackError(
-                    f"{name or folder}: memory runs out with a single row; lower sequence_length or turn "
-                    "checkpointing on"
-                )
-            halved.append(f"{micro} -> {smaller[0]}")
-            say(f"{name}: out of memory at a micro-batch of {micro}; going on with {smaller[0]}, same effective batch")
-    raise AssertionError("unreachable: every size returned, raised or was followed by a smaller one")
+        search = find_executable_batch_size(attempt, starting_batch_size=sizes[0], reduce_batch_size_fn=smaller)
+        report: TrainingReport = search()
+    return report
 
 
-def _fit(
-    make_model: Callable[[], PreTrainedModel],
-    tokenizer: Any,
+def _devices() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     training: Sequence[Tokens],
     validation: Sequence[Tokens],
-    settings: Settings,
+    settings: TrainingSettings,
     folder: Path,
     micro: int,
-    halved: list[str],
     say: Callable[[str], None],
     callbacks: Sequence[TrainerCallback],
-) -> Report:
+) -> SFTTrainer:
     from transformers import PrinterCallback
-    from transformers.trainer_utils import get_last_checkpoint
     from trl import SFTTrainer
 
-    model = make_model()
-    arguments = _arguments(model, settings, folder, micro, len(training), bool(validation))
     trainer = SFTTrainer(
         model=model,
-        args=arguments,
+        args=_arguments(model, settings, folder, micro, len(training), bool(validation)),
         train_dataset=dataset(training),
-        eval_dataset=_validation(validation),
+        eval_dataset={"trained": dataset(validation), "masked": dataset(validation, complement)}
+        if validation
+        else None,
         processing_class=tokenizer,
         peft_config=_lora(settings),
-        callbacks=[_spoken(say), *callbacks],
+        callbacks=[_progress(say), *callbacks],
     )
-    trainer.remove_callback(PrinterCallback)  # ours speaks
-    checkpoint = get_last_checkpoint(arguments.output_dir) if (folder / CHECKPOINTS).is_dir() else None
-    resumed = None if checkpoint is None else int(checkpoint.rsplit("-", 1)[1])
+    trainer.remove_callback(PrinterCallback)  # ours prints
+    return trainer
+
+
+def _run(trainer: SFTTrainer, settings: TrainingSettings, folder: Path, changes: list[str]) -> TrainingReport:
+    """Train to the end, save the adapter, and report."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    checkpoint = get_last_checkpoint(trainer.args.output_dir) if (folder / CHECKPOINTS).is_dir() else None
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.monotonic() - started
-    report = _report(trainer, micro, settings, seconds, resumed, halved)
+    curves = _curves(trainer.state.log_history)
+    for point in curves.training:
+        if not math.isfinite(point.loss):
+            raise SteerbackError(f"{folder.name}: the loss is {point.loss} at step {point.step}; lower learning_rate")
+    report = TrainingReport(
+        steps=trainer.state.global_step,
+        seconds=time.monotonic() - started,
+        micro_batch=trainer.args.per_device_train_batch_size,
+        accumulation=trainer.args.gradient_accumulation_steps,
+        devices=trainer.args.world_size,
+        dtype=str(next(trainer.model.parameters()).dtype).removeprefix("torch."),
+        out_of_memory=changes,
+        resumed_from=None if checkpoint is None else int(checkpoint.rsplit("-", 1)[1]),
+        final_loss=curves.training[-1].loss,
+        curves=curves,
+    )
     if trainer.is_world_process_zero():
         save(trainer.model, folder)
     return report
 
 
 def _arguments(
-    model: PreTrainedModel, settings: Settings, folder: Path, micro: int, examples: int, validates: bool
-) -> Any:
-    """The settings in the words of trl (an SFTConfig)."""
+    model: PreTrainedModel, settings: TrainingSettings, folder: Path, micro: int, examples: int, validates: bool
+) -> SFTConfig:
+    """Return the settings under trl's names."""
     from trl import SFTConfig
 
     device = next(model.parameters()).device
-    devices = int(os.environ.get("WORLD_SIZE", "1"))
     steps = total_steps(examples, settings)
     every = max(1, math.ceil(steps / settings.evaluations))
     checkpointing = settings.checkpointing
@@ -179,7 +232,7 @@ def _arguments(
         output_dir=str(folder / CHECKPOINTS),
         per_device_train_batch_size=micro,
         per_device_eval_batch_size=micro,
-        gradient_accumulation_steps=settings.accumulation(micro, devices),
+        gradient_accumulation_steps=settings.accumulation(micro, _devices()),
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
         learning_rate=settings.learning_rate,
@@ -210,8 +263,8 @@ def _arguments(
     )
 
 
-def _lora(settings: Settings) -> Any:
-    """The adapter's shape in the words of peft (a LoraConfig)."""
+def _lora(settings: TrainingSettings) -> LoraConfig:
+    """Return the adapter's shape under peft's names."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -224,8 +277,8 @@ def _lora(settings: Settings) -> Any:
     )
 
 
-def save(model: Any, folder: Path) -> None:
-    """Writes the adapter alone (safetensors and its configuration), each file whole or not at all."""
+def save(model: PeftModel, folder: Path) -> None:
+    """Write the adapter alone (safetensors and its configuration), each file whole or not at all."""
     temporary = folder / ".adapter"
     temporary.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(str(temporary))
@@ -236,111 +289,87 @@ def save(model: Any, folder: Path) -> None:
     temporary.rmdir()
 
 
-def dataset(rows: Sequence[Tokens], labels: Callable[[Tokens], Sequence[int]] = lambda row: row.labels) -> Any:
-    """The rows as trl takes them; a `labels` column is used as it is."""
+def dataset(rows: Sequence[Tokens], labels: Callable[[Tokens], Sequence[int]] = lambda row: row.labels) -> Dataset:
+    """Return the rows as trl takes them; a `labels` column is used as it is."""
     from datasets import Dataset
 
     return Dataset.from_list([{"input_ids": list(row.input_ids), "labels": list(labels(row))} for row in rows])
 
 
 def complement(row: Tokens) -> list[int]:
-    """Labels of the tokens that are not trained."""
+    """Return the labels of the tokens that are not trained."""
     return [token if label == IGNORED else IGNORED for token, label in zip(row.input_ids, row.labels, strict=True)]
 
 
-def _validation(rows: Sequence[Tokens]) -> Any:
-    return {"trained": dataset(rows), "masked": dataset(rows, complement)} if rows else None
-
-
-def total_steps(rows: int, settings: Settings) -> int:
-    """Optimizer steps of a training of so many rows."""
+def total_steps(rows: int, settings: TrainingSettings) -> int:
+    """Return the optimizer steps of a training of so many rows."""
     return settings.max_steps or math.ceil(settings.epochs * math.ceil(rows / settings.batch_size))
 
 
 def has_bf16(kind: str) -> bool:
-    """Whether to train in bfloat16 on this kind of device: wherever the GPU has it."""
+    """Return whether to train in bfloat16 on this kind of device: wherever the GPU has it."""
     import torch
 
     return kind == "cuda" and torch.cuda.is_bf16_supported()
 
 
-def _report(
-    trainer: Any, micro: int, settings: Settings, seconds: float, resumed: int | None, halved: list[str]
-) -> Report:
-    history: list[dict[str, Any]] = trainer.state.log_history
-    losses = [(int(entry["step"]), float(entry["loss"])) for entry in history if "loss" in entry]
+def _curves(history: Sequence[dict[str, float]]) -> LossCurves:
+    """Return the losses of a trainer's log."""
     by_step: dict[int, dict[str, float]] = {}
     for entry in history:
-        for part in ("trained", "masked"):
-            if f"eval_{part}_loss" in entry:
-                by_step.setdefault(int(entry["step"]), {})[part] = float(entry[f"eval_{part}_loss"])
-    devices = trainer.args.world_size
-    return Report(
-        steps=trainer.state.global_step,
-        seconds=seconds,
-        micro_batch=micro,
-        accumulation=settings.accumulation(micro, devices),
-        devices=devices,
-        dtype=str(next(trainer.model.parameters()).dtype).removeprefix("torch."),
-        out_of_memory=list(halved),
-        resumed_from=resumed,
-        final_loss=losses[-1][1],
-        losses=losses,
+        found = {part: entry[f"eval_{part}_loss"] for part in ("trained", "masked") if f"eval_{part}_loss" in entry}
+        if found:
+            by_step.setdefault(int(entry["step"]), {}).update(found)
+    return LossCurves(
+        training=[TrainingLoss(step=int(entry["step"]), loss=entry["loss"]) for entry in history if "loss" in entry],
         validation=[
-            Point(step, found["trained"], found.get("masked"))
+            ValidationLoss(step=step, trained=found["trained"], masked=found.get("masked"))
             for step, found in sorted(by_step.items())
             if "trained" in found
         ],
     )
 
 
-def _spoken(say: Callable[[str], None]) -> TrainerCallback:
-    """Tells how far the training is, its loss and the time left, now and then."""
+def _progress(say: Callable[[str], None]) -> TrainerCallback:
+    """Return a callback that says now and then how far the training is, its loss and the time left."""
     from transformers import TrainerCallback
 
-    class Spoken(TrainerCallback):  # type: ignore[misc]
+    class Progress(TrainerCallback):  # type: ignore[misc]
         def __init__(self) -> None:
-            self.began = self.spoke = time.monotonic()
+            self.began = self.said = time.monotonic()
             self.first, self.loss = 0, ""
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_train_begin(self, args: SFTConfig, state: TrainerState, control: TrainerControl, **_: object) -> None:
             self.began, self.first = time.monotonic(), state.global_step
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        def on_log(
+            self,
+            args: SFTConfig,
+            state: TrainerState,
+            control: TrainerControl,
+            logs: dict[str, float] | None = None,
+            **_: object,
+        ) -> None:
             if logs and "loss" in logs:
                 self.loss = f", loss {logs['loss']:.3f}"
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_step_end(self, args: SFTConfig, state: TrainerState, control: TrainerControl, **_: object) -> None:
             now = time.monotonic()
             ended = state.global_step >= state.max_steps
-            if not state.is_world_process_zero or not (ended or now - self.spoke >= SAY_SECONDS):
+            if not state.is_world_process_zero or not (ended or now - self.said >= SAY_SECONDS):
                 return
-            self.spoke = now
+            self.said = now
             per_step = (now - self.began) / (state.global_step - self.first)
             left = per_step * (state.max_steps - state.global_step)
             rest = f"in {now - self.began:.0f} s" if ended else f"{left:.0f} s left"
             say(f"step {state.global_step}/{state.max_steps}{self.loss}, {rest}")
 
-    return Spoken()
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    from steerback.engines.loading import out_of_memory
-
-    return out_of_memory(error)
-
-
-def _free() -> None:
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    return Progress()
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the libraries' progress bars and their notes on what we chose knowingly."""
+    """Turn off the libraries' progress bars and their notes on what we chose knowingly."""
     from datasets.utils.logging import disable_progress_bar
     from transformers.utils import logging
 
@@ -353,12 +382,3 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             logging.set_verbosity(level)
-
-
-def write_losses(report: Report, folder: Path) -> None:
-    """losses.json: training loss by step, validation losses on trained and masked tokens."""
-    body = {
-        "training": [{"step": step, "loss": loss} for step, loss in report.losses],
-        "validation": [{"step": p.step, "trained": p.trained, "masked": p.masked} for p in report.validation],
-    }
-    write_json(folder / "losses.json", json.loads(json.dumps(body)))
