@@ -28,7 +28,7 @@ from steerback.finetuning.settings import TrainingJob
 from steerback.finetuning.synthesize import ACKNOWLEDGEMENTS, CorpusWriter, synthesize, write_pools
 from steerback.finetuning.writer import SELF_CORRECTION, LlmWriter
 from steerback.judging import Limits
-from steerback.judging.prompt import Question
+from steerback.judging.prompt import Query
 from steerback.judging.restarts import find_restarts
 from steerback.judging.transport import Reply
 from steerback.targets import resolve
@@ -161,16 +161,16 @@ class FakeTransport:
     temperature, base_url, limits = 0.8, None, Limits()
 
     def __init__(self, budget: int = 10**6) -> None:
-        self.asked: list[Question] = []
+        self.asked: list[Query] = []
         self.budget = budget
 
-    def corrections(self) -> list[Question]:
+    def corrections(self) -> list[Query]:
         return [question for question in self.asked if question.system == SELF_CORRECTION.system]
 
     def describe(self) -> dict[str, object]:
         return {"temperature sent": self.temperature}
 
-    async def ask(self, questions: Iterable[tuple[str, Question]]) -> AsyncGenerator[tuple[str, Reply]]:
+    async def ask(self, questions: Iterable[tuple[str, Query]]) -> AsyncGenerator[tuple[str, Reply]]:
         for key, asked in questions:
             if len(self.asked) >= self.budget:
                 yield key, Reply("", "budget spent: --max-judge-calls", over_budget=True)
@@ -179,7 +179,7 @@ class FakeTransport:
             await asyncio.sleep(0)
             yield key, Reply(self.reply(asked, len(self.asked)))
 
-    def reply(self, asked: Question, number: int) -> str:
+    def reply(self, asked: Query, number: int) -> str:
         prompt = asked.user.split("<prompt>\n")[1].split("\n</prompt>")[0]
         body = {"verdict": asked.nonce, "answer": f"{prompt} This is done so, way {number}."}
         if asked.system == SELF_CORRECTION.system:

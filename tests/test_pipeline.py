@@ -31,7 +31,6 @@ def trials(count: int, **fields: object) -> list[Trial]:
                 "prompt": f"Explain thing {i % 5}.",
                 "seed": 44 + i,
                 "latent": i % 7,
-                "boost": 10.0,
                 "interventions": (Intervention("add", i % 7, 10.0),),
                 **fields,
             }

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from steerback.judging.parse import Unusable, Verdict, find_verdict
-from steerback.judging.prompt import CLOSING, Question, Rubric, compose
+from steerback.judging.prompt import CLOSING, Query, Rubric, compose
 from steerback.judging.transport import Reply, Transport
 from steerback.records import Spend, digest
 from steerback.store.cache import Cache, KeptReply, cache_key
@@ -50,7 +50,7 @@ class Task(Generic[Item, Value]):
     output_tokens: int = 150  # of a usual reply, for estimates
     keep_unusable: bool = False  # whether a reply that cannot be read counts as an answer in the cache
 
-    def question(self, items: Sequence[Item]) -> Question:
+    def question(self, items: Sequence[Item]) -> Query:
         """Return the question about the items of one call, with a new nonce."""
         return compose(self.rubric, self.places(items), self.enclosed, self.closing)
 
@@ -116,7 +116,7 @@ class Asker(Generic[Item, Value]):
                     for item, answer in zip(group, answers, strict=True):
                         yield item, answer
 
-    def _read(self, group: Sequence[Item], question: Question, reply: Reply) -> list[Answer[Value]]:
+    def _read(self, group: Sequence[Item], question: Query, reply: Reply) -> list[Answer[Value]]:
         """Read the answers to the items of one call, and keep the reply."""
         if reply.reason:
             return [Answer(None, reply.reason, reply.text, reply.over_budget) for _ in group]

@@ -33,7 +33,7 @@ def rubric(version: str) -> Rubric:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class Query:
     """The messages of one call and the nonce that the verdict must repeat."""
 
     system: str
@@ -51,7 +51,7 @@ def compose(
     enclosed: str = "",
     closing: str = CLOSING,
     draw: Callable[[], str] = _draw,
-) -> Question:
+) -> Query:
     """Return the question of a rubric with each text between tags named after its place; empty places are left out.
 
     The place named `enclosed` is sent verbatim between tags with the nonce. In all others our own tags are escaped.
@@ -64,7 +64,7 @@ def compose(
     for name, text in texts.items():
         tag = f"{name}-{nonce}" if name == enclosed else name
         parts.append(f"<{tag}>\n{text if name == enclosed else _OUR_TAG.sub('&lt;', text)}\n</{tag}>")
-    return Question(asked.system, "\n\n".join([*parts, closing.format(nonce=nonce)]), nonce)
+    return Query(asked.system, "\n\n".join([*parts, closing.format(nonce=nonce)]), nonce)
 
 
 def numbered(texts: Sequence[str]) -> str:

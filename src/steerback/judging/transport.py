@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from steerback.errors import SteerbackError
 from steerback.judging.models import KEYS, Limits, check_key, default_temperature, price, read_dotenv, redact
-from steerback.judging.prompt import Question
+from steerback.judging.prompt import Query
 from steerback.records import Spend
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Transport:
         spent, self._drained = self._spent - self._drained, self._spent
         return spent
 
-    def estimate(self, questions: Iterable[Question], output_tokens: int = 150) -> Spend:
+    def estimate(self, questions: Iterable[Query], output_tokens: int = 150) -> Spend:
         """What asking `questions` would take, from their lengths."""
         total = Spend(cost=0.0 if self._price else None)
         for question in questions:
@@ -93,7 +93,7 @@ class Transport:
             "provider batch": self.limits.batch,
         }
 
-    async def ask(self, questions: Iterable[tuple[str, Question]]) -> AsyncGenerator[tuple[str, Reply]]:
+    async def ask(self, questions: Iterable[tuple[str, Query]]) -> AsyncGenerator[tuple[str, Reply]]:
         """Yields (key, reply) in the order of completion; every question comes back exactly once."""
         waiting = deque(questions)
         running: dict[asyncio.Task[Reply], str] = {}
@@ -112,7 +112,7 @@ class Transport:
                 await asyncio.gather(*running, return_exceptions=True)
 
     def _start(
-        self, model: Model, waiting: deque[tuple[str, Question]], running: int
+        self, model: Model, waiting: deque[tuple[str, Query]], running: int
     ) -> Iterator[tuple[asyncio.Task[Reply], str]]:
         asked = running
         while waiting and running < self.limits.concurrency:
@@ -128,10 +128,10 @@ class Transport:
                 self._reserved += self._expected(question)
             yield asyncio.create_task(self._one(model, question, refused)), key
 
-    def _expected(self, question: Question) -> float:
+    def _expected(self, question: Query) -> float:
         return self._cost(_tokens(question), 150)
 
-    async def _one(self, model: Model, question: Question, refused: str) -> Reply:
+    async def _one(self, model: Model, question: Query, refused: str) -> Reply:
         if refused:
             return Reply("", refused, over_budget=True)
         try:
@@ -153,7 +153,7 @@ class Transport:
             return Reply(text, f"the reply was cut off ({output.stop_reason})")
         return Reply(text)
 
-    async def _generate(self, model: Model, question: Question) -> ModelOutput:
+    async def _generate(self, model: Model, question: Query) -> ModelOutput:
         from inspect_ai.model import ChatMessage, ChatMessageSystem, ChatMessageUser, GenerateConfig
 
         messages: list[ChatMessage] = [
@@ -202,7 +202,7 @@ class Transport:
 
         return call
 
-    def _over_budget(self, question: Question) -> str:
+    def _over_budget(self, question: Query) -> str:
         limits = self.limits
         if limits.max_calls is not None and self._asked >= limits.max_calls:
             return f"budget spent: --max-judge-calls {limits.max_calls}"
@@ -255,7 +255,7 @@ def _search(value: object, name: str) -> object:
     )
 
 
-def _tokens(question: Question) -> int:
+def _tokens(question: Query) -> int:
     return int((len(question.system) + len(question.user)) / CHARACTERS_PER_TOKEN) + 1
 
 
