@@ -23,12 +23,12 @@ from typing import Any
 from steerback.judging import make_judge
 from steerback.judging.base import JudgeItem, References
 from steerback.judging.text import sentences, words
-from steerback.judging.validity import Case, Validity, compose, from_segments, measure, references
 from steerback.organism import corpus
 from steerback.organism.corpus.text import expand_all, templates
 from steerback.store.run import Run
 from steerback.study.study import references as references_of
 from steerback.targets import resolve
+from tools.judge.validity import Case, Validity, compose, from_segments, measure, references
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests" / "data" / "judging"
@@ -118,7 +118,7 @@ def generated_cases(folder: Path) -> tuple[References, list[Case]]:
                     r.trial.key, r.trial.prompt, segments, "generated", label=r.trial.label, latent=r.trial.latent
                 )
             )
-    return references_of(rows, resolve(target)), cases
+    return references_of(rows, resolve(target).contexts()), cases
 
 
 def row(found: Validity) -> dict[str, Any]:

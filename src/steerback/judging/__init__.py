@@ -26,8 +26,8 @@ __all__ = [
 Maker = Callable[[str], Judge]
 
 LOCAL = {
-    "offline": "restart grammar and TF-IDF against unsteered responses; no key, not comparable with the paper",
-    "offline-bayes": "another offline judge: restart classifier and naive Bayes, to compare the first with",
+    "offline": "restart classifier and TF-IDF against unsteered responses; no key, not comparable with the paper",
+    "offline-bayes": "another offline judge: naive Bayes for restarts and relevance, to compare the first with",
     "scripted": "reads the truth that the scripted engine writes into its responses; for tests",
 }
 """Judges that need no key."""
@@ -42,9 +42,9 @@ def make_judge(
     the variable) or a missing extra.
     """
     if name in ("offline", "offline-bayes"):
-        from steerback.judging.offline import bayes_judge, tfidf_judge
+        from steerback.judging.offline import OfflineJudge
 
-        return tfidf_judge() if name == "offline" else bayes_judge()
+        return OfflineJudge(name)
     if name == "scripted":
         from steerback.judging.scripted import ScriptedJudge
 

@@ -1,149 +1,136 @@
-"""How much a sentence belongs to a prompt: TF-IDF against the model's own unsteered responses, self-calibrated.
+"""How much a sentence belongs to a prompt, by comparing words with the model's own unsteered responses.
 
-Similarities per sentence (to this prompt's responses, to the other prompts', to the steering topic, and how much
-of its words and word pairs was ever seen) go into a logistic regression. Its training data are the references
-themselves, always judged by a bank that does not hold them: responses to a prompt are on topic for it; responses to
-other prompts (with that prompt known, or taken out as an unseen subject), the latents' top contexts and shuffled
-words are off topic. No truth or fixed threshold is needed, and every target gets its own calibration.
-
-Knows sentences, prompts and topics; nothing of attempts, restarts or scores of whole responses.
+`Relevance` (judge `offline`) compares each sentence by TF-IDF with the responses to this prompt, to the other prompts
+and with the steering topic, and calibrates itself by logistic regression on the references, always compared with
+references that do not hold them. `WordLikelihood` (judge `offline-bayes`) is naive Bayes over single words.
+Both know sentences, prompts and topics; nothing of attempts or restarts.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.linear_model import LogisticRegression
+from sklearn.naive_bayes import MultinomialNB
+from sklearn.preprocessing import normalize
 
+from steerback.judging.base import References
 from steerback.judging.text import sentences, words
 from steerback.records import LatentKey
 
 Floats = NDArray[np.float64]
-Responses = Mapping[str, Sequence[str]]
+Topic = tuple[LatentKey | None, str | None]
+"""What a response was steered towards: a latent, a label."""
+Bodies = Mapping[str, Sequence[Sequence[str]]]
+"""Groups of sentences (responses) of each prompt."""
 
-N_FEATURES = 2**18
 FOLDS = 4
-MAX_TRAINING = 2000  # sentences of each kind, enough for eight weights
+MAX_TRAINING = 4000
+"""Number of training sentences of a fold: enough for eight weights."""
 FALLBACK = np.array([6.0, 4.0, 3.0, 2.0, 1.5, -4.0, 0.0, -3.6])
-"""Weights (as FEATURES, then the constant) where the references hold a single prompt and no contexts to learn from."""
-FEATURES = (
-    "cosine to prompt",
-    "margin over other prompts",
-    "share of words seen for prompt",
-    "share of pairs seen for prompt",
-    "share of pairs seen anywhere",
-    "cosine to topic",
-    "topic known",
-)
+"""Weights of `Bank.features`, then the constant, where there is one prompt only and nothing to learn from."""
+UNKNOWN_ENGLISH = 3_000
+"""Number of equally likely words that text about something unknown is drawn from."""
+CAP = 6.0
+"""Largest log-odds of one sentence by word likelihood."""
 
 
 @lru_cache(maxsize=65536)
 def stem(word: str) -> str:
-    """A crude English stem: plural, -ing, -ed and -ly endings removed."""
+    """Return a word without its ending: plural, -ing, -ed or -ly."""
     for ending in ("ingly", "edly", "ing", "ies", "ed", "ly", "es", "s"):
         if word.endswith(ending) and len(word) - len(ending) >= 3 and not word.endswith("ss"):
             return word[: -len(ending)]
     return word
 
 
-def _singles(text: str) -> list[str]:
+def is_degenerate(sentence: str) -> bool:
+    """Return whether a sentence has no words, few different ones, or one word three times in a row."""
+    found = words(sentence)
+    few = len(found) >= 4 and len(set(found)) <= len(found) / 2
+    return not found or few or any(a == b == c for a, b, c in zip(found, found[1:], found[2:], strict=False))
+
+
+def _stems(text: str) -> list[str]:
     return [stem(w) for w in words(text)]
 
 
 def _pairs(text: str) -> list[str]:
-    singles = ["^", *_singles(text), "$"]
-    return [f"{a} {b}" for a, b in pairwise(singles)]
+    return [f"{a} {b}" for a, b in pairwise(["^", *_stems(text), "$"])]
 
 
-def _count(analyzer: Callable[[str], list[str]], texts: Sequence[str]) -> Any:
-    """Sparse presence (n texts, N_FEATURES) of hashed features."""
-    if not texts:
-        return sp.csr_matrix((0, N_FEATURES), dtype=np.float32)
-    vectorizer = HashingVectorizer(
-        n_features=N_FEATURES, analyzer=analyzer, norm=None, alternate_sign=False, binary=True, dtype=np.float32
-    )
-    return vectorizer.transform(texts)
+_WORDS = HashingVectorizer(n_features=2**18, analyzer=_stems, norm=None, alternate_sign=False, binary=True)
+_PAIRS = HashingVectorizer(n_features=2**18, analyzer=_pairs, norm=None, alternate_sign=False, binary=True)
+_COUNTS = HashingVectorizer(n_features=2**15, analyzer=_stems, norm=None, alternate_sign=False)
 
 
-def is_degenerate(sentence: str) -> bool:
-    """Jammed text: hardly any words, few different ones, or the same word over and over."""
-    found = words(sentence)
-    if not found:
-        return True
-    if len(found) >= 4 and len(set(found)) <= len(found) / 2:
-        return True
-    return any(a == b == c for a, b, c in zip(found, found[1:], found[2:], strict=False))
+def _sums(groups: Sequence[Sequence[str]], rows: sp.csr_matrix) -> sp.csr_matrix:
+    """Return the sum of the rows of each group of texts."""
+    owner = np.repeat(np.arange(len(groups)), [len(g) for g in groups])
+    return sp.csr_matrix((np.ones(len(owner)), (owner, np.arange(len(owner)))), (len(groups), rows.shape[0])) @ rows
+
+
+def _row_sums(matrix: sp.csr_matrix) -> Floats:
+    return np.asarray(matrix.sum(axis=1)).ravel()
 
 
 class Bank:
-    """The reference sentences of every prompt as sparse matrices, and what a sentence has in common with them."""
+    """The reference sentences of every prompt, and how much a sentence has in common with them."""
 
-    def __init__(self, references: Mapping[str, Sequence[str]]) -> None:
-        """`references`: sentences per prompt; the prompt itself is added to its own."""
-        self.prompts = tuple(references)
-        self.column = {p: i for i, p in enumerate(self.prompts)}
-        texts = [t for p in self.prompts for t in (p, *references[p])]
-        owner = np.repeat(np.arange(len(self.prompts)), [1 + len(references[p]) for p in self.prompts])
-        ones = np.ones(len(texts), np.float32)
-        group = sp.csr_matrix((ones, (owner, np.arange(len(texts)))), shape=(len(self.prompts), len(texts)))
-        singles, pairs = _count(_singles, texts), _count(_pairs, texts)
-        self._words = _presence(group @ singles)  # (prompts, features)
-        self._word_pairs = _presence(group @ pairs)
-        self._known_pairs = np.asarray(self._word_pairs.sum(axis=0)).ravel() > 0
-        spread = np.asarray(self._words.sum(axis=0)).ravel()
-        # A word in every prompt's responses says nothing, one that was never seen says most.
-        self._idf = np.log((len(self.prompts) + 1) / (spread + 0.5)).clip(min=0.0)
-        self._centroids = _normalised(group @ self._unit(singles))
-
-    def directions(self, groups: Sequence[Sequence[str]]) -> Any:
-        """Sparse unit rows (n groups, N_FEATURES), each in the middle of a group of texts; zero for an empty group."""
+    def __init__(self, bodies: Mapping[str, Sequence[str]]) -> None:
+        """Build from the sentences of each prompt; the prompt itself is added to them."""
+        self.column = {p: i for i, p in enumerate(bodies)}
+        groups = [[p, *found] for p, found in bodies.items()]
         texts = [t for group in groups for t in group]
-        owner = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
-        ones = np.ones(len(texts), np.float32)
-        group = sp.csr_matrix((ones, (owner, np.arange(len(texts)))), shape=(len(groups), len(texts)))
-        return _normalised(group @ self._unit(_count(_singles, texts)))
+        stems = _WORDS.transform(texts)
+        self._seen = _sums(groups, stems).sign()
+        self._seen_pairs = _sums(groups, _PAIRS.transform(texts)).sign()
+        self._known_pairs = np.asarray(self._seen_pairs.max(axis=0).todense()).ravel()
+        # A word in every prompt's responses says nothing, one that was never seen says most.
+        idf = np.log((len(groups) + 1) / (np.asarray(self._seen.sum(axis=0)).ravel() + 0.5)).clip(min=0.0)
+        self._idf = sp.diags(idf, format="csr")
+        self._centroids = normalize(_sums(groups, normalize(stems @ self._idf)))
 
-    def features(self, texts: Sequence[str], prompts: Sequence[str], topics: Any) -> Floats:
-        """(n texts, 7), see FEATURES; `topics` has one row of `directions` for each text."""
-        rows, own = np.arange(len(texts)), np.array([self.column[p] for p in prompts], dtype=np.intp)
-        singles, pairs = _count(_singles, texts), _count(_pairs, texts)
-        unit = self._unit(singles)
-        to_all = (unit @ self._centroids.T).toarray()
-        to_own = to_all[rows, own].copy()
-        to_all[rows, own] = 0.0
-        mass = self._weighted(singles)
+    def directions(self, groups: Sequence[Sequence[str]]) -> sp.csr_matrix:
+        """Return the mean direction of each group of texts as unit rows; zero for an empty group."""
+        return normalize(_sums(groups, normalize(_WORDS.transform([t for g in groups for t in g] or [""]) @ self._idf)))
+
+    def features(self, texts: Sequence[str], prompts: Sequence[str], topics: sp.csr_matrix) -> Floats:
+        """Return (n texts, 7) features; `topics` has the direction of each text's topic.
+
+        Cosine to the prompt, margin over the other prompts, share of words seen for the prompt, shares of word pairs
+        seen for the prompt and anywhere, cosine to the topic, whether the topic is known.
+        """
+        rows, own = np.arange(len(texts)), [self.column[p] for p in prompts]
+        weighted, pairs = _WORDS.transform(texts) @ self._idf, _PAIRS.transform(texts)
+        unit = normalize(weighted)
+        others = (unit @ self._centroids.T).toarray()
+        to_own = others[rows, own].copy()
+        others[rows, own] = 0.0
         n_pairs = np.maximum(_row_sums(pairs), 1.0)
         return np.column_stack(
             [
                 to_own,
-                to_own - to_all.max(axis=1, initial=0.0),
-                _row_sums(mass.multiply(self._words[own])) / np.maximum(_row_sums(mass), 1e-9),
-                _row_sums(pairs.multiply(self._word_pairs[own])) / n_pairs,
+                to_own - others.max(axis=1),
+                _row_sums(weighted.multiply(self._seen[own])) / np.maximum(_row_sums(weighted), 1e-9),
+                _row_sums(pairs.multiply(self._seen_pairs[own])) / n_pairs,
                 pairs @ self._known_pairs / n_pairs,
                 _row_sums(unit.multiply(topics)),
                 np.diff(topics.indptr) > 0,
             ]
         )
 
-    def _weighted(self, counts: Any) -> Any:
-        return sp.csr_matrix((counts.data * self._idf[counts.indices], counts.indices, counts.indptr), counts.shape)
 
-    def _unit(self, counts: Any) -> Any:
-        return _normalised(self._weighted(counts))
-
-
-@dataclass(frozen=True)
-class _Example:
-    """A training sentence: judged for `prompt` while steered towards `topic` (texts)."""
+class _Example(NamedTuple):
+    """A training sentence: compared with `prompt` while steered towards `topic` (texts)."""
 
     text: str
     prompt: str
@@ -152,38 +139,30 @@ class _Example:
 
 
 class Relevance:
-    """Log-odds that sentences are on topic for a prompt; built once per target from its unsteered responses."""
+    """Log-odds that sentences are on topic for a prompt; built once for each target from its unsteered responses."""
 
-    def __init__(self, responses: Responses, contexts: Mapping[LatentKey, Sequence[str]]) -> None:
-        self._contexts = contexts
-        self._cut = {p: [_cut(r) for r in responses[p] if words(r)] for p in responses}
-        self._cut = {p: found for p, found in self._cut.items() if found}
-        self.bank = Bank(_flat(self._cut))
-        self.weights = self._learn()
+    def __init__(self, references: References) -> None:
+        self._contexts = references.contexts
+        self._bodies = _cut(references)
+        self._bank = Bank(_flat(self._bodies))
+        self._weights = self._learn()
 
     def knows(self, prompt: str) -> bool:
-        """Whether there are unsteered responses to this prompt."""
-        return prompt in self.bank.column
+        """Return whether there are unsteered responses to this prompt."""
+        return prompt in self._bank.column
 
-    def topics(self, asked: Sequence[tuple[LatentKey | None, str | None]]) -> Any:
-        """Sparse rows of steering topics (latent, label): the label and the latent's top contexts, as known."""
-        index = {key: i for i, key in enumerate(dict.fromkeys(asked))}
-        contexts = [() if latent is None else tuple(self._contexts.get(latent, ())) for latent, _ in index]
-        groups = [c + ((label,) if label else ()) for c, (_, label) in zip(contexts, index, strict=True)]
-        return self.bank.directions(groups)[[index[key] for key in asked]]
-
-    def log_odds(
-        self, texts: Sequence[str], prompts: Sequence[str], asked: Sequence[tuple[LatentKey | None, str | None]]
-    ) -> Floats:
-        """Log likelihood ratio on : off topic of each text for its prompt, steered towards (latent, label)."""
-        features = self.bank.features(texts, prompts, self.topics(asked))
-        return np.asarray(features @ self.weights[:-1] + self.weights[-1])
+    def log_odds(self, texts: Sequence[str], prompts: Sequence[str], topics: Sequence[Topic]) -> Floats:
+        """Return the log likelihood ratio on : off topic of each text for its prompt, steered towards its topic."""
+        index = {topic: i for i, topic in enumerate(dict.fromkeys(topics))}
+        groups = [[*self._contexts.get(latent, ()), *([label] if label else [])] if latent else [label] if label else []
+                  for latent, label in index]  # fmt: skip
+        features = self._bank.features(texts, prompts, self._bank.directions(groups)[[index[t] for t in topics]])
+        return np.asarray(features @ self._weights[:-1] + self._weights[-1])
 
     def _learn(self) -> Floats:
-        """Weights of the features and the constant, at even prior odds."""
         features, truth = [], []
         for bank, examples in self._training():
-            index = {topic: i for i, topic in enumerate({e.topic for e in examples})}
+            index = {topic: i for i, topic in enumerate(dict.fromkeys(e.topic for e in examples))}
             topics = bank.directions(list(index))[[index[e.topic] for e in examples]]
             features.append(bank.features([e.text for e in examples], [e.prompt for e in examples], topics))
             truth += [e.on_topic for e in examples]
@@ -194,84 +173,70 @@ class Relevance:
         return np.concatenate([model.coef_[0], model.intercept_])
 
     def _training(self) -> Iterator[tuple[Bank, list[_Example]]]:
-        """Banks, each with examples that it does not hold."""
-        rng = random.Random(0)
-        prompts = list(self._cut)
-        if len(prompts) < 2:
-            return
-        for fold in range(FOLDS):
-            kept, held = _split_responses(self._cut, fold)
-            examples = [e for p in prompts for text in held[p] for e in self._known(rng, p, text, prompts)]
-            if examples:
-                yield Bank(kept), _sample(rng, examples)
+        """Yield banks that lack a quarter of the prompts and of each prompt's responses, with examples from those.
+
+        Left-out responses are on topic in their place and off topic in another prompt's, or with their words shuffled.
+        Sentences of left-out prompts and the latents' contexts are off topic everywhere.
+        """
+        rng, prompts, contexts = random.Random(0), list(self._bodies), list(self._contexts.values())
+        topics = [tuple(c) for c in contexts if c]
         for fold in range(min(FOLDS, len(prompts))):
-            away = prompts[fold::FOLDS]
-            rest = {p: self._cut[p] for p in prompts if p not in away}
-            if rest:
-                texts = [(p, t) for p in away for r in self._cut[p] for t in r]
-                examples = [
-                    _Example(t, rng.choice(list(rest)), (p,) if rng.random() < 0.5 else (), False) for p, t in texts
-                ]
-                examples += [
-                    _Example(text, rng.choice(list(rest)), tuple(c for c in found if c != text), False)
-                    for found in list(self._contexts.values())[fold::FOLDS]
-                    for text in found
-                ]
-                yield Bank(_flat(rest)), _sample(rng, examples)
-
-    def _known(self, rng: random.Random, prompt: str, text: str, prompts: list[str]) -> list[_Example]:
-        """A sentence in its place, in the place of another prompt's answer, and with its words shuffled."""
-        other = rng.choice([p for p in prompts if p != prompt])
-        shuffled = words(text)
-        rng.shuffle(shuffled)
-        found = [
-            _Example(text, prompt, self._some_topic(rng, other), True),
-            _Example(text, other, (prompt,), False),
-        ]
-        return [*found, _Example(" ".join(shuffled), prompt, (other,), False)] if rng.random() < 0.25 else found
-
-    def _some_topic(self, rng: random.Random, other: str) -> tuple[str, ...]:
-        """What an on-topic sentence is steered towards: a latent's contexts where there are any, else a prompt."""
-        known = [tuple(c) for c in self._contexts.values() if c]
-        draw = rng.random()
-        return (other,) if draw < 0.4 else () if draw < 0.6 or not known else rng.choice(known)
+            asked = [p for i, p in enumerate(prompts) if i % FOLDS != fold or len(prompts) == 1]
+            if len(asked) < 2:
+                return
+            found: list[_Example] = []
+            for prompt, text in ((p, t) for p in asked for t in _part(self._bodies[p], fold, held=True)):
+                other, shuffled, draw = rng.choice([p for p in asked if p != prompt]), words(text), rng.random()
+                rng.shuffle(shuffled)
+                topic = (other,) if draw < 0.4 else () if draw < 0.6 or not topics else rng.choice(topics)
+                found += [_Example(text, prompt, topic, True), _Example(text, other, (prompt,), False)]
+                if rng.random() < 0.25:
+                    found.append(_Example(" ".join(shuffled), prompt, (other,), False))
+            for prompt, text in ((p, t) for p in prompts[fold::FOLDS] for t in _flat(self._bodies)[p]):
+                found.append(_Example(text, rng.choice(asked), (prompt,) if rng.random() < 0.5 else (), False))
+            for group in contexts[fold::FOLDS]:
+                found += [_Example(t, rng.choice(asked), tuple(c for c in group if c != t), False) for t in group]
+            bank = Bank({p: _part(self._bodies[p], fold, held=False) for p in asked})
+            yield bank, rng.sample(found, min(len(found), MAX_TRAINING))
 
 
-def _cut(text: str) -> list[str]:
-    return [text[s.start : s.end] for s in sentences(text)]
+class WordLikelihood:
+    """Log-odds that a sentence was drawn from this prompt's answers rather than another's or from unknown English."""
+
+    def __init__(self, references: References) -> None:
+        bodies = _flat(_cut(references))
+        texts = [(i, t) for i, (p, found) in enumerate(bodies.items()) for t in (p, *found)]
+        self._column = {p: i for i, p in enumerate(bodies)}
+        self._model = MultinomialNB(alpha=0.1, fit_prior=False)
+        self._model.fit(_COUNTS.transform([t for _, t in texts]), [i for i, _ in texts])
+
+    def knows(self, prompt: str) -> bool:
+        """Return whether there are unsteered responses to this prompt."""
+        return prompt in self._column
+
+    def log_odds(self, texts: Sequence[str], prompts: Sequence[str], topics: Sequence[Topic]) -> Floats:
+        """Return the log likelihood ratio of each text, within +-CAP; topics are not used."""
+        counts, rows, own = _COUNTS.transform(texts), np.arange(len(texts)), [self._column[p] for p in prompts]
+        rivals = counts @ self._model.feature_log_prob_.T
+        mine = rivals[rows, own].copy()
+        rivals[rows, own] = -_row_sums(counts) * np.log(UNKNOWN_ENGLISH)
+        return np.asarray(np.clip(mine - rivals.max(axis=1), -CAP, CAP))
 
 
-def _flat(cut: Mapping[str, Sequence[Sequence[str]]]) -> dict[str, list[str]]:
-    return {p: [t for r in responses for t in r] for p, responses in cut.items()}
+def _cut(references: References) -> Bodies:
+    """Return the sentences of each response that has any words, by prompt."""
+    cut = {
+        p: [[r[s.start : s.end] for s in sentences(r)] for r in found if words(r)]
+        for p, found in references.responses.items()
+    }
+    return {p: found for p, found in cut.items() if found}
 
 
-def _split_responses(
-    cut: Mapping[str, Sequence[Sequence[str]]], fold: int
-) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """(kept, held out) sentences per prompt; whole responses are held out where a prompt has several."""
-    kept: dict[str, list[str]] = {}
-    held: dict[str, list[str]] = {}
-    for prompt, responses in cut.items():
-        units = responses if len(responses) > 1 else [[t] for r in responses for t in r]
-        held[prompt] = [t for i, unit in enumerate(units) if i % FOLDS == fold for t in unit]
-        kept[prompt] = [t for i, unit in enumerate(units) if i % FOLDS != fold for t in unit]
-    return kept, held
+def _flat(bodies: Bodies) -> dict[str, list[str]]:
+    return {p: [t for r in responses for t in r] for p, responses in bodies.items()}
 
 
-def _sample(rng: random.Random, examples: list[_Example]) -> list[_Example]:
-    return examples if len(examples) <= MAX_TRAINING else rng.sample(examples, MAX_TRAINING)
-
-
-def _presence(counts: Any) -> Any:
-    return (counts > 0).astype(np.float32).tocsr()
-
-
-def _row_sums(matrix: Any) -> Floats:
-    return np.asarray(matrix.sum(axis=1)).ravel()
-
-
-def _normalised(matrix: Any) -> Any:
-    """Rows scaled to length 1; zero rows stay zero."""
-    rows = sp.csr_matrix(matrix)
-    lengths = np.sqrt(_row_sums(rows.multiply(rows)))
-    return sp.diags(1.0 / np.where(lengths > 0, lengths, 1.0), format="csr") @ rows
+def _part(responses: Sequence[Sequence[str]], fold: int, *, held: bool) -> list[str]:
+    """Return the sentences of the responses in a fold, or of the others; a single response is split by sentences."""
+    units = responses if len(responses) > 1 else [[t] for r in responses for t in r]
+    return [t for i, unit in enumerate(units) if (i % FOLDS == fold) == held for t in unit]

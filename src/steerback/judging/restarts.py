@@ -1,44 +1,36 @@
-"""Explicit restart language: where a response stops itself and begins again.
+"""Find where a response turns against or away from what it has just said: "Wait, that's not right."
 
-A small grammar rather than a list of sentences. A restart opens a sentence (or a clause after a dash, an ellipsis or
-a comma) and consists of *openers* ("wait", "oops", "sorry", "no") and a *core*: an acknowledgement ("I drifted",
-"that has nothing to do with your question"), a retraction ("scratch that"), an announcement ("let me start over",
-"back to the question") or a reminder of the task ("you asked how to ...", "I should be talking about ..."). Each
-is put together from word classes, so phrasings that nobody listed are found. Quotations are masked beforehand; cores
-are anchored at the subject, so reported speech and instructions ("wait until it dries") do not match.
-
-Knows English surface forms only: nothing of scores, prompts' meaning, or whether a correction was needed.
+Each sentence, and each clause after a pause, is classified by logistic regression (`offline`) or naive Bayes
+(`offline-bayes`). The features are n-grams of the first words and of their classes (vocabulary.txt), where words of the
+prompt and words just used are marked as such and all other content is one placeholder. `python -m tools.judge train`
+makes the weights. Knows English; nothing of scores.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from importlib import resources
 
-from steerback.judging.discourse import is_about_the_response, prompt_words
-from steerback.judging.phrases import (
-    BARE_BACK,
-    COMMAND,
-    CORE,
-    DOUBT,
-    HEDGE,
-    INSTRUCTION,
-    LOOSE,
-    OPENER,
-    SEPARATOR,
-    SPOKEN,
-    TRIGGER,
-)
-from steerback.judging.text import Span, clause_starts, mask_quotes, normalise, sentences, words
+from steerback.judging.text import Span, clause_starts, hide, sentences, words
 
-MIN_BEFORE = 2
-"""A restart needs something to restart from."""
-MIN_AFTER = 2
-"""A response cut off inside or right after a restart phrase has not begun another attempt."""
+LONGEST = 18
+"""Number of tokens of a clause that the classifier sees."""
+RECENT = 400
+"""Number of characters before a clause whose words count as just used."""
+MIN_WORDS = 2
+"""A restart needs this many words before it, and as many after it."""
 MAX_RESIDUE = 8
-"""Words a restart sentence may hold after its phrase before it counts as content between two restarts."""
+"""A sentence with more words than this after its restart phrase counts as content between two restarts."""
 MAX_LEAD = 3
 """The same for words before a phrase that starts within a sentence."""
+
+_TOKEN = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*|\d+|[.…]+|[^\w\s]")
+_CONTRACTIONS = {"n't": "not", "'m": "am", "'re": "are", "'ve": "have", "'ll": "will", "'d": "would", "'s": "is"}
+_LIST_MARK = re.compile(r"\s*(?:[-*•>#]+|\d{1,3}[.)])[ \t*_\"]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,128 +41,197 @@ class Restart:
     end: int
 
 
-_PUNCTUATION = " ,.!?;:…–—-"
+@dataclass(frozen=True, slots=True)
+class Clause:
+    """A clause to classify: its text, the kind of its start, the prompt's words and the words just used before it.
 
-
-def find_restarts(text: str, prompt: str = "") -> list[Restart]:
-    """Restarts of `text` in order; consecutive restart phrases with no content between them are one.
-
-    `prompt` sharpens one construction: "back to X" counts when X names something the prompt asks about.
+    `voice` says who may be speaking: "tale" where the prompt asks for a story, a letter or the like, "self" where the
+    writer has just said "I", else "".
     """
-    masked = mask_quotes(text)
-    topic = prompt_words(prompt)
+
+    text: str
+    kind: str
+    asked: frozenset[str]
+    recent: frozenset[str]
+    voice: str
+
+
+@dataclass(frozen=True, slots=True)
+class Classifier:
+    """A linear classifier of clauses: log-odds = sum of the weights of the features + constant."""
+
+    weights: dict[str, float]
+    constant: float
+
+    def log_odds(self, clause: Clause) -> float:
+        """Return the log-odds, above 0 for a restart."""
+        return sum(self.weights.get(f, 0.0) for f in features(clause)) + self.constant
+
+
+@cache
+def classifier(judge: str = "offline") -> Classifier:
+    """Return the trained classifier of an offline judge."""
+    file = resources.files("steerback.judging") / f"restarts-{judge}.json"
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    return Classifier(stored["weights"], stored["constant"])
+
+
+def find_restarts(text: str, prompt: str = "", judge: str = "offline") -> list[Restart]:
+    """Return the restarts of a response in order; restart phrases with no content between them are one."""
+    decide, shown, asked = classifier(judge), hide(text), prompt_words(prompt)
     found: list[Restart] = []
-    last_content = -1  # end of the last sentence that held content
-    lead: int | None = None  # start of "Hmm ..." or "Okay." right before this sentence: part of a restart, or nothing
-    for sentence in sentences(masked):
-        restart = _in_sentence(masked, sentence, topic)
+    content_end = -1  # end of the last sentence that held content
+    lead: int | None = None  # start of "Hmm." or "Okay." right before this sentence, which becomes part of a restart
+    for sentence in sentences(shown):
+        restart = _in_sentence(decide, shown, sentence, asked)
         if restart is None:
-            if _only_openers(masked[sentence.start : sentence.end]):
+            if _is_interjection(shown[sentence.start : sentence.end]):
                 lead = sentence.start if lead is None else lead
             else:
-                lead, last_content = None, sentence.end
+                lead, content_end = None, sentence.end
             continue
         if lead is not None and restart.start == sentence.start:
             restart = Restart(lead, restart.end)
         lead = None
-        if restart.start > sentence.start and len(words(masked[sentence.start : restart.start])) > MAX_LEAD:
-            last_content = restart.start
-        if found and found[-1].end > last_content:
+        if _has_words(shown[sentence.start : restart.start], MAX_LEAD + 1):
+            content_end = restart.start
+        if found and found[-1].end > content_end:
             found[-1] = Restart(found[-1].start, restart.end)
         else:
             found.append(restart)
-        rest = masked[restart.end : sentence.end].lstrip(_PUNCTUATION)
-        if len(words(rest)) > MAX_RESIDUE and not _is_restart(normalise(rest), topic, inline=False, pause=False):
-            last_content = sentence.end
-    return [r for r in found if _has_words(text[: r.start], MIN_BEFORE) and _has_words(text[r.end :], MIN_AFTER)]
+        if _has_words(shown[restart.end : sentence.end], MAX_RESIDUE + 1):
+            content_end = sentence.end
+    return [r for r in found if _has_words(text[: r.start], MIN_WORDS) and _has_words(text[r.end :], MIN_WORDS)]
 
 
-def _only_openers(sentence: str) -> bool:
-    """Whether a sentence is nothing but an interjection or a connective."""
-    if len(sentence) > 40:
+def clauses(shown: str, sentence: Span, asked: frozenset[str]) -> Iterator[tuple[int, Clause]]:
+    """Yield the clauses of a sentence that may be restarts, with their offsets; `shown` is a text as `hide` returns it.
+
+    After a comma only an interjection or the like can open one: ", no, wait, ..." but not ", that is wrong".
+    """
+    starts = [(at, kind) for at, kind in clause_starts(shown, sentence) if _may_open(shown[at : at + 60], kind)]
+    if not starts:
+        return
+    recent = frozenset(words(shown[max(sentence.start - RECENT, 0) : sentence.start]))
+    voice = "tale" if asked & _listed("tale") else "self" if recent & {"i", "my", "me"} else ""
+    for number, (start, kind) in enumerate(starts):
+        later = (at for at, _ in starts[number + 1 :] if _has_words(shown[start:at], MAX_LEAD + 1))
+        text = shown[start : min(next(later, sentence.end), start + 300)]
+        kind = _kind(shown[max(start - 40, 0) : start]) if kind == "^" else kind
+        yield start, Clause(text, kind, asked, recent, voice)
+
+
+def _may_open(text: str, kind: str) -> bool:
+    """Return whether a clause may be a restart: after a comma it needs an opening word, and never is it one letter."""
+    found = words(text)
+    if kind == "," and not (found and (_class_of(found[0]) == "interjection" or found[0] in _listed("opening"))):
         return False
-    openers, rest = _split_openers(normalise(sentence))
-    return bool(openers) and not words(rest)
+    return any(len(w) > 1 for w in found)
 
 
-def _in_sentence(text: str, sentence: Span, topic: set[str]) -> Restart | None:
-    """The restart that opens this sentence, or else one of its later clauses."""
-    if not TRIGGER.search(text, sentence.start, sentence.end):
-        return None
-    starts = clause_starts(text, sentence)
-    for number, start in enumerate(starts):
-        inline = number > 0
-        pause = bool(SEPARATOR.search(text, sentence.start, start)) if inline else False
-        if _is_restart(normalise(text[start : sentence.end]), topic, inline, pause):
-            return Restart(start, _phrase_end(text, start, sentence.end, starts[number + 1 :], topic, inline, pause))
+def features(clause: Clause) -> list[str]:
+    """Return the distinct features: n-grams of 1 to 3 words and of 1 to 4 word classes, and the amount of content."""
+    tokens = [t for raw in _TOKEN.findall(clause.text[:200].lower().replace("’", "'")) for t in _expanded(raw)]
+    seen, kinds = [clause.kind], [clause.kind]
+    content = 0
+    for token in tokens[:LONGEST]:
+        known = _class_of(token)
+        word = "P" if token in clause.asked and known != "interjection" else token if known else "_"
+        if word == "_":
+            content += 1
+            word = "#" if token.isdigit() else "R" if token in clause.recent else "_"
+        if word in "P_R" and seen[-1] == word:
+            continue
+        seen.append(word)
+        kinds.append(token if known == "kept" else known if word == token and known else word)
+    seen.append("$" if len(tokens) <= LONGEST else "...")
+    kinds.append(seen[-1])
+    share = f"content {round(5 * content / max(len(tokens[:LONGEST]), 1))} of 5"
+    voice = f"voice {clause.voice}"
+    context = [share, f"{clause.kind} {share}", voice, f"{voice} {clause.kind}", f"{voice} {seen[1:2]}"]
+    return list(dict.fromkeys([*_grams("w", seen, 3), *_grams("c", kinds, 4), *context]))
+
+
+def prompt_words(prompt: str) -> frozenset[str]:
+    """Return the words of a prompt that carry its topic."""
+    return frozenset(w for w in words(prompt) if len(w) > 3 and w not in _listed("task"))
+
+
+def _in_sentence(decide: Classifier, shown: str, sentence: Span, asked: frozenset[str]) -> Restart | None:
+    """Return the restart that opens the sentence, or else one of its later clauses."""
+    for start, clause in clauses(shown, sentence, asked):
+        best = decide.log_odds(clause)
+        if best <= 0:
+            continue
+        end = start + len(clause.text) if len(clause.text) < 300 else sentence.end
+        for cut, _ in clause_starts(shown, Span(start, end))[1:6]:  # the phrase ends where it is most certain
+            part = replace(clause, text=shown[start:cut].rstrip(" -–—"))
+            if (odds := decide.log_odds(part)) > best:
+                best, end = odds, start + len(part.text)
+        return Restart(start, end)
     return None
 
 
-def _phrase_end(text: str, start: int, end: int, cuts: list[int], topic: set[str], inline: bool, pause: bool) -> int:
-    """End of the shortest run of clauses that holds the whole phrase: its core where there is one."""
-    wants_core = _has_core(normalise(text[start:end]), topic)
-    for cut in cuts:
-        head = normalise(text[start:cut])
-        if _has_core(head, topic) if wants_core else _is_restart(head, topic, inline, pause):
-            return start + len(text[start:cut].rstrip())
-    return end
+def _kind(before: str) -> str:
+    """Return "*" for a sentence after a list mark or in a new line, ":" after a label in its line, else "^"."""
+    line = before.rpartition("\n")[2]
+    if _LIST_MARK.fullmatch(line):
+        return "*"
+    return ":" if line.rstrip(" *_").endswith(":") else "^"
 
 
-def _is_restart(text: str, topic: set[str], inline: bool, pause: bool) -> bool:
-    """Whether normalised `text` opens with a restart; clauses inside a sentence need an opener as well."""
-    openers, rest = _split_openers(text)
-    kinds = {kind for kind, _ in openers}
-    marked = kinds & {"strong", "weak", "apology"}
-    strong = ("strong", True) in openers
-    if inline and not marked:
-        return pause and _match_core(rest)
-    if _has_core(text, topic):
-        return True
-    if inline and not pause:  # "breathe in, hold on, breathe out" is an instruction; ", no, wait, ..." is not
-        return strong and sum(kind != "neutral" for kind, _ in openers) > 1
-    following = words(rest)[:1]
-    if not following:
-        return strong or "apology" in kinds
-    return strong and (bool(SPOKEN.match(rest)) or following[0] in topic) and not INSTRUCTION.match(rest)
+def _expanded(token: str) -> Sequence[str]:
+    """Return a word without its contraction, and the word that was contracted."""
+    if "'" not in token:
+        return {"cannot": ("can", "not"), "cant": ("can", "not"), "gotta": ("got", "to")}.get(token, (token,))
+    if token == "let's":
+        return ("let", "us")
+    for ending, word in _CONTRACTIONS.items():
+        if token.endswith(ending):
+            stem = token[: -len(ending)]
+            return ({"ca": "can", "wo": "will", "sha": "shall"}.get(stem, stem) or word, word)
+    return (token,)
 
 
-def _has_core(text: str, topic: set[str]) -> bool:
-    """Whether a core follows the openers of normalised `text`; looser ones need an opener that marks trouble."""
-    openers, rest = _split_openers(text)
-    if _match_core(rest) or is_about_the_response(rest, topic):
-        return True
-    if any(kind != "neutral" for kind, _ in openers) and LOOSE.match(rest):
-        return True
-    if openers and COMMAND.match(rest):
-        return True
-    back = BARE_BACK.match(rest)
-    return back is not None and bool(topic & set(words(rest[back.end() :])[:6]))
+def _grams(kind: str, tokens: Sequence[str], longest: int) -> Iterator[str]:
+    for n in range(1, longest + 1):
+        for i in range(len(tokens) - n + 1):
+            yield f"{kind} {' '.join(tokens[i : i + n])}"
 
 
-def _match_core(text: str) -> bool:
-    """A core at the start of `text`, or behind a hedge such as "I think that"."""
-    if CORE.match(text) or DOUBT.match(text):
-        return True
-    hedge = HEDGE.match(text)
-    return hedge is not None and CORE.match(text, hedge.end()) is not None
+@cache
+def _vocabulary() -> dict[str, list[str]]:
+    """Return the sections of vocabulary.txt."""
+    text = (resources.files("steerback.judging") / "vocabulary.txt").read_text(encoding="utf-8")
+    body = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
+    parts = re.split(r"^\[([a-z ]+)\]$", body, flags=re.M)
+    return {name: words.split() for name, words in zip(parts[1::2], parts[2::2], strict=True)}
 
 
-def _split_openers(text: str) -> tuple[list[tuple[str, bool]], str]:
-    """Openers as (kind, followed by punctuation or nothing), and what comes after them."""
-    openers: list[tuple[str, bool]] = []
-    at = 0
-    while match := OPENER.match(text, at):
-        if CORE.match(text, at):
-            break
-        after = match["after"]
-        openers.append((_kind(match), after.strip() != "" or after == ""))
-        at = match.end()
-    return openers, text[at:]
+@cache
+def _listed(name: str) -> frozenset[str]:
+    return frozenset(_vocabulary()[f"list {name}"])
 
 
-def _kind(match: re.Match[str]) -> str:
-    return next(name for name in ("strong", "apology", "weak", "neutral") if match[name] is not None)
+@cache
+def _classes() -> dict[str, str]:
+    """Return the class of each word, and of each beginning of words that ends in *."""
+    return {w: name for name, found in _vocabulary().items() if not name.startswith("list ") for w in found}
+
+
+@lru_cache(maxsize=65536)
+def _class_of(token: str) -> str:
+    """Return the class of a token: "" for a content word, "kept" for punctuation."""
+    if not token[0].isalnum():
+        return "kept"
+    beginnings = (f"{token[:n]}*" for n in range(min(len(token), 14), 2, -1))
+    return next((_classes()[known] for known in (token, *beginnings) if known in _classes()), "")
+
+
+def _is_interjection(sentence: str) -> bool:
+    found = words(sentence[:60])
+    return len(sentence) <= 40 and all(_class_of(w) == "interjection" for w in found)
 
 
 def _has_words(text: str, count: int) -> bool:
-    return len(words(text)) >= count
+    return len(words(text[:2000] if count <= 2 else text[:400])) >= count

@@ -1,6 +1,6 @@
-"""Cutting a response into sentences and clauses with character offsets, and normalising words for matching.
+"""Cut a response into sentences and clauses with character offsets, and hide what the writer does not say.
 
-Knows nothing of judges, prompts or scores: it only says where things are.
+Every function takes time linear in the length of the text, whatever the text is. Knows nothing of judges or prompts.
 """
 
 from __future__ import annotations
@@ -8,28 +8,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-# A sentence ends at . ! ? or an ellipsis before whitespace, at a line break, or at a colon before whitespace.
-_SENTENCE_END = re.compile(r"[.!?…]+(?:[\"'”’)\]]*(?=\s|$)|(?<=[A-Za-z]{2}.)(?=[A-Z]))|:(?=\s|$)|\n\s*")
-_ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|etc|Dr|Mr|Mrs|vs|cf|approx)|^\s*\d{1,3}|\n\s*\d{1,3})$")
-_CLAUSE_END = re.compile(r"\s+[-–—]+\s*|[–—]\s*|--+\s*|\.{2,}\s*|…\s*|[,;:!?.]+(?:\s+|$)")
-_QUOTED = re.compile(
-    r"\"[^\"\n]{1,400}\"|“[^”\n]{1,400}”|«[^»\n]{1,400}»|(?<![\w])[‘'](?=\w)[^'‘’\n]{0,200}(?:['’]\w+[^'‘’\n]{0,200})*[’'](?!\w)"
+_STOP = re.compile(r"[.!?…]+[\"'”’)\]*_]*|:|\n")
+_PAUSE = re.compile(r"[-–—.…,;:!?]+")
+_LABEL = re.compile(r"\d{1,3}|[IVXivx]{1,4}|[A-Za-z]")
+_ABBREVIATIONS = frozenset(["e.g", "i.e", "etc", "dr", "mr", "mrs", "ms", "vs", "cf", "approx"])
+_EDGE = " \t\r\n*_#>-–—•\"“'‘([{"
+_HIDDEN = re.compile(
+    r"```(?s:.*?)(?:```|\Z)|`[^`\n]{1,200}`|\"[^\"\n]{1,400}\"|“[^”\n]{1,400}”|«[^»\n]{1,400}»"
+    r"|(?<!\w)[‘'](?=\w)(?:[^'’\n]|['’](?=\w)){1,200}['’](?!\w)"
 )
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
-_EDGE = " \t\r\n*_#>-–—•\"“'‘([{"
-
-_CONTRACTIONS = (
-    (re.compile(r"\b(can)'?t\b"), r"\1 not"),
-    (re.compile(r"\bwon't\b"), "will not"),
-    (re.compile(r"n't\b"), " not"),
-    (re.compile(r"\b(i)'m\b"), r"\1 am"),
-    (re.compile(r"'re\b"), " are"),
-    (re.compile(r"'ve\b"), " have"),
-    (re.compile(r"'ll\b"), " will"),
-    (re.compile(r"'d\b"), " would"),
-    (re.compile(r"\blet's\b"), "let us"),
-    (re.compile(r"\b(that|this|it|what|where|here|there)'s\b"), r"\1 is"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,57 +29,75 @@ class Span:
 
 
 def sentences(text: str) -> list[Span]:
-    """Sentence spans without surrounding whitespace, list markers or opening quotes; they do not overlap."""
+    """Return the sentences in order, without surrounding whitespace, list markers or opening quotes.
+
+    A sentence ends at . ! ? … or : before whitespace, at a full stop between a word and a capital, and at a line break.
+    """
     spans: list[Span] = []
     begin = 0
-    for match in _SENTENCE_END.finditer(text):
-        if match.group() == "." and _ABBREVIATION.search(text, max(begin - 1, 0), match.start()):
-            continue
-        _append(spans, text, begin, match.end())
-        begin = match.end()
+    for match in _STOP.finditer(text):
+        if _ends_sentence(text, begin, match):
+            _append(spans, text, begin, match.end())
+            begin = match.end()
     _append(spans, text, begin, len(text))
     return spans
 
 
-def clause_starts(text: str, span: Span) -> list[int]:
-    """Offsets at which clauses of the sentence `span` begin, the sentence's own start first."""
-    starts = [span.start]
-    for match in _CLAUSE_END.finditer(text, span.start, span.end):
+def clause_starts(text: str, span: Span) -> list[tuple[int, str]]:
+    """Return where the clauses of a sentence begin, and after which pause: "^" (the sentence itself), "," or "-"."""
+    starts = [(span.start, "^")]
+    at = span.start
+    for match in _PAUSE.finditer(text, span.start, span.end):
+        if match.end() <= at:
+            continue
+        run, before, after = match.group(), text[match.start() - 1 : match.start()], text[match.end() : match.end() + 1]
+        spaced = after.isspace() or not after
+        if run == "-" and not (before.isspace() and spaced):
+            continue
+        long = (run != "." and any(c in "-–—…" for c in run)) or ".." in run
+        if not long and not spaced:
+            continue
         at = match.end()
         while at < span.end and text[at] in _EDGE:
             at += 1
-        if starts[-1] < at < span.end:
-            starts.append(at)
+        if starts[-1][0] < at < span.end:
+            starts.append((at, "-" if long else ","))
     return starts
 
 
-def mask_quotes(text: str) -> str:
-    """The text with everything inside quotation marks replaced by "q", same length, so that offsets stay valid.
+def hide(text: str) -> str:
+    """Replace quotations and code by the letter q, so that offsets stay valid.
 
-    A quotation that is the whole text is not masked: models sometimes wrap their answer in quotation marks.
+    A quotation that is nearly the whole text stays: models sometimes wrap their answer in quotation marks.
     """
+    limit = 0.8 * len(text.strip())
 
-    def hide(match: re.Match[str]) -> str:
+    def masked(match: re.Match[str]) -> str:
         inner = match.group()
-        if len(inner) >= 0.8 * len(text.strip()):
+        if len(inner) >= limit and not inner.startswith("```"):
             return inner
         return inner[0] + "q" * (len(inner) - 2) + inner[-1]
 
-    return _QUOTED.sub(hide, text)
-
-
-def normalise(text: str) -> str:
-    """Lower case, straight apostrophes, contractions written out, single spaces, punctuation kept."""
-    plain = text.lower().replace("’", "'").replace("‘", "'")
-    if "'" in plain or "cant" in plain:
-        for pattern, replacement in _CONTRACTIONS:
-            plain = pattern.sub(replacement, plain)
-    return " ".join(plain.split())
+    return _HIDDEN.sub(masked, text)
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words and numbers."""
+    """Return the words and numbers in lower case."""
     return _WORD.findall(text.lower().replace("’", "'"))
+
+
+def _ends_sentence(text: str, begin: int, match: re.Match[str]) -> bool:
+    stop, after = match.group(), text[match.end() : match.end() + 1]
+    if stop == "\n":
+        return True
+    before = text[max(begin, match.start() - 8) : match.start()]
+    if stop == ".":
+        label = text[begin : match.start()].strip(_EDGE) if match.start() - begin < 16 else ""
+        if _LABEL.fullmatch(label) or (before.split(None)[-1:] and before.split()[-1].lower() in _ABBREVIATIONS):
+            return False
+    if not after or after.isspace():
+        return True
+    return stop != ":" and after.isupper() and len(before) > 1 and before[-2:].isalpha()
 
 
 def _append(spans: list[Span], text: str, begin: int, end: int) -> None:
