@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
@@ -13,8 +14,10 @@ import pytest
 
 from steerback import engines
 from steerback.cli import main
-from steerback.config import specification
+from steerback.config import build_config, specification
 from steerback.errors import SteerbackError
+from steerback.jobs import execute
+from steerback.jobs.check import check
 from steerback.store.ledger import Ledger
 from steerback.store.run import Run, stored_config
 
@@ -316,6 +319,26 @@ def test_a_direction_goes_into_a_folder_that_can_be_meant(capsys: pytest.Capture
     assert not Path("nope").exists()
     assert "is no folder" in refused(capsys, *make, "topic.txt")
     assert "is no folder" in refused(capsys, *make, "topic.txt/x")
+
+
+def test_an_unknown_provider_is_refused_before_labels_are_estimated(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("inspect_ai")
+    assert "a/b" in refused(capsys, "labels", "auto", "organism", "--judge", "a/b", "--dry-run")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_run_goes_on_inside_a_running_event_loop() -> None:
+    """As in a notebook."""
+    sizes = ("n_latents=3", "trials_per_latent=4", "draws=100", "calibration.max_iterations=5")
+    overrides = {"engine": "scripted", "judge": "scripted"}
+    job = check(build_config("esr", ("organism",), "quick", overrides=overrides, assignments=sizes))
+
+    async def cell() -> None:
+        execute.run(job, Path("runs/a"))
+
+    asyncio.run(cell())
+    with Run.read(Path("runs/a")) as run:
+        assert all(row.judgement is not None for row in run.ledger.rows(stage="measure", judge="scripted"))
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
