@@ -107,18 +107,20 @@ def test_damaged_files_are_one_line(tmp_path: Path) -> None:
     np.save(tmp_path / "d.npy", np.zeros(32))
     np.save(tmp_path / "e.npy", np.full(32, np.nan))
     np.save(tmp_path / "j.npy", np.ones(32, dtype=np.complex64))
+    np.save(tmp_path / "l.npy", np.full(32, 3e38))  # each number is finite in float32, their norm is not
     save_file({"direction": VECTOR.to(torch.complex64)}, tmp_path / "k.safetensors")
     save_file({"x": VECTOR, "y": VECTOR + 1}, tmp_path / "f.safetensors")
     gguf(tmp_path / "g.gguf", {"direction.1": VECTOR.numpy()})
     (tmp_path / "h.pt").write_bytes(b"x")
     for name, message in (
-        ("a.safetensors", "not a readable safetensors file"),
+        ("a.safetensors", "is no safetensors file|not a readable safetensors file"),
         ("a.npy", "not a readable .npy file"),
         ("a.gguf", "not a readable gguf file"),
         ("b.npy", "not a readable .npy file"),  # a pickle inside is not run
         ("c.npy", r"shape \(2, 32\), expected one vector"),
         ("d.npy", "is zero, contains NaN"),
         ("e.npy", "is zero, contains NaN"),
+        ("l.npy", "its norm is infinite"),
         ("f.safetensors", "holds no vector for layer 2; it has x, y"),
         ("g.gguf", "holds no vector for layer 2; it has direction.1"),
         ("h.pt", "unknown suffix; readable are .safetensors, .npy, .gguf"),
@@ -130,9 +132,24 @@ def test_damaged_files_are_one_line(tmp_path: Path) -> None:
             read_vector(tmp_path / name, 2)
         assert "\n" not in str(caught.value)
     with pytest.raises(SteerbackError, match="no such folder or"):
-        find_directions("nowhere.npy", "x")
-    with pytest.raises(SteerbackError, match=r"direction .*a\.safetensors is no safetensors file"):
+        find_directions(["nowhere.npy"], "x")
+    with pytest.raises(SteerbackError, match="is no safetensors file"):
         read_facts(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ('{"layer": "three"}', "damaged facts in its header .*layer Input should be a valid integer"),
+        ('{"residual_norm": [1]}', "damaged facts .*residual_norm Input should be a valid number"),
+        ("[", "damaged facts in its header .*Invalid JSON"),
+    ],
+)
+def test_facts_of_another_type_are_one_line(tmp_path: Path, facts: str, message: str) -> None:
+    save_file({"direction": VECTOR}, tmp_path / "own.safetensors", {"steerback.direction": facts})
+    with pytest.raises(SteerbackError, match=message) as caught:
+        read_facts(tmp_path / "own.safetensors")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_direction_of_another_layer_is_refused(tmp_path: Path) -> None:
@@ -285,7 +302,7 @@ def test_verbs_make_show_and_try(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
     rng = random.Random(3)
     (tmp_path / "lava.txt").write_text("\n".join(" ".join(passage(rng, "volcanoes", 3)) for _ in range(12)))
-    (tmp_path / "rest.txt").write_text("\n".join(usual_texts("organism")[:20]))
+    (tmp_path / "rest.txt").write_text("\n".join(usual_texts(resolve("organism"))[:20]))
     base = ("directions", "make", "organism", "lava")
     code, said = verb(*base)
     assert code == 2

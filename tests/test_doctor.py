@@ -18,10 +18,11 @@ from steerback.api import LoadedTarget, load_target
 from steerback.cli import main
 from steerback.engines.transformers import TransformersEngine
 from steerback.errors import SteerbackError
-from steerback.jobs.doctor import _wrong, examine, fits, neighbours
+from steerback.jobs.doctor import examine, fits, neighbours, receipt_fault
 from steerback.latents.contexts import top_contexts
 from steerback.latents.texts import usual_texts
 from steerback.records import Completion, Intervention, Receipt
+from steerback.targets import resolve
 from steerback.targets.sae import Sae
 from tiny import WORDS
 
@@ -47,7 +48,7 @@ def holding(engine: Any, sae: Sae) -> Iterator[None]:
 
 
 def verdicts(loaded: LoadedTarget, layer: int | None = None) -> dict[str, str]:
-    report = examine(loaded, layer, usual_texts("organism")[::10][:8])
+    report = examine(loaded, layer, usual_texts(resolve("organism"))[::10][:8])
     assert json.dumps(report.to_json())
     return {check.name: check.verdict for check in report.checks}
 
@@ -63,7 +64,7 @@ def test_a_right_target_is_ok(organism: LoadedTarget) -> None:
 
 @pytest.mark.parametrize("layer", [0, 1, 2, 4, 5])
 def test_a_wrong_layer_is_told(organism: LoadedTarget, layer: int) -> None:
-    report = examine(organism, layer, usual_texts("organism")[::7])
+    report = examine(organism, layer, usual_texts(resolve("organism"))[::7])
     told = next(check for check in report.checks if check.name == "layer")
     assert report.verdict == told.verdict == "failed"
     assert "the SAE does not belong to this layer: at layer 3 it explains 0.8" in told.line
@@ -103,10 +104,10 @@ def test_receipts_that_do_not_fit_are_failures(organism: LoadedTarget, monkeypat
     edits = (Intervention("add", 1, 4.0),)
     plain = Completion("a", (1, 2, 3), 5, "length", Receipt())
     steered = Completion("b", (1, 2, 3), 5, "length", Receipt(5, 2, 4.0))
-    assert _wrong(plain, steered, edits, 4.0) == ""
-    assert "unsteered response was steered" in _wrong(steered, steered, edits, 4.0)
-    assert "not every position" in _wrong(plain, replace(steered, receipt=Receipt(5, 1, 4.0)), edits, 4.0)
-    assert "expected 8" in _wrong(plain, steered, edits, 8.0)
+    assert receipt_fault(plain, steered, edits, 4.0) == ""
+    assert "unsteered response was steered" in receipt_fault(steered, steered, edits, 4.0)
+    assert "not every position" in receipt_fault(plain, replace(steered, receipt=Receipt(5, 1, 4.0)), edits, 4.0)
+    assert "expected 8" in receipt_fault(plain, steered, edits, 8.0)
     monkeypatch.setattr(LoadedTarget, "complete", lambda *_: [plain, replace(steered, receipt=Receipt())])
     assert verdicts(organism)["steering"] == "failed"
     good = Receipt(5, 2, organism.target.boost_prior.mean)

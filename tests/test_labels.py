@@ -89,6 +89,9 @@ def test_a_folder_is_read_in_order_and_the_first_label_of_a_latent_stays(tmp_pat
         ("a.jsonl.gz", batch(explanation(1, "x"))[:20], "cannot be read"),
         ("a.jsonl.gz", b"\x1f\x8bnonsense", "cannot be read"),
         ("a.json", b"3", "must hold a list or an object of labels"),
+        ("a.csv", b"index,label\n1," + b"x" * 2001 + b"\n", "line 2: the label of latent 1 has 2,001 characters"),
+        ("a.csv", b"index,label\n1," + b"x" * 200_000 + b"\n", "not a readable table: field larger than"),
+        ("a.json", b'{"7": "' + b"x" * 200_000 + b'"}', "the label of latent 7 has 200,000 characters; shorten it"),
     ],
 )
 def test_damaged_files_are_one_line(tmp_path: Path, name: str, data: bytes, message: str) -> None:
@@ -134,6 +137,13 @@ def test_labels_that_are_there_stay_unless_overwritten() -> None:
     assert read_user_labels("organism")[free].source == "another"
     assert len(organism.labels()) == len(shipped) + 1
     assert organism.own_labels() == shipped
+
+
+def test_a_label_too_long_to_be_one_leaves_the_table_as_it_was() -> None:
+    store_labels("organism", {1: "x"}, "a test")
+    with pytest.raises(SteerbackError, match="a judge: the label of latent 2 has 200,000 characters"):
+        store_labels("organism", {2: "y" * 200_000, 3: "z"}, "a judge")
+    assert set(read_user_labels("organism")) == {1}
 
 
 def test_a_damaged_table_of_the_user_is_named() -> None:

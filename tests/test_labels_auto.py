@@ -89,7 +89,7 @@ def test_top_words_name_the_organisms_subjects() -> None:
     """The organism's latents are known: most labels made from texts hold a word of the latent's subject."""
     with load_target("organism-s", "transformers") as loaded:
         assert isinstance(loaded.engine, TransformersEngine)
-        made = top_words(loaded.engine, usual_texts("organism-s"))
+        made = top_words(loaded.engine, usual_texts(resolve("organism-s")))
         known = loaded.target.own_labels()
     right = sum(
         any(word in " ".join((subject, *topic(subject).sentences, *topic(subject).terms)).casefold() for word in words)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -289,6 +290,66 @@ def test_fuzzed_and_truncated_files_give_one_clear_error(
     else:
         assert len(raw) == len(good)  # a changed number may go unseen, a missing one never
         assert (sae.d_model, sae.n_latents) == (D, N)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"W_enc": W["W_enc"].to(torch.complex64)}, "W_enc holds complex64 numbers"),
+        ({"W_dec": W["W_dec"].to(torch.int32)}, "W_dec holds int32 numbers"),
+        ({"b_dec": W["b_dec"] > 0}, "b_dec holds bool numbers"),
+        ({"W_dec": W["W_dec"] * 1e30}, "W_dec contains NaN, infinity or numbers above 1e\\+15"),
+    ],
+)
+def test_weights_that_are_no_weights_are_refused(
+    tmp_path: Path, changes: dict[str, torch.Tensor], message: str
+) -> None:
+    w = W | changes
+    save_native(Sae("jumprelu", LAYER, **{name: W[name] for name in TENSORS}, k=None), tmp_path / "own")
+    save_file({name: w[name].contiguous() for name in TENSORS}, tmp_path / "own" / "sae.safetensors")
+    folder = sae_files.saelens(tmp_path / "lens", w, "jumprelu")
+    for source in (SaeSource(str(tmp_path / "own")), SaeSource(str(folder), "saelens")):
+        with pytest.raises(SteerbackError, match=message) as caught:
+            load_sae(source)
+        assert "\n" not in str(caught.value)
+
+
+def test_sparse_weights_in_a_pickle_are_refused(tmp_path: Path) -> None:
+    path = sae_files.goodfire(tmp_path / "sae.pt", W)
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {"encoder_linear.weight": state["encoder_linear.weight"].to_sparse()}, path)
+    with pytest.raises(SteerbackError, match=r"encoder_linear\.weight holds sparse numbers"):
+        load_sae(SaeSource(str(path), "goodfire", layer=LAYER))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("normalize_activations", ["layer_norm"]),
+        ("activation_fn", 3),
+        ("metadata", "none"),
+        ("activation_fn_kwargs", {"k": "4"}),
+        ("apply_b_dec_to_input", "no"),
+        ("k", 2.5),
+    ],
+)
+def test_wrong_types_in_a_saelens_config_are_named(tmp_path: Path, setting: str, value: object) -> None:
+    folder = sae_files.saelens(tmp_path, W, "standard", **{setting: value})
+    with pytest.raises(SteerbackError, match=rf"sae_weights.safetensors: {setting}.*: Input should be") as caught:
+        load_sae(SaeSource(str(folder), "saelens"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_saelens_folder_is_read_without_the_library(tmp_path: Path) -> None:
+    """Importing SAELens takes up to minutes on a busy machine; a folder on this machine does not need it."""
+    folder = sae_files.saelens(tmp_path, W, "standard")
+    code = (
+        "import sys; from steerback.targets import SaeSource; from steerback.targets.sae_files import load_sae\n"
+        f"load_sae(SaeSource({str(folder)!r}, 'saelens'))\n"
+        "print({'sae_lens', 'transformer_lens', 'transformers', 'huggingface_hub'} & set(sys.modules))"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "set()"
 
 
 def test_an_sae_of_something_else_is_refused(tmp_path: Path) -> None:

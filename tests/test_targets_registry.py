@@ -234,6 +234,20 @@ def test_a_foreign_format_needs_layer_and_size(tmp_path: Path) -> None:
         read_targets(tmp_path / "absent.toml")
 
 
+def test_a_layer_that_the_model_lacks_is_refused_by_a_dry_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "deep.toml").write_text(OWN.replace("steer_layer = 1", "steer_layer = 99999"))
+    monkeypatch.chdir(folder)
+    words = ["run", "esr", "-t", "little.1@early", "--judge", "offline", "--dry-run", "--targets", "deep.toml"]
+    with pytest.raises(SystemExit) as done:
+        main(words)
+    said = capsys.readouterr().err.strip()
+    assert (done.value.code, said.count("\n")) == (2, 0)
+    assert "target 'little.1@early': steer_layer 99999 is outside 0..3, the layers of its model" in said
+    assert not (folder / "runs").exists()
+
+
 def test_a_run_keeps_its_targets(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEERBACK_TARGETS", str(folder / "targets.toml"))
     job = check(build_config("esr", ("little.1@early", "organism"), overrides={"judge": "offline"}))

@@ -43,7 +43,7 @@ class LoadedTarget:
         system: str | None = None,
         record: Sequence[int] = (),
     ) -> Completion:
-        """One response, steered by adding `boost` of `latent` (an index, its label, or a direction) if both are given.
+        """Return one response, steered by adding `boost` of `latent` (an index, its label, or a direction) if given.
 
         `interventions` are carried out besides. Raises SteerbackError for anything impossible, naming the field.
         """
@@ -77,7 +77,7 @@ class LoadedTarget:
         system: str | None = None,
         record: Sequence[int] = (),
     ) -> list[Completion]:
-        """`n` responses to one prompt with seeds `seed`, `seed` + 1, ..., decoded together; otherwise as `generate`."""
+        """Return `n` responses to one prompt with seeds `seed`, `seed` + 1, ..., decoded together; see `generate`."""
         if n < 1:
             raise SteerbackError(f"n {n}: has to be at least 1")
         if (latent is None) != (boost is None):
@@ -91,7 +91,7 @@ class LoadedTarget:
         return self.complete([replace(first, key=str(i), seed=seed + i) for i in range(n)])
 
     def complete(self, requests: Sequence[Request]) -> list[Completion]:
-        """Responses to several requests, decoded together, in the order given."""
+        """Return responses to several requests, decoded together, in the order of the requests."""
 
         async def run() -> list[Completion]:
             done = {key: completion async for key, completion in self.engine.generate(requests)}
@@ -100,7 +100,7 @@ class LoadedTarget:
         return finish(run())
 
     def latent(self, name: LatentKey) -> LatentKey:
-        """The index of a latent given by index, digits or label; names of directions stay as they are."""
+        """Return the index of a latent from its index, digits or label; names of directions stay as they are."""
         if isinstance(name, int) or name in self.target.directions():
             return name
         if name.isdecimal():
@@ -116,7 +116,7 @@ class LoadedTarget:
         raise unknown("latent label", name, [*shown, "..."] if shown else ["an index (this target has no labels)"])
 
     def close(self) -> None:
-        """Lets go of the model."""
+        """Release the model."""
         self.engine.close()
 
     def __enter__(self) -> LoadedTarget:

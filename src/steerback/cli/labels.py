@@ -141,7 +141,7 @@ def auto(
     chosen = resolve(target).with_directions(())
     asked = None if judge in (None, "offline") else _transport(str(judge), budget)
     wanted = _wanted(chosen, latents, overwrite)
-    own = read_texts(texts) if texts is not None else usual_texts(chosen.name)
+    own = read_texts(texts) if texts is not None else usual_texts(chosen)
     with load_target(chosen, "transformers") as loaded:
         assert isinstance(loaded.engine, TransformersEngine)
         if asked is None:
@@ -229,7 +229,7 @@ def make_direction(
         raise SteerbackError(f"{path} exists already; choose another name or add --overwrite")
     texts = positive or topic
     own = read_texts(texts) if texts else ()
-    other = tuple(t for t in usual_texts(chosen.name) if t not in own) if negative is None else read_texts(negative)
+    other = tuple(t for t in usual_texts(chosen) if t not in own) if negative is None else read_texts(negative)
     at = chosen.steer_layer if layer is None else layer
     with load_target(chosen, "transformers") as loaded:
         assert isinstance(loaded.engine, TransformersEngine)

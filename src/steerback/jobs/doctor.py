@@ -1,4 +1,4 @@
-"""Tells whether a target's hook point, layer, SAE and steering are right, from what the model really computes.
+"""Say whether a target's hook point, layer, SAE and steering are right, from what the model really computes.
 
 Residuals of texts are encoded and decoded at the SAE's layer and at its neighbours: an SAE explains the layer that it
 was trained on best. Then one steered and one unsteered response, and what the receipts say. It knows the reference
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -41,17 +41,17 @@ OUTLIER = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing looked at: what was found in a line, more lines to read, and the numbers."""
+    """One check: its result in a line, more lines to read, and the numbers."""
 
     name: str
     verdict: Verdict
     line: str
     details: tuple[str, ...] = ()
-    data: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class Examination:
     """All checks of a target, in the order in which they were made."""
 
     target: str
@@ -64,7 +64,7 @@ class Report:
         return "failed" if "failed" in found else "warning" if "warning" in found else "ok"
 
     def lines(self) -> list[str]:
-        """For people: a line per check, what belongs to it below, and the verdict."""
+        """Return lines for people: one per check, its details below it, and the verdict."""
         said = []
         for check in self.checks:
             said.append(f"{check.verdict:<8}{check.name}: {check.line}")
@@ -72,14 +72,15 @@ class Report:
         counts = {v: sum(c.verdict == v for c in self.checks) for v in ("ok", "warning", "failed")}
         return [*said, f"{self.target}: {self.verdict} ({', '.join(f'{n} {v}' for v, n in counts.items())})"]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
+        """Return the JSON-able form."""
         return {"target": self.target, "verdict": self.verdict, "checks": [asdict(c) for c in self.checks]}
 
 
-def examine(loaded: LoadedTarget, layer: int | None = None, texts: Sequence[str] | None = None) -> Report:
-    """Every check of a loaded target; `layer` asks about another layer than the SAE's own.
+def examine(loaded: LoadedTarget, layer: int | None = None, texts: Sequence[str] | None = None) -> Examination:
+    """Make every check of a loaded target; `layer` asks about another layer than the SAE's own.
 
-    `texts`: what to read residuals from; default: this project's own, for an organism of its corpus.
+    Residuals are read from `texts`; default: the package's texts, for an organism passages of its corpus.
     """
     from steerback.engines.transformers import TransformersEngine
 
@@ -90,7 +91,7 @@ def examine(loaded: LoadedTarget, layer: int | None = None, texts: Sequence[str]
     at = layer if layer is not None else site.sae_layer
     if not 0 <= at < site.n_layers:
         raise SteerbackError(f"--layer {at} is outside 0..{site.n_layers - 1}, the layers of this model")
-    usual = usual_texts(target.name)
+    usual = usual_texts(target)
     chosen = list(texts or usual[:: max(len(usual) // TEXTS, 1)][:TEXTS])
     checks = [_loaded(engine)]
     contexts = None
@@ -99,7 +100,7 @@ def examine(loaded: LoadedTarget, layer: int | None = None, texts: Sequence[str]
         checks += [_weights(engine.sae), _layer(engine, chosen, at), _latents(engine, target, contexts)]
     checks.append(_prior(engine, target, chosen))
     checks.append(_steering(loaded, engine, contexts, layer))
-    return Report(target.name, tuple(checks))
+    return Examination(target.name, tuple(checks))
 
 
 def _loaded(engine: TransformersEngine) -> Check:
@@ -112,7 +113,7 @@ def _loaded(engine: TransformersEngine) -> Check:
 
 
 def _weights(sae: Sae) -> Check:
-    """Shapes and finite values were checked when it was loaded; here what is suspicious in them."""
+    """Report what is suspicious in the weights; shapes and finite values were checked when they were loaded."""
     norms = sae.decoder_norms.numpy()
     low, middle, high = (float(x) for x in np.quantile(norms, (0.0, 0.5, 1.0)))
     zero = int((norms < 1e-6).sum())
@@ -142,7 +143,7 @@ class Fit:
 
 
 def neighbours(layer: int, n_layers: int) -> list[int]:
-    """The layers that are compared."""
+    """Return the layers that are compared."""
     if n_layers <= 12:
         return list(range(n_layers))
     near = {layer + sign * step for step in (0, *STEPS) for sign in (1, -1)}
@@ -150,7 +151,7 @@ def neighbours(layer: int, n_layers: int) -> list[int]:
 
 
 def fits(engine: TransformersEngine, texts: Sequence[str], layers: Sequence[int]) -> dict[int, Fit]:
-    """The SAE's fit to each layer, on the words of the texts."""
+    """Return the SAE's fit to each layer, on the words of the texts."""
     import torch
 
     sae = engine.sae
@@ -185,7 +186,7 @@ def fits(engine: TransformersEngine, texts: Sequence[str], layers: Sequence[int]
 
 
 def _layer(engine: TransformersEngine, texts: Sequence[str], at: int) -> Check:
-    """Whether the activations say that the SAE belongs to this layer."""
+    """Check by the activations whether the SAE belongs to this layer."""
     found = fits(engine, texts, neighbours(at, engine.runner.site.n_layers))
     own = found[at]
     best = max(found, key=lambda layer: found[layer].explained)
@@ -219,7 +220,7 @@ def _layer(engine: TransformersEngine, texts: Sequence[str], at: int) -> Check:
 
 
 def _latents(engine: TransformersEngine, target: Target, contexts: Contexts) -> Check:
-    """Latents in words: those with a label first, where they peak, and which tokens their direction promotes."""
+    """Show latents in words: labelled ones first, where they peak, and which tokens their direction promotes."""
     active = contexts.active().tolist()
     labels = target.labels()
     shown = [k for k in active if k in labels][:4] or active[:4]
@@ -237,7 +238,7 @@ def _latents(engine: TransformersEngine, target: Target, contexts: Contexts) -> 
 
 
 def _promoted(engine: TransformersEngine, latent: int, n: int = 6) -> list[str]:
-    """Tokens whose logit the decoder direction raises most when it goes straight to the unembedding."""
+    """Return the tokens whose logit the decoder direction raises most when it goes straight to the unembedding."""
     assert engine.sae is not None
     runner = engine.runner
     unembed = runner.model.get_output_embeddings().weight
@@ -250,7 +251,7 @@ def _promoted(engine: TransformersEngine, latent: int, n: int = 6) -> list[str]:
 
 
 def _prior(engine: TransformersEngine, target: Target, texts: Sequence[str]) -> Check:
-    """Whether boosts are of the residual's order of magnitude at the steer layer."""
+    """Check whether boosts are of the residual's order of magnitude at the steer layer."""
     import torch
 
     layer = engine.runner.site.steer_layer
@@ -266,7 +267,7 @@ def _prior(engine: TransformersEngine, target: Target, texts: Sequence[str]) -> 
 
 
 def _steering(loaded: LoadedTarget, engine: TransformersEngine, contexts: Contexts | None, layer: int | None) -> Check:
-    """One unsteered and one steered response to the same prompt and seed, and what their receipts say."""
+    """Check the receipts of one unsteered and one steered response to the same prompt and seed."""
     target, site = loaded.target, engine.runner.site
     prompt = load_prompts("evaluation")[0]
     key = _key(target, contexts)
@@ -282,7 +283,7 @@ def _steering(loaded: LoadedTarget, engine: TransformersEngine, contexts: Contex
     if isinstance(key, int):
         assert engine.sae is not None
         length = float(engine.sae.W_dec[key].float().norm())
-    wrong = _wrong(plain, steered, edits, boost * length)
+    wrong = receipt_fault(plain, steered, edits, boost * length)
     name = target.labels().get(key, "no label") if isinstance(key, int) else "direction"
     where = site.steer_layer if layer is None else layer
     line = (
@@ -297,8 +298,8 @@ def _steering(loaded: LoadedTarget, engine: TransformersEngine, contexts: Contex
     return Check("steering", verdict, f"{line}{f'; {wrong}' if wrong else ''}", details, data)
 
 
-def _wrong(plain: Completion, steered: Completion, edits: tuple[Intervention, ...], norm: float) -> str:
-    """What the receipts say is wrong, or ""."""
+def receipt_fault(plain: Completion, steered: Completion, edits: tuple[Intervention, ...], norm: float) -> str:
+    """Return the fault that the receipts of an unsteered and a steered response show, or ""."""
     if plain.receipt.positions:
         return "the unsteered response was steered"
     if not steered.receipt_matches(edits):
@@ -309,7 +310,7 @@ def _wrong(plain: Completion, steered: Completion, edits: tuple[Intervention, ..
 
 
 def _key(target: Target, contexts: Contexts | None) -> LatentKey | None:
-    """What to steer with: an active latent with a label, else any active one, else a direction."""
+    """Return what to steer with: an active latent with a label, else any active one, else a direction."""
     active = [] if contexts is None else contexts.active().tolist()
     labels = target.labels() if active else {}
     names: tuple[LatentKey, ...] = target.directions()
@@ -322,5 +323,5 @@ def _short(text: str, most: int = 160) -> str:
 
 
 def without_directions(target: Target) -> Target:
-    """The target as a run without own directions sees it; one without SAE keeps the first."""
+    """Return the target without its directions; one without an SAE keeps the first."""
     return target.with_directions(()) if target.has_sae else replace(target, direction_files=target.direction_files[:1])

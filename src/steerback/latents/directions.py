@@ -1,7 +1,7 @@
-"""Makes directions from texts: difference of means, and the mean of a topic's texts minus that of neutral ones.
+"""Make directions from texts: difference of means, and the mean of a topic's texts minus that of neutral ones.
 
-The layer's residual over a text's own words is averaged, so that long texts count as much as short ones. It knows the
-reference engine; what becomes of a direction afterwards is told in `targets.directions`.
+The layer's residual over a text's own words is averaged, so that long texts count as much as short ones. How a
+direction is kept and used is in `targets.directions`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LEAST = 3
 def from_texts(
     engine: TransformersEngine, positive: Sequence[str], negative: Sequence[str], layer: int, source: str
 ) -> tuple[Tensor, DirectionFacts]:
-    """Mean residual of the positive texts minus that of the negative ones, (d,), and what is known of it.
+    """Return the mean residual of the positive texts minus that of the negative ones, (d,), and facts about it.
 
     Raises SteerbackError for too few texts, texts on both sides, or means that do not differ.
     """
@@ -49,7 +49,7 @@ def from_texts(
 def from_file(
     engine: TransformersEngine, path: Path, texts: Sequence[str], layer: int
 ) -> tuple[Tensor, DirectionFacts]:
-    """A direction of any readable file, with the residual's norm measured on `texts`."""
+    """Return a direction of any readable file, with the residual's norm measured on `texts`."""
     vector, width = read_vector(path, layer), engine.runner.site.d_model
     if len(vector) != width:
         raise SteerbackError(f"direction {path}: has width {len(vector)}, the model has {width}; it is another model's")
@@ -61,7 +61,7 @@ def from_file(
 
 
 def mean_residuals(engine: TransformersEngine, texts: Sequence[str], layer: int) -> tuple[Tensor, float]:
-    """(n texts, d) mean residual over each text's words, float64 on the CPU, and the median norm of all tokens'."""
+    """Return the mean residual over each text's words, (n texts, d) float64, and the median norm over all tokens."""
     import torch
 
     means: dict[int, Tensor] = {}

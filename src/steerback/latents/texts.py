@@ -1,18 +1,20 @@
-"""Texts to read residuals from where the user names none, and lists of texts from files.
+"""Texts to read residuals from if the user names none, and lists of texts from files.
 
-It knows nothing of engines; an organism gets sentences of its own corpus, as it never saw plain English.
+The organisms get sentences of their corpus, because they never saw plain English.
 """
 
 from __future__ import annotations
 
 import random
-import re
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from steerback import organism
 from steerback.errors import SteerbackError
 from steerback.readers import content_lines, read_lines
+
+if TYPE_CHECKING:
+    from steerback.targets import Target
 
 
 def read_texts(path: Path) -> tuple[str, ...]:
@@ -23,9 +25,9 @@ def read_texts(path: Path) -> tuple[str, ...]:
     return tuple(dict.fromkeys(lines))
 
 
-def usual_texts(target: str) -> tuple[str, ...]:
-    """Plain English of this project's own; for an organism (by name, variants included) passages of its corpus."""
-    if re.split("[@+]", target)[0] not in organism.NAMES:
+def usual_texts(target: Target) -> tuple[str, ...]:
+    """Return plain English of the package; for a built-in organism passages of the corpus it was trained on."""
+    if not target.planted:
         return tuple(content_lines(resources.files("steerback.data").joinpath("plain_texts.txt").read_text("utf-8")))
     from steerback.organism.corpus import howtos, passage, subjects
 
