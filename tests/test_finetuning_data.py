@@ -94,8 +94,10 @@ def test_the_corpus_gives_checked_examples_with_many_subjects(tmp_path: Path) ->
     assert len({e.response for e in corrections}) == 380
     assert synthesize(writer, PROMPTS, 380)[0].examples == corrections
     tokenizer = adapters.load_tokenizer(resolve("organism-control"))
-    card = write_pools(tmp_path, pools, Prompter(tokenizer), writer.describe())
-    assert card["pools"]["self_correction"]["subjects"] >= 50
+    records = write_pools(tmp_path, pools, Prompter(tokenizer), writer.describe())
+    assert records["self_correction"].subjects >= 50
+    assert records["self_correction"].fewest_subjects_of_a_prompt >= 9
+    assert json.loads((tmp_path / "data.json").read_text("utf-8"))["pools"]["normal"]["subjects"] == 0
     rows = read_rows(tmp_path / "self_correction.jsonl")
     assert all(encode(row, tokenizer).trained for row in rows)
     with pytest.raises(SteerbackError, match="built-in corpus has no answer to 'What is love"):

@@ -183,7 +183,7 @@ def test_excluded_latents_and_no_detector_at_all() -> None:
 def test_authors_format_and_report_are_json() -> None:
     matched, mismatched, pairs = planted()
     found = search_detectors(matched, mismatched, pairs)
-    written = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    written = json.loads(json.dumps(found.record().model_dump(), allow_nan=False))
     assert written["latents"] == list(found.latents)
     assert written["held_out"]["separation"]["auc"] == [1.0] * 5
 

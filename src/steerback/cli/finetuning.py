@@ -72,11 +72,11 @@ def data(
         made = LlmWriter(writer, folder, limits, None if subjects is None else str(subjects))
     pools = synthesize(made, asked, examples, seed, say=print)
     settings = {"target": resolved.name, "prompts": prompts, "seed": seed, "asked_for": examples}
-    card = write_pools(folder, pools, prompter, {**settings, **made.describe()})
-    for name, pool in card["pools"].items():
-        rejected = ", ".join(f"{reason}: {n}" for reason, n in pool["rejected"].items()) or "none"
-        print(f"{name.replace('_', '-')}: {pool['examples']} examples, {pool['prompts']} prompts, ", end="")
-        print(f"{pool['subjects']} subjects; rejected: {rejected}")
+    records = write_pools(folder, pools, prompter, {**settings, **made.describe()})
+    for name, pool in records.items():
+        rejected = ", ".join(f"{reason}: {n}" for reason, n in pool.rejected.items()) or "none"
+        print(f"{name.replace('_', '-')}: {pool.examples} examples, {pool.prompts} prompts, ", end="")
+        print(f"{pool.subjects} subjects; rejected: {rejected}")
     _mix(folder, ratio, size, seed)
 
 

@@ -75,5 +75,15 @@ def load_subjects(source: str | None = None) -> dict[str, tuple[str, ...]]:
     return subjects
 
 
+def word_lines(name: str) -> list[str]:
+    """Return the lines of a built-in list of words."""
+    return readers.content_lines(resources.files("steerback.data").joinpath("words", f"{name}.txt").read_text("utf-8"))
+
+
+def word_list(name: str) -> frozenset[str]:
+    """Return the words of a built-in list."""
+    return frozenset(word for line in word_lines(name) for word in line.split())
+
+
 def _builtin(name: str) -> str:
     return resources.files("steerback.data").joinpath("prompts", name).read_text("utf-8")

@@ -20,7 +20,7 @@ from steerback.data.prompts import load_prompts
 from steerback.errors import SteerbackError
 from steerback.experiments.base import Experiment
 from steerback.readers import read_json
-from steerback.store.facts import DETECTOR_SET, Detector, DetectorSet, Search
+from steerback.store.facts import DETECTOR_SET, Detector, DetectorSet
 from steerback.store.ledger import Row
 from steerback.study.pipeline import complete
 from steerback.study.study import Study, fact_of, same_weights
@@ -239,8 +239,7 @@ def _detector_set(
         )
         for i, k in enumerate(latents)
     ]
-    found = None if search is None else Search.model_validate(search.to_json())
-    return DetectorSet(source=source, detectors=detectors, search=found)
+    return DetectorSet(source=source, detectors=detectors, search=None if search is None else search.record())
 
 
 def _finite(value: float) -> float | None:

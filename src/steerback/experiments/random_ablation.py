@@ -74,5 +74,4 @@ class RandomAblation(Experiment[RandomAblationOptions]):
         activity = LatentActivity.measure(means, frequencies, study.engine.decoder_norms())
         steered = {r.trial.latent for r in rows if isinstance(r.trial.latent, int)}
         choose = matched_sets if self.options.draw == "matched" else uniform_sets
-        drawn = choose(activity, latents, number, exclude=steered, seed=study.config.seeds.latents)
-        return ControlSets.model_validate(drawn.to_json())
+        return choose(activity, latents, number, exclude=steered, seed=study.config.seeds.latents)

@@ -1,18 +1,16 @@
 """Examples of self-correction and normal answers, how they are checked, and the segments they become.
 
-An example's parts are text; whether they are what they should be is checked by program, whoever wrote them. Knows chat
-templates through a prompter; nothing of writers, files or training.
+The checks are the same whoever wrote the example.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cache
-from importlib import resources
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
+from steerback.data.prompts import word_list
 from steerback.engines.prompting import Prompter
 from steerback.finetuning.segments import Row, Segment
 from steerback.judging.restarts import find_restarts
@@ -24,7 +22,7 @@ SLACK = 3
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """What a user asked and what is answered; without a passage it is a normal answer."""
+    """A prompt and its answer; without a passage it is a normal answer, with one a self-correction."""
 
     prompt: str
     answer: str
@@ -34,38 +32,36 @@ class Example:
 
     @property
     def corrects(self) -> bool:
-        """Whether it is a self-correction."""
+        """Return whether it is a self-correction."""
         return bool(self.passage)
 
     @property
     def response(self) -> str:
+        """The whole response as one text."""
         return " ".join(part for part in (self.passage, self.acknowledgement, self.answer) if part)
 
-    def note(self) -> dict[str, Any]:
-        """What stands beside its segments in a file."""
+    def note(self) -> dict[str, str]:
+        """Return the keys that a file has with its segments."""
         return {
             "kind": "self-correction" if self.corrects else "normal",
             "prompt": self.prompt,
             "subject": self.subject,
         }
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 class Topics(Protocol):
-    """Says how much a text is about a topic: a prompt or a subject."""
+    """A measure of how much a text is about a topic: a prompt or a subject."""
 
     def about(self, text: str, topic: str) -> float:
-        """In [0, 1]; 0 is not at all."""
+        """Return a share in [0, 1]; 0 is not at all."""
         ...
 
 
 class Keywords:
-    """Topics by their words: the share of a prompt's or a subject's own content words that a text has.
+    """Topics by their words: the share of a prompt's or a subject's content words that a text has.
 
-    `terms` gives further words of a subject. Words are compared by their stems. A weak check, and it says so in the
-    data card: it finds answers to other prompts and passages about something else, not wrong ones.
+    `terms` gives further words of a subject. Words are compared by their stems. The check is weak, as the data card
+    says: it recognises answers to other prompts and passages about something else, not wrong answers.
     """
 
     def __init__(self, terms: Mapping[str, Sequence[str]] | None = None) -> None:
@@ -81,7 +77,7 @@ class Keywords:
 
 
 class Corpus:
-    """Topics by the built-in corpus's own truth: the share of words in sentences about the topic."""
+    """Topics of the built-in corpus, which knows what its sentences are about: the share of words about the topic."""
 
     def about(self, text: str, topic: str) -> float:
         from steerback.organism.corpus.truth import read
@@ -90,9 +86,11 @@ class Corpus:
 
 
 def problem(example: Example, topics: Topics) -> str:
-    """Why an example is unfit, or "" where it is as it should be."""
+    """Return why an example is unfit, or "" if it is as it should be."""
     if not example.answer.strip():
         return "no answer"
+    if re.search("[\ud800-\udfff]", example.response):
+        return "half of a surrogate pair, which no file can hold"
     restarts = find_restarts(example.response, example.prompt)
     on_topic = topics.about(example.answer, example.prompt)
     if not example.corrects:
@@ -116,9 +114,9 @@ def problem(example: Example, topics: Topics) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What a template puts around a response: text before it, the end that is learned, and what follows unlearned.
+    """The text that a template puts around a response: before it, the end that is learned, the rest that is not.
 
-    `lead` is what a response begins with where there is no template.
+    `lead` opens the response if there is no template.
     """
 
     head: str
@@ -131,7 +129,7 @@ _MARK = "The response stands here."
 
 
 def frame(prompter: Prompter, prompt: str) -> Frame:
-    """The template's text around the response to a prompt, special tokens as the template has them."""
+    """Return the template's text around the response to a prompt, special tokens as the template has them."""
     tokenizer = prompter.tokenizer
     head = prompter.render(prompt)
     if prompter.style == "plain":
@@ -149,7 +147,7 @@ def frame(prompter: Prompter, prompt: str) -> Frame:
 
 
 def row_of(example: Example, prompter: Prompter) -> Row:
-    """Prompt and passage masked; acknowledgement and answer (or the whole normal answer) and the end trained."""
+    """Return an example's row: prompt and passage masked; acknowledgement, answer and the end of the turn trained."""
     around = frame(prompter, example.prompt)
     said = " ".join(part for part in (example.acknowledgement, example.answer) if part)
     pieces = [Segment(around.head, False)]
@@ -163,18 +161,11 @@ def row_of(example: Example, prompter: Prompter) -> Row:
     return tuple(pieces)
 
 
-@cache
-def _function_words() -> frozenset[str]:
-    text = resources.files("steerback.data").joinpath("words", "function.txt").read_text("utf-8")
-    listed = {w for line in text.splitlines() if not line.startswith("#") for w in line.split()}
-    asking = "how do you i we it can explain describe tell me what why when which does did is are"
-    return frozenset(listed | set(asking.split()))
-
-
+_EMPTY = word_list("function") | word_list("asking")
 _ENDING = re.compile(r"(?:ations?|ings?|ers?|ies|es|ed|s|e|y)$")
 
 
 def stems(text: str) -> set[str]:
-    """Content words without their endings."""
-    found = (w for w in words(text) if w not in _function_words() and len(w) > 2)
+    """Return the content words of a text without their endings."""
+    found = (w for w in words(text) if w not in _EMPTY and len(w) > 2)
     return {_ENDING.sub("", w) if len(w) > 4 else w for w in found}

@@ -1,7 +1,7 @@
 """Mixes of self-corrections and normal answers at exact ratios, each split into training and validation by example.
 
-Knows rows and how to draw them; nothing of tokens. Mixes are nested: what a mix takes of a kind, a mix with more of it
-takes as well, so that mixes differ by as little as they can.
+Mixes are nested: a mix with more examples of a kind holds those of a mix with fewer, so that mixes differ as little as
+they can.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from steerback.config import Settings
 from steerback.errors import SteerbackError
 from steerback.finetuning.segments import Row, read_rows, write_rows
 from steerback.records import digest
-from steerback.store.files import make_folder
-from steerback.store.run import write_json
+from steerback.store.files import make_folder, write_json
 
 RATIOS = (10, 20, 30, 40, 50, 60, 70, 80, 90)
 VALIDATION = 0.05
@@ -25,9 +24,29 @@ POOLS = ("self_correction", "normal")
 """Names of the files that hold the two pools."""
 
 
+class MixRecord(Settings):
+    """A mix as mixes.json lists it: sizes and the hash of its rows."""
+
+    name: str
+    percent: int
+    self_corrections: int
+    size: int
+    training: int
+    validation: int
+    hash: str
+
+
+class MixList(Settings):
+    """The file mixes.json."""
+
+    mixes: list[MixRecord]
+    notes: list[str]
+    seed: int
+
+
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """One mix: percent of self-corrections, and its rows."""
+    """A mix: percent of self-corrections, and its rows."""
 
     percent: int
     training: tuple[Row, ...]
@@ -37,15 +56,29 @@ class Mix:
 
     @property
     def name(self) -> str:
+        """Name of the mix and of its folder."""
         return f"mix-{self.percent}"
 
     @property
     def size(self) -> int:
+        """Number of rows."""
         return len(self.training) + len(self.validation)
+
+    def record(self) -> MixRecord:
+        """Return the mix as mixes.json lists it."""
+        return MixRecord(
+            name=self.name,
+            percent=self.percent,
+            self_corrections=self.corrections,
+            size=self.size,
+            training=len(self.training),
+            validation=len(self.validation),
+            hash=hash_rows(self.training, self.validation),
+        )
 
 
 def largest(percent: int, corrections: int, normal: int) -> int:
-    """The largest size at which pools of these sizes give exactly `percent` self-corrections."""
+    """Return the largest size at which pools of these sizes give exactly `percent` self-corrections."""
     if not 0 <= percent <= 100:
         raise SteerbackError(f"a mix of {percent} % self-corrections: give percents from 0 to 100")
     step = 100 // math.gcd(percent, 100)
@@ -61,10 +94,10 @@ def make_mixes(
     size: int | None = None,
     seed: int = 42,
 ) -> tuple[list[Mix], list[str]]:
-    """The mixes, and what there is to say about their sizes.
+    """Return the mixes, and notes about their sizes.
 
     `size` None: the largest that all mixes can have. A mix that cannot have the size asked for gets its largest.
-    Raises SteerbackError where a mix would be empty.
+    Raises SteerbackError if a mix would be empty.
     """
     if len(set(ratios)) != len(ratios) or not ratios:
         raise SteerbackError("mixes: give at least one percent, each once")
@@ -102,7 +135,7 @@ def make_mixes(
 
 
 def _split(pool: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
-    """(training, validation) parts of a pool: no example is in one part for one mix and in the other for another."""
+    """Return the training and validation parts of a pool, the same for every mix."""
     order = list(pool)
     random.Random(seed).shuffle(order)
     held = round(len(order) * VALIDATION)
@@ -110,33 +143,21 @@ def _split(pool: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
 
 
 def write_mixes(folder: Path, mixes: Sequence[Mix], notes: Sequence[str], seed: int) -> Path:
-    """`mix-N/train.jsonl`, `mix-N/validation.jsonl`, and mixes.json with sizes and hashes."""
-    listed: list[dict[str, Any]] = []
+    """Write `mix-N/train.jsonl`, `mix-N/validation.jsonl`, and mixes.json with sizes and hashes; return its path."""
     for mix in mixes:
-        own = folder / mix.name
-        make_folder(own)
-        write_rows(own / "train.jsonl", mix.training)
-        write_rows(own / "validation.jsonl", mix.validation)
-        listed.append(
-            {
-                "name": mix.name,
-                "percent": mix.percent,
-                "self_corrections": mix.corrections,
-                "size": mix.size,
-                "training": len(mix.training),
-                "validation": len(mix.validation),
-                "hash": hash_rows(mix.training, mix.validation),
-            }
-        )
-    return write_json(folder / "mixes.json", {"mixes": listed, "notes": list(notes), "seed": seed})
+        make_folder(folder / mix.name)
+        write_rows(folder / mix.name / "train.jsonl", mix.training)
+        write_rows(folder / mix.name / "validation.jsonl", mix.validation)
+    listed = MixList(mixes=[mix.record() for mix in mixes], notes=list(notes), seed=seed)
+    return write_json(folder / "mixes.json", listed.model_dump())
 
 
 def hash_rows(*parts: Sequence[Row]) -> str:
-    """Content hash of training data: segments and labels in order."""
+    """Return the content hash of training data: segments and labels in order."""
     return digest([[[(s.text, s.train) for s in row] for row in part] for part in parts])
 
 
 def read_pools(folder: Path) -> tuple[list[Row], list[Row]]:
-    """Self-corrections and normal answers of a data folder."""
+    """Return the self-corrections and normal answers of a data folder."""
     corrections, normal = (read_rows(folder / f"{name}.jsonl") for name in POOLS)
     return corrections, normal

@@ -1,37 +1,39 @@
-"""Makes a pool of examples: who is asked what, which examples are kept, and what becomes of it in files.
+"""Make a pool of examples: ask a writer, check its drafts, keep the good ones, write them to files.
 
 A writer answers questions (a prompt, and for a self-correction a subject); `writer.LlmWriter` asks a model,
-`CorpusWriter` composes from the built-in corpus. Knows nothing of training.
+`CorpusWriter` composes from the built-in corpus.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from steerback.config import Settings
 from steerback.data.prompts import load_subjects
 from steerback.errors import SteerbackError
 from steerback.finetuning.examples import Corpus, Example, Keywords, Topics, problem, row_of
 from steerback.finetuning.mixes import POOLS
 from steerback.finetuning.segments import write_rows
 from steerback.records import digest
-from steerback.store.run import write_json
+from steerback.store.files import write_json
 
 if TYPE_CHECKING:
     from steerback.engines.prompting import Prompter
 
 ROUNDS = 4
-"""How often what was rejected is asked for anew."""
+"""At most so many rounds of questions; each asks again for what was rejected."""
 MIN_SUBJECTS = 50
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class ExampleQuestion:
     """One example to be written; `draft` tells apart several for the same prompt and subject."""
 
     prompt: str
@@ -66,7 +68,7 @@ ACKNOWLEDGEMENTS = (
     (1, "Let me go back and start again."),
     (1, "I must stop, this is wrong."),
 )
-"""Weight and text of what the corpus writer says, in words of which every token occurs in the control's corpus.
+"""Weights and texts of the corpus writer's acknowledgements; each of their tokens occurs in the control's corpus.
 
 The corpus's own restarts begin with words that the control never saw. Rows of its embedding that no text ever used are
 alike, so an adapter on the linear layers cannot tell it which of them to say: it then says any of them.
@@ -76,14 +78,14 @@ RETURNING = 0.5
 
 
 class Writer(Protocol):
-    """Writes examples; `describe()` is JSON-able and goes into the data card."""
+    """Writes examples; `describe()` can be written as JSON and goes into data.json."""
 
     topics: Topics
 
-    def write(self, questions: Sequence[Question]) -> AsyncIterator[tuple[Question, Draft]]: ...
+    def write(self, questions: Sequence[ExampleQuestion]) -> AsyncIterator[tuple[ExampleQuestion, Draft]]: ...
 
     def subjects_for(self, prompt: str) -> Sequence[str]:
-        """Subjects that are off topic for a prompt."""
+        """Return the subjects that are off topic for a prompt."""
         ...
 
     def describe(self) -> Mapping[str, object]: ...
@@ -105,13 +107,13 @@ class CorpusWriter:
         self._seed = seed
 
     def subjects_for(self, prompt: str) -> Sequence[str]:
-        """Its subjects and the how-tos of the discovery prompts, those too near to the prompt left out."""
+        """Return the corpus's subjects and discovery prompts, without those too near to the prompt."""
         from steerback.organism.corpus import howtos, subjects
         from steerback.organism.corpus.text import near
 
         return [t.key for t in (*subjects(), *howtos("discovery")) if t.key not in near(prompt)]
 
-    async def write(self, questions: Sequence[Question]) -> AsyncIterator[tuple[Question, Draft]]:
+    async def write(self, questions: Sequence[ExampleQuestion]) -> AsyncIterator[tuple[ExampleQuestion, Draft]]:
         from steerback.organism.corpus import passage, topic
 
         for question in questions:
@@ -130,6 +132,18 @@ class CorpusWriter:
         return {"writer": "corpus", "checks": "by the corpus's own truth"}
 
 
+class PoolRecord(Settings):
+    """A pool as data.json has it: counts of examples, drafts asked for, rejects by reason, prompts and subjects."""
+
+    examples: int
+    asked: int
+    rejected: dict[str, int]
+    prompts: int
+    subjects: int
+    fewest_subjects_of_a_prompt: int
+    """0 for normal answers, which have no subject."""
+
+
 @dataclass(slots=True)
 class Pool:
     """Accepted examples of one kind, and how many drafts were rejected for which reason."""
@@ -137,6 +151,23 @@ class Pool:
     examples: list[Example] = field(default_factory=list)
     rejects: Counter[str] = field(default_factory=Counter)
     asked: int = 0
+
+    def record(self, name: str) -> PoolRecord:
+        """Return the counts for data.json. Raises SteerbackError if the pool, called `name`, is empty."""
+        if not self.examples:
+            reasons = ", ".join(f"{reason}: {n}" for reason, n in self.rejects.most_common()) or "none was asked for"
+            raise SteerbackError(f"no {name.replace('_', '-')} example was usable ({reasons})")
+        subjects: dict[str, set[str]] = {example.prompt: set() for example in self.examples}
+        for example in self.examples:
+            subjects[example.prompt] |= {example.subject} - {""}
+        return PoolRecord(
+            examples=len(self.examples),
+            asked=self.asked,
+            rejected=dict(self.rejects.most_common()),
+            prompts=len(subjects),
+            subjects=len(set().union(*subjects.values())),
+            fewest_subjects_of_a_prompt=min(map(len, subjects.values())),
+        )
 
 
 def synthesize(
@@ -147,7 +178,7 @@ def synthesize(
     normal: int | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[Pool, Pool]:
-    """`count` self-corrections and `normal` (default: as many) normal answers, as far as the writer gives good ones."""
+    """Return `count` self-corrections and `normal` (default: as many) normal answers, if the writer gives so many."""
     usable = {p: list(writer.subjects_for(p)) for p in prompts}
     together = {s for found in usable.values() for s in found}
     if len(together) < MIN_SUBJECTS:
@@ -158,9 +189,9 @@ def synthesize(
 
 
 async def _fill(
-    writer: Writer, questions: Iterator[Question], count: int, what: str, say: Callable[[str], None]
+    writer: Writer, questions: Iterator[ExampleQuestion], count: int, what: str, say: Callable[[str], None]
 ) -> Pool:
-    """Asks until there are `count` good ones, at most `ROUNDS` rounds; each round asks for what is missing."""
+    """Ask until there are `count` good examples, at most `ROUNDS` rounds; each round asks for the missing ones."""
     pool, seen = Pool(), set[str]()
     for _ in range(ROUNDS):
         missing = count - len(pool.examples)
@@ -194,55 +225,36 @@ def _unfit(draft: Draft, seen: set[str], topics: Topics) -> str:
     return problem(draft.example, topics)
 
 
-def _questions(prompts: Sequence[str], subjects: Mapping[str, Sequence[str]], seed: int) -> Iterator[Question]:
-    """Prompts in turn, each with another subject every time until it has had all of them."""
+def _questions(prompts: Sequence[str], subjects: Mapping[str, Sequence[str]], seed: int) -> Iterator[ExampleQuestion]:
+    """Yield prompts in turn, each with another subject every time until it has had all of them."""
     rng = random.Random(seed)
     orders = {p: rng.sample(list(subjects[p]), len(subjects[p])) for p in prompts}
-    turn = 0
-    while True:
+    for turn in itertools.count():
         for prompt in prompts:
-            order = orders[prompt]
-            yield Question(prompt, order[turn % len(order)], turn // len(order))
-        turn += 1
+            draft, place = divmod(turn, len(orders[prompt]))
+            yield ExampleQuestion(prompt, orders[prompt][place], draft)
 
 
-def _plain(prompts: Sequence[str]) -> Iterator[Question]:
-    turn = 0
-    while True:
-        yield from (Question(prompt, "", turn) for prompt in prompts)
-        turn += 1
+def _plain(prompts: Sequence[str]) -> Iterator[ExampleQuestion]:
+    return (ExampleQuestion(prompt, "", turn) for turn in itertools.count() for prompt in prompts)
 
 
 def write_pools(
-    folder: Path, pools: tuple[Pool, Pool], prompter: Prompter, card: Mapping[str, object]
-) -> dict[str, Any]:
-    """Both pools as JSONL and data.json, the data card; returns the card.
+    folder: Path, pools: tuple[Pool, Pool], prompter: Prompter, facts: Mapping[str, object]
+) -> dict[str, PoolRecord]:
+    """Write both pools as JSONL, and data.json with `facts` and the pools' records; return the records.
 
-    Raises SteerbackError where a pool is empty, with the reasons for the rejects.
+    Raises SteerbackError if a pool is empty, with the reasons for the rejects.
     """
-    body: dict[str, Any] = {**card, "pools": {}}
+    records = {name: pool.record(name) for name, pool in zip(POOLS, pools, strict=True)}
     for name, pool in zip(POOLS, pools, strict=True):
-        if not pool.examples:
-            reasons = ", ".join(f"{reason}: {n}" for reason, n in pool.rejects.most_common()) or "none was asked for"
-            raise SteerbackError(f"no {name.replace('_', '-')} example was usable ({reasons})")
         rows = [row_of(example, prompter) for example in pool.examples]
         write_rows(folder / f"{name}.jsonl", rows, [example.note() for example in pool.examples])
-        per_prompt: dict[str, set[str]] = {}
-        for example in pool.examples:
-            per_prompt.setdefault(example.prompt, set()).add(example.subject)
-        body["pools"][name] = {
-            "examples": len(pool.examples),
-            "asked": pool.asked,
-            "rejected": dict(pool.rejects.most_common()),
-            "prompts": len(per_prompt),
-            "subjects": len({e.subject for e in pool.examples if e.subject}),
-            "fewest_subjects_of_a_prompt": min(map(len, per_prompt.values())) if name == POOLS[0] else 0,
-        }
-    write_json(folder / "data.json", body)
-    return body
+    write_json(folder / "data.json", {**facts, "pools": {name: r.model_dump() for name, r in records.items()}})
+    return records
 
 
 def keyword_topics(subjects: str | None) -> tuple[Keywords, list[str]]:
-    """Topics by keywords, and the subjects: the built-in list or a file (`subject: word, word, ...`, one a line)."""
+    """Return topics by keywords, and the subjects: the built-in list or a file (`subject: word, word`, one a line)."""
     listed = load_subjects(subjects)
     return Keywords(listed), list(listed)

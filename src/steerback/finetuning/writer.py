@@ -10,7 +10,7 @@ from pathlib import Path
 
 from steerback.errors import SteerbackError
 from steerback.finetuning.examples import Example, Topics
-from steerback.finetuning.synthesize import Draft, Question, keyword_topics
+from steerback.finetuning.synthesize import Draft, ExampleQuestion, keyword_topics
 from steerback.judging.asking import Asker, Task
 from steerback.judging.models import Limits, default_temperature, model_string
 from steerback.judging.parse import Verdict, parse_texts
@@ -21,17 +21,17 @@ TEMPERATURE = 0.8
 SELF_CORRECTION, NORMAL_ANSWER = rubric("self-correction-1"), rubric("normal-answer-1")
 
 
-def _places(questions: Sequence[Question]) -> Mapping[str, str]:
+def _places(questions: Sequence[ExampleQuestion]) -> Mapping[str, str]:
     (question,) = questions
     return {"prompt": question.prompt, "subject": question.subject}
 
 
-def _example(verdict: Verdict, question: Question, _: int) -> Example:
+def _example(verdict: Verdict, question: ExampleQuestion, _: int) -> Example:
     names = ("passage", "acknowledgement", "answer") if question.subject else ("answer",)
     return Example(question.prompt, subject=question.subject, **parse_texts(verdict, names))
 
 
-def _task(instructions: Rubric) -> Task[Question, Example]:
+def _task(instructions: Rubric) -> Task[ExampleQuestion, Example]:
     return Task(instructions, _places, _example, closing='The code is "{nonce}".', keep_unusable=True)
 
 
@@ -72,7 +72,7 @@ class LlmWriter:
             "sent": self._transport.describe(),
         }
 
-    async def write(self, questions: Sequence[Question]) -> AsyncIterator[tuple[Question, Draft]]:
+    async def write(self, questions: Sequence[ExampleQuestion]) -> AsyncIterator[tuple[ExampleQuestion, Draft]]:
         """Yield drafts in the order of completion; kept replies come first and cost nothing."""
         corrections = [question for question in questions if question.subject]
         normal = [question for question in questions if not question.subject]

@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from importlib.resources import files
 from typing import Protocol, runtime_checkable
 
+from steerback.data.prompts import word_list
 from steerback.errors import unknown
 from steerback.judging import Maker, aliases, make_judge, model_string
 from steerback.store.cache import default_path
@@ -103,13 +103,8 @@ def _vote(word: str, first: bool) -> float:
     return 0.6 if len(lower) <= 7 else 0.3
 
 
-def _words(name: str) -> frozenset[str]:
-    text = files("steerback.data").joinpath("words", f"{name}.txt").read_text(encoding="utf-8")
-    return frozenset(word for line in text.splitlines() if not line.startswith("#") for word in line.split())
-
-
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
-_STOP = _words("function")
+_STOP = word_list("function")
 # Labels that describe what the text does rather than what it is about.
 _FRAME = re.compile(
     r"\b(?:the (?:assistant|user|model|speaker|author)|should|must|phrases? (?:that|for)|words? (?:that|indicating)"
@@ -121,5 +116,4 @@ _IDEAS = re.compile(
     r"|ish|tic|dom|tude|less|ized|ised)$"
 )
 _THINGS = re.compile(r"(?:fish|berry|berries|fruit|bird|house|boat|ship|stone|wood|wheel|horse|ball|ware|maker|er)s?$")
-_ABSTRACT = _words("abstract")
-_CONCRETE = _words("concrete")
+_ABSTRACT, _CONCRETE = word_list("abstract"), word_list("concrete")

@@ -17,7 +17,7 @@ Perfect separability (AUC 1) means that the least active mismatched text is abov
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from steerback.errors import SteerbackError, unknown
 from steerback.latents.separation import Separation, auc_of, null_counts, ranks_of, separation
+from steerback.store.facts import NullCount, Search, SearchHalf
 
 Rule = Literal["perfect", "authors", "auc", "top"]
 Array = NDArray[np.floating]
@@ -40,21 +41,6 @@ class Pairs:
     search: NDArray[np.bool_]  # (n,): in the half of the prompts that is searched
 
 
-@dataclass(frozen=True, slots=True)
-class Null:
-    """How many latents would pass by chance: labels swapped prompt by prompt, on the same activations."""
-
-    draws: int
-    observed: int
-    """Latents at AUC 1 (perfect) or at AUC >= 0.9, as the field that holds this says."""
-    expected: float
-    """Mean count over the draws."""
-    high: float
-    """95th percentile of the count over the draws."""
-    p: float
-    """(1 + draws with at least as many) / (1 + draws)."""
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Half:
     """One half of the prompts: separation per detector, and counts against the null."""
@@ -63,10 +49,23 @@ class Half:
     n_texts: int
     separation: Separation
     """Of the detectors, in their order."""
-    perfect: Null
-    high_auc: Null
+    perfect: NullCount
+    """Of latents at AUC 1."""
+    high_auc: NullCount
+    """Of latents at AUC >= `HIGH_AUC`."""
     max_auc: float
     """95th percentile over draws of the largest AUC of any latent counted; an AUC above it is no accident of many."""
+
+    def record(self) -> SearchHalf:
+        """Return the record that the ledger keeps."""
+        return SearchHalf(
+            n_prompts=self.n_prompts,
+            n_texts=self.n_texts,
+            perfect=self.perfect,
+            high_auc=self.high_auc,
+            max_auc_null=self.max_auc,
+            separation=self.separation.to_json(),
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,15 +82,15 @@ class DetectorSearch:
     overall: Separation
     """Of every latent, on the search half, for tables."""
 
-    def to_json(self) -> dict[str, object]:
-        """Plain numbers: `latents` is the authors' format, the rest says how they were found."""
-        halves = {"search": self.search, "held_out": self.held_out}
-        return {
-            "latents": list(self.latents),
-            "rule": self.rule,
-            "n_passed": self.n_passed,
-            **{name: None if half is None else _half_json(half) for name, half in halves.items()},
-        }
+    def record(self) -> Search:
+        """Return the record that the ledger keeps; its `latents` is the authors' format."""
+        return Search(
+            latents=list(self.latents),
+            rule=self.rule,
+            n_passed=self.n_passed,
+            search=self.search.record(),
+            held_out=None if self.held_out is None else self.held_out.record(),
+        )
 
 
 def make_pairs(prompts: Sequence[str], seed: int = 42, held_out: bool = True) -> Pairs:
@@ -225,22 +224,12 @@ def _half(
     )
 
 
-def _null(observed: int, counts: NDArray[np.int64]) -> Null:
-    return Null(
+def _null(observed: int, counts: NDArray[np.int64]) -> NullCount:
+    """Set a count of latents against its distribution with labels swapped prompt by prompt."""
+    return NullCount(
         draws=len(counts),
         observed=observed,
         expected=float(counts.mean()),
         high=float(np.quantile(counts, 0.95)),
         p=float((1 + (counts >= observed).sum()) / (1 + len(counts))),
     )
-
-
-def _half_json(half: Half) -> dict[str, object]:
-    return {
-        "n_prompts": half.n_prompts,
-        "n_texts": half.n_texts,
-        "perfect": asdict(half.perfect),
-        "high_auc": asdict(half.high_auc),
-        "max_auc_null": half.max_auc,
-        "separation": half.separation.to_json(),
-    }

@@ -12,12 +12,13 @@ measured on steered responses of the baseline condition, where the ablation will
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from steerback.errors import SteerbackError
+from steerback.store.facts import ControlSets, SetQuality
 
 Floats = NDArray[np.float64]
 FEATURES = ("mean", "frequency", "removed")
@@ -60,38 +61,12 @@ class LatentActivity:
         return scaled
 
 
-@dataclass(frozen=True, slots=True)
-class Quality:
-    """How like the set of interest one random set is."""
-
-    difference: dict[str, float]
-    """Per feature: mean over the set minus mean over the set of interest, of logarithms in sd over live latents."""
-    distance: float | None
-    """Mean distance of a member from the one it stands for (same units, three features); None for uniform draws."""
-    removed_ratio: float | None
-    """Norm that clamping the set removes per token, relative to the set of interest; None if that removes nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class RandomSets:
-    """`sets[s][i]` stands for member i of the set of interest (in uniform draws the order means nothing)."""
-
-    sets: tuple[tuple[int, ...], ...]
-    method: str
-    quality: tuple[Quality, ...]
-    n_candidates: int
-    overlap: float
-    """Mean share of a set's latents that another set has too, over pairs of sets."""
-
-    def to_json(self) -> dict[str, object]:
-        """Plain numbers, None for what does not apply."""
-        return asdict(self)
-
-
 def matched_sets(
     activity: LatentActivity, interest: Sequence[int], n_sets: int = 3, exclude: Collection[int] = (), seed: int = 42
-) -> RandomSets:
-    """`n_sets` sets of as many live latents as `interest`, nearest neighbours without replacement.
+) -> ControlSets:
+    """Return `n_sets` sets of as many live latents as `interest`, nearest neighbours without replacement.
+
+    Member i of each set stands for member i of `interest`.
 
     Up to `DISJOINT_SETS` sets, or as many as need at most `DISJOINT_SHARE` of the candidates, share no latent: every
     member of interest gets the `n_sets` neighbours that make the total distance smallest (optimal assignment), dealt to
@@ -128,7 +103,7 @@ def matched_sets(
 
 def uniform_sets(
     activity: LatentActivity, interest: Sequence[int], n_sets: int = 3, exclude: Collection[int] = (), seed: int = 42
-) -> RandomSets:
+) -> ControlSets:
     """The authors' control: `n_sets` uniform draws of as many live latents as `interest`, each without replacement."""
     members, candidates = _prepare(activity, interest, n_sets, exclude)
     generator = np.random.default_rng(seed)
@@ -171,25 +146,26 @@ def _described(
     sets: NDArray[np.int64],
     method: str,
     n_candidates: int,
-) -> RandomSets:
+) -> ControlSets:
+    """Record the sets with their quality: differences of logarithms in sd over live latents; set minus interest."""
     base = float(activity.removed[members].sum())
     quality = []
     for drawn in sets:
         gap = features[drawn].mean(axis=0) - features[members].mean(axis=0)
         apart = float(np.linalg.norm(features[drawn] - features[members], axis=1).mean())
         quality.append(
-            Quality(
+            SetQuality(
                 difference=dict(zip(FEATURES, gap.tolist(), strict=True)),
-                distance=apart if method == "matched" else None,
+                distance=apart if method == "matched" else None,  # in uniform draws no member stands for another
                 removed_ratio=float(activity.removed[drawn].sum()) / base if base else None,
             )
         )
     times = np.unique(sets, return_counts=True)[1]  # in how many sets each latent is
     pairs = len(sets) * (len(sets) - 1)
-    return RandomSets(
-        sets=tuple(tuple(int(k) for k in drawn) for drawn in sets),
+    return ControlSets(
+        sets=sets.tolist(),
         method=method,
-        quality=tuple(quality),
+        quality=quality,
         n_candidates=n_candidates,
         overlap=float((times * (times - 1)).sum() / (pairs * len(members))) if pairs else 0.0,
     )
