@@ -214,19 +214,8 @@ def make_direction(
     ways = [option for option, value in (("--positive", positive), ("--topic", topic), ("--file", file)) if value]
     if len(ways) != 1 or (positive is None) != (negative is None):
         raise SteerbackError("give --positive with --negative, or --topic, or --file: one way to make a direction")
-    if not name.strip() or "/" in name or name.isdecimal():
-        raise SteerbackError(
-            f"direction name {name!r} must have a letter and no slash; it is a file's name and a label"
-        )
     chosen = resolve(target).with_directions(())
-    if out is not None and not (out.is_dir() or (out.parent.is_dir() and not out.exists())):
-        missing = not out.exists() and not out.parent.exists()
-        raise SteerbackError(
-            f"--out {out}: folder {out.parent} does not exist" if missing else f"--out {out} is no folder; name another"
-        )
-    path = (out or user_directions(chosen.user_key)) / f"{name}.safetensors"
-    if path.exists() and not overwrite:
-        raise SteerbackError(f"{path} exists already; choose another name or add --overwrite")
+    path = _direction_file(out or user_directions(chosen.user_key), name, out is not None, overwrite)
     texts = positive or topic
     own = read_texts(texts) if texts else ()
     other = tuple(t for t in usual_texts(chosen) if t not in own) if negative is None else read_texts(negative)
@@ -247,6 +236,24 @@ def make_direction(
         print(f"{chosen.name} steers at layer {chosen.steer_layer}: give a target of your own steer_layer = {at}")
     where = "" if out is None else f' after directions = ["{out}"] in a target of your own'
     print(f'use it{where}: steerback run esr --target {chosen.name} --latents "{name}"')
+
+
+def _direction_file(folder: Path, name: str, chosen: bool, overwrite: bool) -> Path:
+    """Return the file of a new direction; a folder that the user has `chosen` is made, those above it are not."""
+    if not name.strip() or "/" in name or name.isdecimal() or not name.isprintable() or len(name.encode()) > 200:
+        raise SteerbackError(
+            f"direction name {name[:80]!r} must have a letter, no slash and at most 200 bytes; it is a file's name and "
+            "a label"
+        )
+    if chosen and not folder.is_dir():
+        if folder.exists() or folder.parent.is_file():
+            raise SteerbackError(f"--out {folder} is no folder; name another")
+        if not folder.parent.is_dir():
+            raise SteerbackError(f"--out {folder}: folder {folder.parent} does not exist")
+    path = folder / f"{name}.safetensors"
+    if path.exists() and not overwrite:
+        raise SteerbackError(f"{path} exists already; choose another name or add --overwrite")
+    return path
 
 
 def show_directions(target: TargetName) -> None:

@@ -72,15 +72,11 @@ def run_command(
     targets = tuple(target or (base[1].targets if base else ()))
     if not targets:
         raise SteerbackError("say what to steer with --target (see steerback targets), or start from a run with --from")
-    rule = {"concreteness": "threshold", "concreteness_threshold": concreteness_threshold}
-    overrides: dict[str, object] = {
-        "prompts": prompts,
-        "limit": limit,
-        "selection": None if concreteness_threshold is None else rule,
-        "engine_options": {"replicas": replicas} if replicas else None,
-    }
-    if latents is not None:
-        overrides |= _own_latents(latents, targets[0], base)
+    overrides = {"prompts": prompts, "limit": limit, **_own_latents(latents, targets[0], base)}
+    if replicas is not None:
+        overrides["engine_options"] = {"replicas": replicas}
+    if concreteness_threshold is not None:
+        overrides["selection"] = {"concreteness": "threshold", "concreteness_threshold": concreteness_threshold}
     config = setup.build(experiment, targets, overrides, base)
     _go(check(config, budget.makers()), _folder(runs, name, config), dry_run, no_cache)
 
@@ -97,11 +93,13 @@ def _base(names: Sequence[str], runs: Path) -> tuple[str, RunConfig] | None:
     return str(folder), stored_config(folder)
 
 
-def _own_latents(text: str, target: str, base: tuple[str, RunConfig] | None) -> dict[str, object]:
+def _own_latents(text: str | None, target: str, base: tuple[str, RunConfig] | None) -> dict[str, object]:
     """Return the setting that --latents stands for: how many are drawn, or which."""
     from steerback.latents.sampling import parse_latents
     from steerback.targets import resolve
 
+    if text is None:
+        return {}
     first = resolve(target, base[1].definitions if base else None)
     chosen = parse_latents(text, first.labels(), directions=first.directions())
     return {"n_latents": chosen} if isinstance(chosen, int) else {"latents": chosen}
