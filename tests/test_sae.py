@@ -14,7 +14,9 @@ import tiny
 from reference_llama import encode
 from steerback.engines.loading import on_device
 from steerback.engines.steering import GROUP, Columns
+from steerback.engines.transformers import TransformersEngine
 from steerback.errors import SteerbackError
+from steerback.records import Intervention, Request, Sampling
 from steerback.targets.sae import TENSORS, Sae, save_native
 from steerback.targets.sae_files import load_sae
 
@@ -155,3 +157,18 @@ def test_only_what_is_used_goes_to_the_device(kind: str) -> None:
     assert group["decoder"].shape == (2, GROUP, 32)
     encoder = sae.encoder_to(device)
     assert (encoder.W_enc.device.type, encoder.W_dec.device.type) == ("meta", "cpu")
+
+
+def test_a_latent_without_direction_cannot_be_steered_with() -> None:
+    sae = tiny.sae()
+    silent = replace(sae, W_dec=sae.W_dec.index_fill(0, torch.tensor([5]), 0.0))
+    loaded = tiny.assemble(tiny.target(), tiny.model(), tiny.tokenizer(), silent)
+    engine = TransformersEngine(loaded, 4)
+    for edit in (Intervention("add", 5, 4.0), Intervention("clamp", 5, 0.0)):
+        request = Request("a", "the cat", 1, Sampling(max_new_tokens=2), (edit,))
+        with pytest.raises(
+            SteerbackError, match=r"request 'a': interventions\[0\]\.latent 5 has a decoder row of zero"
+        ):
+            tiny.collect(engine, [request])
+    other = Request("a", "the cat", 1, Sampling(max_new_tokens=2), (Intervention("add", 6, 4.0),))
+    assert tiny.collect(engine, [other])["a"].receipt.positions > 0

@@ -40,6 +40,7 @@ def site_of(target: Target, n_layers: int, d_model: int, sae: Sae | None, direct
         read_layer=target.read_layer,
         n_latents=sae.n_latents if sae is not None else 0,
         directions=directions,
+        undirected=() if sae is None else tuple((sae.decoder_norms == 0).nonzero().flatten().tolist()),
     )
 
 

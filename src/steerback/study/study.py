@@ -155,7 +155,7 @@ class Study:
                     n_latents=self.target.n_latents,
                     n=self.config.n_latents,
                     labels=labels,
-                    dead=self.target.dead_latents(),
+                    dead=self.target.dead_latents() | set(np.flatnonzero(self.engine.decoder_norms() == 0).tolist()),
                     peaks=peaks,
                     settings=self.config.selection,
                     seed=self.config.seeds.latents,

@@ -22,7 +22,7 @@ from pathlib import Path
 from steerback.errors import SteerbackError
 from steerback.store.files import make_folder, write_json
 from steerback.targets.download import Downloaded, download, hash_file, hub_file
-from steerback.targets.labels import SUFFIXES, LabelFile, read_label_file, user_labels_folder
+from steerback.targets.labels import SUFFIXES, LatentLabels, read_label_file, user_labels_folder
 
 NEURONPEDIA = "https://neuronpedia-datasets.s3.us-east-1.amazonaws.com"
 """Public bucket; v1/MODEL/SOURCE/explanations/batch-N.jsonl.gz, see docs.neuronpedia.org/api-and-data/exports."""
@@ -34,7 +34,7 @@ Say = Callable[[str], None]
 class Fetched:
     """Labels with what they are called in the user's table; `files` maps each file's name to its SHA-256."""
 
-    labels: LabelFile
+    labels: LatentLabels
     source: str
     files: dict[str, str]
 

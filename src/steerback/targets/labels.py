@@ -94,7 +94,7 @@ def _rows(path: Path, column: str) -> list[tuple[int, str]]:
 
 
 @dataclass
-class LabelFile:
+class LatentLabels:
     """Labels that were read: one per latent, and how many rows had none or came second for their latent."""
 
     labels: dict[int, str] = field(default_factory=dict)
@@ -128,14 +128,14 @@ def _checked(latent: int, text: str, where: str) -> str:
     return text
 
 
-def read_label_file(path: Path) -> LabelFile:
+def read_label_file(path: Path) -> LatentLabels:
     """Read one file or all files of a folder; SteerbackError naming file and line for what cannot be read."""
     files = [path]
     if path.is_dir():
         files = sorted((p for p in path.iterdir() if p.name.endswith(SUFFIXES)), key=_natural)
     if not files or not all(p.is_file() for p in files):
         raise SteerbackError(f"{path}: no label file there; readable are {', '.join(SUFFIXES)}")
-    read = LabelFile()
+    read = LatentLabels()
     for file in files:
         _read_into(read, file)
     sources = sorted(o for o in read.origins if not o.startswith("by "))
@@ -149,7 +149,7 @@ def _natural(path: Path) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path.name)]
 
 
-def _read_into(read: LabelFile, path: Path) -> None:
+def _read_into(read: LatentLabels, path: Path) -> None:
     try:
         data = readers.read_bytes(path, "label file")
         text = readers.decode(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data, f"label file {path}")
@@ -182,7 +182,7 @@ def _json_rows(text: str, path: Path) -> Iterator[tuple[str, readers.Json]]:
     yield from ((where, row) for row in loaded)
 
 
-def _read_csv(read: LabelFile, text: str, path: Path) -> None:
+def _read_csv(read: LatentLabels, text: str, path: Path) -> None:
     try:
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         names = reader.fieldnames or ()
