@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pydantic import JsonValue
 
 from steerback import organism
+from steerback.analysis.labels import Key as Key
+from steerback.analysis.labels import Labelling, Place, labelling
 from steerback.metrics import Comparison, Outcomes, Summary, compare, correct, summarize
 from steerback.records import LatentKey, Trial
 from steerback.store.facts import BASELINE, PROVENANCE
 from steerback.store.ledger import Ledger, Row
-
-Key = tuple[str, str]  # (target, condition)
 
 
 class Results(ABC):
@@ -60,6 +60,8 @@ class Measured:
     summaries: Mapping[Key, Summary]
     comparisons: Mapping[Key, Comparison]
     against: Mapping[Key, str]
+    labels: Labelling | None = None
+    """Human labels of the run, with the rates they correct; None where there are none."""
 
     @property
     def targets(self) -> list[str]:
@@ -89,6 +91,7 @@ class Measured:
                     for (t, name), c in self.comparisons.items()
                     if t == target
                 },
+                **({} if self.labels is None else {"labels": self.labels.to_json(target)}),
                 **(per_target or {}).get(target, {}),
             }
             for target in self.targets
@@ -113,19 +116,26 @@ def measured(
 
     `prepare` may drop or change a condition's rows before they are counted.
     """
+    places = {(target, condition): Place(target, stage, condition) for target, condition in ledger.conditions(stage)}
     outcomes = {
-        (target, condition): outcomes_of(prepare(ledger.rows(target, stage, condition, judge)))
-        for target, condition in ledger.conditions(stage)
+        key: outcomes_of(prepare(ledger.rows(place.target, stage, place.condition, judge)))
+        for key, place in places.items()
     }
     pairs = {
         (target, condition): other
         for target, condition in outcomes
         if (other := against(condition)) is not None and (target, other) in outcomes
     }
-    return paired(judge, outcomes, pairs, draws)
+    return paired(judge, outcomes, pairs, draws, labelling(ledger, judge, places, pairs, draws, prepare))
 
 
-def paired(judge: str, outcomes: Mapping[Key, Outcomes], against: Mapping[Key, str], draws: int) -> Measured:
+def paired(
+    judge: str,
+    outcomes: Mapping[Key, Outcomes],
+    against: Mapping[Key, str],
+    draws: int,
+    labels: Labelling | None = None,
+) -> Measured:
     """Summaries of the outcomes, and each one's tests against the condition of its target that `against` names."""
     tests = correct({f"{t}\n{c}": compare(outcomes[t, other], outcomes[t, c]) for (t, c), other in against.items()})
     return Measured(
@@ -134,6 +144,7 @@ def paired(judge: str, outcomes: Mapping[Key, Outcomes], against: Mapping[Key, s
         summaries={key: summarize(x, draws) for key, x in outcomes.items()},
         comparisons={(t, c): tests[f"{t}\n{c}"] for t, c in against},
         against=against,
+        labels=labels,
     )
 
 

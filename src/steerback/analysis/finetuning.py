@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from steerback.analysis.base import Key, Measured, Results, outcomes_of, paired, planted
+from steerback.analysis.labels import Place, labelling
 from steerback.metrics import VALID, Estimate, Outcomes, Trend, trend
 from steerback.store.facts import ADAPTER, HELD_OUT, HELD_OUT_UNSTEERED, STEERED, UNSTEERED, Adapter
 from steerback.store.ledger import Ledger, Row
@@ -99,15 +100,17 @@ def by_mix(ledger: Ledger, judge: str, draws: int, adapters: Mapping[str, Adapte
     """All conditions as conditions of the base; each adapter's is compared with the base's of the same kind."""
     outcomes: dict[Key, Outcomes] = {}
     against: dict[Key, str] = {}
+    places: dict[Key, Place] = {}
     for target, condition in ledger.conditions():
         fact = adapters.get(target)
         base = target if fact is None else fact.base
         key = (base, condition_name(BASE if fact is None else fact.adapter, condition))
+        places[key] = Place(target, "measure", condition)
         outcomes[key] = outcomes_of(ledger.rows(target, "measure", condition, judge))
         if fact is not None:
             against[key] = condition_name(BASE, condition)
     against = {key: other for key, other in against.items() if (key[0], other) in outcomes}
-    return paired(judge, outcomes, against, draws)
+    return paired(judge, outcomes, against, draws, labelling(ledger, judge, places, against, draws))
 
 
 def steered_comparisons(measured: Measured) -> Measured:

@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from steerback.figures.tables import Table, comparison_table, summary_table
+from steerback.figures.tables import Table, comparison_table, number, show, summary_table
+from steerback.metrics import METRICS, Estimate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from steerback.analysis.base import Measured, Results
+    from steerback.analysis.labels import Labelling
 
 PLANTED = "Built-in organisms restart because their training text does (planted): no evidence about other models."
 
@@ -34,8 +36,109 @@ def measured_tables(measured: Measured) -> dict[str, Table]:
     """`table`: every condition; `comparisons`: every paired test, if there are any."""
     several = len({condition for _, condition in measured.summaries}) > 1
     summaries = measured.summaries if several else {target: s for (target, _), s in measured.summaries.items()}
-    tables = {"table": summary_table(summaries, judge=measured.judge)}
+    corrected: dict[str | tuple[str, str], dict[str, Estimate]] | None = None
+    if measured.labels is not None:
+        corrected = {
+            key if several else key[0]: {metric: r.corrected for metric, r in rates.items()}
+            for key, rates in measured.labels.rates.items()
+        }
+    tables = {"table": summary_table(summaries, judge=measured.judge, corrected=corrected)}
     if measured.comparisons:
         pairs = {f"{t}: {c} − {measured.against[t, c]}": x for (t, c), x in measured.comparisons.items()}
         tables["comparisons"] = comparison_table(pairs, judge=measured.judge)
-    return tables
+    return {**tables, **label_tables(measured)}
+
+
+def label_tables(measured: Measured) -> dict[str, Table]:
+    """`corrected`: corrected rates and differences; `judges`: errors of each judge; `labellers`: their agreement.
+
+    Nothing for a run without human labels.
+    """
+    labels = measured.labels
+    if labels is None:
+        return {}
+    tables = {"corrected": _corrected_table(labels, measured.against), "judges": _judges_table(labels)}
+    return tables | ({"labellers": _labellers_table(labels)} if labels.agreement else {})
+
+
+def _corrected_table(labels: Labelling, against: Mapping[tuple[str, str], str]) -> Table:
+    """One row per condition and rate, then one per comparison and rate."""
+    cells = [
+        (
+            f"{target}: {condition}",
+            METRICS[metric].label,
+            f"{rate.corrected.n:,}",
+            f"{rate.labels:,}",
+            "-" if rate.judged is None else number(rate.judged, True),
+            show(rate.corrected, rate=True),
+            show(rate.rogan_gladen, rate=True),
+        )
+        for (target, condition), rates in labels.rates.items()
+        for metric, rate in rates.items()
+    ]
+    cells += [
+        (
+            f"{target}: {condition} − {against[target, condition]}",
+            METRICS[metric].label,
+            f"{difference.n:,}",
+            "",
+            "",
+            show(difference, rate=True, sign=True),
+            "",
+        )
+        for (target, condition), tests in labels.differences.items()
+        for metric, difference in tests.items()
+    ]
+    columns = ("condition", "rate", "n", "labels", "judged %", "corrected %", "Rogan-Gladen %")
+    caption = (
+        f"Rates of judge {labels.judge} over responses without degradation, corrected with the labels of "
+        f"{', '.join(labels.labellers)}: prediction-powered inference; 95 % intervals clustered by latent, with "
+        "the error of the labels. Rogan-Gladen takes the judge's errors as equal in all conditions of a target."
+    )
+    return Table(columns, cells, caption, left=2)
+
+
+def _judges_table(labels: Labelling) -> Table:
+    """One row per target and judge: its errors on whether there are several attempts."""
+    cells = [
+        (
+            target,
+            judge,
+            f"{q.labels:,}",
+            f"{q.restarts:g}",
+            show(q.precision, rate=True),
+            show(q.recall, rate=True),
+            show(q.false_positives, rate=True),
+        )
+        for (target, judge), q in labels.judges.items()
+    ]
+    columns = ("target", "judge", "labels", "restarts", "precision %", "recall %", "false positives %")
+    caption = (
+        f"Errors of each judge on multi-attempt responses of this run, by the labels of {', '.join(labels.labellers)}, "
+        "weighted back to the strata of the sample; 95 % intervals for what is not labelled."
+    )
+    return Table(columns, cells, caption, left=2)
+
+
+def _labellers_table(labels: Labelling) -> Table:
+    """One row per pair of labellers."""
+    cells = [
+        (
+            f"{pair.a} / {pair.b}",
+            f"{pair.several.share.n:,}",
+            show(pair.several.share, rate=True),
+            show(pair.several.kappa, rate=False),
+        )
+        for pair in labels.agreement
+    ]
+    alphas = [
+        f"{name} {show(e, rate=False)}"
+        for name, e in (("several attempts", labels.alpha_several), ("first score", labels.alpha_first))
+        if e is not None
+    ]
+    caption = (
+        "Agreement of labellers on whether a response has several attempts, over those that both labelled (the "
+        f"sample, not weighted). Krippendorff's alpha over all labellers: {', '.join(alphas)}. "
+        "95 % intervals clustered by latent."
+    )
+    return Table(("labellers", "n", "same count %", "kappa"), cells, caption)

@@ -10,7 +10,7 @@ import numpy as np
 
 from steerback.analysis.random_ablation import RandomAblationResults, Rank
 from steerback.figures import panels, style
-from steerback.figures.base import Presentation, measured_tables, planted_note
+from steerback.figures.base import Presentation, label_tables, measured_tables, planted_note
 from steerback.figures.conditions import caption
 from steerback.figures.tables import Table, comparison_table, number
 from steerback.metrics import METRICS, Summary
@@ -36,6 +36,7 @@ def present(results: RandomAblationResults) -> Presentation:
             "comparisons": comparison_table(pairs, judge=judge, metrics=("multi_attempt_rate", "msi")),
             "ranks": rank_table(results.ranks),
             "match": match_table(results.sets),
+            **label_tables(results.measured),
         },
         figures={"figureA9": lambda: draw(results)},
         lines=[_line(target, results.ranks[target], sets) for target, sets in results.sets.items()],

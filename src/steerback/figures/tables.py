@@ -80,25 +80,40 @@ def summary_table(
     summaries: Mapping[str, Summary] | Mapping[tuple[str, str], Summary],
     judge: str,
     metrics: Sequence[str] = SHOWN,
+    corrected: Mapping[str | tuple[str, str], Mapping[str, Estimate]] | None = None,
 ) -> Table:
-    """One row per target, or per (target, condition); headline metrics shown, all variants in the CSV."""
+    """One row per target, or per (target, condition); headline metrics shown, all variants in the CSV.
+
+    `corrected`: rates corrected with human labels, by the same keys and metric.
+    """
     named = {(key,) if isinstance(key, str) else tuple(key): s for key, s in summaries.items()}
     left = max((len(key) for key in named), default=1)
     names = ("target", "condition")[:left]
     counted = [
         c for c in ("cut", "degraded", "unscored", "invalid", "empty") if any(s.counts.get(c) for s in named.values())
     ]
+    true = {(key,) if isinstance(key, str) else tuple(key): rates for key, rates in (corrected or {}).items()}
+    known = list(dict.fromkeys(m for rates in true.values() for m in rates))
     cells = [
         (
             *key,
             f"{s['msi'].n:,}",
             *(show(s[m], METRICS[m].rate) for m in metrics),
+            *(show(true[key][m], METRICS[m].rate) if key in true else "-" for m in known),
             *(f"{s.counts[c]:,}" if c in s.counts else "?" for c in counted),
         )
         for key, s in named.items()
     ]
     records = [
-        dict(zip(names, key, strict=True)) | {"judge": judge, "variant": variant} | s.counts | _numbers(s, variant)
+        dict(zip(names, key, strict=True))
+        | {"judge": judge, "variant": variant}
+        | s.counts
+        | _numbers(s, variant)
+        | {
+            f"corrected_{m}_{end}": getattr(e, end) if variant == "headline" else None
+            for m, e in true.get(key, {}).items()
+            for end in ("value", "low", "high")
+        }
         for key, s in named.items()
         for variant in VARIANTS
     ]
@@ -106,8 +121,10 @@ def summary_table(
         f"Gated, without degraded responses; 95 % intervals clustered by latent. Judge: {judge}. "
         "MSI: mean gain in points of the last attempt over the first, 0 for single attempts."
         + (" cut: of n, stopped by the length limit, so that the last attempt may be unfinished." * ("cut" in counted))
+        + (" Corrected: by human labels, for the judge's errors." * bool(known))
     )
-    return Table((*names, "n", *(_HEADINGS[m] for m in metrics), *counted), cells, caption, records, left)
+    columns = (*names, "n", *(_HEADINGS[m] for m in metrics), *(f"corrected {_HEADINGS[m]}" for m in known), *counted)
+    return Table(columns, cells, caption, records, left)
 
 
 def comparison_table(comparisons: Mapping[str, Comparison], judge: str, metrics: Sequence[str] = SHOWN) -> Table:

@@ -19,12 +19,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from steerback.errors import SteerbackError
 from steerback.readers import Json
 from steerback.records import Attempt, Judgement, digest
-from steerback.store.facts import LabelSample, LabelStratum
+from steerback.store.facts import HUMAN, LabelSample, LabelStratum
 from steerback.store.ledger import Row
 
 RUBRIC = "human-1"
 FORMAT = "steerback-labels-1"
-PREFIX = "human:"
 LEAST = 2
 """Responses drawn of each stratum, or all where there are fewer: a single one shows no spread."""
 PHRASE_WORDS = 6
@@ -69,16 +68,11 @@ class LabelFile(BaseModel):
     labels: dict[str, Label]
 
 
-def is_human(judge: str) -> bool:
-    """Whether a judge of a ledger is a person."""
-    return judge.startswith(PREFIX)
-
-
 def judge_name(labeller: str) -> str:
     """The judge that a labeller's verdicts are stored as. Raises SteerbackError for a name that is no plain word."""
     if not re.fullmatch(r"[\w.-]{1,60}", labeller):
         raise SteerbackError(f"labeller {labeller[:80]!r}: a name may hold letters, digits and . _ - (at most 60)")
-    return PREFIX + labeller
+    return HUMAN + labeller
 
 
 def draw(

@@ -36,6 +36,8 @@ OWN_CORRECTION, OWN_CORRECTION_IN_CONTEXT, GENERIC_PREFIX = (
 """Conditions of the matched-prefix control."""
 CONTINUATION = "continuation"
 """Stage of the matched-prefix control: judges see the continuation without its prefix."""
+HUMAN = "human:"
+"""How the judges begin that are people: `human:NAME` is the labeller NAME."""
 REPLAY = "replay"
 """Stage of the recorded trials: same prompts, seeds and boosts as the measured ones."""
 
