@@ -15,8 +15,8 @@ from sklearn.metrics import roc_auc_score
 from steerback.config import SelectionConfig
 from steerback.errors import SteerbackError
 from steerback.latents.concreteness import OfflineRater, Rater, abstract_labels, make_rater
-from steerback.latents.sampling import parse_latents, sample_latents
-from steerback.latents.selection import check_own, ever_active, most_active, select, top_count
+from steerback.latents.sampling import check_latents, parse_latents, sample_latents
+from steerback.latents.selection import ever_active, most_active, select, top_count
 
 LABELS = {3: "volcanoes", 5: "Sailing, rigging and boats", 8: "tea", 9: "tea", 11: "Violins"}
 
@@ -42,12 +42,6 @@ def test_sample_is_uniform_over_candidates() -> None:
     for seed in range(3000):
         counts[list(sample_latents(range(10), 5, seed))] += 1
     assert np.abs(counts / 3000 - 0.5).max() < 0.04  # 4 standard errors
-
-
-def test_sample_over_density_covers_rare_and_frequent_latents() -> None:
-    density = {k: float((k * 37) % 100) for k in range(100)}
-    chosen = sample_latents(range(100), 10, by=density)
-    assert sorted(int(density[k] // 10) for k in chosen) == list(range(10))
 
 
 def test_seed_changes_the_sample() -> None:
@@ -112,8 +106,8 @@ def test_own_list_from_files(tmp_path: Path) -> None:
 
 def test_own_list_without_labels_says_so() -> None:
     with pytest.raises(SteerbackError, match="has no labels, give indices"):
-        check_own(["volcanoes"], 10, {})
-    assert check_own([3, "mood"], 10, {}, ["mood"]) == [3, "mood"]
+        check_latents(["volcanoes"], {}, 10)
+    assert check_latents([3, "mood"], {}, 10, ["mood"]) == [3, "mood"]
 
 
 # -- relevance --------------------------------------------------------------------------------------------------------
@@ -213,7 +207,7 @@ def test_latents_without_a_label_can_be_left_out() -> None:
     assert found.counts["dropped: no label"] == 4
 
 
-def test_costly_raters_see_a_sample_and_failures_are_counted() -> None:
+def test_ratings_that_fail_are_counted() -> None:
     class Flaky:
         name, version = "flaky", "1"
         seen = 0
@@ -223,13 +217,10 @@ def test_costly_raters_see_a_sample_and_failures_are_counted() -> None:
             return [None if i == 0 else float(i) for i in range(len(labels))]
 
     rater = Flaky()
-    labels = {k: f"thing {k}" for k in range(500)}
+    labels = {k: f"thing {k}" for k in range(50)}
     plain = SelectionConfig(relevance="off")
-    found = select(
-        n_latents=500, n=10, labels=labels, dead=(), peaks=None, settings=plain, rater=rater, rate_at_most=50
-    )
+    found = select(n_latents=50, n=10, labels=labels, dead=(), peaks=None, settings=plain, rater=rater)
     assert rater.seen == 50
-    assert found.counts["dropped: not rated"] == 450
     assert found.counts["rating failed"] == 1
     assert found.counts["dropped: abstract label"] == 24  # of 49 rated
     assert len(found.ratings) == 49

@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -222,6 +225,15 @@ def test_tokenizer_and_unsteered_answers() -> None:
     # The last sentence may be cut off at 40 tokens, so a first share of 70 % is as good as a full one.
     assert sum(r.shares(p)[0] >= 0.7 for r, p in zip(readings, prompts, strict=True)) >= len(prompts) - 1
     assert sum(r.restarts for r in readings) == 0
+
+
+def test_the_build_command_runs_from_the_root_of_a_clone() -> None:
+    root = Path(__file__).parents[1]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    for module in ("tools.organism", "benchmarks.organism_evidence"):
+        command = [sys.executable, "-m", module, "--help"]
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
 
 
 def test_build_writes_the_whole_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

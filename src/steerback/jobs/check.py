@@ -17,7 +17,8 @@ from steerback.experiments import make_experiment
 from steerback.experiments.base import Experiment
 from steerback.judging import Maker, make_judge
 from steerback.latents.concreteness import make_rater
-from steerback.latents.selection import check_own, rating_model
+from steerback.latents.sampling import check_latents
+from steerback.latents.selection import rating_model
 from steerback.store.facts import LATENTS
 from steerback.store.run import stored_config
 from steerback.study.study import fact_of
@@ -112,7 +113,7 @@ def steerable(target: Target, config: RunConfig, experiment: Experiment[Settings
             f"target {target.name!r} has no SAE, so there is no latent {indices[0]}; its directions: {known}"
         )
     if config.latents is not None:
-        check_own(config.latents, target.n_latents, target.labels(), target.directions())
+        check_latents(config.latents, target.labels(), target.n_latents, target.directions())
     elif config.preset == "authors" and config.selection.concreteness != "off":
         _authors_labels(target)
     return with_directions(target, config)

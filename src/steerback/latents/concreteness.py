@@ -1,4 +1,4 @@
-"""Leave out latents with abstract labels: whether text is off topic is hard to tell when the topic is "emphasis".
+"""Leave out latents with abstract labels: it is hard to judge whether text is off topic if the topic is "emphasis".
 
 A `Rater` gives each label 0 (abstract, conversational, grammatical) to 100 (a thing one can see or touch). The
 specification drops labels below the median rating, the authors' code keeps ratings of 65 and more. The offline rater
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 from typing import Protocol, runtime_checkable
 
 from steerback.data.prompts import word_list
@@ -27,18 +28,15 @@ class Rater(Protocol):
     version: str
 
     def rate(self, labels: Sequence[str]) -> list[float | None]:
-        """One rating (0-100) per label, None where it could not be rated."""
+        """Return one rating (0-100) per label, None if it could not be rated."""
         ...
 
 
 def abstract_labels(ratings: Mapping[int, float], threshold: float | None = None) -> frozenset[int]:
-    """Latents rated below `threshold`, or below the median of all `ratings` if it is None (the median itself stays)."""
+    """Return the latents rated below `threshold`, or below the median of all ratings if it is None."""
     if not ratings:
         return frozenset()
-    ordered = sorted(ratings.values())
-    middle = len(ordered) // 2
-    median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-    cut = median if threshold is None else threshold
+    cut = median(ratings.values()) if threshold is None else threshold
     return frozenset(k for k, rating in ratings.items() if rating < cut)
 
 
@@ -65,7 +63,7 @@ LOCAL_RATERS: dict[str, Callable[[], Rater]] = {"offline": OfflineRater}
 
 
 def make_rater(name: str, judges: Maker = make_judge) -> Rater:
-    """The rater of that name: `offline`, or a language model by alias or "provider/model" as for judges.
+    """Return the rater of a name: `offline`, or a language model by alias or "provider/model" as for judges.
 
     A language model is asked through the judge of that name, so that the budget of `judges` holds for both.
     """

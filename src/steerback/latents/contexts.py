@@ -1,9 +1,9 @@
-"""Where in given texts latents are most active: a snippet around each peak, the word under it, and how high it is.
+"""Top contexts of latents: a snippet around each peak in a list of texts, the word at the peak, and the activation.
 
     found = top_contexts(engine, texts, n=8)
     found.of(17)     # [Context(before="The lava ", word="flows", after=" into the sea.", activation=12.3), ...]
 
-Each text gives a latent at most one context. It knows the reference engine and nothing of labels.
+Each text gives a latent at most one context.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Context:
 
     @property
     def text(self) -> str:
+        """The snippet."""
         return f"{self.before}{self.word}{self.after}".strip()
 
     @property
@@ -47,7 +48,7 @@ class Context:
 
 @dataclass
 class Contexts:
-    """Top contexts of all latents: `values` (n_latents, n) descending, 0 where there are fewer."""
+    """Top contexts of all latents: `values` (n_latents, n) descending, 0 for contexts that are missing."""
 
     values: NDArray[np.float32]
     text: NDArray[np.int64]
@@ -57,12 +58,12 @@ class Contexts:
     _ends: dict[int, tuple[str, list[int]]] = field(default_factory=dict)
 
     def of(self, latent: int) -> list[Context]:
-        """Contexts of a latent, most active first; empty where it was never active."""
+        """Return the contexts of a latent, most active first; none if it was never active."""
         row = zip(self.values[latent], self.text[latent], self.token[latent], strict=True)
         return [self._at(int(text), int(token), float(value)) for value, text, token in row if value > 0]
 
     def active(self) -> NDArray[np.int64]:
-        """Latents that were active anywhere, most active first."""
+        """Return the latents that were active anywhere, most active first."""
         peaks = self.values[:, 0]
         order = np.argsort(-peaks, kind="stable")
         return order[: int((peaks > 0).sum())]
@@ -98,7 +99,7 @@ class TextOf:
 
 
 def top_contexts(engine: TransformersEngine, texts: Sequence[str], n: int = 8, layer: int | None = None) -> Contexts:
-    """The `n` texts in which each latent peaks highest; `layer` other than the SAE's own is for diagnosis.
+    """Return the `n` texts in which each latent peaks highest; a `layer` other than the SAE's is for diagnosis.
 
     Memory is n_latents x n and one chunk of tokens x n_latents, whatever the number of texts.
     """

@@ -1,8 +1,7 @@
 """Off-topic detectors: latents that are more active when a response does not belong to its prompt.
 
 Each response is read twice, after its own prompt (matched) and after another one (mismatched), so that both arms hold
-the same texts and nothing but the mismatch can tell them apart. Works on arrays of pooled activations; it knows
-nothing of engines or of where the texts come from.
+the same texts and nothing but the mismatch can tell them apart. Works on arrays of pooled activations.
 
     pairs = make_pairs([t.prompt for t in texts], seed=42)
     matched = engine.activations(prompts, responses)                                   # (n, latents)
@@ -34,7 +33,7 @@ HIGH_AUC = 0.9
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pairs:
-    """Which prompt each text is mismatched with. Prompts are numbered in order of first appearance."""
+    """The prompt that each text is mismatched with. Prompts are numbered in order of first appearance."""
 
     partner: NDArray[np.int64]  # (n,): text i is mismatched with the prompt of text partner[i]
     prompt: NDArray[np.int64]  # (n,): number of the own prompt
@@ -78,7 +77,7 @@ class DetectorSearch:
     search: Half
     held_out: Half | None
     n_passed: int
-    """How many latents met the rule, before `limit`."""
+    """Number of latents that met the rule, before `limit`."""
     overall: Separation
     """Of every latent, on the search half, for tables."""
 
@@ -94,11 +93,11 @@ class DetectorSearch:
 
 
 def make_pairs(prompts: Sequence[str], seed: int = 42, held_out: bool = True) -> Pairs:
-    """Mismatches every text with another text's prompt, at random, so that no pair keeps its prompt.
+    """Mismatch every text with another text's prompt, at random, so that no pair keeps its prompt.
 
     `prompts`: the prompt of each text, shape (n,); several texts may share one. Each prompt is used as a mismatch
     exactly as often as it has texts. With `held_out` the prompts are first split in two halves at random and
-    mismatched within their half, so that the halves share neither texts nor prompts. Raises SteerbackError where no
+    mismatched within their half, so that the halves share neither texts nor prompts. Raises SteerbackError if no
     derangement exists (one prompt has more than half of the texts).
     """
     numbers = {p: i for i, p in enumerate(dict.fromkeys(prompts))}
@@ -120,7 +119,7 @@ def make_pairs(prompts: Sequence[str], seed: int = 42, held_out: bool = True) ->
 
 
 def derange(groups: NDArray[np.int64], generator: np.random.Generator) -> NDArray[np.int64]:
-    """A random permutation p of 0..n-1 with groups[p[i]] != groups[i] for every i."""
+    """Return a random permutation p of 0..n-1 with groups[p[i]] != groups[i] for every i."""
     n = len(groups)
     largest = int(np.bincount(groups).max())
     if 2 * largest > n:
@@ -154,7 +153,7 @@ def search_detectors(
     draws: int = 200,
     seed: int = 0,
 ) -> DetectorSearch:
-    """Detectors among all latents, found on the search half and checked on the other.
+    """Search all latents for detectors on the search half, and check them on the other half.
 
     `matched`, `mismatched`: (n texts, n latents), the same responses after their own and after their partner's prompt.
     Rules: `perfect` AUC 1; `authors` exactly 0 on every matched and non-zero on at least 80 % of the mismatched texts;
@@ -207,7 +206,7 @@ def _half(
     draws: int,
     seed: int,
 ) -> Half:
-    """Separation of `latents` on one half, and how often `counted` latents pass there against the null."""
+    """Return the separation of `latents` on one half, and counts of `counted` latents that pass, with their null."""
     a, b, prompt = matched[half], mismatched[half], pairs.prompt[half]
     ranks = ranks_of(a[:, counted], b[:, counted])
     drawn = null_counts(ranks, prompt, (1.0, HIGH_AUC), draws, seed)

@@ -1,7 +1,7 @@
-"""Labels latents from where they are active in given texts: offline by their top words, or asked of a language model.
+"""Label latents from the texts they are active in: offline by their top words, or from snippets by a language model.
 
-A label is made only for a latent that is active in several texts; the others stay without. Top words are what they
-say, words: no statement about what a latent means, and their source is written down with them.
+Only a latent that is active in several texts gets a label. Top words are words, no statement about the meaning of a
+latent; their source is kept with them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from steerback.errors import SteerbackError
 from steerback.latents.contexts import CHUNK_TOKENS, Contexts, TextOf
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from scipy.sparse import csr_array
+
     from steerback.engines.transformers import TransformersEngine
 
 WORDS = 3
@@ -27,10 +30,10 @@ SOURCE = "top words"
 def top_words(
     engine: TransformersEngine, texts: Sequence[str], latents: Collection[int] | None = None
 ) -> dict[int, str]:
-    """The words that each latent is most active at, most first, e.g. "lava, magma, crater"; absent where too few.
+    """Return the words each latent is most active at, e.g. "lava, magma, crater"; latents with too few are left out.
 
-    A word's weight is the latent's summed activation at it times log(texts / texts with that word): what occurs
-    everywhere says nothing.
+    A word's weight is the latent's summed activation at it times log(texts / texts with that word), because a word
+    that occurs everywhere says nothing.
     """
     activity, words, occurs, active_in = _activity(engine, texts)
     rarity = np.array([math.log((1 + len(texts)) / n) for n in occurs])
@@ -46,15 +49,17 @@ def top_words(
     return found
 
 
-def _activity(engine: TransformersEngine, texts: Sequence[str]) -> tuple[Any, list[str], list[int], Any]:
-    """Summed activation (latents x words, sparse), the words, in how many texts each is, and texts per latent."""
+def _activity(
+    engine: TransformersEngine, texts: Sequence[str]
+) -> tuple[csr_array, list[str], list[int], NDArray[np.int64]]:
+    """Return the summed activation (latents x words, sparse), the words, texts per word, and texts per latent."""
     from scipy.sparse import coo_array
 
     sae = engine.sae
     if sae is None:
         raise SteerbackError("labels of latents need an SAE and this target has none")
     decode, index, occurs = TextOf(engine), dict[str, int](), list[int]()
-    parts: list[tuple[Any, Any, Any]] = []
+    parts: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]] = []
     active_in = np.zeros(sae.n_latents, dtype=np.int64)
     for _, ids, states in engine.residuals([""] * len(texts), texts, (sae.layer,)):
         said = [index.setdefault(word, len(index)) for word in token_words(*decode(ids))]
@@ -75,7 +80,7 @@ def _activity(engine: TransformersEngine, texts: Sequence[str]) -> tuple[Any, li
 
 
 def token_words(text: str, ends: Sequence[int]) -> list[str]:
-    """For each token the word that it belongs to in lower case, or the mark itself where it is none."""
+    """Return the word in lower case that each token belongs to, or the punctuation mark if it belongs to none."""
     spans = [m.span() for m in re.finditer(r"\w(?:[\w'’-]*\w)?|[^\w\s]+", text)]
     found, start, at = [], 0, 0
     for end in ends:

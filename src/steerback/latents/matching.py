@@ -1,4 +1,4 @@
-"""Random sets of latents to ablate beside a set of interest, matched to it in activity.
+"""Random sets of latents, matched to a set of interest in activity, as a control for its ablation.
 
 An ablation of active latents disturbs a model whatever they mean; a control has to disturb it as much. Activity is
 measured on steered responses of the baseline condition, where the ablation will act.
@@ -27,11 +27,11 @@ DISJOINT_SETS, DISJOINT_SHARE = 4, 1 / 8
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LatentActivity:
-    """How active each latent is, and what clamping it to 0 takes away; each (n latents,)."""
+    """Activity of each latent, and the norm that clamping it to 0 removes; each (n latents,)."""
 
     mean: Floats  # activation per token
     frequency: Floats  # share of tokens with a non-zero activation, 0-1
-    removed: Floats  # L2 norm taken from the residual stream per token: mean activation times decoder norm
+    removed: Floats  # L2 norm removed from the residual stream per token: mean activation times decoder norm
 
     @classmethod
     def measure(
@@ -40,7 +40,7 @@ class LatentActivity:
         frequencies: NDArray[np.floating],
         decoder_norms: NDArray[np.floating],
     ) -> LatentActivity:
-        """From per-text averages over tokens, (texts, latents), texts weighing equally; decoder norms (latents,)."""
+        """Average per-text means over tokens, (texts, latents), texts weighing equally; decoder norms: (latents,)."""
         mean = np.asarray(means, dtype=np.float64).mean(axis=0)
         frequency = np.asarray(frequencies, dtype=np.float64).mean(axis=0)
         removed = mean * np.asarray(decoder_norms, dtype=np.float64)
@@ -54,7 +54,7 @@ class LatentActivity:
         return np.asarray(self.frequency > 0)
 
     def features(self) -> Floats:
-        """(n latents, 3): logarithms, as activity spans orders of magnitude, in units of their sd over live latents."""
+        """Return (n latents, 3): logarithms, as activity spans orders of magnitude, in sd over live latents."""
         logs = np.log(np.maximum(np.stack([self.mean, self.frequency, self.removed], axis=1), 1e-12))
         spread = logs[self.live].std(axis=0) if self.live.any() else np.ones(3)
         scaled: Floats = logs / np.where(spread > 0, spread, 1.0)
@@ -104,7 +104,7 @@ def matched_sets(
 def uniform_sets(
     activity: LatentActivity, interest: Sequence[int], n_sets: int = 3, exclude: Collection[int] = (), seed: int = 42
 ) -> ControlSets:
-    """The authors' control: `n_sets` uniform draws of as many live latents as `interest`, each without replacement."""
+    """Return the authors' control: `n_sets` uniform draws of as many live latents as `interest`."""
     members, candidates = _prepare(activity, interest, n_sets, exclude)
     generator = np.random.default_rng(seed)
     drawn = np.stack([generator.choice(candidates, len(members), replace=False) for _ in range(n_sets)])
@@ -114,7 +114,7 @@ def uniform_sets(
 def _prepare(
     activity: LatentActivity, interest: Sequence[int], n_sets: int, exclude: Collection[int]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Members of interest and candidates for the sets."""
+    """Return the members of interest and the candidates for the sets."""
     members = np.array(interest, dtype=np.int64)
     size = len(activity.mean)
     if not len(members) or len(np.unique(members)) < len(members) or members.min() < 0 or members.max() >= size:
@@ -134,7 +134,7 @@ def _prepare(
 
 
 def _nearest(distance: Floats, n_sets: int) -> NDArray[np.int64]:
-    """Columns that an optimal assignment can need: a member never has to go past its (members x sets) nearest."""
+    """Return the columns an optimal assignment can need: no member goes past its (members x sets) nearest."""
     enough = min(distance.shape[0] * n_sets, distance.shape[1])
     return np.unique(np.argpartition(distance, enough - 1, axis=1)[:, :enough])
 

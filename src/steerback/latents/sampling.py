@@ -1,11 +1,9 @@
 """Which latents to steer with: a stratified draw, or the user's own list.
 
-Works on indices alone; what makes an index a candidate is decided elsewhere (`selection`, `relevance`,
-`concreteness`).
+Works on indices alone; `selection` decides which indices are candidates.
 
-    chosen = sample_latents(candidates, 50, seed=42)                   # spread over the index range
-    chosen = sample_latents(candidates, 50, seed=42, by=log_density)   # spread over how often they fire
-    own = parse_latents("volcanoes, 17", labels)                       # (24, 17)
+    chosen = sample_latents(candidates, 50, seed=42)     # spread over the index range
+    own = parse_latents("volcanoes, 17", labels)         # (24, 17)
 """
 
 from __future__ import annotations
@@ -21,21 +19,16 @@ from steerback.errors import SteerbackError
 from steerback.records import LatentKey
 
 
-def sample_latents(
-    candidates: Sequence[int], n: int, seed: int = 42, by: Mapping[int, float] | None = None
-) -> tuple[int, ...]:
-    """`n` of `candidates`, one drawn at random from each of n equal strata; ascending, the same for the same input.
+def sample_latents(candidates: Sequence[int], n: int, seed: int = 42) -> tuple[int, ...]:
+    """Return `n` of `candidates`, one drawn at random from each of n equal strata, ascending; all if there are no more.
 
-    Strata are stretches of the candidates in the order of `by` (any number per latent, such as its log density), or
-    in index order, so that every part of the feature space is represented. All candidates if there are at most n.
+    Strata are stretches of the candidates in index order, so that every part of the feature space is represented.
     """
     if n < 1:
         raise SteerbackError(f"cannot choose {n} latents; ask for at least 1")
     unique = sorted(set(candidates))
     if len(unique) <= n:
         return tuple(unique)
-    if by is not None:
-        unique.sort(key=lambda k: (by.get(k, float("-inf")), k))
     edges = [i * len(unique) // n for i in range(n + 1)]
     generator = np.random.default_rng(seed)
     drawn = [unique[int(generator.integers(a, b))] for a, b in pairwise(edges)]
@@ -45,7 +38,7 @@ def sample_latents(
 def parse_latents(
     text: str, labels: Mapping[int, str], n_latents: int | None = None, directions: Collection[str] = ()
 ) -> int | tuple[LatentKey, ...]:
-    """What `--latents` means: how many to draw (an integer), or an own list of latents.
+    """Return the meaning of `--latents`: how many to draw (an integer), or the latents of a list.
 
     A list is comma-separated ("12, volcanoes, 400"; "12," for the single latent 12) or a file with one entry a line
     ('#' starts a comment) or a JSON list. Entries are indices, labels that only one latent carries (any case), or
@@ -69,7 +62,7 @@ def check_latents(
     directions: Collection[str] = (),
     where: str = "latents",
 ) -> list[LatentKey]:
-    """Own latents as keys: indices within 0..n_latents-1 (not checked if None), labels resolved, no repetition."""
+    """Return listed latents as keys, labels resolved; refuse repetitions and indices from `n_latents` on (if known)."""
     if not entries:
         raise SteerbackError(f"{where}: no latent is named")
     keys = [_resolve(entry, labels, n_latents, directions, where) for entry in entries]
@@ -105,7 +98,7 @@ def _resolve(
 
 
 def _near(wanted: str, labels: Mapping[int, str]) -> str:
-    """Labels that resemble what was asked for, or what else to do."""
+    """Return labels that resemble `wanted`, or other advice."""
     import difflib
 
     if not labels:
@@ -118,7 +111,7 @@ def _near(wanted: str, labels: Mapping[int, str]) -> str:
 
 
 def _entries(text: str, labels: Mapping[int, str]) -> tuple[list[LatentKey], str]:
-    """The entries of a file or of a comma-separated list, and what to call it in messages."""
+    """Return the entries of a file or of a comma-separated list, and its name for messages."""
     path = Path(text).expanduser()
     try:
         is_file = path.is_file()

@@ -9,7 +9,7 @@ Every latent that is left out is counted under the filter that dropped it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from steerback.config import RunConfig, SelectionConfig
 from steerback.errors import SteerbackError
 from steerback.latents.concreteness import LOCAL_RATERS, Rater, abstract_labels, make_rater
-from steerback.latents.sampling import check_latents, sample_latents
-from steerback.records import LatentKey
+from steerback.latents.sampling import sample_latents
 
 TOP = 100
 """Latents dropped per prompt (specification, "Latent Filtering")."""
@@ -29,7 +28,7 @@ REFERENCE_SIZE = 65_536
 
 @dataclass(frozen=True, slots=True)
 class LatentSelection:
-    """Latents to steer with, ascending, and how many were left out by what."""
+    """Latents to steer with, ascending, and how many each filter left out."""
 
     chosen: tuple[int, ...]
     counts: Mapping[str, int] = field(default_factory=dict)
@@ -46,19 +45,16 @@ def select(
     peaks: NDArray[np.floating] | None,
     settings: SelectionConfig,
     seed: int = 42,
-    by: Mapping[int, float] | None = None,
     rater: Rater | None = None,
-    rate_at_most: int | None = None,
     labelled_only: bool = False,
 ) -> LatentSelection:
-    """Filter all latents of an SAE and draw `n`, stratified over index (or over `by`, such as log density).
+    """Filter all latents of an SAE and draw `n`, stratified over index.
 
     `peaks`: (n prompts, n_latents), for each prompt the maximum over the tokens of its unsteered responses, special
     and template tokens excluded; needed unless the relevance filter is off. A latent that is silent there is not dead:
     it may be exactly the off-topic one wanted, so `dead` comes from elsewhere. Latents without a label cannot be
-    rated: they stay, and are counted, unless `labelled_only`. `rate_at_most` limits the labels sent to a costly
-    rater to a stratified sample. Fewer than `n` are returned if no more are left; none left is an error that says
-    where they went.
+    rated: they stay, and are counted, unless `labelled_only`. Fewer than `n` are returned if no more are left; if none
+    is left, SteerbackError says which filter dropped them.
     """
     counts = {"all": n_latents}
     keep = np.ones(n_latents, dtype=bool)
@@ -73,44 +69,37 @@ def select(
     candidates = np.flatnonzero(keep).tolist()
     ratings: dict[int, float] = {}
     if settings.concreteness != "off" and labels:
-        candidates, ratings = _drop_abstract(candidates, labels, settings, rater, rate_at_most, seed, counts)
+        candidates, ratings = _drop_abstract(candidates, labels, settings, rater, counts)
     counts["candidates"] = len(candidates)
     counts["without label"] = sum(k not in labels for k in candidates)
     if not candidates:
-        told = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+        left_out = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
         raise SteerbackError(
-            f"no latent is left to steer with ({told}); loosen selection.* or name some with --latents"
+            f"no latent is left to steer with ({left_out}); loosen selection.* or name some with --latents"
         )
-    chosen = sample_latents(candidates, n, seed, by)
+    chosen = sample_latents(candidates, n, seed)
     counts["chosen"] = len(chosen)
     return LatentSelection(chosen, counts, ratings)
 
 
 def rating_model(config: RunConfig) -> str | None:
-    """The language model that a run asks how concrete labels are; None where it asks none."""
+    """Return the language model that a run asks how concrete labels are; None if it asks none."""
     chosen = config.selection
     chooses = config.latents is None and config.from_run is None and chosen.concreteness != "off"
     return chosen.rater if chooses and chosen.rater not in LOCAL_RATERS else None
 
 
-def check_own(
-    latents: Sequence[LatentKey], n_latents: int, labels: Mapping[int, str], directions: Collection[str] = ()
-) -> list[LatentKey]:
-    """The user's own latents as keys that exist; filters and sampling are skipped for them."""
-    return check_latents(latents, labels, n_latents, directions)
-
-
 def top_count(n_latents: int) -> int:
-    """How many latents a prompt excludes: 100, or 100 / 65,536 of a smaller SAE to the nearest integer, at least 1."""
+    """Return how many latents a prompt excludes: 100, or the nearest to 100 / 65,536 of a smaller SAE, at least 1."""
     if n_latents >= REFERENCE_SIZE:
         return TOP
     return max(1, (2 * TOP * n_latents + REFERENCE_SIZE) // (2 * REFERENCE_SIZE))
 
 
 def most_active(peaks: NDArray[np.floating], top: int | None = None) -> NDArray[np.bool_]:
-    """Mask (n latents,) of those among the `top` most active of any prompt. Silent latents are never among them.
+    """Return the mask (n latents,) of those among the `top` most active of any prompt.
 
-    Equal activations are taken in index order.
+    Silent latents are never among them; equal activations are taken in index order.
     """
     peaks = _checked(peaks)
     count = top_count(peaks.shape[1]) if top is None else top
@@ -122,7 +111,7 @@ def most_active(peaks: NDArray[np.floating], top: int | None = None) -> NDArray[
 
 
 def ever_active(peaks: NDArray[np.floating]) -> NDArray[np.bool_]:
-    """Mask (n latents,) of those that are not exactly 0 on every prompt."""
+    """Return the mask (n latents,) of those that are not exactly 0 on every prompt."""
     active: NDArray[np.bool_] = np.any(_checked(peaks) != 0, axis=0)
     return active
 
@@ -152,13 +141,8 @@ def _drop_abstract(
     labels: Mapping[int, str],
     settings: SelectionConfig,
     rater: Rater | None,
-    rate_at_most: int | None,
-    seed: int,
     counts: dict[str, int],
 ) -> tuple[list[int], dict[int, float]]:
-    if rate_at_most is not None and len(candidates) > rate_at_most:
-        counts["dropped: not rated"] = len(candidates) - rate_at_most
-        candidates = list(sample_latents(candidates, rate_at_most, seed))
     labelled = [k for k in candidates if k in labels]
     rated = (rater or make_rater(settings.rater)).rate([labels[k] for k in labelled])
     ratings = {k: r for k, r in zip(labelled, rated, strict=True) if r is not None}

@@ -1,4 +1,4 @@
-"""How well each latent tells two arms of texts apart, and what chance alone would give.
+"""Separation of two arms of texts by each latent, and its null distribution.
 
 Arrays of activations in, arrays of statistics out; columns are latents. Ranks are taken once, so that a permutation
 of labels costs one matrix product for all latents.
@@ -36,7 +36,7 @@ class Separation:
     mismatched_frequency: Floats
 
     def to_json(self) -> dict[str, list[float | None]]:
-        """Lists of plain numbers; None where a number is infinite."""
+        """Return lists of plain numbers; None for an infinite number."""
         return {
             f.name: [float(v) if np.isfinite(v) else None for v in getattr(self, f.name)] for f in fields(Separation)
         }
@@ -51,7 +51,7 @@ class NullDraws:
 
 
 def separation(matched: Array, mismatched: Array) -> Separation:
-    """Statistics of both arms, (n, k) and (m, k)."""
+    """Return the statistics of both arms, (n, k) and (m, k)."""
     arms: dict[str, Floats] = {}
     for name, arm in (("matched", matched), ("mismatched", mismatched)):
         x = np.asarray(arm, dtype=np.float64)
@@ -70,7 +70,7 @@ def separation(matched: Array, mismatched: Array) -> Separation:
 
 
 def ranks_of(matched: Array, mismatched: Array) -> Floats:
-    """Mid-ranks (1 to n + m) of both arms pooled, per latent: (n + m, k), matched texts first."""
+    """Return the mid-ranks (1 to n + m) of both arms pooled, per latent: (n + m, k), matched texts first."""
     from scipy.stats import rankdata
 
     pooled = np.concatenate([matched, mismatched])
@@ -83,7 +83,7 @@ def ranks_of(matched: Array, mismatched: Array) -> Floats:
 
 
 def auc_of(ranks: Floats, n: int) -> Floats:
-    """AUC per latent from `ranks_of` (n + m, k) with n matched texts, exact: 1 means that the arms do not overlap."""
+    """Return the exact AUC per latent from `ranks_of` (n + m, k) with n matched texts; 1: the arms do not overlap."""
     m = len(ranks) - n
     auc: Floats = (ranks[n:].sum(axis=0) - m * (m + 1) / 2) / (n * m)
     return auc
@@ -92,7 +92,7 @@ def auc_of(ranks: Floats, n: int) -> Floats:
 def null_counts(
     ranks: Floats, clusters: NDArray[np.int64], levels: Sequence[float], draws: int, seed: int
 ) -> NullDraws:
-    """Counts of latents at or above AUC `levels` when the labels of all texts of a cluster are swapped at random.
+    """Count latents at or above AUC `levels` when the labels of all texts of a cluster are swapped at random.
 
     `ranks`: (2n, k) from `ranks_of` with arms of n texts each; `clusters`: (n,), the prompt of each text. Within a
     cluster both arms hold the same responses, so swapping its labels leaves everything but the match in place.

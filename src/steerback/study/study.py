@@ -20,6 +20,7 @@ from steerback.judging import Maker, References, make_judge
 from steerback.judging.base import drain
 from steerback.latents import selection as choose
 from steerback.latents.concreteness import make_rater
+from steerback.latents.sampling import check_latents
 from steerback.records import Intervention, Latent, LatentKey, Trial
 from steerback.store.facts import BASELINE, CONFIG, ENGINE, LATENTS, Fact, Selection
 from steerback.store.ledger import Ledger, Row
@@ -144,7 +145,7 @@ class Study:
             keys: list[LatentKey] = [*self.target.directions()]
             counts: Mapping[str, Any] = {"directions of the target": len(keys)}
         elif self.config.latents is not None:
-            keys = choose.check_own(self.config.latents, self.target.n_latents, labels, self.target.directions())
+            keys = check_latents(self.config.latents, labels, self.target.n_latents, self.target.directions())
             counts = {"own list": len(keys)}
         else:
             peaks = await self._peaks() if self.config.selection.relevance != "off" else None
