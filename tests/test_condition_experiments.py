@@ -103,11 +103,11 @@ def test_meta_prompt_sets_and_lists(runs: Runs) -> None:
     from steerback.experiments import make_experiment
 
     four = make_experiment(authors("meta-prompts", ("x",))).variants()
-    assert four == ("dont-get-distracted", "distracted-with-label", "self-monitor", "resist-manipulation")
+    assert tuple(four) == ("dont-get-distracted", "distracted-with-label", "self-monitor", "resist-manipulation")
     chosen = specification("meta-prompts", ("x",)).model_copy(
         update={"options": {"variants": "self-monitor, stay-on-topic"}}
     )
-    assert make_experiment(chosen).variants() == ("self-monitor", "stay-on-topic")
+    assert tuple(make_experiment(chosen).variants()) == ("self-monitor", "stay-on-topic")
     with pytest.raises(SteerbackError, match=r"unknown meta-prompt 'shout'.*self-monitor"):
         runs.run("meta-prompts", "options.variants=shout", base="esr", name="never")
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from steerback.cli.options import RUNS, Budget, DryRun, NoCache, RunName, RunsFolder, add
+from steerback.errors import SteerbackError
 
 
 def register(app: typer.Typer) -> None:
@@ -23,6 +24,10 @@ def judge_command(
     rubric: Annotated[
         str, typer.Option(help="attempts, whole (recovery 0-10) or boundaries (of self-correction episodes).")
     ] = "attempts",
+    stage: Annotated[
+        str | None, typer.Option(help="Judge this stage alone, e.g. measure; default: all, measured trials first.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Judge at most this many responses, to try a judge.")] = None,
     retry_unscored: Annotated[bool, typer.Option("--retry-unscored", help="Ask again where it gave no score.")] = False,
     dry_run: DryRun = False,
     no_cache: NoCache = False,
@@ -35,14 +40,16 @@ def judge_command(
 
     folder = find_run(name, runs)
     if rubric != "attempts":
+        if stage is not None or limit is not None:
+            raise SteerbackError(f"--stage and --limit go with the attempts rubric; leave them out with {rubric}")
         return _grade(folder, judge, rubric, retry_unscored, dry_run, budget)
-    makers = budget.makers()
+    makers, scope = budget.makers(), execute.Scope(stage, limit, retry_unscored)
     with Run.read(folder) as opened:
-        print(judging_line(execute.to_judge(opened, makers.judge(judge), retry_unscored)))
+        print(judging_line(execute.to_judge(opened, makers.judge(judge), scope)))
     if dry_run:
         return None
     with execute.tools(not no_cache) as (progress, cache):
-        done = execute.judge_run(folder, judge, progress, cache, retry_unscored, makers)
+        done = execute.judge_run(folder, judge, progress, cache, scope, makers)
     with Run.read(folder) as opened:
         judged = [r.judgement for r in opened.ledger.rows(judge=judge) if r.judgement is not None]
     reasons = [j.reason if j.status == "unscored" else "" for j in judged]

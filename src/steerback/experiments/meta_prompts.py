@@ -6,16 +6,17 @@ The same latents, thresholds, prompts and seeds as the baseline, with a sentence
 from __future__ import annotations
 
 from collections.abc import Mapping
+from string import Formatter
 from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator, Field
 
 from steerback.config import RunConfig, Settings
 from steerback.data.prompts import AUTHORS_META_PROMPTS, META_PROMPTS
-from steerback.errors import unknown
+from steerback.errors import SteerbackError, unknown
 from steerback.experiments.base import Experiment
+from steerback.store.facts import BASELINE, MetaPromptSet
 from steerback.store.facts import META_PROMPTS as META_PROMPT_FACT
-from steerback.store.facts import MetaPromptSet
 from steerback.study.study import Study
 
 KNOWN = {**META_PROMPTS, **AUTHORS_META_PROMPTS}
@@ -23,17 +24,46 @@ SETS = {"specification": tuple(META_PROMPTS), "authors": tuple(AUTHORS_META_PROM
 
 
 def _named(value: object) -> object:
-    """The names that a text stands for: those of a set, or those between its commas."""
-    if not isinstance(value, str):
+    """Return the meta-prompts that `variants` names, with their texts where the user gives them (None: built in)."""
+    if isinstance(value, str):
+        value = SETS.get(value) or ([value] if "=" in value else [part.strip() for part in value.split(",")])
+    if not isinstance(value, list | tuple):
         return value
-    return list(SETS.get(value) or (part.strip() for part in value.split(",")))
+    pairs = [entry.partition("=") for entry in value if isinstance(entry, str)]
+    if len(pairs) != len(value):
+        raise ValueError("a list of meta-prompts holds names, or texts as NAME=TEXT")
+    return {name.strip(): text.strip() if sign else None for name, sign, text in pairs}
 
 
 class MetaPromptOptions(Settings):
     """Which meta-prompts are measured."""
 
-    variants: Annotated[list[str], BeforeValidator(_named)] = Field(list(SETS["specification"]))
-    """A set's name, or a list of names (also separated by commas)."""
+    variants: Annotated[dict[str, str | None], BeforeValidator(_named)] = Field(
+        default_factory=lambda: dict.fromkeys(SETS["specification"])
+    )
+    """A set's name, names separated by commas, or own texts: `{name: text}` or NAME=TEXT; `{label}` is the label."""
+
+
+def _checked(name: str, text: str | None) -> str:
+    """Return the text of a meta-prompt, built in or the user's own; an error says what is wrong with it."""
+    if text is None and name in KNOWN:
+        return KNOWN[name]
+    if text is None:
+        raise unknown("meta-prompt", name, (*SETS, *KNOWN, "a text of your own as NAME=TEXT"))
+    if not name or name == BASELINE or KNOWN.get(name, text) != text:
+        raise SteerbackError(f"meta-prompt {name!r}: give your own text a name that is not taken")
+    try:
+        places = {place for _, place, _, _ in Formatter().parse(text) if place is not None}
+        plain = text.format(label="x") if places <= {"label"} else ""
+    except (ValueError, AttributeError, KeyError, IndexError):
+        places, plain = {""}, ""
+    if places - {"label"}:
+        raise SteerbackError(
+            f"meta-prompt {name!r}: {{label}} is the only place its text can have; write {{{{ and }}}} for braces"
+        )
+    if not plain.strip():
+        raise SteerbackError(f"meta-prompt {name!r} is empty; write a sentence")
+    return text
 
 
 class MetaPrompts(Experiment[MetaPromptOptions]):
@@ -47,12 +77,9 @@ class MetaPrompts(Experiment[MetaPromptOptions]):
     def conditions(self, config: RunConfig) -> int:
         return 1 + len(self.variants())
 
-    def variants(self) -> tuple[str, ...]:
-        """Names of the meta-prompts."""
-        for name in self.options.variants:
-            if name not in KNOWN:
-                raise unknown("meta-prompt", name, (*SETS, *KNOWN))
-        return tuple(self.options.variants)
+    def variants(self) -> dict[str, str]:
+        """Texts of the meta-prompts by name."""
+        return {name: _checked(name, text) for name, text in self.options.variants.items()}
 
     async def run(self, study: Study) -> None:
         """The baseline, then every variant on the same cells; variants with the label need latents that have one."""
@@ -60,14 +87,18 @@ class MetaPrompts(Experiment[MetaPromptOptions]):
         cells, variants = await study.cells(), self.variants()
         labelled = [cell for cell in cells if cell.latent.label]
         chosen = MetaPromptSet(
-            variants={name: KNOWN[name] for name in variants},
+            variants={**variants},
             cells_without_label=len(cells) - len(labelled),
             parameters=study.target.parameters(),
         )
         study.run.ledger.put(study.name, META_PROMPT_FACT, chosen)
         trials = [
-            study.at(cell, name, meta_prompt=KNOWN[name].format(label=cell.latent.label))
-            for name in variants
-            for cell in (labelled if "{label}" in KNOWN[name] else cells)
+            study.at(cell, name, meta_prompt=text.format(label=cell.latent.label))
+            for name, text in variants.items()
+            for cell in (labelled if _uses_label(text) else cells)
         ]
         await study.measure("meta-prompts", trials)
+
+
+def _uses_label(text: str) -> bool:
+    return any(place == "label" for _, place, _, _ in Formatter().parse(text))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from steerback.analysis.base import Results
 from steerback.api import finish
 from steerback.config import RunConfig, Settings
 from steerback.data import paper_files
-from steerback.errors import SteerbackError
+from steerback.errors import SteerbackError, unknown
 from steerback.experiments import make_experiment
 from steerback.experiments.base import Experiment
 from steerback.figures import present
@@ -173,33 +174,57 @@ def analyse(
 
 
 @dataclass(frozen=True, slots=True)
+class Scope:
+    """Responses of a finished run that a judge is asked about: those of one stage (None: all), at most `limit`.
+
+    `retry` adds the responses that the judge left unscored before.
+    """
+
+    stage: str | None = None
+    limit: int | None = None
+    retry: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Judging:
-    """What a judge has to do in a run: rows per target, and what asking about them would take (None: nothing)."""
+    """The work of a judge in a run: rows by target, measured ones first, and what they would cost (None: nothing)."""
 
     judge: Judge
-    rows: Mapping[str, Sequence[Row]]
+    rows: Sequence[tuple[str, Sequence[Row]]]
     estimate: Spend | None
 
     @property
     def count(self) -> int:
-        return sum(map(len, self.rows.values()))
+        return sum(len(rows) for _, rows in self.rows)
 
 
-def to_judge(opened: Run, judge: Judge, retry: bool = False) -> Judging:
-    """The rows of a run that `judge` has no verdict about; with `retry` also those that it left unscored.
+def to_judge(opened: Run, judge: Judge, scope: Scope | None = None) -> Judging:
+    """Return the rows of a run that `judge` has no verdict about: measured trials of all targets, then other stages.
 
     Every scored stage counts, so that another judge's first scores stand beside the thresholds.
     """
-    rows = {
-        target: [
-            r
-            for r in opened.ledger.rows(target=target, judge=judge.name)
-            if r.trial.stage not in UNJUDGED and r.completion is not None and _open(r.judgement, retry)
-        ]
-        for target in dict.fromkeys([*opened.config.targets, *(name for name, _ in opened.ledger.conditions())])
-    }
-    valid = [judge_item(r) for own in rows.values() for r in own if r.valid_receipt]
-    return Judging(judge, rows, estimated(judge, valid))
+    scope = scope or Scope()
+    rows = opened.ledger.rows(judge=judge.name)
+    known = [stage for stage in dict.fromkeys(r.trial.stage for r in rows) if stage not in UNJUDGED]
+    if scope.stage is not None and scope.stage not in known:
+        raise unknown("stage", scope.stage, known)
+    todo = [
+        r
+        for r in rows
+        if r.trial.stage in ((scope.stage,) if scope.stage else known)
+        and r.completion is not None
+        and _open(r.judgement, scope.retry)
+    ]
+    targets = list(dict.fromkeys([*opened.config.targets, *(r.trial.target for r in rows)]))
+    todo.sort(key=lambda r: (r.trial.stage != "measure", targets.index(r.trial.target)))  # stable
+    todo = todo[: scope.limit]
+    valid = [judge_item(r) for r in todo if r.valid_receipt]
+    batches = [(target, [*batch]) for (_, target), batch in groupby(todo, _batch)]
+    return Judging(judge, batches, estimated(judge, valid))
+
+
+def _batch(row: Row) -> tuple[bool, str]:
+    return row.trial.stage == "measure", row.trial.target
 
 
 def judge_run(
@@ -207,30 +232,26 @@ def judge_run(
     name: str,
     progress: Progress | None = None,
     cache: Cache | None = None,
-    retry: bool = False,
+    scope: Scope | None = None,
     makers: Makers | None = None,
 ) -> int:
-    """Adds a judge's verdicts to a finished run; returns how many responses it judged.
-
-    `retry` asks again for what this judge left unscored. Nothing is judged twice.
-    """
+    """Add a judge's verdicts to a finished run and return how many responses it judged. Nothing is judged twice."""
     chosen = makers or Makers()
     with Run.reopen(folder) as opened:
-        return _judge_all(opened, chosen.judge(name), progress or Silent(), cache, chosen, retry)
+        return _judge_all(opened, chosen.judge(name), progress or Silent(), cache, chosen, scope)
 
 
 def _judge_all(
-    opened: Run, judge: Judge, progress: Progress, cache: Cache | None, makers: Makers, retry: bool = False
+    opened: Run, judge: Judge, progress: Progress, cache: Cache | None, makers: Makers, scope: Scope | None = None
 ) -> int:
-    work = to_judge(opened, judge, retry)
+    work = to_judge(opened, judge, scope)
     try:
-        for target, rows in work.rows.items():
-            if rows:
-                # an adapter is compared with its base's unsteered responses, as when it was measured
-                known = (opened.ledger.rows(t, "reference") for t in (target, target.rpartition("+")[0]))
-                judge.prepare(references(next(filter(None, known), []), _contexts(target, opened.config, makers)))
-                bench = Workbench(opened.ledger, None, judge, Sampling(), progress, cache)
-                finish(judge_rows(bench, rows, f"{target}: judging with {judge.name}"))
+        for target, rows in work.rows:
+            # an adapter is compared with its base's unsteered responses, as when it was measured
+            known = (opened.ledger.rows(t, "reference") for t in (target, target.rpartition("+")[0]))
+            judge.prepare(references(next(filter(None, known), []), _contexts(target, opened.config, makers)))
+            bench = Workbench(opened.ledger, None, judge, Sampling(), progress, cache)
+            finish(judge_rows(bench, rows, f"{target}: judging with {judge.name}"))
     finally:
         note_judge(opened, judge)
     return work.count

@@ -5,11 +5,13 @@ Knows names and environment variables; makes no call. Any model string of Inspec
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from steerback.errors import SteerbackError
 
@@ -118,18 +120,41 @@ def read_dotenv(path: Path = Path(".env"), environment: MutableMapping[str, str]
 
 def check_key(model: str, environment: Mapping[str, str] = os.environ) -> None:
     """Raises SteerbackError naming the variable where the key that `model` needs is missing."""
-    provider, _, rest = model.partition("/")
-    wanted = KEYS.get(provider, ())
+    provider, wanted = model.partition("/")[0], KEYS.get(model.partition("/")[0], ())
     if provider == "openai-api":
-        service = re.sub(r"\W", "_", rest.partition("/")[0]).upper()
+        service = _service(model)
         wanted = (f"{service}_API_KEY",)
-        if not environment.get(f"{service}_BASE_URL"):
+        address = environment.get(f"{service}_BASE_URL")
+        if not address:
             raise SteerbackError(f"judge {model}: set {service}_BASE_URL to the address of the service")
+        if is_near(address):
+            return
     if wanted and not any(environment.get(name) for name in wanted):
         others = f" (or {', '.join(wanted[1:])})" if len(wanted) > 1 else ""
         raise SteerbackError(
             f"judge {model}: no key; set {wanted[0]}{others} in the environment or a .env file, or use --judge offline"
         )
+
+
+def placeholder_key(model: str, environment: Mapping[str, str] = os.environ) -> str | None:
+    """Return a key for a server that needs none, as clients insist on one; None where there is a key or no server."""
+    if not model.startswith("openai-api/") or environment.get(f"{_service(model)}_API_KEY"):
+        return None
+    return "none" if is_near(environment.get(f"{_service(model)}_BASE_URL", "")) else None
+
+
+def is_near(address: str) -> bool:
+    """Whether a URL names this machine or one of a private network, whose servers need no key."""
+    host = urlsplit(address).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_private
+    except ValueError:
+        return bool(host) and ("." not in host or host.endswith(".local"))
+
+
+def _service(model: str) -> str:
+    """Return NAME of "openai-api/NAME/model" as its environment variables have it."""
+    return re.sub(r"\W", "_", model.split("/")[1]).upper()
 
 
 def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:

@@ -15,7 +15,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from steerback.errors import SteerbackError
-from steerback.judging.models import KEYS, Limits, check_key, default_temperature, price, read_dotenv, redact
+from steerback.judging.models import (
+    KEYS,
+    Limits,
+    check_key,
+    default_temperature,
+    placeholder_key,
+    price,
+    read_dotenv,
+    redact,
+)
 from steerback.judging.prompt import Query
 from steerback.records import Spend
 
@@ -182,7 +191,9 @@ class Transport:
             attempt_timeout=limits.attempt_timeout,
             batch=True if limits.batch else None,
         )
-        model = get_model(self.model, config=config, base_url=self.base_url, memoize=False, **self.model_args)
+        key = {"api_key": placeholder} if (placeholder := placeholder_key(self.model)) else {}
+        arguments = {**key, **self.model_args}
+        model = get_model(self.model, config=config, base_url=self.base_url, memoize=False, **arguments)
         waits = wait_exponential_jitter(initial=limits.first_wait, max=60.0, jitter=limits.first_wait)
         api: Any = model.api
         api.retry_wait = lambda: waits
