@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from steerback.analysis.cross_judge import analyse
 from steerback.config import RunConfig
 from steerback.errors import SteerbackError
 from steerback.experiments.cross_judge import gather
+from steerback.figures.cross_judge import agreement_table
 from steerback.jobs import execute
 from steerback.judging import Limits, References, make_judge
 from steerback.judging.base import JudgeItem
@@ -187,3 +189,29 @@ def test_one_judge_is_not_enough(run: Path) -> None:
     config = RunConfig(experiment="cross-judge", targets=("organism",))
     with Run.start(run.parent / "void", config) as opened, pytest.raises(SteerbackError, match="no judged trial"):
         gather(opened, [])
+
+
+def test_agreement_with_human_labels_comes_first_and_changes_no_other_number(run: Path, tmp_path: Path) -> None:
+    """Labels of the source run come along for the trials that were chosen; labellers rank no models."""
+    with Run.read(run) as opened:
+        before = analyse(opened.ledger, "offline", draws=100)
+    sources = [Path(shutil.copytree(run.parent / name, tmp_path / name)) for name in ("a", "b")]
+    with Run.reopen(sources[0]) as labelled:
+        rows = labelled.ledger.rows("organism", "measure", judge="offline")[:60]
+        verdicts = [(r.trial.key, replace(r.judgement, judge="human:ann")) for r in rows if r.judgement]
+        labelled.ledger.add_judgements(verdicts)
+    config = RunConfig(experiment="cross-judge", targets=("organism", "organism-s"), judge="offline", engine="scripted")
+    with Run.start(tmp_path / "cross", config) as opened:
+        gather(opened, sources, sample=240, minimum=60)
+        chosen = {r.trial.key.partition("@")[0] for r in opened.ledger.rows(stage="measure")}
+    execute.judge_run(tmp_path / "cross", "offline-bayes")
+    with Run.read(tmp_path / "cross") as opened:
+        found = analyse(opened.ledger, "offline", draws=100)
+    pair = found.with_labels["human:ann", "offline"]
+    assert pair.several.n == len(chosen & {key for key, _ in verdicts}) > 10
+    assert pair.several.value == 1.0  # the labels are the judge's own verdicts
+    table = agreement_table(found).shown
+    assert list(table["judges"]) == ["human:ann / offline", "human:ann / offline-bayes", "offline / offline-bayes"]
+    assert (found.judges, found.orders, found.weighted) == (before.judges, before.orders, before.weighted)
+    assert found.pairs == before.pairs
+    assert "human:ann / offline" in found.to_json()["labels"]  # type: ignore[operator]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from steerback.analysis.base import Results, outcomes_of, planted
 from steerback.errors import SteerbackError
 from steerback.metrics import Estimate, Summary, agreement, alpha, rank_correlation, summarize
-from steerback.store.facts import SAMPLE, JudgedSample
+from steerback.store.facts import HUMAN, SAMPLE, JudgedSample
 from steerback.store.ledger import Ledger, Row
 
 Floats = NDArray[np.float64]
@@ -31,12 +31,17 @@ class JudgePair:
 
 @dataclass(frozen=True, eq=False)
 class Compared(Results):
-    """Everything the figures and tables need. `first[judge]` are first scores (n responses), nan where unscored."""
+    """Everything the figures and tables need. `first[judge]` are first scores (n responses), nan where unscored.
+
+    `with_labels` has the pairs of a labeller with each judge, over the labelled responses. Labellers are not among
+    the judges: they see a sample that was drawn by another judge's verdicts, so their rates over it mean nothing.
+    """
 
     judges: Sequence[str]
     targets: Sequence[str]
     n: int
     pairs: Mapping[tuple[str, str], JudgePair]
+    with_labels: Mapping[tuple[str, str], JudgePair]
     alpha_several: Estimate
     alpha_first: Estimate
     summaries: Mapping[tuple[str, str], Summary]  # (judge, target)
@@ -59,6 +64,9 @@ class Compared(Results):
             "responses": self.n,
             "unscored": dict(self.unscored),
             "pairs": {f"{a} / {b}": {k: asdict(v) for k, v in vars(p).items()} for (a, b), p in self.pairs.items()},
+            "labels": {
+                f"{a} / {b}": {k: asdict(v) for k, v in vars(p).items()} for (a, b), p in self.with_labels.items()
+            },
             "alpha": {"several attempts": asdict(self.alpha_several), "first score": asdict(self.alpha_first)},
             "rates": {
                 judge: {
@@ -81,10 +89,11 @@ class Compared(Results):
 
 def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> Compared:
     """Agreement of every pair of judges, alpha over all, rates per judge and model, and the models' order."""
-    judges = ledger.judges()
+    labellers = [name for name in ledger.judges() if name.startswith(HUMAN)]
+    judges = [name for name in ledger.judges() if name not in labellers]
     if len(judges) < 2:
         raise SteerbackError(f"cross-judge needs two judges or more; this run has: {', '.join(judges) or 'none'}")
-    rows = {judge: ledger.rows(stage="measure", judge=judge) for judge in judges}
+    rows = {judge: ledger.rows(stage="measure", judge=judge) for judge in [*judges, *labellers]}
     plan = rows[judges[0]]
     targets = list(dict.fromkeys(r.trial.target for r in plan))
     cluster = np.unique([f"{r.trial.target}/{r.trial.latent}" for r in plan], return_inverse=True)[1]
@@ -115,6 +124,7 @@ def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> C
         targets=targets,
         n=len(plan),
         pairs=pairs,
+        with_labels={(a, b): _pair(seen[a], seen[b], cluster, draws) for a in labellers for b in judges},
         alpha_several=alpha(np.stack([seen[j][0] for j in judges]), cluster, "nominal", draws),
         alpha_first=alpha(np.stack([seen[j][2] for j in judges]), cluster, "interval", draws),
         summaries=summaries,

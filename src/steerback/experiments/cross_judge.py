@@ -21,7 +21,7 @@ from pydantic import Field
 from steerback.config import RunConfig, Settings
 from steerback.errors import SteerbackError
 from steerback.experiments.base import Experiment
-from steerback.store.facts import ENGINE, SAMPLE, JudgedSample, StratumWeights
+from steerback.store.facts import ENGINE, HUMAN, SAMPLE, JudgedSample, StratumWeights
 from steerback.store.ledger import Row
 from steerback.store.run import Run, stored_config
 from steerback.study.study import fact_of
@@ -109,6 +109,7 @@ def gather(opened: Run, sources: Sequence[Path], sample: int = SAMPLE_SIZE, mini
         )
         opened.ledger.put(target, SAMPLE, drawn)
     _copy(opened, [*kept, *chosen])
+    _copy_labels(opened, sources, chosen)
     return len(chosen)
 
 
@@ -131,6 +132,18 @@ def _copy(opened: Run, entries: Sequence[tuple[Row, str, Path]]) -> None:
     opened.ledger.add_trials(trials)
     opened.ledger.add_completions(completions)
     opened.ledger.add_judgements(judgements)
+
+
+def _copy_labels(opened: Run, sources: Sequence[Path], chosen: Sequence[tuple[Row, str, Path]]) -> None:
+    """Copy what people have said about the chosen trials in the runs they come from."""
+    for folder in sources:
+        with Run.read(folder) as source:
+            labellers = [name for name in source.ledger.judges() if name.startswith(HUMAN)]
+            keys = [row.trial.key for row, _, origin in chosen if origin == folder]
+            entries = [(r, "", folder) for name in labellers for r in source.ledger.rows(keys=keys, judge=name)]
+        opened.ledger.add_judgements(
+            (key, row.judgement) for key, (row, _, _) in _renamed(entries) if row.judgement is not None
+        )
 
 
 def _renamed(entries: Sequence[tuple[Row, str, Path]]) -> list[tuple[str, tuple[Row, str, Path]]]:

@@ -109,7 +109,7 @@ def _scatter(ax: Axes, results: Compared) -> None:
 
 
 def agreement_table(results: Compared) -> Table:
-    """One row per pair of judges."""
+    """One row per pair of judges, after the pairs of a labeller and a judge where there are human labels."""
     cells = [
         (
             f"{a} / {b}",
@@ -121,7 +121,7 @@ def agreement_table(results: Compared) -> Table:
             show(p.direction_kappa, rate=False),
             show(p.first, rate=False),
         )
-        for (a, b), p in results.pairs.items()
+        for (a, b), p in [*results.with_labels.items(), *results.pairs.items()]
     ]
     columns = ("judges", "n", "same count %", "kappa", "n multi", "same direction %", "its kappa", "first scores")
     caption = (
