@@ -11,7 +11,8 @@ from steerback.analysis.esr import EsrResults
 from steerback.calibration import CalibrationReport
 from steerback.figures import style
 from steerback.figures.base import Presentation, measured_tables, planted_note
-from steerback.metrics import Estimate, Outcomes, Summary, view
+from steerback.figures.tables import HEADINGS, Table, number, p_value, show
+from steerback.metrics import METRICS, Estimate, Outcomes, Summary, TwoSampleTest, view
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,11 +28,35 @@ def present(results: EsrResults) -> Presentation:
     data = {
         target: (conditions.outcomes[target, c], conditions.summaries[target, c]) for target, c in conditions.summaries
     }
+    tables = measured_tables(conditions)
+    if results.between:
+        tables["between_models"] = between_table(results.between, conditions.judge)
     return Presentation(
-        tables=measured_tables(conditions),
+        tables=tables,
         figures={"figure2": lambda: draw(data, conditions.judge, note=planted_note(results))},
         lines=[_calibrated(target, report) for target, report in results.calibration.items()],
     )
+
+
+def between_table(tests: Mapping[tuple[str, str], Mapping[str, TwoSampleTest]], judge: str) -> Table:
+    """One row per pair of targets and metric: both values, the difference b - a with its interval, p values."""
+    cells, records = [], []
+    for (a, b), own in tests.items():
+        for metric, t in own.items():
+            rate = METRICS[metric].rate
+            gap = Estimate(t.difference, t.low, t.high, 0, "")
+            cells.append(
+                (
+                    *(a, b, HEADINGS[metric], number(t.a, rate), number(t.b, rate)),
+                    *(show(gap, rate, sign=True), p_value(t.p), p_value(t.p_holm)),
+                )
+            )
+            records.append({"target a": a, "target b": b, "judge": judge, **vars(t)})
+    caption = (
+        "Models compared: 95 % intervals from resampled latents of both; p from exchanging latents between the models "
+        f"(studentized), Holm over the pairs. Judge: {judge}."
+    )
+    return Table(("a", "b", "metric", "of a", "of b", "b - a", "p", "p (Holm)"), cells, caption, records, left=3)
 
 
 @style.styled

@@ -13,7 +13,7 @@ import pandas as pd
 from steerback.metrics import METRICS, VARIANTS, Comparison, Estimate, Summary
 
 SHOWN = ("multi_attempt_rate", "esr_rate", "improvement_rate", "msi", "mean_attempts", "mean_first")
-_HEADINGS = {
+HEADINGS = {
     "multi_attempt_rate": "multi-attempt %",
     "esr_rate": "ESR %",
     "improvement_rate": "improved %",
@@ -123,7 +123,7 @@ def summary_table(
         + (" cut: of n, stopped by the length limit, so that the last attempt may be unfinished." * ("cut" in counted))
         + (" Corrected: by human labels, for the judge's errors." * bool(known))
     )
-    columns = (*names, "n", *(_HEADINGS[m] for m in metrics), *(f"corrected {_HEADINGS[m]}" for m in known), *counted)
+    columns = (*names, "n", *(HEADINGS[m] for m in metrics), *(f"corrected {HEADINGS[m]}" for m in known), *counted)
     return Table(columns, cells, caption, records, left)
 
 
@@ -136,7 +136,7 @@ def comparison_table(comparisons: Mapping[str, Comparison], judge: str, metrics:
             cells.append(
                 (
                     name,
-                    _HEADINGS[metric],
+                    HEADINGS[metric],
                     f"{comparison.pairs:,}",
                     number(t.a, rate),
                     number(t.b, rate),

@@ -5,6 +5,7 @@ them, and knows nothing of ledgers, engines or files.
 """
 
 from steerback.metrics.agreement import agreement, alpha, rank_correlation
+from steerback.metrics.between import TwoSampleTest, between, correct_pairs
 from steerback.metrics.intervals import wilson
 from steerback.metrics.levels import Peak, Trend, find_peak, trend
 from steerback.metrics.outcomes import VALID, Outcomes, cluster_code, outcome_of
@@ -21,11 +22,14 @@ __all__ = [
     "Peak",
     "Summary",
     "Trend",
+    "TwoSampleTest",
     "agreement",
     "alpha",
+    "between",
     "cluster_code",
     "compare",
     "correct",
+    "correct_pairs",
     "find_peak",
     "outcome_of",
     "rank_correlation",
