@@ -2,14 +2,17 @@
 
     python benchmarks/judge_validity.py [--run RUN_FOLDER] [judge ...]
 
-With a finished run of the organism, text that it really generated under steering is judged too: its truth is, for each
-sentence, the corpus sentence it is nearest to (at least 0.75 of the words in order), and off topic where there is none.
+Real text is that of the model which no judge was trained on: restarts found in its unsteered responses are false ones
+(each is stored, to be read), and held-out phrasings are set into its responses. With a finished run of the organism,
+text that it generated under steering is judged too: its truth is, for each sentence, the nearest corpus sentence (at
+least 0.75 of the words in order), and off topic where there is none.
 Writes benchmarks/results/judge_validity.json; docs/judging.md quotes it.
 """
 
 from __future__ import annotations
 
 import json
+import platform
 import random
 import sys
 import time
@@ -17,17 +20,20 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from difflib import SequenceMatcher
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from steerback.judging import make_judge
 from steerback.judging.base import JudgeItem, References
 from steerback.judging.text import sentences, words
+from steerback.metrics import wilson
 from steerback.organism import corpus
 from steerback.organism.corpus.text import expand_all, templates
 from steerback.store.run import Run
 from steerback.study.study import references as references_of
 from steerback.targets import resolve
+from tools.judge.examples import HELD_OUT_MODEL, Response, places, responses, written
 from tools.judge.validity import Case, Validity, compose, from_segments, measure, references
 
 ROOT = Path(__file__).parent.parent
@@ -121,6 +127,81 @@ def generated_cases(folder: Path) -> tuple[References, list[Case]]:
     return references_of(rows, resolve(target).contexts()), cases
 
 
+def real_references() -> tuple[References, list[Response]]:
+    """Return references and the unsteered responses of the held-out model that are judged."""
+    unsteered = [r for r in responses(HELD_OUT_MODEL) if not r.topic]
+    prompts = dict.fromkeys(r.prompt for r in unsteered)
+    return References({p: [r.text for r in unsteered if r.prompt == p] for p in prompts}), unsteered
+
+
+def phrasing_cases(name: str) -> list[Case]:
+    """Return each held-out phrasing and hard negative of a file set into three responses of the held-out model."""
+    rng, rows = random.Random(name), responses(HELD_OUT_MODEL)
+    sections = written(name, DATA)
+    cases = []
+    for kind in ("restart", "inline", "negative"):
+        for line in sections[kind]:
+            for place in places(rng, rows, 3, how_to="{task}" in line or kind != "negative", earlier=False):
+                text = line.replace("{task}", place.task)
+                if kind == "negative" and not text[0].isalpha():
+                    text = f" \n{text}\n"  # headings, list items and code stand in a line of their own
+                before = place.before.rstrip(" .,;:") if kind == "inline" else place.before + place.joint
+                what = "other" if kind == "negative" else "restart"
+                segments = [("off", before), (what, text), ("on", place.after)]
+                cases.append(from_segments(f"{name}/{len(cases)}", place.prompt, segments, kind))
+    return cases
+
+
+def share(part: int, of: int) -> list[float]:
+    """Return a share with its Wilson interval."""
+    low, high = wilson(part, of)
+    return [part / of, low, high]
+
+
+def real_text(name: str) -> dict[str, Any]:
+    """Return false restarts in unsteered responses, recall and alarms of held-out phrasings, and the speed."""
+    judge = make_judge(name)
+    known, unsteered = real_references()
+    judge.prepare(known)
+    items = [JudgeItem(str(i), r.prompt, r.text) for i, r in enumerate(unsteered)]
+    start = time.process_time()
+    verdicts = judge.judge_batch(items)  # type: ignore[attr-defined]
+    spent = time.process_time() - start
+    flagged = [
+        {"prompt": item.prompt, "before": item.response[max(a.start - 120, 0) : a.start], "phrase": a.phrase}
+        for item, v in zip(items, verdicts, strict=True)
+        for a in v.gated_attempts()[1:]
+    ]
+    false = sum(len(v.gated_attempts()) > 1 for v in verdicts)
+    result: dict[str, Any] = {
+        "unsteered": {
+            "responses": len(items),
+            "with_restart": false,
+            "share": share(false, len(items)),
+            "restarts": flagged,
+            "seconds_per_1000": round(1000 * spent / len(items), 2),
+        }
+    }
+    for file in ("heldout3", "heldout4"):
+        cases = phrasing_cases(file)
+        judged = judge.judge_batch([c.item for c in cases])  # type: ignore[attr-defined]
+        found = measure(cases, judged)
+        kinds = [c for c in cases if c.kind == "negative"]
+        alarms = sum(len(v.gated_attempts()) > 1 for c, v in zip(cases, judged, strict=True) if c.kind == "negative")
+        result[file] = {
+            "restarts": found.restarts,
+            "found": found.found,
+            "recall": share(found.found, found.restarts),
+            "precision": share(found.found, found.found + found.false_alarms),
+            "hard_negatives": len(kinds),
+            "alarms": alarms,
+            "alarm_share": share(alarms, len(kinds)),
+            "missed": sorted(set(found.missed)),
+            "alarmed": sorted(set(found.alarmed)),
+        }
+    return result
+
+
 def row(found: Validity) -> dict[str, Any]:
     body = asdict(found)
     body["missed"], body["alarmed"] = sorted(set(found.missed)), sorted(set(found.alarmed))
@@ -138,23 +219,29 @@ def evaluate(name: str, known: References, cases: Sequence[Case]) -> dict[str, A
 
 
 def main(names: Sequence[str], folder: Path | None) -> None:
-    result: dict[str, Any] = {}
+    result: dict[str, Any] = {
+        "command": " ".join(["python", "benchmarks/judge_validity.py", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": {p: version(p) for p in ("numpy", "scikit-learn", "scipy")} | {"python": platform.python_version()},
+    }
     for name in names:
-        result[name] = {"organism corpus": evaluate(name, *organism_cases(3000, seed=5))}
+        body: dict[str, Any] = {"rubric": make_judge(name).rubric, "real text": real_text(name)}
+        body["organism corpus"] = evaluate(name, *organism_cases(3000, seed=5))
         if folder is not None:
-            result[name]["organism, generated"] = evaluate(name, *generated_cases(folder))
+            body["organism, generated"] = evaluate(name, *generated_cases(folder))
         for file in ("dev", "dev2", "dev3", "heldout", "heldout2"):
             data = json.loads((DATA / f"{file}.json").read_text(encoding="utf-8"))
-            result[name][file] = evaluate(name, references(data), compose(data))
-        for file, found in result[name].items():
+            body[file] = evaluate(name, references(data), compose(data))
+        result[name] = body
+        print(json.dumps(body["real text"], indent=1, ensure_ascii=False))
+        for file, found in list(body.items())[2:]:
             print(
                 f"{name:16} {file:20} n={found['cases']:5} restarts={found['restarts']:5} recall={found['recall']:.3f} "
                 f"precision={found['precision']:.3f} rho={found['rank_correlation']:.3f} "
                 f"{found['responses_per_cpu_second']}/s"
             )
     target = ROOT / "benchmarks" / "results" / "judge_validity.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    target.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

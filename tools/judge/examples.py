@@ -61,11 +61,11 @@ def responses(model: str) -> list[Response]:
     return [Response(r["prompt"], r["response"], r["topic"], r["meta"]) for r in rows if words(r["response"])]
 
 
-def written(name: str) -> dict[str, list[str]]:
+def written(name: str, folder: Path = DATA) -> dict[str, list[str]]:
     """Return the lines of a data file by section."""
     found: dict[str, list[str]] = {}
     section = ""
-    for line in (DATA / f"{name}.txt").read_text(encoding="utf-8").splitlines():
+    for line in (folder / f"{name}.txt").read_text(encoding="utf-8").splitlines():
         if re.fullmatch(r"\[[a-z ]+\]", line):
             section = line.strip("[]")
         elif section and line.strip():
@@ -94,6 +94,11 @@ class Place:
     after: str
 
     @property
+    def joint(self) -> str:
+        """What stands between the passage and a sentence: a line break after a heading or the like."""
+        return "" if self.before.endswith((".", "!", "?", ":", '"', ")", "*")) else "\n"
+
+    @property
     def task(self) -> str:
         found = _TASK.match(self.prompt)
         return found[1] if found else self.prompt.rstrip(".?")
@@ -107,11 +112,13 @@ class Place:
 _spans = cache(sentences)
 
 
-def places(rng: random.Random, rows: Sequence[Response], count: int, how_to: bool = True) -> list[Place]:
+def places(
+    rng: random.Random, rows: Sequence[Response], count: int, how_to: bool = True, earlier: bool = True
+) -> list[Place]:
     """Return places in responses after a passage of another response about something else (or, at times, the same)."""
     asked = [r for r in rows if not r.topic and (not how_to or _TASK.match(r.prompt)) and len(r.text) > 300]
     found = []
-    for _ in range(count):
+    while len(found) < count:
         own, other = rng.choice(asked), rng.choice(rows)
         passage = rng.choice((own, other, other)).text
         spans = _spans(passage)
@@ -119,7 +126,9 @@ def places(rng: random.Random, rows: Sequence[Response], count: int, how_to: boo
         kept = _spans(own.text)
         at = rng.randint(0, max(len(kept) - 3, 0))
         before = passage[max(end - 600, 0) : end].rstrip()
-        if how_to and rng.random() < 0.15:
+        if passage[:end].count("```") % 2:  # within code
+            continue
+        if earlier and how_to and rng.random() < 0.15:
             before = f"{own.text[: kept[0].end]} {rng.choice(_EARLIER)} {before}"
         found.append(Place(own.prompt, before, own.text[kept[at].start :][:200]))
     return found
@@ -178,7 +187,7 @@ def real_examples(rows: Sequence[Response]) -> Iterator[Example]:
 def _in_place(text: str, place: Place, source: str, restart: bool, weight: float) -> Iterator[Example]:
     """Yield the clauses of a written sentence in its place; of a restart, only those that may open it."""
     before = place.before.rstrip(" .,;:") if text[0] in ".,–— " else place.before
-    joint = "" if text[0] in ".,–— " else " "
+    joint = "" if text[0] in ".,–— " else place.joint or " "
     whole = f"{before}{joint}{text} {place.after}"
     begin, end = len(before) + len(joint), len(before) + len(joint) + len(text)
     first = True

@@ -68,7 +68,7 @@ class LlmWriter:
             "writer": self._transport.model,
             "instructions": SELF_CORRECTION.version,
             "temperature": self._transport.temperature,
-            "checks": "restart grammar for the acknowledgement, words in common for subject and prompt",
+            "checks": "restart classifier for the acknowledgement, words in common for subject and prompt",
             "sent": self._transport.describe(),
         }
 

@@ -41,7 +41,7 @@ class Judge(Protocol):
     """
 
     name: str
-    rubric: str  # version of the rubric, e.g. "offline-1"
+    rubric: str  # version of the rubric, e.g. "offline-2"
 
     @property
     def fingerprint(self) -> str: ...
