@@ -149,3 +149,22 @@ def test_two_labellers_show_their_agreement_and_count_as_their_mean(folder: Path
         people = [run.ledger.rows(condition="baseline", judge=f"human:{n}") for n in ("ann", "ben")]
     mean = sum(len(r.attempts) > 1 for rows in people for r in rows) / 2 / (LATENTS * EACH)
     assert found["rates"]["baseline"]["multi_attempt_rate"]["corrected"]["value"] == pytest.approx(mean)
+
+
+def test_the_corrected_esr_rate_never_exceeds_the_corrected_multi_attempt_rate(tmp_path: Path) -> None:
+    """A labeller who contradicts the judge often, and a judge whose attempts do not all improve."""
+    for seed in range(5):
+        seen, truth = arms(seed, {"baseline": 0.3}, recall=0.6, floor=0.1)
+        run = make_run(tmp_path / f"run{seed}", seen, truth)
+        with Run.reopen(run) as opened:
+            rows = opened.ledger.rows()
+            opened.ledger.add_judgements(
+                (r.trial.key, verdict("other", i % 3 == 0, gain=40.0 if i % 2 else -20.0, text=r.judged_text))
+                for i, r in enumerate(rows)
+            )
+        label_all(run, tmp_path, 40, "ann", mistakes=12)
+        for judge in ("machine", "other", "human:ann"):
+            summary = campaign.reanalyse(run, judge, draws=100).summary
+            found = summary["targets"]["model"]["labels"]["rates"]["baseline"]  # type: ignore[index]
+            several, improved = (found[m]["corrected"]["value"] for m in ("multi_attempt_rate", "esr_rate"))
+            assert improved <= several + 1e-12

@@ -10,7 +10,7 @@ from pydantic import JsonValue
 
 from steerback import organism
 from steerback.analysis.labels import Key as Key
-from steerback.analysis.labels import Labelling, Place, labelling
+from steerback.analysis.labels import Labelling, LedgerPlace, labelling
 from steerback.metrics import Comparison, Outcomes, Summary, compare, correct, summarize
 from steerback.records import LatentKey, Trial
 from steerback.store.facts import BASELINE, PROVENANCE
@@ -116,7 +116,9 @@ def measured(
 
     `prepare` may drop or change a condition's rows before they are counted.
     """
-    places = {(target, condition): Place(target, stage, condition) for target, condition in ledger.conditions(stage)}
+    places = {
+        (target, condition): LedgerPlace(target, stage, condition) for target, condition in ledger.conditions(stage)
+    }
     outcomes = {
         key: outcomes_of(prepare(ledger.rows(place.target, stage, place.condition, judge)))
         for key, place in places.items()

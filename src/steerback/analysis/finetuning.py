@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from steerback.analysis.base import Key, Measured, Results, outcomes_of, paired, planted
-from steerback.analysis.labels import Place, labelling
+from steerback.analysis.labels import LedgerPlace, labelling
 from steerback.metrics import VALID, Estimate, Outcomes, Trend, trend
 from steerback.store.facts import ADAPTER, HELD_OUT, HELD_OUT_UNSTEERED, STEERED, UNSTEERED, Adapter
 from steerback.store.ledger import Ledger, Row
@@ -100,12 +100,12 @@ def by_mix(ledger: Ledger, judge: str, draws: int, adapters: Mapping[str, Adapte
     """All conditions as conditions of the base; each adapter's is compared with the base's of the same kind."""
     outcomes: dict[Key, Outcomes] = {}
     against: dict[Key, str] = {}
-    places: dict[Key, Place] = {}
+    places: dict[Key, LedgerPlace] = {}
     for target, condition in ledger.conditions():
         fact = adapters.get(target)
         base = target if fact is None else fact.base
         key = (base, condition_name(BASE if fact is None else fact.adapter, condition))
-        places[key] = Place(target, "measure", condition)
+        places[key] = LedgerPlace(target, "measure", condition)
         outcomes[key] = outcomes_of(ledger.rows(target, "measure", condition, judge))
         if fact is not None:
             against[key] = condition_name(BASE, condition)

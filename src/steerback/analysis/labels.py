@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import combinations
 
 import numpy as np
@@ -32,7 +33,7 @@ Prepare = Callable[[Sequence[Row]], Sequence[Row]]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class LedgerPlace:
     """Where the rows of a condition stand in the ledger."""
 
     target: str
@@ -95,10 +96,57 @@ class Labelling:
         }
 
 
+@dataclass(frozen=True, eq=False)
+class _LabelledRows:
+    """The rows of the labelled conditions, as each judge and each labeller sees them.
+
+    `places` are the conditions by the names they are shown under, `drawn_by` the judge that made the strata, by target.
+    """
+
+    ledger: Ledger
+    places: Mapping[Key, LedgerPlace]
+    labellers: Sequence[str]
+    drawn_by: Mapping[str, str]
+    prepare: Prepare
+
+    @cached_property
+    def people(self) -> dict[Key, list[dict[str, Row]]]:
+        """The rows of each labeller."""
+        return {key: [self.read(name, place) for name in self.labellers] for key, place in self.places.items()}
+
+    @cached_property
+    def strata(self) -> dict[Key, dict[str, Row]]:
+        """The rows by which the sample was drawn: `prepare` leaves trials out, but no trial changes its stratum."""
+        found = {}
+        for key, place in self.places.items():
+            judge = self.drawn_by[place.target]
+            counted = self.read(judge, place)
+            rows = self.ledger.rows(place.target, place.stage, place.condition, judge)
+            found[key] = {r.trial.key: r for r in rows if r.trial.key in counted}
+        return found
+
+    def read(self, name: str, place: LedgerPlace) -> dict[str, Row]:
+        """A condition's rows with the verdicts of one judge, by trial key."""
+        rows = self.ledger.rows(place.target, place.stage, place.condition, name)
+        return {r.trial.key: r for r in self.prepare(rows)}
+
+    def trials(self, name: str) -> dict[str, dict[Key, LabelledTrials]]:
+        """The trials of every condition, by metric, with the verdicts of judge `name`."""
+        found: dict[str, dict[Key, LabelledTrials]] = {metric: {} for metric in CORRECTED}
+        for key, place in self.places.items():
+            if name in self.labellers:
+                judged, people = {}, [self.people[key][self.labellers.index(name)]]
+            else:
+                judged, people = self.read(name, place), self.people[key]
+            for metric in CORRECTED:
+                found[metric][key] = _trials(self.strata[key], judged, people, metric)
+        return found
+
+
 def labelling(
     ledger: Ledger,
     judge: str,
-    places: Mapping[Key, Place],
+    places: Mapping[Key, LedgerPlace],
     against: Mapping[Key, str],
     draws: int,
     prepare: Prepare = lambda rows: rows,
@@ -112,70 +160,46 @@ def labelling(
     labelled = {key: place for key, place in places.items() if place.target in drawn_by}
     if not labellers or not labelled:
         return None
-
-    def read(name: str, place: Place) -> dict[str, Row]:
-        rows = ledger.rows(place.target, place.stage, place.condition, name)
-        return {r.trial.key: r for r in prepare(rows)}
-
-    def stratifying(place: Place) -> dict[str, Row]:
-        # as the sample was drawn: `prepare` leaves trials out, but does not change the stratum of the others
-        judge = drawn_by[place.target]
-        rows = ledger.rows(place.target, place.stage, place.condition, judge)
-        counted = read(judge, place)
-        return {r.trial.key: r for r in rows if r.trial.key in counted}
-
-    people = {key: [read(name, place) for name in labellers] for key, place in labelled.items()}
-    strata = {key: stratifying(place) for key, place in labelled.items()}
-
-    def trials(name: str, metric: str) -> dict[Key, LabelledTrials]:
-        human = name in labellers
-        return {
-            key: _trials(
-                strata[key],
-                {} if human else read(name, place),
-                [people[key][labellers.index(name)]] if human else people[key],
-                metric,
-            )
-            for key, place in labelled.items()
-        }
-
+    rows = _LabelledRows(ledger, labelled, labellers, drawn_by, prepare)
     machines = [name for name in ledger.judges() if name not in labellers]
-    of_judge = {metric: trials(judge, metric) for metric in CORRECTED}
-    qualities = {}
-    for name in machines:
-        several = of_judge["multi_attempt_rate"] if name == judge else trials(name, "multi_attempt_rate")
-        for target in dict.fromkeys(t for t, _ in labelled):
-            qualities[target, name] = judge_quality([x for (t, _), x in several.items() if t == target])
-    everything = [r for key in labelled for r in strata[key].values()]
-    verdicts = [
-        np.array([_verdict(people[key][i].get(k)) for key in labelled for k in strata[key]]).T
-        for i in range(len(labellers))
-    ]
-    cluster = np.unique([f"{r.trial.target}/{r.trial.latent}" for r in everything], return_inverse=True)[1]
-    several_people = len(labellers) > 1
+    trials = {name: rows.trials(name) for name in dict.fromkeys([judge, *machines])}
+    compared = {key: (key[0], other) for key, other in against.items() if {key, (key[0], other)} <= set(labelled)}
+    pairs, alpha_several, alpha_first = _agreement(rows, draws)
     return Labelling(
         judge=judge,
         labellers=labellers,
-        rates={
-            key: {metric: _rate(of_judge[metric], key, judge not in labellers) for metric in CORRECTED}
-            for key in labelled
-        },
+        rates={key: {m: _rate(trials[judge][m], key, judge not in labellers) for m in CORRECTED} for key in labelled},
         differences={
-            key: {
-                metric: corrected_difference(of_judge[metric][key[0], other], of_judge[metric][key])
-                for metric in CORRECTED
-            }
-            for key, other in against.items()
-            if key in labelled and (key[0], other) in labelled
+            key: {m: corrected_difference(trials[judge][m][other], trials[judge][m][key]) for m in CORRECTED}
+            for key, other in compared.items()
         },
-        judges=qualities,
-        agreement=[
-            LabellerAgreement(labellers[i], labellers[j], agreement(verdicts[i][0], verdicts[j][0], cluster, draws))
-            for i, j in combinations(range(len(labellers)), 2)
-        ],
-        alpha_several=alpha(np.stack([v[0] for v in verdicts]), cluster, "nominal", draws) if several_people else None,
-        alpha_first=alpha(np.stack([v[1] for v in verdicts]), cluster, "interval", draws) if several_people else None,
+        judges={
+            (target, name): judge_quality(
+                [x for (t, _), x in trials[name]["multi_attempt_rate"].items() if t == target]
+            )
+            for name in machines
+            for target in dict.fromkeys(t for t, _ in labelled)
+        },
+        agreement=pairs,
+        alpha_several=alpha_several,
+        alpha_first=alpha_first,
     )
+
+
+def _agreement(rows: _LabelledRows, draws: int) -> tuple[list[LabellerAgreement], Estimate | None, Estimate | None]:
+    """Agreement of each pair of labellers, and alpha over all on several attempts and on first scores."""
+    names = rows.labellers
+    if len(names) < 2:
+        return [], None, None
+    drawn = [(key, trial, row.trial) for key, own in rows.strata.items() for trial, row in own.items()]
+    cluster = np.unique([f"{t.target}/{t.latent}" for _, _, t in drawn], return_inverse=True)[1]
+    seen = np.array([[_verdict(rows.people[key][i].get(trial)) for key, trial, _ in drawn] for i in range(len(names))])
+    several, first = seen[:, :, 0], seen[:, :, 1]
+    pairs = [
+        LabellerAgreement(names[i], names[j], agreement(several[i], several[j], cluster, draws))
+        for i, j in combinations(range(len(names)), 2)
+    ]
+    return pairs, alpha(several, cluster, "nominal", draws), alpha(first, cluster, "interval", draws)
 
 
 def _rate(conditions: Mapping[Key, LabelledTrials], key: Key, judged: bool) -> CorrectedRate:
@@ -208,8 +232,10 @@ def _trials(
         given = [_event(p[key], metric) for p in people if key in p and p[key].attempts]
         truth = float(np.mean(given)) if given else np.nan
         verdict = _event(row, metric) if judged else False
-        table.append((cluster_code(row.trial.latent), len(stratum.attempts) > 1, verdict, truth))
-    columns = zip(*table, strict=True) if table else [()] * 4
+        # the same cells for all metrics, so that no corrected ESR rate exceeds the corrected multi-attempt rate
+        cell = 1 + (len(row.attempts) > 1) + row.is_episode if judged else 0
+        table.append((cluster_code(row.trial.latent), len(stratum.attempts) > 1, verdict, truth, cell))
+    columns = zip(*table, strict=True) if table else [()] * 5
     return LabelledTrials.of(*columns)
 
 

@@ -33,22 +33,27 @@ class LabelledTrials:
     """The trials of one condition, of which some are labelled; every array of shape (n,).
 
     `cluster` is a code of the latent, `stratum` that of the stratum the labels were drawn from, `verdict` the judge's
-    yes or no. `truth` is the label, 0 to 1 (between: labellers differ), nan where there is none.
+    yes or no. `truth` is the label, 0 to 1 (between: labellers differ), nan where there is none. `cell` divides the
+    strata further, by anything that is known of all trials, such as another verdict of the judge.
     """
 
     cluster: Codes
     stratum: Codes
     verdict: Flags
     truth: Floats
+    cell: Codes
 
     @staticmethod
-    def of(cluster: ArrayLike, stratum: ArrayLike, verdict: ArrayLike, truth: ArrayLike) -> LabelledTrials:
-        """Labelled trials from any array-like columns."""
+    def of(
+        cluster: ArrayLike, stratum: ArrayLike, verdict: ArrayLike, truth: ArrayLike, cell: ArrayLike | None = None
+    ) -> LabelledTrials:
+        """Labelled trials from any array-like columns; without `cell`, strata are divided by the verdict alone."""
         return LabelledTrials(
             np.asarray(cluster, dtype=np.int64),
             np.asarray(stratum, dtype=np.int64),
             np.asarray(verdict, dtype=np.bool_),
             np.asarray(truth, dtype=np.float64),
+            np.asarray(verdict if cell is None else cell, dtype=np.int64),
         )
 
     def __len__(self) -> int:
@@ -72,14 +77,14 @@ class LabelledTrials:
 
     @cached_property
     def cells(self) -> Cells:
-        """The trials counted by stratum and verdict."""
-        pairs = np.stack([self.stratum, self.verdict.astype(np.int64)], axis=1)
-        kinds, code = np.unique(pairs, axis=0, return_inverse=True)
+        """The trials counted by stratum, cell and verdict."""
+        columns = np.stack([self.stratum, self.cell, self.verdict.astype(np.int64)], axis=1)
+        kinds, code = np.unique(columns, axis=0, return_inverse=True)
         code = code.reshape(-1)
         known = np.isfinite(self.truth)
         k = len(kinds)
         return Cells(
-            verdict=kinds[:, 1].astype(np.bool_),
+            verdict=kinds[:, 2].astype(np.bool_),
             size=np.bincount(code, minlength=k).astype(np.float64),
             labelled=np.bincount(code[known], minlength=k).astype(np.float64),
             true=np.bincount(code[known], weights=self.truth[known], minlength=k).astype(np.float64),
@@ -89,7 +94,7 @@ class LabelledTrials:
 
 @dataclass(frozen=True, eq=False)
 class Cells:
-    """Trials counted by stratum and verdict, every array of shape (k,): their number, those labelled and those true.
+    """Numbers of trials, labelled and true ones by stratum, cell and verdict, every array of shape (k,).
 
     `of_trial` is the cell of each trial.
     """
