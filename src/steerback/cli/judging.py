@@ -36,6 +36,7 @@ def judge_command(
     """Add a judge's verdicts to a finished run."""
     from steerback.jobs import execute
     from steerback.jobs.estimate import judging_line, spent_lines, unscored_lines
+    from steerback.judging.llm import lacking
     from steerback.store.run import Run, find_run
 
     folder = find_run(name, runs)
@@ -43,9 +44,11 @@ def judge_command(
         if stage is not None or limit is not None:
             raise SteerbackError(f"--stage and --limit go with the attempts rubric; leave them out with {rubric}")
         return _grade(folder, judge, rubric, retry_unscored, dry_run, budget)
-    makers, scope = budget.makers(), execute.Scope(stage, limit, retry_unscored)
+    makers, scope = budget.makers(dry_run), execute.Scope(stage, limit, retry_unscored)
     with Run.read(folder) as opened:
         print(judging_line(execute.to_judge(opened, makers.judge(judge), scope)))
+    for line in lacking(makers.judge(judge)):
+        print(line)
     if dry_run:
         return None
     with execute.tools(not no_cache) as (progress, cache):
@@ -64,7 +67,7 @@ def _grade(folder: Path, judge: str, rubric: str, retry: bool, dry_run: bool, bu
     from steerback.jobs.estimate import spent_lines, unscored_lines
     from steerback.store.run import Run
 
-    grader = grading.Grader(judge, rubric, budget.limits())
+    grader = grading.Grader(judge, rubric, budget.limits(dry_run))
     with Run.read(folder) as opened:
         work = grader.todo(opened, retry)
     taken = "" if work.estimate is None else f": about {work.estimate}"

@@ -139,7 +139,7 @@ def auto(
     from steerback.targets import resolve
 
     chosen = resolve(target).with_directions(())
-    asked = None if judge in (None, "offline") else _transport(str(judge), budget)
+    asked = None if judge in (None, "offline") else _transport(str(judge), budget, dry_run)
     wanted = _wanted(chosen, latents, overwrite)
     own = read_texts(texts) if texts is not None else usual_texts(chosen)
     with load_target(chosen, "transformers") as loaded:
@@ -165,14 +165,14 @@ def auto(
         _report(_store(chosen, labels, source, overwrite, "labels auto"), chosen)
 
 
-def _transport(judge: str, budget: Budget) -> Transport:
+def _transport(judge: str, budget: Budget, dry_run: bool) -> Transport:
     from steerback.judging.models import aliases, model_string
     from steerback.judging.transport import Transport
 
     model = model_string(judge)
     if model is None:
         raise unknown("judge", judge, ["offline", *(a.alias for a in aliases()), "any provider/model"])
-    return Transport(model, budget.limits())
+    return Transport(model, budget.limits(dry_run))
 
 
 def _wanted(target: Target, latents: str | None, overwrite: bool) -> set[int]:

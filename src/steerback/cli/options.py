@@ -67,17 +67,22 @@ class Budget:
         bool, typer.Option("--judge-batch", help="Use the provider's batches: slower, half the price.")
     ] = False
 
-    def limits(self) -> Limits:
+    def limits(self, estimate_only: bool = False) -> Limits:
         from steerback.judging import Limits
 
-        return Limits(self.max_judge_calls, self.max_judge_cost, self.judge_price, self.judge_batch)
+        return Limits(
+            self.max_judge_calls, self.max_judge_cost, self.judge_price, self.judge_batch, estimate_only=estimate_only
+        )
 
-    def makers(self) -> Makers:
-        """Return the makers of this command's run; each judge has the budget for all that the command does."""
+    def makers(self, estimate_only: bool = False) -> Makers:
+        """Return the makers of this command's run; each judge has the budget for all that the command does.
+
+        `estimate_only` makes judges that need no key, as nothing is asked.
+        """
         from steerback.jobs.check import Makers
         from steerback.judging import judge_maker
 
-        return Makers(judge=judge_maker(self.limits()))
+        return Makers(judge=judge_maker(self.limits(estimate_only)))
 
 
 @dataclass(frozen=True)

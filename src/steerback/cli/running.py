@@ -78,7 +78,7 @@ def run_command(
     if concreteness_threshold is not None:
         overrides["selection"] = {"concreteness": "threshold", "concreteness_threshold": concreteness_threshold}
     config = setup.build(experiment, targets, overrides, base)
-    _go(check(config, budget.makers()), _folder(runs, name, config), dry_run, no_cache)
+    _go(check(config, budget.makers(dry_run)), _folder(runs, name, config), dry_run, no_cache)
 
 
 def _base(names: Sequence[str], runs: Path) -> tuple[str, RunConfig] | None:
@@ -136,7 +136,7 @@ def cross_judge(
     options = {"sources": [str(f) for f in folders], "judges": chosen or None, "sample": sample}
     given = {"options": {key: value for key, value in options.items() if value is not None}}
     config = setup.build("cross-judge", targets, given)
-    _go(check(config, budget.makers()), _folder(runs, name, config), dry_run, no_cache)
+    _go(check(config, budget.makers(dry_run)), _folder(runs, name, config), dry_run, no_cache)
 
 
 def paper(
@@ -157,7 +157,7 @@ def paper(
 
     new_run(f"{name}-results", runs)  # refuses a name that is no file name
     common, options = own_options(setup.settings or ())
-    makers = budget.makers()
+    makers = budget.makers(dry_run)
     first = campaign.resolved(setup.build("esr", tuple(target), settings=tuple(common)), makers)
     steps = plan(first, runs, name, only or (), skip or (), options)
     for line in campaign.plan_lines(steps, makers):

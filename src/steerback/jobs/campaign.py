@@ -16,6 +16,7 @@ from steerback.jobs import execute
 from steerback.jobs.check import Makers, check
 from steerback.jobs.estimate import judge_estimate, of_experiment, response_tokens
 from steerback.jobs.execute import Analysis
+from steerback.judging.llm import lacking
 from steerback.paper.published import compare_published, comparison
 from steerback.store.files import make_folder, write_atomic
 from steerback.store.run import Run, stored_config
@@ -63,8 +64,9 @@ def plan_lines(steps: Sequence[Step], makers: Makers | None = None) -> list[str]
     )
     longest = max(response_tokens(job.config, target) for _, job in jobs for target in job.targets)
     for name, n in verdicts.items():
-        asked_for = judge_estimate((makers or Makers()).judge(name), n, longest)
-        lines += [] if asked_for is None else [f"judge {name}: at most {asked_for}"]
+        judge = (makers or Makers()).judge(name)
+        asked_for = judge_estimate(judge, n, longest)
+        lines += [] if asked_for is None else [f"judge {name}: at most {asked_for}", *lacking(judge)]
     return lines
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from steerback.config import RunConfig
 from steerback.judging.base import Judge, JudgeItem, estimated
 from steerback.judging.graders import LLMRater
+from steerback.judging.llm import lacking
 from steerback.latents.concreteness import make_rater
 from steerback.latents.selection import rating_model
 from steerback.records import Spend
@@ -71,7 +72,9 @@ def plan_lines(job: PreparedRun, folder: Path) -> list[str]:
         lines.append(f"  {target.name}: {_fits(target)}")
         lines += [] if asked is None else [f"  {target.name}: judge {config.judge}: at most {asked}"]
         lines += _rating(job, target)
-    return lines if job.experiment.generates else lines + _collecting(job)
+    if not job.experiment.generates:
+        lines += _collecting(job)
+    return lines + [line for name in job.experiment.judges(config) for line in lacking(job.makers.judge(name))]
 
 
 def _rating(job: PreparedRun, target: Target) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 
 from steerback.judging.asking import Answer, Asker
-from steerback.judging.base import JudgeItem, References
+from steerback.judging.base import Judge, JudgeItem, References
 from steerback.judging.graders import ATTEMPTS
 from steerback.judging.transport import Transport
 from steerback.records import Attempt, Judgement, Spend
@@ -65,3 +65,8 @@ def judgement(answer: Answer[tuple[Attempt, ...]], judge: str) -> Judgement:
     if not answer.value:
         return Judgement(judge, version, "empty", reason="a clarifying question, says the judge", raw=answer.raw)
     return Judgement(judge, version, "scored", answer.value, raw=answer.raw)
+
+
+def lacking(judge: Judge) -> list[str]:
+    """Return what a judge that was made for estimates lacks before it can be asked, as lines to print."""
+    return [f"note: {judge.transport.missing}"] if isinstance(judge, LLMJudge) and judge.transport.missing else []

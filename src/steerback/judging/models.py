@@ -39,6 +39,7 @@ class Limits:
     max_retries: int = 4
     attempt_timeout: int = 120  # seconds
     first_wait: float = 3.0  # seconds before the first retry, doubled each time
+    estimate_only: bool = False  # nothing will be asked, so no key is needed
     ask_again: int = 0  # how often a question is repeated of whose reply nothing can be read
 
     def __post_init__(self) -> None:

@@ -46,7 +46,10 @@ class Reply:
 
 @dataclass
 class Transport:
-    """One model, asked many times. `temperature` None: the provider's own; describe() tells what was really sent."""
+    """One model, asked many times. `temperature` None: the provider's own; describe() tells what was really sent.
+
+    `missing` says what a transport for estimates alone lacks to be asked, such as a key.
+    """
 
     model: str
     limits: Limits = field(default_factory=Limits)
@@ -55,10 +58,16 @@ class Transport:
     model_args: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        read_dotenv()
-        if not self.base_url or not self.model_args.get("api_key"):
-            check_key(self.model)
-        require_inspect(self.model)
+        self.missing = ""
+        try:
+            read_dotenv()
+            if not self.base_url or not self.model_args.get("api_key"):
+                check_key(self.model)
+            require_inspect(self.model)
+        except SteerbackError as error:
+            if not self.limits.estimate_only:
+                raise
+            self.missing = str(error)
         check_provider(self.model)
         if default_temperature(self.model) is None:
             self.temperature = None
@@ -243,9 +252,11 @@ def require_inspect(model: str) -> None:
 
 def check_provider(model: str) -> None:
     """Raise SteerbackError with the known providers where Inspect AI does not have the provider of `model`."""
+    from importlib.util import find_spec
+
     provider = model.partition("/")[0]
-    if provider in KEYS or provider == "openai-api":
-        return  # known without a slow import
+    if provider in KEYS or provider == "openai-api" or find_spec("inspect_ai") is None:
+        return  # known without a slow import, or there is nobody to ask
     import inspect_ai.model  # noqa: F401  registers the providers
     from inspect_ai._util.registry import registry_find, registry_info, registry_unqualified_name
 

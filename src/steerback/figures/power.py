@@ -1,0 +1,50 @@
+"""A plan of a study: its table, the lines that say what it assumes, and power against the number of latents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from steerback.figures import style
+from steerback.figures.tables import Table, number
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from steerback.metrics.power import Effect
+
+Curve = tuple[str, int, int, float]
+"""(question, trials per latent, latents, power)."""
+
+
+@style.styled
+def draw(curves: Sequence[Curve], effect: Effect, power: float, target: str) -> Figure:
+    """One panel per question, one curve per number of trials."""
+    caption = (
+        f"Simulated power for {target}: multi-attempt rate {effect.rate:.2%}, floor {effect.floor:.2%}, drop "
+        f"{effect.drop:.0%}, ICC {effect.icc:.3f}; latents are clusters. Dotted: power {power:g}."
+    )
+    questions = list(dict.fromkeys(curve[0] for curve in curves))
+    fig, drawing = style.new_figure("full", 2.4, caption)
+    axes = drawing.subplots(1, max(len(questions), 1), sharey=True, squeeze=False)[0]
+    for ax, question in zip(axes, questions, strict=False):
+        for i, trials in enumerate(dict.fromkeys(curve[1] for curve in curves)):
+            points = [(latents, p) for q, t, latents, p in curves if (q, t) == (question, trials)]
+            ax.plot(*zip(*points, strict=True), marker="o", color=style.PALETTE[i], label=f"{trials} trials per latent")
+        ax.axhline(power, color=style.GREY, linewidth=0.8, linestyle=":")
+        ax.set_title(question, loc="left")
+        ax.set_xscale("log")
+        ax.set_xlabel("latents")
+    axes[0].set_ylabel("power")
+    axes[0].set_ylim(0, 1.03)
+    axes[0].legend(loc="lower right")
+    return fig
+
+
+def curve_table(curves: Sequence[Curve], effect: Effect) -> Table:
+    """The numbers behind the figure."""
+    columns = ("question", "trials per latent", "latents", "power")
+    records = [dict(zip(columns, curve, strict=True)) | asdict(effect) for curve in curves]
+    cells = [(q, str(trials), str(latents), number(power)) for q, trials, latents, power in curves]
+    return Table(columns, cells, records=records)

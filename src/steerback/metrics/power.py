@@ -1,0 +1,171 @@
+"""Power by simulation: how often a study of a given size detects a rate above the judge's floor, or a drop of it.
+
+Latents are clusters: their rates are Beta with the stated mean and intra-cluster correlation (ICC). The tests are those
+of the package in forms that are fast where every latent has equally many trials: `sign_flip_p` is the exact limit of
+`paired.swap_test`, `exchange_p` the one-sided exchange of whole clusters between steered and unsteered responses.
+Knows arrays only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TypeVar
+
+import numpy as np
+
+from steerback.metrics.intervals import ALPHA, ICC, PRIOR_EVENTS, Codes, Floats
+
+Item = TypeVar("Item")
+SIMULATIONS = 1000
+EXCHANGES = 999
+LATENTS = tuple(sorted({int(round(n, -1 if n > 100 else 0)) for n in np.geomspace(5, 3000, 60).tolist()}))
+"""Numbers of latents that a search goes through."""
+RATES = tuple(round(float(x), 4) for x in np.geomspace(0.002, 0.5, 25))
+DROPS = tuple(round(x / 20, 2) for x in range(1, 21))
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What is to be detected: a multi-attempt `rate` above `floor`, or a relative `drop` of it in a paired condition.
+
+    A pair shares its latent's rate and is independent otherwise. Unsteered responses are taken as independent.
+    """
+
+    rate: float
+    drop: float = 0.5
+    icc: float = ICC
+    floor: float = 0.0
+
+
+@dataclass(frozen=True)
+class Design:
+    """Size of a study; `floor_responses` unsteered responses are judged beside the steered ones."""
+
+    latents: int
+    trials: int
+    floor_responses: int = 0
+
+    @property
+    def measured(self) -> int:
+        """Measured responses of one condition."""
+        return self.latents * self.trials
+
+
+Question = Callable[[Design, Effect, int, int], float]
+"""(design, effect, simulations, seed) -> power."""
+
+
+def power_of_rate(design: Design, effect: Effect, simulations: int = SIMULATIONS, seed: int = 0) -> float:
+    """Return how often the rate is found to be above the judge's floor (one-sided p <= 0.05)."""
+    rng = np.random.default_rng(seed)
+    steered = rng.binomial(design.trials, _rates(rng, effect, (simulations, design.latents)))
+    groups = max(round(design.floor_responses / design.trials), 1)
+    unsteered = rng.binomial(design.trials, effect.floor, (simulations, groups))
+    return float(np.mean([exchange_p(a, b, rng) <= ALPHA for a, b in zip(steered, unsteered, strict=True)]))
+
+
+def power_of_drop(design: Design, effect: Effect, simulations: int = SIMULATIONS, seed: int = 0) -> float:
+    """Return how often the drop is found in a paired comparison (two-sided p <= 0.05)."""
+    rng = np.random.default_rng(seed)
+    rates = _rates(rng, effect, (simulations, design.latents))
+    before, after = rng.binomial(design.trials, rates), rng.binomial(design.trials, rates * (1 - effect.drop))
+    return float(np.mean([sign_flip_p(row) <= ALPHA for row in after - before]))
+
+
+def smallest_size(
+    question: Question,
+    effect: Effect,
+    trials: int,
+    power: float,
+    floor_responses: Callable[[int], int] = lambda measured: 0,
+    simulations: int = SIMULATIONS,
+) -> tuple[Design, float] | None:
+    """Return the smallest design of `LATENTS` that reaches `power`, and its power; None if none does."""
+    designs = [Design(n, trials, floor_responses(n * trials)) for n in LATENTS]
+    return _first(designs, power, lambda design: question(design, effect, simulations, 0))
+
+
+def smallest_rate(design: Design, effect: Effect, power: float, simulations: int = SIMULATIONS) -> float | None:
+    """Return the smallest of `RATES` that this design detects with `power`; None if it detects none."""
+    rates = [rate for rate in RATES if rate > effect.floor]
+    found = _first(rates, power, lambda rate: power_of_rate(design, replace(effect, rate=rate), simulations, 0))
+    return None if found is None else found[0]
+
+
+def smallest_drop(design: Design, effect: Effect, power: float, simulations: int = SIMULATIONS) -> float | None:
+    """Return the smallest of `DROPS` of the rate that this design detects with `power`; None if it detects none."""
+    found = _first(DROPS, power, lambda drop: power_of_drop(design, replace(effect, drop=drop), simulations, 0))
+    return None if found is None else found[0]
+
+
+def sign_flip_p(differences: Codes) -> float:
+    """Return the exact two-sided p of one difference of counts per cluster, over all swaps of the two conditions."""
+    values, counts = np.unique(np.abs(differences[differences != 0]), return_counts=True)
+    sizes = tuple(zip(values.tolist(), counts.tolist(), strict=True))
+    return _flips(sizes)[abs(int(differences.sum()))]
+
+
+@lru_cache(maxsize=20_000)
+def _flips(sizes: tuple[tuple[int, int], ...]) -> list[float]:
+    """P(|sum| >= s) for s = 0, 1, ... of the sum of randomly signed values; `sizes` has (value, how often)."""
+    from scipy.stats import binom
+
+    positive = np.ones(1)  # distribution of the sum of the values that are positive
+    for value, count in sizes:
+        part = np.zeros(value * count + 1)
+        part[::value] = binom.pmf(np.arange(count + 1), count, 0.5)
+        positive = np.convolve(positive, part)
+    total = len(positive) - 1
+    sums = np.abs(2 * np.arange(total + 1) - total)
+    tails: list[float] = np.cumsum(np.bincount(sums, weights=positive, minlength=total + 1)[::-1])[::-1].tolist()
+    return tails
+
+
+def exchange_p(steered: Codes, unsteered: Codes, rng: np.random.Generator, draws: int = EXCHANGES) -> float:
+    """Return the one-sided p of "steered responses have no higher rate"; counts of clusters of one size."""
+    together = np.concatenate([steered, unsteered])
+    histogram = np.bincount(together)
+    dealt = rng.multivariate_hypergeometric(histogram, len(unsteered), size=draws) @ np.arange(len(histogram))
+    return (1 + int(np.sum(dealt <= unsteered.sum()))) / (1 + draws)
+
+
+def beta_binomial(events: Codes, trials: Codes) -> tuple[float, float, bool]:
+    """Return mean and ICC of clustered rates by maximum likelihood, and whether the ICC could be estimated.
+
+    With fewer than five events or three clusters with several trials the ICC is the assumed one.
+    """
+    from scipy.optimize import minimize_scalar
+    from scipy.stats import betabinom
+
+    mean = float(events.sum() / trials.sum())
+    if not PRIOR_EVENTS <= events.sum() <= trials.sum() - PRIOR_EVENTS or np.sum(trials > 1) < 3:
+        return mean, ICC, False
+
+    def cost(log_icc: float) -> float:
+        scale = np.expm1(-log_icc)  # (1 - icc) / icc
+        return -float(np.sum(betabinom.logpmf(events, trials, mean * scale, (1 - mean) * scale)))
+
+    found = minimize_scalar(cost, bounds=(np.log(1e-4), np.log(0.9)), method="bounded")
+    return mean, float(np.exp(found.x)), True
+
+
+def _rates(rng: np.random.Generator, effect: Effect, shape: tuple[int, int]) -> Floats:
+    if not 0 < effect.icc < 1 or not 0 < effect.rate < 1:
+        return np.full(shape, effect.rate)
+    scale = (1 - effect.icc) / effect.icc
+    return rng.beta(effect.rate * scale, (1 - effect.rate) * scale, shape)
+
+
+def _first(items: Sequence[Item], power: float, of: Callable[[Item], float]) -> tuple[Item, float] | None:
+    """Return the first item whose power is enough, by bisection: power grows along the items."""
+    low, high, best = 0, len(items), None
+    while low < high:
+        middle = (low + high) // 2
+        reached = of(items[middle])
+        if reached >= power:
+            best, high = (items[middle], reached), middle
+        else:
+            low = middle + 1
+    return best
