@@ -23,7 +23,7 @@ from steerback.store.run import Run, stored_config
 
 SMALL = [
     *("--preset", "quick", "--engine", "scripted", "--judge", "scripted"),
-    *("--set", "n_latents=3", "--set", "trials_per_latent=4", "--set", "draws=100"),
+    *("--set", "n_latents=3", "--set", "trials_per_latent=4", "--set", "draws=100", "--set", "floor_responses=20"),
     *("--set", "calibration.max_iterations=5", "--set", "calibration.verify_trials=2"),
 ]
 
@@ -260,7 +260,7 @@ def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert "stopped; resume with: steerback resume a" in done.stderr
     assert "Traceback" not in done.stderr
     with Ledger(tmp_path / "runs/a/ledger.sqlite", read_only=True) as ledger:
-        assert any(r.completion is not None for r in ledger.rows(stage="calibration"))
+        assert any(r.completion is not None for r in ledger.rows(stage="floor"))
     assert steerback("resume", "a") == 0
 
 

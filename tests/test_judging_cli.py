@@ -25,9 +25,9 @@ KEY = "sk-planted-1234567890"
 SMALL = [
     *("--preset", "quick", "--engine", "scripted", "--judge", "scripted"),
     *("--set", "n_latents=3", "--set", "trials_per_latent=4", "--set", "draws=100"),
-    *("--set", "calibration.max_iterations=4", "--set", "calibration.verify_trials=0"),
+    *("--set", "calibration.max_iterations=4", "--set", "calibration.verify_trials=0", "--set", "floor_responses=8"),
 ]
-JUDGED = 3 * 4 + 3 * 4 * 5  # measured, and in calibration
+JUDGED = 3 * 4 + 3 * 4 * 5 + 8  # measured, in calibration, and for the floor
 
 
 def steerback(*arguments: str) -> int:

@@ -56,6 +56,7 @@ def test_the_installed_wheel_runs_from_an_empty_folder(built: Path, tmp_path: Pa
     command = (
         f"{python} -m steerback run esr --target organism --preset quick --name a "
         "--set n_latents=2 --set trials_per_latent=2 --set reference_responses=1 --set sampling.max_new_tokens=40 "
+        "--set floor_responses=2 "
         "--set calibration.max_iterations=2 --set calibration.trials_per_iteration=4 --set draws=100 "
         "--set calibration.verify_trials=0 --set calibration.tolerance=40"
     )

@@ -103,6 +103,8 @@ class RunConfig(Settings):
     trials_per_latent: int = Field(10, ge=1)
     reference_responses: int = Field(4, ge=1)
     """Unsteered responses per prompt, for the relevance filter and the offline judge."""
+    floor_responses: int = Field(150, ge=0)
+    """At least this many unsteered responses per target go through the judge: its floor. 0 switches it off."""
     limit: int | None = Field(None, ge=1)
     """At most this many measured trials per condition and target."""
     batch_size: int | None = Field(None, ge=1)

@@ -186,7 +186,9 @@ class Trial:
 
     key: str  # "<target>/<stage>/<condition>/<index>", unique in a run
     target: str
-    stage: str  # "reference", "calibration", "verification", "measure", or "continuation" (judged without prefill)
+    stage: (
+        str  # "reference", "floor", "calibration", "verification", "measure", "continuation" (judged without prefill)
+    )
     condition: str
     index: int
     prompt: str

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from pydantic import JsonValue
 
 from steerback import organism
+from steerback.analysis.floor import Floor, floors_under
 from steerback.analysis.labels import Key as Key
 from steerback.analysis.labels import Labelling, LedgerPlace, labelling
 from steerback.metrics import Comparison, Outcomes, Summary, compare, correct, summarize
 from steerback.records import LatentKey, Trial
-from steerback.store.facts import BASELINE, PROVENANCE
+from steerback.store.facts import BASELINE, FLOOR, PROVENANCE
 from steerback.store.ledger import Ledger, Row
 
 
@@ -62,6 +63,8 @@ class Measured:
     against: Mapping[Key, str]
     labels: Labelling | None = None
     """Human labels of the run, with the rates they correct; None where there are none."""
+    floors: Mapping[Key, Floor] = field(default_factory=dict)
+    """The judge's floor under each condition; empty where none was measured."""
 
     @property
     def targets(self) -> list[str]:
@@ -85,7 +88,10 @@ class Measured:
         """
         targets = {
             target: {
-                "conditions": {name: s.to_json() for name, s in self.of(target).items()},
+                "conditions": {
+                    name: s.to_json() | (self.floors[target, name].to_json() if (target, name) in self.floors else {})
+                    for name, s in self.of(target).items()
+                },
                 "comparisons": {
                     name: {"against": self.against[t, name], **c.to_json()}
                     for (t, name), c in self.comparisons.items()
@@ -97,6 +103,12 @@ class Measured:
             for target in self.targets
         }
         return {"experiment": experiment, "judge": self.judge, "targets": targets, **further}
+
+
+def measured_of(results: Results) -> Measured | None:
+    """Return the measured conditions of an experiment's results; None for those that have none."""
+    found = getattr(results, "measured", None)
+    return found if isinstance(found, Measured) else None
 
 
 def to_baseline(condition: str) -> str | None:
@@ -128,7 +140,15 @@ def measured(
         for target, condition in outcomes
         if (other := against(condition)) is not None and (target, other) in outcomes
     }
-    return paired(judge, outcomes, pairs, draws, labelling(ledger, judge, places, pairs, draws, prepare))
+    tested = paired(judge, outcomes, pairs, draws, labelling(ledger, judge, places, pairs, draws, prepare))
+    return with_floors(tested, ledger, places, draws)
+
+
+def with_floors(measured: Measured, ledger: Ledger, places: Mapping[Key, LedgerPlace], draws: int) -> Measured:
+    """Return the same with the judge's floor under each condition, clustered by prompt."""
+    targets = {target for target, _ in ledger.conditions(FLOOR)}
+    unsteered = {t: outcomes_of(ledger.rows(t, FLOOR, judge=measured.judge), lambda x: x.prompt) for t in targets}
+    return replace(measured, floors=floors_under(measured.outcomes, places, unsteered, draws))
 
 
 def paired(

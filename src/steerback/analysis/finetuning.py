@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from steerback.analysis.base import Key, Measured, Results, outcomes_of, paired, planted
+from steerback.analysis.base import Key, Measured, Results, outcomes_of, paired, planted, with_floors
 from steerback.analysis.labels import LedgerPlace, labelling
 from steerback.metrics import VALID, Estimate, Outcomes, Trend, trend
 from steerback.store.facts import ADAPTER, HELD_OUT, HELD_OUT_UNSTEERED, STEERED, UNSTEERED, Adapter
@@ -110,7 +110,8 @@ def by_mix(ledger: Ledger, judge: str, draws: int, adapters: Mapping[str, Adapte
         if fact is not None:
             against[key] = condition_name(BASE, condition)
     against = {key: other for key, other in against.items() if (key[0], other) in outcomes}
-    return paired(judge, outcomes, against, draws, labelling(ledger, judge, places, against, draws))
+    tested = paired(judge, outcomes, against, draws, labelling(ledger, judge, places, against, draws))
+    return with_floors(tested, ledger, places, draws)
 
 
 def steered_comparisons(measured: Measured) -> Measured:

@@ -30,7 +30,7 @@ class Experiment(ABC, Generic[OptionsType]):
 
     `authors` are their values under the preset of that name. An experiment that does not calibrate needs no
     thresholds; one that does not generate collects rows of finished runs instead. `needs_sae`: it reads or clamps
-    SAE latents, so a target that has directions only will not do.
+    SAE latents, so a target that has directions only will not do. `reports_rates`: the judge's floor is measured.
     """
 
     name: ClassVar[str]
@@ -40,6 +40,7 @@ class Experiment(ABC, Generic[OptionsType]):
     calibrates: ClassVar[bool] = True
     generates: ClassVar[bool] = True
     needs_sae: ClassVar[bool] = False
+    reports_rates: ClassVar[bool] = True
 
     def __init__(self, options: OptionsType) -> None:
         self.options = options

@@ -25,6 +25,7 @@ class DetectorStatistics(Experiment[SearchOptions]):
     options_type = SearchOptions
     authors: ClassVar[Mapping[str, object]] = AUTHORS
     calibrates = False
+    reports_rates = False
 
     def conditions(self, config: RunConfig) -> int:
         return 0

@@ -72,6 +72,7 @@ class DetectorExperiment(Experiment[SearchOptions]):
     options_type = SearchOptions
     authors: ClassVar[Mapping[str, object]] = AUTHORS
     calibrates = False
+    reports_rates = False
 
     def conditions(self, config: RunConfig) -> int:
         return 0

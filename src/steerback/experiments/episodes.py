@@ -53,6 +53,7 @@ class EpisodeExperiment(Experiment[EpisodeOptionsType]):
     """Base of the experiments about episodes: baseline, then episodes and controls with recording."""
 
     needs_sae = True
+    reports_rates = False
     authors: ClassVar[Mapping[str, object]] = AUTHORS
 
     def conditions(self, config: RunConfig) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from steerback.errors import unknown
@@ -32,9 +33,15 @@ MODULES = {
 
 
 def present(experiment: str, results: Results) -> Presentation:
-    """Tables, drawings and lines of an experiment's results."""
+    """Tables, drawings and lines of an experiment's results, with those that all measured conditions have."""
+    from steerback.analysis.base import measured_of
+    from steerback.figures.base import floor_lines
+
     if experiment not in MODULES:
         raise unknown("experiment", experiment, sorted(MODULES))
     module = importlib.import_module(f"steerback.figures.{MODULES[experiment]}")
     presentation: Presentation = module.present(results)
-    return presentation
+    measured = measured_of(results)
+    if measured is None:
+        return presentation
+    return replace(presentation, lines=[*presentation.lines, *floor_lines(measured)])

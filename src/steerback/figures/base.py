@@ -6,25 +6,34 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from steerback.figures.tables import Table, comparison_table, number, show, summary_table
+from steerback.analysis.floor import RATES
+from steerback.figures.tables import Table, comparison_table, number, p_value, show, summary_table
 from steerback.metrics import METRICS, Estimate
+from steerback.metrics.floor import FLOOR_TEST
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from steerback.analysis.base import Measured, Results
+    from steerback.analysis.floor import Floor
     from steerback.analysis.labels import Labelling
 
+MOST_NAMED = 6
+"""Rates that a line names before it counts the others."""
 PLANTED = "Built-in organisms restart because their training text does (planted): no evidence about other models."
 
 
 @dataclass(frozen=True, slots=True)
 class Presentation:
-    """Tables and figures go into files of their names; `lines` are printed at the end of a run, under the tables."""
+    """Tables and figures go into files of their names; `lines` are printed at the end of a run, under the tables.
+
+    `warnings` are printed above them.
+    """
 
     tables: Mapping[str, Table] = field(default_factory=dict)
     figures: Mapping[str, Callable[[], Figure]] = field(default_factory=dict)
     lines: Sequence[str] = ()
+    warnings: Sequence[str] = ()
 
 
 def planted_note(results: Results) -> str:
@@ -42,11 +51,48 @@ def measured_tables(measured: Measured) -> dict[str, Table]:
             key if several else key[0]: {metric: r.corrected for metric, r in rates.items()}
             for key, rates in measured.labels.rates.items()
         }
-    tables = {"table": summary_table(summaries, judge=measured.judge, corrected=corrected)}
+    floors: dict[str | tuple[str, str], Floor] = {
+        key if several else key[0]: floor for key, floor in measured.floors.items()
+    }
+    tables = {"table": summary_table(summaries, measured.judge, corrected=corrected, floors=floors)}
     if measured.comparisons:
         pairs = {f"{t}: {c} − {measured.against[t, c]}": x for (t, c), x in measured.comparisons.items()}
         tables["comparisons"] = comparison_table(pairs, judge=measured.judge)
     return {**tables, **label_tables(measured)}
+
+
+def floor_lines(measured: Measured) -> list[str]:
+    """Return for each target with a floor which rates cannot be told from it."""
+    lines = []
+    for target in measured.targets:
+        own = {c: measured.floors[target, c] for c in measured.conditions(target) if (target, c) in measured.floors}
+        like = [
+            f"{METRICS[metric].label} of {condition} (p = {p_value(floor.p[metric])})"
+            for condition, floor in own.items()
+            for metric in RATES
+            if not floor.distinguishable(metric)
+        ]
+        if like:
+            more = f" and {len(like) - MOST_NAMED} more" if len(like) > MOST_NAMED else ""
+            lines.append(
+                f"{target}: not distinguishable from the floor of judge {measured.judge} ({FLOOR_TEST}): "
+                f"{', '.join(like[:MOST_NAMED])}{more}"
+            )
+    return lines
+
+
+def floor_warnings(measured: Measured, planted: Sequence[str]) -> list[str]:
+    """Return a sentence for each real target on which the judge's floor is not below the multi-attempt rate."""
+    found = []
+    for (target, condition), floor in measured.floors.items():
+        base, rate = floor["multi_attempt_rate"], measured.summaries[target, condition]["multi_attempt_rate"]
+        if target not in planted and base.value and rate.value is not None and base.value >= rate.value:
+            found.append(
+                f"{target}: judge {measured.judge} finds restarts in {show(base, rate=True)} % of {base.n:,} unsteered "
+                f"responses, its floor, and in {show(rate, rate=True)} % of those {condition}: this rate says nothing "
+                "about steering. Take a better judge (steerback judges), or label a sample (steerback label)"
+            )
+    return found
 
 
 def label_tables(measured: Measured) -> dict[str, Table]:

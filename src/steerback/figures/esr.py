@@ -10,7 +10,7 @@ import numpy as np
 from steerback.analysis.esr import EsrResults
 from steerback.calibration import CalibrationReport
 from steerback.figures import style
-from steerback.figures.base import Presentation, measured_tables, planted_note
+from steerback.figures.base import Presentation, floor_warnings, measured_tables, planted_note
 from steerback.figures.tables import HEADINGS, Table, number, p_value, show
 from steerback.metrics import METRICS, Estimate, Outcomes, Summary, TwoSampleTest, view
 
@@ -35,6 +35,7 @@ def present(results: EsrResults) -> Presentation:
         tables=tables,
         figures={"figure2": lambda: draw(data, conditions.judge, note=planted_note(results))},
         lines=[_calibrated(target, report) for target, report in results.calibration.items()],
+        warnings=floor_warnings(conditions, results.planted),
     )
 
 

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from steerback.metrics import METRICS, VARIANTS, Comparison, Estimate, Summary
+
+if TYPE_CHECKING:
+    from steerback.analysis.floor import Floor
 
 SHOWN = ("multi_attempt_rate", "esr_rate", "improvement_rate", "msi", "mean_attempts", "mean_first")
 HEADINGS = {
@@ -22,7 +26,10 @@ HEADINGS = {
     "mean_attempts": "attempts",
     "mean_first": "first score",
     "degraded_share": "degraded %",
+    "floor": "floor %",
 }
+RATE = "multi_attempt_rate"
+"""The rate that the floor stands beside."""
 
 
 class Table:
@@ -81,10 +88,12 @@ def summary_table(
     judge: str,
     metrics: Sequence[str] = SHOWN,
     corrected: Mapping[str | tuple[str, str], Mapping[str, Estimate]] | None = None,
+    floors: Mapping[str | tuple[str, str], Floor] | None = None,
 ) -> Table:
     """One row per target, or per (target, condition); headline metrics shown, all variants in the CSV.
 
-    `corrected`: rates corrected with human labels, by the same keys and metric.
+    `corrected`: rates corrected with human labels, by the same keys and metric. `floors`: the judge's floor, by the
+    same keys (empty: not measured, which the caption says).
     """
     named = {(key,) if isinstance(key, str) else tuple(key): s for key, s in summaries.items()}
     left = max((len(key) for key in named), default=1)
@@ -94,11 +103,13 @@ def summary_table(
     ]
     true = {(key,) if isinstance(key, str) else tuple(key): rates for key, rates in (corrected or {}).items()}
     known = list(dict.fromkeys(m for rates in true.values() for m in rates))
+    below = {(key,) if isinstance(key, str) else tuple(key): floor for key, floor in (floors or {}).items()}
+    columns = [column for m in metrics for column in ((m, "floor") if below and m == RATE else (m,))]
     cells = [
         (
             *key,
             f"{s['msi'].n:,}",
-            *(show(s[m], METRICS[m].rate) for m in metrics),
+            *(_floor(below.get(key)) if m == "floor" else show(s[m], METRICS[m].rate) for m in columns),
             *(show(true[key][m], METRICS[m].rate) if key in true else "-" for m in known),
             *(f"{s.counts[c]:,}" if c in s.counts else "?" for c in counted),
         )
@@ -114,6 +125,7 @@ def summary_table(
             for m, e in true.get(key, {}).items()
             for end in ("value", "low", "high")
         }
+        | _floor_numbers(below.get(key) if variant == "headline" else None, bool(below))
         for key, s in named.items()
         for variant in VARIANTS
     ]
@@ -122,9 +134,39 @@ def summary_table(
         "MSI: mean gain in points of the last attempt over the first, 0 for single attempts."
         + (" cut: of n, stopped by the length limit, so that the last attempt may be unfinished." * ("cut" in counted))
         + (" Corrected: by human labels, for the judge's errors." * bool(known))
+        + _floor_note(below, floors is None)
     )
-    columns = (*names, "n", *(HEADINGS[m] for m in metrics), *(f"corrected {HEADINGS[m]}" for m in known), *counted)
-    return Table(columns, cells, caption, records, left)
+    headings = (*names, "n", *(HEADINGS[m] for m in columns), *(f"corrected {HEADINGS[m]}" for m in known), *counted)
+    return Table(headings, cells, caption, records, left)
+
+
+def _floor(floor: Floor | None) -> str:
+    return "-" if floor is None else show(floor[RATE], rate=True)
+
+
+def _floor_numbers(floor: Floor | None, measured: bool) -> dict[str, object]:
+    """Return the floor's columns of the CSV, which exist where a floor was measured at all."""
+    if not measured:
+        return {}
+    ends = ("value", "low", "high", "n", "events")
+    return {
+        f"floor_{metric}_{end}": None if floor is None else getattr(floor[metric], end)
+        for metric in (RATE, "esr_rate")
+        for end in ends
+    } | {f"{metric}_above_floor_p": None if floor is None else floor.p[metric] for metric in (RATE, "esr_rate")}
+
+
+def _floor_note(floors: Mapping[tuple[str, ...], Floor], unasked: bool) -> str:
+    if unasked:
+        return ""
+    if not floors:
+        return " The judge's floor was not measured (floor_responses is 0, or nothing was generated)."
+    sizes = sorted({floor[RATE].n for floor in floors.values()})
+    counted = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
+    return (
+        f" floor: multi-attempt verdicts of this judge among {counted} unsteered responses of the same target, "
+        "interval clustered by prompt."
+    )
 
 
 def comparison_table(comparisons: Mapping[str, Comparison], judge: str, metrics: Sequence[str] = SHOWN) -> Table:

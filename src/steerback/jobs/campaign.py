@@ -128,6 +128,8 @@ def run(
 def _one(step: Step, cached: bool, say: Callable[[str], None], makers: Makers | None) -> None:
     with execute.tools(cached) as (progress, cache):
         analysis = execute.run(_checked(step, makers), step.folder, progress, cache)
+    for line in analysis.shown.warnings:
+        say(line)
     for table in list(analysis.shown.tables.values())[:1]:
         say(table.text())
     for line in analysis.shown.lines:
@@ -151,7 +153,7 @@ def report(analysis: Analysis, folder: Path) -> list[str]:
     files = [
         p for p in sorted(folder.iterdir()) if not p.name.startswith(".") and not p.name.endswith(("-wal", "-shm"))
     ]
-    return [*tables, *analysis.shown.lines, "", *(f"  {path}" for path in files)]
+    return [*analysis.shown.warnings, *tables, *analysis.shown.lines, "", *(f"  {path}" for path in files)]
 
 
 COMPARED = {"text": "txt", "csv": "csv", "markdown": "md"}

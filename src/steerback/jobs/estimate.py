@@ -14,8 +14,9 @@ from steerback.judging.llm import lacking
 from steerback.latents.concreteness import make_rater
 from steerback.latents.selection import rating_model
 from steerback.records import Spend
-from steerback.store.facts import JUDGE_SPEND
+from steerback.store.facts import FLOOR, JUDGE_SPEND
 from steerback.store.run import Run
+from steerback.study.floor import floor_prompts, has_floor
 from steerback.study.study import UNJUDGED
 from steerback.targets.download import gigabytes
 from steerback.targets.fit import this_machine, verdict
@@ -49,7 +50,18 @@ def of_experiment(job: PreparedRun) -> dict[str, int]:
     counts = responses(config, len(job.prompts), experiment.conditions(config))
     if not experiment.calibrates:
         counts |= {"calibration": 0, "verification": 0}
+    if experiment.reports_rates and not _takes_over_floor(job):
+        counts[FLOOR] = len(floor_prompts(job.prompts, config.floor_responses))
     return counts | experiment.further(config)
+
+
+def _takes_over_floor(job: PreparedRun) -> bool:
+    """Return whether the run that this one starts from has a floor for its targets, or will have once it is run."""
+    if job.config.from_run is None:
+        return False
+    base = Path(job.config.from_run)
+    taken = all(has_floor(base, job.config, target.name) for target in job.targets)
+    return taken or not (base / "ledger.sqlite").is_file()
 
 
 def plan_lines(job: PreparedRun, folder: Path) -> list[str]:

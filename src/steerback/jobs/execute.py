@@ -29,6 +29,7 @@ from steerback.store.ledger import Row
 from steerback.store.manifest import Parts, TargetUsed
 from steerback.store.progress import Progress, Silent, make_progress
 from steerback.store.run import Run, write_atomic, write_json
+from steerback.study.floor import measure_floor
 from steerback.study.pipeline import Workbench, judge_item, judge_rows
 from steerback.study.study import UNJUDGED, Study, references, same_weights
 from steerback.targets import Target
@@ -91,6 +92,8 @@ async def _targets(job: PreparedRun, opened: Run, progress: Progress, cache: Cac
             parts["judge"] = judge.describe()
             opened.write_manifest(parts)
             try:
+                if job.experiment.reports_rates:
+                    await measure_floor(study)
                 await job.experiment.run(study)
             finally:
                 note_judge(opened, judge)

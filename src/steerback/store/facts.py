@@ -38,6 +38,8 @@ CONTINUATION = "continuation"
 """Stage of the matched-prefix control: judges see the continuation without its prefix."""
 HUMAN = "human:"
 """How the judges begin that are people: `human:NAME` is the labeller NAME."""
+FLOOR = "floor"
+"""Stage of the unsteered responses that are judged like steered ones: how often the judge sees a restart there."""
 REPLAY = "replay"
 """Stage of the recorded trials: same prompts, seeds and boosts as the measured ones."""
 

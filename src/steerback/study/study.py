@@ -39,6 +39,7 @@ SEED_OFFSETS = {
     "calibration": 1_000_000,
     "verification": 2_000_000,
     "reference": 3_000_000,
+    "floor": 3_500_000,  # the second half of the references' range
     "discovery": 4_000_000,
 }
 FURTHER = "unsteered, further prompts"

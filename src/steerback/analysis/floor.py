@@ -1,0 +1,54 @@
+"""The judge's floor: how often it sees a restart in unsteered responses, where none is expected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from steerback.metrics import Estimate, Outcomes, Summary, summarize, view
+from steerback.metrics.floor import FLOOR_TEST, above_floor
+from steerback.metrics.intervals import ALPHA
+
+if TYPE_CHECKING:
+    from steerback.analysis.labels import LedgerPlace
+
+Key = tuple[str, str]
+RATES = ("multi_attempt_rate", "esr_rate")
+
+
+@dataclass(frozen=True, eq=False)
+class Floor:
+    """The floor under one condition: rates of unsteered responses of its target, clustered by prompt.
+
+    `p` is by metric the p-value of "the condition's rate is not larger than the floor"; None if it cannot be said.
+    """
+
+    summary: Summary
+    p: Mapping[str, float | None]
+
+    def __getitem__(self, metric: str) -> Estimate:
+        return self.summary[metric]
+
+    def distinguishable(self, metric: str) -> bool:
+        """Return whether the condition's rate is significantly larger than the floor."""
+        p = self.p[metric]
+        return p is not None and p <= ALPHA
+
+    def to_json(self) -> dict[str, object]:
+        """What a condition of summary.json has of it."""
+        rates = {metric: asdict(self[metric]) | {"p": self.p[metric]} for metric in RATES}
+        return {"floor": {"counts": self.summary.counts, **rates, "test": FLOOR_TEST}}
+
+
+def floors_under(
+    outcomes: Mapping[Key, Outcomes], places: Mapping[Key, LedgerPlace], unsteered: Mapping[str, Outcomes], draws: int
+) -> dict[Key, Floor]:
+    """Return the floor under each condition; `unsteered` are the judged unsteered responses by target of the ledger."""
+    summaries = {target: summarize(own, draws) for target, own in unsteered.items() if len(own)}
+    found = {}
+    for key, place in places.items():
+        if place.target in summaries:
+            both = view(outcomes[key]), view(unsteered[place.target])
+            found[key] = Floor(summaries[place.target], {m: above_floor(*both, m) for m in RATES})
+    return found

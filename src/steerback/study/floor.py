@@ -1,0 +1,77 @@
+"""Unsteered responses that are judged like steered ones: how often a judge sees a restart where none is expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from steerback.config import RunConfig
+from steerback.records import Trial
+from steerback.store.facts import CONFIG, FLOOR, LATENTS, UNSTEERED
+from steerback.store.ledger import Ledger, Row
+from steerback.study.pipeline import complete
+from steerback.study.study import Study
+
+
+async def measure_floor(study: Study) -> list[Row]:
+    """Generate and judge the unsteered responses of the floor; none where `floor_responses` is 0.
+
+    They are none of the judge's references, so that it compares no response with itself. The judge sees the labels of
+    the run's latents in turn, as it does of steered responses. A run that starts from another takes over the other's.
+    """
+    prompts = floor_prompts(study.prompts, study.config.floor_responses)
+    if not prompts or study.bench.judge is None:
+        return []
+    base = study.run.ledger.get(study.target.base, LATENTS) if study.target.adapter is not None else None
+    latents = base.chosen if base is not None else await study.latents()
+    trials = [
+        study.trial(
+            FLOOR,
+            UNSTEERED,
+            i,
+            prompt=prompt,
+            seed=study.seed(FLOOR, i),
+            latent=latents[i % len(latents)].key,
+            label=latents[i % len(latents)].label,
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+    _take_over(study, trials)
+    return await complete(study.bench, trials, stage=f"{study.name}: judge's floor")
+
+
+def floor_prompts(prompts: Sequence[str], responses: int) -> list[str]:
+    """Return the prompts of at least `responses` trials, each prompt equally often.
+
+    Of more prompts than that an even choice.
+    """
+    if responses <= len(prompts):
+        return [prompts[i * len(prompts) // responses] for i in range(responses)]
+    return [*prompts] * -(-responses // len(prompts))
+
+
+def has_floor(folder: Path, config: RunConfig, target: str) -> bool:
+    """Return whether a run holds a floor of the target that a run with `config` can take over."""
+    if not (folder / "ledger.sqlite").is_file():
+        return False
+    with Ledger(folder / "ledger.sqlite", read_only=True) as other:
+        before = other.get("", CONFIG) or {}
+        measured = (target, UNSTEERED) in other.conditions(FLOOR)
+    return measured and before.get("sampling") == config.sampling.model_dump(mode="json")
+
+
+def _take_over(study: Study, trials: Sequence[Trial]) -> None:
+    """Copy the completed ones of `trials`, and this judge's verdicts, from the run that the study's run starts from."""
+    judge, folder = study.bench.judge, Path(study.config.from_run or "")
+    if judge is None or study.config.from_run is None or not has_floor(folder, study.config, study.name):
+        return
+    with Ledger(folder / "ledger.sqlite", read_only=True) as other:
+        stored, engines = other.rows(study.name, FLOOR, judge=judge.name), other.engines()
+    planned = set(trials)
+    rows = [r for r in stored if r.trial in planned and r.valid_receipt]
+    ledger = study.run.ledger
+    ledger.add_trials([r.trial for r in rows])
+    ledger.add_completions((r.trial.key, r.completion, engines[r.trial.key]) for r in rows if r.completion)
+    ledger.add_judgements(
+        (r.trial.key, r.judgement) for r in rows if r.judgement is not None and r.judgement.rubric == judge.rubric
+    )
