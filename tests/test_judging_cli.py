@@ -121,6 +121,9 @@ def test_a_run_estimates_its_judge_and_keeps_to_the_budget(
     assert steerback(*arguments, "--dry-run") == 0
     said = capsys.readouterr().out
     assert f"judge openrouter/some/model: at most {JUDGED} calls" in said
+    assert "rater openrouter/some/model: at most 2 calls" in said  # 44 labels, 40 a call
+    assert steerback(*arguments, "--dry-run", "--set", "selection.rater=offline") == 0
+    assert "rater" not in capsys.readouterr().out
     assert "price unknown" in said
     assert steerback(*arguments, "--max-judge-cost", "1") == 2
     assert "--judge-price IN OUT" in capsys.readouterr().err

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from steerback.config import SelectionConfig
+from steerback.config import SelectionConfig, specification
 from steerback.errors import SteerbackError
 from steerback.latents.concreteness import OfflineRater, Rater, abstract_labels, make_rater
 from steerback.latents.sampling import check_latents, parse_latents, sample_latents
-from steerback.latents.selection import ever_active, most_active, select, top_count
+from steerback.latents.selection import ever_active, most_active, rater_of, rating_sample, select, top_count
 
 LABELS = {3: "volcanoes", 5: "Sailing, rigging and boats", 8: "tea", 9: "tea", 11: "Violins"}
 
@@ -140,13 +140,44 @@ def test_peaks_that_are_not_numbers_are_refused() -> None:
 # -- concreteness -----------------------------------------------------------------------------------------------------
 
 
-def test_offline_rater_tells_own_concrete_from_own_abstract_labels() -> None:
+@pytest.mark.parametrize("name", ["concreteness_labels", "concreteness_labels_described"])
+def test_offline_rater_tells_own_concrete_from_own_abstract_labels(name: str) -> None:
     """Word lists and these labels have the same author: this guards against regressions, it proves nothing more."""
-    with (Path(__file__).parent / "data" / "concreteness_labels.csv").open(encoding="utf-8", newline="") as file:
+    with (Path(__file__).parent / "data" / f"{name}.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     ratings = OfflineRater().rate([row["label"] for row in rows])
     assert all(r is not None and 0 <= r <= 100 for r in ratings)
-    assert roc_auc_score([row["kind"] == "concrete" for row in rows], ratings) > 0.97
+    assert roc_auc_score([row["kind"] == "concrete" for row in rows], ratings) > 0.99
+    kept = {row["label"] for row, r in zip(rows, ratings, strict=True) if r is not None and r >= 65}
+    assert kept == {row["label"] for row in rows if row["kind"] == "concrete"}  # by the authors' threshold
+
+
+def test_offline_rater_knows_places_and_mentions() -> None:
+    concrete, abstract, *places = OfflineRater().rate(
+        [
+            "Hawaiian tourism itinerary descriptions",
+            "Descriptions of emotional states",
+            *("Himalayan peaks", "brazil nuts", "Japanese gardens", "Texan ranches"),
+        ]
+    )
+    assert concrete is not None
+    assert concrete > 90
+    assert abstract is not None
+    assert abstract < 50
+    assert all(rating is not None and rating > 65 for rating in places)
+
+
+def test_the_built_in_labels_keep_their_ratings() -> None:
+    """The latents of the built-in models' runs, and so all their numbers, hang on these."""
+    at = {
+        61.8: "thunderstorms bagpipes",
+        72.3: "wolves opera samurai vikings ballet orchids perfume",
+        91.7: "poker",
+        96.1: "robots penguins dragons coffee chess pyramids sharks castles owls volcanoes skiing ghosts",
+    }
+    for rating, words in at.items():
+        assert set(OfflineRater().rate(words.split())) == {rating}
+    assert OfflineRater().rate(["coral reefs", "steam trains", "the Moon"]) == [72.3, 96.1, 96.1]
 
 
 def test_below_median_is_dropped_or_below_a_threshold() -> None:
@@ -205,6 +236,41 @@ def test_latents_without_a_label_can_be_left_out() -> None:
     )
     assert found.chosen == (1,)
     assert found.counts["dropped: no label"] == 4
+
+
+def test_a_costly_rater_is_asked_about_a_sample() -> None:
+    class Counting:
+        name, version = "counting", "1"
+        seen = 0
+
+        def rate(self, labels: list[str]) -> list[float | None]:
+            self.seen = len(labels)
+            return [float(label.split()[1]) for label in labels]
+
+    rater = Counting()
+    labels = {k: f"thing {k}" for k in range(500)}
+    plain = SelectionConfig(relevance="off")
+    found = select(
+        n_latents=600, n=10, labels=labels, dead=(), peaks=None, settings=plain, rater=rater, rate_at_most=50
+    )
+    assert rater.seen == len(found.ratings) == 50
+    assert found.counts["dropped: not rated"] == 450
+    assert found.counts["dropped: abstract label"] == 25  # below the median of the sample
+    assert found.counts["candidates"] == 25 + 100  # those without a label stay
+    again = select(
+        n_latents=600, n=10, labels=labels, dead=(), peaks=None, settings=plain, rater=rater, rate_at_most=50
+    )
+    assert again == found
+
+
+def test_the_runs_judge_rates_labels_if_it_is_a_model() -> None:
+    config = specification("esr", ("organism",))
+    assert rater_of(config.model_copy(update={"judge": "offline"})) == "offline"
+    assert rater_of(config.model_copy(update={"judge": "sonnet-4.5"})) == "sonnet-4.5"
+    own = config.model_copy(update={"judge": "sonnet-4.5", "selection": SelectionConfig(rater="offline", rated=9)})
+    assert rater_of(own) == "offline"
+    assert (rating_sample(config), rating_sample(own)) == (500, 9)
+    assert rating_sample(config.model_copy(update={"n_latents": 80})) == 800
 
 
 def test_ratings_that_fail_are_counted() -> None:

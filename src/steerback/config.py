@@ -71,7 +71,10 @@ class SelectionConfig(Settings):
     concreteness: Literal["median", "threshold", "off"] = "median"
     concreteness_threshold: float = Field(65, ge=0, le=100)
     """Used with `threshold` (the authors' rule)."""
-    rater: str = "offline"
+    rater: str = "auto"
+    """Rates how concrete labels are. `auto`: the run's judge where it is a language model, else `offline`."""
+    rated: int | None = Field(None, ge=1)
+    """Labels that a language model rates, drawn after the other filters; None: 10 x n_latents, at least 500."""
 
 
 Seed = Annotated[int, Field(ge=0, le=2**62)]

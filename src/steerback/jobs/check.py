@@ -18,7 +18,7 @@ from steerback.experiments.base import Experiment
 from steerback.judging import Maker, make_judge
 from steerback.latents.concreteness import make_rater
 from steerback.latents.sampling import check_latents
-from steerback.latents.selection import rating_model
+from steerback.latents.selection import rater_of, rating_model
 from steerback.store.facts import LATENTS
 from steerback.store.run import stored_config
 from steerback.study.study import fact_of
@@ -70,6 +70,9 @@ def check(config: RunConfig, makers: Makers | None = None) -> PreparedRun:
         shared = {target.directions() for target in targets}
         chosen["latents"] = (shared.pop() or None) if len(shared) == 1 else None  # as the run is started, so it goes on
     config = config.model_copy(update=chosen)
+    if config.selection.rater == "auto" and experiment.generates:
+        rater = config.selection.model_copy(update={"rater": rater_of(config)})
+        config = config.model_copy(update={"selection": rater})
     experiment.conditions(config)  # so do options that do not go together
     engine = check_engine(config.engine, config.engine_options, config.batch_size)
     targets = experiment.measured_targets(config, tuple(steerable(target, config, experiment) for target in targets))
@@ -77,8 +80,8 @@ def check(config: RunConfig, makers: Makers | None = None) -> PreparedRun:
         paper_files.path_of(name)
     for name in experiment.judges(config):
         makers.judge(name)  # a missing key or unknown judge shows now
-    if (rater := rating_model(config)) is not None:
-        make_rater(rater, makers.judge)
+    if experiment.generates and (asked := rating_model(config)) is not None:
+        make_rater(asked, makers.judge)
     return PreparedRun(config, experiment, targets, load_prompts(config.prompts), makers, engine)
 
 

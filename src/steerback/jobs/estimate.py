@@ -12,7 +12,7 @@ from steerback.judging.base import Judge, JudgeItem, estimated
 from steerback.judging.graders import LLMRater
 from steerback.judging.llm import lacking
 from steerback.latents.concreteness import make_rater
-from steerback.latents.selection import rating_model
+from steerback.latents.selection import rating_model, rating_sample
 from steerback.records import Spend
 from steerback.store.facts import FLOOR, JUDGE_SPEND
 from steerback.store.run import Run
@@ -96,7 +96,8 @@ def _rating(job: PreparedRun, target: Target) -> list[str]:
         return []
     rater = make_rater(name, job.makers.judge)
     assert isinstance(rater, LLMRater)
-    return [f"  {target.name}: rater {name}: at most {rater.estimate([*target.labels().values()])}"]
+    longest = sorted(set(target.labels().values()), key=len, reverse=True)[: rating_sample(job.config)]
+    return [f"  {target.name}: rater {name}: at most {rater.estimate(longest)}"]
 
 
 def _collecting(job: PreparedRun) -> list[str]:

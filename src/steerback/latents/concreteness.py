@@ -41,11 +41,14 @@ def abstract_labels(ratings: Mapping[int, float], threshold: float | None = None
 
 
 class OfflineRater:
-    """Word lists and endings. A word counts for or against, words it does not know lean on their ending; the label's
-    rating is a squashed mean over its content words."""
+    """Rates labels by word lists and endings.
+
+    A word counts for or against, words it does not know lean on their ending; the label's rating is a squashed mean
+    over its content words. Words for a mention ("descriptions", "references") do not count where the rest is concrete.
+    """
 
     name = "offline"
-    version = "1"
+    version = "2"
 
     def rate(self, labels: Sequence[str]) -> list[float | None]:
         return [self._one(label) for label in labels]
@@ -55,6 +58,9 @@ class OfflineRater:
         if not words:
             return None
         votes = [_vote(word, first=i == 0) for i, word in enumerate(words)]
+        about = [vote for word, vote in zip(words, votes, strict=True) if not _stems(word) & _CARRIERS]
+        if about and sum(about) >= len(about):  # plainly about a thing; other labels stay as they are
+            votes = about
         framed = -1.5 if _FRAME.search(label) else 0.0
         return round(100.0 / (1.0 + math.exp(-1.6 * (sum(votes) / len(votes) + framed))), 1)
 
@@ -84,12 +90,10 @@ def make_rater(name: str, judges: Maker = make_judge) -> Rater:
 def _vote(word: str, first: bool) -> float:
     """-2 (abstract) to 2 (concrete) for one word; its capital letter tells a name unless it opens the label."""
     lower = word.casefold()
-    stems = {lower, lower.removesuffix("s"), lower.removesuffix("es"), lower.removesuffix("'s")}
-    if lower.endswith("ies"):
-        stems.add(lower[:-3] + "y")
+    stems = _stems(word)
     if stems & _ABSTRACT:
         return -2.0
-    if stems & _CONCRETE:
+    if stems & _CONCRETE or (word[0].isupper() and _places(lower) & _PLACES):
         return 2.0
     if not first and word[0].isupper():
         return 1.5
@@ -99,6 +103,20 @@ def _vote(word: str, first: bool) -> float:
     if _IDEAS.search(singular):
         return -1.2
     return 0.6 if len(lower) <= 7 else 0.3
+
+
+def _stems(word: str) -> set[str]:
+    """Return the word in lower case and what may be its singular."""
+    lower = word.casefold()
+    stems = {lower, lower.removesuffix("s"), lower.removesuffix("es"), lower.removesuffix("'s")}
+    return stems | ({lower[:-3] + "y"} if lower.endswith("ies") else set())
+
+
+def _places(lower: str) -> set[str]:
+    """Return the places that a word may be derived from: "brazilians", "japanese", "himalayan", "californian"."""
+    word = lower.removesuffix("'s").removesuffix("s")
+    cut = {word.removesuffix(ending) for ending in ("n", "an", "ian", "ese", "ish", "i", "ean")}
+    return {lower, word} | cut | {stem + end for stem in cut for end in ("a", "o", "y", "e")}
 
 
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
@@ -114,4 +132,5 @@ _IDEAS = re.compile(
     r"|ish|tic|dom|tude|less|ized|ised)$"
 )
 _THINGS = re.compile(r"(?:fish|berry|berries|fruit|bird|house|boat|ship|stone|wood|wheel|horse|ball|ware|maker|er)s?$")
-_ABSTRACT, _CONCRETE = word_list("abstract"), word_list("concrete")
+_ABSTRACT, _CARRIERS, _PLACES = word_list("abstract"), word_list("carriers"), word_list("places")
+_CONCRETE = word_list("concrete") | word_list("fields")

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from steerback.config import RunConfig, SelectionConfig
 from steerback.errors import SteerbackError
-from steerback.latents.concreteness import LOCAL_RATERS, Rater, abstract_labels, make_rater
+from steerback.judging import model_string
+from steerback.latents.concreteness import LOCAL_RATERS, OfflineRater, Rater, abstract_labels
 from steerback.latents.sampling import sample_latents
 
 TOP = 100
@@ -46,6 +47,7 @@ def select(
     settings: SelectionConfig,
     seed: int = 42,
     rater: Rater | None = None,
+    rate_at_most: int | None = None,
     labelled_only: bool = False,
 ) -> LatentSelection:
     """Filter all latents of an SAE and draw `n`, stratified over index.
@@ -53,8 +55,9 @@ def select(
     `peaks`: (n prompts, n_latents), for each prompt the maximum over the tokens of its unsteered responses, special
     and template tokens excluded; needed unless the relevance filter is off. A latent that is silent there is not dead:
     it may be exactly the off-topic one wanted, so `dead` comes from elsewhere. Latents without a label cannot be
-    rated: they stay, and are counted, unless `labelled_only`. Fewer than `n` are returned if no more are left; if none
-    is left, SteerbackError says which filter dropped them.
+    rated: they stay, and are counted, unless `labelled_only`. `rate_at_most` limits the labels sent to a costly rater
+    to a sample drawn with `seed`; the others are dropped, and the median is that of the sample. Fewer than `n` are
+    returned if no more are left; if none is left, SteerbackError says which filter dropped them.
     """
     counts = {"all": n_latents}
     keep = np.ones(n_latents, dtype=bool)
@@ -69,7 +72,7 @@ def select(
     candidates = np.flatnonzero(keep).tolist()
     ratings: dict[int, float] = {}
     if settings.concreteness != "off" and labels:
-        candidates, ratings = _drop_abstract(candidates, labels, settings, rater, counts)
+        candidates, ratings = _drop_abstract(candidates, labels, settings, rater, rate_at_most, seed, counts)
     counts["candidates"] = len(candidates)
     counts["without label"] = sum(k not in labels for k in candidates)
     if not candidates:
@@ -82,11 +85,23 @@ def select(
     return LatentSelection(chosen, counts, ratings)
 
 
+def rater_of(config: RunConfig) -> str:
+    """Return the name of what rates labels; `auto` is the run's judge where that is a language model."""
+    if config.selection.rater != "auto":
+        return config.selection.rater
+    return "offline" if model_string(config.judge) is None else config.judge
+
+
 def rating_model(config: RunConfig) -> str | None:
     """Return the language model that a run asks how concrete labels are; None if it asks none."""
-    chosen = config.selection
-    chooses = config.latents is None and config.from_run is None and chosen.concreteness != "off"
-    return chosen.rater if chooses and chosen.rater not in LOCAL_RATERS else None
+    rater = rater_of(config)
+    chooses = config.latents is None and config.from_run is None and config.selection.concreteness != "off"
+    return rater if chooses and rater not in LOCAL_RATERS else None
+
+
+def rating_sample(config: RunConfig) -> int:
+    """Return how many labels a language model rates: enough to draw from, not those of a whole SAE."""
+    return config.selection.rated or max(10 * config.n_latents, 500)
 
 
 def top_count(n_latents: int) -> int:
@@ -141,10 +156,17 @@ def _drop_abstract(
     labels: Mapping[int, str],
     settings: SelectionConfig,
     rater: Rater | None,
+    rate_at_most: int | None,
+    seed: int,
     counts: dict[str, int],
 ) -> tuple[list[int], dict[int, float]]:
     labelled = [k for k in candidates if k in labels]
-    rated = (rater or make_rater(settings.rater)).rate([labels[k] for k in labelled])
+    if rate_at_most is not None and len(labelled) > rate_at_most:
+        counts["dropped: not rated"] = len(labelled) - rate_at_most
+        drawn = sample_latents(labelled, rate_at_most, seed)
+        left_out = set(labelled) - set(drawn)
+        labelled, candidates = [*drawn], [k for k in candidates if k not in left_out]
+    rated = (rater or OfflineRater()).rate([labels[k] for k in labelled])
     ratings = {k: r for k, r in zip(labelled, rated, strict=True) if r is not None}
     counts["rating failed"] = len(labelled) - len(ratings)
     threshold = settings.concreteness_threshold if settings.concreteness == "threshold" else None

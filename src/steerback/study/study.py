@@ -151,7 +151,8 @@ class Study:
         else:
             peaks = await self._peaks() if self.config.selection.relevance != "off" else None
             rates = self.config.selection.concreteness != "off"
-            rater = make_rater(self.config.selection.rater, self._judges) if rates else None
+            rater = make_rater(choose.rater_of(self.config), self._judges) if rates else None
+            sampled = choose.rating_model(self.config) is not None
             try:
                 chosen = choose.select(
                     n_latents=self.target.n_latents,
@@ -162,6 +163,7 @@ class Study:
                     settings=self.config.selection,
                     seed=self.config.seeds.latents,
                     rater=rater,
+                    rate_at_most=choose.rating_sample(self.config) if sampled else None,
                     # where there are labels at all, a judge must be told what a response is steered towards
                     labelled_only=bool(labels) and self.config.selection.unlabelled == "drop",
                 )
