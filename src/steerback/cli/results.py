@@ -109,23 +109,28 @@ def import_command(
 
 def export(
     run: RunName,
-    form: Annotated[str, typer.Option("--format", help="authors (JSON), parquet or csv.")] = "csv",
+    form: Annotated[str, typer.Option("--format", help="authors (JSON), parquet, csv or inspect.")] = "csv",
     out: Annotated[Path | None, typer.Option(help="Where to write; default: the run's folder.")] = None,
     judge: VerdictsOf = None,
     runs: RunsFolder = RUNS,
 ) -> None:
-    """Write a run's trials: the authors' JSON, or one row a trial."""
+    """Write a run's trials: the authors' JSON, one row a trial, or logs of Inspect AI with all judges (or --judge)."""
     from steerback.paper.authors import export_authors
     from steerback.report.export import FORMATS, export_flat
+    from steerback.report.inspect_logs import export_inspect, require_inspect
     from steerback.store.run import Run, find_run
 
     if form not in FORMATS:
         raise unknown("export format", form, FORMATS)
+    if form == "inspect":
+        require_inspect()
     with Run.read(find_run(run, runs)) as opened:
-        chosen = opened.judge(judge)
+        chosen, known = opened.judge(judge), opened.ledger.judges()
         folder = make_folder(out or opened.folder / "export", OTHER)
         if form == "authors":
             paths = export_authors(opened, folder, chosen)
+        elif form == "inspect":
+            paths = export_inspect(opened, make_folder(folder / "inspect", OTHER), [chosen] if judge else known)
         else:
             paths = [export_flat(opened.ledger, folder / f"trials.{form}", chosen, form)]
     for path in paths:

@@ -15,7 +15,7 @@ from steerback.metrics import VALID, outcome_of
 from steerback.store.ledger import Ledger, Row
 from steerback.store.run import write_atomic
 
-FORMATS = ("authors", "parquet", "csv")
+FORMATS = ("authors", "parquet", "csv", "inspect")
 
 TRIAL = ("key", "target", "stage", "condition", "index", "latent", "label", "boost", "prompt", "meta_prompt")
 SCORES = ("attempts", "first", "last", "ungated_attempts", "ungated_first", "ungated_last")

@@ -237,6 +237,12 @@ class Ledger:
         with sqlite_errors(self.path):
             return [r[0] for r in self._db.execute("SELECT DISTINCT judge FROM judgements ORDER BY judge")]
 
+    def stages(self) -> list[tuple[str, str]]:
+        """(target, stage) pairs that have trials, in the order in which they were planned."""
+        with sqlite_errors(self.path):
+            found = self._db.execute("SELECT target, stage FROM trials GROUP BY 1, 2 ORDER BY min(rowid)")
+            return [(r[0], r[1]) for r in found]
+
     def conditions(self, stage: str = "measure") -> list[tuple[str, str]]:
         """(target, condition) pairs of a stage, in the order in which they were planned."""
         query = "SELECT target, condition FROM trials WHERE stage = ? GROUP BY 1, 2 ORDER BY min(rowid)"
