@@ -172,7 +172,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
         ("prefill-control", "characters=0", "characters: Input should be greater than or equal to 1"),
         ("prefill-control", "multiples=[1, 0]", "multiples.1: Input should be greater than or equal to 1"),
         ("prefill-control", "multiples=[]", "multiples: List should have at least 1 item"),
-        ("meta-prompts", "variants=5", "variants: Input should be a valid list"),
+        ("meta-prompts", "variants=5", "variants: expected the name of a set, names, NAME=TEXT or {name: text}, not 5"),
         ("held-out", "prompts=5", "prompts: Input should be a valid string"),
         ("detectors", "responses=0", "responses: Input should be greater than or equal to 1"),
         ("detectors", "rule=best", "rule: Input should be 'perfect', 'authors', 'auc' or 'top'"),

@@ -23,8 +23,8 @@ from steerback.jobs.check import PreparedRun, check
 from steerback.store.cache import Cache
 from steerback.store.ledger import Ledger
 
-KILLS = 25
-KILLS_OF_A_MODEL = 4  # each start loads the model anew
+KILLS = 12
+KILLS_OF_A_MODEL = 3  # each start loads the model anew
 TINY = (
     "n_latents=2",
     "trials_per_latent=3",

@@ -27,8 +27,10 @@ def _named(value: object) -> object:
     """Return the meta-prompts that `variants` names, with their texts where the user gives them (None: built in)."""
     if isinstance(value, str):
         value = SETS.get(value) or ([value] if "=" in value else [part.strip() for part in value.split(",")])
-    if not isinstance(value, list | tuple):
+    if isinstance(value, dict):
         return value
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"expected the name of a set, names, NAME=TEXT or {{name: text}}, not {value!r}")
     pairs = [entry.partition("=") for entry in value if isinstance(entry, str)]
     if len(pairs) != len(value):
         raise ValueError("a list of meta-prompts holds names, or texts as NAME=TEXT")
