@@ -11,6 +11,7 @@ from scipy.stats import binom
 
 from steerback.cli import main
 from steerback.metrics import Outcomes, compare
+from steerback.metrics.floor import above
 from steerback.metrics.paired import swap_test
 from steerback.metrics.power import (
     Design,
@@ -48,6 +49,14 @@ def test_fast_exchange_p_counts_deals_of_whole_clusters() -> None:
     dealt = np.array([rng.permutation(together)[:4].sum() for _ in range(20_000)])
     expected = float(np.mean(dealt <= unsteered.sum()))
     assert exchange_p(steered, unsteered, rng, draws=20_000) == pytest.approx(expected, abs=0.012)
+
+
+def test_fast_exchange_p_is_that_of_the_floors_test() -> None:
+    rng = np.random.default_rng(6)
+    for latents, rate in ((20, 0.15), (40, 0.05)):
+        steered, unsteered = rng.binomial(10, rng.beta(1, 1 / rate - 1, latents)), rng.binomial(10, 0.01, 15)
+        tables = [np.stack([c, np.full(len(c), 10)], axis=1).astype(float) for c in (steered, unsteered)]
+        assert exchange_p(steered, unsteered, rng, draws=20_000) == pytest.approx(above(*tables), abs=0.015)
 
 
 def test_power_of_a_drop_is_the_rejection_rate_of_the_packages_paired_test() -> None:

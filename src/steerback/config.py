@@ -98,6 +98,8 @@ class RunConfig(Settings):
     """`auto`: vLLM where it can run, else transformers."""
     judge: str = "auto"
     """`auto`: the offline judge for the built-in organisms; any other target needs one named."""
+    rubrics: dict[str, str] = Field(default_factory=dict)
+    """Texts of the user's own rubrics by name: judge NAME+RUBRIC is the model NAME, asked by one of them."""
     prompts: str = "evaluation"
     """Name of a built-in list or path of a text file; `authors`: theirs, see `steerback fetch-paper-data`."""
     n_latents: int = Field(50, ge=1)

@@ -22,7 +22,11 @@ def judge_command(
     budget: Budget,
     judge: Annotated[str, typer.Option(help="offline, or a judge model.")],
     rubric: Annotated[
-        str, typer.Option(help="attempts, whole (recovery 0-10) or boundaries (of self-correction episodes).")
+        str,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="attempts, whole (recovery 0-10), boundaries (of episodes), or the file of your own rubric.",
+        ),
     ] = "attempts",
     stage: Annotated[
         str | None, typer.Option(help="Judge this stage alone, e.g. measure; default: all, measured trials first.")
@@ -37,14 +41,19 @@ def judge_command(
     from steerback.jobs import execute
     from steerback.jobs.estimate import judging_line, spent_lines, unscored_lines
     from steerback.judging.llm import lacking
-    from steerback.store.run import Run, find_run
+    from steerback.judging.own_rubric import read_rubric, with_rubric
+    from steerback.store.run import Run, find_run, stored_config
 
     folder = find_run(name, runs)
+    rubrics = dict(stored_config(folder).rubrics)
+    if Path(rubric).is_file():
+        own, text = read_rubric(Path(rubric))
+        rubrics[own], judge, rubric = text, with_rubric(judge, own), "attempts"
     if rubric != "attempts":
         if stage is not None or limit is not None:
             raise SteerbackError(f"--stage and --limit go with the attempts rubric; leave them out with {rubric}")
         return _grade(folder, judge, rubric, retry_unscored, dry_run, budget)
-    makers, scope = budget.makers(dry_run), execute.Scope(stage, limit, retry_unscored)
+    makers, scope = budget.makers(dry_run, rubrics), execute.Scope(stage, limit, retry_unscored)
     with Run.read(folder) as opened:
         print(judging_line(execute.to_judge(opened, makers.judge(judge), scope)))
     for line in lacking(makers.judge(judge)):

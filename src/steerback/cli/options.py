@@ -74,7 +74,7 @@ class Budget:
             self.max_judge_calls, self.max_judge_cost, self.judge_price, self.judge_batch, estimate_only=estimate_only
         )
 
-    def makers(self, estimate_only: bool = False) -> Makers:
+    def makers(self, estimate_only: bool = False, rubrics: Mapping[str, str] | None = None) -> Makers:
         """Return the makers of this command's run; each judge has the budget for all that the command does.
 
         `estimate_only` makes judges that need no key, as nothing is asked.
@@ -82,7 +82,7 @@ class Budget:
         from steerback.jobs.check import Makers
         from steerback.judging import judge_maker
 
-        return Makers(judge=judge_maker(self.limits(estimate_only)))
+        return Makers(judge=judge_maker(self.limits(estimate_only), rubrics))
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,9 @@ class Setup:
     config: Annotated[Path | None, typer.Option(help="YAML file with settings.")] = None
     engine: Annotated[str | None, typer.Option(help="transformers or vllm; default: what fits this machine.")] = None
     judge: Annotated[str | None, typer.Option(help="offline, or a judge model.")] = None
+    rubric: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Your own rubric for the judge model (docs/judging.md).")
+    ] = None
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting, e.g. sampling.temperature=0.8.")
     ] = None
@@ -110,7 +113,12 @@ class Setup:
 
         chosen = {"engine": self.engine, "judge": self.judge, **(overrides or {})}
         assignments = tuple(self.settings or ()) if settings is None else settings
-        return build_config(experiment, targets, self.preset, self.config, chosen, assignments, base)
+        config = build_config(experiment, targets, self.preset, self.config, chosen, assignments, base)
+        if self.rubric is None:
+            return config
+        from steerback.judging.own_rubric import use_rubric
+
+        return use_rubric(config, self.rubric)
 
 
 def add(app: typer.Typer, verb: Callable[..., object], name: str | None = None) -> None:

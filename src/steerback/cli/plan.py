@@ -66,7 +66,7 @@ def plan(
     chosen = resolve(name, before.definitions if before else None)
     config = setup.build("esr", (name,))
     asked = "offline" if config.judge == "auto" and organism.is_builtin(name) else config.judge
-    judge = None if asked == "auto" else budget.makers(estimate_only=True).judge(asked)
+    judge = None if asked == "auto" else budget.makers(True, config.rubrics).judge(asked)
     planning.prepare_out(out)
     seen = None if folder is None else planning.observe(folder, target)
     assumed = planning.assume(_share(rate), drop / 100, power, icc, _share(floor), seen)
@@ -102,7 +102,8 @@ def _table(made: StudyPlan) -> Table:
 
     columns = ("to detect", "trials", "latents", "power", "floor", "responses", "hours", "judge calls", "USD")
     caption = (
-        "trials: per latent; floor: unsteered responses that are judged; responses: with references, calibration and "
+        "trials: per latent; floor: unsteered responses that are judged (--set floor_responses=); "
+        "responses: with references, calibration and "
         "verification, at most. A drop measures two conditions."
     )
     records = [

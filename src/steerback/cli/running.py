@@ -78,7 +78,7 @@ def run_command(
     if concreteness_threshold is not None:
         overrides["selection"] = {"concreteness": "threshold", "concreteness_threshold": concreteness_threshold}
     config = setup.build(experiment, targets, overrides, base)
-    _go(check(config, budget.makers(dry_run)), _folder(runs, name, config), dry_run, no_cache)
+    _go(check(config, budget.makers(dry_run, config.rubrics)), _folder(runs, name, config), dry_run, no_cache)
 
 
 def _base(names: Sequence[str], runs: Path) -> tuple[str, RunConfig] | None:
@@ -136,7 +136,7 @@ def cross_judge(
     options = {"sources": [str(f) for f in folders], "judges": chosen or None, "sample": sample}
     given = {"options": {key: value for key, value in options.items() if value is not None}}
     config = setup.build("cross-judge", targets, given)
-    _go(check(config, budget.makers(dry_run)), _folder(runs, name, config), dry_run, no_cache)
+    _go(check(config, budget.makers(dry_run, config.rubrics)), _folder(runs, name, config), dry_run, no_cache)
 
 
 def paper(
@@ -157,8 +157,9 @@ def paper(
 
     new_run(f"{name}-results", runs)  # refuses a name that is no file name
     common, options = own_options(setup.settings or ())
-    makers = budget.makers(dry_run)
-    first = campaign.resolved(setup.build("esr", tuple(target), settings=tuple(common)), makers)
+    config = setup.build("esr", tuple(target), settings=tuple(common))
+    makers = budget.makers(dry_run, config.rubrics)
+    first = campaign.resolved(config, makers)
     steps = plan(first, runs, name, only or (), skip or (), options)
     for line in campaign.plan_lines(steps, makers):
         print(line)
@@ -185,7 +186,8 @@ def resume(name: RunName, budget: Budget, no_cache: NoCache = False, runs: RunsF
     from steerback.store.run import find_run, stored_config
 
     folder = find_run(name, runs)
-    _go(check(stored_config(folder), budget.makers()), folder, False, no_cache)
+    config = stored_config(folder)
+    _go(check(config, budget.makers(rubrics=config.rubrics)), folder, False, no_cache)
 
 
 def _go(job: PreparedRun, folder: Path, dry_run: bool, no_cache: bool) -> None:

@@ -15,7 +15,7 @@ from steerback.engines import EngineOptions, check_engine, default_engine, make_
 from steerback.errors import SteerbackError
 from steerback.experiments import make_experiment
 from steerback.experiments.base import Experiment
-from steerback.judging import Maker, make_judge
+from steerback.judging import Limits, Maker, judge_maker, make_judge
 from steerback.latents.concreteness import make_rater
 from steerback.latents.sampling import check_latents
 from steerback.latents.selection import rater_of, rating_model
@@ -54,7 +54,7 @@ def check(config: RunConfig, makers: Makers | None = None) -> PreparedRun:
 
     `makers` default to the package's own; `judging.judge_maker` makes judges with a budget.
     """
-    makers = makers or Makers()
+    makers = makers or Makers(judge=judge_maker(Limits(), config.rubrics))
     experiment = make_experiment(config)  # a wrong option shows now
     if config.from_run is not None:
         _takes_latents(config, Path(config.from_run))

@@ -22,6 +22,7 @@ from steerback.figures.base import Presentation
 from steerback.jobs.check import Makers, PreparedRun, with_directions
 from steerback.judging import Judge
 from steerback.judging.base import drain, estimated
+from steerback.judging.own_rubric import SEPARATOR
 from steerback.records import Judgement, LatentKey, Sampling, Spend, digest
 from steerback.store.cache import Cache, default_path
 from steerback.store.facts import ENGINE, JUDGES, PROVENANCE, EngineIdentity, Provenance
@@ -107,6 +108,16 @@ def _collected(job: PreparedRun, opened: Run, progress: Progress, cache: Cache |
     opened.write_manifest({"options": dict(job.config.options)})
     for name in job.experiment.judges(job.config):
         _judge_all(opened, job.makers.judge(name), progress, cache, job.makers)
+
+
+def _same_rubric(opened: Run, judge: Judge) -> None:
+    """Refuse another text under the name of a rubric by which the judge has judged this run."""
+    before, now = (opened.ledger.get("", JUDGES) or {}).get(judge.name, {}), judge.describe()
+    if SEPARATOR in judge.name and before.get("rubric text") not in (None, now["rubric text"]):
+        raise SteerbackError(
+            f"run {opened.folder.name} has verdicts of {judge.name} by another text of that rubric; give the file of "
+            "the new text another name"
+        )
 
 
 def note_judge(opened: Run, judge: Judge) -> None:
@@ -247,6 +258,7 @@ def judge_run(
 def _judge_all(
     opened: Run, judge: Judge, progress: Progress, cache: Cache | None, makers: Makers, scope: Scope | None = None
 ) -> int:
+    _same_rubric(opened, judge)
     work = to_judge(opened, judge, scope)
     try:
         for target, rows in work.rows:

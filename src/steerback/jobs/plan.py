@@ -22,13 +22,12 @@ from steerback.metrics import view
 from steerback.metrics.intervals import ICC, cluster_sums
 from steerback.metrics.power import Design, Effect
 from steerback.records import Spend
+from steerback.store.facts import FLOOR
 from steerback.store.files import make_folder
 from steerback.store.run import Run
 from steerback.targets import Target
 
 TRIALS = (10, 20, 50)
-LEAST_FLOOR = 150
-"""Unsteered responses that are judged at least."""
 RATE, DROP = "rate above the floor", "drop, paired"
 
 
@@ -124,7 +123,7 @@ def observe(folder: Path, target: str | None, judge: str | None = None) -> Obser
             )
         name, condition = places[0]
         seen = view(outcomes_of(opened.ledger.rows(name, "measure", condition, judge)))
-        unsteered = view(outcomes_of(opened.ledger.rows(name, "floor", judge=judge)))
+        unsteered = view(outcomes_of(opened.ledger.rows(name, FLOOR, judge=judge)))
     if not len(seen.cluster):
         raise SteerbackError(f"run {folder.name} has no verdicts of {judge} about {name} ({condition})")
     multi = seen.multi.astype(float)
@@ -170,16 +169,17 @@ def make_plan(
 ) -> StudyPlan:
     """Search for the designs, and price them; the config's own size is the design that is looked at as it is.
 
-    `floor` is the number of unsteered responses that are judged; None: as many as are measured, at least 150.
+    `floor` is the number of unsteered responses that are judged; None: as many as are measured, at
+    least the config's.
     """
 
     def floor_of(measured: int) -> int:
-        return max(LEAST_FLOOR, measured) if floor is None else floor
+        return max(config.floor_responses, measured) if floor is None else floor
 
     prompts, effect = len(load_prompts(config.prompts)), assumed.effect
     questions: dict[str, tuple[simulate.Question, Callable[[int], int]]] = {
         RATE: (simulate.power_of_rate, floor_of),
-        DROP: (simulate.power_of_drop, lambda measured: LEAST_FLOOR if floor is None else floor),
+        DROP: (simulate.power_of_drop, lambda measured: config.floor_responses if floor is None else floor),
     }
     needs = []
     for question, (power_of, floors) in questions.items():
@@ -212,7 +212,7 @@ def _priced(need: Need, config: RunConfig, prompts: int, target: Target, judge: 
         return need
     size = {"n_latents": need.design.latents, "trials_per_latent": need.trials, "latents": None, "limit": None}
     counts = responses(config.model_copy(update=size), prompts, 2 if need.question == DROP else 1)
-    counts["floor"] = need.design.floor_responses
+    counts[FLOOR] = need.design.floor_responses
     total, tokens = sum(counts.values()), response_tokens(config, target)
     judged = total - counts["reference"]
     return replace(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from steerback.errors import unknown
 from steerback.judging.base import Judge, JudgeItem, References
@@ -34,11 +34,17 @@ LOCAL = {
 
 
 def make_judge(
-    name: str, limits: Limits | None = None, *, temperature: float | None = 0.0, base_url: str | None = None
+    name: str,
+    limits: Limits | None = None,
+    *,
+    temperature: float | None = 0.0,
+    base_url: str | None = None,
+    rubrics: Mapping[str, str] | None = None,
 ) -> Judge:
     """Return the judge of that name: a local one, an alias, or any Inspect model string ("provider/model").
 
-    Local judges ignore all options. Raises SteerbackError for an unknown name (with the choices), a missing key (naming
+    NAME+RUBRIC is a model that judges by a rubric of the user, whose text is in `rubrics`. Local judges ignore all
+    options. Raises SteerbackError for an unknown name (with the choices), a missing key (naming
     the variable) or a missing extra.
     """
     if name in ("offline", "offline-bayes"):
@@ -53,11 +59,13 @@ def make_judge(
     if model is None:
         raise unknown("judge", name, [*LOCAL, *(a.alias for a in aliases()), "any provider/model"])
     from steerback.judging.llm import LLMJudge
+    from steerback.judging.own_rubric import rubric_of
     from steerback.judging.transport import Transport
 
-    return LLMJudge(name, Transport(model, limits or Limits(), temperature, base_url))
+    own = rubric_of(name, rubrics or {})
+    return LLMJudge(name, Transport(model, limits or Limits(), temperature, base_url), own)
 
 
-def judge_maker(limits: Limits) -> Maker:
+def judge_maker(limits: Limits, rubrics: Mapping[str, str] | None = None) -> Maker:
     """Return `make_judge` with these limits. A name always gives the same judge, so its budget holds for all uses."""
-    return functools.cache(functools.partial(make_judge, limits=limits))
+    return functools.cache(functools.partial(make_judge, limits=limits, rubrics=rubrics))

@@ -78,7 +78,7 @@ class Asker(Generic[Item, Value]):
             "max_tokens": self.transport.limits.max_tokens,
             "base_url": self.transport.base_url,
         }
-        return digest(body)
+        return digest(body | ({"template": self.task.rubric.template} if self.task.rubric.template else {}))
 
     def estimate(self, items: Sequence[Item]) -> Spend:
         """Return what asking about the items would take, those with a kept reply left out."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 
 from steerback.judging.asking import Answer, Asker
 from steerback.judging.base import Judge, JudgeItem, References
 from steerback.judging.graders import ATTEMPTS
+from steerback.judging.prompt import Rubric
 from steerback.judging.transport import Transport
 from steerback.records import Attempt, Judgement, Spend
 
@@ -14,11 +16,12 @@ from steerback.records import Attempt, Judgement, Spend
 class LLMJudge:
     """Judge protocol over a model. `name` is an alias or an Inspect model string."""
 
-    rubric = ATTEMPTS.rubric.version
-
-    def __init__(self, name: str, transport: Transport) -> None:
+    def __init__(self, name: str, transport: Transport, own: Rubric | None = None) -> None:
+        """`own` is a rubric of the user."""
         self.name, self.transport = name, transport
-        self._asker = Asker(transport, ATTEMPTS)
+        self._task = ATTEMPTS if own is None else replace(ATTEMPTS, rubric=own)
+        self.rubric = self._task.rubric.version
+        self._asker = Asker(transport, self._task)
 
     @property
     def fingerprint(self) -> str:
@@ -29,7 +32,7 @@ class LLMJudge:
         return {
             "judge": self.name,
             "rubric": self.rubric,
-            "rubric text": ATTEMPTS.rubric.system,
+            "rubric text": self._task.rubric.text,
             **self.transport.describe(),
         }
 
@@ -54,12 +57,11 @@ class LLMJudge:
             if not item.response.strip():
                 yield item.key, Judgement(self.name, self.rubric, "empty", reason="no words in the response")
         async for item, answer in self._asker.ask([item for item in items if item.response.strip()]):
-            yield item.key, judgement(answer, self.name)
+            yield item.key, judgement(answer, self.name, self.rubric)
 
 
-def judgement(answer: Answer[tuple[Attempt, ...]], judge: str) -> Judgement:
+def judgement(answer: Answer[tuple[Attempt, ...]], judge: str, version: str = ATTEMPTS.rubric.version) -> Judgement:
     """Return the judgement that an answer to the attempts rubric amounts to."""
-    version = ATTEMPTS.rubric.version
     if answer.value is None:
         return Judgement(judge, version, "unscored", (), answer.reason, answer.raw, answer.over_budget)
     if not answer.value:

@@ -84,7 +84,11 @@ def aliases() -> tuple[JudgeModel, ...]:
 
 
 def model_string(name: str) -> str | None:
-    """The Inspect model string behind an alias or given as such; None for anything else."""
+    """Return the Inspect model string behind an alias or given as such, of a judge NAME+RUBRIC that of its NAME.
+
+    None for anything else.
+    """
+    name = name.partition("+")[0]
     for entry in ALIASES:
         if name == entry.alias:
             return entry.model

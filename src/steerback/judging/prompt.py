@@ -14,15 +14,25 @@ from functools import cache
 from importlib import resources
 
 _OUR_TAG = re.compile(r"<(?=\s*/?\s*(?:prompt|topic|subject|response|labels|snippets)\b)", re.IGNORECASE)
+_PLACE = re.compile(r"\{(prompt|response|label)\}")
 CLOSING = 'Reply with the JSON object for verdict "{nonce}" only.'
 
 
 @dataclass(frozen=True, slots=True)
 class Rubric:
-    """A versioned instruction (rubrics/VERSION.txt); any change of its text needs a new version."""
+    """A versioned instruction (rubrics/VERSION.txt); any change of its text needs a new version.
+
+    `template` is the question of a rubric of the user, with {prompt}, {response} and {label}; "": the places in turn.
+    """
 
     version: str
     system: str
+    template: str = ""
+
+    @property
+    def text(self) -> str:
+        """All of its text."""
+        return "\n\n".join(filter(None, (self.system, self.template)))
 
 
 @cache
@@ -60,11 +70,15 @@ def compose(
     together = "\n".join(texts.values())
     while (nonce := draw()) in together:
         continue
-    parts = []
+    parts = {}
     for name, text in texts.items():
         tag = f"{name}-{nonce}" if name == enclosed else name
-        parts.append(f"<{tag}>\n{text if name == enclosed else _OUR_TAG.sub('&lt;', text)}\n</{tag}>")
-    return Query(asked.system, "\n\n".join([*parts, closing.format(nonce=nonce)]), nonce)
+        parts[name] = f"<{tag}>\n{text if name == enclosed else _OUR_TAG.sub('&lt;', text)}\n</{tag}>"
+    body = "\n\n".join(parts.values())
+    if asked.template:
+        shown = {**parts, "label": parts.get("topic", "(none)")}
+        body = _PLACE.sub(lambda place: shown.get(place[1], "(none)"), asked.template)
+    return Query(asked.system, "\n\n".join(filter(None, (body, closing.format(nonce=nonce)))), nonce)
 
 
 def numbered(texts: Sequence[str]) -> str:
