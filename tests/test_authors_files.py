@@ -311,3 +311,70 @@ def test_numbers_of_an_imported_random_file_equal_numpy(tmp_path: Path) -> None:
     assert head["mean_first"]["value"] == pytest.approx(np.mean(firsts))
     assert head["esr_rate"]["value"] == pytest.approx(np.mean([g > 0 for g in gains]))
     assert head["improvement_rate"]["value"] == pytest.approx(np.sum(np.array(gains) > 0) / np.sum(multi))
+
+
+def test_another_file_under_an_existing_name_is_refused(tmp_path: Path) -> None:
+    one = write(tmp_path / "one.json", result([feature(7, [trial(attempts(30))])]))
+    two = write(tmp_path / "two.json", result([feature(7, [trial(attempts(70))])]))
+    import_authors([one], tmp_path / "run")
+    manifest = (tmp_path / "run" / "manifest.json").read_bytes()
+    with pytest.raises(SteerbackError, match="imported from other files; choose another --name"):
+        import_authors([two], tmp_path / "run")
+    assert (tmp_path / "run" / "manifest.json").read_bytes() == manifest
+
+
+def test_each_file_of_a_no_steering_export_can_be_imported(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        made = Runs(tmp_path / "runs", patch, PlantedModel(thresholds=thresholds(), restart_rate=0.3))
+        made.run("esr", "n_latents=3", "trials_per_latent=4")
+        made.run("no-steering", base="esr")
+    with Run.read(made.root / "no-steering") as run:
+        paths = export_authors(run, tmp_path / "out", "scripted")
+    assert [path.stem for path in paths] == [f"experiment_results_planted_{c}" for c in ("baseline", "unsteered")]
+    for number, files in enumerate((paths, paths[:1], paths[1:])):
+        import_authors(files, tmp_path / f"back{number}")
+        conditions = analysed(tmp_path / f"back{number}").summary["targets"]["planted"]["conditions"]
+        assert len(conditions) == len(files)
+        assert all(c["counts"]["valid"] == 12 for c in conditions.values())
+
+
+def own(**changes: Any) -> dict[str, Any]:
+    """A file as our exports write them."""
+    return {"experiment": "boost-sweep", "condition": "+0.00 sd", "facts": {}} | changes
+
+
+SWEPT = [feature(7, [trial(attempts(30), threshold=4.0)]), feature(8, [trial(attempts(30), threshold=8.0)])]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (result([], config={"model_name": "/"}), "model_name or the condition is empty"),
+        (result([], config={"model_name": " / "}), "model_name or the condition is empty"),
+        (result([], steerback=own(condition="")), "model_name or the condition is empty"),
+        (result([], steerback=own(facts={"config": {"experiment": "esr"}})), "steerback.facts holds 'config'"),
+        (result([], steerback=own(facts={"sweep": {"sd": "x"}})), "fact 'sweep' is damaged"),
+        (result([], steerback=own(facts={"meta-prompts": [1]})), "fact 'meta-prompts' is damaged"),
+        (result(SWEPT, n_boost_levels=2, threshold_cache_stats={"mean": 8, "std": 0}), "deviation .* is 0,"),
+        (result(SWEPT, n_boost_levels=2, threshold_cache_stats={"mean": 8, "std": "inf"}), "deviation .* is 0,"),
+        (result(SWEPT, n_boost_levels=2, threshold_cache_stats={"mean": 8, "std": -2}), "deviation .* is -2,"),
+        (result(SWEPT, n_boost_levels=2), "deviation .* is 0,"),
+    ],
+)
+def test_damaged_names_facts_and_sweeps_leave_nothing_behind(tmp_path: Path, body: Any, message: str) -> None:
+    with pytest.raises(SteerbackError, match=message) as raised:
+        import_authors([write(tmp_path / "x.json", body)], tmp_path / "run")
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_import_that_cannot_be_written_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise SteerbackError("the disk is full")
+
+    monkeypatch.setattr(Ledger, "add_judgements", full)
+    with pytest.raises(SteerbackError, match="the disk is full"):
+        import_authors([write(tmp_path / "x.json", result([feature(7, IRREGULAR)]))], tmp_path / "run")
+    assert not (tmp_path / "run").exists()

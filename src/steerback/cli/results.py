@@ -99,11 +99,13 @@ def import_command(
     """Read the authors' result files into a run, so that all analyses and figures work on them."""
     from steerback.jobs import campaign
     from steerback.paper.authors import import_authors
-    from steerback.store.run import new_run, plain
+    from steerback.store.run import new_or_nothing, new_run, plain
 
     folder = new_run(name or plain(files[0].stem) or "imported", runs)
-    imported = import_authors(files, folder, target, judge, condition)
-    for line in (*imported.lines(), *campaign.report(campaign.reanalyse(folder), folder)):
+    with new_or_nothing(folder):
+        imported = import_authors(files, folder, target, judge, condition)
+        analysis = campaign.reanalyse(folder)
+    for line in (*imported.lines(), *campaign.report(analysis, folder)):
         print(line)
 
 

@@ -6,12 +6,14 @@ and none are made up: the run's fact `imported` says so, and counts irregular tr
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from pydantic import JsonValue
 
 from steerback.config import RunConfig
 from steerback.errors import SteerbackError
@@ -24,20 +26,23 @@ from steerback.paper.schema import (
     read_source,
     split_prompt,
 )
+from steerback.readers import read_json_table
 from steerback.records import Completion, Intervention, Judgement, Latent, LatentKey, Receipt, Trial, digest
 from steerback.store.facts import (
     IMPORTED,
     LATENTS,
     META_PROMPTS,
     SWEEP,
+    UNSTEERED,
     ImportedFiles,
     MetaPromptSet,
     Selection,
     Sweep,
 )
 from steerback.store.files import make_folder
-from steerback.store.ledger import Ledger, Row
-from steerback.store.run import Run, write_json
+from steerback.store.ledger import Row
+from steerback.store.manifest import ImportedFile
+from steerback.store.run import Run, new_or_nothing, write_json
 
 ENGINE = "imported"
 SETS = {  # kinds of the files of one import: the experiment that they make up, condition of the plain files
@@ -51,6 +56,8 @@ SETS = {  # kinds of the files of one import: the experiment that they make up, 
 WHOLE = ("esr", "no-steering", "boost-sweep", "meta-prompts", "held-out")
 """Experiments that need nothing but trials and the facts that our exports hold."""
 EXPORTED_FACTS = ("sweep", "meta-prompts")
+SMALLEST_SD = 1e-6
+"""Boosts are rounded and compared in steps of the standard deviation, so a smaller one tells none apart."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +106,12 @@ def import_authors(
     """Write the files into the run `folder`.
 
     `target` and `judge` replace the names in the files; `condition` names the condition of all of them. Trials of
-    several files are paired by latent, object-level prompt and their order.
+    several files are paired by latent, object-level prompt and their order. Everything is checked before the folder is
+    made; a run of the same name must come from the same files.
     """
+    for option, named in (("--target", target), ("--judge", judge), ("--condition", condition)):
+        if named is not None and not named.strip():
+            raise SteerbackError(f"{option} is empty; give it a name or leave it out")
     sources = [read_source(path, condition) for path in paths]
     if not sources:
         raise SteerbackError("name at least one result file to import")
@@ -114,13 +125,39 @@ def import_authors(
     for source in sources:
         used = condition or (plain if source.kind == "plain" else source.condition)
         _read(source, target or source.model, used, result)
-    with Run.start(folder, _config(result, sources)) as run:
+    facts = _facts(sources, target, result)
+    result.experiment = _analysable(result, facts)
+    files: list[ImportedFile] = [{"file": s.path.name, "sha256": s.sha256} for s in sources]
+    _same_files(folder, sources)
+    with new_or_nothing(folder), Run.start(folder, _config(result, sources)) as run:
+        run.write_manifest({"imported": files})
         run.ledger.add_trials(list(result.trials.values()))
         run.ledger.add_completions((key, completion, ENGINE) for key, completion in result.completions.items())
         run.ledger.add_judgements(result.verdicts.items())
-        _facts(run.ledger, sources, target, result)
-        run.write_manifest({"imported": [{"file": s.path.name, "sha256": s.sha256} for s in sources]})
+        for (owner, name), value in facts.items():
+            run.ledger.put_json(owner, name, value)
     return result
+
+
+def _same_files(folder: Path, sources: Sequence[Source]) -> None:
+    """Raise SteerbackError if the run exists and was imported from files with other hashes."""
+    path = folder / "manifest.json"
+    listed = read_json_table(path, "manifest").get("imported") if path.is_file() else None
+    if not isinstance(listed, list):
+        return
+    before = {str(entry.get("sha256")) for entry in listed if isinstance(entry, dict)}
+    if before != {s.sha256 for s in sources}:
+        raise SteerbackError(f"run {folder.name!r} was imported from other files; choose another --name")
+
+
+def _analysable(result: Imported, facts: Mapping[tuple[str, str], JsonValue]) -> str:
+    """Return the experiment, or "imported" where a target lacks a condition or fact that its analysis reads."""
+    needed = {"boost-sweep": SWEEP.name, "meta-prompts": META_PROMPTS.name}.get(result.experiment)
+    unsteered = {t.target for t in result.trials.values() if t.condition == UNSTEERED}
+    for name in result.targets:
+        if (needed and (name, needed) not in facts) or (result.experiment == "no-steering" and name not in unsteered):
+            return "imported"
+    return result.experiment
 
 
 def _experiment(sources: Sequence[Source]) -> tuple[str, str]:
@@ -232,33 +269,60 @@ def _levels(source: Source) -> Levels | None:
         return None
     features, stats = source.file.results_by_feature, source.file.threshold_cache_stats
     if stats is not None and stats.mean is not None and stats.std:
-        return Levels(stats.mean, stats.std, len(features))
-    own = [f.threshold for f in features if f.threshold is not None]
-    if len(own) < 2:
-        raise SteerbackError(f"{source.path}: a sweep needs threshold_cache_stats or at least two thresholds")
-    return Levels(float(np.mean(own)), float(np.std(own)), len(features))
+        mean, sd = stats.mean, stats.std
+    else:
+        own = [f.threshold for f in features if f.threshold is not None]
+        if len(own) < 2:
+            raise SteerbackError(f"{source.path}: a sweep needs threshold_cache_stats or at least two thresholds")
+        mean, sd = float(np.mean(own)), float(np.std(own))
+    if not (math.isfinite(mean) and SMALLEST_SD < sd < math.inf):
+        raise SteerbackError(
+            f"{source.path}: the standard deviation of the thresholds is {sd:g}, so its boosts have no levels; "
+            "give threshold_cache_stats a finite mean and a std above 0"
+        )
+    return Levels(mean, sd, len(features))
 
 
-def _facts(ledger: Ledger, sources: Sequence[Source], target: str | None, result: Imported) -> None:
-    """Store the facts that analyses read besides the trials."""
+def _facts(sources: Sequence[Source], target: str | None, result: Imported) -> dict[tuple[str, str], JsonValue]:
+    """Return the facts that analyses read besides the trials, by target and name, in the form they are stored in."""
+    facts: dict[tuple[str, str], JsonValue] = {}
     for name in result.targets:
         own = [s for s in sources if (target or s.model) == name]
         chosen = {f.index: f.label for s in own for f in s.file.results_by_feature}
         latents = [Latent(key, label) for key, label in chosen.items()]
-        ledger.put(name, LATENTS, Selection(chosen=latents, counts={"imported": len(latents)}))
+        facts[name, LATENTS.name] = LATENTS.dump(Selection(chosen=latents, counts={"imported": len(latents)}))
         for source in own:
             for fact, value in ((source.file.steerback and source.file.steerback.facts) or {}).items():
-                ledger.put_json(name, fact, value)
-        sweeps = [levels for s in own if (levels := _levels(s)) is not None]
+                facts[name, fact] = _own_fact(source, fact, value)
+        sweeps = [(s, levels) for s in own if (levels := _levels(s)) is not None]
         if sweeps:
-            names = {c for t, c in ledger.conditions() if t == name}
-            grid = sorted(float(c.split()[0]) for c in names)
-            first = {"mean": sweeps[0].mean, "sd": sweeps[0].sd, "latents": sweeps[0].latents}
-            ledger.put(name, SWEEP, Sweep(**first, levels=grid, dropped={}, boosts="absolute"))
+            first = sweeps[0][1]
+            grid = {
+                levels.of(f.boost(t)) for s, levels in sweeps for f in s.file.results_by_feature for t in f.trials or []
+            }
+            swept = Sweep(
+                mean=first.mean, sd=first.sd, latents=first.latents, levels=sorted(grid), dropped={}, boosts="absolute"
+            )
+            facts[name, SWEEP.name] = SWEEP.dump(swept)
         if result.experiment == "meta-prompts" and not any(s.kind == "ours" for s in own):
             texts = {s.condition: s.file.variant.template for s in own if s.kind == "variant"}
-            ledger.put(name, META_PROMPTS, MetaPromptSet(variants=texts, cells_without_label=0, parameters=None))
-    ledger.put("", IMPORTED, ImportedFiles(files=[s.path.name for s in sources], counts=dict(result.counts)))
+            variants = MetaPromptSet(variants=texts, cells_without_label=0, parameters=None)
+            facts[name, META_PROMPTS.name] = META_PROMPTS.dump(variants)
+    facts["", IMPORTED.name] = IMPORTED.dump(
+        ImportedFiles(files=[s.path.name for s in sources], counts=dict(result.counts))
+    )
+    return facts
+
+
+def _own_fact(source: Source, name: str, value: JsonValue) -> JsonValue:
+    """Return a fact of one of our exports, checked. Raises SteerbackError for facts that exports do not hold."""
+    if name == SWEEP.name:
+        return SWEEP.dump(SWEEP.load(value, str(source.path)))
+    if name == META_PROMPTS.name:
+        return META_PROMPTS.dump(META_PROMPTS.load(value, str(source.path)))
+    raise SteerbackError(
+        f"{source.path}: steerback.facts holds {name[:80]!r}; an export holds {' and '.join(EXPORTED_FACTS)} alone"
+    )
 
 
 def export_authors(run: Run, folder: Path, judge: str) -> list[Path]:

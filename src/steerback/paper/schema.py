@@ -197,7 +197,7 @@ class Source:
     @property
     def model(self) -> str:
         """Short name of the model, the registry's where it is one of the paper's five."""
-        name = (self.file.experiment_config.model_name or self.path.stem).rstrip("/").split("/")[-1]
+        name = _last_part(self.file.experiment_config.model_name or self.path.stem)
         lower = name.lower().removeprefix("meta-")
         merged = "merged" in lower or "masked" in lower  # the authors' fine-tuned models
         return next((known for known in MODELS if lower.startswith(known) and not merged), lower)
@@ -206,6 +206,10 @@ class Source:
     def judge(self) -> str:
         """Name of the model that judged the responses."""
         return self.file.experiment_config.judge_model_name or "imported"
+
+
+def _last_part(name: str) -> str:
+    return name.strip().rstrip("/").split("/")[-1].strip()
 
 
 def read_source(path: Path, condition: str | None = None) -> Source:
@@ -225,6 +229,8 @@ def read_source(path: Path, condition: str | None = None) -> Source:
         message = first["msg"].partition(" or instance of ")[0].removeprefix("Value error, ")
         raise SteerbackError(f"{path}: {'.'.join(map(str, first['loc']))}: {message}; mend the file") from None
     kind, named = file.kind()
+    if not named.strip() or (file.experiment_config.model_name and not _last_part(file.experiment_config.model_name)):
+        raise SteerbackError(f"{path}: experiment_config.model_name or the condition is empty; mend the file")
     return Source(path, hashlib.sha256(raw).hexdigest(), file, kind, condition or named)
 
 

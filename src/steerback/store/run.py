@@ -6,7 +6,9 @@ import errno
 import fcntl
 import os
 import re
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -151,6 +153,18 @@ def new_run(name: str, root: Path) -> Path:
     """Return the folder of a run to be made under `root`. Raises SteerbackError for a name that is no file name."""
     _name_is_plain(name)
     return root / name
+
+
+@contextmanager
+def new_or_nothing(folder: Path) -> Iterator[None]:
+    """Remove a run's folder if what is done inside fails and the folder did not exist before."""
+    existed = folder.exists()
+    try:
+        yield
+    except BaseException:
+        if not existed:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def plain(text: str) -> str:
