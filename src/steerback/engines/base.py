@@ -109,3 +109,15 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Rereads(Engine, Protocol):
+    """An engine that also reads activations along an existing response."""
+
+    def reread(self, request: Request, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """Return what `request.record` asks for along prompt and response, steered as the request says.
+
+        Shape (prompt tokens + fed-back tokens, recorded latents), as in `Completion.activations`.
+        """
+        ...

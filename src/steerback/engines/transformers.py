@@ -273,20 +273,37 @@ class TransformersEngine:
 
         The first `prompt_tokens` positions are the prompt.
         """
-        site, device = self.runner.site, self.runner.device
-        check("teacher_forced", interventions, None, site)
         request = Request("teacher_forced", "", 0, interventions=tuple(interventions))
+        return self.runner.logits(self._forced(request, token_ids, prompt_tokens)[0])[0].float()
+
+    @torch.inference_mode()
+    def reread(self, request: Request, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """Return activations along an existing response, read in one pass; see `Rereads.reread`."""
+        layer = self.runner.site.record_layer(request.record)
+        if request.record is None or layer is None:
+            raise SteerbackError("reread needs a request with latents to record")
+        prompt = self.runner.prompt_of(request)
+        ids = (*prompt, *token_ids[:-1])
+        self.runner.check_length(request.key, len(ids), 0)
+        _, phases = self._forced(request, ids, len(prompt))
+        kept = torch.stack([phase.records[layer].kept[0] for phase in phases]).sum(dim=0)  # 0 outside its phase
+        values: NDArray[np.float32] = kept[:, : len(request.record.latents)].float().cpu().numpy()
+        return values
+
+    def _forced(
+        self, request: Request, token_ids: Sequence[int], prompt_tokens: int
+    ) -> tuple[Tensor, tuple[Steering, Steering]]:
+        """Return final hidden states (1, T, d) of a steered text, and the steering of its prompt and its response."""
+        site, device = self.runner.site, self.runner.device
+        check(request.key, request.interventions, request.record, site)
         ids = torch.tensor([list(token_ids)], device=device)
         positions = torch.arange(ids.shape[1], device=device)[None]
-        prompt, generated = (
-            Steering(phase, 1, ids.shape[1], site, self.sae, self.directions, device)
-            for phase in ("prompt", "generated")
-        )
+        prompt = Steering("prompt", 1, ids.shape[1], site, self.sae, self.directions, device)
+        generated = Steering("generated", 1, ids.shape[1], site, self.sae, self.directions, device)
         prompt.admit(0, request)
         generated.admit(0, request)
         forward = Pass(positions, [(prompt, positions < prompt_tokens), (generated, positions >= prompt_tokens)])
-        hidden = self.runner.hidden(ids, positions, ids.shape[1], None, forward)
-        return self.runner.logits(hidden)[0].float()
+        return self.runner.hidden(ids, positions, ids.shape[1], None, forward), (prompt, generated)
 
     def close(self) -> None:
         """Waits for the block of steps under way, if any, and lets go of the model."""

@@ -6,6 +6,7 @@ Figures are built on matplotlib's Figure with the Agg canvas, never through pypl
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import textwrap
 from collections.abc import Callable, Iterable
@@ -180,3 +181,13 @@ def save(fig: Figure, folder: Path, name: str) -> list[Path]:
             temporary.unlink(missing_ok=True)
         paths.append(path)
     return paths
+
+
+def png(fig: Figure, dpi: int = 150) -> bytes:
+    """Return the figure as a PNG image, for pages that hold their figures."""
+    from matplotlib import rc_context
+
+    out = io.BytesIO()
+    with rc_context(_RC):
+        fig.savefig(out, format="png", dpi=dpi, metadata={"Software": None})
+    return out.getvalue()

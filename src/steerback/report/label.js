@@ -4,7 +4,6 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const storageKey = `steerback-labels/${data.run}/${data.sample}`;
   const element = (id) => document.getElementById(id);
-  const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]/u;
   const items = data.items.map((item) => ({ ...item, characters: Array.from(item.response) }));
   const state = load();
   let cursor = 0; // word of the response
@@ -37,27 +36,6 @@
   const label = () => (state.labels[item().number] ??= { status: "scored", restarts: [], scores: [null] });
   const isTouched = (l) => l && (l.status !== "scored" || l.restarts.length > 0 || l.scores.some((s) => s !== null));
   const isDone = (l) => l && (l.status !== "scored" || l.scores.every((s) => s !== null));
-
-  // Append text; characters that are invisible or turn the order of writing are shown by their number.
-  function write(parent, text) {
-    let run = "";
-    const flush = () => {
-      if (run) parent.append(document.createTextNode(run));
-      run = "";
-    };
-    for (const character of text) {
-      if (!HIDDEN.test(character)) {
-        run += character;
-        continue;
-      }
-      flush();
-      const shown = document.createElement("span");
-      shown.className = "hidden-character";
-      shown.textContent = "U+" + character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
-      parent.append(shown);
-    }
-    flush();
-  }
 
   function fill(id, text) {
     element(id).replaceChildren();

@@ -6,11 +6,8 @@ script and no network; in the spreadsheet no cell can be taken for a formula.
 
 from __future__ import annotations
 
-import base64
 import csv
-import hashlib
 import io
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,9 +15,9 @@ from pathlib import Path
 from steerback.errors import SteerbackError
 from steerback.judging.human import FORMAT, RUBRIC, LabelFile, LabelItem, parse_labels, sentences, words
 from steerback.readers import Json, decode, parse_json, read_bytes
+from steerback.report import pages
 from steerback.report.transcripts import plain
 
-HERE = Path(__file__).parent
 COLUMNS = ("sample", "response", "position", "prompt", "topic", "sentence", "restart", "score")
 MARKS, BLANKS = ("x", "1", "yes", "restart"), ("", "0", "no")
 STATES = {"empty": "empty", "?": "unscored"}
@@ -29,10 +26,8 @@ STATES = {"empty": "empty", "?": "unscored"}
 
 def page(items: Sequence[LabelItem], run: str, sample: str) -> str:
     """Return the labelling page of a sample: one HTML file that needs nothing else."""
-    from jinja2 import Environment, FileSystemLoader
     from markupsafe import Markup
 
-    style, script = ((HERE / name).read_text("utf-8") for name in ("label.css", "label.js"))
     data = {
         "format": FORMAT,
         "run": run,
@@ -50,28 +45,8 @@ def page(items: Sequence[LabelItem], run: str, sample: str) -> str:
             for i in items
         ],
     }
-    policy = f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'"
-    environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, keep_trailing_newline=True)
-    return environment.get_template("label.html").render(
-        policy=policy + "; form-action 'none'",
-        run=run,
-        style=Markup(style),
-        script=Markup(script),
-        data=Markup(_json_in_html(data)),
-    )
-
-
-def _hash(source: str) -> str:
-    """Return the expression by which a content security policy names an inline script or style."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode('utf-8')).digest()).decode('ascii')}'"
-
-
-def _json_in_html(value: object) -> str:
-    """Return JSON in ASCII without characters that mean something in HTML."""
-    text = json.dumps(value)
-    for character in "<>&":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
+    values: dict[str, object] = {"run": run, "data": Markup(pages.json_in_html(data))}
+    return pages.render("label.html", ["label.css"], ["text.js", "label.js"], values, images="'none'")
 
 
 def spreadsheet(items: Sequence[LabelItem], sample: str) -> str:

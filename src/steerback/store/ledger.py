@@ -232,6 +232,19 @@ class Ledger:
         with sqlite_errors(self.path):
             return [_row(found) for found in self._db.execute(query, values)]
 
+    def trials(self, stages: Sequence[str]) -> Iterator[Trial]:
+        """Yield the planned trials of some stages in the order of `rows`, one at a time."""
+        marks = _marks(len(stages))
+        query = f"SELECT * FROM trials WHERE stage IN ({marks}) ORDER BY target, stage, condition, idx"
+        with sqlite_errors(self.path):
+            for stored in self._db.execute(query, list(stages)):
+                yield _trial(stored)
+
+    def stages(self) -> dict[str, int]:
+        """Number of planned trials of each stage."""
+        with sqlite_errors(self.path):
+            return {r[0]: r[1] for r in self._db.execute("SELECT stage, count(*) FROM trials GROUP BY 1 ORDER BY 1")}
+
     def judges(self) -> list[str]:
         """Names of the judges that have judged anything here."""
         with sqlite_errors(self.path):
@@ -296,12 +309,12 @@ def _completion_row(key: str, c: Completion, engine: str) -> tuple[Any, ...]:
     )
 
 
-def _row(stored: tuple[Any, ...]) -> Row:
+def _trial(stored: tuple[Any, ...]) -> Trial:
     key, target, stage, condition, index, latent, label, _boost, prompt, meta, prefill, seed, edits, record = stored[
         :14
     ]
     recording = json.loads(record) if record else None
-    trial = Trial(
+    return Trial(
         key=key,
         target=target,
         stage=stage,
@@ -316,6 +329,9 @@ def _row(stored: tuple[Any, ...]) -> Row:
         interventions=tuple(Intervention(**i) for i in json.loads(edits)),
         record=Recording(tuple(recording["latents"]), recording["layer"]) if recording else None,
     )
+
+
+def _row(stored: tuple[Any, ...]) -> Row:
     completion = None
     if stored[14] is not None:
         text, ids, prompt_tokens, finish, in_prompt, generated, norm, blob = stored[14:22]
@@ -327,7 +343,7 @@ def _row(stored: tuple[Any, ...]) -> Row:
         judge, rubric, status, attempts, reason, raw = stored[22:28]
         spans = tuple(Attempt(**a) for a in json.loads(attempts))
         judgement = Judgement(judge, rubric, status, spans, reason, raw)
-    return Row(trial, completion, judgement)
+    return Row(_trial(stored), completion, judgement)
 
 
 def _dump(value: Any) -> str:

@@ -1,0 +1,57 @@
+"""The verb that writes the viewer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from steerback.cli.options import RUNS, RunsFolder, VerdictsOf, add
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb to the command line."""
+    add(app, view)
+
+
+def view(
+    names: Annotated[list[str], typer.Argument(help="Runs under --runs, or paths of their folders.")],
+    out: Annotated[Path | None, typer.Option(help="The HTML file; default: view.html in the run's folder.")] = None,
+    judge: VerdictsOf = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Load the target and read the activations of some responses again.")
+    ] = False,
+    trial: Annotated[
+        list[str] | None, typer.Option(help="With --record: this trial; repeat the option for several.")
+    ] = None,
+    stage: Annotated[
+        list[str] | None, typer.Option(help="Show the trials of this stage instead of the measured ones; repeatable.")
+    ] = None,
+    max_trials: Annotated[
+        int, typer.Option(min=1, help="Show at most this many trials: a sample of larger runs.")
+    ] = 5000,
+    browse: Annotated[bool, typer.Option("--open", help="Open the file in a browser.")] = False,
+    runs: RunsFolder = RUNS,
+) -> None:
+    """Write one HTML file in which runs can be looked through: rates, every trial, activations, calibration."""
+    from steerback.errors import SteerbackError
+    from steerback.jobs.execute import tools
+    from steerback.jobs.view import ViewSettings, write_view
+    from steerback.report.view_trials import STAGES
+    from steerback.store.files import make_folder
+    from steerback.store.run import find_run
+
+    if trial and not record:
+        raise SteerbackError("--trial names trials whose activations are read; add --record")
+    folders = [find_run(name, runs) for name in names]
+    path = out or (folders[0] if len(folders) == 1 else runs) / "view.html"
+    make_folder(path.parent, "choose another --out")
+    settings = ViewSettings(judge, tuple(stage or STAGES), max_trials, record, tuple(trial or ()))
+    with tools(cached=False) as (progress, _):
+        write_view(folders, path, settings, progress)
+    print(f"{path} ({path.stat().st_size / 1e6:.1f} MB; it needs no network)")
+    if browse:
+        import webbrowser
+
+        webbrowser.open(path.absolute().as_uri())

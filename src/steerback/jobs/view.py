@@ -1,0 +1,185 @@
+"""Writing the viewer of finished or unfinished runs: their analysis, their labels, and activations where asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from steerback.analysis.base import measured
+from steerback.engines import check_engine
+from steerback.engines.base import Rereads
+from steerback.errors import SteerbackError, unknown
+from steerback.figures.base import Presentation, measured_tables
+from steerback.figures.style import png
+from steerback.figures.tables import Table
+from steerback.jobs.check import Makers, with_directions
+from steerback.jobs.execute import analysed
+from steerback.records import BoostPrior, LatentKey, Recording
+from steerback.report import view
+from steerback.report.view_trials import STAGES, Group, Reading, ShownRun, group_of, rows_of
+from steerback.store.facts import DETECTOR_SET, RECORDED_LATENTS
+from steerback.store.files import write_atomic
+from steerback.store.ledger import Row
+from steerback.store.progress import Progress, Silent
+from steerback.store.run import Run
+from steerback.study.study import same_weights
+from steerback.targets import Target
+
+RECORDED = 40
+"""Trials whose activations `record` reads unless others are named."""
+
+
+@dataclass(frozen=True, slots=True)
+class ViewSettings:
+    """Choices of `steerback view`: the judge (None: each run's), stages, most trials, and whether to read activations.
+
+    `trials` are the keys of the trials to read; without them, up to `RECORDED` with the largest gains and the trials
+    of the same latent, prompt and seed.
+    """
+
+    judge: str | None = None
+    stages: Sequence[str] = STAGES
+    most_trials: int = view.MOST_TRIALS
+    record: bool = False
+    trials: Sequence[str] = ()
+
+
+def write_view(
+    folders: Sequence[Path],
+    out: Path,
+    settings: ViewSettings | None = None,
+    progress: Progress | None = None,
+    makers: Makers | None = None,
+) -> Path:
+    """Write the viewer of some runs, finished or not, to the file `out`."""
+    chosen, makers = settings or ViewSettings(), makers or Makers()
+    with ExitStack() as stack:
+        runs = [stack.enter_context(Run.read(folder)) for folder in folders]
+        known = dict.fromkeys(stage for run in runs for stage in run.ledger.stages())
+        for stage in chosen.stages:
+            if stage not in known and stage not in STAGES:
+                raise unknown("stage", stage, list(known))
+        shown = [_shown(run, chosen, progress or Silent(), makers) for run in runs]
+        return write_atomic(out, view.page(shown, chosen.stages, chosen.most_trials).encode("utf-8"))
+
+
+def _shown(run: Run, settings: ViewSettings, progress: Progress, makers: Makers) -> ShownRun:
+    judge, problem = run.judge(settings.judge), ""
+    analysis: Presentation | None = None
+    try:
+        analysis = analysed(run, judge).shown
+    except SteerbackError as error:  # an unfinished run is shown without its analysis
+        problem = str(error)
+    tables = dict(analysis.tables) if analysis else {}
+    if not any("multi-attempt" in str(column) for table in tables.values() for column in table.shown.columns):
+        tables = _rates(run, judge) | tables
+    targets = _targets(run, makers)
+
+    def prior(target: str, key: LatentKey) -> BoostPrior | None:
+        try:
+            return targets[target].prior_of(key) if target in targets else None
+        except SteerbackError:  # a direction whose file is gone
+            return None
+
+    return ShownRun(
+        run,
+        judge,
+        lines=analysis.lines if analysis else (),
+        tables=tables,
+        figures={name: png(figure()) for name, figure in analysis.figures.items()} if analysis else {},
+        problem=problem,
+        labels={name: target.labels() for name, target in targets.items()},
+        priors=prior,
+        readings=_readings(run, judge, settings, targets, progress, makers) if settings.record else {},
+    )
+
+
+def _rates(run: Run, judge: str) -> dict[str, Table]:
+    """Return the table of rates of a run whose experiment reports something else, or whose analysis has to wait."""
+    if not run.ledger.conditions():
+        return {}
+    return {"rates": measured_tables(measured(run.ledger, judge, run.config.draws))["table"]}
+
+
+def _targets(run: Run, makers: Makers) -> dict[str, Target]:
+    """Return the targets of a run that are defined on this machine."""
+    found = {}
+    for name in run.config.targets:
+        try:
+            found[name] = with_directions(makers.target(name, run.config.definitions), run.config)
+        except SteerbackError:  # an imported run need not have a target of ours
+            continue
+    return found
+
+
+def _readings(
+    run: Run, judge: str, settings: ViewSettings, targets: Mapping[str, Target], progress: Progress, makers: Makers
+) -> dict[str, Reading]:
+    """Read the activations of chosen trials, one engine after the other."""
+    readings: dict[str, Reading] = {}
+    rows = _to_read(run, judge, settings)
+    for name in dict.fromkeys(row.trial.target for row in rows):
+        if name not in targets:
+            raise SteerbackError(f"--record needs target {name!r}, which is not defined on this machine")
+        if not targets[name].has_sae:
+            raise SteerbackError(f"--record reads SAE latents and target {name!r} has no SAE")
+        options = run.config.engine_options if run.config.engine == "transformers" else {}
+        engine = makers.engine(targets[name], check_engine("transformers", options, run.config.batch_size))
+        try:
+            if not isinstance(engine, Rereads):
+                raise SteerbackError(
+                    f"--record needs an engine that re-reads responses; {type(engine).__name__} cannot"
+                )
+            same_weights(run.folder, name, engine)
+            own = [row for row in rows if row.trial.target == name]
+            progress.stage(f"{name}: reading activations", len(own))
+            for row in own:
+                readings[row.trial.key] = _reading(run, engine, row, targets[name])
+                progress.update(generated=1)
+        finally:
+            engine.close()
+    return readings
+
+
+def _reading(run: Run, engine: Rereads, row: Row, target: Target) -> Reading:
+    """Read the steered latent and the detectors of the run along one response."""
+    done, trial = row.completion, row.trial
+    assert done is not None  # `_to_read` takes no others
+    latents = dict.fromkeys((trial.latent,) if isinstance(trial.latent, int) else ())
+    groups = run.ledger.get(trial.target, RECORDED_LATENTS) or {}
+    detectors = run.ledger.get(trial.target, DETECTOR_SET)
+    latents |= dict.fromkeys(k for group in groups.values() for k in group)
+    latents |= dict.fromkeys(detectors.latents if detectors else ())
+    sampling = run.config.sampling.record(target.max_new_tokens)
+    request = replace(trial.request(sampling), record=Recording(tuple(latents)))
+    values = engine.reread(request, done.token_ids)
+    if len(values) != done.prompt_tokens + max(len(done.token_ids) - 1, 0):
+        raise SteerbackError(
+            f"{trial.key}: the prompt has other tokens than when the run was made, so its activations cannot be read; "
+            "use the versions in the run's manifest.json"
+        )
+    return Reading(engine.token_ends(done), tuple(latents), values[done.prompt_tokens :])
+
+
+def _to_read(run: Run, judge: str, settings: ViewSettings) -> list[Row]:
+    """Return the rows whose activations are read: the named ones, or the largest gains with what compares with them."""
+    ledger = run.ledger
+    if settings.trials:
+        rows = {row.trial.key: row for row in ledger.rows(keys=settings.trials, judge=judge)}
+        missing = [key for key in settings.trials if key not in rows or not rows[key].valid_receipt]
+        if missing:
+            raise SteerbackError(f"run {run.folder.name!r} has no valid response of trial {missing[0]!r}")
+        return list(rows.values())
+    groups: dict[Group, list[str]] = {}
+    gains: dict[Group, float] = {}
+    for row in rows_of(ledger, (t.key for t in ledger.trials(settings.stages)), judge):
+        if row.valid_receipt and row.trial.record is None:
+            group = group_of(row.trial)
+            groups.setdefault(group, []).append(row.trial.key)
+            gains[group] = max(gains.get(group, 0.0), row.gain)
+    keys: list[str] = []
+    for group in sorted(groups, key=lambda g: -gains[g]):
+        keys += groups[group] if len(keys) + len(groups[group]) <= RECORDED else []
+    return list(rows_of(ledger, keys, judge))

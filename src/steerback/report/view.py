@@ -1,0 +1,121 @@
+"""The viewer of runs: one HTML file with overview, trials, single responses and calibration.
+
+Python writes the data, the scripts in this folder show them. Light data of all trials is there when the page opens;
+texts, verdicts and activations of some trials at a time are compressed, and read when they are shown.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+from steerback.calibration.thresholds import THRESHOLDS
+from steerback.errors import VERSION
+from steerback.figures.tables import Table
+from steerback.readers import read_json_table
+from steerback.report import pages
+from steerback.report.view_calibration import calibration
+from steerback.report.view_trials import CHUNK, SEED, STAGES, ShownRun, flags_of, reason_of, rows_of, sampled
+from steerback.store.facts import LATENTS
+from steerback.store.ledger import Ledger
+
+MOST_TRIALS = 5000
+STYLES = ("view.css",)
+SCRIPTS = (
+    "text.js",
+    *(f"view{part}.js" for part in ("", "_overview", "_trials", "_tokens", "_lines", "_trial", "_calibration")),
+)
+
+
+def page(runs: Sequence[ShownRun], stages: Sequence[str] = STAGES, limit: int = MOST_TRIALS) -> str:
+    """Return the page of some runs, with at most `limit` trials."""
+    from markupsafe import Markup
+
+    overview, curves = [_overview(r, stages) for r in runs], [calibration(r) for r in runs]
+    sample, light, chunks = sampled(runs, stages, limit)
+    figures = [
+        {"name": name, "src": "data:image/png;base64," + base64.b64encode(image).decode("ascii")}
+        for r in runs
+        for name, image in r.figures.items()
+    ]
+    data = {
+        "version": VERSION,
+        "runs": overview,
+        "trials": light,
+        "chunk": CHUNK,
+        "sample": {"shown": len(sample.keys), "total": sample.total, "why": sample.why, "seed": SEED},
+    }
+    parts = {"figures": pages.packed(figures), "calibration": pages.packed(curves)}
+    parts |= {f"chunk-{n}": chunk for n, chunk in enumerate(chunks)}
+    values: dict[str, object] = {
+        "title": ", ".join(r.name for r in runs),
+        "data": Markup(pages.json_in_html(data)),
+        "parts": parts,
+    }
+    return pages.render("view.html", STYLES, SCRIPTS, values, images="data:")
+
+
+def _overview(shown: ShownRun, stages: Sequence[str]) -> dict[str, object]:
+    run, ledger = shown.run, shown.run.ledger
+    manifest = run.folder / "manifest.json"
+    return {
+        "name": shown.name,
+        "experiment": run.config.experiment,
+        "targets": list(run.config.targets),
+        "judge": shown.judge,
+        "judges": ledger.judges(),
+        "lines": list(shown.lines),
+        "problem": shown.problem,
+        "tables": [_table(name, table) for name, table in shown.tables.items()],
+        "figures": list(shown.figures),
+        "counts": _counts(ledger, shown.judge, stages),
+        "stages": ledger.stages(),
+        "latents": _left_out(ledger),
+        "manifest": read_json_table(manifest, "manifest") if manifest.is_file() else {},
+        "config": run.config.model_dump(mode="json"),
+    }
+
+
+def _table(name: str, table: Table) -> dict[str, object]:
+    cells = [[str(cell) for cell in row] for row in table.shown.to_numpy().tolist()]
+    columns = [str(column) for column in table.shown.columns]
+    return {"name": name, "columns": columns, "cells": cells, "caption": table.caption, "left": table.left}
+
+
+def _counts(ledger: Ledger, judge: str, stages: Sequence[str]) -> list[dict[str, object]]:
+    """Return for each target, stage and condition the trials by state, and why trials were left out."""
+    counts: dict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)
+    reasons: dict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)
+    for row in rows_of(ledger, (t.key for t in ledger.trials(stages)), judge):
+        place = (row.trial.target, row.trial.stage, row.trial.condition)
+        counts[place]["planned"] += 1
+        flags = flags_of(row)
+        counts[place].update(flags or ["sound"])
+        reasons[place].update(filter(None, [reason_of(row)]))
+    return [
+        {
+            "target": target,
+            "stage": stage,
+            "condition": condition,
+            "counts": dict(counts[target, stage, condition]),
+            "reasons": reasons[target, stage, condition].most_common(5),
+        }
+        for target, stage, condition in counts
+    ]
+
+
+def _left_out(ledger: Ledger) -> list[dict[str, object]]:
+    """Return what the selection and the calibration left of the latents of each target."""
+    left: dict[str, dict[str, object]] = {}
+    for target, selection in ledger.targets_with(LATENTS).items():
+        left.setdefault(target, {})["selection"] = dict(selection.counts)
+    for target, thresholds in ledger.targets_with(THRESHOLDS).items():
+        unusable = [e for e in thresholds if not e.threshold.usable]
+        left.setdefault(target, {}).update(
+            calibrated=len(thresholds),
+            unusable=[
+                {"latent": e.latent, "status": e.threshold.status, "reason": e.threshold.reason} for e in unusable
+            ],
+        )
+    return [{"target": target, **entry} for target, entry in left.items()]
