@@ -57,7 +57,7 @@ def write_view(
     chosen, makers = settings or ViewSettings(), makers or Makers()
     with ExitStack() as stack:
         runs = [stack.enter_context(Run.read(folder)) for folder in folders]
-        known = dict.fromkeys(stage for run in runs for stage in run.ledger.stages())
+        known = dict.fromkeys(stage for run in runs for stage in run.ledger.stage_sizes())
         for stage in chosen.stages:
             if stage not in known and stage not in STAGES:
                 raise unknown("stage", stage, list(known))

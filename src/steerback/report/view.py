@@ -70,7 +70,7 @@ def _overview(shown: ShownRun, stages: Sequence[str]) -> dict[str, object]:
         "tables": [_table(name, table) for name, table in shown.tables.items()],
         "figures": list(shown.figures),
         "counts": _counts(ledger, shown.judge, stages),
-        "stages": ledger.stages(),
+        "stages": ledger.stage_sizes(),
         "latents": _left_out(ledger),
         "manifest": read_json_table(manifest, "manifest") if manifest.is_file() else {},
         "config": run.config.model_dump(mode="json"),

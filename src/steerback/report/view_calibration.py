@@ -54,12 +54,12 @@ def calibration(shown: ShownRun) -> dict[str, object]:
 def _calibrated(run: Run) -> Iterator[tuple[Ledger, str]]:
     """Yield the ledger that holds the calibration's trials, and its run's name: the run's, or one it starts from."""
     name, earlier = run.folder.name, run.config.from_run
-    if run.ledger.stages().get(STAGE) or earlier is None:
+    if run.ledger.stage_sizes().get(STAGE) or earlier is None:
         yield run.ledger, name
         return
     while earlier is not None and (path := Path(earlier) / "ledger.sqlite").is_file():
         with Ledger(path, read_only=True) as ledger:
-            if ledger.stages().get(STAGE):
+            if ledger.stage_sizes().get(STAGE):
                 yield ledger, Path(earlier).name
                 return
             further = (ledger.get("", CONFIG) or {}).get("from_run")

@@ -240,7 +240,7 @@ class Ledger:
             for stored in self._db.execute(query, list(stages)):
                 yield _trial(stored)
 
-    def stages(self) -> dict[str, int]:
+    def stage_sizes(self) -> dict[str, int]:
         """Number of planned trials of each stage."""
         with sqlite_errors(self.path):
             return {r[0]: r[1] for r in self._db.execute("SELECT stage, count(*) FROM trials GROUP BY 1 ORDER BY 1")}

@@ -1,0 +1,359 @@
+"""The viewer in a real browser: filter, open, hover, pin, link; hostile responses change nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from chromium import HOSTILE, launched
+from labelled import FIRST, RESTART, make_run, text_of, verdict
+from steerback.calibration.thresholds import THRESHOLDS, LatentThreshold, Threshold, verified
+from steerback.cli import main
+from steerback.jobs.view import ViewSettings, write_view
+from steerback.records import Completion, Intervention, Judgement, Receipt, Recording, Trial
+from steerback.store.facts import DETECTOR_SET, TOKEN_ENDS, Detector, DetectorSet
+from steerback.store.run import Run
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+STEERED, DETECTOR, SILENT = 7, 40, 41
+SEVERAL = text_of(True)
+WORDS = SEVERAL.split(" ")
+PROMPT_TOKENS = 3
+
+
+def ends_of(text: str) -> list[int]:
+    """One token a word, with the space before it."""
+    ends, at = [], 0
+    for n, word in enumerate(text.split(" ")):
+        at += len(word) + (n > 0)
+        ends.append(at)
+    return ends
+
+
+def recorded_activations(words: Sequence[str]) -> np.ndarray:
+    """Token n has activation n at the steered latent; the detector is 2.5 at `Wait,` alone."""
+    fed = len(words) - 1
+    values = np.zeros((PROMPT_TOKENS + fed, 3), dtype=np.float32)
+    values[PROMPT_TOKENS:, 0] = np.arange(fed)
+    values[PROMPT_TOKENS + list(words).index("Wait,"), 1] = 2.5
+    return values
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a baseline of 6 trials, one of them recorded, an ablated twin of that, and two calibrated latents."""
+    place = make_run(tmp_path_factory.mktemp("runs") / "seen", {"plain": [[False, False], [True, False]]})
+    with Run.reopen(place) as run:
+        add = Intervention("add", STEERED, 30.0)
+        base = Trial(
+            "model/measure/baseline/0",
+            "model",
+            "measure",
+            "baseline",
+            100,
+            "Why is the sky blue?",
+            99,
+            STEERED,
+            "penguins",
+            interventions=(add,),
+            record=Recording((STEERED, DETECTOR, SILENT)),
+        )
+        clamped = (add, Intervention("clamp", DETECTOR, 0.0))
+        twin = replace(base, key="model/measure/ablated/0", condition="ablated", interventions=clamped, record=None)
+        broken = replace(base, key="model/measure/ablated/1", condition="ablated", index=101, seed=5, record=None)
+        run.ledger.add_trials([base, twin, broken])
+        n = len(WORDS)
+        receipt = Receipt(PROMPT_TOKENS, n - 1, 30.0)
+        done = Completion(SEVERAL, tuple(range(n)), PROMPT_TOKENS, "stop", receipt, recorded_activations(WORDS))
+        short = Completion(FIRST, (1, 2), PROMPT_TOKENS, "length", Receipt(PROMPT_TOKENS, 1, 30.0))
+        wrong = replace(short, receipt=Receipt(0, 0, 0.0), finish="stop")
+        run.ledger.add_completions([(base.key, done, "e"), (twin.key, short, "e"), (broken.key, wrong, "e")])
+        run.ledger.add_judgements([(base.key, verdict("machine", True)), (twin.key, verdict("machine", False))])
+        second = Judgement("critic", "other-1", "unscored", (), "the reply is no JSON", "I <b>refuse</b>")
+        run.ledger.add_judgements([(base.key, second), (broken.key, verdict("machine", False))])
+        run.ledger.put("model", TOKEN_ENDS, {base.key: ends_of(SEVERAL)})
+        run.ledger.put(
+            "model",
+            DETECTOR_SET,
+            DetectorSet(
+                source="test", detectors=[Detector(latent=DETECTOR, label="notices errors", level=1.0, auc=1.0)]
+            ),
+        )
+        _calibrate(run)
+    return place
+
+
+def _calibrate(run: Run) -> None:
+    tries = [(b, s) for b, s in ((10.0, 95.0), (20.0, 80.0), (30.0, 52.0), (40.0, 20.0), (50.0, 5.0)) for _ in range(2)]
+    threshold = Threshold(
+        boost=30.5, low=27.0, high=34.0, status="converged", reason="the fitted curve crosses the target",
+        target_score=50.0, tolerance=5.0, score=50.0, score_se=3.0, n_rounds=5, n_trials=10, n_unscored=0,
+        posterior_median=30.0, posterior_low=26.0, posterior_high=35.0,
+    )  # fmt: skip
+    lost = replace(threshold, boost=60.0, status="at bound", reason="the score stays above 50 up to the bound 60")
+    entries = [LatentThreshold.of(STEERED, verified(threshold, [45.0, 55.0, 50.0])), LatentThreshold.of(8, lost)]
+    run.ledger.put("model", THRESHOLDS, entries)
+    for i, (boost, score) in enumerate(tries):
+        key = f"model/calibration/threshold/{i}"
+        edits = (Intervention("add", STEERED, boost),)
+        trial = Trial(key, "model", "calibration", "threshold", i, "p", i, STEERED, "penguins", interventions=edits)
+        run.ledger.add_trials([trial])
+        run.ledger.add_completions([(key, Completion("x", (1, 2), 3, "stop", Receipt(3, 1, boost)), "e")])
+        attempt = replace(verdict("machine", False, text="x").attempts[0], score=score)
+        run.ledger.add_judgements([(key, Judgement("machine", "test-1", "scored", (attempt,)))])
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    yield from launched()
+
+
+class Opened:
+    """The viewer in a browser, with all that the browser reports while it is open."""
+
+    def __init__(self, browser: Browser, file: Path, hash: str = "") -> None:
+        self.page: Page = browser.new_page(viewport={"width": 1300, "height": 800})
+        self.errors: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", lambda message: self.errors.append(message.text))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.address = file.as_uri()
+        self.page.goto(self.address + hash)
+
+    def text(self, selector: str) -> str:
+        return self.page.locator(selector).first.inner_text()
+
+    def rows(self) -> list[str]:
+        return self.page.locator("#body tr[data-trial]").all_inner_texts()
+
+
+@pytest.fixture(scope="module")
+def file(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_view([folder], tmp_path_factory.mktemp("page") / "view.html")
+
+
+def test_trials_can_be_filtered_sorted_and_searched(browser: Browser, file: Path) -> None:
+    opened = Opened(browser, file, "#trials")
+    page = opened.page
+    assert opened.text("#shown") == "7 of 7 trials"
+    page.locator("[data-filter=condition]").select_option("ablated")
+    assert opened.text("#shown") == "2 of 7 trials"
+    page.locator("[data-filter=flags]").select_option("invalid")
+    assert opened.text("#shown") == "1 of 7 trials"
+    page.locator("#clear").click()
+    page.locator("[data-filter=attempts]").fill(">= 2")
+    assert opened.text("#shown") == "2 of 7 trials"
+    page.locator("[data-filter=boost]").fill("20..40")
+    assert opened.text("#shown") == "1 of 7 trials"
+    assert "Why is the sky blue?" in opened.rows()[0]
+    page.locator("#clear").click()
+    page.locator("th[data-column=gain] button").click()
+    assert page.locator("th[data-column=gain]").get_attribute("aria-sort") == "descending"
+    assert "40" in opened.rows()[0]
+    page.keyboard.press("/")
+    page.keyboard.type("TUCK one corner")  # in the text of a response alone
+    page.wait_for_function("document.getElementById('shown').textContent.startsWith('2 of')")
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.activeElement.id") != "search"
+    assert not opened.errors
+
+
+def test_keys_open_trials_and_go_to_the_next_and_back(browser: Browser, file: Path) -> None:
+    opened = Opened(browser, file, "#trials&condition=plain")
+    page = opened.page
+    assert opened.text("#shown") == "4 of 7 trials"
+    page.keyboard.press("j")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#response .band")
+    assert page.url.endswith("#trial=model%2Fmeasure%2Fplain%2F1")
+    page.keyboard.press("j")
+    page.wait_for_function("location.hash.endsWith('plain%2F2')")
+    page.keyboard.press("k")
+    page.wait_for_function("location.hash.endsWith('plain%2F1')")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#rows", state="visible")
+    assert page.locator("tr.current").inner_text() == opened.rows()[1]
+    assert not opened.errors
+
+
+def test_a_link_opens_a_trial_with_attempts_receipt_verdicts_and_its_twin(browser: Browser, file: Path) -> None:
+    opened = Opened(browser, file, "#trial=model/measure/baseline/0")
+    page = opened.page
+    page.wait_for_selector("#beside .card")
+    bands = page.locator("#response .band")
+    assert bands.count() == 3  # two attempts and the space between them
+    assert bands.first.inner_text().startswith("attempt 1")
+    assert "30/100" in bands.first.inner_text().replace("\n", "")
+    assert bands.last.locator(".phrase").all_inner_texts() == ["Wait,", " that", " is", " not"]
+    assert f"edited 3 of 3 prompt positions, {len(WORDS) - 1} of {len(WORDS)} generated tokens" in opened.text(
+        ".receipt"
+    )
+    steered = page.locator("#response .token.steered").all_inner_texts()
+    assert len(steered) == len(WORDS) - 1 + 1  # one is cut in two where the second attempt begins
+    assert WORDS[-1] not in "".join(steered)
+    assert "refuse" not in opened.text(".verdicts")
+    page.locator(".verdicts summary").click()
+    assert "I <b>refuse</b>" in opened.text(".verdicts")
+    assert "unscored: the reply is no JSON" in opened.text(".verdicts")
+    cards = page.locator("#beside .card")
+    assert [c.split("\n")[0] for c in cards.all_inner_texts()] == ["baseline", "ablated"]
+    cards.last.locator("a").click()
+    page.wait_for_function("location.hash.endsWith('ablated%2F0')")
+    page.wait_for_function("document.querySelector('h2').textContent.includes('ablated') || true")
+    page.goto(opened.address + "#trial=model%2Fnothing")
+    assert "There is no trial model/nothing" in opened.text("#view-trial")
+    assert not opened.errors
+
+
+def test_hover_shows_the_activation_of_a_token_and_a_click_pins_it(browser: Browser, file: Path) -> None:
+    opened = Opened(browser, file, "#trial=model/measure/baseline/0")
+    page = opened.page
+    page.wait_for_selector("#response .token")
+    token = page.locator("#response [data-token='4']")
+    token.hover()
+    assert opened.text("#tip").split("\n") == ["␣ice.", f"token 5 of {len(WORDS)}, position 7", "7 penguins: 4"]
+    shares = [
+        float(t.evaluate("e => e.style.getPropertyValue('--share')").rstrip("%") or 0)
+        for t in page.locator("#response [data-token]").all()[:6]
+    ]
+    largest = len(WORDS) - 2
+    assert shares == pytest.approx([100 * n / largest for n in range(6)], abs=0.06)
+    last = page.locator(f"#response [data-token='{len(WORDS) - 1}']")
+    last.hover()
+    assert "never fed back" in opened.text("#tip")
+    wait = WORDS.index("Wait,")
+    page.locator(f"#response [data-token='{wait}']").last.click()
+    pinned = opened.text("#pinned")
+    assert f"Token {wait + 1}" in pinned
+    assert "40 notices errors: 2.5 (100 % of its maximum)" in pinned
+    page.keyboard.press("ArrowRight")
+    assert f"Token {wait + 2}" in opened.text("#pinned")
+    assert page.locator("#marker-pin").get_attribute("x") == str((wait + 1) * 13)
+    page.keyboard.press("Escape")
+    assert opened.text("#pinned") == ""
+    assert page.locator("#activations .names .name").all_inner_texts() == [
+        "7 penguins\nmax " + str(largest),
+        "40 notices errors\nmax 2.5",
+    ]
+    assert "1 recorded latent without any activity" in opened.text("#activations")
+    page.locator("#colour").select_option(str(DETECTOR))
+    assert page.locator("#response .hot").all_inner_texts() in ([" ", "Wait,"], ["Wait,"])
+    page.locator(".lines-chart svg").click(position={"x": 2 * 13 + 5, "y": 20})
+    assert "Token 3" in opened.text("#pinned")
+    assert not opened.errors
+
+
+def test_calibration_shows_boosts_curve_and_threshold(browser: Browser, file: Path) -> None:
+    opened = Opened(browser, file, "#calibration")
+    page = opened.page
+    page.wait_for_selector(".latent-card")
+    first, second = page.locator(".latent-card").all()
+    assert "threshold 30.5 [27, 34]" in first.inner_text()
+    assert "fresh trials 50" in first.inner_text()
+    assert first.locator(".dot").count() == 5
+    points = (first.locator(".curve").get_attribute("points") or "").split()
+    heights = [float(p.split(",")[1]) for p in points]
+    assert heights == sorted(heights)  # y grows downwards, so the score falls
+    assert "the score stays above 50 up to the bound 60" in second.inner_text()
+    assert not opened.errors
+
+
+def test_overview_shows_rates_what_was_left_out_and_provenance(browser: Browser, file: Path) -> None:
+    opened = Opened(browser, file)
+    page = opened.page
+    page.wait_for_selector(".figures img")
+    assert "multi-attempt %" in opened.text("#view-overview table")
+    assert "invalid: the receipt does not match the plan" in opened.text("#view-overview")
+    assert "1 of 2 latents without a usable threshold" in opened.text("#view-overview")
+    page.locator("#view-overview a", has_text="1").first.click()
+    page.wait_for_selector("#rows", state="visible")
+    assert opened.text("#shown").startswith("1 of 7") or "of 7 trials" in opened.text("#shown")
+    widths = page.evaluate("[...document.querySelectorAll('.figures img')].map((i) => i.naturalWidth)")
+    assert all(width > 100 for width in widths)
+    assert not opened.errors
+    assert [url for url in opened.requests if not url.startswith(("file:", "data:", "blob:"))] == []
+
+
+def test_hostile_text_stays_text(browser: Browser, tmp_path: Path) -> None:
+    place = make_run(tmp_path / "run", {"<b>arm</b>": [[False, False]]}, texts=[HOSTILE, RESTART])
+    with Run.reopen(place) as run:
+        reply = Judgement("<i>judge", "r", "unscored", (), HOSTILE, HOSTILE)
+        run.ledger.add_judgements([("model/measure/<b>arm</b>/0", reply)])
+        trial = Trial("k<img src=x>", "model", "measure", HOSTILE, 9, HOSTILE, 1, "dir", HOSTILE)
+        run.ledger.add_trials([trial])
+        run.ledger.add_completions([(trial.key, Completion(HOSTILE, (1, 2), 3, "stop", Receipt()), "e")])
+    opened = Opened(browser, write_view([place], tmp_path / "view.html"))
+    page = opened.page
+    for hash in ("#trials", "#trial=model/measure/%3Cb%3Earm%3C/b%3E/0", "#trial=k<img src=x>", "#calibration"):
+        page.goto(opened.address + hash)
+        page.wait_for_timeout(150)
+        assert page.title() == "run: steerback"
+        assert page.locator("img[src=x], #main script, #main b, #main i").count() == 0
+    page.goto(opened.address + "#trial=model/measure/%3Cb%3Earm%3C/b%3E/0")
+    page.wait_for_selector("#response .band")
+    shown = opened.text("#response")
+    assert "<script>document.title='owned'</script>" in shown
+    assert "U+202Egnp.exeU+202C" in shown
+    assert "bellU+0007" in shown
+    assert "U+2028line" in shown
+    assert not opened.errors
+    assert [url for url in opened.requests if not url.startswith(("file:", "data:", "blob:"))] == []
+
+
+def test_the_policy_of_the_page_stops_other_scripts_and_all_connections(browser: Browser, file: Path) -> None:
+    opened = Opened(browser, file)
+    opened.page.evaluate(
+        """() => {
+            const script = document.createElement("script");
+            script.textContent = "document.title = 'owned'";
+            document.body.append(script);
+            document.body.insertAdjacentHTML("beforeend", "<img src='http://127.0.0.1:9/x.png'>");
+        }"""
+    )
+    reached = opened.page.evaluate("() => fetch('http://127.0.0.1:9/').then(() => 'yes', () => 'no')")
+    assert opened.page.title() == "seen: steerback"
+    assert reached == "no"
+    assert sum("Content Security Policy" in error for error in opened.errors) >= 3
+
+
+def test_a_larger_run_is_sampled_with_its_twins_and_the_page_says_so(
+    browser: Browser, folder: Path, tmp_path: Path
+) -> None:
+    small = write_view([folder], tmp_path / "view.html", ViewSettings(most_trials=4))
+    opened = Opened(browser, small, "#trials")
+    assert "A sample: " in opened.text("#sampled")
+    assert " of 7 trials (the page holds at most 4 trials)" in opened.text("#sampled")
+    found = json.loads(opened.page.locator("#data").text_content() or "")["trials"]["columns"]
+    assert 2 <= len(found["key"]) <= 4
+    twins = {"model/measure/baseline/0", "model/measure/ablated/0"}
+    assert len(twins & set(found["key"])) in (0, 2)
+    assert small.read_text("utf-8") == write_view([folder], small, ViewSettings(most_trials=4)).read_text("utf-8")
+
+
+def test_several_runs_share_a_page(browser: Browser, folder: Path, tmp_path: Path) -> None:
+    other = make_run(tmp_path / "other", {"plain": [[True]]})
+    opened = Opened(browser, write_view([folder, other], tmp_path / "both.html"), "#trials&run=other")
+    assert opened.text("#shown") == "1 of 8 trials"
+    opened.page.goto(opened.address + "#trial=other:model/measure/plain/0")
+    opened.page.wait_for_selector("#response .band")
+    assert opened.text("#response").count("attempt") == 2
+
+
+def test_the_command_says_where_the_page_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["view", str(folder)])
+    assert stopped.value.code == 0
+    assert str(folder / "view.html") in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        main(["view", str(folder), "--trial", "x"])
+    assert stopped.value.code == 2
+    assert "add --record" in capsys.readouterr().err
