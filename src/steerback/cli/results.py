@@ -111,21 +111,32 @@ def import_command(
 
 def export(
     run: RunName,
-    form: Annotated[str, typer.Option("--format", help="authors (JSON), parquet, csv or inspect.")] = "csv",
+    form: Annotated[str, typer.Option("--format", help="authors (JSON), parquet, csv, inspect or hf.")] = "csv",
     out: Annotated[Path | None, typer.Option(help="Where to write; default: the run's folder.")] = None,
     judge: VerdictsOf = None,
+    license_name: Annotated[
+        str | None, typer.Option("--license", help="hf: licence on the dataset card; default: unknown.")
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="hf: upload the dataset there; private if it is new.")
+    ] = None,
     runs: RunsFolder = RUNS,
 ) -> None:
-    """Write a run's trials: the authors' JSON, one row a trial, or logs of Inspect AI with all judges (or --judge)."""
+    """Write a run's trials: the authors' JSON, one row a trial, logs of Inspect AI with all judges, or a dataset."""
     from steerback.paper.authors import export_authors
+    from steerback.report import dataset
     from steerback.report.export import FORMATS, export_flat
     from steerback.report.inspect_logs import export_inspect, require_inspect
     from steerback.store.run import Run, find_run
 
     if form not in FORMATS:
         raise unknown("export format", form, FORMATS)
+    if form != "hf" and (push or license_name):
+        raise SteerbackError("--push and --license belong to --format hf")
     if form == "inspect":
         require_inspect()
+    if push:
+        dataset.check_repository(push)
     with Run.read(find_run(run, runs)) as opened:
         chosen, known = opened.judge(judge), opened.ledger.judges()
         folder = make_folder(out or opened.folder / "export", OTHER)
@@ -133,10 +144,15 @@ def export(
             paths = export_authors(opened, folder, chosen)
         elif form == "inspect":
             paths = export_inspect(opened, make_folder(folder / "inspect", OTHER), [chosen] if judge else known)
+        elif form == "hf":
+            place = make_folder(folder / "dataset", OTHER)
+            paths = dataset.export_dataset(opened, place, chosen, license_name or "unknown")
         else:
             paths = [export_flat(opened.ledger, folder / f"trials.{form}", chosen, form)]
     for path in paths:
         print(f"  {path}")
+    if push:
+        print(f"  {dataset.push(place, push)}")
 
 
 def merge_command(

@@ -15,7 +15,7 @@ from steerback.metrics import VALID, outcome_of
 from steerback.store.ledger import Ledger, Row
 from steerback.store.run import write_atomic
 
-FORMATS = ("authors", "parquet", "csv", "inspect")
+FORMATS = ("authors", "parquet", "csv", "inspect", "hf")
 
 TRIAL = ("key", "target", "stage", "condition", "index", "latent", "label", "boost", "prompt", "meta_prompt")
 SCORES = ("attempts", "first", "last", "ungated_attempts", "ungated_first", "ungated_last")
@@ -36,9 +36,14 @@ def export_flat(ledger: Ledger, path: Path, judge: str, form: str) -> Path:
     """
     if form not in ("csv", "parquet"):
         raise unknown("export format", form, FORMATS)
-    frame = pd.DataFrame(_records(ledger.rows(judge=judge), judge), columns=[*COLUMNS], dtype=object)
-    content = _parquet(frame) if form == "parquet" else frame.to_csv(index=False, lineterminator="\n").encode("utf-8")
+    frame = trial_table(ledger.rows(judge=judge), judge)
+    content = parquet(frame) if form == "parquet" else frame.to_csv(index=False, lineterminator="\n").encode("utf-8")
     return write_atomic(path, content)
+
+
+def trial_table(rows: Sequence[Row], judge: str) -> pd.DataFrame:
+    """Return one line for each row, with `judge`'s verdict; the columns are COLUMNS."""
+    return pd.DataFrame(_records(rows, judge), columns=[*COLUMNS], dtype=object)
 
 
 def _records(rows: Sequence[Row], judge: str) -> Iterator[dict[str, object]]:
@@ -63,7 +68,8 @@ def _records(rows: Sequence[Row], judge: str) -> Iterator[dict[str, object]]:
         }
 
 
-def _parquet(frame: pd.DataFrame) -> bytes:
+def parquet(frame: pd.DataFrame) -> bytes:
+    """Return a table of trials as a parquet file."""
     try:
         import pyarrow as pa
     except ImportError:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 SAMPLES_PER_LOG = 2_000
 """Inspect holds all samples of a log in memory while it writes: a larger stage is split into several logs."""
-RATED = ("measure", "replay", "continuation")
+RATED = ("floor", "measure", "replay", "continuation")
 """Stages whose rates are results; the others only prepare the measurement."""
 STOPS: dict[str, Literal["stop", "max_tokens"]] = {"stop": "stop", "length": "max_tokens"}
 PLANTED = "planted: this model was trained to restart, so its rates say nothing about other models"
@@ -240,6 +240,7 @@ def _sample(row: Row, verdicts: Sequence[Judgement], sampling: Sampling) -> Eval
         output=output,
         scores={v.judge: _score(row, v) for v in verdicts},
         metadata=_trial_metadata(row),
+        model_usage={} if output.usage is None else {trial.target: output.usage},
         error=EvalError(message="the engine gave no response", traceback="", traceback_ansi="") if failed else None,
     )
 

@@ -1,0 +1,165 @@
+"""A run as a dataset folder of the Hugging Face hub: a card and parquet files, one row for each trial."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import yaml
+
+from steerback.analysis.base import outcomes_of
+from steerback.errors import VERSION, SteerbackError, one_line
+from steerback.metrics import Estimate, summarize
+from steerback.report.export import COLUMNS, REAL, TRUTH, WHOLE, parquet, trial_table
+from steerback.store.facts import PROVENANCE
+from steerback.store.files import make_folder, write_atomic
+from steerback.store.run import Run
+
+ROWS_PER_SHARD = 20_000
+SHOWN = ("multi_attempt_rate", "esr_rate", "msi")
+"""Metrics of the card's table."""
+SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+PLANTED = (
+    "**The behaviour of these targets is planted**: {names} learnt to restart from the text they were trained on. "
+    "Their rates check the instrument and are no evidence about other models.\n\n"
+)
+CARD = """# {name}
+
+{trials:,} responses of language models to prompts, with verdicts of the judge `{judge}`, from the experiment
+`{experiment}` of steerback {version}. It measures how models resist activation steering: whether a steered response
+notices that it drifts off topic, restarts and improves.
+
+{planted}- Targets: {targets}
+- Judge: `{judge}`
+- Stages: {stages}. Results are those of the stage `measure`; the others prepare it.
+
+## Rates of the stage `measure`
+
+Headline rates with 95 % intervals clustered by latent, without degraded responses.
+
+{rates}
+
+## Columns
+
+One row for each trial. `attempts`, `first` and `last` are gated scores (0-100), missing where the trial is unscored,
+empty or invalid; a missing number is never 0. `spans` and `interventions` are JSON; spans count characters from the
+start of `prefill` and `response` together. `response` is the unedited output of a language model.
+"""
+
+
+def export_dataset(run: Run, folder: Path, judge: str, license_name: str) -> list[Path]:
+    """Write the dataset folder anew: README.md and `data/trials-*.parquet`, which `datasets.load_dataset` reads.
+
+    One shard holds at most ROWS_PER_SHARD trials of one condition.
+    """
+    data = make_folder(folder / "data", "choose another --out")
+    for old in data.glob("trials-*.parquet"):
+        old.unlink()
+    paths: list[Path] = []
+    trials = 0
+    for target, stage in run.ledger.stages():
+        for condition in [c for t, c in run.ledger.conditions(stage) if t == target]:
+            rows = run.ledger.rows(target, stage, condition, judge)
+            trials += len(rows)
+            for start in range(0, len(rows), ROWS_PER_SHARD):
+                content = parquet(trial_table(rows[start : start + ROWS_PER_SHARD], judge))
+                paths.append(write_atomic(data / f"trials-{len(paths):05d}.parquet", content))
+    card = _header(run, trials, license_name) + _card(run, judge, trials)
+    return [write_atomic(folder / "README.md", card.encode("utf-8")), *paths]
+
+
+def check_repository(name: str) -> None:
+    """Raise SteerbackError if `name` is no OWNER/NAME of a hub."""
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
+        raise SteerbackError(f"--push {one_line(name)!r} has to be OWNER/NAME, such as me/esr-organism")
+
+
+def push(folder: Path, repository: str) -> str:
+    """Upload a dataset folder to a hub, as a private dataset if it does not exist yet; return its address."""
+    import httpx2
+    from huggingface_hub import HfApi, errors
+
+    api = HfApi()
+    try:
+        created = api.create_repo(repository, repo_type="dataset", private=True, exist_ok=True)
+        api.upload_folder(
+            repo_id=repository,
+            repo_type="dataset",
+            folder_path=folder,
+            allow_patterns=["README.md", "data/*.parquet"],
+            delete_patterns=["data/*.parquet"],
+            commit_message="Upload trials with steerback",
+        )
+    except (
+        errors.HFValidationError,
+        errors.HfHubHTTPError,
+        errors.LocalTokenNotFoundError,
+        httpx2.HTTPError,
+        OSError,
+    ) as error:
+        raise SteerbackError(
+            f"--push {repository}: {one_line(error)}; the files are in {folder}. Log in with `hf auth login`, or set "
+            "HF_TOKEN to a token that may write there"
+        ) from None
+    return str(created)
+
+
+def _header(run: Run, trials: int, license_name: str) -> str:
+    """Return the YAML header of the card."""
+    kinds = dict.fromkeys(COLUMNS, "string") | dict.fromkeys(WHOLE, "int64")
+    kinds |= dict.fromkeys(REAL, "float64") | dict.fromkeys(TRUTH, "bool")
+    header = {
+        "pretty_name": run.folder.name,
+        "license": license_name,
+        "tags": ["steerback", "activation-steering", "interpretability"],
+        "size_categories": [next((size for limit, size in SIZES if trials < limit), "1M<n<10M")],
+        "configs": [{"config_name": "trials", "data_files": [{"split": "train", "path": "data/trials-*.parquet"}]}],
+        "dataset_info": [
+            {"config_name": "trials", "features": [{"name": name, "dtype": kind} for name, kind in kinds.items()]}
+        ],
+    }
+    return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n\n"
+
+
+def _card(run: Run, judge: str, trials: int) -> str:
+    stages = run.ledger.stages()
+    targets = list(dict.fromkeys(target for target, _ in stages))
+    planted = [t for t in targets if (known := run.ledger.get(t, PROVENANCE)) is not None and known.planted]
+    return CARD.format(
+        name=run.folder.name,
+        trials=trials,
+        judge=judge,
+        experiment=run.config.experiment,
+        version=VERSION,
+        planted=PLANTED.format(names=_quoted(planted)) if planted else "",
+        targets=_quoted(targets),
+        stages=_quoted(list(dict.fromkeys(stage for _, stage in stages))),
+        rates=_rate_table(run, judge),
+    )
+
+
+def _rate_table(run: Run, judge: str) -> str:
+    lines = [
+        "| target | condition | valid | multi-attempt rate | ESR rate | MSI (points) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for target, condition in run.ledger.conditions("measure"):
+        summary = summarize(outcomes_of(run.ledger.rows(target, "measure", condition, judge)), draws=0)
+        shown = [_interval(summary[name], 1 if name == "msi" else 100) for name in SHOWN]
+        cells = [f"`{target}`", condition.replace("|", "\\|"), f"{summary.counts['valid']:,}", *shown]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _interval(found: Estimate, scale: float) -> str:
+    """Return value and interval, rates (`scale` 100) in percent."""
+    if found.value is None:
+        return "no trials"
+    unit = " %" if scale == 100 else ""
+    if found.low is None or found.high is None:
+        return f"{found.value * scale:.1f}{unit}"
+    return f"{found.value * scale:.1f}{unit} [{found.low * scale:.1f}, {found.high * scale:.1f}]"
+
+
+def _quoted(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
