@@ -158,6 +158,9 @@ def graded(body: str, message: str) -> str:
     words = response.split()
     if "on_topic_from_start" in body:
         return json.dumps({"verdict": nonce, "score": len(words) % 11, "on_topic_from_start": len(words) % 2 == 0})
+    if '\\"scores\\"' in body:
+        parts = re.findall(r"^(\d+)\. (.*)$", response, re.M)
+        return json.dumps({"verdict": nonce, "scores": {n: min(len(part.split()), 100) for n, part in parts}})
     if "off_topic" in body:
         places = {"off_topic": words[1:4], "correction": words[4:7], "on_topic": words[7:10]}
         return json.dumps({"verdict": nonce, **{name: " ".join(quoted) for name, quoted in places.items()}})

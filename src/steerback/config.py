@@ -77,6 +77,27 @@ class SelectionConfig(Settings):
     """Labels that a language model rates, drawn after the other filters; None: 10 x n_latents, at least 500."""
 
 
+class RecoveryConfig(Settings):
+    """When a response counts as recovered, restart phrase or not. Windows are sentences, scored in points (0-100)."""
+
+    judge: bool | None = None
+    """Whether the judge scores windows; default: if that costs nothing. An LLM judge takes one more call a response."""
+    low: float = Field(30, ge=0, le=100)
+    """A window off the prompt scores at most this."""
+    high: float = Field(70, ge=0, le=100)
+    """A window on the prompt scores at least this."""
+    early: float = Field(0.67, gt=0, lt=1)
+    """Share of a response's windows that are early: one of these has to be low, and all later ones high."""
+    least_windows: int = Field(4, ge=2)
+    """Responses with fewer windows are left out."""
+
+    @model_validator(mode="after")
+    def _low_is_below_high(self) -> RecoveryConfig:
+        if self.low >= self.high:
+            raise ValueError(f"recovery.low ({self.low:g}) has to be below recovery.high ({self.high:g})")
+        return self
+
+
 Seed = Annotated[int, Field(ge=0, le=2**62)]
 """Trials count up from a seed, and a ledger holds numbers below 2**63."""
 
@@ -122,6 +143,7 @@ class RunConfig(Settings):
     sampling: SamplingConfig = SamplingConfig()
     calibration: CalibrationConfig = CalibrationConfig()
     selection: SelectionConfig = SelectionConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
     seeds: SeedConfig = SeedConfig()
     options: dict[str, object] = Field(default_factory=dict)
     """What only this experiment knows; checked by the experiment."""

@@ -278,6 +278,28 @@ class Judgement:
 
 
 @dataclass(frozen=True, slots=True)
+class WindowScores:
+    """A judge's relevance scores (0-100) of the windows of one response, which begin at characters `starts`.
+
+    Without scores there is a `reason`. `over_budget`: the response was not sent; such a result is not stored.
+    """
+
+    judge: str
+    rubric: str
+    starts: tuple[int, ...] = ()
+    scores: tuple[float, ...] = ()
+    reason: str = ""
+    raw: str = ""
+    over_budget: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.starts) != len(self.scores):
+            raise ValueError("every window needs a start and a score")
+        if not self.scores and not self.reason:
+            raise ValueError("windows without scores need a reason")
+
+
+@dataclass(frozen=True, slots=True)
 class Spend:
     """What was or would be asked: `cost` in USD, None where the price is unknown."""
 

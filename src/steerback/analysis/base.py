@@ -12,6 +12,7 @@ from steerback import organism
 from steerback.analysis.floor import Floor, floors_under
 from steerback.analysis.labels import Key as Key
 from steerback.analysis.labels import Labelling, LedgerPlace, labelling
+from steerback.analysis.recovery import Recoveries, recoveries
 from steerback.metrics import Comparison, Outcomes, Summary, compare, correct, summarize
 from steerback.records import LatentKey, Trial
 from steerback.store.facts import BASELINE, FLOOR, PROVENANCE
@@ -65,6 +66,8 @@ class Measured:
     """Human labels of the run, with the rates they correct; None where there are none."""
     floors: Mapping[Key, Floor] = field(default_factory=dict)
     """The judge's floor under each condition; empty where none was measured."""
+    recovery: Recoveries = field(default_factory=Recoveries)
+    """Recovery without a restart phrase; it enters no other metric."""
 
     @property
     def targets(self) -> list[str]:
@@ -89,7 +92,9 @@ class Measured:
         targets = {
             target: {
                 "conditions": {
-                    name: s.to_json() | (self.floors[target, name].to_json() if (target, name) in self.floors else {})
+                    name: s.to_json()
+                    | (self.floors[target, name].to_json() if (target, name) in self.floors else {})
+                    | self.recovery.to_json((target, name))
                     for name, s in self.of(target).items()
                 },
                 "comparisons": {
@@ -141,14 +146,21 @@ def measured(
         if (other := against(condition)) is not None and (target, other) in outcomes
     }
     tested = paired(judge, outcomes, pairs, draws, labelling(ledger, judge, places, pairs, draws, prepare))
-    return with_floors(tested, ledger, places, draws)
+    return with_floors(tested, ledger, places, draws, prepare)
 
 
-def with_floors(measured: Measured, ledger: Ledger, places: Mapping[Key, LedgerPlace], draws: int) -> Measured:
-    """Return the same with the judge's floor under each condition, clustered by prompt."""
+def with_floors(
+    measured: Measured,
+    ledger: Ledger,
+    places: Mapping[Key, LedgerPlace],
+    draws: int,
+    prepare: Callable[[Sequence[Row]], Sequence[Row]] = lambda rows: rows,
+) -> Measured:
+    """Return the same with the judge's floor under each condition, and with recovery without a restart phrase."""
     targets = {target for target, _ in ledger.conditions(FLOOR)}
     unsteered = {t: outcomes_of(ledger.rows(t, FLOOR, judge=measured.judge), lambda x: x.prompt) for t in targets}
-    return replace(measured, floors=floors_under(measured.outcomes, places, unsteered, draws))
+    floors = floors_under(measured.outcomes, places, unsteered, draws)
+    return replace(measured, floors=floors, recovery=recoveries(ledger, measured.judge, places, prepare))
 
 
 def paired(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from steerback.cli.options import RUNS, Budget, DryRun, NoCache, RunName, RunsFolder, add
 from steerback.errors import SteerbackError
+
+if TYPE_CHECKING:
+    from steerback.jobs.check import Makers
 
 
 def register(app: typer.Typer) -> None:
@@ -25,7 +28,8 @@ def judge_command(
         str,
         typer.Option(
             metavar="NAME|FILE",
-            help="attempts, whole (recovery 0-10), boundaries (of episodes), or the file of your own rubric.",
+            help="attempts, windows (relevance of each sentence), whole (recovery 0-10), boundaries (of episodes), or "
+            "the file of your own rubric.",
         ),
     ] = "attempts",
     stage: Annotated[
@@ -52,6 +56,8 @@ def judge_command(
     if rubric != "attempts":
         if stage is not None or limit is not None:
             raise SteerbackError(f"--stage and --limit go with the attempts rubric; leave them out with {rubric}")
+        if rubric == "windows":
+            return _windows(folder, judge, retry_unscored, dry_run, budget.makers(dry_run, rubrics))
         return _grade(folder, judge, rubric, retry_unscored, dry_run, budget)
     makers, scope = budget.makers(dry_run, rubrics), execute.Scope(stage, limit, retry_unscored)
     with Run.read(folder) as opened:
@@ -69,6 +75,27 @@ def judge_command(
         print(line)
     print(f"{done} responses judged by {judge}; see them with: steerback figures {name} --judge {judge}")
     return None
+
+
+def _windows(folder: Path, judge: str, retry: bool, dry_run: bool, makers: Makers) -> None:
+    from steerback.jobs import execute
+    from steerback.jobs.estimate import spent_lines, unscored_lines, windows_line
+    from steerback.judging.llm import lacking
+    from steerback.store.run import Run
+
+    with Run.read(folder) as opened:
+        print(windows_line(opened, makers.judge(judge), retry))
+    for line in lacking(makers.judge(judge)):
+        print(line)
+    if dry_run:
+        return
+    with execute.tools(cached=False) as (progress, _):
+        execute.score_run_windows(folder, judge, progress, makers, retry)
+    with Run.read(folder) as opened:
+        reasons = [w.reason for w in opened.ledger.windows(judge).values()]
+    for line in (*spent_lines(folder), *unscored_lines(judge, reasons)):
+        print(line)
+    print(f"windows of {len(reasons)} responses scored by {judge}: steerback figures {folder.name} --judge {judge}")
 
 
 def _grade(folder: Path, judge: str, rubric: str, retry: bool, dry_run: bool, budget: Budget) -> None:

@@ -35,7 +35,8 @@ MODULES = {
 def present(experiment: str, results: Results) -> Presentation:
     """Tables, drawings and lines of an experiment's results, with those that all measured conditions have."""
     from steerback.analysis.base import measured_of
-    from steerback.figures.base import floor_lines
+    from steerback.figures.base import floor_lines, planted_note
+    from steerback.figures.recovery import draw_time_course, recovery_table
 
     if experiment not in MODULES:
         raise unknown("experiment", experiment, sorted(MODULES))
@@ -44,4 +45,9 @@ def present(experiment: str, results: Results) -> Presentation:
     measured = measured_of(results)
     if measured is None:
         return presentation
-    return replace(presentation, lines=[*presentation.lines, *floor_lines(measured)])
+    tables, figures = dict(presentation.tables), dict(presentation.figures)
+    if measured.recovery.conditions:
+        tables["recovery"] = recovery_table(measured)
+        figures["time_course"] = lambda: draw_time_course(measured, planted_note(results))
+    lines = [*presentation.lines, *floor_lines(measured)]
+    return replace(presentation, tables=tables, figures=figures, lines=lines)

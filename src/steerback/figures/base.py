@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 MOST_NAMED = 6
 """Rates that a line names before it counts the others."""
+NO_WINDOWS = (
+    "Recovery without a restart phrase is off: {judge} has scored no sentences (recovery.judge=true, or afterwards: "
+    "steerback judge RUN --judge {judge} --rubric windows)."
+)
 PLANTED = "Built-in organisms restart because their training text does (planted): no evidence about other models."
 
 
@@ -54,7 +58,8 @@ def measured_tables(measured: Measured) -> dict[str, Table]:
     floors: dict[str | tuple[str, str], Floor] = {
         key if several else key[0]: floor for key, floor in measured.floors.items()
     }
-    tables = {"table": summary_table(summaries, measured.judge, corrected=corrected, floors=floors)}
+    note = "" if measured.recovery.conditions else NO_WINDOWS.format(judge=measured.judge)
+    tables = {"table": summary_table(summaries, measured.judge, corrected=corrected, floors=floors, note=note)}
     if measured.comparisons:
         pairs = {f"{t}: {c} − {measured.against[t, c]}": x for (t, c), x in measured.comparisons.items()}
         tables["comparisons"] = comparison_table(pairs, judge=measured.judge)

@@ -89,11 +89,12 @@ def summary_table(
     metrics: Sequence[str] = SHOWN,
     corrected: Mapping[str | tuple[str, str], Mapping[str, Estimate]] | None = None,
     floors: Mapping[str | tuple[str, str], Floor] | None = None,
+    note: str = "",
 ) -> Table:
     """One row per target, or per (target, condition); headline metrics shown, all variants in the CSV.
 
     `corrected`: rates corrected with human labels, by the same keys and metric. `floors`: the judge's floor, by the
-    same keys (empty: not measured, which the caption says).
+    same keys (empty: not measured, which the caption says). `note` ends the caption.
     """
     named = {(key,) if isinstance(key, str) else tuple(key): s for key, s in summaries.items()}
     left = max((len(key) for key in named), default=1)
@@ -135,6 +136,7 @@ def summary_table(
         + (" cut: of n, stopped by the length limit, so that the last attempt may be unfinished." * ("cut" in counted))
         + (" Corrected: by human labels, for the judge's errors." * bool(known))
         + _floor_note(below, floors is None)
+        + (f" {note}" if note else "")
     )
     headings = (*names, "n", *(HEADINGS[m] for m in columns), *(f"corrected {HEADINGS[m]}" for m in known), *counted)
     return Table(headings, cells, caption, records, left)

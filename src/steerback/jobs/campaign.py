@@ -14,10 +14,11 @@ from steerback.config import RunConfig, parse_config
 from steerback.errors import SteerbackError
 from steerback.jobs import execute
 from steerback.jobs.check import Makers, check
-from steerback.jobs.estimate import judge_estimate, of_experiment, response_tokens
+from steerback.jobs.estimate import judge_estimate, of_experiment, response_tokens, window_spend
 from steerback.jobs.execute import Analysis
 from steerback.judging.llm import lacking
 from steerback.paper.published import compare_published, comparison
+from steerback.records import Spend
 from steerback.store.files import make_folder, write_atomic
 from steerback.store.run import Run, stored_config
 from steerback.study.study import UNJUDGED
@@ -67,6 +68,10 @@ def plan_lines(steps: Sequence[Step], makers: Makers | None = None) -> list[str]
         judge = (makers or Makers()).judge(name)
         asked_for = judge_estimate(judge, n, longest)
         lines += [] if asked_for is None else [f"judge {name}: at most {asked_for}", *lacking(judge)]
+    open_jobs = [job for step, job in jobs if not is_done(step) and job.experiment.generates]
+    windows = [spend for job in open_jobs for t in job.targets if (spend := window_spend(job, t)) is not None]
+    if windows:
+        lines.append(f"sentences scored: at most {sum(windows, Spend())}")
     return lines
 
 

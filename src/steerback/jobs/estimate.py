@@ -7,17 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from steerback.config import RunConfig
+from steerback.config import RecoveryConfig, RunConfig
+from steerback.errors import SteerbackError
 from steerback.judging.base import Judge, JudgeItem, estimated
 from steerback.judging.graders import LLMRater
 from steerback.judging.llm import lacking
+from steerback.judging.windows import window_scorer
 from steerback.latents.concreteness import make_rater
 from steerback.latents.selection import rating_model, rating_sample
 from steerback.records import Spend
 from steerback.store.facts import FLOOR, JUDGE_SPEND
 from steerback.store.run import Run
 from steerback.study.floor import floor_prompts, has_floor
+from steerback.study.pipeline import judge_item
 from steerback.study.study import UNJUDGED
+from steerback.study.windows import STAGES, without_windows
 from steerback.targets.download import gigabytes
 from steerback.targets.fit import this_machine, verdict
 
@@ -83,10 +87,26 @@ def plan_lines(job: PreparedRun, folder: Path) -> list[str]:
         )
         lines.append(f"  {target.name}: {_fits(target)}")
         lines += [] if asked is None else [f"  {target.name}: judge {config.judge}: at most {asked}"]
+        windows = window_spend(job, target)
+        lines += [] if windows is None else [f"  {target.name}: sentences scored by {config.judge}: at most {windows}"]
         lines += _rating(job, target)
     if not job.experiment.generates:
         lines += _collecting(job)
     return lines + [line for name in job.experiment.judges(config) for line in lacking(job.makers.judge(name))]
+
+
+def window_spend(job: PreparedRun, target: Target) -> Spend | None:
+    """Return what scoring the windows of a target's responses would take; None where that costs nothing."""
+    judge, tokens = job.makers.judge(job.config.judge), response_tokens(job.config, target)
+    scorer = window_scorer(judge, job.config.recovery) if job.experiment.reports_rates else None
+    one = None if scorer is None else scorer.window_estimate([_longest(tokens)])
+    counts = of_experiment(job)
+    return None if one is None else one * sum(counts.get(stage, 0) for stage in STAGES)
+
+
+def _longest(tokens: int) -> JudgeItem:
+    """Return a response of so many tokens: about one a word, with five characters."""
+    return JudgeItem("", "a prompt of about ten words that asks for something", "word " * tokens, "a label")
 
 
 def _rating(job: PreparedRun, target: Target) -> list[str]:
@@ -119,8 +139,7 @@ def response_tokens(config: RunConfig, target: Target) -> int:
 
 def judge_estimate(judge: Judge, verdicts: int, tokens: int) -> Spend | None:
     """What judging so many responses of so many tokens would take; None for a judge that costs nothing."""
-    words = "word " * tokens  # about one token each, and five characters
-    one = estimated(judge, [JudgeItem("", "a prompt of about ten words that asks for something", words, "a label")])
+    one = estimated(judge, [_longest(tokens)])
     return None if one is None else one * verdicts
 
 
@@ -128,6 +147,21 @@ def judging_line(work: Judging) -> str:
     """What a judge would be asked about a finished run."""
     taken = "" if work.estimate is None else f": about {work.estimate}"
     return f"{work.count} responses to be judged by {work.judge.name}{taken}; what is cached is not asked again"
+
+
+def windows_line(opened: Run, judge: Judge, retry: bool) -> str:
+    """Return what scoring the windows of a finished run's responses would take.
+
+    Raises SteerbackError for a judge that cannot score windows.
+    """
+    scorer = window_scorer(judge, RecoveryConfig(judge=True))
+    if scorer is None:
+        raise SteerbackError(f"judge {judge.name} scores no windows; take another (see steerback judges)")
+    rows = without_windows(opened.ledger, judge.name, retry=retry)
+    asked = scorer.window_estimate([judge_item(r) for r in rows])
+    return (
+        f"{len(rows)} responses whose sentences {judge.name} is to score{'' if asked is None else f': about {asked}'}"
+    )
 
 
 def unscored_lines(judge: str, reasons: Sequence[str]) -> list[str]:

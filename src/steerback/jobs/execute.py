@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from steerback.analysis import analyse as analyse_ledger
 from steerback.analysis.base import Results
 from steerback.api import finish
-from steerback.config import RunConfig, Settings
+from steerback.config import RecoveryConfig, RunConfig, Settings
 from steerback.data import paper_files
 from steerback.errors import SteerbackError, unknown
 from steerback.experiments import make_experiment
@@ -23,6 +23,7 @@ from steerback.jobs.check import Makers, PreparedRun, with_directions
 from steerback.judging import Judge
 from steerback.judging.base import drain, estimated
 from steerback.judging.own_rubric import SEPARATOR
+from steerback.judging.windows import window_scorer
 from steerback.records import Judgement, LatentKey, Sampling, Spend, digest
 from steerback.store.cache import Cache, default_path
 from steerback.store.facts import ENGINE, JUDGES, PROVENANCE, EngineIdentity, Provenance
@@ -33,6 +34,7 @@ from steerback.store.run import Run, write_atomic, write_json
 from steerback.study.floor import measure_floor
 from steerback.study.pipeline import Workbench, judge_item, judge_rows
 from steerback.study.study import UNJUDGED, Study, references, same_weights
+from steerback.study.windows import score_windows, without_windows
 from steerback.targets import Target
 
 if TYPE_CHECKING:
@@ -96,6 +98,8 @@ async def _targets(job: PreparedRun, opened: Run, progress: Progress, cache: Cac
                 if job.experiment.reports_rates:
                     await measure_floor(study)
                 await job.experiment.run(study)
+                if job.experiment.reports_rates:
+                    await score_windows(bench, job.config.recovery, target.name)
             finally:
                 note_judge(opened, judge)
         finally:
@@ -262,14 +266,43 @@ def _judge_all(
     work = to_judge(opened, judge, scope)
     try:
         for target, rows in work.rows:
-            # an adapter is compared with its base's unsteered responses, as when it was measured
-            known = (opened.ledger.rows(t, "reference") for t in (target, target.rpartition("+")[0]))
-            judge.prepare(references(next(filter(None, known), []), _contexts(target, opened.config, makers)))
+            _prepare(opened, judge, target, makers)
             bench = Workbench(opened.ledger, None, judge, Sampling(), progress, cache)
             finish(judge_rows(bench, rows, f"{target}: judging with {judge.name}"))
+        if scope is None or (scope.stage is None and scope.limit is None):
+            _score_windows(opened, judge, progress, opened.config.recovery, makers, scope is not None and scope.retry)
     finally:
         note_judge(opened, judge)
     return work.count
+
+
+def score_run_windows(
+    folder: Path, name: str, progress: Progress | None = None, makers: Makers | None = None, retry: bool = False
+) -> None:
+    """Score the windows of a finished run's responses with a judge, whatever the run's settings of recovery say."""
+    chosen = makers or Makers()
+    judge = chosen.judge(name)
+    with Run.reopen(folder) as opened:
+        try:
+            _score_windows(opened, judge, progress or Silent(), RecoveryConfig(judge=True), chosen, retry)
+        finally:
+            note_judge(opened, judge)
+
+
+def _score_windows(
+    opened: Run, judge: Judge, progress: Progress, settings: RecoveryConfig, makers: Makers, retry: bool
+) -> None:
+    if window_scorer(judge, settings) is None:
+        return
+    for target in dict.fromkeys(r.trial.target for r in without_windows(opened.ledger, judge.name, retry=retry)):
+        _prepare(opened, judge, target, makers)
+        finish(score_windows(Workbench(opened.ledger, None, judge, Sampling(), progress), settings, target, retry))
+
+
+def _prepare(opened: Run, judge: Judge, target: str, makers: Makers) -> None:
+    """Give the judge the target's references; an adapter is compared with its base's, as when it was measured."""
+    known = (opened.ledger.rows(t, "reference") for t in (target, target.rpartition("+")[0]))
+    judge.prepare(references(next(filter(None, known), []), _contexts(target, opened.config, makers)))
 
 
 def _contexts(name: str, config: RunConfig, makers: Makers) -> Mapping[LatentKey, Sequence[str]]:

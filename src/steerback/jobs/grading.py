@@ -52,7 +52,7 @@ class Grader:
 
     def __init__(self, name: str, rubric: str, limits: Limits | None = None) -> None:
         if rubric not in RUBRICS[1:]:
-            raise unknown("rubric", rubric, RUBRICS)
+            raise unknown("rubric", rubric, (*RUBRICS, "windows"))
         self.name, self.rubric = name, rubric
         self._asker: Asker[JudgeItem, WholeScore] | Asker[JudgeItem, Boundaries] | None = None
         if name == "offline" and rubric == "boundaries":

@@ -20,6 +20,7 @@ from steerback.judging.base import JudgeItem
 from steerback.judging.parse import Quotable
 from steerback.judging.prompt import numbered, rubric
 from steerback.judging.transport import Transport
+from steerback.judging.windows import cut
 from steerback.records import Attempt, Judgement, Spend
 from steerback.store.facts import Boundaries, WholeScore
 
@@ -30,6 +31,12 @@ Snippets = tuple[str, ...]
 def _response(items: Sequence[JudgeItem]) -> Mapping[str, str]:
     (item,) = items
     return {"prompt": item.prompt, "topic": item.label or "", "response": item.response}
+
+
+def _windows(items: Sequence[JudgeItem]) -> Mapping[str, str]:
+    (item,) = items
+    parts = numbered([item.response[s.start : s.end] for s in cut(item.response)])
+    return {"prompt": item.prompt, "topic": item.label or "", "response": parts}
 
 
 def _snippets(items: Sequence[Snippets]) -> Mapping[str, str]:
@@ -50,6 +57,14 @@ BOUNDARIES: Task[JudgeItem, Boundaries] = Task(
     lambda verdict, item, _: parse.parse_boundaries(verdict, item.response),
     "response",
 )
+WINDOWS: Task[JudgeItem, tuple[float, ...]] = Task(
+    rubric("windows-1"),
+    _windows,
+    lambda verdict, item, _: parse.parse_windows(verdict, len(cut(item.response))),
+    "response",
+    output_tokens=200,
+)
+"""Scores the sentences of a response one by one, in one call."""
 CONCRETENESS: Task[str, float] = Task(
     rubric("concreteness-1"),
     lambda labels: {"labels": numbered(labels)},

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 from steerback.judging.asking import Answer, Asker
 from steerback.judging.base import Judge, JudgeItem, References
-from steerback.judging.graders import ATTEMPTS
+from steerback.judging.graders import ATTEMPTS, WINDOWS
 from steerback.judging.prompt import Rubric
 from steerback.judging.transport import Transport
-from steerback.records import Attempt, Judgement, Spend
+from steerback.judging.windows import cut
+from steerback.records import Attempt, Judgement, Spend, WindowScores
 
 
 class LLMJudge:
@@ -21,7 +22,7 @@ class LLMJudge:
         self.name, self.transport = name, transport
         self._task = ATTEMPTS if own is None else replace(ATTEMPTS, rubric=own)
         self.rubric = self._task.rubric.version
-        self._asker = Asker(transport, self._task)
+        self._asker, self._window_asker = Asker(transport, self._task), Asker(transport, WINDOWS)
 
     @property
     def fingerprint(self) -> str:
@@ -58,6 +59,20 @@ class LLMJudge:
                 yield item.key, Judgement(self.name, self.rubric, "empty", reason="no words in the response")
         async for item, answer in self._asker.ask([item for item in items if item.response.strip()]):
             yield item.key, judgement(answer, self.name, self.rubric)
+
+    async def windows(self, items: Sequence[JudgeItem]) -> AsyncIterator[tuple[str, WindowScores]]:
+        """Yield (item key, scores of its windows) in the order of completion, one call a response."""
+        version, starts = WINDOWS.rubric.version, {i.key: tuple(s.start for s in cut(i.response)) for i in items}
+        for item in items:
+            if not starts[item.key]:
+                yield item.key, WindowScores(self.name, version, reason="no words in the response")
+        async for item, answer in self._window_asker.ask([item for item in items if starts[item.key]]):
+            found = (starts[item.key], answer.value) if answer.value else ((), ())
+            yield item.key, WindowScores(self.name, version, *found, answer.reason, answer.raw, answer.over_budget)
+
+    def window_estimate(self, items: Sequence[JudgeItem]) -> Spend:
+        """Return the calls, tokens and cost that scoring the windows of `items` would take."""
+        return self._window_asker.estimate(items)
 
 
 def judgement(answer: Answer[tuple[Attempt, ...]], judge: str, version: str = ATTEMPTS.rubric.version) -> Judgement:

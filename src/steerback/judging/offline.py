@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 from steerback.judging.base import JudgeItem, References
 from steerback.judging.gating import gate
 from steerback.judging.restarts import Restart, find_restarts
-from steerback.judging.text import sentences, words
-from steerback.records import Attempt, Judgement, digest
+from steerback.judging.text import Span, sentences, words
+from steerback.judging.windows import join
+from steerback.records import Attempt, Judgement, Spend, WindowScores, digest
 
 if TYPE_CHECKING:
     from steerback.judging.relevance import Relevance, WordLikelihood
@@ -101,11 +102,48 @@ class OfflineJudge:
             attempts = []
             for number, (restart, end, texts) in enumerate(cut):
                 lengths = [max(len(words(text)), 1) for text in texts]
-                score = self._score(lengths, [next(odds) for _ in texts])
+                score = score_attempt(lengths, [next(odds) for _ in texts], self._stay)
                 phrase = item.response[restart.start : restart.end] if number else ""
                 attempts.append(Attempt(restart.start, end, score, phrase))
             verdicts[i] = verdicts[i] or Judgement(self.name, self.rubric, "scored", gate(item.response, attempts))
         return [v for v in verdicts if v is not None]
+
+    async def windows(self, items: Sequence[JudgeItem]) -> AsyncIterator[tuple[str, WindowScores]]:
+        """Yield (item key, scores of its sentences) in order; restart phrases belong to no window."""
+        for at in range(0, len(items), BATCH):
+            batch = items[at : at + BATCH]
+            for item, scores in zip(batch, self._window_batch(batch), strict=True):
+                yield item.key, scores
+            await asyncio.sleep(0)
+
+    def window_estimate(self, items: Sequence[JudgeItem]) -> Spend | None:
+        """Return None: it costs nothing."""
+        return None
+
+    def _window_batch(self, items: Sequence[JudgeItem]) -> list[WindowScores]:
+        missing = [self._without_score(item) for item in items]
+        spans = [[] if m else self._windows(item) for item, m in zip(items, missing, strict=True)]
+        pieces = [(item, item.response[s.start : s.end]) for item, own in zip(items, spans, strict=True) for s in own]
+        odds = iter(self._log_odds(pieces))
+        found = []
+        for own, m in zip(spans, missing, strict=True):
+            on_topic = chain([next(odds) for _ in own], self._stay)
+            scores, reason = tuple(round(100 * p, 2) for p in on_topic), m.reason if m else ""
+            nothing = "" if scores else reason or "no sentence"
+            found.append(WindowScores(self.name, self.rubric, tuple(s.start for s in own), scores, nothing))
+        return found
+
+    def _windows(self, item: JudgeItem) -> list[Span]:
+        """Return the sentences of a response without its restart phrases, as these say nothing about the prompt."""
+        restarts = [Restart(0, 0), *find_restarts(item.response, item.prompt, self.name)]
+        ends = [*(r.start for r in restarts[1:]), len(item.response)]
+        return join(
+            [
+                Span(restart.end + s.start, restart.end + s.end)
+                for restart, end in zip(restarts, ends, strict=True)
+                for s in sentences(item.response[restart.end : end])
+            ]
+        )
 
     def _without_score(self, item: JudgeItem) -> Judgement | None:
         """Return the judgement where there is nothing to score, else None."""
@@ -137,8 +175,9 @@ class OfflineJudge:
         odds = self._relevance.log_odds(texts, prompts, [(item.latent, item.label) for item, _ in pieces])
         return [-math.inf if is_degenerate(t) else float(x) for t, x in zip(texts, odds, strict=True)]
 
-    def _score(self, lengths: Sequence[int], log_odds: Sequence[float]) -> float:
-        return score_attempt(lengths, log_odds, stay=STAY if self.name == "offline" else 0.5)
+    @property
+    def _stay(self) -> float:
+        return STAY if self.name == "offline" else 0.5
 
 
 @cache
@@ -158,6 +197,15 @@ def score_attempt(lengths: Sequence[int], log_odds: Sequence[float], stay: float
     """
     if not lengths:
         return 0.0
+    total = sum(p * n for p, n in zip(chain(log_odds, stay), lengths, strict=True))
+    return round(100.0 * total / sum(lengths), 4)
+
+
+def chain(log_odds: Sequence[float], stay: float = STAY) -> list[float]:
+    """Return the probability that each sentence is on topic, by forward-backward over a two-state chain.
+
+    Sentences of minus infinity have probability 0, whatever their neighbours.
+    """
     shares = [0.5 if math.isinf(x) else 1 / (1 + math.exp(-max(min(x, 20.0), -20.0))) for x in log_odds]
     forward: list[float] = []  # probability of being on topic, from the sentences so far
     on = 0.5
@@ -165,13 +213,14 @@ def score_attempt(lengths: Sequence[int], log_odds: Sequence[float], stay: float
         prior = on * stay + (1 - on) * (1 - stay)
         on = prior * share / (prior * share + (1 - prior) * (1 - share))
         forward.append(on)
-    backward, total = 0.5, 0.0  # the same from the sentences after this one
+    backward = 0.5  # the same from the sentences after this one
+    found: list[float] = []
     for i in range(len(shares) - 1, -1, -1):
         posterior = forward[i] * backward / (forward[i] * backward + (1 - forward[i]) * (1 - backward))
-        total += 0.0 if math.isinf(log_odds[i]) else posterior * lengths[i]
+        found.append(0.0 if math.isinf(log_odds[i]) else posterior)
         both = shares[i] * backward / (shares[i] * backward + (1 - shares[i]) * (1 - backward))
         backward = both * stay + (1 - both) * (1 - stay)
-    return round(100.0 * total / sum(lengths), 4)
+    return found[::-1]
 
 
 def is_clarifying_question(response: str) -> bool:

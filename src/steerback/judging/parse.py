@@ -52,6 +52,17 @@ def parse_boundaries(verdict: Verdict, response: str) -> Boundaries:
     return Boundaries(**places)
 
 
+def parse_windows(verdict: Verdict, count: int) -> tuple[float, ...]:
+    """The scores (0-100) of the windows 1 to `count` in a verdict of the windows rubric; unusable if one is missing."""
+    scores = verdict.get("scores")
+    if not isinstance(scores, dict):
+        raise Unusable("the judge's verdict has no scores")
+    missing = [n for n in range(1, count + 1) if str(n) not in scores]
+    if missing:
+        raise Unusable(f"the judge gave no score for part {missing[0]} of {count}")
+    return tuple(_number(scores[str(n)], 100) for n in range(1, count + 1))
+
+
 def parse_rating(verdict: Verdict, number: int) -> float:
     """The rating (0-100) of the label with this number in a verdict of the concreteness rubric."""
     ratings = verdict.get("ratings")

@@ -11,7 +11,8 @@ from collections.abc import AsyncIterator, Sequence
 
 from steerback.engines.scripted import RESTART
 from steerback.judging.base import JudgeItem, References
-from steerback.records import Attempt, Judgement, digest
+from steerback.judging.windows import cut
+from steerback.records import Attempt, Judgement, Spend, WindowScores, digest
 
 _MARK = re.compile(rf"(?:(?P<phrase>{re.escape(RESTART)}) )?\[\[score (?P<score>\d+(?:\.\d+)?)\]\]")
 
@@ -39,6 +40,18 @@ class ScriptedJudge:
         for item in items:
             self.judged += 1
             yield item.key, self.read(item.response)
+
+    async def windows(self, items: Sequence[JudgeItem]) -> AsyncIterator[tuple[str, WindowScores]]:
+        """Yield (item key, scores): every sentence has the score of the attempt it stands in."""
+        for item in items:
+            verdict, starts = self.read(item.response), tuple(s.start for s in cut(item.response))
+            places = {start: a.score for start in starts for a in verdict.attempts if a.start <= start < a.end}
+            reason = "" if places else verdict.reason or "nothing to score"
+            yield item.key, WindowScores(self.name, self.rubric, tuple(places), tuple(places.values()), reason)
+
+    def window_estimate(self, items: Sequence[JudgeItem]) -> Spend | None:
+        """Return None: it costs nothing."""
+        return None
 
     def read(self, response: str) -> Judgement:
         """The verdict on one response."""

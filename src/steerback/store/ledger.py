@@ -26,6 +26,7 @@ from steerback.records import (
     Receipt,
     Recording,
     Trial,
+    WindowScores,
 )
 from steerback.store.database import open_database, pack_array, sqlite_errors, unpack_array
 from steerback.store.facts import CONFIG, Fact
@@ -49,7 +50,13 @@ CREATE TABLE judgements (
     trial TEXT NOT NULL REFERENCES trials (key), judge TEXT NOT NULL, rubric TEXT NOT NULL, status TEXT NOT NULL,
     attempts TEXT NOT NULL, reason TEXT NOT NULL, raw TEXT NOT NULL, at TEXT, PRIMARY KEY (trial, judge));
 """
-TABLES = ("facts", "trials", "completions", "judgements")
+WINDOWS = """
+CREATE TABLE IF NOT EXISTS windows (
+    trial TEXT NOT NULL REFERENCES trials (key), judge TEXT NOT NULL, rubric TEXT NOT NULL, starts TEXT NOT NULL,
+    scores TEXT NOT NULL, reason TEXT NOT NULL, raw TEXT NOT NULL, at TEXT, PRIMARY KEY (trial, judge))
+"""
+"""Made when the first window is scored: ledgers of 0.1 have no such table."""
+TABLES = ("facts", "trials", "completions", "judgements", "windows")
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +211,44 @@ class Ledger:
                 rows,
             )
 
+    def add_windows(self, scored: Iterable[tuple[str, WindowScores]]) -> None:
+        """(trial key, scores of its windows); one without scores is replaced, any other is kept."""
+        rows = [
+            (key, w.judge, w.rubric, _dump(w.starts), _dump(w.scores), _storable(w.reason), _storable(w.raw), _now())
+            for key, w in scored
+        ]
+        with self._transaction() as db:
+            db.execute(WINDOWS)
+            db.executemany(
+                f"INSERT INTO windows VALUES ({_marks(8)}) ON CONFLICT (trial, judge) DO UPDATE SET "
+                "rubric = excluded.rubric, starts = excluded.starts, scores = excluded.scores, "
+                "reason = excluded.reason, raw = excluded.raw, at = excluded.at WHERE windows.reason != ''",
+                rows,
+            )
+
+    def windows(
+        self, judge: str, target: str | None = None, stage: str | None = None, condition: str | None = None
+    ) -> dict[str, WindowScores]:
+        """A judge's scores of the windows of responses, by trial key."""
+        if not self._has("windows"):
+            return {}
+        wanted = {"w.judge": judge, "t.target": target, "t.stage": stage, "t.condition": condition}
+        chosen = {column: value for column, value in wanted.items() if value is not None}
+        query = (
+            "SELECT w.trial, w.judge, w.rubric, w.starts, w.scores, w.reason, w.raw FROM windows w "
+            f"JOIN trials t ON t.key = w.trial WHERE {' AND '.join(f'{c} = ?' for c in chosen)}"
+        )
+        with sqlite_errors(self.path):
+            return {
+                key: WindowScores(by, rubric, tuple(json.loads(starts)), tuple(json.loads(scores)), reason, raw)
+                for key, by, rubric, starts, scores, reason, raw in self._db.execute(query, tuple(chosen.values()))
+            }
+
+    def _has(self, table: str) -> bool:
+        with sqlite_errors(self.path):
+            query = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?"
+            return self._db.execute(query, (table,)).fetchone() is not None
+
     def rows(
         self,
         target: str | None = None,
@@ -266,7 +311,7 @@ class Ledger:
         """Every row of every table in key order, without timestamps: what two equal runs have in common."""
         tables = {}
         with sqlite_errors(self.path):
-            for table in TABLES:
+            for table in filter(self._has, TABLES):
                 columns = [r[1] for r in self._db.execute(f"PRAGMA table_info({table})") if r[1] != "at"]
                 query = f"SELECT {', '.join(columns)} FROM {table} ORDER BY 1, 2"
                 tables[table] = [tuple(r) for r in self._db.execute(query)]

@@ -96,4 +96,6 @@ def _copy(source: Ledger, into: Ledger, texts: dict[str, str]) -> tuple[int, int
     for judge in source.judges():
         judged = [(r.trial.key, r.judgement) for r in source.rows(judge=judge) if r.judgement is not None]
         into.add_judgements((key, verdict) for key, verdict in judged if texts[key] == done[key].text)
+        windows = source.windows(judge).items()
+        into.add_windows((key, scores) for key, scores in windows if texts[key] == done[key].text)
     return len(repeated), differing

@@ -1,0 +1,125 @@
+"""Recovery without a restart phrase: its table, and the mean relevance of the windows against their position."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from steerback.figures import style
+from steerback.figures.tables import Table, show
+from steerback.metrics.recovery import Recovery
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from steerback.analysis.base import Measured
+
+RATES = ("recovered", "silent", "shuffled", "above")
+
+
+def recovery_table(measured: Measured) -> Table:
+    """One row per condition: recovered, of these without a restart, and both false-positive floors."""
+    found, rule = measured.recovery, measured.recovery.rule
+    cells, records = [], []
+    for (target, condition), r in found.conditions.items():
+        floor = found.floors.get((target, condition))
+        cells.append(
+            (
+                target,
+                condition,
+                f"{r.n:,}",
+                show(r.recovered, rate=True),
+                show(r.silent, rate=True),
+                show(r.shuffled, rate=True),
+                show(r.above, rate=True, sign=True),
+                "-" if floor is None else show(floor.recovered, rate=True),
+                "-" if floor is None else show(floor.shuffled, rate=True),
+                f"{r.short:,}",
+            )
+        )
+        records.append(
+            {"target": target, "condition": condition, "judge": measured.judge, "n": r.n, "short": r.short}
+            | _numbers("", r)
+            | ({} if floor is None else {"unsteered_n": floor.n} | _numbers("unsteered_", floor))
+        )
+    columns = ("recovered %", "without restart %", "shuffled %", "above shuffled", "floor %", "floor shuffled %")
+    caption = (
+        f"Recovery without regard to restart phrases: of the sentences that judge {measured.judge} scored, one in the "
+        f"first {rule.early:.0%} is at most {rule.low:g} and all later ones are at least {rule.high:g}. Without "
+        "restart: in a single attempt. Shuffled: the same sentences in every order. Floor: unsteered responses, "
+        "clustered by prompt. 95 % intervals clustered by latent; "
+        f"short: fewer than {rule.least} sentences. It enters no other rate."
+    )
+    return Table(("target", "condition", "n", *columns, "short"), cells, caption, records, left=2)
+
+
+def _numbers(prefix: str, recovery: Recovery) -> dict[str, object]:
+    return {
+        f"{prefix}{name}_{end}": getattr(getattr(recovery, name), end)
+        for name in RATES
+        for end in ("value", "low", "high")
+    }
+
+
+@style.styled
+def draw_time_course(measured: Measured, note: str = "") -> Figure:
+    """Mean relevance of the windows from first to last with 95 % bands: a panel a target, a line a condition."""
+    found = measured.recovery
+    targets = list(dict.fromkeys(target for target, _ in found.conditions)) or [""]
+    most = max((sum(t == target for t, _ in found.conditions) for target in targets), default=1)
+    columns = min(len(targets), 2)
+    rows = -(-len(targets) // columns)
+    caption = (
+        "Mean relevance to the prompt of the sentences of a response, by their position in it; bands: 95 %, clustered "
+        f"by latent (unsteered: by prompt). Judge: {measured.judge}. {note}"
+    )
+    fig, drawing = style.new_figure("full", rows * max(2.1, 0.13 * most + 0.6), caption.strip())
+    axes = list(drawing.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+    for ax in axes[len(targets) :]:
+        ax.set_visible(False)
+    for ax, target in zip(axes, targets, strict=False):
+        own = {c: r for (t, c), r in found.conditions.items() if t == target}
+        floor = next((r for (t, _), r in found.floors.items() if t == target), None)
+        _panel(ax, target, own, floor, several=len(targets) > 1)
+    return fig
+
+
+def _panel(ax: Axes, target: str, own: Mapping[str, Recovery], floor: Recovery | None, several: bool) -> None:
+    if several:
+        ax.set_title(style.plain(target), loc="left", pad=2)
+    if floor is not None:
+        _line(ax, floor, style.GREY, f"unsteered (n = {floor.n:,})", dashed=True)
+    for (condition, found), colour in zip(own.items(), _colours(len(own)), strict=True):
+        _line(ax, found, colour, f"{style.plain(condition)} (n = {found.n:,})")
+    if not any(r.n for r in own.values()):
+        style.message(ax, "no response with enough sentences")
+        return
+    ax.set_ylim(0, 100)
+    ax.set_xlim(0, 100)
+    ax.set_xlabel("position in the response (%)")
+    ax.set_ylabel("relevance (points)")
+    ax.grid(axis="y")
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=6)
+
+
+def _line(ax: Axes, recovery: Recovery, colour: str, label: str, dashed: bool = False) -> None:
+    if not recovery.n:
+        return
+    values = [(e.value, e.low, e.high) for e in recovery.course]
+    mean, low, high = (np.array([np.nan if x is None else x for x in c]) for c in zip(*values, strict=True))
+    x = 100 * (np.arange(len(mean)) + 0.5) / len(mean)
+    ax.fill_between(x, low, high, color=colour, alpha=0.14, linewidth=0)
+    ax.plot(x, mean, color=colour, label=label, linestyle="--" if dashed else "-")
+
+
+def _colours(count: int) -> Sequence[str]:
+    """Return colours that can be told apart; of more than the palette has, a scale in the order of the conditions."""
+    if count <= len(style.PALETTE):
+        return style.PALETTE[:count]
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    return [to_hex(colormaps["viridis"](x)) for x in np.linspace(0, 0.92, count)]

@@ -1,0 +1,57 @@
+"""Scores of the windows of measured responses and of the floor's: the input of recovery without a restart phrase."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from steerback.config import RecoveryConfig
+from steerback.errors import SteerbackError
+from steerback.judging.windows import WindowScorer, window_scorer
+from steerback.records import WindowScores
+from steerback.store.facts import CONTINUATION, FLOOR
+from steerback.store.ledger import Ledger, Row
+from steerback.study.pipeline import JUDGE_BATCH, Workbench, judge_item
+
+STAGES = ("measure", CONTINUATION, FLOOR)
+"""Stages whose responses are cut into windows."""
+
+
+def without_windows(ledger: Ledger, judge: str, target: str | None = None, retry: bool = False) -> list[Row]:
+    """Return the rows whose windows the judge has not scored; with `retry` also those that it gave no scores."""
+    rows: list[Row] = []
+    for stage in STAGES:
+        known = {key for key, w in ledger.windows(judge, target, stage).items() if not (retry and w.reason)}
+        rows += [r for r in ledger.rows(target, stage) if r.valid_receipt and r.trial.key not in known]
+    return rows
+
+
+async def score_windows(bench: Workbench, settings: RecoveryConfig, target: str, retry: bool = False) -> None:
+    """Score the windows of a target's responses that have no scores yet, in batches that are kept as they come.
+
+    Nothing happens with a judge that is not to score windows (`window_scorer`).
+    """
+    judge = window_scorer(bench.judge, settings)
+    if judge is None:
+        return
+    rows = without_windows(bench.ledger, judge.name, target, retry)
+    if rows:
+        bench.progress.stage(f"{target}: relevance of sentences", len(rows))
+    for start in range(0, len(rows), JUDGE_BATCH):
+        await _score_batch(bench, judge, rows[start : start + JUDGE_BATCH])
+
+
+async def _score_batch(bench: Workbench, judge: WindowScorer, rows: Sequence[Row]) -> None:
+    scored: dict[str, WindowScores] = {}
+    refused = ""
+    try:
+        async for key, scores in judge.windows([judge_item(r) for r in rows]):
+            if scores.over_budget:
+                refused = scores.reason
+            else:
+                scored[key] = scores
+    finally:
+        if scored:
+            bench.ledger.add_windows(scored.items())
+    bench.progress.update(judged=len(scored), unscored=sum(bool(s.reason) for s in scored.values()))
+    if refused:
+        raise SteerbackError(f"judge {judge.name}: {refused}; all scores so far are kept: go on with a higher one")
