@@ -22,4 +22,9 @@ def unknown(what: str, value: object, choices: Iterable[object]) -> SteerbackErr
 
 def one_line(text: object) -> str:
     """Return the text of a library or a file as one line in which control characters are visible, never obeyed."""
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in " ".join(str(text).split()))
+    return visible(" ".join(str(text).split()))
+
+
+def visible(text: object) -> str:
+    """Return text from outside with its control characters written out, except line breaks: for all that is shown."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in str(text))

@@ -18,7 +18,7 @@ import typer
 
 from steerback.cli import finetuning, judging, label, labels, plan, results, running, targets, view
 from steerback.cli.options import USER_FILE, TargetsFile
-from steerback.errors import VERSION, SteerbackError
+from steerback.errors import VERSION, SteerbackError, visible
 
 app = typer.Typer(
     name="steerback",
@@ -71,7 +71,7 @@ def _usage(message: str, words: list[str]) -> str:
 
 
 def fail(message: str) -> None:
-    print("steerback: error: " + " ".join(message.split("\n")), file=sys.stderr)
+    print("steerback: error: " + visible(" ".join(message.split("\n"))), file=sys.stderr)
     sys.exit(2)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from steerback.cli.options import PROMPTS, Budget, add, new_group
+from steerback.cli.options import PROMPTS, Budget, add, new_group, say
 from steerback.errors import SteerbackError, unknown
 from steerback.store.files import make_folder
 
@@ -70,13 +70,13 @@ def data(
         from steerback.finetuning.writer import LlmWriter
 
         made = LlmWriter(writer, folder, limits, None if subjects is None else str(subjects))
-    pools = synthesize(made, asked, examples, seed, say=print)
+    pools = synthesize(made, asked, examples, seed, say=say)
     settings = {"target": resolved.name, "prompts": prompts, "seed": seed, "asked_for": examples}
     records = write_pools(folder, pools, prompter, {**settings, **made.describe()})
     for name, pool in records.items():
         rejected = ", ".join(f"{reason}: {n}" for reason, n in pool.rejected.items()) or "none"
-        print(f"{name.replace('_', '-')}: {pool.examples} examples, {pool.prompts} prompts, ", end="")
-        print(f"{pool.subjects} subjects; rejected: {rejected}")
+        say(f"{name.replace('_', '-')}: {pool.examples} examples, {pool.prompts} prompts, ", end="")
+        say(f"{pool.subjects} subjects; rejected: {rejected}")
     _mix(folder, ratio, size, seed)
 
 
@@ -92,11 +92,11 @@ def _mix(folder: Path, ratio: list[int] | None, size: int | None, seed: int) -> 
     made, notes = make_mixes(corrections, normal, ratio or RATIOS, size, seed)
     path = write_mixes(folder, made, notes, seed)
     for mix in made:
-        print(f"{mix.name}: {len(mix.training)} training and {len(mix.validation)} validation examples, ", end="")
-        print(f"{mix.corrections} of {mix.size} self-corrections")
+        say(f"{mix.name}: {len(mix.training)} training and {len(mix.validation)} validation examples, ", end="")
+        say(f"{mix.corrections} of {mix.size} self-corrections")
     for note in notes:
-        print(note)
-    print(path)
+        say(note)
+    say(path)
 
 
 def train(
@@ -137,25 +137,25 @@ def train(
         from steerback.finetuning.axolotl import export as write
 
         for job in jobs:
-            print(write(job, resolved, place))
+            say(write(job, resolved, place))
         return
     for job in jobs:
         read_data(job.data)  # a mistake in the last mix shows before the first is trained
     cards = []
     for number, job in enumerate(jobs, 1):
         head = f"[{number}/{len(jobs)}] {job.name}"
-        print(head, flush=True)
+        say(head, flush=True)
 
-        def say(text: str, head: str = head) -> None:
-            print(f"{head}: {text}", flush=True)
+        def tell(text: str, head: str = head) -> None:
+            say(f"{head}: {text}", flush=True)
 
-        cards.append(train_together(job, processes, say) if processes > 1 else train_adapter(job, say))
-    print()
+        cards.append(train_together(job, processes, tell) if processes > 1 else train_adapter(job, tell))
+    say()
     for card in cards:
         ends = "".join(f", validation loss {loss.trained:.3f}" for loss in card.validation_loss)
-        print(f"{card.name}: {card.training.steps} steps, {card.training.seconds:.0f} s{ends}")
+        say(f"{card.name}: {card.training.steps} steps, {card.training.seconds:.0f} s{ends}")
     _draw([job.out for job in jobs], place)
-    print(place)
+    say(place)
 
 
 def _draw(folders: list[Path], place: Path) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from steerback.cli.options import RUNS, Budget, DryRun, NoCache, RunName, RunsFolder, add
+from steerback.cli.options import RUNS, Budget, DryRun, NoCache, RunName, RunsFolder, add, say
 from steerback.errors import SteerbackError
 
 if TYPE_CHECKING:
@@ -61,9 +61,9 @@ def judge_command(
         return _grade(folder, judge, rubric, retry_unscored, dry_run, budget)
     makers, scope = budget.makers(dry_run, rubrics), execute.Scope(stage, limit, retry_unscored)
     with Run.read(folder) as opened:
-        print(judging_line(execute.to_judge(opened, makers.judge(judge), scope)))
+        say(judging_line(execute.to_judge(opened, makers.judge(judge), scope)))
     for line in lacking(makers.judge(judge)):
-        print(line)
+        say(line)
     if dry_run:
         return None
     with execute.tools(not no_cache) as (progress, cache):
@@ -72,8 +72,8 @@ def judge_command(
         judged = [r.judgement for r in opened.ledger.rows(judge=judge) if r.judgement is not None]
     reasons = [j.reason if j.status == "unscored" else "" for j in judged]
     for line in (*spent_lines(folder), *unscored_lines(judge, reasons)):
-        print(line)
-    print(f"{done} responses judged by {judge}; see them with: steerback figures {name} --judge {judge}")
+        say(line)
+    say(f"{done} responses judged by {judge}; see them with: steerback figures {name} --judge {judge}")
     return None
 
 
@@ -107,7 +107,7 @@ def _grade(folder: Path, judge: str, rubric: str, retry: bool, dry_run: bool, bu
     with Run.read(folder) as opened:
         work = grader.todo(opened, retry)
     taken = "" if work.estimate is None else f": about {work.estimate}"
-    print(f"{work.count} responses to be asked about ({rubric}) by {judge}{taken}")
+    say(f"{work.count} responses to be asked about ({rubric}) by {judge}{taken}")
     if dry_run:
         return
     with execute.tools(cached=False) as (progress, _):
@@ -115,11 +115,11 @@ def _grade(folder: Path, judge: str, rubric: str, retry: bool, dry_run: bool, bu
     with Run.read(folder) as opened:
         reasons = grader.reasons(opened)
     for line in (*spent_lines(folder), *unscored_lines(judge, reasons)):
-        print(line)
+        say(line)
     if rubric == "whole":
-        print((folder / "whole.txt").read_text("utf-8"))
+        say((folder / "whole.txt").read_text("utf-8"))
     else:
-        print(f"{done} responses done; analyses by judge {judge} use them: steerback figures {folder} --judge {judge}")
+        say(f"{done} responses done; analyses by judge {judge} use them: steerback figures {folder} --judge {judge}")
 
 
 def list_judges() -> None:
@@ -128,8 +128,8 @@ def list_judges() -> None:
     from steerback.judging.models import KEYS
 
     for name, what in LOCAL.items():
-        print(f"{name:<18} {what}")
+        say(f"{name:<18} {what}")
     for model in aliases():
         keys = " or ".join(KEYS.get(model.model.split("/")[0], ()))
-        print(f"{model.alias:<18} {model.model}: {model.note}; key: {keys}")
-    print("provider/model     any other model that Inspect AI knows (extra `judges`)")
+        say(f"{model.alias:<18} {model.model}: {model.note}; key: {keys}")
+    say("provider/model     any other model that Inspect AI knows (extra `judges`)")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from steerback.cli.options import RUNS, RunName, RunsFolder, VerdictsOf, add
+from steerback.cli.options import RUNS, RunName, RunsFolder, VerdictsOf, add, say
 from steerback.store.files import make_folder
 
 
@@ -51,10 +51,10 @@ def draw(
 
     place = None if out is None else make_folder(out, "choose another --out")
     sample = draw_sample(find_run(name, runs), size, seed, judge, condition or (), place)
-    print(f"{sample.count} responses in random order:")
-    print(f"  {sample.page}  (open it in a browser; press h for the keys, s to save)")
-    print(f"  {sample.spreadsheet}  (the same for a spreadsheet)")
-    print(f"then: steerback label import {name} FILE --by YOUR_NAME")
+    say(f"{sample.count} responses in random order:")
+    say(f"  {sample.page}  (open it in a browser; press h for the keys, s to save)")
+    say(f"  {sample.spreadsheet}  (the same for a spreadsheet)")
+    say(f"then: steerback label import {name} FILE --by YOUR_NAME")
 
 
 def import_command(
@@ -68,8 +68,6 @@ def import_command(
     from steerback.store.run import find_run
 
     done = import_labels(find_run(name, runs), file, by)
-    print(
-        f"{done.new} labels imported; {done.judge} has labelled {done.labelled} of {done.size} responses of the sample"
-    )
-    print(f"see them with: steerback show {name} --judge {done.judge}")
-    print(f"rates corrected by them: steerback figures {name}")
+    say(f"{done.new} labels imported; {done.judge} has labelled {done.labelled} of {done.size} responses of the sample")
+    say(f"see them with: steerback show {name} --judge {done.judge}")
+    say(f"rates corrected by them: steerback figures {name}")

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from steerback.cli.options import Budget, DryRun, Overwrite, TargetName, Texts, add, new_group
-from steerback.errors import SteerbackError, unknown
+from steerback.cli.options import Budget, DryRun, Overwrite, TargetName, Texts, add, new_group, say
+from steerback.errors import SteerbackError, one_line, unknown
 
 if TYPE_CHECKING:
     from steerback.judging.transport import Transport
@@ -42,10 +42,10 @@ def show(
     labels, own = chosen.labels(), read_user_labels(chosen.user_key)
     wanted = [k for k in sorted(labels) if find is None or find.casefold() in labels[k].casefold()]
     for k in wanted[:limit]:
-        print(f"{k:>7}  {labels[k]}  ({own[k].source if k in own else 'comes with the target'})")
+        say(f"{k:>7}  {one_line(labels[k])}  ({own[k].source if k in own else 'comes with the target'})")
     if len(wanted) > limit:
-        print(f"... and {len(wanted) - limit} more (--limit)")
-    print(_coverage(chosen))
+        say(f"... and {len(wanted) - limit} more (--limit)")
+    say(_coverage(chosen))
 
 
 def _coverage(target: Target) -> str:
@@ -74,10 +74,10 @@ def fetch(
             f"no public labels are known for {chosen.name}; name them with --from neuronpedia:MODEL/SOURCE or an "
             f"address, or make some: steerback labels auto {chosen.name}"
         )
-    fetched = fetch_labels(chosen.user_key, where, print)
+    fetched = fetch_labels(chosen.user_key, where, say)
     labels = fetched.labels.labels
     stored = _store(chosen, labels, fetched.source, overwrite, where)
-    print(f"{len(labels)} labels in {len(fetched.files)} files, their SHA-256 in {stored.path.parent}/fetched")
+    say(f"{len(labels)} labels in {len(fetched.files)} files, their SHA-256 in {stored.path.parent}/fetched")
     _report(stored, chosen)
 
 
@@ -112,8 +112,8 @@ def _store(target: Target, labels: dict[int, str], source: str, overwrite: bool,
 
 def _report(stored: StoredLabels, target: Target) -> None:
     kept = f"; {stored.kept} latents had one and keep it (--overwrite replaces them)" if stored.kept else ""
-    print(f"{stored.written} labels written to {stored.path}{kept}")
-    print(_coverage(target))
+    say(f"{stored.written} labels written to {stored.path}{kept}")
+    say(_coverage(target))
 
 
 def auto(
@@ -152,15 +152,15 @@ def auto(
     source = f"{labelling.SOURCE} of {len(own)} texts"
     if asked is not None:
         asker = Asker(asked, LABEL, default_path())
-        print(f"{len(snippets)} latents to label: {asker.estimate(list(dict.fromkeys(snippets.values())))}")
+        say(f"{len(snippets)} latents to label: {asker.estimate(list(dict.fromkeys(snippets.values())))}")
         if dry_run:
             return
         found = asyncio.run(label_latents(asker, snippets))
         labels, source = found.labels, f"{asked.model}, rubric {LABEL.rubric.version}, {len(own)} texts"
-        print(f"spent: {asked.spend()}; {found.nothing} latents whose texts have nothing in common")
+        say(f"spent: {asked.spend()}; {found.nothing} latents whose texts have nothing in common")
         for reason, count in sorted(found.failed.items()):
-            print(f"{count} without an answer: {reason}")
-    print(f"{len(labels)} of {len(wanted)} latents that were asked about have a label now; the others stay without")
+            say(f"{count} without an answer: {reason}")
+    say(f"{len(labels)} of {len(wanted)} latents that were asked about have a label now; the others stay without")
     if not dry_run:
         _report(_store(chosen, labels, source, overwrite, "labels auto"), chosen)
 
@@ -229,13 +229,13 @@ def make_direction(
             vector, facts = directions.from_texts(loaded.engine, own, other, at, f"{source}{len(other)} texts")
     save_direction(path, vector, replace(facts, model=chosen.name))
     mean, sd, low, high = facts.prior() or (0.0, 0.0, 0.0, 0.0)
-    print(f"{path}")
-    print(f"layer {at}, norm {facts.norm:.4g}, residual norm there {facts.residual_norm:.4g} (median over tokens)")
-    print(f"steered with at length 1; boost prior N({mean:.3g}, {sd:.3g}) on [{low:g}, {high:.3g}]")
+    say(f"{path}")
+    say(f"layer {at}, norm {facts.norm:.4g}, residual norm there {facts.residual_norm:.4g} (median over tokens)")
+    say(f"steered with at length 1; boost prior N({mean:.3g}, {sd:.3g}) on [{low:g}, {high:.3g}]")
     if at != chosen.steer_layer:
-        print(f"{chosen.name} steers at layer {chosen.steer_layer}: give a target of your own steer_layer = {at}")
+        say(f"{chosen.name} steers at layer {chosen.steer_layer}: give a target of your own steer_layer = {at}")
     where = "" if out is None else f' after directions = ["{out}"] in a target of your own'
-    print(f'use it{where}: steerback run esr --target {chosen.name} --latents "{name}"')
+    say(f'use it{where}: steerback run esr --target {chosen.name} --latents "{name}"')
 
 
 def _direction_file(folder: Path, name: str, chosen: bool, overwrite: bool) -> Path:
@@ -262,7 +262,7 @@ def show_directions(target: TargetName) -> None:
 
     chosen = resolve(target)
     if not chosen.directions():
-        print(f"{chosen.name} has no directions; make one with: steerback directions make {chosen.name} NAME ...")
+        say(f"{chosen.name} has no directions; make one with: steerback directions make {chosen.name} NAME ...")
     for name, file in chosen.direction_files:
         facts = chosen.direction_facts(name)
         known = [
@@ -271,7 +271,7 @@ def show_directions(target: TargetName) -> None:
             f"residual norm {facts.residual_norm:.4g}" if facts.residual_norm is not None else "",
             facts.source,
         ]
-        print(f"{name:<20} {', '.join(filter(None, known)) or 'nothing known but its vector'}  ({file})")
+        say(f"{name:<20} {', '.join(filter(None, known)) or 'nothing known but its vector'}  ({file})")
 
 
 def fetch_paper_data(
@@ -283,9 +283,9 @@ def fetch_paper_data(
 
     fetched = paper_files.fetch(lambda url, path, sha256: download(url, path, sha256=sha256))
     for name, path in fetched.items():
-        print(f"{path}: {paper_files.FILES[name].what}, SHA-256 {paper_files.FILES[name].sha256[:16]}...")
+        say(f"{path}: {paper_files.FILES[name].what}, SHA-256 {paper_files.FILES[name].sha256[:16]}...")
     source = f"https://github.com/{paper_files.REPOSITORY} at {paper_files.COMMIT[:12]}"
-    print(f"of {source}; the preset authors uses them now")
+    say(f"of {source}; the preset authors uses them now")
     for target in paper_files.LABELLED if labels else ():
         fetch(target)
-    print("labels of the Llama models are not in that repository: steerback labels fetch llama-3.3-70b@authors")
+    say("labels of the Llama models are not in that repository: steerback labels fetch llama-3.3-70b@authors")

@@ -10,9 +10,11 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_type_hints
+from typing import IO, TYPE_CHECKING, Annotated, get_type_hints
 
 import typer
+
+from steerback.errors import visible
 
 if TYPE_CHECKING:
     from steerback.config import RunConfig
@@ -165,3 +167,8 @@ def expanded(verb: Callable[..., object]) -> Callable[..., object]:
 
 def _option(name: str, default: object, annotation: object) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def say(text: object = "", end: str = "\n", flush: bool = False, file: IO[str] | None = None) -> None:
+    """Print text with its control characters written out: names, labels and prompts come from files of others."""
+    print(visible(text), end=end, flush=flush, file=file)

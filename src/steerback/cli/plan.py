@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from steerback.cli.options import RUNS, Budget, RunsFolder, Setup, add
+from steerback.cli.options import RUNS, Budget, RunsFolder, Setup, add, say
 
 if TYPE_CHECKING:
     from steerback.figures.tables import Table
@@ -73,13 +73,13 @@ def plan(
     made = planning.make_plan(config, chosen, judge, assumed, floor_responses, out is not None)
     table = _table(made)
     for line in (*_assumptions(made), "", table.text(), *_fixed(made), *(lacking(judge) if judge else ())):
-        print(line)
+        say(line)
     if out is not None:
         write_json(out / "plan.json", made.to_json())
         write_atomic(out / "plan.csv", table.csv().encode())
         write_atomic(out / "power.csv", figure.curve_table(made.curves, assumed.effect).csv().encode())
         save(figure.draw(made.curves, assumed.effect, power, name), out, "power")
-        print(f"  {out}/plan.json, plan.csv, power.csv, power.png, power.pdf")
+        say(f"  {out}/plan.json, plan.csv, power.csv, power.png, power.pdf")
 
 
 def _share(per_cent: float | None) -> float | None:

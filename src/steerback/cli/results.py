@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from steerback.cli.options import RUNS, RunName, RunNames, RunsFolder, VerdictsOf, add
+from steerback.cli.options import RUNS, RunName, RunNames, RunsFolder, VerdictsOf, add, say
 from steerback.errors import SteerbackError, unknown
 from steerback.store.files import make_folder
 
@@ -44,11 +44,11 @@ def figures(
     if every:
         folders = finished_runs(names, runs)
         for path in campaign.draw_all(folders, make_folder(out or runs / "figures", OTHER)):
-            print(f"  {path}")
+            say(f"  {path}")
         return
     folder = find_run((names or [""])[0], runs)
     for line in campaign.report(campaign.reanalyse(folder, judge, draws), folder):
-        print(line)
+        say(line)
 
 
 def show(
@@ -83,9 +83,9 @@ def compare(
     if form not in COMPARED:
         raise unknown("format", form, COMPARED)
     text, paths = compared(finished_runs(names, runs), form, None if out is None else make_folder(out, OTHER))
-    print(text)
+    say(text)
     for path in paths:
-        print(f"  {path}")
+        say(f"  {path}")
 
 
 def import_command(
@@ -106,7 +106,7 @@ def import_command(
         imported = import_authors(files, folder, target, judge, condition)
         analysis = campaign.reanalyse(folder)
     for line in (*imported.lines(), *campaign.report(analysis, folder)):
-        print(line)
+        say(line)
 
 
 def export(
@@ -150,9 +150,9 @@ def export(
         else:
             paths = [export_flat(opened.ledger, folder / f"trials.{form}", chosen, form)]
     for path in paths:
-        print(f"  {path}")
+        say(f"  {path}")
     if push:
-        print(f"  {dataset.push(place, push)}")
+        say(f"  {dataset.push(place, push)}")
 
 
 def merge_command(
@@ -167,9 +167,9 @@ def merge_command(
 
     folder = new_run(name, runs)
     joined = merge([find_run(n, runs) for n in names], folder)
-    print(
+    say(
         f"{joined.runs} runs joined: {joined.trials:,} trials; {joined.repeated:,} had been generated twice, "
         f"{joined.differing:,} of them with another text (the first run's is kept)"
     )
     for line in campaign.report(campaign.reanalyse(folder), folder):
-        print(line)
+        say(line)

@@ -21,6 +21,7 @@ from steerback.cli.options import (
     Setup,
     Targets,
     add,
+    say,
 )
 from steerback.errors import SteerbackError
 
@@ -162,17 +163,17 @@ def paper(
     first = campaign.resolved(config, makers)
     steps = plan(first, runs, name, only or (), skip or (), options)
     for line in campaign.plan_lines(steps, makers):
-        print(line)
+        say(line)
     if dry_run:
         return
     try:
-        failed = campaign.run(steps, not no_cache, print, makers)
+        failed = campaign.run(steps, not no_cache, say, makers)
     except KeyboardInterrupt:
-        print("steerback: stopped; what was done is kept: the same command goes on", file=sys.stderr)
+        say("steerback: stopped; what was done is kept: the same command goes on", file=sys.stderr)
         sys.exit(130)
     done = [step.folder for step in steps if campaign.is_done(step)]
     for line in campaign.results(done, runs / f"{name}-results"):
-        print(line)
+        say(line)
     if failed:
         raise SteerbackError(
             f"{len(failed)} of {len(steps)} experiments could not be done: "
@@ -196,7 +197,7 @@ def _go(job: PreparedRun, folder: Path, dry_run: bool, no_cache: bool) -> None:
     from steerback.jobs.estimate import plan_lines, spent_lines
 
     for line in plan_lines(job, folder):
-        print(line)
+        say(line)
     if dry_run:
         return
     try:
@@ -204,10 +205,10 @@ def _go(job: PreparedRun, folder: Path, dry_run: bool, no_cache: bool) -> None:
             analysis = execute.run(job, folder, progress, cache)
     except KeyboardInterrupt:
         root = "" if folder.parent == RUNS else f" --runs {folder.parent}"
-        print(f"steerback: stopped; resume with: steerback resume {folder.name}{root}", file=sys.stderr)
+        say(f"steerback: stopped; resume with: steerback resume {folder.name}{root}", file=sys.stderr)
         sys.exit(130)
     for line in (*report(analysis, folder), *spent_lines(folder)):
-        print(line)
+        say(line)
 
 
 def try_command(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from steerback.cli.options import TargetName, Texts, add, new_group
+from steerback.cli.options import TargetName, Texts, add, new_group, say
 
 if TYPE_CHECKING:
     from steerback.targets import Target
@@ -36,12 +36,12 @@ def targets(
         from steerback.targets.fit import this_machine, verdict
 
         machine = this_machine()
-        print(f"this machine: {machine.describe()}")
+        say(f"this machine: {machine.describe()}")
         note = "Estimated from the number of parameters. Without a GPU, more than a few billion are slow."
-        print(Table(("target", "fits"), [(t.name, verdict(t, machine)) for t in known], note, left=2).text(400), end="")
+        say(Table(("target", "fits"), [(t.name, verdict(t, machine)) for t in known], note, left=2).text(400), end="")
         return
     note = "Layers are 0-based. Where each value comes from: steerback targets show NAME. What fits here: --fit."
-    print(Table(COLUMNS, [_row(target) for target in known], note, left=3).text(400), end="")
+    say(Table(COLUMNS, [_row(target) for target in known], note, left=3).text(400), end="")
 
 
 def show(name: Annotated[str, typer.Argument(help="A target, e.g. llama-3.3-70b@authors, or its folder.")]) -> None:
@@ -50,8 +50,8 @@ def show(name: Annotated[str, typer.Argument(help="A target, e.g. llama-3.3-70b@
     from steerback.targets import resolve
 
     target = resolve(name)
-    print(f"{target.name}: {target.summary}" if target.summary else target.name)
-    print(Table(("key", "value", "from"), _values(target), left=3).text(400), end="")
+    say(f"{target.name}: {target.summary}" if target.summary else target.name)
+    say(Table(("key", "value", "from"), _values(target), left=3).text(400), end="")
 
 
 def doctor(
@@ -71,7 +71,7 @@ def doctor(
     with load_target(without_directions(resolve(target)), "transformers") as loaded:
         report = examine(loaded, layer, own)
     for line in report.lines():
-        print(line)
+        say(line)
     if json is not None:
         write_json(json, report.to_json())
     if report.verdict == "failed":

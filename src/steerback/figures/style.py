@@ -14,6 +14,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec
 
+from steerback.errors import visible
 from steerback.store.files import make_folder
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def new_figure(width: Width, height: float, caption: str) -> tuple[Figure, SubFi
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    lines = _wrap(caption, INCHES[width] * 72 * 0.975)
+    lines = _wrap(visible(caption), INCHES[width] * 72 * 0.975)
     below = (len(lines) + 0.6) * CAPTION_SIZE * 1.3 / 72
     fig = Figure(figsize=(INCHES[width], height + below), dpi=DPI, layout="constrained")
     FigureCanvasAgg(fig)
@@ -140,8 +141,8 @@ def colours(targets: Iterable[str]) -> dict[str, str]:
 
 
 def plain(text: str) -> str:
-    """Text from outside, safe to draw: a dollar sign does not start a formula."""
-    return text.replace("$", r"\$")
+    """Text from outside, safe to draw: control characters are written out, a dollar sign starts no formula."""
+    return visible(text).replace("$", r"\$")
 
 
 def message(ax: Axes, text: str) -> None:

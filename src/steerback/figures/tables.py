@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from steerback.errors import visible
 from steerback.metrics import METRICS, VARIANTS, Comparison, Estimate, Summary
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class Table:
         rows = [[*self.shown.columns], *self.shown.to_numpy().tolist()]
         upright, side = _align(rows, self.left), _align([*zip(*rows, strict=True)], 1)
         lines = side if len(rows) > 1 and len(upright[1]) > max(width, len(side[1])) else upright
-        return "\n".join([*lines, *textwrap.wrap(self.caption, width)]) + "\n"
+        return "\n".join([*lines, *textwrap.wrap(visible(self.caption), width)]) + "\n"
 
     def csv(self) -> str:
         """Return comma-separated values with a header line; a missing value is empty."""
@@ -225,6 +226,7 @@ def p_value(value: float | None) -> str:
 
 def _align(table: Sequence[Sequence[str]], left: int) -> list[str]:
     """Return the lines of a table with a rule below the first; all but the first `left` columns are right-aligned."""
+    table = [[visible(cell) for cell in row] for row in table]
     widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
     lines = []
     for row in table:

@@ -12,11 +12,10 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from steerback.errors import SteerbackError
+from steerback.errors import SteerbackError, visible
 from steerback.judging.human import FORMAT, RUBRIC, LabelFile, LabelItem, parse_labels, sentences, words
 from steerback.readers import Json, decode, parse_json, read_bytes
 from steerback.report import pages
-from steerback.report.transcripts import plain
 
 COLUMNS = ("sample", "response", "position", "prompt", "topic", "sentence", "restart", "score")
 MARKS, BLANKS = ("x", "1", "yes", "restart"), ("", "0", "no")
@@ -69,7 +68,7 @@ def spreadsheet(items: Sequence[LabelItem], sample: str) -> str:
 
 def _cell(text: str) -> str:
     """Return text that a spreadsheet shows as it is: no formula, no control characters."""
-    shown = plain(text)
+    shown = visible(text)
     return f"'{shown}" if shown[:1] in ("=", "+", "-", "@") else shown
 
 

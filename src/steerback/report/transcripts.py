@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 
-from steerback.errors import SteerbackError
+from steerback.errors import SteerbackError, visible
 from steerback.records import LatentKey
 from steerback.store.ledger import Ledger, Row
 
@@ -39,13 +39,13 @@ def transcript(row: Row, colour: bool = False) -> str:
     """Header, then each attempt with its score, restart phrase and character span."""
     bold, dim, reset = (BOLD, DIM, RESET) if colour else ("", "", "")
     trial, done = row.trial, row.completion
-    lines = [f"{bold}{trial.key}{reset}", f"{dim}prompt  {reset} {plain(trial.prompt)}"]
+    lines = [f"{bold}{visible(trial.key)}{reset}", f"{dim}prompt  {reset} {visible(trial.prompt)}"]
     if trial.meta_prompt:
-        lines.append(f"{dim}meta    {reset} {plain(trial.meta_prompt)}")
+        lines.append(f"{dim}meta    {reset} {visible(trial.meta_prompt)}")
     if trial.latent is not None:
-        label = f" ({plain(trial.label)})" if trial.label else ""
+        label = f" ({visible(trial.label)})" if trial.label else ""
         boost = f", boost {trial.boost:.4g}" if trial.boost is not None else ""
-        lines.append(f"{dim}latent  {reset} {trial.latent}{label}{boost}, seed {trial.seed}")
+        lines.append(f"{dim}latent  {reset} {visible(trial.latent)}{label}{boost}, seed {trial.seed}")
     if done is None:
         return "\n".join([*lines, "(not generated yet)", ""])
     receipt = done.receipt
@@ -55,10 +55,10 @@ def transcript(row: Row, colour: bool = False) -> str:
     text = row.judged_text
     judged = row.judgement
     if judged is None or judged.status != "scored":
-        state = "not judged yet" if judged is None else f"{judged.status}: {judged.reason}"
+        state = "not judged yet" if judged is None else f"{judged.status}: {visible(judged.reason)}"
         return "\n".join([*lines, f"{dim}{state}{reset}", _wrap(text), ""])
     for number, span in enumerate(judged.attempts, 1):
-        phrase = f", restarts with {plain(span.phrase)!r}" if span.phrase else ""
+        phrase = f", restarts with {visible(span.phrase)!r}" if span.phrase else ""
         gated = "" if span.gated else " (phrase does not open it: not counted)"
         where = f"characters {span.start}-{span.end}"
         lines.append(f"{bold}attempt {number}: {span.score:.0f}/100{reset} {dim}[{where}{phrase}{gated}]{reset}")
@@ -66,13 +66,8 @@ def transcript(row: Row, colour: bool = False) -> str:
     return "\n".join([*lines, ""])
 
 
-def plain(text: str) -> str:
-    """Text without control characters, so that a response cannot steer the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
-
-
 def _wrap(text: str) -> str:
-    lines = plain(text).strip().splitlines() or ["(empty)"]
+    lines = visible(text).strip().splitlines() or ["(empty)"]
     return "\n".join(textwrap.fill(line, WIDTH, initial_indent="    ", subsequent_indent="    ") for line in lines)
 
 
@@ -85,8 +80,8 @@ def pair(prompt: str, what: str, unsteered: str, steered: str, told: str) -> str
     """An unsteered and a steered response one above the other, for reading."""
     return "\n".join(
         [
-            f"prompt    {plain(prompt)}",
-            f"steering  {plain(what)}",
+            f"prompt    {visible(prompt)}",
+            f"steering  {visible(what)}",
             "unsteered",
             _wrap(unsteered),
             f"steered   ({told})",

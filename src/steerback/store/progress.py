@@ -6,6 +6,8 @@ import sys
 import time
 from typing import IO, TYPE_CHECKING, Protocol
 
+from steerback.errors import visible
+
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
@@ -74,7 +76,7 @@ class Plain:
     def close(self) -> None: ...
 
     def _say(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        print(visible(text), file=self._stream, flush=True)
 
 
 class Live(Plain):
@@ -99,7 +101,7 @@ class Live(Plain):
     def stage(self, name: str, total: int, done: int = 0) -> None:
         super().stage(name, total, done)
         if done < total:
-            self._task = self._bar.add_task(name, total=total, completed=done, counts=self.counts())
+            self._task = self._bar.add_task(visible(name), total=total, completed=done, counts=self.counts())
 
     def update(self, generated: int = 0, judged: int = 0, unscored: int = 0, invalid: int = 0) -> None:
         self._done += generated
@@ -109,7 +111,7 @@ class Live(Plain):
             self._bar.update(self._task, completed=self._done, counts=self.counts())
 
     def note(self, text: str) -> None:
-        self._bar.console.print(text, markup=False, highlight=False)
+        self._bar.console.print(visible(text), markup=False, highlight=False)
 
     def close(self) -> None:
         self._bar.stop()
