@@ -5,11 +5,16 @@ Importing the package loads no heavy library; `load_target` and the engines impo
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from steerback.errors import VERSION as __version__
 
 __all__ = ["__version__", "load_target"]
+
+# Libraries send no usage data unless the user's own environment asks for it; they read this when they are imported.
+for _name in ("HF_HUB_DISABLE_TELEMETRY", "VLLM_NO_USAGE_STATS"):
+    os.environ.setdefault(_name, "1")
 
 if TYPE_CHECKING:
     from steerback.api import load_target
