@@ -76,6 +76,10 @@ def test_measured_trials_are_judged_first_and_a_stage_can_be_chosen(
     with Run.read(measured / "a") as run:
         rows = [r.trial.stage for r in run.ledger.rows(judge=judge[3]) if r.judgement is not None]
     assert rows == ["measure"] * 12
+    assert steerback(*judge, "--max-judge-calls", "20") == 2
+    with Run.read(measured / "a") as run:
+        stages = [r.trial.stage for r in run.ledger.rows(judge=judge[3]) if r.judgement is not None]
+    assert set(stages) == {"measure", "floor"}
     capsys.readouterr()
     assert steerback(*judge, "--stage", "measure", "--dry-run") == 0
     assert "0 responses to be judged" in capsys.readouterr().out
@@ -83,7 +87,7 @@ def test_measured_trials_are_judged_first_and_a_stage_can_be_chosen(
     assert "\n" in (said := capsys.readouterr().out)
     assert int(said.split(" responses")[0]) > 12
     assert steerback(*judge, "--stage", "measured") == 2
-    assert "unknown stage 'measured'; choose one of: calibration, measure" in capsys.readouterr().err
+    assert "unknown stage 'measured'; choose one of: calibration, floor, measure" in capsys.readouterr().err
 
 
 def test_only_servers_nearby_need_no_key() -> None:

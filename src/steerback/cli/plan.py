@@ -50,11 +50,8 @@ def plan(
     """Plan a study: latents and trials that an effect needs, GPU-hours, judge calls and their cost. Needs no key."""
     from steerback import organism
     from steerback.errors import SteerbackError
-    from steerback.figures import power as figure
-    from steerback.figures.style import save
     from steerback.jobs import plan as planning
     from steerback.judging.llm import lacking
-    from steerback.store.files import write_atomic, write_json
     from steerback.store.run import find_run, stored_config
     from steerback.targets import resolve
 
@@ -75,11 +72,20 @@ def plan(
     for line in (*_assumptions(made), "", table.text(), *_fixed(made), *(lacking(judge) if judge else ())):
         say(line)
     if out is not None:
-        write_json(out / "plan.json", made.to_json())
-        write_atomic(out / "plan.csv", table.csv().encode())
-        write_atomic(out / "power.csv", figure.curve_table(made.curves, assumed.effect).csv().encode())
-        save(figure.draw(made.curves, assumed.effect, power, name), out, "power")
-        say(f"  {out}/plan.json, plan.csv, power.csv, power.png, power.pdf")
+        _write(made, table, out)
+
+
+def _write(made: StudyPlan, table: Table, out: Path) -> None:
+    from steerback.figures import power
+    from steerback.figures.style import save
+    from steerback.store.files import write_atomic, write_json
+
+    effect = made.assumed.effect
+    write_json(out / "plan.json", made.to_json())
+    write_atomic(out / "plan.csv", table.csv().encode())
+    write_atomic(out / "power.csv", power.curve_table(made.curves, effect).csv().encode())
+    save(power.draw(made.curves, effect, made.assumed.power, made.target), out, "power")
+    say(f"  {out}/plan.json, plan.csv, power.csv, power.png, power.pdf")
 
 
 def _share(per_cent: float | None) -> float | None:

@@ -26,7 +26,7 @@ from steerback.judging.own_rubric import SEPARATOR
 from steerback.judging.windows import window_scorer
 from steerback.records import Judgement, LatentKey, Sampling, Spend, digest
 from steerback.store.cache import Cache, default_path
-from steerback.store.facts import ENGINE, JUDGES, PROVENANCE, EngineIdentity, Provenance
+from steerback.store.facts import ENGINE, FLOOR, JUDGES, PROVENANCE, EngineIdentity, Provenance
 from steerback.store.ledger import Row
 from steerback.store.manifest import Parts, TargetUsed
 from steerback.store.progress import Progress, Silent, make_progress
@@ -217,7 +217,8 @@ class Judging:
 
 
 def to_judge(opened: Run, judge: Judge, scope: Scope | None = None) -> Judging:
-    """Return the rows of a run that `judge` has no verdict about: measured trials of all targets, then other stages.
+    """Return the rows of a run that `judge` has no verdict about: measured trials of all targets first, then the
+    floor's, then other stages.
 
     Every scored stage counts, so that another judge's first scores stand beside the thresholds.
     """
@@ -234,15 +235,20 @@ def to_judge(opened: Run, judge: Judge, scope: Scope | None = None) -> Judging:
         and _open(r.judgement, scope.retry)
     ]
     targets = list(dict.fromkeys([*opened.config.targets, *(r.trial.target for r in rows)]))
-    todo.sort(key=lambda r: (r.trial.stage != "measure", targets.index(r.trial.target)))  # stable
+    todo.sort(key=lambda r: (_turn(r), targets.index(r.trial.target)))  # stable
     todo = todo[: scope.limit]
     valid = [judge_item(r) for r in todo if r.valid_receipt]
     batches = [(target, [*batch]) for (_, target), batch in groupby(todo, _batch)]
     return Judging(judge, batches, estimated(judge, valid))
 
 
-def _batch(row: Row) -> tuple[bool, str]:
-    return row.trial.stage == "measure", row.trial.target
+def _turn(row: Row) -> int:
+    """Return the place of a row's stage among those to be judged: what tables show comes first."""
+    return {"measure": 0, FLOOR: 1}.get(row.trial.stage, 2)
+
+
+def _batch(row: Row) -> tuple[int, str]:
+    return _turn(row), row.trial.target
 
 
 def judge_run(
