@@ -36,7 +36,7 @@ class Sentence:
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadResponse:
     """A response as attempts; restart phrases separate them and are left out."""
 
     attempts: tuple[tuple[Sentence, ...], ...]
@@ -104,7 +104,7 @@ def _returns() -> tuple[str, ...]:
     return tuple(line.split("{")[0] for line in text.weighted("return")[0])
 
 
-def read(response: str) -> Reading:
+def read(response: str) -> ReadResponse:
     """The attempts of a response, separated by the corpus's own restart phrases."""
     attempts: list[list[Sentence]] = [[]]
     restarts = 0
@@ -118,4 +118,4 @@ def read(response: str) -> Reading:
             attempts[-1].append(Sentence(piece, sentence_topic(piece)))
             after_restart = False
     # A restart as the very first or last thing leaves an attempt without words.
-    return Reading(tuple(tuple(a) for a in attempts if a), restarts)
+    return ReadResponse(tuple(tuple(a) for a in attempts if a), restarts)
