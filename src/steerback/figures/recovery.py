@@ -70,20 +70,17 @@ def draw_time_course(measured: Measured, note: str = "") -> Figure:
     found = measured.recovery
     targets = list(dict.fromkeys(target for target, _ in found.conditions)) or [""]
     most = max((sum(t == target for t, _ in found.conditions) for target in targets), default=1)
-    columns = min(len(targets), 2)
-    rows = -(-len(targets) // columns)
     caption = (
         "Mean relevance to the prompt of the sentences of a response, by their position in it; bands: 95 %, clustered "
         f"by latent (unsteered: by prompt). Judge: {measured.judge}. {note}"
     )
-    fig, drawing = style.new_figure("full", rows * max(2.1, 0.13 * most + 0.6), caption.strip())
-    axes = list(drawing.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
-    for ax in axes[len(targets) :]:
-        ax.set_visible(False)
-    for ax, target in zip(axes, targets, strict=False):
+    fig, drawing = style.new_figure("full", len(targets) * max(2.1, 0.13 * most + 0.6), caption.strip())
+    axes = drawing.subplots(len(targets), 1, sharex=True, squeeze=False)[:, 0]
+    for ax, target in zip(axes, targets, strict=True):
         own = {c: r for (t, c), r in found.conditions.items() if t == target}
         floor = next((r for (t, _), r in found.floors.items() if t == target), None)
         _panel(ax, target, own, floor, several=len(targets) > 1)
+    axes[-1].set_xlabel("position in the response (%)")
     return fig
 
 
@@ -99,7 +96,6 @@ def _panel(ax: Axes, target: str, own: Mapping[str, Recovery], floor: Recovery |
         return
     ax.set_ylim(0, 100)
     ax.set_xlim(0, 100)
-    ax.set_xlabel("position in the response (%)")
     ax.set_ylabel("relevance (points)")
     ax.grid(axis="y")
     ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=6)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,3 +95,23 @@ def unpack_array(blob: bytes | None) -> NDArray[np.float32] | None:
 
     shape = np.frombuffer(blob[:16], dtype="<i8")
     return np.frombuffer(zlib.decompress(blob[16:]), dtype="<f4").reshape(shape)
+
+
+def dump_json(value: object) -> str:
+    """Return JSON with sorted keys, so that equal values are equal text."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+def storable(text: str) -> str:
+    """Text as SQLite can hold it: a lone surrogate becomes `?`, one character for one, so that spans stay right."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def placeholders(n: int) -> str:
+    """Return `?, ?, ...` for n values of a statement."""
+    return ", ".join("?" * n)
+
+
+def now() -> str:
+    """Return the time in UTC, to the millisecond."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -11,24 +11,23 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import JsonValue
 
 from steerback.errors import SteerbackError
-from steerback.records import (
-    Attempt,
-    Completion,
-    Intervention,
-    Judgement,
-    Receipt,
-    Recording,
-    Trial,
-    WindowScores,
+from steerback.records import Attempt, Completion, Intervention, Judgement, Receipt, Recording, Trial, WindowScores
+from steerback.store.database import (
+    dump_json,
+    now,
+    open_database,
+    pack_array,
+    placeholders,
+    sqlite_errors,
+    storable,
+    unpack_array,
 )
-from steerback.store.database import open_database, pack_array, sqlite_errors, unpack_array
 from steerback.store.facts import CONFIG, Fact
 
 T = TypeVar("T")
@@ -145,7 +144,7 @@ class Ledger:
     def put_json(self, target: str, name: str, value: JsonValue) -> None:
         """Store a fact that is copied from another ledger or file, in its JSON form."""
         with self._transaction() as db:
-            db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?, ?)", (target, name, _dump(value)))
+            db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?, ?)", (target, name, dump_json(value)))
 
     def facts(self) -> list[tuple[str, str, JsonValue]]:
         """Every stored fact: (target, name, JSON form)."""
@@ -171,7 +170,7 @@ class Ledger:
         """Plans trials. A key that is already there must hold the same trial: plans never change under a run."""
         with self._transaction() as db:
             before = db.total_changes
-            db.executemany(f"INSERT OR IGNORE INTO trials VALUES ({_marks(14)})", map(_trial_row, trials))
+            db.executemany(f"INSERT OR IGNORE INTO trials VALUES ({placeholders(14)})", map(_trial_row, trials))
             if db.total_changes - before == len(trials):
                 return
             for trial in trials:
@@ -186,7 +185,7 @@ class Ledger:
         """(trial key, completion, engine fingerprint); a trial that has a completion keeps it."""
         rows = [_completion_row(key, completion, engine) for key, completion, engine in done]
         with self._transaction() as db:
-            db.executemany(f"INSERT OR IGNORE INTO completions VALUES ({_marks(11)})", rows)
+            db.executemany(f"INSERT OR IGNORE INTO completions VALUES ({placeholders(11)})", rows)
 
     def add_judgements(self, judged: Iterable[tuple[str, Judgement]]) -> None:
         """(trial key, judgement); an unscored one is replaced, any other is kept."""
@@ -196,16 +195,16 @@ class Ledger:
                 j.judge,
                 j.rubric,
                 j.status,
-                _storable(_dump([asdict(a) for a in j.attempts])),
-                _storable(j.reason),
-                _storable(j.raw),
-                _now(),
+                storable(dump_json([asdict(a) for a in j.attempts])),
+                storable(j.reason),
+                storable(j.raw),
+                now(),
             )
             for key, j in judged
         ]
         with self._transaction() as db:
             db.executemany(
-                f"INSERT INTO judgements VALUES ({_marks(8)}) ON CONFLICT (trial, judge) DO UPDATE SET "
+                f"INSERT INTO judgements VALUES ({placeholders(8)}) ON CONFLICT (trial, judge) DO UPDATE SET "
                 "rubric = excluded.rubric, status = excluded.status, attempts = excluded.attempts, "
                 "reason = excluded.reason, raw = excluded.raw, at = excluded.at WHERE judgements.status = 'unscored'",
                 rows,
@@ -214,13 +213,22 @@ class Ledger:
     def add_windows(self, scored: Iterable[tuple[str, WindowScores]]) -> None:
         """(trial key, scores of its windows); one without scores is replaced, any other is kept."""
         rows = [
-            (key, w.judge, w.rubric, _dump(w.starts), _dump(w.scores), _storable(w.reason), _storable(w.raw), _now())
+            (
+                key,
+                w.judge,
+                w.rubric,
+                dump_json(w.starts),
+                dump_json(w.scores),
+                storable(w.reason),
+                storable(w.raw),
+                now(),
+            )
             for key, w in scored
         ]
         with self._transaction() as db:
             db.execute(WINDOWS)
             db.executemany(
-                f"INSERT INTO windows VALUES ({_marks(8)}) ON CONFLICT (trial, judge) DO UPDATE SET "
+                f"INSERT INTO windows VALUES ({placeholders(8)}) ON CONFLICT (trial, judge) DO UPDATE SET "
                 "rubric = excluded.rubric, starts = excluded.starts, scores = excluded.scores, "
                 "reason = excluded.reason, raw = excluded.raw, at = excluded.at WHERE windows.reason != ''",
                 rows,
@@ -266,7 +274,7 @@ class Ledger:
                 values.append(value)
         if keys is not None:
             where.append("t.key IN (SELECT value FROM json_each(?))")
-            values.append(_dump(list(keys)))
+            values.append(dump_json(list(keys)))
         blob = "c.activations" if activations else "NULL"
         query = (
             "SELECT t.*, c.text, c.token_ids, c.prompt_tokens, c.finish, c.prompt_positions, c.generated_positions, "
@@ -279,7 +287,7 @@ class Ledger:
 
     def trials(self, stages: Sequence[str]) -> Iterator[Trial]:
         """Yield the planned trials of some stages in the order of `rows`, one at a time."""
-        marks = _marks(len(stages))
+        marks = placeholders(len(stages))
         query = f"SELECT * FROM trials WHERE stage IN ({marks}) ORDER BY target, stage, condition, idx"
         with sqlite_errors(self.path):
             for stored in self._db.execute(query, list(stages)):
@@ -325,15 +333,15 @@ def _trial_row(t: Trial) -> tuple[Any, ...]:
         t.stage,
         t.condition,
         t.index,
-        None if t.latent is None else _dump(t.latent),
+        None if t.latent is None else dump_json(t.latent),
         t.label,
         None if t.boost is None else float(t.boost),  # derived; kept as a column for those who read the file
         t.prompt,
         t.meta_prompt,
         t.prefill,
         t.seed,
-        _dump([asdict(i) for i in t.interventions]),
-        None if t.record is None else _dump(asdict(t.record)),
+        dump_json([asdict(i) for i in t.interventions]),
+        None if t.record is None else dump_json(asdict(t.record)),
     )
 
 
@@ -341,8 +349,8 @@ def _completion_row(key: str, c: Completion, engine: str) -> tuple[Any, ...]:
     receipt = c.receipt
     return (
         key,
-        _storable(c.text),
-        _dump(list(c.token_ids)),
+        storable(c.text),
+        dump_json(list(c.token_ids)),
         c.prompt_tokens,
         c.finish,
         receipt.prompt_positions,
@@ -350,7 +358,7 @@ def _completion_row(key: str, c: Completion, engine: str) -> tuple[Any, ...]:
         receipt.added_norm,
         pack_array(c.activations),
         engine,
-        _now(),
+        now(),
     )
 
 
@@ -389,20 +397,3 @@ def _row(stored: tuple[Any, ...]) -> Row:
         spans = tuple(Attempt(**a) for a in json.loads(attempts))
         judgement = Judgement(judge, rubric, status, spans, reason, raw)
     return Row(_trial(stored), completion, judgement)
-
-
-def _dump(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False)
-
-
-def _storable(text: str) -> str:
-    """Text as SQLite can hold it: a lone surrogate becomes `?`, one character for one, so that spans stay right."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _marks(n: int) -> str:
-    return ", ".join("?" * n)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
