@@ -84,9 +84,9 @@ def _windows(folder: Path, judge: str, retry: bool, dry_run: bool, makers: Maker
     from steerback.store.run import Run
 
     with Run.read(folder) as opened:
-        print(windows_line(opened, makers.judge(judge), retry))
+        say(windows_line(opened, makers.judge(judge), retry))
     for line in lacking(makers.judge(judge)):
-        print(line)
+        say(line)
     if dry_run:
         return
     with execute.tools(cached=False) as (progress, _):
@@ -94,8 +94,8 @@ def _windows(folder: Path, judge: str, retry: bool, dry_run: bool, makers: Maker
     with Run.read(folder) as opened:
         reasons = [w.reason for w in opened.ledger.windows(judge).values()]
     for line in (*spent_lines(folder), *unscored_lines(judge, reasons)):
-        print(line)
-    print(f"windows of {len(reasons)} responses scored by {judge}: steerback figures {folder.name} --judge {judge}")
+        say(line)
+    say(f"windows of {len(reasons)} responses scored by {judge}: steerback figures {folder.name} --judge {judge}")
 
 
 def _grade(folder: Path, judge: str, rubric: str, retry: bool, dry_run: bool, budget: Budget) -> None:
