@@ -53,7 +53,9 @@ def test_steered_run_equals_float64_by_hand(engines: dict[str, TransformersEngin
     forced = engine.teacher_forced(ids, items, len(prompt)).double()
     assert (forced - logits).abs().max() < 2e-3 * logits.abs().max()
     z = torch.stack([reference_llama.encode(sae, h) for h in arriving[3][:-1]])[:, list(read)]
-    np.testing.assert_allclose(done.activations, z.numpy(), atol=2e-3 * float(arriving[3].abs().max()))
+    exact = 2e-3 * float(arriving[3].abs().max())
+    np.testing.assert_allclose(done.activations, z.numpy(), atol=exact)
+    np.testing.assert_allclose(engine.reread(request, done.token_ids), z.numpy(), atol=exact)
 
     assert done.receipt_matches(items)
     wanted = [0.0] * (len(ids) - 1)  # norm of what was added, by hand, per position over all layers

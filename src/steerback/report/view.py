@@ -7,6 +7,7 @@ texts, verdicts and activations of some trials at a time are compressed, and rea
 from __future__ import annotations
 
 import base64
+import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
@@ -21,6 +22,8 @@ from steerback.store.facts import LATENTS
 from steerback.store.ledger import Ledger
 
 MOST_TRIALS = 5000
+MOST_BYTES, LEAST_BYTES = 22_000_000, 2_000_000
+"""Size of the file without the table of trials (about 1 MB), and what the responses may take in any case."""
 STYLES = ("view.css",)
 SCRIPTS = (
     "text.js",
@@ -33,12 +36,14 @@ def page(runs: Sequence[ShownRun], stages: Sequence[str] = STAGES, limit: int = 
     from markupsafe import Markup
 
     overview, curves = [_overview(r, stages) for r in runs], [calibration(r) for r in runs]
-    sample, light, chunks = sampled(runs, stages, limit)
     figures = [
         {"name": name, "src": "data:image/png;base64," + base64.b64encode(image).decode("ascii")}
         for r in runs
         for name, image in r.figures.items()
     ]
+    parts = {"figures": pages.packed(figures), "calibration": pages.packed(curves)}
+    room = MOST_BYTES - len(json.dumps(overview)) - sum(map(len, parts.values()))
+    sample, light, chunks = sampled(runs, stages, limit, max(room, LEAST_BYTES))
     data = {
         "version": VERSION,
         "runs": overview,
@@ -46,7 +51,6 @@ def page(runs: Sequence[ShownRun], stages: Sequence[str] = STAGES, limit: int = 
         "chunk": CHUNK,
         "sample": {"shown": len(sample.keys), "total": sample.total, "why": sample.why, "seed": SEED},
     }
-    parts = {"figures": pages.packed(figures), "calibration": pages.packed(curves)}
     parts |= {f"chunk-{n}": chunk for n, chunk in enumerate(chunks)}
     values: dict[str, object] = {
         "title": ", ".join(r.name for r in runs),

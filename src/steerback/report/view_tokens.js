@@ -1,5 +1,7 @@
 // A response as text: attempts as bands, restart phrases, tokens coloured by the activation of a latent.
 
+const SINGLE = { steered: "steered latent", detectors: "detector", backtracking: "backtracking latent" };
+
 // Series of a response: every active latent, and the sums of the groups that have several.
 function seriesOf(detail) {
   const { acts } = detail;
@@ -7,7 +9,7 @@ function seriesOf(detail) {
   const raw = new Uint16Array(fromBase64(acts.values).buffer);
   const latents = acts.latents.map(([latent, label, group, peak], n) => ({
     id: String(latent),
-    name: [latent, label].filter((part) => part !== "").join(" "),
+    name: `${latent} ${label || SINGLE[group] || ""}`.trim(),
     group,
     peak,
     values: Array.from(raw.subarray(n * acts.tokens, (n + 1) * acts.tokens), (share) => (share / 65535) * peak),
@@ -70,7 +72,8 @@ function responseNodes(detail, verdict, series, peak) {
       while (token < ends.length && lead + ends[token] <= at) token += 1;
       const isToken = at >= lead && token < ends.length;
       const classes = [isToken ? "token" : "", at < phraseEnd ? "phrase" : "", at < lead ? "prefill" : ""];
-      if (isToken && token < steered) classes.push("steered");
+      // where the ends of the tokens are not known, the whole response is marked
+      if (isToken ? token < steered : steered > 0 && !ends.length && at >= lead) classes.push("steered");
       const piece = make("span", { class: classes.filter(Boolean).join(" ") || null, "data-token": isToken ? token : null }, characters.slice(at, to).join(""));
       if (isToken && series && token < series.values.length) heat(piece, series.values[token] / peak);
       text.append(piece);

@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 
 STAGES = ("measure", REPLAY, CONTINUATION, FLOOR)
 """Stages whose trials are shown unless others are named."""
-MOST_BYTES = 20_000_000
-"""Of the trials' details in the file; overview, figures and calibration come on top."""
 CHUNK = 25
 BATCH = 200
 SEED = 42
@@ -168,8 +166,10 @@ def draw(runs: Sequence[ShownRun], stages: Sequence[str], limit: int, why: str) 
     return Sample(sorted(chosen, key=order.__getitem__), len(order), why)
 
 
-def sampled(runs: Sequence[ShownRun], stages: Sequence[str], limit: int) -> tuple[Sample, dict[str, object], list[str]]:
-    """Return a sample with its light data and its chunks; it shrinks until the chunks are small enough."""
+def sampled(
+    runs: Sequence[ShownRun], stages: Sequence[str], limit: int, room: int
+) -> tuple[Sample, dict[str, object], list[str]]:
+    """Return a sample with its light data and its chunks; it shrinks until the chunks have at most `room` bytes."""
     why = f"the page holds at most {limit:,} trials"
     while True:
         sample = draw(runs, stages, limit, why)
@@ -182,13 +182,13 @@ def sampled(runs: Sequence[ShownRun], stages: Sequence[str], limit: int) -> tupl
             if len(pending) == CHUNK:
                 chunks.append(pages.packed(pending))
                 size, pending = size + len(chunks[-1]), []
-                if size > MOST_BYTES:
+                if size > room:
                     break
                 fits = len(chunks) * CHUNK
         else:
             return sample, light.columns(), [*chunks, *([pages.packed(pending)] if pending else [])]
         limit = max(min(int(fits * 0.9), int(limit * 0.9)), 1)
-        why = f"the page holds at most {MOST_BYTES / 1e6:.0f} MB of responses"
+        why = f"the page holds at most {room / 1e6:.0f} MB of responses"
 
 
 class Light:
