@@ -24,7 +24,17 @@ from steerback.engines import check_engine, make_engine
 from steerback.engines.base import Engine
 from steerback.errors import SteerbackError
 from steerback.jobs.view import ViewSettings, write_view
-from steerback.records import Completion, Intervention, Judgement, Receipt, Recording, Request, Sampling, Trial
+from steerback.records import (
+    Completion,
+    Intervention,
+    Judgement,
+    Receipt,
+    Recording,
+    Request,
+    Sampling,
+    Trial,
+    WindowScores,
+)
 from steerback.report import view
 from steerback.store.facts import DETECTOR_SET, ENGINE, TOKEN_ENDS, Detector, DetectorSet, EngineIdentity
 from steerback.store.run import Run
@@ -97,6 +107,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 source="test", detectors=[Detector(latent=DETECTOR, label="notices errors", level=1.0, auc=1.0)]
             ),
         )
+        starts = tuple(SEVERAL.index(words) for words in ("Penguins", "They", "Wait", "Fold", "Tuck"))
+        scores = WindowScores("machine", "windows-1", starts, (5.0, 12.5, 90.0, 95.0, 100.0))
+        few = WindowScores("machine", "windows-1", (0,), (5.0,))
+        run.ledger.add_windows([(base.key, scores), (twin.key, few)])
         _calibrate(run)
     return place
 
@@ -270,6 +284,22 @@ def test_hover_shows_the_activation_of_a_token_and_a_click_pins_it(browser: Brow
     assert not opened.errors
 
 
+def test_recovery_is_a_filter_and_its_sentences_are_shown(browser: Browser, file: Path) -> None:
+    opened = Opened(browser, file, "#trials")
+    page = opened.page
+    options = page.locator("[data-filter=recovery] option").all_inner_texts()
+    assert options == ["all", "none", "recovered", "too short"]
+    page.locator("[data-filter=recovery]").select_option("recovered")
+    assert opened.text("#shown") == "1 of 7 trials"
+    page.keyboard.press("Escape")
+    page.locator("#body tr[data-trial]").click()
+    page.wait_for_selector(".windows")
+    assert page.locator(".windows tr").count() == 5
+    cells = page.locator(".windows tr").nth(1).locator("td").all_inner_texts()
+    assert [cells[0], cells[-1]] == ["12.5", "They huddle when it is cold."]
+    assert not opened.errors
+
+
 def test_calibration_shows_boosts_curve_and_threshold(browser: Browser, file: Path) -> None:
     opened = Opened(browser, file, "#calibration")
     page = opened.page
@@ -422,7 +452,8 @@ def test_record_reads_the_activations_that_the_response_had(tmp_path: Path) -> N
 
 
 async def _one(engine: Engine, request: Request) -> Completion:
-    return [done async for _, done in engine.generate([request])][0]
+    (done,) = [done async for _, done in engine.generate([request])]
+    return done
 
 
 def luminance(colour: str) -> float:

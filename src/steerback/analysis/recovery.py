@@ -45,7 +45,7 @@ def recoveries(
 
     Degraded responses, and those that the judge has not scored as a whole, are left out, as in the other metrics.
     """
-    rule = _rule(ledger)
+    rule = rule_of(ledger)
     found: dict[Key, Recovery] = {}
     for key, place in places.items():
         series = _series(ledger, judge, place, prepare, lambda trial: trial.latent)
@@ -60,7 +60,8 @@ def recoveries(
     return Recoveries(rule, found, floors)
 
 
-def _rule(ledger: Ledger) -> Rule:
+def rule_of(ledger: Ledger) -> Rule:
+    """Return the rule of recovery that a run was started with."""
     stored = (ledger.get("", CONFIG) or {}).get("recovery")
     settings = RecoveryConfig.model_validate(stored) if isinstance(stored, dict) else RecoveryConfig()
     return Rule(settings.low, settings.high, settings.early, settings.least_windows)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from steerback.cli.options import RUNS, RunsFolder, VerdictsOf, add
+from steerback.cli.options import RUNS, RunsFolder, VerdictsOf, add, say
 
 
 def register(app: typer.Typer) -> None:
@@ -50,7 +50,7 @@ def view(
     settings = ViewSettings(judge, tuple(stage or STAGES), max_trials, record, tuple(trial or ()))
     with tools(cached=False) as (progress, _):
         write_view(folders, path, settings, progress)
-    print(f"{path} ({path.stat().st_size / 1e6:.1f} MB; it needs no network)")
+    say(f"{path} ({path.stat().st_size / 1e6:.1f} MB; it needs no network)")
     if browse:
         import webbrowser
 

@@ -28,7 +28,7 @@ async function showTrial(key) {
   open.judge = detail.verdicts.find((v) => v.judge === data.runs[column.run[i]].judge) ?? detail.verdicts[0] ?? null;
   const place = table.order.indexOf(i);
   if (place >= 0) table.current = place;
-  box.replaceChildren(trialHead(i, place), promptNode(i, detail), responsePart(), make("section", { id: "activations" }), make("section", { id: "beside" }), verdictsNode(detail));
+  box.replaceChildren(trialHead(i, place), promptNode(i, detail), responsePart(), make("section", { id: "activations" }), make("section", { id: "beside" }), verdictsNode(detail), windowsNode(detail));
   drawResponse();
   drawActivations();
   drawBeside(i);
@@ -45,7 +45,7 @@ function trialHead(i, place) {
     ["seed", column.seed[i]],
     ["finish", detail.finish ?? "not generated"],
   ];
-  if (column.recovery) facts.push(["recovery", texts.recovery[column.recovery[i]]]);
+  if (detail.recovery) facts.push(["recovery", detail.recovery]);
   return make(
     "div",
     { class: "trial-head" },
@@ -273,6 +273,21 @@ function verdictsNode({ verdicts }) {
   const head = ["judge", "rubric", "status", "attempts", "raw reply"].map((name) => make("th", { scope: "col" }, name));
   const content = verdicts.length ? make("div", { class: "scroll" }, make("table", { class: "verdicts" }, make("thead", {}, make("tr", {}, head)), make("tbody", {}, rows))) : make("p", { class: "quiet" }, "Nobody has judged this response.");
   return make("section", {}, make("h3", {}, "Verdicts"), content);
+}
+
+// Relevance of the windows (sentences) of the response, by which recovery is judged.
+function windowsNode({ text, windows, "windows reason": reason }) {
+  if (!windows) return make("section");
+  const characters = Array.from(text);
+  const [starts, scores] = windows;
+  const rows = starts.map((start, n) => {
+    const bar = make("span", { class: "bar-of-score" });
+    bar.style.width = `${scores[n]}%`;
+    const sentence = characters.slice(start, starts[n + 1]).join("").trim();
+    return make("tr", {}, make("td", { class: "number" }, short(scores[n])), make("td", { class: "score-track" }, bar), make("td", { class: "text", dir: "auto" }, sentence));
+  });
+  const content = rows.length ? make("table", { class: "windows" }, make("tbody", {}, rows)) : make("p", { class: "quiet" }, reason);
+  return make("section", {}, make("h3", {}, "Relevance of each sentence"), content);
 }
 
 function stepTrial(by) {

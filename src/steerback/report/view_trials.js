@@ -20,7 +20,8 @@ const COLUMNS = [
   { id: "last", name: "last", kind: "number", of: numberOf("last") },
   { id: "gain", name: "gain", kind: "number", of: numberOf("gain") },
   { id: "flags", name: "state", kind: "flags", of: textOf("flags") },
-  { id: "recovery", name: "recovery", kind: "choice", of: (i) => texts.recovery[column.recovery[i]], hidden: !column.recovery },
+  { id: "recovery", name: "recovery", kind: "choice", of: textOf("recovery"), hidden: !(texts.recovery ?? []).some(Boolean) },
+  { id: "activations", name: "activations", kind: "choice", of: textOf("activations"), hidden: (texts.activations ?? []).length < 2 },
 ].filter((c) => !c.hidden);
 
 const table = { filters: {}, search: "", found: null, sort: null, down: false, order: [], current: 0, built: false };

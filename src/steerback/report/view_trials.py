@@ -10,13 +10,16 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from steerback.analysis.recovery import rule_of
 from steerback.figures.tables import Table
 from steerback.metrics.outcomes import STATES, VALID, outcome_of
-from steerback.records import BoostPrior, Judgement, LatentKey, Trial, expected_positions
+from steerback.metrics.recovery import Rule, has_recovered
+from steerback.records import BoostPrior, Judgement, LatentKey, Trial, WindowScores, expected_positions, is_degraded
 from steerback.report import pages
 from steerback.store.facts import (
     BACKTRACKING,
@@ -177,7 +180,7 @@ def sampled(
         size = fits = 0
         pending: list[dict[str, object]] = []
         for number, row, detail in _details(runs, sample):
-            light.add(number, row, "acts" in detail)
+            light.add(number, row, detail)
             pending.append(detail)
             if len(pending) == CHUNK:
                 chunks.append(pages.packed(pending))
@@ -199,8 +202,8 @@ class Light:
         self._columns: dict[str, list[object]] = defaultdict(list)
         self._groups: dict[Group, int] = {}
 
-    def add(self, run: int, row: Row, recorded: bool) -> None:
-        """Add a trial."""
+    def add(self, run: int, row: Row, detail: Mapping[str, object]) -> None:
+        """Add a trial with what its own page shows."""
         trial, attempts = row.trial, row.attempts
         for name, text in (
             ("target", trial.target),
@@ -210,6 +213,8 @@ class Light:
             ("label", trial.label or ""),
             ("prompt", trial.prompt),
             ("flags", ", ".join(flags_of(row)) or "sound"),
+            ("recovery", str(detail.get("recovery", ""))),
+            ("activations", "yes" if "acts" in detail else "no"),
         ):
             known = self._texts.setdefault(name, {})
             self._columns[name].append(known.setdefault(text, len(known)))
@@ -222,8 +227,6 @@ class Light:
         columns["first"].append(attempts[0].score if attempts else None)
         columns["last"].append(attempts[-1].score if attempts else None)
         columns["gain"].append(row.gain if attempts else None)
-        columns["tokens"].append(len(row.completion.token_ids) if row.completion else None)
-        columns["recorded"].append(int(recorded))
         columns["group"].append(self._groups.setdefault(group_of(trial), len(self._groups)))
 
     def columns(self) -> dict[str, object]:
@@ -236,7 +239,7 @@ def _details(runs: Sequence[ShownRun], sample: Sample) -> Iterator[tuple[int, Ro
     for number, shown in enumerate(runs):
         ledger, keys = shown.run.ledger, [key for n, key in sample.keys if n == number]
         ends = ledger.targets_with(TOKEN_ENDS)
-        labels = _Labels(shown)
+        labels, windows, rule = _Labels(shown), _windows(ledger, shown.judge), rule_of(ledger)
         judges = list(dict.fromkeys((shown.judge, *ledger.judges())))
         for first in range(0, len(keys), BATCH):
             part = keys[first : first + BATCH]
@@ -248,7 +251,31 @@ def _details(runs: Sequence[ShownRun], sample: Sample) -> Iterator[tuple[int, Ro
             for row in _batch(ledger, part, shown.judge, activations=True):
                 key = row.trial.key
                 reading = shown.readings.get(key) or _recorded(row, ends.get(row.trial.target, {}).get(key))
-                yield number, row, _detail(row, verdicts[key], reading, labels)
+                detail = _detail(row, verdicts[key], reading, labels)
+                yield number, row, detail | _recovery(row, windows(row.trial).get(key), rule)
+
+
+def _windows(ledger: Ledger, judge: str) -> Callable[[Trial], Mapping[str, WindowScores]]:
+    """Return a function that gives the window scores of a trial's condition, by trial key; the last ones are kept."""
+
+    @lru_cache(maxsize=1)
+    def of(target: str, stage: str, condition: str) -> Mapping[str, WindowScores]:
+        return ledger.windows(judge, target, stage, condition)
+
+    return lambda trial: of(trial.target, trial.stage, trial.condition)
+
+
+def _recovery(row: Row, windows: WindowScores | None, rule: Rule) -> dict[str, object]:
+    """Return whether the response has recovered, with the scores of its windows; nothing where there are none."""
+    if windows is None:
+        return {}
+    shown = {"windows": [list(windows.starts), list(windows.scores)], "windows reason": windows.reason}
+    scores = np.array(windows.scores, dtype=np.float64)
+    if not len(scores) or not row.attempts or (row.completion and is_degraded(row.completion.text)):
+        return {"recovery": "not counted", **shown}
+    if len(scores) < rule.least:
+        return {"recovery": "too short", **shown}
+    return {"recovery": "recovered" if has_recovered(scores, rule) else "not recovered", **shown}
 
 
 def _recorded(row: Row, ends: Sequence[int] | None) -> Reading | None:
