@@ -1,4 +1,4 @@
-"""The built-in model through the command line and vLLM: its logits, and the rates of the whole ESR experiment.
+"""The built-in model in a whole run on vLLM: its logits, and the rates of the whole ESR experiment.
 
 The model's resistance is planted; that both engines find the same rates is what counts here. Rates of the reference
 engine are stored (`organism_esr.json` names the command that gives them), as they take as long again.
@@ -16,10 +16,10 @@ import pytest
 from conftest import INTERPRETED
 from small import EFFECT, OPTIONS, near, reference_engine
 
-import steerback.jobs.execute
-from steerback.cli import main
+from steerback.config import build_config
 from steerback.engines import make_engine
 from steerback.engines.options import VllmOptions
+from steerback.jobs import check, execute
 from steerback.records import Intervention
 from steerback.targets import resolve
 
@@ -41,13 +41,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path]]:
         engine.close = lambda: None
         return engine
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steerback.jobs.execute, "make_engine", make)
-        patch.setenv("STEERBACK_CACHE", str(folder / "cache"))
-        arguments = ["run", "esr", "--target", "organism", "--engine", "vllm", "--preset", "quick"]
-        with pytest.raises(SystemExit) as ended:
-            main([*arguments, "--name", "vllm", "--runs", str(folder)])
-    assert ended.value.code == 0
+    config = build_config("esr", ("organism",), "quick", overrides={"engine": "vllm"})
+    execute.run(check.check(config, check.Makers(engine=make)), folder / "vllm")
     ((engine, close),) = engines
     yield engine, folder / "vllm"
     close()
