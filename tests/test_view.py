@@ -36,6 +36,7 @@ from steerback.records import (
     WindowScores,
 )
 from steerback.report import view
+from steerback.report.view_trials import STAGES, ShownRun, sampled
 from steerback.store.facts import DETECTOR_SET, ENGINE, TOKEN_ENDS, Detector, DetectorSet, EngineIdentity
 from steerback.store.run import Run
 from steerback.targets import resolve
@@ -387,10 +388,29 @@ def test_a_larger_run_is_sampled_with_its_twins_and_the_page_says_so(
     assert small.read_text("utf-8") == write_view([folder], small, ViewSettings(most_trials=4)).read_text("utf-8")
 
 
+def test_responses_that_take_too_much_room_are_sampled(tmp_path: Path) -> None:
+    place = make_run(tmp_path / "run", {"plain": [[n % 2 == 0 for n in range(20)] for _ in range(6)]})
+    with Run.read(place) as run:
+        shown = [ShownRun(run, "machine")]
+        whole, _, chunks = sampled(shown, STAGES, 5000, room=10**9)
+        assert (len(whole.keys), whole.total, whole.why) == (120, 120, "")
+        room = len(chunks[0]) + len(chunks[1]) + 10
+        part, light, fewer = sampled(shown, STAGES, 5000, room)
+    assert sum(map(len, fewer)) <= room
+    assert 20 <= len(part.keys) < 60
+    assert part.total == 120
+    assert "MB of responses" in part.why
+    assert light["columns"]["key"] == [key for _, key in part.keys]
+    latents = {int(key.split("/")[-1]) // 20 for _, key in part.keys}
+    assert latents == set(range(6))
+
+
 def test_several_runs_share_a_page(browser: Browser, folder: Path, tmp_path: Path) -> None:
     other = make_run(tmp_path / "other", {"plain": [[True]]})
     opened = Opened(browser, write_view([folder, other], tmp_path / "both.html"), "#trials&run=other")
     assert opened.text("#shown") == "1 of 8 trials"
+    assert opened.page.locator("[data-filter=run] option").all_inner_texts() == ["all", "other", "seen"]
+    assert opened.page.locator("[data-filter=target]").count() == 0  # both have the same
     opened.page.goto(opened.address + "#trial=other:model/measure/plain/0")
     opened.page.wait_for_selector("#response .band")
     assert opened.text("#response").count("attempt") == 2

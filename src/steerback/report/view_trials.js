@@ -9,7 +9,7 @@ const latentOf = (i) => [textOf("latent")(i), textOf("label")(i)].filter(Boolean
 
 const COLUMNS = [
   { id: "run", name: "run", kind: "choice", of: (i) => data.runs[column.run[i]].name, hidden: !several },
-  { id: "target", name: "target", kind: "choice", of: textOf("target") },
+  { id: "target", name: "target", kind: "choice", of: textOf("target"), hidden: (texts.target ?? []).length < 2 },
   { id: "stage", name: "stage", kind: "choice", of: textOf("stage"), hidden: (texts.stage ?? []).length < 2 },
   { id: "condition", name: "condition", kind: "choice", of: textOf("condition") },
   { id: "latent", name: "latent", kind: "choice", of: latentOf },
