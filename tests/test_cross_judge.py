@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from fake_judges import FakeJudge
+from steerback.analysis.base import planted
 from steerback.analysis.cross_judge import analyse
 from steerback.config import RunConfig
 from steerback.errors import SteerbackError
@@ -22,7 +23,7 @@ from steerback.judging import Limits, References, make_judge
 from steerback.judging.base import JudgeItem
 from steerback.organism import corpus
 from steerback.records import Completion, Intervention, Receipt, Sampling, Trial
-from steerback.store.facts import SAMPLE
+from steerback.store.facts import PROVENANCE, SAMPLE, Provenance
 from steerback.store.progress import Silent
 from steerback.store.run import Run
 from steerback.study.pipeline import Workbench, judge_rows
@@ -106,6 +107,16 @@ def test_the_sample_takes_multi_attempt_trials_first_and_enough_single_ones(run:
             assert fact.single == 120 - several
             assert fact.weights.several == pytest.approx(all_several / several)
             assert fact.weights.single == pytest.approx((240 - all_several) / fact.single)
+
+
+def test_a_planted_target_of_the_users_own_is_still_said_to_be_planted(tmp_path: Path) -> None:
+    folder = source(tmp_path, "own", "my-model", 0.7, 120, seed=3)
+    with Run.reopen(folder) as opened:
+        opened.ledger.put("my-model", PROVENANCE, Provenance(planted=True))
+    config = RunConfig(experiment="cross-judge", targets=("my-model",), judge="offline", engine="scripted")
+    with Run.start(tmp_path / "cross", config) as opened:
+        gather(opened, [folder], sample=60, minimum=30)
+        assert planted(opened.ledger, ["my-model", "another"]) == ["my-model"]
 
 
 def test_agreement_per_target_is_in_the_summary_where_compare_looks_for_it(run: Path) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tools.structure import measure
+
 SOURCE = Path(__file__).parents[1] / "src" / "steerback"
 # From the bottom up: a module may import what stands before it, and within its own package.
 ORDER = [
@@ -67,6 +69,13 @@ def test_imports_run_downwards(path: Path) -> None:
     upwards = {name for name in imported if place(name) > place(own)}
     assert not upwards, f"{own} imports {sorted(upwards)}, which lie above it"
     assert not imported & APART.get(own, set()), f"{own} imports {sorted(imported & APART[own])}"
+
+
+def test_no_two_modules_import_each_other_and_no_class_name_stands_for_two_classes() -> None:
+    figures = measure(SOURCE)
+    assert figures["import circles"] == []
+    assert figures["class names that stand for several classes"] == {}
+    assert len(figures["loose modules"]) <= 6
 
 
 def test_help_loads_nothing_heavy() -> None:

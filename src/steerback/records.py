@@ -301,7 +301,7 @@ class WindowScores:
 
 @dataclass(frozen=True, slots=True)
 class Spend:
-    """What was or would be asked: `cost` in USD, None where the price is unknown."""
+    """Calls and tokens that were spent or are estimated; `cost` in USD, None if the price is unknown."""
 
     calls: int = 0
     input_tokens: int = 0

@@ -36,7 +36,7 @@ class Floor:
         return p is not None and p <= ALPHA
 
     def to_json(self) -> dict[str, object]:
-        """What a condition of summary.json has of it."""
+        """Return the floor as a condition of summary.json holds it."""
         rates = {metric: asdict(self[metric]) | {"p": self.p[metric]} for metric in RATES}
         return {"floor": {"counts": self.summary.counts, **rates, "test": FLOOR_TEST}}
 

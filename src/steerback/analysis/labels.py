@@ -1,4 +1,4 @@
-"""What human labels say about a judge: its precision and recall on the run, and rates corrected for its errors.
+"""Human labels of a run: precision and recall of each judge on it, and rates corrected for the judge's errors.
 
 Labelled trials are a random sample within each condition and verdict of the judge they were drawn by, so each stands
 for the trials of its stratum. Several labellers count as one label, their mean.

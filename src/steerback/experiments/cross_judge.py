@@ -21,7 +21,7 @@ from pydantic import Field
 from steerback.config import RunConfig, Settings
 from steerback.errors import SteerbackError
 from steerback.experiments.base import Experiment
-from steerback.store.facts import ENGINE, HUMAN, SAMPLE, JudgedSample, StratumWeights
+from steerback.store.facts import ENGINE, HUMAN, PROVENANCE, SAMPLE, JudgedSample, StratumWeights
 from steerback.store.ledger import Row
 from steerback.store.run import Run, stored_config
 from steerback.study.study import fact_of
@@ -108,6 +108,9 @@ def gather(opened: Run, sources: Sequence[Path], sample: int = SAMPLE_SIZE, mini
             several_keys=[key for key, _ in _renamed(several)],
         )
         opened.ledger.put(target, SAMPLE, drawn)
+        provenance = fact_of(pool[0][2], target, PROVENANCE)[0]
+        if provenance is not None:
+            opened.ledger.put(target, PROVENANCE, provenance)
     _copy(opened, [*kept, *chosen])
     _copy_labels(opened, sources, chosen)
     return len(chosen)

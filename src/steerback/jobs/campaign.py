@@ -41,7 +41,7 @@ def is_done(step: Step) -> bool:
 
 
 def plan_lines(steps: Sequence[Step], makers: Makers | None = None) -> list[str]:
-    """What would be run, and at most how many responses, tokens, verdicts and minutes that is."""
+    """List the runs of a campaign, with at most how many responses, tokens, verdicts and minutes they take."""
     jobs = [(step, _checked(step, makers)) for step in steps]
     lines, total, verdicts = [], Counter[str](), Counter[str]()
     shared: set[str] = set()  # stages that an earlier step has generated: the same requests, so they are in the cache

@@ -37,7 +37,7 @@ RECOVERED = 5.0  # of 10: "it starts off the prompt and recovers in part"
 
 @dataclass(frozen=True, slots=True)
 class Grading:
-    """What a grader has to do in a run: rows per target, and what asking about them would take (None: nothing)."""
+    """The rows of a run that a grader has yet to grade, by target, and the estimated cost (None: it costs nothing)."""
 
     rows: Mapping[str, Sequence[Row]]
     estimate: Spend | None

@@ -75,7 +75,7 @@ class Need:
 
 @dataclass(frozen=True)
 class Fixed:
-    """What a design of a given size can detect: the power for the stated effect, the smallest rate and drop."""
+    """Power of a design of a given size for the stated effect, and the smallest rate and drop that it can detect."""
 
     design: Design
     rate_power: float

@@ -1,4 +1,4 @@
-"""What judges are asked: attempts, whole responses, boundaries of episodes, concreteness of labels, labels of latents.
+"""Tasks for language models: attempts, whole responses, episode boundaries, concreteness of labels, labels of latents.
 
 Each is a `Task` of `asking`: a rubric, the texts that its question shows, and the function that reads its verdict.
 """

@@ -57,7 +57,7 @@ class Label(BaseModel):
 
 
 class LabelFile(BaseModel):
-    """What the labelling page saves: verdicts by the number of the response in the sample."""
+    """A file that the labelling page saves: verdicts by the number of the response in the sample."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 

@@ -28,7 +28,7 @@ from steerback.records import LatentKey
 
 Floats = NDArray[np.float64]
 Topic = tuple[LatentKey | None, str | None]
-"""What a response was steered towards: a latent, a label."""
+"""Latent and label that a response was steered towards."""
 Bodies = Mapping[str, Sequence[Sequence[str]]]
 """Groups of sentences (responses) of each prompt."""
 

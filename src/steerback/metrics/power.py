@@ -28,7 +28,7 @@ DROPS = tuple(round(x / 20, 2) for x in range(1, 21))
 
 @dataclass(frozen=True)
 class Effect:
-    """What is to be detected: a multi-attempt `rate` above `floor`, or a relative `drop` of it in a paired condition.
+    """Effects to be detected: a multi-attempt `rate` above `floor`, or a relative `drop` of it in a paired condition.
 
     A pair shares its latent's rate and is independent otherwise. Unsteered responses are taken as independent.
     """

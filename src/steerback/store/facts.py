@@ -1,4 +1,4 @@
-"""What a run keeps in its ledger besides trials: named, typed facts, and the names of conditions.
+"""Named, typed facts that a run keeps in its ledger besides trials, and the names of conditions.
 
 A plan writes facts, an analysis reads them; both know them from here. `Fact` is the name of a fact with its type.
 Facts whose type belongs to another stage (thresholds, random sets) are declared where that type is defined.

@@ -30,7 +30,7 @@ class NewRequest(Protocol):
 
 
 class SchedulerOutput(Protocol):
-    """What a step computes."""
+    """The requests that vLLM computes in one step."""
 
     scheduled_new_reqs: Sequence[NewRequest]
     preempted_req_ids: set[str] | None
