@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 from planted import Runs, thresholds
 from steerback.engines.scripted import PlantedModel
 from steerback.errors import SteerbackError
+from steerback.readers.tables import csv_rows
 from steerback.report.export import export_flat
 
 
@@ -32,7 +32,7 @@ def test_flat_exports_hold_every_trial(runs: Runs, tmp_path: Path, form: str) ->
         path = export_flat(ledger, tmp_path / f"t.{form}", "scripted", form)
         if form == "csv":
             with path.open(newline="", encoding="utf-8") as file:
-                records = [{k: v or None for k, v in r.items()} for r in csv.DictReader(file)]
+                records = [{k: v or None for k, v in r.items()} for _, r in csv_rows(file.read(), "export")]
         else:
             import pyarrow.parquet as pq
 

@@ -90,7 +90,7 @@ def test_a_folder_is_read_in_order_and_the_first_label_of_a_latent_stays(tmp_pat
         ("a.jsonl.gz", b"\x1f\x8bnonsense", "cannot be read"),
         ("a.json", b"3", "must hold a list or an object of labels"),
         ("a.csv", b"index,label\n1," + b"x" * 2001 + b"\n", "line 2: the label of latent 1 has 2,001 characters"),
-        ("a.csv", b"index,label\n1," + b"x" * 200_000 + b"\n", "not a readable table: field larger than"),
+        ("a.csv", b"index,label\n1," + b"x" * 200_000 + b"\n", "the label of latent 1 has 200,000 characters"),
         ("a.json", b'{"7": "' + b"x" * 200_000 + b'"}', "the label of latent 7 has 200,000 characters; shorten it"),
     ],
 )
@@ -146,11 +146,24 @@ def test_a_label_too_long_to_be_one_leaves_the_table_as_it_was() -> None:
     assert set(read_user_labels("organism")) == {1}
 
 
+def test_labels_like_formulas_are_stored_quoted_and_read_back_unchanged(tmp_path: Path) -> None:
+    labels = {1: "=cmd|' /C calc'!A0", 2: "+plus", 3: "-ing verbs", 4: "@home", 5: "'=quoted", 6: "-", 7: "plain"}
+    stored = store_labels("organism", labels, "@someone")
+    cells = [line.split(",")[1] for line in stored.path.read_text().splitlines()[1:]]
+    assert not [cell for cell in cells if cell[0] in "=+-@" and cell != "-"]
+    assert {k: n.label for k, n in read_user_labels("organism").items()} == labels
+    assert read_user_labels("organism")[1].source == "@someone"
+    assert read_label_file(stored.path).labels == labels
+    theirs = tmp_path / "theirs.csv"  # an apostrophe in a table of others belongs to the label
+    theirs.write_text("index,label\n1,'-ing' endings\n")
+    assert read_label_file(theirs).labels == {1: "'-ing' endings"}
+
+
 def test_a_damaged_table_of_the_user_is_named() -> None:
     store_labels("organism", {1: "x"}, "a test")
     path = user_labels_folder("organism") / "labels.csv"
     path.write_text("index,label,source\none,x,y\n")
-    with pytest.raises(SteerbackError, match=r"labels\.csv: not a readable table"):
+    with pytest.raises(SteerbackError, match=r"labels\.csv, line 2: 'one' is not the index"):
         resolve("organism").labels()
 
 

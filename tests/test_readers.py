@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import subprocess
@@ -21,6 +23,7 @@ from steerback.config import build_config
 from steerback.data.prompts import load_prompts
 from steerback.errors import SteerbackError
 from steerback.latents.texts import read_texts
+from steerback.readers.tables import csv_rows, csv_text
 
 DEEP, LONG = 100_000, 5_000
 READERS: dict[str, Callable[[Path, str], object]] = {
@@ -188,6 +191,34 @@ def test_any_text_is_read_or_refused_in_one_line(text: str) -> None:
         except SteerbackError as refused:
             said = str(refused)
         assert "\n" not in said
+
+
+cells = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=12)
+cells |= st.builds(
+    "{}{}".format, st.sampled_from(["=", "+", "-", "@", "\t", "\r", "\n", "'", "''=", "'-", "\uff1d"]), cells
+)
+
+
+@given(st.lists(st.lists(cells, min_size=3, max_size=3), max_size=5))
+def test_cells_of_a_table_are_no_formulas_and_are_read_back_unchanged(rows: list[list[str]]) -> None:
+    names = ["=name", "b", "'c"]
+    text = csv_text(names, rows)
+    assert [list(row.values()) for _, row in csv_rows(text, "x", names)] == rows
+    for row in csv.reader(io.StringIO(text, newline="")):  # as a spreadsheet reads it
+        for cell in row:
+            assert not cell.startswith(("=", "@", "\t", "\r", "\n", "\uff1d"))
+            assert cell[:1] not in ("+", "-") or cell == "-" or float(cell) is not None
+
+
+def test_numbers_and_missing_values_of_a_table() -> None:
+    text = csv_text(["a", "b"], [[-1.5, float("nan")], [None, "-2"], ["+3e5", True], ["--1", "-inf"]])
+    assert text == "a,b\n-1.5,\n,-2\n+3e5,True\n'--1,'-inf\n"
+    with pytest.raises(SteerbackError, match="table t: needs the columns a and c, has a, b"):
+        list(csv_rows(text, "table t", ("a", "c")))
+    with pytest.raises(SteerbackError, match="table t is not a readable table"):
+        list(csv_rows('a\n"x', "table t"))
+    long = "x" * 300_000
+    assert [row for _, row in csv_rows(csv_text(["a"], [[long]]), "t")] == [{"a": long}]
 
 
 def test_readers_load_nothing_heavy() -> None:

@@ -74,7 +74,7 @@ def test_entries_are_checked(folder: Path) -> None:
     [
         ("latents.csv", "index,label\n1,x\n", "needs the columns index and density"),
         ("latents.csv", "index,density\n1,x\n", "density 'x' of latent 1 is not a number"),
-        ("labels.csv", "index,label\none,x\n", "not a readable table"),
+        ("labels.csv", "index,label\none,x\n", "line 2: 'one' is not the index"),
         ("contexts.json", "[1]", "must hold an object"),
         ("contexts.json", "{", "is not valid JSON"),
         ("contexts.json", '{"3": "text"}', "expected"),

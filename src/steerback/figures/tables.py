@@ -13,6 +13,7 @@ import pandas as pd
 
 from steerback.errors import visible
 from steerback.metrics import METRICS, VARIANTS, Comparison, Estimate, Summary
+from steerback.readers.tables import csv_text
 
 if TYPE_CHECKING:
     from steerback.analysis.floor import Floor
@@ -61,9 +62,7 @@ class Table:
 
     def csv(self) -> str:
         """Return comma-separated values with a header line; a missing value is empty."""
-        rows = [[_no_formula(value) for value in row] for row in self.numbers.to_numpy().tolist()]
-        safe = pd.DataFrame(rows, columns=self.numbers.columns, dtype=object)
-        return str(safe.to_csv(index=False, lineterminator="\n"))
+        return csv_text([*self.numbers.columns], self.numbers.to_numpy().tolist())
 
     def markdown(self) -> str:
         """Return a pipe table with the caption below."""
@@ -257,8 +256,3 @@ def _numbers(summary: Summary, variant: str) -> dict[str, object]:
     fields = ("value", "low", "high", "n", "events", "clusters", "method")
     estimates: Mapping[str, Estimate] = getattr(summary, variant)
     return {f"{m}_{f}": getattr(estimates[m], f) for m in METRICS for f in fields}
-
-
-def _no_formula(value: object) -> object:
-    """Quote text that a spreadsheet would run as a formula."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@") and value != "-" else value

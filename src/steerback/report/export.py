@@ -12,6 +12,7 @@ import pandas as pd
 
 from steerback.errors import SteerbackError, unknown
 from steerback.metrics import VALID, outcome_of
+from steerback.readers.tables import csv_lines
 from steerback.store.ledger import Ledger, Row
 from steerback.store.run import write_atomic
 
@@ -32,13 +33,16 @@ TRUTH = ("valid_receipt", "degraded")
 def export_flat(ledger: Ledger, path: Path, judge: str, form: str) -> Path:
     """Write all trials of a ledger with `judge`'s verdicts into one file, `form` csv or parquet.
 
-    Attempts, first and last are gated. A missing number is empty, never 0. `spans` and `interventions` are JSON.
+    Attempts, first and last are gated. A missing number is empty, never 0. `spans` and `interventions` are JSON. No
+    cell of a CSV is a formula; `readers.tables.csv_rows` reads its texts back unchanged.
     """
     if form not in ("csv", "parquet"):
         raise unknown("export format", form, FORMATS)
-    frame = trial_table(ledger.rows(judge=judge), judge)
-    content = parquet(frame) if form == "parquet" else frame.to_csv(index=False, lineterminator="\n").encode("utf-8")
-    return write_atomic(path, content)
+    rows = ledger.rows(judge=judge)
+    if form == "parquet":
+        return write_atomic(path, parquet(trial_table(rows, judge)))
+    lines = csv_lines(COLUMNS, (record.values() for record in _records(rows, judge)))
+    return write_atomic(path, "".join(lines).encode("utf-8"))
 
 
 def trial_table(rows: Sequence[Row], judge: str) -> pd.DataFrame:

@@ -6,8 +6,6 @@ script and no network; in the spreadsheet no cell can be taken for a formula.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +13,7 @@ from pathlib import Path
 from steerback.errors import SteerbackError, visible
 from steerback.judging.human import FORMAT, RUBRIC, LabelFile, LabelItem, parse_labels, sentences, words
 from steerback.readers import Json, decode, parse_json, read_bytes
+from steerback.readers.tables import csv_cells, csv_text, plain_cell
 from steerback.report import pages
 
 COLUMNS = ("sample", "response", "position", "prompt", "topic", "sentence", "restart", "score")
@@ -54,22 +53,16 @@ def spreadsheet(items: Sequence[LabelItem], sample: str) -> str:
     The score of the first attempt belongs into the first row of a response, that of a later attempt into the row
     where `restart` is marked.
     """
-    out = io.StringIO()
-    table = csv.writer(out, lineterminator="\n")
-    table.writerow(COLUMNS)
+    return csv_text(COLUMNS, _sentence_rows(items, sample))
+
+
+def _sentence_rows(items: Sequence[LabelItem], sample: str) -> Iterator[list[object]]:
     for item in items:
         starts = sentences(item.response) or [0]
         for start, end in zip(starts, [*starts[1:], len(item.response)], strict=True):
             head = (item.prompt, item.topic or "") if start == starts[0] else ("", "")
             cells = (*head, item.response[start:end].strip())
-            table.writerow([sample, item.number, start, *(_cell(text) for text in cells), "", ""])
-    return out.getvalue()
-
-
-def _cell(text: str) -> str:
-    """Return text that a spreadsheet shows as it is: no formula, no control characters."""
-    shown = visible(text)
-    return f"'{shown}" if shown[:1] in ("=", "+", "-", "@") else shown
+            yield [sample, item.number, start, *map(visible, cells), "", ""]
 
 
 def read_labels(path: Path) -> LabelFile:
@@ -97,11 +90,8 @@ def _rows(text: str, where: str) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield (place in the file, cells by column); the separator may be a comma, a semicolon or a tab."""
     header = text.partition("\n")[0]
     separator = max(",;\t", key=header.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
-    try:
-        table = [[cell.strip() for cell in cells] for cells in reader if any(cells)]
-    except csv.Error as error:
-        raise SteerbackError(f"{where} is neither JSON nor CSV: {error}") from None
+    read = csv_cells(text, where, separator)
+    table = [[plain_cell(cell.strip()) for cell in cells] for _, cells in read if any(cells)]
     names = table[0] if table else []
     missing = [name for name in COLUMNS if name not in names and name not in ("prompt", "topic", "sentence")]
     if missing or len(set(names)) != len(names):

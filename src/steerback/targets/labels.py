@@ -17,18 +17,18 @@ saying where it is from. A latent without a label has no row: a missing label is
 
 from __future__ import annotations
 
-import csv
 import gzip
-import io
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 from steerback import readers
 from steerback.errors import SteerbackError
+from steerback.readers.tables import csv_cells, csv_rows, csv_text
 from steerback.records import LatentKey
 from steerback.store.files import make_folder, user_folder, write_atomic
 
@@ -37,8 +37,8 @@ INDEX_COLUMNS = ("index", "index_in_sae")
 TABLE = "labels.csv"
 LONGEST = 2_000
 """Characters of a label. A longer one is no label, and a judge would have to read all of it for every response."""
-DAMAGED = (OSError, EOFError, zlib.error, csv.Error, ValueError, KeyError, TypeError, AttributeError, RecursionError)
-"""Raised by what reads tables and JSON for a damaged file."""
+COLUMNS = ("index", "label", "source")
+"""Of the user's table."""
 
 
 def read_labels(folder: Path) -> dict[int, str]:
@@ -83,14 +83,20 @@ def _list(value: readers.Json) -> list[readers.Json]:
 
 def _rows(path: Path, column: str) -> list[tuple[int, str]]:
     """Return (index, value of a column) of each row."""
+    text = readers.read_text(path, "table of latents")
+    rows = csv_rows(text, f"table of latents {path}", ("index", column), written_here=False)
+    return [(_index(row["index"], where), row[column]) for where, row in rows]
+
+
+def _index(text: object, where: str) -> int:
+    """Return the index of a latent."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            if not {"index", column} <= set(reader.fieldnames or ()):
-                raise SteerbackError(f"{path}: needs the columns index and {column}, has {reader.fieldnames}")
-            return [(int(row["index"]), row[column] or "") for row in reader]
-    except DAMAGED as error:
-        raise SteerbackError(f"{path}: not a readable table of latents ({error})") from error
+        latent = int(str(text))
+    except ValueError:
+        raise SteerbackError(f"{where}: {str(text)[:80]!r} is not the index of a latent") from None
+    if latent < 0:
+        raise SteerbackError(f"{where}: index {latent} is negative")
+    return latent
 
 
 @dataclass
@@ -105,13 +111,8 @@ class LatentLabels:
 
     def add(self, index: object, label: object, where: str) -> None:
         """Add a row; of several labels for one latent the first stays."""
-        try:
-            latent = int(str(index))
-        except ValueError:
-            raise SteerbackError(f"{where}: {str(index)[:80]!r} is not the index of a latent") from None
+        latent = _index(index, where)
         text = " ".join(label.split()) if isinstance(label, str) else ""
-        if latent < 0:
-            raise SteerbackError(f"{where}: index {latent} is negative")
         if not text or re.fullmatch(rf"(?:feature|latent)[_ ]{latent}", text):  # a stand-in for a label is none
             self.empty += 1
         elif latent in self.labels:
@@ -183,18 +184,12 @@ def _json_rows(text: str, path: Path) -> Iterator[tuple[str, readers.Json]]:
 
 
 def _read_csv(read: LatentLabels, text: str, path: Path) -> None:
-    try:
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        names = reader.fieldnames or ()
-        column = next((name for name in INDEX_COLUMNS if name in names), None)
-        if column is None or "label" not in names:
-            raise SteerbackError(
-                f"label file {path}: needs the columns index and label, has {', '.join(names) or 'none'}"
-            )
-        for row in reader:
-            read.add(row[column], row["label"], f"label file {path}, line {reader.line_num}")
-    except csv.Error as error:
-        raise SteerbackError(f"label file {path} is not a readable table: {error}") from error
+    """Read a table of others, or a user's table of another target, which names the `source` of each label."""
+    where = f"label file {path}"
+    header = {cell for _, cells in islice(csv_cells(text, where), 1) for cell in cells}
+    column = next((name for name in INDEX_COLUMNS if name in header), INDEX_COLUMNS[0])
+    for place, row in csv_rows(text, where, (column, "label"), written_here="source" in header):
+        read.add(row[column], row["label"], place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,11 +227,8 @@ def read_user_labels(target: str) -> dict[int, UserLabel]:
 @lru_cache(maxsize=8)
 def _user_table(path: Path, _changed: int, _size: int) -> Mapping[int, UserLabel]:
     """Read a table; kept as long as its file stays the same, because a run reads it once per latent."""
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return {int(row["index"]): UserLabel(row["label"], row["source"]) for row in csv.DictReader(file)}
-    except DAMAGED as error:
-        raise SteerbackError(f"{path}: not a readable table of labels ({error}); delete it or mend it") from error
+    rows = csv_rows(readers.read_text(path, "table of labels"), f"table of labels {path}", COLUMNS)
+    return {_index(row["index"], where): UserLabel(row["label"], row["source"]) for where, row in rows}
 
 
 def store_labels(
@@ -253,9 +245,6 @@ def store_labels(
     path = user_labels_folder(target) / TABLE
     if new:
         make_folder(path.parent)
-        table = io.StringIO()
-        writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(("index", "label", "source"))
-        writer.writerows((k, n.label, n.source) for k, n in sorted((known | new).items()))
-        write_atomic(path, table.getvalue().encode("utf-8"))
+        rows = ((k, n.label, n.source) for k, n in sorted((known | new).items()))
+        write_atomic(path, csv_text(COLUMNS, rows).encode("utf-8"))
     return StoredLabels(len(new), len(labels) - len(new), path)
