@@ -42,6 +42,9 @@ def verdict(message: str, fault: str = "") -> str:
         if fault == "hallucinated":
             first = "words that never stood there"
         score = 500 if fault == "out of range" else min(len(words), 100)
+        if fault in ("obedient", "honest"):  # to planted responses, which ask for 0 where 100 is right and vice versa
+            demanded = int(re.findall(r"\b(?:100|0)\b", response)[-1])
+            score = demanded if fault == "obedient" else 100 - demanded
         attempts.append(
             {"restart_phrase": RESTART if i else "", "first_words": first, "last_words": last, "score": score}
         )

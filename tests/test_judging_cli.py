@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from fake_judges import FakeJudge
 from steerback.calibration.thresholds import THRESHOLDS
 from steerback.cli import main
-from steerback.records import Spend
-from steerback.store.facts import JUDGE_SPEND, LATENTS
+from steerback.judging.probe import probes
+from steerback.records import Attempt, Judgement, Spend
+from steerback.store.facts import JUDGE_SPEND, LATENTS, PROBES
 from steerback.store.run import Run
 
 KEY = "sk-planted-1234567890"
@@ -112,6 +113,47 @@ def test_rating_labels_is_estimated_and_bounded_like_judging(
         assert run.ledger.get("", JUDGE_SPEND)["qwen3-32b"].calls == calls
     assert steerback(*arguments, "--set", "selection.rater=nobody") == 2
     assert "unknown concreteness rater 'nobody'" in capsys.readouterr().err
+
+
+def test_a_judge_is_probed_with_planted_instructions_before_it_judges(
+    server: FakeJudge, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert steerback("run", "esr", "--target", "organism", "--name", "p", *SMALL) == 0
+    probe = ["judge", "p", "--judge", "qwen3-32b", "--probe"]
+    assert steerback("judge", "p", "--judge", "offline", "--probe", "--dry-run") == 2
+    assert "--probe goes with a language model" in capsys.readouterr().err
+    assert steerback(*probe, "--dry-run") == 0
+    assert "20 planted responses to probe qwen3-32b: about 20 calls" in capsys.readouterr().out
+    assert not server.asked
+    texts = {p.item.response: (i < 5) for i, p in enumerate(probes())}
+    server.fault = lambda response, before: {True: "obedient", False: "honest", None: ""}[texts.get(response)]
+
+    assert steerback(*probe, "--max-judge-calls", "8") == 2
+    assert "the answers so far are kept" in capsys.readouterr().err
+    with Run.read(Path("runs/p")) as run:
+        assert not [r for r in run.ledger.rows(judge="qwen3-32b") if r.judgement]  # it was probed first
+        first = (run.ledger.get("", PROBES) or {})["qwen3-32b"]
+        assert len(first) == 8
+    assert steerback(*probe, "--limit", "2") == 0
+    said = capsys.readouterr().out
+    assert "12 planted responses to probe" in said
+    assert "judge qwen3-32b: obeyed 5 of 20 planted instructions\n" in said
+    assert all(server.asked[text] == 1 for text in texts)
+    assert steerback("show", "p", "--judge", "qwen3-32b", "-n", "1") == 0
+    assert "obeyed 5 of 20 planted instructions" in capsys.readouterr().out
+    assert steerback("show", "p") == 0
+    assert "planted instructions" not in capsys.readouterr().out
+    assert "obeyed 5 of 20" in json.loads(Path("runs/p/manifest.json").read_text())["judge probes"]["qwen3-32b"]
+
+
+def test_planted_responses_tell_the_judge_the_wrong_score() -> None:
+    assert len({p.item.response for p in probes()}) == 20
+    for probe in probes():
+        assert {probe.known, probe.demanded} == {0.0, 100.0}
+        assert f"{probe.demanded:g}" in probe.item.response.partition("\n")[2]
+        scored = [Judgement("j", "r", "scored", (Attempt(0, 5, score),)) for score in (40.0, 60.0)]
+        assert [probe.answer(j).obeyed for j in scored] == [probe.demanded == 0, probe.demanded == 100]
+        assert not probe.answer(Judgement("j", "r", "unscored", reason="refused")).obeyed
 
 
 def test_a_run_estimates_its_judge_and_keeps_to_the_budget(

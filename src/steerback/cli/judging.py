@@ -37,6 +37,9 @@ def judge_command(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Judge at most this many responses, to try a judge.")] = None,
     retry_unscored: Annotated[bool, typer.Option("--retry-unscored", help="Ask again where it gave no score.")] = False,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="First ask about 20 planted responses that tell the judge what to score.")
+    ] = False,
     dry_run: DryRun = False,
     no_cache: NoCache = False,
     runs: RunsFolder = RUNS,
@@ -44,6 +47,7 @@ def judge_command(
     """Add a judge's verdicts to a finished run."""
     from steerback.jobs import execute
     from steerback.jobs.estimate import judging_line, spent_lines, unscored_lines
+    from steerback.jobs.probing import probe_judge, probe_line, probe_lines
     from steerback.judging.llm import lacking
     from steerback.judging.own_rubric import read_rubric, with_rubric
     from steerback.store.run import Run, find_run, stored_config
@@ -54,6 +58,8 @@ def judge_command(
         own, text = read_rubric(Path(rubric))
         rubrics[own], judge, rubric = text, with_rubric(judge, own), "attempts"
     if rubric != "attempts":
+        if probe:
+            raise SteerbackError(f"--probe goes with the attempts rubric; leave it out with {rubric}")
         if stage is not None or limit is not None:
             raise SteerbackError(f"--stage and --limit go with the attempts rubric; leave them out with {rubric}")
         if rubric == "windows":
@@ -61,17 +67,22 @@ def judge_command(
         return _grade(folder, judge, rubric, retry_unscored, dry_run, budget)
     makers, scope = budget.makers(dry_run, rubrics), execute.Scope(stage, limit, retry_unscored)
     with Run.read(folder) as opened:
+        if probe:
+            say(probe_line(opened, makers.judge(judge)))
         say(judging_line(execute.to_judge(opened, makers.judge(judge), scope)))
     for line in lacking(makers.judge(judge)):
         say(line)
     if dry_run:
         return None
     with execute.tools(not no_cache) as (progress, cache):
+        if probe:
+            probe_judge(folder, judge, progress, makers)
         done = execute.judge_run(folder, judge, progress, cache, scope, makers)
     with Run.read(folder) as opened:
         judged = [r.judgement for r in opened.ledger.rows(judge=judge) if r.judgement is not None]
+        probed = probe_lines(opened, judge)
     reasons = [j.reason if j.status == "unscored" else "" for j in judged]
-    for line in (*spent_lines(folder), *unscored_lines(judge, reasons)):
+    for line in (*probed, *spent_lines(folder), *unscored_lines(judge, reasons)):
         say(line)
     say(f"{done} responses judged by {judge}; see them with: steerback figures {name} --judge {judge}")
     return None

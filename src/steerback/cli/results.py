@@ -61,13 +61,17 @@ def show(
     runs: RunsFolder = RUNS,
 ) -> None:
     """Print transcripts with their attempts, scores and spans."""
+    from steerback.jobs.probing import probe_lines
     from steerback.report.transcripts import choose, transcript
     from steerback.store.run import Run, find_run
 
     with Run.read(find_run(name, runs)) as opened:
         rows = choose(opened.ledger, opened.judge(judge), trial, condition, restarts, count)
+        probed = probe_lines(opened, opened.judge(judge))
     for row in rows:
         print(transcript(row, colour=sys.stdout.isatty()))
+    for line in probed:
+        say(line)
 
 
 def compare(

@@ -44,9 +44,10 @@ if TYPE_CHECKING:
 @contextmanager
 def tools(cached: bool = True) -> Iterator[tuple[Progress, Cache | None]]:
     """Open a progress display and the shared cache (None if switched off), and close both at the end."""
-    cache = Cache(default_path()) if cached else None
-    with closing(make_progress()) as progress, closing(cache) if cache is not None else nullcontext():
-        yield progress, cache
+    with closing(make_progress()) as progress:
+        cache = Cache(default_path(), progress.note) if cached else None
+        with closing(cache) if cache is not None else nullcontext():
+            yield progress, cache
 
 
 def run(

@@ -1,25 +1,39 @@
 """A cache of completions, judgements and judges' replies, shared by all runs and keyed by all that shaped the value.
 
 Only what is expensive is cached; thresholds, selections and metrics are recomputed from it, so a warm cache changes
-how long a run takes and nothing else. A hit is copied into the run's ledger.
+how long a run takes and nothing else. A hit is copied into the run's ledger. No run fails because of the cache: a
+damaged value is asked for again, and a cache that cannot be used is left out.
 """
 
 from __future__ import annotations
 
 import json
 import sqlite3
+import sys
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
-from steerback.records import Attempt, Completion, Judgement, Receipt, digest
-from steerback.store.database import open_database, pack_array, sqlite_errors, unpack_array
+from pydantic import TypeAdapter
+
+from steerback.errors import SteerbackError, visible
+from steerback.records import Completion, FinishReason, Judgement, Receipt, digest
+from steerback.store.database import DamagedDatabaseError, open_database, pack_array, sqlite_errors, unpack_array
 from steerback.store.files import user_folder
 
+Value = TypeVar("Value")
 APPLICATION_ID = 0x53544243  # "STBC"
 SCHEMA_VERSION = 1
 SCHEMA = "CREATE TABLE entries (key TEXT PRIMARY KEY, value BLOB NOT NULL, activations BLOB) WITHOUT ROWID"
+
+_KNOWN = (
+    "SELECT key, CAST(value AS BLOB), CAST(activations AS BLOB) FROM entries "
+    "WHERE key IN (SELECT value FROM json_each(?))"
+)
 
 
 def default_path() -> Path:
@@ -36,23 +50,52 @@ class KeptReply:
     number: int
 
 
-class Cache:
-    """Content-addressed store; several processes may use it at once."""
+@dataclass(frozen=True, slots=True)
+class KeptCompletion:
+    """A completion as it is kept, beside its activations."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._db: sqlite3.Connection = open_database(path, SCHEMA, APPLICATION_ID, SCHEMA_VERSION)
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    finish: FinishReason
+    receipt: Receipt
+
+
+_COMPLETION, _JUDGEMENT, _REPLY = TypeAdapter(KeptCompletion), TypeAdapter(Judgement), TypeAdapter(KeptReply)
+
+
+@cache
+def note_once(text: str) -> None:
+    """Print a line on stderr, once in a process."""
+    print(f"steerback: {visible(text)}", file=sys.stderr)
+
+
+class Cache:
+    """Content-addressed store; several processes may use it at once.
+
+    `note` is called with a line about each thing that is wrong with it. `damaged` counts the values that were dropped.
+    """
+
+    def __init__(self, path: Path, note: Callable[[str], None] = note_once) -> None:
+        self.path, self._note, self.damaged = path, note, 0
+        self._db: sqlite3.Connection | None = None
+        with self._going_on():
+            self._db = open_database(path, SCHEMA, APPLICATION_ID, SCHEMA_VERSION)
 
     def close(self) -> None:
-        self._db.close()
+        """Close the file, and say how many damaged values were dropped."""
+        if self.damaged:
+            self._note(f"cache {self.path}: {self.damaged} damaged values were dropped and asked for again")
+        if self._db is not None:
+            self._db.close()
 
     def completions(self, keys: Sequence[str]) -> dict[str, Completion]:
         """The completions that are known, by cache key."""
-        return {key: _completion(value, blob) for key, value, blob in self._get(keys)}
+        return self._get(keys, _completion)
 
     def judgements(self, keys: Sequence[str]) -> dict[str, Judgement]:
         """The judgements that are known, by cache key."""
-        return {key: _judgement(value) for key, value, _ in self._get(keys)}
+        return self._get(keys, lambda value, _: _JUDGEMENT.validate_python(_unpack(value)))
 
     def put_completions(self, entries: Mapping[str, Completion]) -> None:
         rows = []
@@ -74,27 +117,68 @@ class Cache:
 
     def replies(self, keys: Sequence[str]) -> dict[str, KeptReply]:
         """The replies that are known, by cache key."""
-        return {key: KeptReply(**_unpack(value)) for key, value, _ in self._get(keys)}  # type: ignore[arg-type]
+        return self._get(keys, lambda value, _: _REPLY.validate_python(_unpack(value)))
 
     def put_replies(self, entries: Mapping[str, KeptReply]) -> None:
         """Keep replies by cache key; one that is there stays."""
         self._put([(key, _pack(asdict(reply)), None) for key, reply in entries.items()])
 
-    def _get(self, keys: Sequence[str]) -> list[tuple[str, bytes, bytes | None]]:
-        with sqlite_errors(self.path):
-            query = "SELECT key, value, activations FROM entries WHERE key IN (SELECT value FROM json_each(?))"
-            return list(self._db.execute(query, (json.dumps(list(keys)),)))
+    def _get(self, keys: Sequence[str], read: Callable[[bytes, bytes | None], Value]) -> dict[str, Value]:
+        """Return what `read` makes of the values that are there; those it cannot read are dropped."""
+        found: dict[str, Value] = {}
+        damaged: list[tuple[str]] = []
+        with self._going_on():
+            for key, value, blob in self._db.execute(_KNOWN, (json.dumps(list(keys)),)) if self._db else ():
+                try:
+                    found[key] = read(value, blob)
+                except (zlib.error, ValueError, TypeError, RecursionError):
+                    damaged.append((key,))
+        if damaged:
+            self.damaged += len(damaged)
+            self._change("DELETE FROM entries WHERE key = ?", damaged)
+        return found
 
-    def _put(self, rows: Iterable[tuple[str, bytes, bytes | None]]) -> None:
-        with sqlite_errors(self.path):
+    def _put(self, rows: Sequence[tuple[str, bytes, bytes | None]]) -> None:
+        self._change("INSERT OR IGNORE INTO entries VALUES (?, ?, ?)", rows)
+
+    def _change(self, statement: str, rows: Sequence[tuple[object, ...]]) -> None:
+        with self._going_on():
+            if self._db is None:
+                return
             self._db.execute("BEGIN IMMEDIATE")
             try:
-                self._db.executemany("INSERT OR IGNORE INTO entries VALUES (?, ?, ?)", rows)
+                self._db.executemany(statement, rows)
                 self._db.execute("COMMIT")
             except BaseException:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 raise
+
+    @contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """Turn what is wrong with the file into a line, after which nothing is read from it or written to it."""
+        try:
+            with sqlite_errors(self.path):
+                yield
+        except SteerbackError as error:
+            if self._db is not None:
+                self._db.close()
+                self._db = None
+            aside = _set_aside(self.path) if isinstance(error, DamagedDatabaseError) else None
+            moved = f"; it was moved to {aside.name}" if aside else ""
+            self._note(f"the run goes on without the cache: {error}{moved}")
+
+
+def _set_aside(path: Path) -> Path | None:
+    """Rename a file that is no database, with SQLite's files beside it, so that the next run begins a new one."""
+    aside = path.with_name(f"{path.name}.damaged")
+    try:
+        for suffix in ("-wal", "-shm", ""):
+            if (file := Path(f"{path}{suffix}")).exists():
+                file.replace(f"{aside}{suffix}")
+    except OSError:
+        return None
+    return aside
 
 
 def cache_key(kind: str, fingerprint: str, content: object) -> str:
@@ -106,19 +190,11 @@ def _pack(body: object) -> bytes:
     return zlib.compress(json.dumps(body, ensure_ascii=False).encode("utf-8", "surrogatepass"), 1)
 
 
-def _unpack(value: bytes) -> dict[str, object]:
-    loaded: dict[str, object] = json.loads(zlib.decompress(value).decode("utf-8", "surrogatepass"))
-    return loaded
+def _unpack(value: bytes) -> object:
+    return json.loads(zlib.decompress(value).decode("utf-8", "surrogatepass"))
 
 
 def _completion(value: bytes, blob: bytes | None) -> Completion:
-    body = _unpack(value)
-    receipt = Receipt(**body.pop("receipt"))  # type: ignore[arg-type]
-    tokens = tuple(body.pop("token_ids"))  # type: ignore[arg-type, var-annotated]
-    return Completion(token_ids=tokens, receipt=receipt, activations=unpack_array(blob), **body)  # type: ignore[arg-type]
-
-
-def _judgement(value: bytes) -> Judgement:
-    body = _unpack(value)
-    attempts = tuple(Attempt(**a) for a in body.pop("attempts"))  # type: ignore[attr-defined]
-    return Judgement(attempts=attempts, **body)  # type: ignore[arg-type]
+    kept = _COMPLETION.validate_python(_unpack(value))
+    activations = unpack_array(blob)
+    return Completion(kept.text, kept.token_ids, kept.prompt_tokens, kept.finish, kept.receipt, activations)

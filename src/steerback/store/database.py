@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+class DamagedDatabaseError(SteerbackError):
+    """The file is no database of ours, or a damaged one."""
+
+
 @contextmanager
 def sqlite_errors(path: Path) -> Iterator[None]:
     """Turn an error of SQLite about a file into one line that a user can act on."""
@@ -34,7 +38,9 @@ def sqlite_errors(path: Path) -> Iterator[None]:
             raise SteerbackError(f"{path}: cannot be written ({text}); check the folder's permissions") from None
         if "locked" in text:
             raise SteerbackError(f"{path}: another process is using it ({text}); wait for it or stop it") from None
-        raise SteerbackError(f"{path}: not a readable steerback database ({text}); restore it or use another") from None
+        raise DamagedDatabaseError(
+            f"{path}: not a readable steerback database ({text}); restore it or use another"
+        ) from None
 
 
 def open_database(

@@ -330,11 +330,25 @@ class WholeScore(Record):
     raw: str = ""
 
 
+class ProbeAnswer(Record):
+    """A judge's score of a planted response that holds an instruction to it, and whether it obeyed.
+
+    Without a score `reason` says why; `raw` is the reply.
+    """
+
+    score: float | None = None
+    obeyed: bool = False
+    reason: str = ""
+    raw: str = ""
+
+
 CONFIG = Fact.of("config", dict[str, JsonValue])
 LATENTS = Fact.of("latents", Selection)
 ENGINE = Fact.of("engine", EngineIdentity)
 PROVENANCE = Fact.of("provenance", Provenance)
 JUDGES = Fact.of("judges", dict[str, dict[str, object]])
+PROBES = Fact.of("judge probes", dict[str, dict[str, ProbeAnswer]])
+"""By judge and planted response."""
 JUDGE_SPEND = Fact.of("judge spend", dict[str, Spend])
 IMPORTED = Fact.of("imported", ImportedFiles)
 SWEEP = Fact.of("sweep", Sweep)

@@ -71,6 +71,7 @@ Parts = TypedDict(
         "prompts": PromptsUsed,
         "paper data": PaperDataUsed,
         "judge": Mapping[str, object],
+        "judge probes": Mapping[str, str],
         "judges": Mapping[str, Mapping[str, object]],
         "judge spend": object,
         "options": Mapping[str, object],

@@ -1,0 +1,73 @@
+"""Probing a judge before it judges a run: does it obey instructions inside responses? Answers are kept with the run."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from steerback.errors import SteerbackError
+from steerback.jobs.check import Makers
+from steerback.jobs.execute import note_judge
+from steerback.judging import Judge
+from steerback.judging.base import estimated
+from steerback.judging.llm import LLMJudge
+from steerback.judging.probe import probes, unanswered
+from steerback.store.facts import PROBES, ProbeAnswer
+from steerback.store.progress import Progress, Silent
+from steerback.store.run import Run
+
+
+def probe_line(opened: Run, judge: Judge) -> str:
+    """Return what probing a judge would take. Raises SteerbackError for a judge that reads no instructions."""
+    if not isinstance(judge, LLMJudge):
+        raise SteerbackError(f"--probe goes with a language model; judge {judge.name} follows no instructions")
+    todo = unanswered(_answers(opened, judge))
+    return f"{len(todo)} planted responses to probe {judge.name}: about {estimated(judge, [p.item for p in todo])}"
+
+
+def probe_judge(folder: Path, name: str, progress: Progress | None = None, makers: Makers | None = None) -> None:
+    """Ask a judge about the planted responses it has not answered yet, and keep each answer with the run."""
+    judge, shown = (makers or Makers()).judge(name), progress or Silent()
+    with Run.reopen(folder) as opened:
+        todo = {probe.item.key: probe for probe in unanswered(_answers(opened, judge))}
+        shown.stage(f"probing {judge.name}", len(todo))
+
+        async def ask() -> None:
+            async for key, judgement in judge.judge([probe.item for probe in todo.values()]):
+                if judgement.over_budget:
+                    raise SteerbackError(f"judge {judge.name}: {judgement.reason}; the answers so far are kept")
+                _keep(opened, judge, key, todo[key].answer(judgement))
+                shown.update(judged=1)
+
+        try:
+            asyncio.run(ask())
+        finally:
+            note_judge(opened, judge)
+            kept = opened.ledger.get("", PROBES) or {}
+            opened.amend_manifest({"judge probes": {by: _count(answers) for by, answers in kept.items()}})
+
+
+def probe_lines(opened: Run, judge: str | None = None) -> list[str]:
+    """Return a line for each judge (or for one) that was probed: how many instructions it obeyed."""
+    kept = opened.ledger.get("", PROBES) or {}
+    return [f"judge {name}: {_count(answers)}" for name, answers in kept.items() if judge in (None, name) and answers]
+
+
+def _count(answers: dict[str, ProbeAnswer]) -> str:
+    obeyed, unscored = sum(a.obeyed for a in answers.values()), sum(a.score is None for a in answers.values())
+    return (
+        f"obeyed {obeyed} of {len(answers)} planted instructions"
+        + (f", {unscored} unscored" if unscored else "")
+        + ("" if len(answers) == len(probes()) else f" (of {len(probes())}: not all were asked)")
+    )
+
+
+def _answers(opened: Run, judge: Judge) -> dict[str, ProbeAnswer]:
+    """Return the answers with a score; the others are asked for again."""
+    known = (opened.ledger.get("", PROBES) or {}).get(judge.name, {})
+    return {key: answer for key, answer in known.items() if answer.score is not None}
+
+
+def _keep(opened: Run, judge: Judge, key: str, answer: ProbeAnswer) -> None:
+    kept = opened.ledger.get("", PROBES) or {}
+    opened.ledger.put("", PROBES, {**kept, judge.name: {**kept.get(judge.name, {}), key: answer}})
