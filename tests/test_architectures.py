@@ -53,6 +53,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma-3-1b": ("Gemma3", COMMON | WINDOWED),
     "gemma-3-4b": ("Gemma3ForConditionalGeneration", COMMON | WINDOWED),
     "qwen-3": ("Qwen3", COMMON),
+    "qwen-2.5": ("Qwen2", {k: v for k, v in COMMON.items() if k != "head_dim"}),
+    "qwen-3-moe": ("Qwen3Moe", COMMON | {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}),
 }
 VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 VISION |= {"image_size": 28, "patch_size": 14}
@@ -212,3 +214,25 @@ def test_a_class_that_was_not_looked_at_is_refused() -> None:
     config = tf.GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2)
     with pytest.raises(SteerbackError, match="model type 'gpt2' cannot be steered yet; supported: llama, qwen2"):
         decoder_layers(tf.GPT2LMHeadModel(config))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (
+            "GptOss",
+            {"layer_types": ["sliding_attention", "full_attention"], "num_local_experts": 4, "sliding_window": 8},
+        ),
+        ("Qwen3Next", {"layer_types": ["linear_attention", "full_attention"], "num_experts": 4}),
+        ("Lfm2", {"layer_types": ["conv", "full_attention"]}),
+    ],
+)
+def test_attention_sinks_and_hybrids_are_refused_in_one_line(kind: str, settings: dict[str, Any]) -> None:
+    import transformers as tf
+
+    config = getattr(tf, f"{kind}Config")(**(COMMON | {"num_hidden_layers": 2} | settings))
+    with torch.device("meta"):
+        model = getattr(tf, f"{kind}ForCausalLM")(config)
+    with pytest.raises(SteerbackError, match="cannot be steered yet; supported: llama, qwen2") as error:
+        decoder_layers(model)
+    assert "\n" not in str(error.value)

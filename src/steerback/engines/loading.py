@@ -154,8 +154,10 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device(name or present[0])
 
 
-def batch_rows(runner: Runner) -> int:
-    """Return how many rows decode together: what fits in half of the memory the weights leave, at most 256 (48 on CPU).
+def batch_rows(runner: Runner, most: int | None = None) -> int:
+    """Return how many rows decode together: what fits in half of the memory the weights leave, and at most `most`.
+
+    The most is 256 by default, 48 on a CPU.
 
     More rows than 48 gain little on a CPU and idle while a small round ends. Estimated for 1,024 tokens a row from the
     machine's whole memory, not from what happens to be free, so that the same machine gives the same shape again.
@@ -170,7 +172,7 @@ def batch_rows(runner: Runner) -> int:
         memory = torch.cuda.get_device_properties(runner.device).total_memory
     else:
         memory = total_memory() or 2**33  # a system that does not say: assume 8 GiB
-    most = 256 if runner.device.type == "cuda" else 48
+    most = most or (256 if runner.device.type == "cuda" else 48)
     rows = int(max(memory * 0.9 - weights, 0) * 0.5 / (cache + logits))
     return max(1, min(most, rows) // 8 * 8 or min(most, rows, 4))
 

@@ -1,6 +1,7 @@
 """A Hugging Face model: its decoder layers, and a forward pass with our own masks and cache.
 
-Serves decoders whose blocks return the residual stream (Llama, Qwen 2/3, Gemma 2/3); refuses others in one line.
+Serves decoders whose blocks return the residual stream (Llama, Qwen 2 and 3, Qwen 3's mixture of experts, Gemma 2
+and 3); refuses others in one line.
 Knows nothing of requests, sampling or what a pass edits.
 """
 
@@ -21,7 +22,7 @@ from steerback.engines.steering import Enough, Hooks, Pass
 from steerback.errors import SteerbackError
 from steerback.records import Request
 
-SUPPORTED = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text")
+SUPPORTED = ("llama", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text")
 
 
 class EndTokens(Protocol):

@@ -198,7 +198,7 @@ class TransformersEngine:
         out = np.zeros((len(texts), self.sae.n_latents if latents is None else len(latents)), dtype=np.float32)
         layer = self.runner.site.read_layer
         sae = self.sae if latents is not None else self.encoder
-        for n, states in self._states(texts, (layer,)):
+        for n, states in self.states([text.token_ids for text in texts], (layer,)):
             chosen = [*texts[n].user, *texts[n].response] if include_prompt else [*texts[n].response]
             for first in range(0, len(chosen), CHUNK_TOKENS):
                 z = sae.encode(states[layer][chosen[first : first + CHUNK_TOKENS]].float(), latents)
@@ -231,25 +231,29 @@ class TransformersEngine:
             if not 0 <= layer < self.runner.site.n_layers:
                 raise SteerbackError(f"layer {layer} is outside 0..{self.runner.site.n_layers - 1}")
         texts = [self.runner.prompter.conversation(p, r) for p, r in zip(prompts, responses, strict=True)]
-        for n, states in self._states(texts, layers):
+        for n, states in self.states([text.token_ids for text in texts], layers):
             chosen = list(texts[n].response)
             ids = tuple(texts[n].token_ids[i] for i in chosen)
             yield n, ids, {layer: h[chosen].float() for layer, h in states.items()}
 
-    def _states(
-        self, texts: Sequence[Conversation], layers: Collection[int]
+    def words(self, text: Conversation) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return a conversation's tokens and the positions of its words in prompt and answer, but never the first."""
+        return text.token_ids, tuple(n for n in (*text.user, *text.response) if n)
+
+    def states(
+        self, texts: Sequence[Sequence[int]], layers: Collection[int]
     ) -> Iterator[tuple[int, dict[int, Tensor]]]:
-        """For each text the residuals (padded T, d) of all its tokens after `layers`, shortest text first."""
+        """Yield (text, residuals (padded T, d) of all its tokens after `layers`) for token ids, shortest text first."""
         rows = self.shape.prefill_rows
-        order = sorted(range(len(texts)), key=lambda n: Shape.bucket(len(texts[n].token_ids)))
+        order = sorted(range(len(texts)), key=lambda n: Shape.bucket(len(texts[n])))
         while order:
-            bucket = Shape.bucket(len(texts[order[0]].token_ids))
-            part = [n for n in order[:rows] if Shape.bucket(len(texts[n].token_ids)) == bucket]
+            bucket = Shape.bucket(len(texts[order[0]]))
+            part = [n for n in order[:rows] if Shape.bucket(len(texts[n])) == bucket]
             order = order[len(part) :]
             ids = torch.zeros(rows, bucket, dtype=torch.long)
             for row, n in enumerate(part):
-                self.runner.check_length(f"text {n}", len(texts[n].token_ids), 0)
-                ids[row, : len(texts[n].token_ids)] = torch.tensor(texts[n].token_ids)
+                self.runner.check_length(f"text {n}", len(texts[n]), 0)
+                ids[row, : len(texts[n])] = torch.tensor(texts[n])
             found = self.runner.residuals(ids, layers)
             for row, n in enumerate(part):
                 yield n, {layer: h[row] for layer, h in found.items()}

@@ -20,7 +20,9 @@ from steerback.errors import SteerbackError, unknown
 from steerback.organism import NAMES, weights_dir
 from steerback.readers import read_toml
 from steerback.records import BoostPrior
+from steerback.store.files import user_folder
 from steerback.targets.directions import PRIOR, DirectionFiles, find_directions, read_facts
+from steerback.targets.gguf import SUFFIX, convert_gguf, gguf_folder, has_template, is_gguf, stored_dtype
 from steerback.targets.target import (
     Dtype,
     PriorField,
@@ -37,6 +39,7 @@ from steerback.targets.target import (
 REGISTRY = Path(__file__).with_name("registry.toml")
 USER_FILE = "STEERBACK_TARGETS"
 """Environment variable with the path of the user's file of targets; the option --targets sets it."""
+DEPTH, TRAINED = 0.6, "target.toml"
 Table = Mapping[str, object]
 Tables = Mapping[str, Table]
 """Tables of targets by name, as TOML and a run's config hold them; `TargetTable` is the checked form of one."""
@@ -110,11 +113,13 @@ def list_targets() -> tuple[Target, ...]:
 
 
 def _is_there(name: str, table: Table) -> bool:
+    if is_gguf(str(table["model"])):
+        return gguf_folder(str(table["model"])) is not None
     return table["model"] != "builtin" or (_weights(name, check=False) / "sae.json").is_file()
 
 
 def resolve(name: str, own: Tables | None = None) -> Target:
-    """Return a target by name, or of a folder in our format by its path.
+    """Return a target by name, or of a folder in our format or a GGUF file by its path.
 
     Names are looked up in `own` (a run's definitions), the user's file and the built-in targets, in this order.
     NAME+FOLDER is a target with the LoRA adapter of a folder.
@@ -125,6 +130,8 @@ def resolve(name: str, own: Tables | None = None) -> Target:
     if name in known:
         return _from_table(name, known[name], complete=True)
     folder = Path(name).expanduser()
+    if is_gguf(name):
+        return from_gguf(folder)
     if folder.is_dir() and (folder / "config.json").is_file():
         return from_folder(folder)
     base, plus, place = name.partition("+")
@@ -132,7 +139,7 @@ def resolve(name: str, own: Tables | None = None) -> Target:
         adapter = Path(place).expanduser()
         check_adapter(f"target {name}", adapter)
         return resolve(base, own).with_adapter(adapter.resolve())
-    raise unknown("target", name, [*known, "(a folder with config.json and sae.json)"])
+    raise unknown("target", name, [*known, "(a folder with config.json and sae.json)", "(a GGUF file)"])
 
 
 def from_folder(folder: Path, **changes: object) -> Target:
@@ -144,6 +151,14 @@ def from_folder(folder: Path, **changes: object) -> Target:
     return _from_table(name, {"model": str(folder), **changes}, complete=True)
 
 
+def from_gguf(file: Path, **changes: object) -> Target:
+    """Return the target of a GGUF file, de-quantised if need be: no SAE, its steer layer at 60 % of the depth."""
+    folder = convert_gguf(str(file))
+    found: dict[str, object] = {"model": str(file), "dtype": stored_dtype(folder)}
+    found |= {} if has_template(folder) else {"prompt_format": "plain"}
+    return _from_table(file.name.removesuffix(SUFFIX), found | changes, complete=True)
+
+
 @cache
 def tables() -> dict[str, dict[str, object]]:
     """Return the built-in targets' tables by name, variants included."""
@@ -151,9 +166,17 @@ def tables() -> dict[str, dict[str, object]]:
 
 
 def user_tables() -> dict[str, dict[str, object]]:
-    """Return the tables of the user's file by name; none where STEERBACK_TARGETS names no file."""
+    """Return the tables of the user's file (none where STEERBACK_TARGETS names none) and of targets trained here."""
+    made: dict[str, dict[str, object]] = {}
+    for path in sorted(trained_folder("*").parent.glob(f"*/{TRAINED}")):
+        made |= read_targets(path)
     file = os.environ.get(USER_FILE)
-    return read_targets(Path(file).expanduser()) if file else {}
+    return made | read_targets(Path(file).expanduser()) if file else made
+
+
+def trained_folder(name: str) -> Path:
+    """Return the folder of the target that `steerback sae train` makes under a name."""
+    return user_folder("targets", name)
 
 
 def read_targets(file: Path) -> dict[str, dict[str, object]]:
@@ -232,6 +255,8 @@ def _from_table(name: str, raw: Table, complete: bool) -> Target:
     table = parse(TargetTable, raw, where)
     builtin = name in tables() and table.model == tables()[name]["model"]
     model = str(_weights(name, check=complete)) if table.model == "builtin" else table.model
+    if is_gguf(model):
+        model = str(convert_gguf(model) if complete else gguf_folder(model) or model)
     folder = Path(model)
     directions = find_directions(table.directions, name, user_key(name, model, builtin))
     sae, meta = _sae(table, folder, complete)
@@ -239,6 +264,8 @@ def _from_table(name: str, raw: Table, complete: bool) -> Target:
     n_latents = meta.n_latents if table.n_latents is None and meta is not None else table.n_latents
     steer, read = (sae_layer if layer is None else layer for layer in (table.steer_layer, table.read_layer))
     n_layers, d_model = _sizes(table, folder)
+    if sae is None and n_layers is not None:
+        steer, read = (default_layer(n_layers) if layer is None else layer for layer in (steer, read))
     if complete:
         _check_complete(where, sae, sae_layer=sae_layer, n_latents=n_latents, steer_layer=steer, read_layer=read)
     _check_range(
@@ -272,6 +299,11 @@ def _from_table(name: str, raw: Table, complete: bool) -> Target:
         direction_files=directions,
         provenance=tuple(sorted(table.provenance.items())),
     )
+
+
+def default_layer(n_layers: int) -> int:
+    """Return the layer at 60 % of a model's depth, where the paper's SAEs are, for a target that names none."""
+    return min(round(DEPTH * n_layers), n_layers - 1)
 
 
 def _weights(name: str, check: bool) -> Path:

@@ -1,4 +1,4 @@
-"""Bring an SAE of SAELens (versions 3 to 6) into this package's convention.
+"""Bring an SAE of SAELens (versions 3 to 6) into this package's convention, and save one in the form of version 6.
 
 Its conventions are folded into ours: the decoder bias subtracted from the input, TopK weighed by decoder norms, one
 factor on the input. What depends on each input (layer norm, rescaling to a norm) cannot be and is refused, as is what
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from pydantic import ConfigDict
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from steerback.config import Settings, parse
 from steerback.errors import SteerbackError, unknown
-from steerback.targets.sae import Sae, stored
+from steerback.store.files import make_folder, write_atomic, write_json
+from steerback.targets.sae import TENSORS, Sae, stored
 from steerback.targets.target import Kind
 
 KINDS: Mapping[str, Kind] = {"standard": "relu", "jumprelu": "jumprelu", "topk": "topk"}
@@ -26,6 +28,8 @@ PER_INPUT = {
     "covariance_whitening": "whitens its inputs with statistics that are not in its weights",
 }
 SCALED = (True, "expected_average_only_in")
+WRITTEN_AS = "6.0.0"
+"""Version of SAELens whose form `save_saelens` writes."""
 
 
 class _Part(Settings):
@@ -145,3 +149,31 @@ def _layer(config: SaeLensConfig, where: str) -> int:
     if match is None or hook == "blocks.0.hook_resid_pre":
         raise SteerbackError(f"{where}: reads {hook!r}; steering needs an SAE of the residual stream after a block")
     return int(match[1]) - (match[2] == "pre")
+
+
+def save_saelens(sae: Sae, folder: Path, model: str) -> None:
+    """Write an SAE as SAELens does (`sae_weights.safetensors`, `cfg.json`); `model` is the name of its model."""
+    from safetensors.torch import save
+
+    kept = [name for name in TENSORS if name != "threshold" or sae.kind == "jumprelu"]
+    tensors = {name: getattr(sae, name).detach().to("cpu", torch.float32).contiguous() for name in kept}
+    architecture = next(theirs for theirs, ours in KINDS.items() if ours == sae.kind)
+    config = {
+        "architecture": architecture,
+        "d_in": sae.d_model,
+        "d_sae": sae.n_latents,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {
+            "sae_lens_version": WRITTEN_AS,
+            "hook_name": f"blocks.{sae.layer}.hook_resid_post",
+            "model_name": model,
+        },
+        **({"k": sae.k, "rescale_acts_by_decoder_norm": False} if sae.kind == "topk" else {}),
+    }
+    make_folder(folder)
+    write_atomic(folder / "sae_weights.safetensors", save(tensors))
+    write_json(folder / "cfg.json", config)

@@ -1,0 +1,106 @@
+"""The page about a trained SAE: quality by layer, the doctor's verdict, and labels with the passages they come from.
+
+One file that needs no network and no script. Texts of models are escaped.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from steerback.errors import visible
+from steerback.report import pages
+from steerback.store.files import write_atomic
+
+SHOWN = 60
+"""Labels on the page."""
+BAR = 160
+"""Width of a full bar, in pixels."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRow:
+    """Numbers of one layer: explained variance, L0 and share of the loss recovered, on foreign and on own texts."""
+
+    layer: int
+    best: bool
+    explained: tuple[float, float]
+    l0: tuple[float, float]
+    dead: float
+    recovered: tuple[float, float]
+    nats: tuple[float, float, float]
+    """Loss on foreign texts: the model's own, with the SAE, with zeros."""
+
+
+@dataclass(frozen=True, slots=True)
+class SaePage:
+    """What the page shows."""
+
+    name: str
+    summary: str
+    layers: Sequence[LayerRow]
+    n_latents: int
+    dead_after: int
+    measured: int
+    labels: Mapping[int, str]
+    contexts: Mapping[int, tuple[str, ...]]
+    """Snippets by latent, the word at the peak between « and »."""
+    verdict: str
+    doctor: Sequence[str]
+    facts: Sequence[tuple[str, str]]
+    table: str
+
+
+def write_sae_page(path: Path, page: SaePage) -> Path:
+    """Write the page."""
+    drawn = sorted(random.Random(0).sample(sorted(page.labels), min(SHOWN, len(page.labels))))
+    labels = [
+        {
+            "latent": k,
+            "label": visible(page.labels[k]),
+            "contexts": [_context(text) for text in page.contexts.get(k, ())[:3]],
+        }
+        for k in drawn
+    ]
+    values: dict[str, object] = {
+        "name": page.name,
+        "summary": page.summary,
+        "layers": [_layer(row) for row in page.layers],
+        "measured": page.measured,
+        "dead_after": f"{page.dead_after:,}",
+        "verdict": page.verdict,
+        "doctor": [visible(line) for line in page.doctor],
+        "n_labels": f"{len(page.labels):,}",
+        "n_latents": f"{page.n_latents:,}",
+        "labels": labels,
+        "facts": page.facts,
+        "table": page.table,
+    }
+    html = pages.render("sae.html", ["sae.css"], [], values, images="'none'")
+    return write_atomic(path, html.encode("utf-8"))
+
+
+def _layer(row: LayerRow) -> dict[str, object]:
+    foreign, own = (f"{share:.3f}" for share in row.explained)
+    plain, replaced, zero = row.nats
+    return {
+        "layer": row.layer,
+        "best": row.best,
+        "foreign": foreign,
+        "own": own,
+        "bar": round(BAR * min(max(row.explained[0], 0), 1)),
+        "l0_foreign": f"{row.l0[0]:.1f}",
+        "l0_own": f"{row.l0[1]:.1f}",
+        "dead": f"{row.dead:.2%}",
+        "loss_foreign": f"{row.recovered[0]:.3f}",
+        "loss_own": f"{row.recovered[1]:.3f}",
+        "nats": f"{plain:.3f} its own, {replaced:.3f} with the SAE, {zero:.3f} with zeros",
+    }
+
+
+def _context(marked: str) -> dict[str, str]:
+    before, _, rest = marked.partition("«")
+    word, _, after = rest.partition("»")
+    return {"before": visible(before), "word": visible(word), "after": visible(after)}
