@@ -15,8 +15,8 @@ from steerback.errors import SteerbackError
 from steerback.figures import style
 from steerback.jobs import execute
 from steerback.jobs.execute import Analysis
-from steerback.paper.authors import export_authors, import_authors
-from steerback.paper.schema import judgement_of, read_source, split_prompt
+from steerback.published.authors import export_authors, import_authors
+from steerback.published.schema import judgement_of, read_source, split_prompt
 from steerback.store.ledger import Ledger
 from steerback.store.run import Run
 

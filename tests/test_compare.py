@@ -17,7 +17,7 @@ from steerback.engines.scripted import PlantedModel
 from steerback.errors import SteerbackError
 from steerback.experiments import REGISTRY, paper
 from steerback.jobs import campaign
-from steerback.paper.published import (
+from steerback.published.comparison import (
     Ours,
     Published,
     compare_published,

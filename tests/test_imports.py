@@ -27,8 +27,8 @@ ORDER = [
         "calibration",
         "judging",
     ),
-    *("latents", "study", "metrics", "finetuning", "experiments", "analysis", "figures", "report", "paper"),
-    *("api", "jobs", "cli", "__main__"),
+    *("latents", "study", "metrics", "finetuning", "experiments", "analysis", "figures", "report", "published"),
+    *("jobs", "api", "cli", "__main__"),
 ]
 # Plans know nothing of results, and results nothing of plans or of what generates them.
 APART = {"analysis": {"experiments", "engines", "study"}, "figures": {"experiments", "engines", "study"}}

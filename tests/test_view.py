@@ -16,12 +16,11 @@ import pytest
 
 from chromium import HOSTILE, launched
 from labelled import FIRST, RESTART, make_run, text_of, verdict
-from steerback import api
 from steerback.calibration.thresholds import THRESHOLDS, LatentThreshold, Threshold, verified
 from steerback.cli import main
 from steerback.config import RunConfig
 from steerback.engines import check_engine, make_engine
-from steerback.engines.base import Engine
+from steerback.engines.base import Engine, finish
 from steerback.errors import SteerbackError
 from steerback.jobs.view import ViewSettings, write_view
 from steerback.records import (
@@ -440,7 +439,7 @@ def test_record_reads_the_activations_that_the_response_had(tmp_path: Path) -> N
         "x",
         interventions=steered,
     )
-    done = api.finish(_one(engine, replace(trial, record=record).request(Sampling(max_new_tokens=30))))
+    done = finish(_one(engine, replace(trial, record=record).request(Sampling(max_new_tokens=30))))
     config = RunConfig(experiment="imported", targets=("organism-s",), judge="machine", engine="transformers")
     with Run.start(place, config) as run:
         run.ledger.add_trials([trial])

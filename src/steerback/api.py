@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
+from steerback.engines.base import finish
 from steerback.errors import SteerbackError, unknown
 from steerback.records import Completion, Intervention, LatentKey, Recording, Request, Sampling
 from steerback.targets import Target, resolve
 
 if TYPE_CHECKING:
     from steerback.engines.base import Engine
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -138,13 +135,3 @@ def load_target(name: str | Target, engine: str = "auto", batch_size: int = 8, *
 
     target = resolve(name) if isinstance(name, str) else name
     return LoadedTarget(target, make_engine(target, check_engine(engine, options, batch_size)))
-
-
-def finish(work: Coroutine[object, None, Result]) -> Result:
-    """Run a coroutine to its end and return its result, also where an event loop is running already (notebooks)."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work)
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, work).result()

@@ -126,9 +126,9 @@ def auto(
     overwrite: Overwrite = False,
 ) -> None:
     """Label latents from the texts in which they are most active: by top words, or asked of a judge model."""
-    import asyncio
 
     from steerback.api import load_target
+    from steerback.engines.base import finish
     from steerback.engines.transformers import TransformersEngine
     from steerback.judging.asking import Asker
     from steerback.judging.graders import LABEL, label_latents
@@ -155,7 +155,7 @@ def auto(
         say(f"{len(snippets)} latents to label: {asker.estimate(list(dict.fromkeys(snippets.values())))}")
         if dry_run:
             return
-        found = asyncio.run(label_latents(asker, snippets))
+        found = finish(label_latents(asker, snippets))
         labels, source = found.labels, f"{asked.model}, rubric {LABEL.rubric.version}, {len(own)} texts"
         say(f"spent: {asked.spend()}; {found.nothing} latents whose texts have nothing in common")
         for reason, count in sorted(found.failed.items()):

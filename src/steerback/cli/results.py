@@ -102,7 +102,7 @@ def import_command(
 ) -> None:
     """Read the authors' result files into a run, so that all analyses and figures work on them."""
     from steerback.jobs import campaign
-    from steerback.paper.authors import import_authors
+    from steerback.published.authors import import_authors
     from steerback.store.run import new_or_nothing, new_run, plain
 
     folder = new_run(name or plain(files[0].stem) or "imported", runs)
@@ -127,7 +127,7 @@ def export(
     runs: RunsFolder = RUNS,
 ) -> None:
     """Write a run's trials: the authors' JSON, one row a trial, logs of Inspect AI with all judges, or a dataset."""
-    from steerback.paper.authors import export_authors
+    from steerback.published.authors import export_authors
     from steerback.report import dataset
     from steerback.report.export import FORMATS, export_flat
     from steerback.report.inspect_logs import export_inspect, require_inspect

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, runtime_checkable
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, TypeVar, runtime_checkable
 
 from steerback.records import Completion, Request
 
@@ -11,6 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+Result = TypeVar("Result")
 Pooling = Literal["max", "mean", "active"]
 """Over tokens: the largest activation, the mean one, or the share of tokens at which a latent is active."""
 
@@ -121,3 +125,30 @@ class Rereads(Engine, Protocol):
         Shape (prompt tokens + fed-back tokens, recorded latents), as in `Completion.activations`.
         """
         ...
+
+
+def finish(work: Coroutine[object, None, Result]) -> Result:
+    """Run a coroutine to its end and return its result, also where an event loop is running already (notebooks).
+
+    There it runs in a thread of its own; an interrupt (a notebook's stop button) cancels it before it is raised.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    cancel: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[Result]]] = Future()
+
+    async def cancellable() -> Result:
+        task = asyncio.ensure_future(work)
+        cancel.set_result((asyncio.get_running_loop(), task))
+        return await task
+
+    with ThreadPoolExecutor(1, "steerback-loop") as pool:
+        done = pool.submit(asyncio.run, cancellable())
+        try:
+            return done.result()
+        except KeyboardInterrupt:
+            loop, task = cancel.result()
+            with contextlib.suppress(RuntimeError):  # the work ended meanwhile, and its loop with it
+                loop.call_soon_threadsafe(task.cancel)
+            raise

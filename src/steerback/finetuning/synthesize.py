@@ -6,7 +6,6 @@ A writer answers questions (a prompt, and for a self-correction a subject); `wri
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import random
 from collections import Counter
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from steerback.config import Settings
 from steerback.data.prompts import load_subjects
+from steerback.engines.base import finish
 from steerback.errors import SteerbackError
 from steerback.finetuning.examples import Corpus, Example, Keywords, Topics, problem, row_of
 from steerback.finetuning.mixes import POOLS
@@ -183,8 +183,8 @@ def synthesize(
     together = {s for found in usable.values() for s in found}
     if len(together) < MIN_SUBJECTS:
         raise SteerbackError(f"{len(together)} off-topic subjects are too few; give at least {MIN_SUBJECTS}")
-    corrections = asyncio.run(_fill(writer, _questions(prompts, usable, seed), count, "self-corrections", say))
-    plain = asyncio.run(_fill(writer, _plain(prompts), count if normal is None else normal, "normal answers", say))
+    corrections = finish(_fill(writer, _questions(prompts, usable, seed), count, "self-corrections", say))
+    plain = finish(_fill(writer, _plain(prompts), count if normal is None else normal, "normal answers", say))
     return corrections, plain
 
 

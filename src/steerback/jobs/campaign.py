@@ -17,7 +17,7 @@ from steerback.jobs.check import Makers, check
 from steerback.jobs.estimate import judge_estimate, of_experiment, response_tokens, window_spend
 from steerback.jobs.execute import Analysis
 from steerback.judging.llm import lacking
-from steerback.paper.published import compare_published, comparison
+from steerback.published.comparison import compare_published, comparison
 from steerback.records import Spend
 from steerback.store.files import make_folder, write_atomic
 from steerback.store.run import Run, stored_config

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from steerback.analysis import analyse as analyse_ledger
 from steerback.analysis.base import Results
-from steerback.api import finish
 from steerback.config import RecoveryConfig, RunConfig, Settings
 from steerback.data import paper_files
+from steerback.engines.base import finish
 from steerback.errors import SteerbackError, unknown
 from steerback.experiments import make_experiment
 from steerback.experiments.base import Experiment

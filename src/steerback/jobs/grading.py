@@ -6,13 +6,13 @@ and nothing is graded twice. `whole` also writes a table. Knows runs and graders
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from steerback.engines.base import finish
 from steerback.errors import SteerbackError, unknown
 from steerback.figures.tables import Table, show
 from steerback.judging.asking import Answer, Asker
@@ -126,7 +126,7 @@ class Grader:
         async def ask() -> dict[str, Answer[WholeScore] | Answer[Boundaries]]:
             return {item.key: answer async for item, answer in asker.ask([judge_item(r) for r in rows])}
 
-        return asyncio.run(ask())
+        return finish(ask())
 
 
 def _entry(answer: Answer[WholeScore] | Answer[Boundaries]) -> dict[str, object]:

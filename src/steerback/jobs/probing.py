@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
+from steerback.engines.base import finish
 from steerback.errors import SteerbackError
 from steerback.jobs.check import Makers
 from steerback.jobs.execute import note_judge
@@ -40,7 +40,7 @@ def probe_judge(folder: Path, name: str, progress: Progress | None = None, maker
                 shown.update(judged=1)
 
         try:
-            asyncio.run(ask())
+            finish(ask())
         finally:
             note_judge(opened, judge)
             kept = opened.ledger.get("", PROBES) or {}

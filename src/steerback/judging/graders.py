@@ -5,14 +5,13 @@ Each is a `Task` of `asking`: a rubric, the texts that its question shows, and t
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
+from steerback.engines.base import finish
 from steerback.errors import SteerbackError
 from steerback.judging import parse
 from steerback.judging.asking import Answer, Asker, Task
@@ -92,8 +91,7 @@ class LLMRater:
 
         Raises SteerbackError where the budget is spent before all are rated; the ratings so far are kept.
         """
-        with ThreadPoolExecutor(1) as thread:
-            answers = thread.submit(asyncio.run, self._answers(list(dict.fromkeys(labels)))).result()
+        answers = finish(self._answers(list(dict.fromkeys(labels))))
         refused = [answer for answer in answers.values() if answer.over_budget]
         if refused:
             raise SteerbackError(

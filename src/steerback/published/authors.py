@@ -17,7 +17,7 @@ from pydantic import JsonValue
 
 from steerback.config import RunConfig
 from steerback.errors import SteerbackError
-from steerback.paper.schema import (
+from steerback.published.schema import (
     AuthorsFeature,
     AuthorsTrial,
     OwnTrial,
