@@ -22,8 +22,8 @@ from steerback.records import Completion, Intervention, LatentKey, Request, Samp
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from steerback.api import LoadedTarget
     from steerback.engines.transformers import TransformersEngine
+    from steerback.jobs.loaded import LoadedTarget
     from steerback.targets import Target
     from steerback.targets.sae import Sae
 

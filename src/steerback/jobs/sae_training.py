@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from steerback.api import LoadedTarget, finish
 from steerback.config import Settings
+from steerback.engines.base import finish
 from steerback.errors import SteerbackError
 from steerback.jobs.doctor import Examination, examine, without_directions
+from steerback.jobs.loaded import LoadedTarget
 from steerback.latents.corpus import TrainingText, corpus_line, corpus_requests, read_corpus, readings
 from steerback.readers import read_json_table
 from steerback.records import Request
