@@ -5,12 +5,14 @@ Importing the package loads no heavy library; `load_target` and the engines impo
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import TYPE_CHECKING
 
 from steerback.errors import VERSION as __version__
 
-__all__ = ["__version__", "load_target"]
+__all__ = ["__version__", "fork", "load_target"]
+_PLACES = {"load_target": "steerback.api", "fork": "steerback.jobs.fork"}
 
 # Libraries send no usage data unless the user's own environment asks for it; they read this when they are imported.
 for _name in ("HF_HUB_DISABLE_TELEMETRY", "VLLM_NO_USAGE_STATS"):
@@ -18,11 +20,10 @@ for _name in ("HF_HUB_DISABLE_TELEMETRY", "VLLM_NO_USAGE_STATS"):
 
 if TYPE_CHECKING:
     from steerback.api import load_target
+    from steerback.jobs.fork import fork
 
 
 def __getattr__(name: str) -> object:
-    if name == "load_target":
-        from steerback.api import load_target
-
-        return load_target
+    if name in _PLACES:
+        return getattr(importlib.import_module(_PLACES[name]), name)
     raise AttributeError(f"module 'steerback' has no attribute {name!r}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from operator import eq
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -107,6 +107,14 @@ class Recording:
 
 
 @dataclass(frozen=True, slots=True)
+class Prefix:
+    """The exact tokens with which a response begins and which the model continues; `text` is what they decode to."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """All an engine needs to produce one response; `key` identifies it in what comes back."""
 
@@ -118,12 +126,19 @@ class Request:
     prefill: str = ""  # assistant text the model continues; part of the prompt, not of the completion
     system: str | None = None
     record: Recording | None = None
+    prefix: Prefix | None = None  # comes after `prefill`; its last token counts as generated, as it draws the next one
 
     def content_hash(self) -> str:
         """SHA-256 of everything that shapes the response except the engine (the key is left out)."""
         body = asdict(self)
         del body["key"]
+        if self.prefix is None:  # cache keys of requests without one stay what they were before there were any
+            del body["prefix"]
         return digest(body)
+
+    def boundary(self, prompt: int) -> int:
+        """Return the first position whose edits are those of generated positions, in a prompt of `prompt` tokens."""
+        return prompt if self.prefix is None else prompt - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,14 +158,17 @@ class Receipt:
         return self.prompt_positions + self.generated_positions
 
 
-def expected_positions(interventions: tuple[Intervention, ...], prompt: int, generated: int) -> tuple[int, int]:
+def expected_positions(
+    interventions: tuple[Intervention, ...], prompt: int, generated: int, continued: bool = False
+) -> tuple[int, int]:
     """Prompt and generated positions that `interventions` must have touched.
 
-    The last generated token is never fed back, so `all` expects prompt + generated - 1 positions in total.
+    The last generated token is never fed back, so `all` expects prompt + generated - 1 positions in total. In a
+    response that was `continued` from a prefix, the last position of the prompt counts as generated.
     """
     kinds = {i.positions for i in interventions}
-    in_prompt = prompt if kinds & {"all", "prompt"} else 0
-    in_generated = max(generated - 1, 0) if kinds & {"all", "generated"} else 0
+    in_prompt = prompt - continued if kinds & {"all", "prompt"} else 0
+    in_generated = max(generated - 1 + continued, 0) if kinds & {"all", "generated"} else 0
     return in_prompt, in_generated
 
 
@@ -169,9 +187,9 @@ class Completion:
     receipt: Receipt
     activations: NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
 
-    def receipt_matches(self, interventions: tuple[Intervention, ...]) -> bool:
-        """Whether every planned position was edited, and no other."""
-        wanted = expected_positions(interventions, self.prompt_tokens, len(self.token_ids))
+    def receipt_matches(self, interventions: tuple[Intervention, ...], continued: bool = False) -> bool:
+        """Whether every planned position was edited, and no other; `continued`: the response began with a prefix."""
+        wanted = expected_positions(interventions, self.prompt_tokens, len(self.token_ids), continued)
         return wanted == (self.receipt.prompt_positions, self.receipt.generated_positions)
 
 
@@ -199,20 +217,31 @@ class Trial:
     prefill: str = ""
     interventions: tuple[Intervention, ...] = ()
     record: Recording | None = None
+    prefix: Prefix | None = None
+
+    @property
+    def lead(self) -> str:
+        """The text of the response that was handed to the model: prefill, then prefix."""
+        return self.prefill + (self.prefix.text if self.prefix is not None else "")
 
     @property
     def boost(self) -> float | None:
         """Boost of the latent, in raw decoder units: the sum of its additions, 0 if it is not added.
 
-        None for a trial without a latent.
+        In a continued response only what is added to the continuation counts. None for a trial without a latent.
         """
         if self.latent is None:
             return None
-        return float(sum(i.value for i in self.interventions if i.mode == "add" and i.latent == self.latent))
+        past = ("prompt",) if self.prefix is not None else ()
+        own = (i for i in self.interventions if i.mode == "add" and i.latent == self.latent and i.positions not in past)
+        return float(sum(i.value for i in own))
 
     def request(self, sampling: Sampling) -> Request:
-        """The engine's view of this trial."""
+        """The engine's view of this trial; the tokens of a prefix count towards the limit of new tokens."""
         text = f"{self.prompt} {self.meta_prompt}" if self.meta_prompt else self.prompt
+        if self.prefix is not None:
+            left = sampling.max_new_tokens - len(self.prefix.token_ids)
+            sampling = replace(sampling, max_new_tokens=max(left, 1))
         return Request(
             key=self.key,
             prompt=text,
@@ -221,6 +250,7 @@ class Trial:
             interventions=self.interventions,
             prefill=self.prefill,
             record=self.record,
+            prefix=self.prefix,
         )
 
 

@@ -41,7 +41,7 @@ def other_arm(condition: str) -> str | None:
 
 def after_cut(rows: Sequence[Row]) -> list[Row]:
     """Rows whose judgements count no attempt that begins before the cut; it is merged into the one before."""
-    return [replace(row, judgement=_merged(row.judgement, len(row.trial.prefill))) for row in rows]
+    return [replace(row, judgement=_merged(row.judgement, len(row.trial.lead))) for row in rows]
 
 
 def _merged(judgement: Judgement | None, cut_at: int) -> Judgement | None:

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from steerback.cli import finetuning, judging, label, labels, plan, results, running, sae, targets, view
+from steerback.cli import finetuning, fork, judging, label, labels, plan, results, running, sae, targets, view
 from steerback.cli.options import USER_FILE, TargetsFile
 from steerback.errors import VERSION, SteerbackError, visible
 
@@ -107,5 +107,5 @@ def _root(
 ) -> None: ...
 
 
-for module in (running, plan, results, view, judging, label, targets, labels, sae, finetuning):
+for module in (running, plan, results, view, fork, judging, label, targets, labels, sae, finetuning):
     module.register(app)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, TypeVar, runtime_checkable
 
-from steerback.records import Completion, Request
+from steerback.records import Completion, Prefix, Request
 
 if TYPE_CHECKING:
     import numpy as np
@@ -105,10 +105,10 @@ class Engine(Protocol):
         """Return the L2 norm of each latent's decoder direction: (n latents,). Raises SteerbackError without an SAE."""
         ...
 
-    def token_ends(self, completion: Completion) -> list[int]:
+    def token_ends(self, completion: Completion, prefix: Prefix | None = None) -> list[int]:
         """Return the character of `completion.text` at which each token ends, never decreasing: (n tokens,).
 
-        A character of several tokens ends with its last token.
+        A character of several tokens ends with its last token. `prefix` is the one that the completion continues.
         """
         ...
 

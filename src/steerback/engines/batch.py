@@ -57,6 +57,11 @@ class DecodingSlot:
     tokens: list[int] = field(default_factory=list)
     checked: int = 0
 
+    @property
+    def boundary(self) -> int:
+        """The first position that is edited as a generated one."""
+        return self.request.boundary(self.prompt)
+
 
 Item = tuple[Request, tuple[int, ...]]  # a request and the tokens of its prompt
 BLOCK = 8
@@ -116,6 +121,7 @@ class DecodingBatch:
         self._first = Sampler(shape.prefill_rows, runner.vocabulary, steps, device)
         place = (longest, runner.site, sae, directions, device)
         self._prompts = Steering("prompt", shape.prefill_rows, *place)
+        self._continued = Steering("generated", shape.prefill_rows, *place)  # the last position of a prefix
         self._decode = Steering("generated", rows, *place)
         self._tokens = torch.zeros(rows, dtype=torch.long, device=device)
         self._positions = torch.zeros(rows, dtype=torch.long, device=device)
@@ -161,14 +167,19 @@ class DecodingBatch:
             lengths[n] = len(prompt)
         ids, lengths = ids.to(device), lengths.to(device)
         live = torch.arange(rows, device=device) < len(items)
-        planned = []
+        planned, ends = [], lengths.clone()
         for n, (request, prompt) in enumerate(items):
             planned.append(self._prompts.admit(n, request))
+            ends[n] = request.boundary(len(prompt))
+            if request.prefix is not None:
+                self._continued.admit(n, request)
             self._first.admit(n, request.sampling, request.seed, ids[n, : len(prompt)])
         positions = torch.arange(bucket, device=device).expand(rows, -1)
         valid = (positions < lengths[:, None]) & live[:, None]
-        cache = PromptCache()
-        forward = Pass(positions.contiguous(), [(self._prompts, valid)])
+        cache, parts = PromptCache(), [(self._prompts, valid & (positions < ends[:, None]))]
+        if any(request.prefix is not None for request, _ in items):
+            parts.append((self._continued, valid & (positions >= ends[:, None])))
+        forward = Pass(positions.contiguous(), parts)
         hidden = self.runner.hidden(ids, positions[:1], bucket, cache, forward)
         last = hidden[torch.arange(rows, device=device), lengths - 1]
         tokens = self._first.draw(self.runner.logits(last), torch.zeros_like(lengths))
@@ -179,6 +190,7 @@ class DecodingBatch:
             self._enter(slot, n, state, prompt)
         for n in range(len(items)):
             self._prompts.release(n)
+            self._continued.release(n)
             self._first.release(n)
 
     def _enter(self, slot: int, row: int, state: DecodingSlot, prompt: tuple[int, ...]) -> None:
@@ -186,13 +198,16 @@ class DecodingBatch:
         known = torch.tensor([*prompt, *state.tokens], device=self.runner.device)
         self._sampler.admit(slot, state.request.sampling, state.request.seed, known)
         size = len(prompt)
-        for layer in state.planned[0]:
-            self._decode.tally.at(layer)[slot, :size] = self._prompts.tally.at(layer)[row, :size]
+        parts = [(self._prompts, slice(0, state.boundary), state.planned[0])]
+        if state.boundary < size:
+            parts.append((self._continued, slice(state.boundary, size), state.planned[1]))
         read = self.runner.site.record_layer(state.request.record)
-        if read is not None and state.request.record is not None:
-            width = -(-len(state.request.record.latents) // GROUP) * GROUP
-            kept = self._prompts.records[read].kept[row, :size, :width]
-            self._decode.records[read].kept[slot, :size, :width] = kept
+        for steering, span, layers in parts:
+            for layer in layers:
+                self._decode.tally.at(layer)[slot, span] = steering.tally.at(layer)[row, span]
+            if read is not None and state.request.record is not None:
+                width = -(-len(state.request.record.latents) // GROUP) * GROUP
+                self._decode.records[read].kept[slot, span, :width] = steering.records[read].kept[row, span, :width]
         self._tokens[slot] = state.tokens[0]
         self._positions[slot] = size
         self._steps[slot] = 1
@@ -213,15 +228,12 @@ class DecodingBatch:
 
     def _finish(self, n: int) -> tuple[str, Completion] | None:
         slot = self.slots[n]
-        sampling = slot.request.sampling
-        end = self.runner.prompter.finish(
-            slot.tokens, sampling.max_new_tokens, self.runner.ends, sampling.stop, slot.checked
-        )
+        end = self.runner.prompter.finish(slot.tokens, slot.request, self.runner.ends, slot.checked)
         slot.checked = len(slot.tokens)
         if end is None:
             return None
         size, text, reason = end
-        receipt = self._decode.tally.receipt(n, slot.prompt, size, slot.planned)
+        receipt = self._decode.tally.receipt(n, slot.boundary, slot.prompt + size, slot.planned)
         completion = Completion(
             text=text,
             token_ids=tuple(slot.tokens[:size]),

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Literal, Protocol, TypedDict
 
 from steerback.errors import SteerbackError, one_line, unknown
-from steerback.records import FinishReason
+from steerback.records import FinishReason, Prefix, Request
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -117,6 +117,11 @@ class Prompter:
             self._tokens[key] = tuple(self._encode(self.render(prompt, system) + prefill)["input_ids"])
         return self._tokens[key]
 
+    def prompt(self, request: Request) -> tuple[int, ...]:
+        """Return the token ids that a request's response follows: prompt, prefill, and the prefix's own tokens."""
+        before = self.tokens(request.prompt, request.prefill, request.system)
+        return before if request.prefix is None else (*before, *request.prefix.token_ids)
+
     def conversation(self, prompt: str, response: str) -> Conversation:
         """Return a prompt with its response in tokens, and which of these are the user's words and the response."""
         head = self.render(prompt)
@@ -154,34 +159,42 @@ class Prompter:
         """Return the text of a response, without special tokens."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def ends(self, token_ids: Sequence[int], length: int) -> list[int]:
+    def continuation(self, token_ids: Sequence[int], prefix: Prefix | None) -> str:
+        """Return the text that tokens add to a prefix: some tokenizers decode a token differently at the beginning."""
+        if prefix is None:
+            return self.text(token_ids)
+        return self.text([*prefix.token_ids, *token_ids])[len(prefix.text) :]
+
+    def ends(self, token_ids: Sequence[int], length: int, prefix: Prefix | None = None) -> list[int]:
         """Return the character at which each token ends in the decoded text, of which the first `length` were kept."""
         found, end = [], 0
         for n in range(1, len(token_ids) + 1):
-            end = max(end, len(self.text(token_ids[:n]).rstrip("\ufffd")))
+            end = max(end, len(self.continuation(token_ids[:n], prefix).rstrip("\ufffd")))
             found.append(min(end, length))
         return found
 
     def finish(
-        self, token_ids: Sequence[int], limit: int, ends: Collection[int], stops: Sequence[str], checked: int
+        self, token_ids: Sequence[int], request: Request, ends: Collection[int], checked: int
     ) -> tuple[int, str, FinishReason] | None:
         """Return (tokens kept, text, reason) of a response that has ended, or None.
 
         The first `checked` tokens were checked before. The token that ends a response is kept and a stop string is cut
         off the text, so the number of tokens is always the number that the model generated.
         """
+        limit, stops = request.sampling.max_new_tokens, request.sampling.stop
         end = next((n + 1 for n in range(checked, min(len(token_ids), limit)) if token_ids[n] in ends), None)
         upto = end or min(len(token_ids), limit)
-        for n in range(checked + 1, upto + 1) if stops and self._stops(token_ids[:upto], stops) else ():
-            if at := self._stops(token_ids[:n], stops):
+        for n in range(checked + 1, upto + 1) if stops and self._stops(token_ids[:upto], request) else ():
+            if at := self._stops(token_ids[:n], request):
                 return n, at[0], "stop"
         reason: Literal["stop", "length"] = "stop" if end else "length"
-        return (upto, self.text(token_ids[:upto]), reason) if end or upto == limit else None
+        text = self.continuation(token_ids[:upto], request.prefix) if end or upto == limit else ""
+        return (upto, text, reason) if end or upto == limit else None
 
-    def _stops(self, token_ids: Sequence[int], stops: Sequence[str]) -> tuple[str] | None:
+    def _stops(self, token_ids: Sequence[int], request: Request) -> tuple[str] | None:
         """Return the text before the first stop string as a tuple of one, or None."""
-        text = self.text(token_ids)
-        found = [at for at in (text.find(stop) for stop in stops) if at >= 0]
+        text = self.continuation(token_ids, request.prefix)
+        found = [at for at in (text.find(stop) for stop in request.sampling.stop) if at >= 0]
         return (text[: min(found)],) if found else None
 
     def _template(self, messages: list[dict[str, str]], may_fail: bool = False) -> str:

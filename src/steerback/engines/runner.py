@@ -94,8 +94,8 @@ class Runner:
         self._windowed = "sliding_attention" in (getattr(self.config, "layer_types", None) or ())
 
     def prompt_of(self, request: Request) -> tuple[int, ...]:
-        """Return the token ids of a request's prompt, prefill included."""
-        return self.prompter.tokens(request.prompt, request.prefill, request.system)
+        """Return the token ids of a request's prompt, prefill and prefix included."""
+        return self.prompter.prompt(request)
 
     def hidden(
         self,

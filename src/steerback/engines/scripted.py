@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from steerback.engines.base import EngineRecord
 from steerback.engines.checks import check_sampling
 from steerback.errors import SteerbackError
-from steerback.records import Completion, LatentKey, Receipt, Request, digest, expected_positions
+from steerback.records import Completion, LatentKey, Prefix, Receipt, Request, digest, expected_positions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -168,7 +168,9 @@ class ScriptedEngine:
             return text
         tokens = tuple(_seed(word) % 50_000 for word in text.split()) or (0,)
         prompt = len(f"{request.system or ''} {request.prompt} {request.prefill}".split()) + 4  # the chat template's
-        before, after = expected_positions(request.interventions, prompt, len(tokens))
+        continued = request.prefix is not None
+        prompt += len(request.prefix.token_ids) if request.prefix is not None else 0
+        before, after = expected_positions(request.interventions, prompt, len(tokens), continued)
         norm = math.sqrt(sum(i.value**2 for i in request.interventions if i.mode == "add"))
         if self.fail_receipts is not None and self.fail_receipts(request):
             before, after, norm = 0, 0, 0.0
@@ -228,7 +230,7 @@ class ScriptedEngine:
 
         return np.ones(self.n_latents, dtype=np.float32)
 
-    def token_ends(self, completion: Completion) -> list[int]:
+    def token_ends(self, completion: Completion, prefix: Prefix | None = None) -> list[int]:
         """Return the ends of the words, which are the tokens."""
         return [word.end() for word in re.finditer(r"\S+", completion.text)] or [len(completion.text)]
 

@@ -135,10 +135,13 @@ class Tally:
         """Note one layer's edits: positions, edited (bool) and norms are (rows, Q)."""
         self.at(layer).scatter_(1, positions, norms.masked_fill(~edited, -1.0))
 
-    def receipt(self, row: int, prompt: int, generated: int, planned: Sequence[Sequence[int]]) -> Receipt:
-        """Return the receipt of a finished row: a position counts if all layers `planned` for its phase edited it."""
+    def receipt(self, row: int, boundary: int, tokens: int, planned: Sequence[Sequence[int]]) -> Receipt:
+        """Return the receipt of a finished row: a position counts if all layers `planned` for its phase edited it.
+
+        `boundary` is the first position of the generated phase; the last of the `tokens` was never fed back.
+        """
         counts, total = [], 0.0
-        spans = (slice(0, prompt), slice(prompt, prompt + max(generated - 1, 0)))
+        spans = (slice(0, boundary), slice(boundary, max(tokens - 1, boundary)))
         for span, layers in zip(spans, planned, strict=True):
             norms = [self.at(layer)[row, span].double().cpu() for layer in layers]
             done = torch.stack([n >= 0 for n in norms]).all(dim=0) if norms else torch.zeros(0, dtype=torch.bool)

@@ -25,7 +25,7 @@ from steerback.engines.loading import LoadedModel, batch_rows, out_of_memory
 from steerback.engines.prompting import Conversation
 from steerback.engines.steering import Pass, Steering
 from steerback.errors import VERSION, SteerbackError
-from steerback.records import Completion, Intervention, Request, digest
+from steerback.records import Completion, Intervention, Prefix, Request, digest
 from steerback.targets.sae import Sae
 
 if TYPE_CHECKING:
@@ -265,9 +265,9 @@ class TransformersEngine:
         norms: NDArray[np.float32] = self.sae.decoder_norms.numpy()
         return norms
 
-    def token_ends(self, completion: Completion) -> list[int]:
+    def token_ends(self, completion: Completion, prefix: Prefix | None = None) -> list[int]:
         """Return the character at which each token ends; see `Engine.token_ends`."""
-        return self.runner.prompter.ends(completion.token_ids, len(completion.text))
+        return self.runner.prompter.ends(completion.token_ids, len(completion.text), prefix)
 
     @torch.inference_mode()
     def teacher_forced(
@@ -289,7 +289,7 @@ class TransformersEngine:
         prompt = self.runner.prompt_of(request)
         ids = (*prompt, *token_ids[:-1])
         self.runner.check_length(request.key, len(ids), 0)
-        _, phases = self._forced(request, ids, len(prompt))
+        _, phases = self._forced(request, ids, request.boundary(len(prompt)))
         kept = torch.stack([phase.records[layer].kept[0] for phase in phases]).sum(dim=0)  # 0 outside its phase
         values: NDArray[np.float32] = kept[:, : len(request.record.latents)].float().cpu().numpy()
         return values

@@ -115,7 +115,7 @@ def _collected(job: PreparedRun, opened: Run, progress: Progress, cache: Cache |
         _judge_all(opened, job.makers.judge(name), progress, cache, job.makers)
 
 
-def _same_rubric(opened: Run, judge: Judge) -> None:
+def same_rubric(opened: Run, judge: Judge) -> None:
     """Refuse another text under the name of a rubric by which the judge has judged this run."""
     before, now = (opened.ledger.get("", JUDGES) or {}).get(judge.name, {}), judge.describe()
     if SEPARATOR in judge.name and before.get("rubric text") not in (None, now["rubric text"]):
@@ -269,11 +269,11 @@ def judge_run(
 def _judge_all(
     opened: Run, judge: Judge, progress: Progress, cache: Cache | None, makers: Makers, scope: Scope | None = None
 ) -> int:
-    _same_rubric(opened, judge)
+    same_rubric(opened, judge)
     work = to_judge(opened, judge, scope)
     try:
         for target, rows in work.rows:
-            _prepare(opened, judge, target, makers)
+            make_ready(opened, judge, target, makers)
             bench = Workbench(opened.ledger, None, judge, Sampling(), progress, cache)
             finish(judge_rows(bench, rows, f"{target}: judging with {judge.name}"))
         if scope is None or (scope.stage is None and scope.limit is None):
@@ -302,11 +302,11 @@ def _score_windows(
     if window_scorer(judge, settings) is None:
         return
     for target in dict.fromkeys(r.trial.target for r in without_windows(opened.ledger, judge.name, retry=retry)):
-        _prepare(opened, judge, target, makers)
+        make_ready(opened, judge, target, makers)
         finish(score_windows(Workbench(opened.ledger, None, judge, Sampling(), progress), settings, target, retry))
 
 
-def _prepare(opened: Run, judge: Judge, target: str, makers: Makers) -> None:
+def make_ready(opened: Run, judge: Judge, target: str, makers: Makers) -> None:
     """Give the judge the target's references; an adapter is compared with its base's, as when it was measured."""
     known = (opened.ledger.rows(t, "reference") for t in (target, target.rpartition("+")[0]))
     judge.prepare(references(next(filter(None, known), []), _contexts(target, opened.config, makers)))

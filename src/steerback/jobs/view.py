@@ -160,7 +160,7 @@ def _reading(run: Run, engine: Rereads, row: Row, target: Target) -> Reading:
             f"{trial.key}: the prompt has other tokens than when the run was made, so its activations cannot be read; "
             "use the versions in the run's manifest.json"
         )
-    return Reading(engine.token_ends(done), tuple(latents), values[done.prompt_tokens :])
+    return Reading(engine.token_ends(done, trial.prefix), tuple(latents), values[done.prompt_tokens :])
 
 
 def _to_read(run: Run, judge: str, settings: ViewSettings) -> list[Row]:

@@ -57,7 +57,7 @@ def _records(rows: Sequence[Row], judge: str) -> Iterator[dict[str, object]]:
         yield {
             **{name: getattr(trial, name) for name in TRIAL if name != "latent"},
             "latent": None if trial.latent is None else str(trial.latent),
-            "prefill": trial.prefill,
+            "prefill": trial.lead,
             "seed": trial.seed,
             "interventions": json.dumps([asdict(i) for i in trial.interventions], ensure_ascii=False),
             "response": done.text if done else None,

@@ -254,8 +254,8 @@ def _messages(trial: Trial, sampling: Sampling) -> list[ChatMessage]:
     if request.system is not None:
         messages.append(ChatMessageSystem(content=request.system, source="input"))
     messages.append(ChatMessageUser(content=request.prompt, source="input"))
-    if request.prefill:
-        messages.append(ChatMessageAssistant(content=request.prefill, source="input", metadata={"prefill": True}))
+    if trial.lead:
+        messages.append(ChatMessageAssistant(content=trial.lead, source="input", metadata={"prefill": True}))
     return messages
 
 
@@ -285,7 +285,8 @@ def _trial_metadata(row: Row) -> dict[str, object]:
         "valid_receipt": row.valid_receipt if done else None,
     }
     if done is not None:
-        wanted = expected_positions(trial.interventions, done.prompt_tokens, len(done.token_ids))
+        continued = trial.prefix is not None
+        wanted = expected_positions(trial.interventions, done.prompt_tokens, len(done.token_ids), continued)
         expected = dict(zip(("prompt_positions", "generated_positions"), wanted, strict=True))
         found |= {"finish": done.finish, "receipt": {**asdict(done.receipt), "expected": expected}}
         found["degraded"] = outcome_of(row.valid_receipt, None, done.text).degraded

@@ -314,13 +314,13 @@ def _detail(row: Row, verdicts: Sequence[Judgement], reading: Reading | None, la
     trial, done = row.trial, row.completion
     detail: dict[str, object] = {
         "meta": trial.meta_prompt,
-        "prefill": trial.prefill,
+        "prefill": trial.lead,
         "interventions": [asdict(i) for i in trial.interventions],
         "verdicts": [_verdict(v) for v in verdicts],
     }
     if done is None:
         return detail
-    wanted = expected_positions(trial.interventions, done.prompt_tokens, len(done.token_ids))
+    wanted = expected_positions(trial.interventions, done.prompt_tokens, len(done.token_ids), trial.prefix is not None)
     detail |= {
         "text": row.judged_text,
         "lead": len(row.judged_text) - len(done.text),

@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
 from steerback.errors import SteerbackError
-from steerback.records import Latent, Spend
+from steerback.records import Intervention, Latent, Spend
 
 T = TypeVar("T")
 
@@ -42,6 +42,8 @@ FLOOR = "floor"
 """Stage of the unsteered responses that are judged like steered ones: how often the judge sees a restart there."""
 REPLAY = "replay"
 """Stage of the recorded trials: same prompts, seeds and boosts as the measured ones."""
+FORK = "fork"
+"""Stage of the continuations of one response; no rate of the run counts them."""
 
 
 @dataclass(frozen=True)
@@ -308,6 +310,38 @@ class LabelSample(Record):
     items: dict[str, str]
 
 
+class ForkArm(Record):
+    """One way in which a response is continued: `edits` act on the continuation."""
+
+    name: str
+    edits: list[Intervention] = []
+
+
+class Fork(Record):
+    """Continuations of the response of trial `parent` after its first `tokens` tokens, in arms of the same `n` seeds.
+
+    `at` is the place as the user named it. Prompt and kept tokens are edited as in the parent, or `throughout` as the
+    arm says. The first arm is what the others are compared with.
+    """
+
+    parent: str
+    tokens: int
+    at: str
+    throughout: bool = False
+    arms: list[ForkArm]
+    n: int
+    engine: EngineIdentity
+
+    @property
+    def name(self) -> str:
+        """Name of the fork in its target: the parent's key without the target, and the number of kept tokens."""
+        return f"{self.parent.partition('/')[2]}@{self.tokens}{' throughout' if self.throughout else ''}"
+
+    def condition(self, arm: ForkArm) -> str:
+        """Name of the condition of an arm's continuations."""
+        return f"{self.name}: {arm.name}"
+
+
 class Boundaries(Record):
     """Characters at which the three regions of an episode begin according to a judge (None: not in the text).
 
@@ -363,6 +397,8 @@ ADAPTER = Fact.of("adapter", Adapter)
 SAMPLE = Fact.of("cross-judge sample", JudgedSample)
 LABEL_SAMPLES = Fact.of("label samples", dict[str, LabelSample])
 """By the identifier of the sample, which hashes the responses in it."""
+FORKS = Fact.of("forks", dict[str, Fork])
+"""By the fork's name."""
 TOKEN_ENDS = Fact.of("token ends", dict[str, list[int]])
 RECORDED_LATENTS = Fact.of("watched", dict[str, list[int]])
 

@@ -10,25 +10,18 @@ import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import JsonValue
 
 from steerback.errors import SteerbackError
-from steerback.records import Attempt, Completion, Intervention, Judgement, Receipt, Recording, Trial, WindowScores
-from steerback.store.database import (
-    dump_json,
-    now,
-    open_database,
-    pack_array,
-    placeholders,
-    sqlite_errors,
-    storable,
-    unpack_array,
-)
+from steerback.records import Completion, Judgement, Trial, WindowScores
+from steerback.store.database import dump_json, now, open_database, placeholders, sqlite_errors, storable
 from steerback.store.facts import CONFIG, Fact
+from steerback.store.rows import Row as Row
+from steerback.store.rows import completion_values, prefix_values, row_of, trial_of, trial_values
 
 T = TypeVar("T")
 
@@ -55,51 +48,12 @@ CREATE TABLE IF NOT EXISTS windows (
     scores TEXT NOT NULL, reason TEXT NOT NULL, raw TEXT NOT NULL, at TEXT, PRIMARY KEY (trial, judge))
 """
 """Made when the first window is scored: ledgers of 0.1 have no such table."""
-TABLES = ("facts", "trials", "completions", "judgements", "windows")
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A trial with what came of it so far."""
-
-    trial: Trial
-    completion: Completion | None
-    judgement: Judgement | None
-
-    @property
-    def valid_receipt(self) -> bool:
-        """Whether the response exists and was steered exactly where its plan says."""
-        done = self.completion
-        return done is not None and done.finish != "error" and done.receipt_matches(self.trial.interventions)
-
-    @property
-    def attempts(self) -> tuple[Attempt, ...]:
-        """The gated attempts of a valid, scored response; empty if it is invalid, unscored or not judged yet."""
-        judged = self.judgement
-        return (
-            judged.gated_attempts() if self.valid_receipt and judged is not None and judged.status == "scored" else ()
-        )
-
-    @property
-    def gain(self) -> float:
-        """Score of the last gated attempt minus that of the first, in points; 0 without attempts."""
-        attempts = self.attempts
-        return attempts[-1].score - attempts[0].score if attempts else 0.0
-
-    @property
-    def is_episode(self) -> bool:
-        """Whether the response corrects itself: two attempts or more, the last better than the first."""
-        return self.gain > 0
-
-    def is_drift(self, below: float) -> bool:
-        """Whether the response is a single attempt that scores less than `below`."""
-        return len(self.attempts) == 1 and self.attempts[0].score < below
-
-    @property
-    def judged_text(self) -> str:
-        """What judges see and spans refer to: prefill and response; in stage `continuation` the response alone."""
-        text = self.completion.text if self.completion is not None else ""
-        return text if self.trial.stage == "continuation" else self.trial.prefill + text
+PREFIXES = """
+CREATE TABLE IF NOT EXISTS prefixes (
+    trial TEXT PRIMARY KEY REFERENCES trials (key), text TEXT NOT NULL, token_ids TEXT NOT NULL)
+"""
+"""Made when the first response is continued from its tokens."""
+TABLES = ("facts", "trials", "prefixes", "completions", "judgements", "windows")
 
 
 class Ledger:
@@ -170,12 +124,20 @@ class Ledger:
         """Plans trials. A key that is already there must hold the same trial: plans never change under a run."""
         with self._transaction() as db:
             before = db.total_changes
-            db.executemany(f"INSERT OR IGNORE INTO trials VALUES ({placeholders(14)})", map(_trial_row, trials))
-            if db.total_changes - before == len(trials):
+            db.executemany(f"INSERT OR IGNORE INTO trials VALUES ({placeholders(14)})", map(trial_values, trials))
+            fresh = db.total_changes - before == len(trials)
+            continued = [values for trial in trials if (values := prefix_values(trial)) is not None]
+            if continued:
+                db.execute(PREFIXES)
+                db.executemany(f"INSERT OR IGNORE INTO prefixes VALUES ({placeholders(3)})", continued)
+            if fresh:
                 return
             for trial in trials:
                 row = db.execute("SELECT * FROM trials WHERE key = ?", (trial.key,)).fetchone()
-                if tuple(row) != _trial_row(trial):
+                start = (
+                    db.execute("SELECT * FROM prefixes WHERE trial = ?", (trial.key,)).fetchone() if continued else None
+                )
+                if tuple(row) != trial_values(trial) or start != prefix_values(trial):
                     raise SteerbackError(
                         f"{self.path}: trial {trial.key} was planned differently when this run was started "
                         "(another version of steerback or of the target); start a new run with another --name"
@@ -183,7 +145,7 @@ class Ledger:
 
     def add_completions(self, done: Iterable[tuple[str, Completion, str]]) -> None:
         """(trial key, completion, engine fingerprint); a trial that has a completion keeps it."""
-        rows = [_completion_row(key, completion, engine) for key, completion, engine in done]
+        rows = [completion_values(key, completion, engine) for key, completion, engine in done]
         with self._transaction() as db:
             db.executemany(f"INSERT OR IGNORE INTO completions VALUES ({placeholders(11)})", rows)
 
@@ -252,6 +214,11 @@ class Ledger:
                 for key, by, rubric, starts, scores, reason, raw in self._db.execute(query, tuple(chosen.values()))
             }
 
+    def _prefixes(self) -> tuple[str, str]:
+        """Return the columns of a trial's prefix, and the join that gives them."""
+        there = self._has("prefixes")
+        return ("p.text, p.token_ids", "LEFT JOIN prefixes p ON p.trial = t.key") if there else ("NULL, NULL", "")
+
     def _has(self, table: str) -> bool:
         with sqlite_errors(self.path):
             query = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?"
@@ -276,22 +243,28 @@ class Ledger:
             where.append("t.key IN (SELECT value FROM json_each(?))")
             values.append(dump_json(list(keys)))
         blob = "c.activations" if activations else "NULL"
+        start, join = self._prefixes()
         query = (
-            "SELECT t.*, c.text, c.token_ids, c.prompt_tokens, c.finish, c.prompt_positions, c.generated_positions, "
-            f"c.added_norm, {blob}, j.judge, j.rubric, j.status, j.attempts, j.reason, j.raw FROM trials t "
-            "LEFT JOIN completions c ON c.trial = t.key LEFT JOIN judgements j ON j.trial = t.key AND j.judge = ? "
+            f"SELECT t.*, {start}, c.text, c.token_ids, c.prompt_tokens, c.finish, c.prompt_positions, "
+            f"c.generated_positions, c.added_norm, {blob}, j.judge, j.rubric, j.status, j.attempts, j.reason, j.raw "
+            f"FROM trials t {join} LEFT JOIN completions c ON c.trial = t.key "
+            "LEFT JOIN judgements j ON j.trial = t.key AND j.judge = ? "
             f"WHERE {' AND '.join(where)} ORDER BY t.target, t.stage, t.condition, t.idx"
         )
         with sqlite_errors(self.path):
-            return [_row(found) for found in self._db.execute(query, values)]
+            return [row_of(found) for found in self._db.execute(query, values)]
 
     def trials(self, stages: Sequence[str]) -> Iterator[Trial]:
         """Yield the planned trials of some stages in the order of `rows`, one at a time."""
         marks = placeholders(len(stages))
-        query = f"SELECT * FROM trials WHERE stage IN ({marks}) ORDER BY target, stage, condition, idx"
+        start, join = self._prefixes()
+        query = (
+            f"SELECT t.*, {start} FROM trials t {join} WHERE t.stage IN ({marks}) "
+            "ORDER BY target, stage, condition, idx"
+        )
         with sqlite_errors(self.path):
             for stored in self._db.execute(query, list(stages)):
-                yield _trial(stored)
+                yield trial_of(stored)
 
     def stage_sizes(self) -> dict[str, int]:
         """Number of planned trials of each stage."""
@@ -324,76 +297,3 @@ class Ledger:
                 query = f"SELECT {', '.join(columns)} FROM {table} ORDER BY 1, 2"
                 tables[table] = [tuple(r) for r in self._db.execute(query)]
         return tables
-
-
-def _trial_row(t: Trial) -> tuple[Any, ...]:
-    return (
-        t.key,
-        t.target,
-        t.stage,
-        t.condition,
-        t.index,
-        None if t.latent is None else dump_json(t.latent),
-        t.label,
-        None if t.boost is None else float(t.boost),  # derived; kept as a column for those who read the file
-        t.prompt,
-        t.meta_prompt,
-        t.prefill,
-        t.seed,
-        dump_json([asdict(i) for i in t.interventions]),
-        None if t.record is None else dump_json(asdict(t.record)),
-    )
-
-
-def _completion_row(key: str, c: Completion, engine: str) -> tuple[Any, ...]:
-    receipt = c.receipt
-    return (
-        key,
-        storable(c.text),
-        dump_json(list(c.token_ids)),
-        c.prompt_tokens,
-        c.finish,
-        receipt.prompt_positions,
-        receipt.generated_positions,
-        receipt.added_norm,
-        pack_array(c.activations),
-        engine,
-        now(),
-    )
-
-
-def _trial(stored: tuple[Any, ...]) -> Trial:
-    key, target, stage, condition, index, latent, label, _boost, prompt, meta, prefill, seed, edits, record = stored[
-        :14
-    ]
-    recording = json.loads(record) if record else None
-    return Trial(
-        key=key,
-        target=target,
-        stage=stage,
-        condition=condition,
-        index=index,
-        prompt=prompt,
-        seed=seed,
-        latent=None if latent is None else json.loads(latent),
-        label=label,
-        meta_prompt=meta,
-        prefill=prefill,
-        interventions=tuple(Intervention(**i) for i in json.loads(edits)),
-        record=Recording(tuple(recording["latents"]), recording["layer"]) if recording else None,
-    )
-
-
-def _row(stored: tuple[Any, ...]) -> Row:
-    completion = None
-    if stored[14] is not None:
-        text, ids, prompt_tokens, finish, in_prompt, generated, norm, blob = stored[14:22]
-        receipt = Receipt(in_prompt, generated, norm)
-        tokens = tuple(json.loads(ids))
-        completion = Completion(text, tokens, prompt_tokens, finish, receipt, unpack_array(blob))
-    judgement = None
-    if stored[22] is not None:
-        judge, rubric, status, attempts, reason, raw = stored[22:28]
-        spans = tuple(Attempt(**a) for a in json.loads(attempts))
-        judgement = Judgement(judge, rubric, status, spans, reason, raw)
-    return Row(_trial(stored), completion, judgement)

@@ -10,8 +10,12 @@ from pydantic import JsonValue
 
 from steerback.config import RunConfig, differences
 from steerback.errors import SteerbackError
+from steerback.store.facts import FORKS, JUDGES
 from steerback.store.ledger import Ledger
 from steerback.store.run import Run, stored_config
+
+ENTRIES = (FORKS.name, JUDGES.name)
+"""Facts of named entries: each run may have some of them."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,10 @@ def _facts(folders: Sequence[Path], config: RunConfig) -> dict[tuple[str, str], 
             for target, name, value in source.facts():
                 if (target, name) == ("", "config"):
                     continue
+                known = facts.get((name, target))
+                if name in ENTRIES and isinstance(known, dict) and isinstance(value, dict):
+                    facts[name, target] = known = {**value, **known}
+                    value = {**known, **value}
                 if facts.setdefault((name, target), value) != value:
                     raise SteerbackError(
                         f"{folder} has other {name} for {target or 'the run'} than the runs before it, so their trials "

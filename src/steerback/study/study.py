@@ -41,6 +41,7 @@ SEED_OFFSETS = {
     "reference": 3_000_000,
     "floor": 3_500_000,  # the second half of the references' range
     "discovery": 4_000_000,
+    "fork": 5_000_000,
 }
 FURTHER = "unsteered, further prompts"
 UNJUDGED = ("reference", "discovery")  # what is unsteered and only compared with

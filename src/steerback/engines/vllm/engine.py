@@ -33,7 +33,7 @@ from steerback.engines.vllm.loading import (
 )
 from steerback.engines.vllm.settings import TableSettings, Ticket
 from steerback.errors import VERSION, SteerbackError, one_line
-from steerback.records import Completion, FinishReason, Intervention, Receipt, Request, digest
+from steerback.records import Completion, FinishReason, Intervention, Prefix, Receipt, Request, digest
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -226,11 +226,12 @@ class VllmEngine:
 
     def _completion(self, request: Request, answer: VllmAnswer) -> Completion:
         output = answer.output.outputs[0]
-        sampling, prompter = request.sampling, self._loaded.prompter
-        end = prompter.finish(output.token_ids, sampling.max_new_tokens, self._loaded.ends, sampling.stop, 0)
+        prompter = self._loaded.prompter
+        end = prompter.finish(output.token_ids, request, self._loaded.ends, 0)
         finish: FinishReason
         if end is None:
-            size, text, finish = len(output.token_ids), prompter.text(output.token_ids), "error"
+            text = prompter.continuation(output.token_ids, request.prefix)
+            size, finish = len(output.token_ids), "error"
         else:
             size, text, finish = end
         prompt = len(answer.output.prompt_token_ids)
@@ -294,9 +295,9 @@ class VllmEngine:
             raise SteerbackError("decoder norms need an SAE and this target has none")
         return self._loaded.norms
 
-    def token_ends(self, completion: Completion) -> list[int]:
+    def token_ends(self, completion: Completion, prefix: Prefix | None = None) -> list[int]:
         """Return the character at which each token ends; see `Engine.token_ends`."""
-        return self._loaded.prompter.ends(completion.token_ids, len(completion.text))
+        return self._loaded.prompter.ends(completion.token_ids, len(completion.text), prefix)
 
     # ---- proof
 

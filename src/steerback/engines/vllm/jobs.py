@@ -6,6 +6,7 @@ Everything a worker cannot do is refused here, in one line that names the field.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from steerback.engines import checks
 from steerback.engines.vllm.driver import Driver, SamplingFields, VllmJob
@@ -20,10 +21,13 @@ TOLERANCE = 1e-3
 
 def job_of(where: str, request: Request, settings: TableSettings, prepared: PreparedTarget) -> VllmJob:
     """Return prompt tokens, ticket and sampling of a checked request; SteerbackError for what vLLM cannot do."""
-    prompt = prepared.prompter.tokens(request.prompt, request.prefill, request.system)
+    prompt = prepared.prompter.prompt(request)
     until = len(prompt) + request.sampling.max_new_tokens
     check_length(settings, where, len(prompt), request.sampling.max_new_tokens)
-    return VllmJob(_ticket(where, request, settings, until), prompt, _sampling(request, prepared))
+    ticket = _ticket(where, request, settings, until)
+    if request.prefix is not None:
+        ticket = replace(ticket, prompt=request.boundary(len(prompt)))
+    return VllmJob(ticket, prompt, _sampling(request, prepared))
 
 
 def check_length(settings: TableSettings, where: str, prompt: int, new: int) -> None:

@@ -1,0 +1,88 @@
+"""Forks of single responses: rates of each arm, and each arm against the first, paired by seed.
+
+Trials are the seeds of one response, which are independent draws given its beginning: each seed is a cluster of its
+own, and results hold for this response alone. Only attempts that begin after the fork count; the text before them,
+from the beginning of the response, is their first attempt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from steerback.analysis.base import outcomes_of
+from steerback.analysis.prefill_control import after_cut
+from steerback.metrics import Comparison, Outcomes, Summary, compare, correct, summarize
+from steerback.store.facts import FORK, FORKS, Fork
+from steerback.store.ledger import Ledger, Row
+
+
+@dataclass(frozen=True, eq=False)
+class ForkedArm:
+    """An arm's continuations with their summary, and its tests against the first arm (None: it is the first)."""
+
+    name: str
+    rows: Sequence[Row]
+    summary: Summary
+    comparison: Comparison | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Forked:
+    """Results of one fork by one judge."""
+
+    target: str
+    fork: Fork
+    judge: str
+    arms: Sequence[ForkedArm]
+
+    def to_json(self) -> dict[str, object]:
+        """Plain dicts, lists and numbers."""
+        return {
+            "target": self.target,
+            "parent": self.fork.parent,
+            "tokens": self.fork.tokens,
+            "at": self.fork.at,
+            "throughout": self.fork.throughout,
+            "judge": self.judge,
+            "n": "seeds of one response",
+            "arms": {
+                arm.name: {
+                    "summary": _by_seed(arm.summary.to_json()),
+                    "against": {}
+                    if arm.comparison is None
+                    else {self.arms[0].name: _by_seed(arm.comparison.to_json())},
+                }
+                for arm in self.arms
+            },
+        }
+
+
+def forks(ledger: Ledger, judge: str, parent: str | None = None) -> list[Forked]:
+    """Return the results of every fork of a run, or of one trial."""
+    stored = [(t, fork) for t, found in ledger.targets_with(FORKS).items() for fork in found.values()]
+    chosen = [(t, fork) for t, fork in stored if parent in (None, fork.parent)]
+    return [forked(ledger, target, fork, judge) for target, fork in chosen]
+
+
+def forked(ledger: Ledger, target: str, fork: Fork, judge: str) -> Forked:
+    """Return the results of one fork."""
+    rows = {arm.name: ledger.rows(target, FORK, fork.condition(arm), judge) for arm in fork.arms}
+    outcomes = {name: _outcomes(found) for name, found in rows.items()}
+    first, *others = outcomes
+    tests = correct({name: compare(outcomes[first], outcomes[name]) for name in others})
+    arms = [ForkedArm(n, rows[n], summarize(outcomes[n], draws=0), tests.get(n)) for n in outcomes]
+    return Forked(target, fork, judge, arms)
+
+
+def _outcomes(rows: Sequence[Row]) -> Outcomes:
+    return outcomes_of(after_cut([row for row in rows if row.completion is not None]), lambda trial: trial.index)
+
+
+def _by_seed(value: object) -> object:
+    """Return JSON whose methods name what their clusters are here."""
+    if isinstance(value, dict):
+        return {key: _by_seed(inner) for key, inner in value.items()}
+    if isinstance(value, str):
+        return value.replace("latents", "seeds").replace("by latent", "by seed").replace("latent", "seed")
+    return value

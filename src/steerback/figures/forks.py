@@ -1,0 +1,50 @@
+"""The table of one fork: each arm's rates over its seeds, and its tests against the first arm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from steerback.analysis.forks import Forked, ForkedArm
+from steerback.figures.tables import HEADINGS, Table, p_value, show
+from steerback.metrics import METRICS, Estimate
+
+SHOWN = ("multi_attempt_rate", "esr_rate", "mean_first", "msi")
+NAMES = HEADINGS | {"multi_attempt_rate": "restarts %", "mean_first": "score until then"}
+TESTED = ("multi_attempt_rate", "mean_first", "msi")
+LEFT_OUT = ("degraded", "unscored", "empty", "invalid")
+
+
+def fork_table(forked: Forked) -> Table:
+    """Return one row for each arm."""
+    tested = [f"p: {NAMES[name].removesuffix(' %')}" for name in TESTED]
+    return Table(
+        ("arm", "n", *(NAMES[name] for name in SHOWN), *tested, "left out"),
+        [_cells(a) for a in forked.arms],
+        note(forked),
+    )
+
+
+def _cells(arm: ForkedArm) -> list[str]:
+    estimates = [arm.summary[name] for name in SHOWN]
+    tests = ["" if arm.comparison is None else p_value(arm.comparison[name].p_holm) for name in TESTED]
+    return [arm.name, str(estimates[0].n), *_shown(estimates), *tests, str(left_out(arm))]
+
+
+def _shown(estimates: Sequence[Estimate]) -> list[str]:
+    return [show(e, METRICS[name].rate) for name, e in zip(SHOWN, estimates, strict=True)]
+
+
+def left_out(arm: ForkedArm) -> int:
+    """Return the number of continuations that do not count: degraded, unscored, empty or invalid."""
+    return sum(arm.summary.counts.get(name, 0) for name in LEFT_OUT)
+
+
+def note(forked: Forked) -> str:
+    """Return the sentences that say how the numbers of a fork are to be read."""
+    where = "throughout, the prompt and the kept tokens included" if forked.fork.throughout else "from the fork on"
+    return (
+        f"{forked.fork.parent}, forked after {forked.fork.tokens} tokens ({forked.fork.at}); arms edit {where}. "
+        "n: seeds of this one response, the same in all arms; 95 % intervals and tests over seeds hold for this "
+        "response alone. Restarts: those that begin after the fork. Score until then: of everything before them. "
+        f"p: paired by seed against {forked.arms[0].name!r}, Holm over the arms. Judge: {forked.judge}."
+    )

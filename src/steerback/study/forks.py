@@ -1,0 +1,145 @@
+"""Forks: one response continued from one of its tokens in several arms, with the same seeds in each.
+
+An arm says which edits act on the continuation, from the position that draws its first token on. The tokens before it
+are those of the response, and keep its edits unless the arm is to act throughout.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from steerback.errors import SteerbackError, unknown
+from steerback.records import Intervention, LatentKey, Prefix, Trial
+from steerback.store.facts import FORK, Fork, ForkArm
+from steerback.store.ledger import Row
+from steerback.study.study import SEED_OFFSETS
+
+ON, OFF, CLAMPED = "steering on", "steering off", "detectors clamped"
+NAME = re.compile(r"[\w][\w .+-]{0,39}")
+EDITS = ("boost:VALUE", "add:LATENT:VALUE", "clamp:LATENT:VALUE")
+
+
+def usual_arms(trial: Trial) -> list[ForkArm]:
+    """Return the arms of every fork: the response's own edits, and of a steered one the same without additions."""
+    edits = list(trial.interventions)
+    if not any(e.mode == "add" and e.value for e in edits):
+        return [ForkArm(name=OFF, edits=edits)]
+    return [ForkArm(name=ON, edits=edits), ForkArm(name=OFF, edits=[e for e in edits if e.mode != "add"])]
+
+
+def boosted(trial: Trial, boost: float) -> ForkArm:
+    """Return the arm in which the trial's latent is added with another boost; 0 is the arm without steering."""
+    rest = [e for e in trial.interventions if e.mode != "add"]
+    if boost == 0:
+        return ForkArm(name=OFF, edits=rest)
+    if trial.latent is None:
+        raise SteerbackError(f"trial {trial.key} has no latent to boost; name one: --arm 'NAME=add:LATENT:{boost:g}'")
+    return ForkArm(name=f"boost {boost:g}", edits=[Intervention("add", trial.latent, boost), *rest])
+
+
+def clamped(trial: Trial, latents: Sequence[int], name: str) -> ForkArm:
+    """Return the arm in which latents are clamped to zero besides the response's own edits."""
+    return ForkArm(name=name, edits=_with(trial.interventions, [Intervention("clamp", k, 0.0) for k in latents]))
+
+
+def own_arm(trial: Trial, text: str) -> ForkArm:
+    """Return the arm that a text describes: `NAME=EDIT;EDIT`, each edit one of EDITS, besides the response's own.
+
+    `boost:VALUE` replaces the additions of the response.
+    """
+    name, _, described = text.partition("=")
+    if not NAME.fullmatch(name := name.strip()) or not described.strip():
+        raise SteerbackError(
+            f"arm {text[:80]!r} has to read NAME=EDIT;EDIT with edits {', '.join(EDITS)}; a name has up to 40 letters, "
+            "digits, spaces and . _ + -"
+        )
+    edits = list(trial.interventions)
+    for part in described.split(";"):
+        kind, *rest = part.strip().split(":")
+        number = _number(rest[-1]) if rest else None
+        if number is None or kind not in ("boost", "add", "clamp") or len(rest) != (1 if kind == "boost" else 2):
+            raise unknown("edit", part.strip(), EDITS)
+        if kind == "boost":
+            edits = boosted(trial, number).edits
+        else:
+            latent: LatentKey = int(rest[0]) if rest[0].isdecimal() else rest[0]
+            edits = _with(edits, [Intervention("add" if kind == "add" else "clamp", latent, number)])
+    return ForkArm(name=name, edits=edits)
+
+
+def _with(edits: Sequence[Intervention], more: Sequence[Intervention]) -> list[Intervention]:
+    """Return edits with more of them; a clamp replaces an earlier one of the same latent."""
+    clamps = {e.latent for e in more if e.mode == "clamp"}
+    return [*(e for e in edits if e.mode != "clamp" or e.latent not in clamps), *more]
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def joined(before: Fork | None, now: Fork) -> Fork:
+    """Return a fork as it goes on: the arms and seeds that it has, and those that are asked for now."""
+    if before is None:
+        return now
+    known = {arm.name: arm for arm in before.arms}
+    for arm in now.arms:
+        if known.setdefault(arm.name, arm) != arm:
+            raise SteerbackError(
+                f"fork {now.name} has an arm {arm.name!r} with other edits; give this one another name"
+            )
+    if before.engine.fingerprint != now.engine.fingerprint:
+        raise SteerbackError(
+            f"fork {now.name} was begun with another engine or another version of it; go on where it was begun, or "
+            "fork at another token"
+        )
+    return now.model_copy(update={"at": before.at, "arms": [*known.values()], "n": max(before.n, now.n)})
+
+
+def prefix_of(row: Row, tokens: int, ends: Sequence[int]) -> Prefix:
+    """Return the first `tokens` tokens of a response as a prefix; `ends` are the characters at which its tokens end."""
+    done, before = row.completion, row.trial.prefix or Prefix("", ())
+    assert done is not None  # only finished responses are forked
+    if not 0 <= tokens < len(done.token_ids):
+        raise SteerbackError(
+            f"--at {tokens}: trial {row.trial.key} has {len(done.token_ids)} tokens, of which 0 to "
+            f"{len(done.token_ids) - 1} can be kept"
+        )
+    text = done.text[: ends[tokens - 1]] if tokens else ""
+    return Prefix(before.text + text, (*before.token_ids, *done.token_ids[:tokens]))
+
+
+def trials_of(fork: Fork, parent: Trial, prefix: Prefix, first_seed: int) -> list[Trial]:
+    """Return the continuations of a fork, seed by seed, so that arms stay comparable when it is interrupted."""
+    return [
+        replace(
+            parent,
+            key=f"{parent.target}/{FORK}/{fork.condition(arm)}/{i}",
+            stage=FORK,
+            condition=fork.condition(arm),
+            index=i,
+            seed=first_seed + SEED_OFFSETS[FORK] + i,
+            prefix=prefix,
+            interventions=edits_of(parent.interventions, arm.edits, fork.throughout),
+            record=None,
+        )
+        for i in range(fork.n)
+        for arm in fork.arms
+    ]
+
+
+def edits_of(
+    past: Sequence[Intervention], future: Sequence[Intervention], throughout: bool
+) -> tuple[Intervention, ...]:
+    """Return the edits of a continuation: `past` before the fork, `future` after it, or `throughout`.
+
+    Positions of the past count as prompt, those of the continuation as generated (`Request.boundary`).
+    """
+    if throughout:
+        return tuple(future)
+    after = [e if e in past else replace(e, positions="generated") for e in future]
+    return (*after, *(replace(e, positions="prompt") for e in past if e not in future))
