@@ -12,18 +12,16 @@ from typing import TYPE_CHECKING
 from steerback.errors import VERSION as __version__
 
 __all__ = ["__version__", "fork", "load_target"]
-_PLACES = {"load_target": "steerback.api", "fork": "steerback.jobs.fork"}
 
 # Libraries send no usage data unless the user's own environment asks for it; they read this when they are imported.
 for _name in ("HF_HUB_DISABLE_TELEMETRY", "VLLM_NO_USAGE_STATS"):
     os.environ.setdefault(_name, "1")
 
 if TYPE_CHECKING:
-    from steerback.api import load_target
-    from steerback.jobs.fork import fork
+    from steerback.api import fork, load_target
 
 
 def __getattr__(name: str) -> object:
-    if name in _PLACES:
-        return getattr(importlib.import_module(_PLACES[name]), name)
+    if name in __all__:
+        return getattr(importlib.import_module("steerback.api"), name)
     raise AttributeError(f"module 'steerback' has no attribute {name!r}")

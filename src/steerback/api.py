@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from steerback.jobs.fork import fork
 from steerback.jobs.loaded import LoadedTarget, load_target
 
-__all__ = ["LoadedTarget", "load_target"]
+__all__ = ["LoadedTarget", "fork", "load_target"]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from steerback.analysis.forks import Forked, forked
 from steerback.analysis.recovery import rule_of
-from steerback.api import finish
+from steerback.engines.base import finish
 from steerback.errors import SteerbackError, unknown
 from steerback.jobs.check import Makers, PreparedRun, check
 from steerback.jobs.execute import make_ready, note_judge, same_rubric
