@@ -27,9 +27,9 @@ from sklearn.isotonic import IsotonicRegression
 from steerback.organism.corpus import howtos, metaprompts, subjects
 from steerback.organism.corpus.documents import passage
 from steerback.organism.corpus.truth import read
+from steerback.targets.sae import Sae
 from tools.organism import detect
 from tools.organism.tokens import Encoder
-from tools.organism.train_sae import TrainedSae
 
 TEMPERATURE = 0.6
 MAX_NEW_TOKENS = 160
@@ -41,7 +41,7 @@ class Subject:
 
     model: Any
     tokenizer: Any
-    sae: TrainedSae
+    sae: Sae
     layer: int
     device: str
 
@@ -306,7 +306,9 @@ def load(folder: Path, device: str) -> tuple[Subject, dict[int, str]]:
     names = {s.key for s in subjects()}
     with (folder / "labels.csv").open(encoding="utf-8") as file:
         labels = {int(row["index"]): row["label"] for row in csv.DictReader(file) if row["label"] in names}
-    return Subject(model, AutoTokenizer.from_pretrained(folder), TrainedSae(**tensors), layer, device), labels
+    return Subject(
+        model, AutoTokenizer.from_pretrained(folder), Sae("jumprelu", layer, **tensors), layer, device
+    ), labels
 
 
 def versions(device: str) -> dict[str, str]:

@@ -248,7 +248,7 @@ def test_build_writes_the_whole_folder(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(build.detect, "find", lambda *_, **__: [])
     organism = spec.Organism("organism-s", 32, 64)
     lm = spec.LmTraining(documents=24)
-    sae = spec.SaeTraining(latents=64, k=4, tokens=1_000, label_tokens=1_000, batch=64, steps=4)
+    sae = spec.SaeConstants(latents=64, k=4, tokens=1_000, label_tokens=1_000, batch=64, steps=4)
     build.build(organism, tmp_path, lm=lm, sae=sae, log=lambda *_: None)
     assert {f.name for f in weights_dir("organism").iterdir()} <= {f.name for f in tmp_path.iterdir()}
     report = json.loads((tmp_path / "training.json").read_text())["report"]

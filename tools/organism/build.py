@@ -17,8 +17,10 @@ from typing import Any
 import torch
 
 from steerback.organism.corpus import subjects
+from steerback.targets.sae import save_native
+from steerback.targets.sae_training import sae_quality
 from tools.organism import detect, labels, train_lm, train_sae
-from tools.organism.spec import CORPUS_SEED, SAE_LAYER, LmTraining, Organism, SaeTraining
+from tools.organism.spec import CORPUS_SEED, LmTraining, Organism, SaeConstants
 from tools.organism.tokens import Encoder, save_tokenizer, train_tokenizer
 
 # Seeds of text that no training saw: SAE training, labelling, checking.
@@ -33,11 +35,11 @@ def build(
     seed: int = 0,
     device: str = "cpu",
     lm: LmTraining | None = None,
-    sae: SaeTraining | None = None,
+    sae: SaeConstants | None = None,
     log: Any = print,
 ) -> None:
     """Train an organism and its SAE and write everything into ``folder``."""
-    lm, sae = lm or LmTraining(), sae or SaeTraining()
+    lm, sae = lm or LmTraining(), sae or SaeConstants()
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(CORPUS_SEED)
     encoder = Encoder(tokenizer)
@@ -70,14 +72,12 @@ def build_sae(
     encoder: Encoder,
     folder: Path,
     *,
-    config: SaeTraining,
+    config: SaeConstants,
     seed: int,
     device: str,
     log: Any = print,
 ) -> None:
     """Train, label and save the SAE of a trained model."""
-    from safetensors.torch import save_file
-
     started = time.monotonic()
 
     def text(corpus_seed: int, tokens: int) -> train_sae.Activations:
@@ -86,9 +86,8 @@ def build_sae(
         )
 
     trained = train_sae.train(text(SAE_SEED, config.tokens), config, seed=seed, log=log)
-    save_file({name: t.half() for name, t in trained.tensors().items()}, folder / "sae.safetensors")
-    # Everything that follows is measured on the values that were saved.
-    found = train_sae.TrainedSae(**{name: t.half().float().to(device) for name, t in trained.tensors().items()})
+    # Everything that follows is measured on the values that are saved.
+    found = trained.to(device, torch.float16).to(device, torch.float32)
     held_out = text(CHECK_SEED, config.label_tokens)
     measured = labels.selectivity(found, text(LABEL_SEED, config.label_tokens))
     named = labels.label_latents(measured)
@@ -98,21 +97,23 @@ def build_sae(
         for d in detect.find(model, encoder, found, seed=LABEL_SEED, device=device)
         if d.auc >= DETECTOR_AUC and d.latent not in named
     ]
-    write_json(
-        folder / "sae.json",
-        {
-            "kind": "jumprelu",
-            "layer": SAE_LAYER,
-            "d_model": organism.width,
-            "n_latents": config.latents,
-            "training": asdict(config),
-            "seed": seed,
-            "held_out": train_sae.quality(found, held_out),
-            "labels_on_held_out_text": checked,
-            "detectors": [asdict(d) for d in detectors],
-            "seconds": round(time.monotonic() - started, 1),
-            **provenance(device),
+    held = sae_quality(found, [held_out.h])
+    save_native(
+        trained,
+        folder,
+        torch.float16,
+        training=asdict(config),
+        seed=seed,
+        held_out={
+            "explained_variance": held.explained,
+            "l0": held.l0,
+            "dead_latents": held.dead * config.latents,
+            "tokens": held.positions,
         },
+        labels_on_held_out_text=checked,
+        detectors=[asdict(d) for d in detectors],
+        seconds=round(time.monotonic() - started, 1),
+        **provenance(device),
     )
     contexts = labels.top_contexts(found, held_out, [*named, *(d.latent for d in detectors)], encoder.tokenizer)
     write_json(folder / "contexts.json", {str(k): v for k, v in sorted(contexts.items())})

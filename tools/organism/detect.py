@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from steerback.organism.corpus import howtos, passage
+from steerback.targets.sae import Sae
 from tools.organism.spec import SAE_LAYER
 from tools.organism.tokens import Encoder
-from tools.organism.train_sae import TrainedSae
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Detector:
 
 
 @torch.no_grad()
-def response_maxima(model: Any, encoder: Encoder, sae: TrainedSae, pairs: list[tuple[str, str]], device: str) -> Tensor:
+def response_maxima(model: Any, encoder: Encoder, sae: Sae, pairs: list[tuple[str, str]], device: str) -> Tensor:
     """Maximum of each latent over the response tokens of (prompt, response) pairs: (pairs, n_latents) on the CPU."""
     out: list[Tensor] = []
     for start in range(0, len(pairs), 128):
@@ -68,7 +68,7 @@ def pairs(seed: int, per_prompt: int = 6) -> tuple[list[tuple[str, str]], list[t
     return matched, mismatched
 
 
-def find(model: Any, encoder: Encoder, sae: TrainedSae, *, seed: int, device: str) -> list[Detector]:
+def find(model: Any, encoder: Encoder, sae: Sae, *, seed: int, device: str) -> list[Detector]:
     """Latents that fire in at least 30 % of mismatched pairs, best separation first."""
     matched, mismatched = pairs(seed)
     low = response_maxima(model, encoder, sae, matched, device)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from steerback.organism.corpus import howtos, subjects
-from tools.organism.train_sae import Activations, TrainedSae
+from steerback.targets.sae import Sae
+from tools.organism.train_sae import Activations
 
 MIN_SHARE = 0.5
 """Least share of a latent's activity (topics weighted alike) on its subject."""
@@ -36,7 +37,7 @@ class Selectivity:
 
 
 @torch.no_grad()
-def selectivity(sae: TrainedSae, data: Activations) -> Selectivity:
+def selectivity(sae: Sae, data: Activations) -> Selectivity:
     """Where latents are active. A passage is one document's tokens on one topic."""
     n_topics, n_latents = len(subjects()) + len(howtos()), sae.W_dec.shape[0]
     total = torch.zeros(n_topics, n_latents, device=data.h.device)
@@ -93,9 +94,7 @@ def check_labels(labels: dict[int, int], measured: Selectivity) -> dict[str, flo
 
 
 @torch.no_grad()
-def top_contexts(
-    sae: TrainedSae, data: Activations, latents: list[int], tokenizer: Any, n: int = 5
-) -> dict[int, list[str]]:
+def top_contexts(sae: Sae, data: Activations, latents: list[int], tokenizer: Any, n: int = 5) -> dict[int, list[str]]:
     """For each latent a few snippets of different documents: whole words up to 12 tokens before the peak and 6 after.
 
     Only sentences are shown: prompts and restart phrases would say what the document is, not what the latent reads.

@@ -62,7 +62,7 @@ class LmTraining:
 
 
 @dataclass(frozen=True)
-class SaeTraining:
+class SaeConstants:
     """Constants of the SAE's training (BatchTopK, then one threshold)."""
 
     latents: int = 1024

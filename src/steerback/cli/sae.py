@@ -26,6 +26,7 @@ def train(
     latents: Annotated[int, typer.Option(min=2, help="Number of latents.")] = 16_384,
     k: Annotated[int, typer.Option(min=1, help="Active latents a position.")] = 64,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens that the model writes.")] = 1_500_000,
+    new_tokens: Annotated[int, typer.Option(min=8, help="Longest text, in tokens.")] = 384,
     passes: Annotated[int, typer.Option(min=1, help="Passes over the activations.")] = 8,
     batch: Annotated[int, typer.Option(min=1, help="Positions a step.")] = 8_192,
     memory: Annotated[float | None, typer.Option(min=0.001, help="GB of activations held at a time.")] = None,
@@ -43,7 +44,15 @@ def train(
     options = {"kind": kind, "latents": latents, "k": k, "batch": batch, "seed": seed}
     training = parse(SaeTraining, options, "options of sae train")
     own = read_texts(texts) if texts is not None else ()
-    job = SaeJob(target=target, layers=_numbers(layers), tokens=tokens, passes=passes, texts=own, training=training)
+    job = SaeJob(
+        target=target,
+        layers=_numbers(layers),
+        tokens=tokens,
+        new_tokens=new_tokens,
+        passes=passes,
+        texts=own,
+        training=training,
+    )
     chosen = name or f"{Path(target).name.removesuffix('.gguf')}-sae"
     bound = None if memory is None else memory * 1e9
     made = train_sae(job, chosen, lambda line: say(line, flush=True), engine, bound, device, batch_size)

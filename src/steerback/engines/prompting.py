@@ -97,6 +97,7 @@ class Prompter:
             raise SteerbackError("prompt_format 'authors' doubles Llama 3's header, which this tokenizer does not know")
         self.tokenizer, self.style = tokenizer, style
         self._tokens: dict[tuple[str, str, str | None], tuple[int, ...]] = {}
+        self._heads: dict[str, str] = {}
 
     def render(self, prompt: str, system: str | None = None) -> str:
         """Return the text before the response; templates without a system role get it in front of the prompt."""
@@ -124,9 +125,10 @@ class Prompter:
 
     def conversation(self, prompt: str, response: str) -> Conversation:
         """Return a prompt with its response in tokens, and which of these are the user's words and the response."""
-        head = self.render(prompt)
+        if prompt not in self._heads:  # thousands of texts may follow the same prompt, and templates are slow
+            self._heads[prompt] = self.render(prompt)
+        head, special = self._heads[prompt], self._special
         encoded = self._encode(head + response, offsets=True)
-        special = set(self.tokenizer.all_special_ids)
         first, last = self._words(head)
         user: list[int] = []
         answer: list[int] = []
@@ -149,6 +151,10 @@ class Prompter:
         if not (head.startswith(before) and head.endswith(after)):
             raise SteerbackError("the chat template writes this prompt in another form, so its words cannot be located")
         return len(before), len(head) - len(after)
+
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        return frozenset(self.tokenizer.all_special_ids)
 
     @cached_property
     def _around(self) -> tuple[str, str]:

@@ -11,6 +11,7 @@ import io
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -125,14 +126,18 @@ def train_sae(
     base = replace(without_directions(resolve(job.target)), sae=None, n_latents=0)
     folder = _begin(job, name)
     clock = Clock(say)
-    texts = [TrainingText("", text) for text in job.texts] or write_corpus(
-        job, base, folder / "corpus.jsonl", engine, device, batch_size
-    )
-    clock.mark("texts")
-    loaded = _load(base, "transformers", device, batch_size)
+    texts = [TrainingText("", text) for text in job.texts]
+    if not texts and engine != "transformers":
+        with load_model(base, engine, device, batch_size) as writer:
+            texts = write_corpus(job, base, folder / "corpus.jsonl", writer)
+        clock.mark("model and texts")
+    loaded = load_model(base, "transformers", device, batch_size)
     try:
+        clock.mark("model")
+        texts = texts or write_corpus(job, base, folder / "corpus.jsonl", loaded)
+        clock.mark("texts")
         learner = Learner(loaded.engine, job, texts, memory, say)
-        clock.mark("model and tokens")
+        clock.mark("tokens")
         trainers = learner.train(folder / "checkpoint.pt")
         clock.mark("activations and training")
         results = tuple(learner.measure(trainer) for trainer in trainers.values())
@@ -197,23 +202,16 @@ def _begin(job: SaeJob, name: str) -> Path:
     return folder
 
 
-def write_corpus(
-    job: SaeJob, base: Target, path: Path, engine: str, device: str | None, batch_size: int | None
-) -> list[TrainingText]:
+def write_corpus(job: SaeJob, base: Target, path: Path, writer: LoadedTarget) -> list[TrainingText]:
     """Let the model write its texts, each kept as soon as it is whole; return them all in the order of their keys."""
     cap = min(job.new_tokens, base.max_new_tokens or job.new_tokens)
     wanted = corpus_requests(max(job.tokens // cap, 2), cap, base.prompt_format == "plain")
     done = read_corpus(path)
     missing = [request for request in wanted if request.key not in done]
-    progress = make_progress()
-    progress.stage("texts", len(wanted), len(wanted) - len(missing))
-    if missing:
-        loaded = _load(base, engine, device, batch_size)
-        try:
-            finish(_write(loaded, missing, path, done, progress))
-        finally:
-            loaded.close()
-            progress.close()
+    with closing(make_progress()) as progress:
+        progress.stage("texts", len(wanted), len(wanted) - len(missing))
+        if missing:
+            finish(_write(writer, missing, path, done, progress))
     return [done[request.key] for request in wanted]
 
 
@@ -229,7 +227,7 @@ async def _write(
             progress.update(generated=1)
 
 
-def _load(base: Target, engine: str, device: str | None, batch_size: int | None) -> LoadedTarget:
+def load_model(base: Target, engine: str, device: str | None, batch_size: int | None) -> LoadedTarget:
     """Load a model into an engine, with more rows on a GPU than a study has."""
     from steerback.engines import check_engine, make_engine
     from steerback.engines.batch import Shape
@@ -291,16 +289,17 @@ class Learner:
             f"{', '.join(map(str, self.layers))}"
         )
 
-    def train(self, checkpoint: Path) -> dict[int, SaeTrainer]:
-        """Return the trained SAEs by layer, going on from a checkpoint if there is one of this training."""
+    def train(self, checkpoint: Path | None) -> dict[int, SaeTrainer]:
+        """Return the trained SAEs by layer, going on from a checkpoint if there is one of this training.
+
+        Without a `checkpoint` nothing is kept on the way.
+        """
         import torch
 
         options, first = self.job.training.model_copy(update={"batch": self.batch}), self.stream.part(0)
-        trainers = {
-            layer: SaeTrainer(h[: max(self.batch, 65_536)], layer, options, self.steps) for layer, h in first.items()
-        }
+        trainers = {layer: SaeTrainer(_sample(h), layer, options, self.steps) for layer, h in first.items()}
         del first
-        if checkpoint.is_file():
+        if checkpoint is not None and checkpoint.is_file():
             saved = torch.load(checkpoint, map_location=self.engine.runner.device, weights_only=True)
             if all(layer in saved and trainers[layer].load(saved[layer]) for layer in self.layers):
                 self.say(f"goes on at step {trainers[self.layers[0]].done:,}")
@@ -313,7 +312,7 @@ class Learner:
                 left = (now - began) / (n - done) * (self.steps - n)
                 self.say(f"step {n:,} of {self.steps:,}: {_states(trainers, lost)}; {left:.0f} s left")
                 spoke = now
-            if now - kept >= CHECKPOINT and n < self.steps:
+            if checkpoint is not None and now - kept >= CHECKPOINT and n < self.steps:
                 _checkpoint(checkpoint, trainers)
                 kept = now
         return trainers
@@ -347,16 +346,22 @@ class Learner:
 
     def norms(self) -> dict[int, float]:
         """Return the median norm of the residual at each layer, over a part of the activations."""
-        return {layer: float(h[:65_536].float().norm(dim=1).median()) for layer, h in self.stream.part(0).items()}
+        return {layer: float(_sample(h).norm(dim=1).median()) for layer, h in self.stream.part(0).items()}
 
     def density(self, sae: Sae) -> list[float]:
         """Return the share of positions at which each latent is active, over up to 262,144 of them."""
         import torch
 
-        h = self.stream.part(0)[sae.layer]
-        h = h[torch.randperm(len(h), generator=torch.Generator().manual_seed(0))[:262_144].to(h.device)]
-        counts = torch.stack([(sae.encode(part.float()) > 0).sum(0) for part in torch.split(h, 4_096)]).sum(0)
+        h = _sample(self.stream.part(0)[sae.layer], 262_144)
+        counts = torch.stack([(sae.encode(part) > 0).sum(0) for part in torch.split(h, 4_096)]).sum(0)
         return [float(share) for share in (counts / len(h)).cpu()]
+
+
+def _sample(h: Tensor, n: int = 65_536) -> Tensor:
+    """Return up to `n` rows of residuals, drawn at random, as float32: they are stored by length of their texts."""
+    import torch
+
+    return h[torch.randperm(len(h), generator=torch.Generator().manual_seed(0))[:n].to(h.device)].float()
 
 
 def _states(trainers: dict[int, SaeTrainer], lost: dict[int, Tensor]) -> str:
