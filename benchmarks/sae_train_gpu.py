@@ -27,17 +27,15 @@ from pathlib import Path
 from typing import Any
 
 SWEEP: list[dict[str, Any]] = [
-    {"k": 64},
     {"k": 96},
-    {"k": 48},
+    {"k": 64, "learning_rate": 8e-4},
     {"k": 64, "kind": "topk"},
-    {"k": 64, "latents": 8_192},
-    {"k": 96, "latents": 32_768},
     {"k": 128},
+    {"k": 64, "latents": 8_192},
+    {"k": 64, "passes": 4},
     {"k": 64, "passes": 16},
-    {"k": 64, "learning_rate": 6e-4},
-    {"k": 64, "learning_rate": 1.2e-3},
-    {"k": 64, "aux_weight": 0.125},
+    {"k": 48},
+    {"k": 96, "latents": 32_768},
 ]
 LAYERS = (0.35, 0.45, 0.55, 0.6, 0.7, 0.8, 0.9)
 NAME = "measured"
@@ -52,6 +50,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--budget", type=float, default=540, help="seconds after which nothing new is begun")
     parser.add_argument("--stages", default="train,sweep,layers")
+    parser.add_argument("--first", type=int, default=0, help="number of the first setting of the sweep")
     options = parser.parse_args(own[: own.index("--")] if "--" in own else own)
     options.out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
@@ -61,7 +60,7 @@ def main() -> None:
             if stage == "train":
                 train(options.model, options.out, given)
             else:
-                more(stage, options.model, options.out, given, began + options.budget)
+                more(stage, options.model, options.out, options.first, began + options.budget)
         except Exception as error:  # noqa: BLE001 (the other stages are still to be run)
             print(f"{stage} failed: {type(error).__name__}: {error}", flush=True)
     print(f"== done at {time.monotonic() - began:.0f} s", flush=True)
@@ -134,14 +133,13 @@ def labels(where: Path, out: Path, n: int = 100) -> None:
     shutil.copy(where / "labels.csv", out / "all_labels.csv")
 
 
-def more(stage: str, model: Path, out: Path, given: list[str], until: float) -> None:
+def more(stage: str, model: Path, out: Path, first: int, until: float) -> None:
     """Train more SAEs on the texts that the stage `train` left, until the time is up."""
     from steerback.jobs.doctor import without_directions
     from steerback.jobs.sae_training import Learner, SaeJob, load_model, write_corpus
     from steerback.readers import read_json_table
     from steerback.targets import resolve
 
-    del given
     job = SaeJob.model_validate(read_json_table(folder() / "job.json", "training"), strict=False)
     base = without_directions(resolve(str(model)))
     loaded = load_model(base, "transformers", None, None)
@@ -154,7 +152,7 @@ def more(stage: str, model: Path, out: Path, given: list[str], until: float) -> 
         if stage == "layers":
             job = job.model_copy(update={"layers": tuple(depths), "passes": 3})
         learner = Learner(loaded.engine, job, texts, None, lambda line: print(line, flush=True))
-        for changes in [{}] if stage == "layers" else SWEEP:
+        for changes in [{}] if stage == "layers" else SWEEP[first:]:
             if time.monotonic() > until:
                 print("no time left", flush=True)
                 break
