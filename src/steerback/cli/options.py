@@ -93,7 +93,13 @@ class Setup:
 
     preset: Annotated[str | None, typer.Option(help="specification (default), authors or quick.")] = None
     config: Annotated[Path | None, typer.Option(help="YAML file with settings.")] = None
-    engine: Annotated[str | None, typer.Option(help="transformers or vllm; default: what fits this machine.")] = None
+    engine: Annotated[str | None, typer.Option(help="transformers, vllm or ray; default: what fits this machine.")] = (
+        None
+    )
+    ray_address: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="ray: auto or HOST:PORT of a cluster (docs/cluster.md); default: here."),
+    ] = None
     judge: Annotated[str | None, typer.Option(help="offline, or a judge model.")] = None
     rubric: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Your own rubric for the judge model (docs/judging.md).")
@@ -114,6 +120,8 @@ class Setup:
         from steerback.config import build_config
 
         chosen = {"engine": self.engine, "judge": self.judge, **(overrides or {})}
+        if self.ray_address is not None:
+            chosen["engine_options"] = {**_mapping(chosen.get("engine_options")), "address": self.ray_address}
         assignments = tuple(self.settings or ()) if settings is None else settings
         config = build_config(experiment, targets, self.preset, self.config, chosen, assignments, base)
         if self.rubric is None:
@@ -121,6 +129,10 @@ class Setup:
         from steerback.judging.own_rubric import use_rubric
 
         return use_rubric(config, self.rubric)
+
+
+def _mapping(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def add(app: typer.Typer, verb: Callable[..., object], name: str | None = None) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from steerback.engines.options import ENGINES, EngineOptions, ScriptedOptions, VllmOptions, parse_options
+from steerback.engines.options import ENGINES, EngineOptions, RayOptions, ScriptedOptions, VllmOptions, parse_options
+from steerback.errors import SteerbackError
 from steerback.targets.fit import check_ready, fetch, gpus
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ def check_engine(name: str, values: Mapping[str, object], batch_size: int | None
         from steerback.engines.vllm.loading import require_vllm
 
         require_vllm()  # raises the error that says how to install it; a real import would take seconds
+    if isinstance(options, RayOptions) and find_spec("ray") is None:
+        raise SteerbackError("the ray engine needs Ray: pip install 'steerback[ray]'")
     return options
 
 
@@ -63,6 +66,10 @@ def make_engine(target: Target, options: EngineOptions, directions: Mapping[str,
         from steerback.targets.directions import load_directions
 
         directions = load_directions(target.direction_files, target.steer_layer, target.name)
+    if isinstance(options, RayOptions):
+        from steerback.engines.ray.engine import RayEngine
+
+        return RayEngine(target, options, directions)
     if isinstance(options, VllmOptions):
         from steerback.engines.vllm.engine import VllmEngine
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 from pydantic import Field, JsonValue, field_validator
 
@@ -80,12 +81,61 @@ class ScriptedOptions(Settings):
     shuffled: bool = False
 
 
-EngineOptions = TransformersOptions | VllmOptions | ScriptedOptions
+class RayOptions(Settings):
+    """Options of the Ray engine: workers on the machines of a cluster."""
+
+    engine: Literal["transformers", "vllm", "scripted"] = "transformers"
+    """Engine of each worker."""
+    options: Mapping[str, object] = Field(default_factory=dict)
+    """Options of that engine."""
+    workers: int = Field(1, ge=1)
+    """Workers asked for. The run starts with the first that is ready; others join when a machine has room."""
+    gpus_per_worker: int | None = Field(None, ge=0)
+    """GPUs of each worker, all on one machine (vLLM: tensor parallelism over them); None: 1 for vLLM, else 0."""
+    cpus_per_worker: int = Field(1, ge=1)
+    """CPU cores that the cluster reserves for each worker."""
+    address: str | None = None
+    """Address of the cluster (`auto` or HOST:PORT); None: the one on this machine, started if there is none."""
+    attempts: int = Field(3, ge=1)
+    """Workers that may end with a request before the request is given up and its trial marked."""
+    deadline: float = Field(900.0, gt=0)
+    """Seconds without a response after which a busy worker is replaced."""
+    in_flight: int | None = Field(None, ge=1)
+    """Most requests that a worker holds at one time; None: enough to keep its engine full."""
+    batch_size: int | None = Field(None, ge=1)
+    """Requests that decode together in each worker."""
+
+    @field_validator("address")
+    @classmethod
+    def _is_no_client(cls, address: str | None) -> str | None:
+        if address is not None and "://" in address:
+            raise ValueError(
+                "has to be auto or HOST:PORT; Ray Client (ray://) is not supported: start steerback on a "
+                "machine of the cluster"
+            )
+        return address
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of each worker."""
+        return (self.engine == "vllm") if self.gpus_per_worker is None else self.gpus_per_worker
+
+    @property
+    def inner(self) -> TransformersOptions | VllmOptions | ScriptedOptions:
+        """Checked options of the workers' engine."""
+        parallel = {"tensor_parallel": self.gpus} if self.engine == "vllm" and self.gpus > 1 else {}
+        options = parse_options(self.engine, {**parallel, **self.options}, self.batch_size)
+        assert not isinstance(options, RayOptions)
+        return options
+
+
+EngineOptions = TransformersOptions | VllmOptions | ScriptedOptions | RayOptions
 
 ENGINES: Mapping[str, type[EngineOptions]] = {
     "transformers": TransformersOptions,
     "vllm": VllmOptions,
     "scripted": ScriptedOptions,
+    "ray": RayOptions,
 }
 
 
@@ -97,4 +147,7 @@ def parse_options(engine: str, values: Mapping[str, object], batch_size: int | N
     if engine not in ENGINES:
         raise unknown("engine", engine, ("auto", *ENGINES))
     chosen = {key: value for key, value in {"batch_size": batch_size, **values}.items() if value is not None}
-    return parse(ENGINES[engine], chosen, f"engine_options of {engine!r}")
+    options = parse(ENGINES[engine], chosen, f"engine_options of {engine!r}")
+    if isinstance(options, RayOptions):
+        _ = options.inner  # a wrong option of the workers' engine shows now
+    return options

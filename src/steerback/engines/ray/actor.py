@@ -1,0 +1,141 @@
+"""The worker's side of the Ray engine: one process on some machine of the cluster that holds one loaded engine.
+
+It knows nothing of other workers, of retries or of the run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import platform
+import socket
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from steerback.engines.base import EngineRecord, Pooling
+from steerback.engines.interventions import Site
+from steerback.engines.options import EngineOptions, TransformersOptions
+from steerback.errors import SteerbackError
+from steerback.records import Completion, Request
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from steerback.engines.base import Engine
+    from steerback.targets import Target
+
+Batch = tuple[str, list[tuple[str, Completion]]]
+"""The worker's fingerprint, and (request key, completion) pairs that were generated under it."""
+BATCH_SIZE, BATCH_SECONDS = 32, 0.05
+"""Completions travel together: one message for each of them would cost more than generating a short one."""
+PACKAGES = ("steerback", "torch", "transformers", "vllm", "numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedWorker:
+    """Identity of a worker: its machine, its engine's record and fingerprint, and the package versions it runs.
+
+    `rows` is how many requests decode together. `continuous` engines take new requests while others decode.
+    """
+
+    node: str
+    fingerprint: str
+    record: EngineRecord
+    versions: dict[str, str]
+    site: Site | None
+    rows: int
+    continuous: bool
+
+
+class EngineActor:
+    """A loaded engine behind Ray's messages; `load` comes first."""
+
+    def __init__(self, target: Target, options: EngineOptions, directions: Mapping[str, Tensor] | None) -> None:
+        self._target, self._options, self._directions = target, options, directions
+        # A transformers engine decodes one list of requests at a time; the next list waits here, already delivered.
+        self._turn: contextlib.AbstractAsyncContextManager[object] = contextlib.nullcontext()
+        if isinstance(options, TransformersOptions):
+            self._turn = asyncio.Semaphore(1)
+
+    async def load(self) -> LoadedWorker:
+        """Load the target. Raises SteerbackError, with the machine's name, for what is missing or does not fit."""
+        from steerback.engines import make_engine
+
+        node = f"{socket.gethostname()} ({_address()})"
+        try:
+            self.engine: Engine = make_engine(self._target, self._options, self._directions)
+        except SteerbackError as error:
+            raise SteerbackError(f"{node}: {error}") from None
+        runner = getattr(self.engine, "runner", None)
+        settings = getattr(self.engine, "settings", None)
+        shape = getattr(self.engine, "shape", settings)
+        return LoadedWorker(
+            node=node,
+            fingerprint=self.engine.fingerprint,
+            record=self.engine.describe(),
+            versions={"python": platform.python_version(), **{name: v for name in PACKAGES if (v := _version(name))}},
+            site=getattr(runner or settings, "site", None),
+            rows=getattr(shape, "rows", 64),
+            continuous=not isinstance(self._options, TransformersOptions),
+        )
+
+    async def ping(self) -> bool:
+        """Answer, so that the driver knows that the machine can be reached again."""
+        return True
+
+    async def generate(self, requests: Sequence[Request]) -> AsyncIterator[Batch]:
+        """Yield batches of completions; see `Engine.generate`."""
+        ready: list[tuple[str, Completion]] = []
+        sent = time.monotonic()
+        async with self._turn:
+            async for one in self.engine.generate(requests):
+                ready.append(one)
+                if len(ready) >= BATCH_SIZE or time.monotonic() - sent > BATCH_SECONDS:
+                    yield self.engine.fingerprint, ready
+                    ready, sent = [], time.monotonic()
+        if ready:
+            yield self.engine.fingerprint, ready
+
+    async def activations(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        latents: Sequence[int] | None,
+        include_prompt: bool,
+        pool: Pooling,
+    ) -> NDArray[np.float32]:
+        """Return pooled activations, (n texts, n latents); see `Engine.activations`."""
+        async with self._turn:
+            return await asyncio.to_thread(
+                self.engine.activations, prompts, responses, latents, include_prompt=include_prompt, pool=pool
+            )
+
+    async def decoder_norms(self) -> NDArray[np.float32]:
+        """Return the L2 norm of each latent's decoder direction: (n latents,)."""
+        return self.engine.decoder_norms()
+
+    async def token_ends(self, completion: Completion) -> list[int]:
+        """Return the character at which each token ends; see `Engine.token_ends`."""
+        return self.engine.token_ends(completion)
+
+    async def close(self) -> None:
+        """Release the model and end what the engine has started."""
+        self.engine.close()
+
+
+def _address() -> str:
+    import ray
+
+    return str(ray.util.get_node_ip_address())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

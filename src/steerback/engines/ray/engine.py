@@ -1,0 +1,301 @@
+"""The Ray engine of a target: deals requests to workers on a cluster and takes over from those that die.
+
+Responses, receipts and fingerprint are those of the engine that the workers hold, so a run's ledger does not depend on
+where it was made. Knows nothing of judges, ledgers or experiments.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from steerback.engines.base import EngineRecord
+from steerback.engines.checks import checked
+from steerback.engines.options import RayOptions
+from steerback.engines.ray.actor import Batch
+from steerback.engines.ray.workers import Pool, Worker, cause, connect, notice
+from steerback.errors import SteerbackError, one_line
+from steerback.records import Completion, Receipt, Request
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from steerback.engines.base import Pooling
+    from steerback.targets import Target
+
+POLL = 1.0
+"""Seconds between two looks for workers that have joined or that hang."""
+
+
+class RayEngine:
+    """Generates steered responses for one target with engines on the machines of a Ray cluster."""
+
+    def __init__(
+        self,
+        target: Target,
+        options: RayOptions,
+        directions: Mapping[str, Tensor] | None = None,
+        say: Callable[[str], None] = notice,
+    ) -> None:
+        connect(options.address)
+        self.options, self.say = options, say
+        self.pool = Pool(target, options, directions, say)
+        try:
+            self.pool.first()
+        except BaseException:
+            self.close()
+            raise
+        assert self.pool.reference is not None
+        self._record = self.pool.reference.record
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the workers' engine: the same as without Ray on such a machine."""
+        return self.pool.fingerprint()
+
+    def describe(self) -> EngineRecord:
+        """Return the record of the first worker's engine."""
+        return self._record
+
+    async def generate(self, requests: Sequence[Request]) -> AsyncIterator[tuple[str, Completion]]:
+        """Yield (key, completion) in completion order; requests of a worker that dies go to others.
+
+        A request whose worker died `attempts` times gets an empty completion with finish "error".
+        """
+        if (known := self.pool.reference) is not None and known.site is not None:
+            for _ in checked(requests, known.site):
+                pass
+        deal = Deal(self.pool, self.options, requests)
+        try:
+            async for done in deal.completions():
+                yield done
+        finally:
+            await deal.cancel()
+
+    def activations(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        latents: Sequence[int] | None = None,
+        include_prompt: bool = False,
+        pool: Pooling = "max",
+    ) -> NDArray[np.float32]:
+        """Return pooled activations, read by all workers; see `Engine.activations`."""
+        import numpy as np
+
+        size = max(1, min(64, -(-len(prompts) // max(self.options.workers, 1))))
+        chosen = None if latents is None else list(latents)
+        starts = range(0, max(len(prompts), 1), size)  # no text at all: one empty piece, for the checks and the shape
+        pieces = [
+            (list(prompts[n : n + size]), list(responses[n : n + size]), chosen, include_prompt, pool) for n in starts
+        ]
+        return np.concatenate(self._everywhere("activations", pieces))
+
+    def decoder_norms(self) -> NDArray[np.float32]:
+        """Return the L2 norm of each latent's decoder direction: (n latents,)."""
+        norms: NDArray[np.float32] = self._everywhere("decoder_norms", [()])[0]
+        return norms
+
+    def token_ends(self, completion: Completion) -> list[int]:
+        """Return the character at which each token ends; see `Engine.token_ends`."""
+        ends: list[int] = self._everywhere("token_ends", [(completion,)])[0]
+        return ends
+
+    def close(self) -> None:
+        """End the workers; the cluster goes on."""
+        self.pool.close()
+
+    def _everywhere(self, method: str, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Return the results of a method of the workers' engine for each tuple of arguments, in their order."""
+        import ray
+
+        results: dict[int, Any] = {}
+        waiting, tries = deque(range(len(calls))), Counter[int]()
+        running: dict[Any, tuple[int, Worker, float]] = {}
+        while len(results) < len(calls):
+            while waiting and (worker := self._free()) is not None:
+                n = waiting.popleft()
+                running[getattr(worker.actor, method).remote(*calls[n])] = n, worker, time.monotonic()
+                worker.open += 1
+            ready, _ = ray.wait(list(running), timeout=POLL) if running else ([], [])
+            late = [r for r, (_, _, since) in running.items() if time.monotonic() - since > self.options.deadline]
+            for reference in {*ready, *late}:
+                n, worker, _ = running.pop(reference)
+                worker.open -= 1
+                try:
+                    results[n] = ray.get(reference, timeout=0)
+                except (ray.exceptions.RayError, TimeoutError) as error:
+                    if isinstance(mistake := cause(error), SteerbackError):
+                        raise SteerbackError(str(mistake)) from error
+                    tries[n] += 1
+                    fell(self.pool, worker, error)
+                    if tries[n] >= self.options.attempts:
+                        raise SteerbackError(
+                            f"{method} failed {tries[n]} times on the cluster, the last time: {one_line(error)[:200]}"
+                        ) from error
+                    waiting.append(n)
+        return [results[n] for n in range(len(calls))]
+
+    def _free(self) -> Worker | None:
+        """Return the least busy worker that has fewer than two calls open."""
+        worker = self.pool.first()
+        return worker if worker.open < 2 else None
+
+
+class Deal:
+    """Requests of one call of `generate` on their way to workers and back."""
+
+    def __init__(self, pool: Pool, options: RayOptions, requests: Sequence[Request]) -> None:
+        self.pool, self.options = pool, options
+        self.waiting = deque(requests)
+        self.last_tries: deque[Request] = deque()
+        self._alone: dict[Worker, str] = {}  # workers that hold one request on its last try, and nothing else
+        self.unanswered = {request.key for request in requests}
+        self.tries = Counter[str]()
+        self.inbox: asyncio.Queue[tuple[Worker, Sequence[Request], Batch | BaseException | None]] = asyncio.Queue()
+        self.tasks: set[asyncio.Task[None]] = set()
+        self._looked = 0.0
+        self._ready: list[Worker] = []
+        self._said = time.monotonic()
+
+    async def completions(self) -> AsyncIterator[tuple[str, Completion]]:
+        """Yield each request's completion once."""
+        while self.unanswered:
+            self._look()
+            self._send()
+            try:
+                worker, part, event = await asyncio.wait_for(self.inbox.get(), POLL)
+            except TimeoutError:
+                continue
+            if isinstance(event, tuple):
+                fingerprint, batch = event
+                self.pool.noted(worker, fingerprint, len(batch))
+                for key, completion in batch:
+                    if key in self.unanswered:  # not so if a worker that was given up answers after all
+                        self.unanswered.remove(key)
+                        worker.open -= 1
+                        yield key, completion
+            elif event is not None:
+                for done in self._failed(worker, part, event):
+                    yield done
+
+    async def cancel(self) -> None:
+        """Stop waiting for workers; what they still compute is lost."""
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        for worker in self.pool.workers:
+            worker.open = 0
+
+    def _look(self) -> None:
+        """Once a second: take in workers that have joined and give up those that have been silent for too long."""
+        now = time.monotonic()
+        if now - self._looked < POLL and self._ready:
+            return
+        self._looked, self._ready = now, self.pool.ready()
+        for worker in self._ready:
+            if worker.open and now - worker.heard > self.options.deadline:
+                self.pool.lost(worker, f"no response for {self.options.deadline:g} s")
+        if self._ready:
+            self._said = now
+        elif now - self._said > 10:
+            self._said = now
+            self.pool.say(f"no worker is ready yet: {self.pool.shortage()}")
+
+    def _send(self) -> None:
+        """Fill every worker up to its limit, the emptiest first.
+
+        A request on its last try comes at the end and has a worker for itself, so that one that ends every worker is
+        given up and no other with it.
+        """
+        while self.waiting or self.last_tries:
+            rooms = {w: self._room(w) for w in self._ready if w in self.pool.workers and w.away is None}
+            worker = max(rooms, key=lambda w: rooms[w], default=None)
+            if worker is None or rooms[worker] <= 0 or (worker.open and not self.waiting):
+                return
+            if self.waiting:
+                size = min(rooms[worker], self._piece(worker), len(self.waiting))
+                self._hand(worker, [self.waiting.popleft() for _ in range(size)])
+            else:
+                request = self.last_tries.popleft()
+                self._alone[worker] = request.key
+                self._hand(worker, [request])
+
+    def _hand(self, worker: Worker, part: Sequence[Request]) -> None:
+        if not worker.open:
+            worker.heard = time.monotonic()
+        worker.open += len(part)
+        task = asyncio.create_task(self._ask(worker, part))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    def _room(self, worker: Worker) -> int:
+        assert worker.loaded is not None
+        if self._alone.get(worker) in self.unanswered:
+            return 0
+        return (self.options.in_flight or 2 * self._list(worker)) - worker.open
+
+    def _list(self, worker: Worker) -> int:
+        """Return the longest list of requests that a worker gets at once."""
+        assert worker.loaded is not None
+        return worker.loaded.rows if worker.loaded.continuous else 4 * worker.loaded.rows
+
+    def _piece(self, worker: Worker) -> int:
+        """Return how many requests go out together: shorter lists towards the end, so that all workers end together."""
+        assert worker.loaded is not None
+        share = -(-len(self.waiting) // len(self._ready))
+        longest = self._list(worker)
+        return max(1, min(longest // 8 or 1, -(-share // 2)) if worker.loaded.continuous else min(longest, share))
+
+    async def _ask(self, worker: Worker, part: Sequence[Request]) -> None:
+        """Send requests to a worker and put its answers, and how it ended, into the inbox."""
+        import ray
+
+        try:
+            answers = worker.actor.generate.options(num_returns="streaming").remote(part)
+            async for reference in answers:
+                self.inbox.put_nowait((worker, part, await reference))
+        except ray.exceptions.RayError as error:
+            self.inbox.put_nowait((worker, part, error))
+        else:
+            self.inbox.put_nowait((worker, part, None))
+
+    def _failed(self, worker: Worker, part: Sequence[Request], error: BaseException) -> list[tuple[str, Completion]]:
+        """Give a failed worker's unanswered requests to others, or up; return those that are given up."""
+        if isinstance(mistake := cause(error), SteerbackError):
+            raise SteerbackError(str(mistake)) from error
+        fell(self.pool, worker, error)
+        given_up = []
+        for request in part:
+            if request.key not in self.unanswered:
+                continue
+            worker.open -= 1
+            self.tries[request.key] += 1
+            self._alone.pop(worker, None)
+            if self.tries[request.key] < self.options.attempts:
+                last = self.tries[request.key] == self.options.attempts - 1
+                (self.last_tries if last else self.waiting).append(request)
+                continue
+            self.unanswered.remove(request.key)
+            reason = f"[no response: {self.tries[request.key]} workers ended, the last one: {one_line(error)[:200]}]"
+            given_up.append((request.key, Completion(reason, (), 0, "error", Receipt())))
+            self.pool.say(f"request {request.key} is given up after {self.tries[request.key]} workers ended")
+        self._looked = 0.0
+        return given_up
+
+
+def fell(pool: Pool, worker: Worker, error: BaseException) -> None:
+    """Replace a worker that failed; one that is only out of reach is kept until it answers again."""
+    import ray
+
+    if isinstance(error, ray.exceptions.ActorUnavailableError):
+        pool.unreachable(worker)
+        return
+    rows = worker.loaded.rows if worker.loaded is not None else 1
+    short = isinstance(error, ray.exceptions.OutOfMemoryError)
+    pool.lost(worker, one_line(error)[:200], max(rows // 2, 1) if short else None)
