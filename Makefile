@@ -7,13 +7,14 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 RUNS ?= runs
 DEMO_TARGETS := --target organism --target organism-control
 
-.PHONY: help demo demo-all demo-all-small demo-finetune demo-finetune-small test test-vllm test-vllm-first test-vllm-second check clean
+.PHONY: help demo demo-all demo-all-small demo-finetune demo-finetune-small test test-vllm test-vllm-first test-vllm-second test-ray check clean
 help:
 	@echo "make demo    install, then measure steering resistance on the built-in models (about 3 minutes)"
 	@echo "make demo-all    every experiment of the paper on the built-in models (up to 25 minutes; SIZES=... for others)"
 	@echo "make demo-finetune    experiment 4: nine adapters trained and measured (about 27 minutes)"
 	@echo "make test    install what tests need, then run them all"
 	@echo "make test-vllm    the same for the vLLM engine, in an environment of its own (CPU build of vLLM)"
+	@echo "make test-ray    the Ray engine on a cluster of three nodes on this machine"
 	@echo "make check   format, lint, types, import order, spelling"
 	@echo "make clean   remove what the above made (runs are kept)"
 
@@ -85,7 +86,11 @@ demo-finetune-small:
 	else echo "chromium is missing, so the tests of the labelling page are skipped: sudo apt install chromium"; fi
 
 test: $(VENV)/.installed-dev | /usr/bin/chromium
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/ray_engine
+
+# A cluster of three Ray nodes on this machine, with workers, nodes and drivers that are killed.
+test-ray: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/ray_engine
 
 # All that is needed is pinned, and nothing else installed: the CPU build of vLLM asks for builds of torch's companions
 # that are not made for it, and works without them.
