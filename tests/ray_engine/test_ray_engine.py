@@ -106,7 +106,7 @@ def gathered(engine: Any, asked: Sequence[Request]) -> dict[str, Completion]:
 
 
 def made(lines: list[str], **options: Any) -> RayEngine:
-    return RayEngine(resolve("organism"), RayOptions.model_validate(options), say=lines.append)
+    return RayEngine(resolve("organism"), RayOptions.model_validate(options), None, make_engine, say=lines.append)
 
 
 def scripted(lines: list[str], script: Any, **options: Any) -> RayEngine:
@@ -177,7 +177,7 @@ class Saboteur(RayEngine):
     def __init__(
         self, target: Target, options: RayOptions, plan: list[tuple[int, Callable[[RayEngine], None]]]
     ) -> None:
-        super().__init__(target, options, say=lambda line: None)
+        super().__init__(target, options, None, make_engine, say=lambda line: None)
         self.plan, self.seen = plan, 0
 
     async def generate(self, requests: Sequence[Request]) -> Any:
@@ -281,7 +281,7 @@ def test_a_worker_with_another_sae_is_refused_by_name(cluster: Cluster, tmp_path
     assert organism.sae is not None
     place = str(tmp_path / "model")
     target = replace(organism, model=place, sae=replace(organism.sae, location=place))
-    engine = RayEngine(target, RayOptions(workers=1), say=lines.append)
+    engine = RayEngine(target, RayOptions(workers=1), None, make_engine, say=lines.append)
     try:
         tensors = load_file(tmp_path / "model" / "sae.safetensors")
         save_file({name: t * 1.5 for name, t in tensors.items()}, tmp_path / "model" / "sae.safetensors")
@@ -298,7 +298,7 @@ def test_a_worker_with_another_sae_is_refused_by_name(cluster: Cluster, tmp_path
 def test_a_missing_model_is_one_line(cluster: Cluster, tmp_path: Path) -> None:
     target = replace(resolve("organism"), model=str(tmp_path / "nothing"))
     with pytest.raises(SteerbackError, match="nothing"):
-        RayEngine(target, RayOptions(workers=2), say=lambda line: None)
+        RayEngine(target, RayOptions(workers=2), None, make_engine, say=lambda line: None)
 
 
 def test_options_are_checked_before_a_cluster_is_asked() -> None:

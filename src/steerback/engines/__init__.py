@@ -69,7 +69,7 @@ def make_engine(target: Target, options: EngineOptions, directions: Mapping[str,
     if isinstance(options, RayOptions):
         from steerback.engines.ray.engine import RayEngine
 
-        return RayEngine(target, options, directions)
+        return RayEngine(target, options, directions, make_engine)
     if isinstance(options, VllmOptions):
         from steerback.engines.vllm.engine import VllmEngine
 

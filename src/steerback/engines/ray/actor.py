@@ -10,7 +10,7 @@ import contextlib
 import platform
 import socket
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from steerback.engines.base import EngineRecord, Pooling
 from steerback.engines.interventions import Site
 from steerback.engines.options import EngineOptions, TransformersOptions
 from steerback.errors import SteerbackError
-from steerback.records import Completion, Request
+from steerback.records import Completion, Prefix, Request
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from steerback.engines.base import Engine
     from steerback.targets import Target
 
+EngineMaker = Callable[["Target", EngineOptions, "Mapping[str, Tensor] | None"], "Engine"]
+"""`engines.make_engine`, handed in because that module imports this one."""
 Batch = tuple[str, list[tuple[str, Completion]]]
 """The worker's fingerprint, and (request key, completion) pairs that were generated under it."""
 BATCH_SIZE, BATCH_SECONDS = 32, 0.05
@@ -55,8 +57,10 @@ class LoadedWorker:
 class EngineActor:
     """A loaded engine behind Ray's messages; `load` comes first."""
 
-    def __init__(self, target: Target, options: EngineOptions, directions: Mapping[str, Tensor] | None) -> None:
-        self._target, self._options, self._directions = target, options, directions
+    def __init__(
+        self, make: EngineMaker, target: Target, options: EngineOptions, directions: Mapping[str, Tensor] | None
+    ) -> None:
+        self._make, self._target, self._options, self._directions = make, target, options, directions
         # A transformers engine decodes one list of requests at a time; the next list waits here, already delivered.
         self._turn: contextlib.AbstractAsyncContextManager[object] = contextlib.nullcontext()
         if isinstance(options, TransformersOptions):
@@ -64,11 +68,9 @@ class EngineActor:
 
     async def load(self) -> LoadedWorker:
         """Load the target. Raises SteerbackError, with the machine's name, for what is missing or does not fit."""
-        from steerback.engines import make_engine
-
         node = f"{socket.gethostname()} ({_address()})"
         try:
-            self.engine: Engine = make_engine(self._target, self._options, self._directions)
+            self.engine: Engine = self._make(self._target, self._options, self._directions)
         except SteerbackError as error:
             raise SteerbackError(f"{node}: {error}") from None
         runner = getattr(self.engine, "runner", None)
@@ -119,9 +121,9 @@ class EngineActor:
         """Return the L2 norm of each latent's decoder direction: (n latents,)."""
         return self.engine.decoder_norms()
 
-    async def token_ends(self, completion: Completion) -> list[int]:
+    async def token_ends(self, completion: Completion, prefix: Prefix | None) -> list[int]:
         """Return the character at which each token ends; see `Engine.token_ends`."""
-        return self.engine.token_ends(completion)
+        return self.engine.token_ends(completion, prefix)
 
     async def close(self) -> None:
         """Release the model and end what the engine has started."""

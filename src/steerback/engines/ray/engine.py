@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from steerback.engines.base import EngineRecord
 from steerback.engines.checks import checked
 from steerback.engines.options import RayOptions
-from steerback.engines.ray.actor import Batch
-from steerback.engines.ray.workers import Pool, Worker, cause, connect, notice
+from steerback.engines.ray.actor import Batch, EngineMaker
+from steerback.engines.ray.workers import Workers, Worker, cause, connect, notice
 from steerback.errors import SteerbackError, one_line
-from steerback.records import Completion, Receipt, Request
+from steerback.records import Completion, Prefix, Receipt, Request
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,12 +39,13 @@ class RayEngine:
         self,
         target: Target,
         options: RayOptions,
-        directions: Mapping[str, Tensor] | None = None,
+        directions: Mapping[str, Tensor] | None,
+        make: EngineMaker,
         say: Callable[[str], None] = notice,
     ) -> None:
         connect(options.address)
         self.options, self.say = options, say
-        self.pool = Pool(target, options, directions, say)
+        self.pool = Workers(target, options, directions, make, say)
         try:
             self.pool.first()
         except BaseException:
@@ -101,9 +102,9 @@ class RayEngine:
         norms: NDArray[np.float32] = self._everywhere("decoder_norms", [()])[0]
         return norms
 
-    def token_ends(self, completion: Completion) -> list[int]:
+    def token_ends(self, completion: Completion, prefix: Prefix | None = None) -> list[int]:
         """Return the character at which each token ends; see `Engine.token_ends`."""
-        ends: list[int] = self._everywhere("token_ends", [(completion,)])[0]
+        ends: list[int] = self._everywhere("token_ends", [(completion, prefix)])[0]
         return ends
 
     def close(self) -> None:
@@ -150,7 +151,7 @@ class RayEngine:
 class Deal:
     """Requests of one call of `generate` on their way to workers and back."""
 
-    def __init__(self, pool: Pool, options: RayOptions, requests: Sequence[Request]) -> None:
+    def __init__(self, pool: Workers, options: RayOptions, requests: Sequence[Request]) -> None:
         self.pool, self.options = pool, options
         self.waiting = deque(requests)
         self.last_tries: deque[Request] = deque()
@@ -289,7 +290,7 @@ class Deal:
         return given_up
 
 
-def fell(pool: Pool, worker: Worker, error: BaseException) -> None:
+def fell(pool: Workers, worker: Worker, error: BaseException) -> None:
     """Replace a worker that failed; one that is only out of reach is kept until it answers again."""
     import ray
 

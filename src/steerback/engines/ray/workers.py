@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from steerback.engines.options import EngineOptions, RayOptions, TransformersOptions, VllmOptions
-from steerback.engines.ray.actor import EngineActor, LoadedWorker
+from steerback.engines.ray.actor import EngineActor, EngineMaker, LoadedWorker
 from steerback.errors import SteerbackError, one_line, visible
 from steerback.records import digest
 
@@ -75,7 +75,7 @@ def connect(address: str | None) -> None:
         ) from error
 
 
-class Pool:
+class Workers:
     """The workers of one target."""
 
     def __init__(
@@ -83,10 +83,11 @@ class Pool:
         target: Target,
         options: RayOptions,
         directions: Mapping[str, Tensor] | None,
+        make: EngineMaker,
         say: Callable[[str], None] = notice,
     ) -> None:
         self.target, self.options, self.say = target, options, say
-        self._directions = directions
+        self._directions, self._make = directions, make
         self.reference: LoadedWorker | None = None
         self.failures = 0
         self._started = 0
@@ -103,7 +104,7 @@ class Pool:
         actor = ray.remote(EngineActor).options(
             num_cpus=self.options.cpus_per_worker, num_gpus=gpus, max_restarts=0, max_concurrency=1000
         )
-        handle = actor.remote(self.target, options, self._directions)
+        handle = actor.remote(self._make, self.target, options, self._directions)
         self._started += 1
         self.workers.append(Worker(self._started, handle, handle.load.remote(), options))
 
