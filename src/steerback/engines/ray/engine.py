@@ -16,7 +16,7 @@ from steerback.engines.base import EngineRecord
 from steerback.engines.checks import checked
 from steerback.engines.options import RayOptions
 from steerback.engines.ray.actor import Batch, EngineMaker
-from steerback.engines.ray.workers import Workers, Worker, cause, connect, notice
+from steerback.engines.ray.workers import Worker, Workers, cause, connect, notice
 from steerback.errors import SteerbackError, one_line
 from steerback.records import Completion, Prefix, Receipt, Request
 
