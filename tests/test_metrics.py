@@ -29,6 +29,11 @@ def judged(*attempts: tuple[float, bool]) -> Judgement:
     return Judgement("test", "test-1", "scored", spans)
 
 
+def from_texts(rows, cut=()) -> Outcomes:
+    """Outcomes of (latent key, pair, trial ok, judgement, text of the response)."""
+    return Outcomes.from_rows([(*row[:4], is_degraded(row[4])) for row in rows], cut)
+
+
 UNJUDGED = Judgement("test", "test-1", "unscored", reason="no reply")
 CLARIFYING = Judgement("test", "test-1", "empty")
 
@@ -84,7 +89,7 @@ def values(summary: Summary, variant: str) -> dict[str, float | None]:
 @few
 @given(conditions)
 def test_every_metric_equals_a_loop_over_the_judgements(rows) -> None:
-    summary = summarize(Outcomes.from_rows(rows), draws=20)
+    summary = summarize(from_texts(rows), draws=20)
     for variant, options in VARIANTS.items():
         expected = brute_force(rows, **options)
         assert set(expected) == set(METRICS)
@@ -94,7 +99,7 @@ def test_every_metric_equals_a_loop_over_the_judgements(rows) -> None:
 @few
 @given(conditions)
 def test_intervals_hold_the_value_are_never_a_point_and_json_has_no_nan(rows) -> None:
-    summary = summarize(Outcomes.from_rows(rows), draws=20)
+    summary = summarize(from_texts(rows), draws=20)
     json.dumps(summary.to_json(), allow_nan=False)
     for variant in VARIANTS:
         for name, e in getattr(summary, variant).items():
@@ -110,7 +115,7 @@ def test_intervals_hold_the_value_are_never_a_point_and_json_has_no_nan(rows) ->
 def test_order_of_trials_and_names_of_latents_do_not_matter(rows, random) -> None:
     shuffled = [(100 - latent, *rest) for latent, *rest in rows]
     random.shuffle(shuffled)
-    a, b = summarize(Outcomes.from_rows(rows), draws=0), summarize(Outcomes.from_rows(shuffled), draws=0)
+    a, b = summarize(from_texts(rows), draws=0), summarize(from_texts(shuffled), draws=0)
     assert a.counts == b.counts
     for name, e in a.headline.items():
         f = b.headline[name]
@@ -124,7 +129,7 @@ def test_order_of_trials_and_names_of_latents_do_not_matter(rows, random) -> Non
 def test_unscored_empty_and_invalid_trials_change_counts_only(rows, extra, kind) -> None:
     ok, judgement = kind
     more = rows + [(i, 1000 + i, ok, judgement, "fine") for i in range(extra)]
-    a, b = summarize(Outcomes.from_rows(rows), draws=0), summarize(Outcomes.from_rows(more), draws=0)
+    a, b = summarize(from_texts(rows), draws=0), summarize(from_texts(more), draws=0)
     assert a.headline == b.headline
     assert b.counts["planned"] == a.counts["planned"] + extra
     assert b.counts["valid"] == a.counts["valid"]
@@ -135,7 +140,7 @@ def test_unscored_empty_and_invalid_trials_change_counts_only(rows, extra, kind)
 @few
 @given(conditions)
 def test_gating_never_adds_attempts(rows) -> None:
-    outcomes = Outcomes.from_rows(rows)
+    outcomes = from_texts(rows)
     assert np.all(outcomes.attempts <= outcomes.ungated_attempts)
     summary = summarize(outcomes, draws=0)
     for name in ("multi_attempt_rate", "mean_attempts"):
@@ -148,12 +153,12 @@ def test_gating_never_adds_attempts(rows) -> None:
     conditions, st.lists(st.lists(st.tuples(scores, st.just(True)), min_size=1, max_size=3), min_size=30, max_size=30)
 )
 def test_worst_case_holds_whatever_the_unscored_would_have_been(rows, verdicts) -> None:
-    summary = summarize(Outcomes.from_rows(rows), draws=0)
+    summary = summarize(from_texts(rows), draws=0)
     filled = [
         (latent, pair, ok, judged(*verdict) if judgement is None or judgement.status == "unscored" else judgement, text)
         for (latent, pair, ok, judgement, text), verdict in zip(rows, verdicts, strict=False)
     ]
-    after = summarize(Outcomes.from_rows(filled), draws=0)
+    after = summarize(from_texts(filled), draws=0)
     for variant in VARIANTS:
         for name, (low, high) in summary.worst_case[variant].items():
             value = getattr(after, variant)[name].value
@@ -175,9 +180,9 @@ def test_a_hand_computed_condition() -> None:
         (9, 6, True, CLARIFYING, "fine"),
         (9, 7, False, judged((0, True)), "fine"),
     ]
-    assert "cut" not in summarize(Outcomes.from_rows(rows), draws=0).counts  # not known
+    assert "cut" not in summarize(from_texts(rows), draws=0).counts  # not known
     cut = [1, 0, 1, 0, 1, 1, 0, 0]  # of the sound and valid ones: two
-    s = summarize(Outcomes.from_rows(rows, cut), draws=50)
+    s = summarize(from_texts(rows, cut), draws=50)
     assert s.counts == {"planned": 8, "valid": 5, "empty": 1, "unscored": 1, "invalid": 1, "degraded": 1, "cut": 2}
     assert values(s, "headline") == pytest.approx(
         {
@@ -211,19 +216,19 @@ def test_degraded_means_five_identical_words_in_a_row(text, times) -> None:
 
 def test_outcome_of_names_every_state() -> None:
     one = judged((30, True), (70, True))
-    assert outcome_of(True, one, "fine") == (VALID, 2, 30, 70, 2, 30, 70, False)
-    assert outcome_of(True, one, REPEATED).degraded
+    assert outcome_of(True, one, False) == (VALID, 2, 30, 70, 2, 30, 70, False)
+    assert outcome_of(True, one, True).degraded
     for ok, judgement, state in ((False, one, INVALID), (True, None, UNSCORED), (True, UNJUDGED, UNSCORED)):
-        outcome = outcome_of(ok, judgement, "fine")
+        outcome = outcome_of(ok, judgement, False)
         assert outcome.state == state
         assert outcome.attempts == 0
         assert math.isnan(outcome.first)
-    assert outcome_of(True, CLARIFYING, "").state == EMPTY
-    assert outcome_of(True, judged((float("nan"), True)), "fine").state == UNSCORED
+    assert outcome_of(True, CLARIFYING, False).state == EMPTY
+    assert outcome_of(True, judged((float("nan"), True)), False).state == UNSCORED
 
 
 def test_impossible_arrays_are_refused() -> None:
-    good = Outcomes.from_rows([(1, 0, True, judged((5, True)), "x")])
+    good = from_texts([(1, 0, True, judged((5, True)), "x")])
     columns = {f.name: getattr(good, f.name) for f in fields(good)}
     for name, bad in (("first", [np.nan]), ("attempts", [0]), ("pair", [1, 2]), ("ungated_last", [np.inf])):
         with pytest.raises(ValueError):
@@ -240,13 +245,13 @@ def test_latent_codes_are_stable_and_apart() -> None:
 
 @pytest.mark.parametrize("rows", [[], [(1, 0, True, UNJUDGED, "x")], [(1, 0, False, None, "")]])
 def test_no_valid_trial_gives_none_everywhere(rows) -> None:
-    summary = summarize(Outcomes.from_rows(rows))
+    summary = summarize(from_texts(rows))
     assert all(e.value is None and e.low is None and e.high is None for e in summary.headline.values())
 
 
 def test_one_latent_is_honest() -> None:
     rows = [(3, i, True, judged((50, True), (60, True)) if i % 4 == 0 else judged((50, True)), "x") for i in range(400)]
-    summary = summarize(Outcomes.from_rows(rows))
+    summary = summarize(from_texts(rows))
     rate = summary["multi_attempt_rate"]
     assert rate.value == 0.25
     assert rate.high - rate.low > 0.8, "400 trials of one latent say little about latents"
@@ -254,7 +259,7 @@ def test_one_latent_is_honest() -> None:
 
 
 def test_concat_and_take() -> None:
-    a = Outcomes.from_rows([(1, 0, True, judged((5, True)), "x"), (2, 1, True, judged((9, True)), "x")])
+    a = from_texts([(1, 0, True, judged((5, True)), "x"), (2, 1, True, judged((9, True)), "x")])
     both = Outcomes.concat([a, a.take(np.array([1]))])
     assert list(both.first) == [5, 9, 9]
     assert len(Outcomes.concat([])) == 0

@@ -50,9 +50,10 @@ def test_every_measured_response_and_every_one_of_the_floor_has_windows(runs: Ru
         kept = ledger.windows("scripted")
         expected = {r.trial.key for s in ("measure", "floor") for r in ledger.rows(stage=s) if r.valid_receipt}
         assert set(kept) == expected
-        assert set(ledger.windows("scripted", "planted", "measure")) == {
-            r.trial.key for r in ledger.rows(stage="measure")
-        }
+        measured = [r.trial.key for r in ledger.rows(stage="measure")]
+        scores = {key: list(kept[key].scores) for key in measured}
+        assert ledger.window_scores("scripted", "planted", "measure") == scores
+        assert set(ledger.windows("scripted", keys=measured)) == set(measured)
         assert ledger.windows("another") == {}
 
 

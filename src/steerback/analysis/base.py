@@ -11,12 +11,13 @@ from pydantic import JsonValue
 from steerback import organism
 from steerback.analysis.floor import Floor, floors_under
 from steerback.analysis.labels import Key as Key
-from steerback.analysis.labels import Labelling, LedgerPlace, labelling
+from steerback.analysis.labels import Labelling, LedgerPlace, Prepare, labelling
 from steerback.analysis.recovery import Recoveries, recoveries
 from steerback.metrics import Comparison, Outcomes, Summary, compare, correct, summarize
 from steerback.records import LatentKey, Trial
 from steerback.store.facts import BASELINE, FLOOR, PROVENANCE
-from steerback.store.ledger import Ledger, Row
+from steerback.store.ledger import Ledger
+from steerback.store.rows import Outline, TrialRow
 
 
 class Results(ABC):
@@ -33,20 +34,13 @@ class Results(ABC):
         return {}
 
 
-def outcomes_of(rows: Sequence[Row], cluster: Callable[[Trial], LatentKey | None] = lambda t: t.latent) -> Outcomes:
+def outcomes_of(
+    rows: Sequence[TrialRow], cluster: Callable[[Trial], LatentKey | None] = lambda t: t.latent
+) -> Outcomes:
     """The statistics' input: one entry per planned trial, whatever became of it, clustered by latent (or `cluster`)."""
-    table = [
-        (
-            cluster(r.trial),
-            r.trial.index,
-            r.valid_receipt,
-            r.judgement,
-            r.completion.text if r.completion else "",
-        )
-        for r in rows
-    ]
+    table = [(cluster(r.trial), r.trial.index, r.valid_receipt, r.judgement, r.degraded) for r in rows]
     cut = {"length": 1.0, "unknown": float("nan")}
-    return Outcomes.from_rows(table, [cut.get(r.completion.finish, 0.0) if r.completion else 0.0 for r in rows])
+    return Outcomes.from_rows(table, [cut.get(r.finish or "", 0.0) for r in rows])
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +121,7 @@ def measured(
     draws: int,
     against: Callable[[str], str | None] = to_baseline,
     stage: str = "measure",
-    prepare: Callable[[Sequence[Row]], Sequence[Row]] = lambda rows: rows,
+    prepare: Prepare = list,
 ) -> Measured:
     """Summaries of every condition of `stage`, each compared with the condition that `against` names (None: none).
 
@@ -136,17 +130,15 @@ def measured(
     places = {
         (target, condition): LedgerPlace(target, stage, condition) for target, condition in ledger.conditions(stage)
     }
-    outcomes = {
-        key: outcomes_of(prepare(ledger.rows(place.target, stage, place.condition, judge)))
-        for key, place in places.items()
-    }
+    rows = {key: prepare(ledger.outlines(place.target, stage, place.condition, judge)) for key, place in places.items()}
+    outcomes = {key: outcomes_of(own) for key, own in rows.items()}
     pairs = {
         (target, condition): other
         for target, condition in outcomes
         if (other := against(condition)) is not None and (target, other) in outcomes
     }
     tested = paired(judge, outcomes, pairs, draws, labelling(ledger, judge, places, pairs, draws, prepare))
-    return with_floors(tested, ledger, places, draws, prepare)
+    return with_floors(tested, ledger, places, draws, rows)
 
 
 def with_floors(
@@ -154,13 +146,15 @@ def with_floors(
     ledger: Ledger,
     places: Mapping[Key, LedgerPlace],
     draws: int,
-    prepare: Callable[[Sequence[Row]], Sequence[Row]] = lambda rows: rows,
+    rows: Mapping[Key, Sequence[Outline]],
 ) -> Measured:
     """Return the same with the judge's floor under each condition, and with recovery without a restart phrase."""
     targets = {target for target, _ in ledger.conditions(FLOOR)}
-    unsteered = {t: outcomes_of(ledger.rows(t, FLOOR, judge=measured.judge), lambda x: x.prompt) for t in targets}
-    floors = floors_under(measured.outcomes, places, unsteered, draws)
-    return replace(measured, floors=floors, recovery=recoveries(ledger, measured.judge, places, prepare))
+    unsteered = {t: [*ledger.outlines(t, FLOOR, judge=measured.judge)] for t in targets}
+    restarts = {t: outcomes_of(own, lambda x: x.prompt) for t, own in unsteered.items()}
+    floors = floors_under(measured.outcomes, places, restarts, draws)
+    recovered = recoveries(ledger, measured.judge, places, rows, unsteered)
+    return replace(measured, floors=floors, recovery=recovered)
 
 
 def paired(

@@ -13,7 +13,8 @@ from steerback.analysis.base import Results, outcomes_of, planted
 from steerback.errors import SteerbackError
 from steerback.metrics import Estimate, Summary, agreement, alpha, rank_correlation, summarize
 from steerback.store.facts import HUMAN, SAMPLE, JudgedSample
-from steerback.store.ledger import Ledger, Row
+from steerback.store.ledger import Ledger
+from steerback.store.rows import TrialRow
 
 Floats = NDArray[np.float64]
 
@@ -93,7 +94,7 @@ def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> C
     judges = [name for name in ledger.judges() if name not in labellers]
     if len(judges) < 2:
         raise SteerbackError(f"cross-judge needs two judges or more; this run has: {', '.join(judges) or 'none'}")
-    rows = {judge: ledger.rows(stage="measure", judge=judge) for judge in [*judges, *labellers]}
+    rows = {judge: [*ledger.outlines(stage="measure", judge=judge)] for judge in [*judges, *labellers]}
     plan = rows[judges[0]]
     targets = list(dict.fromkeys(r.trial.target for r in plan))
     cluster = np.unique([f"{r.trial.target}/{r.trial.latent}" for r in plan], return_inverse=True)[1]
@@ -150,7 +151,7 @@ def _shares(pair: JudgePair) -> dict[str, object]:
     return {"multi_attempt": asdict(pair.several), "direction": asdict(pair.direction)}
 
 
-def _verdict(row: Row) -> tuple[float, float, float]:
+def _verdict(row: TrialRow) -> tuple[float, float, float]:
     """(several attempts, direction of change, first score) after gating; nan where there is no score."""
     attempts = row.attempts
     if not attempts:
@@ -158,7 +159,7 @@ def _verdict(row: Row) -> tuple[float, float, float]:
     return (float(len(attempts) > 1), float(np.sign(row.gain)), attempts[0].score)
 
 
-def _weighted(sample: JudgedSample, rows: Sequence[Row]) -> dict[str, float | None]:
+def _weighted(sample: JudgedSample, rows: Sequence[TrialRow]) -> dict[str, float | None]:
     """Rates and MSI over the runs the sample was drawn from, single-attempt trials weighed up again."""
     several = set(sample.several_keys)
     total = events = improved = gain = 0.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -126,11 +127,12 @@ def recorded(ledger: Ledger, target: str, judge: str, below: float) -> Recorded:
     groups, ends = ledger.get(target, RECORDED_LATENTS), ledger.get(target, TOKEN_ENDS)
     if groups is None or ends is None:
         raise SteerbackError(f"{ledger.path}: {target} has no recorded episodes yet; resume the run")
-    texts = {r.trial.index: r.completion.text for r in ledger.rows(target, "measure") if r.completion is not None}
+    replays = ledger.rows(target, REPLAY, judge=judge, activations=True)
+    texts = _texts(ledger, target, {row.trial.index for row in replays})
     traces: dict[str, list[Trace]] = {EPISODES: [], DRIFTS: [], UNSTEERED: []}
     marks = ledger.get(target, boundaries(judge))
     changed = lost = unmarked = 0
-    for row in ledger.rows(target, REPLAY, judge=judge, activations=True):
+    for row in replays:
         condition, key = row.trial.condition, row.trial.key
         if row.completion is None or row.completion.activations is None or not row.valid_receipt:
             continue
@@ -150,6 +152,12 @@ def recorded(ledger: Ledger, target: str, judge: str, below: float) -> Recorded:
         else:
             traces[EPISODES].append(episode)
     return Recorded(traces[EPISODES], traces[DRIFTS], traces[UNSTEERED], groups, changed, lost, unmarked)
+
+
+def _texts(ledger: Ledger, target: str, indices: AbstractSet[int]) -> dict[int, str]:
+    """Return the measured responses with these indices, by index."""
+    keys = [row.trial.key for row in ledger.outlines(target, "measure") if row.trial.index in indices]
+    return {r.trial.index: r.completion.text for r in ledger.stream(keys) if r.completion is not None}
 
 
 def trace(row: Row, ends: Sequence[int], groups: Mapping[str, Sequence[int]]) -> Trace:

@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass, replace
 
 from steerback.analysis.base import Key, Measured, Results, outcomes_of, paired, planted, with_floors
 from steerback.analysis.labels import LedgerPlace, labelling
-from steerback.metrics import VALID, Estimate, Outcomes, Trend, trend
+from steerback.metrics import VALID, Estimate, Trend, trend
 from steerback.store.facts import ADAPTER, HELD_OUT, HELD_OUT_UNSTEERED, STEERED, UNSTEERED, Adapter
-from steerback.store.ledger import Ledger, Row
+from steerback.store.ledger import Ledger
+from steerback.store.rows import Outline, TrialRow
 
 BASE = "base"
 SHOWN = ("mean_attempts", "multi_attempt_rate", "improvement_rate", "esr_rate", "msi", "mean_first")
@@ -86,7 +87,7 @@ def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> F
         conditions,
         adapters,
         {target: mix_results(conditions, target, adapters) for target in conditions.targets},
-        {name: endings(ledger.rows(name, "measure", STEERED, judge)) for name in adapters},
+        {name: endings([*ledger.outlines(name, "measure", STEERED, judge)]) for name in adapters},
         planted(ledger, conditions.targets),
     )
 
@@ -98,7 +99,7 @@ def condition_name(adapter: str, condition: str) -> str:
 
 def by_mix(ledger: Ledger, judge: str, draws: int, adapters: Mapping[str, Adapter]) -> Measured:
     """All conditions as conditions of the base; each adapter's is compared with the base's of the same kind."""
-    outcomes: dict[Key, Outcomes] = {}
+    rows: dict[Key, list[Outline]] = {}
     against: dict[Key, str] = {}
     places: dict[Key, LedgerPlace] = {}
     for target, condition in ledger.conditions():
@@ -106,12 +107,13 @@ def by_mix(ledger: Ledger, judge: str, draws: int, adapters: Mapping[str, Adapte
         base = target if fact is None else fact.base
         key = (base, condition_name(BASE if fact is None else fact.adapter, condition))
         places[key] = LedgerPlace(target, "measure", condition)
-        outcomes[key] = outcomes_of(ledger.rows(target, "measure", condition, judge))
+        rows[key] = [*ledger.outlines(target, "measure", condition, judge)]
         if fact is not None:
             against[key] = condition_name(BASE, condition)
+    outcomes = {key: outcomes_of(own) for key, own in rows.items()}
     against = {key: other for key, other in against.items() if (key[0], other) in outcomes}
     tested = paired(judge, outcomes, against, draws, labelling(ledger, judge, places, against, draws))
-    return with_floors(tested, ledger, places, draws)
+    return with_floors(tested, ledger, places, draws, rows)
 
 
 def steered_comparisons(measured: Measured) -> Measured:
@@ -154,7 +156,7 @@ def mix_results(measured: Measured, target: str, adapters: Mapping[str, Adapter]
     )
 
 
-def endings(rows: Sequence[Row]) -> dict[str, Ending]:
+def endings(rows: Sequence[TrialRow]) -> dict[str, Ending]:
     """Multi-attempt responses by how they ended: `n`, and `gain`, the mean of last minus first score in points.
 
     Those `cut` at the length limit had no time to finish their last attempt, which counts against MSI.

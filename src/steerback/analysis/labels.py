@@ -6,7 +6,7 @@ for the trials of its stratum. Several labellers count as one label, their mean.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import combinations
@@ -23,13 +23,14 @@ from steerback.metrics.correction import (
     judge_quality,
     rogan_gladen,
 )
-from steerback.records import is_degraded
 from steerback.store.facts import HUMAN, LABEL_SAMPLES
-from steerback.store.ledger import Ledger, Row
+from steerback.store.ledger import Ledger
+from steerback.store.rows import Outline
 
 Key = tuple[str, str]  # (target, condition)
 CORRECTED = ("multi_attempt_rate", "esr_rate")
-Prepare = Callable[[Sequence[Row]], Sequence[Row]]
+Prepare = Callable[[Iterable[Outline]], list[Outline]]
+"""Drops or changes the rows of a condition before they are counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,24 +111,24 @@ class _LabelledRows:
     prepare: Prepare
 
     @cached_property
-    def people(self) -> dict[Key, list[dict[str, Row]]]:
+    def people(self) -> dict[Key, list[dict[str, Outline]]]:
         """The rows of each labeller."""
         return {key: [self.read(name, place) for name in self.labellers] for key, place in self.places.items()}
 
     @cached_property
-    def strata(self) -> dict[Key, dict[str, Row]]:
+    def strata(self) -> dict[Key, dict[str, Outline]]:
         """The rows by which the sample was drawn: `prepare` leaves trials out, but no trial changes its stratum."""
         found = {}
         for key, place in self.places.items():
             judge = self.drawn_by[place.target]
             counted = self.read(judge, place)
-            rows = self.ledger.rows(place.target, place.stage, place.condition, judge)
+            rows = self.ledger.outlines(place.target, place.stage, place.condition, judge)
             found[key] = {r.trial.key: r for r in rows if r.trial.key in counted}
         return found
 
-    def read(self, name: str, place: LedgerPlace) -> dict[str, Row]:
+    def read(self, name: str, place: LedgerPlace) -> dict[str, Outline]:
         """A condition's rows with the verdicts of one judge, by trial key."""
-        rows = self.ledger.rows(place.target, place.stage, place.condition, name)
+        rows = self.ledger.outlines(place.target, place.stage, place.condition, name)
         return {r.trial.key: r for r in self.prepare(rows)}
 
     def trials(self, name: str) -> dict[str, dict[Key, LabelledTrials]]:
@@ -149,7 +150,7 @@ def labelling(
     places: Mapping[Key, LedgerPlace],
     against: Mapping[Key, str],
     draws: int,
-    prepare: Prepare = lambda rows: rows,
+    prepare: Prepare = list,
 ) -> Labelling | None:
     """Return what the labels of a ledger say, None without labels.
 
@@ -217,7 +218,7 @@ def _rate(conditions: Mapping[Key, LabelledTrials], key: Key, judged: bool) -> C
 
 
 def _trials(
-    strata: Mapping[str, Row], judged: Mapping[str, Row], people: Sequence[Mapping[str, Row]], metric: str
+    strata: Mapping[str, Outline], judged: Mapping[str, Outline], people: Sequence[Mapping[str, Outline]], metric: str
 ) -> LabelledTrials:
     """The trials that count in the headline rate of a judge, each with its stratum and label.
 
@@ -226,8 +227,7 @@ def _trials(
     table = []
     for key, stratum in strata.items():
         row = judged.get(key, stratum)
-        text = row.completion.text if row.completion is not None else ""
-        if not (row.attempts and stratum.attempts) or is_degraded(text):
+        if not (row.attempts and stratum.attempts) or row.degraded:
             continue
         given = [_event(p[key], metric) for p in people if key in p and p[key].attempts]
         truth = float(np.mean(given)) if given else np.nan
@@ -239,12 +239,12 @@ def _trials(
     return LabelledTrials.of(*columns)
 
 
-def _event(row: Row, metric: str) -> bool:
+def _event(row: Outline, metric: str) -> bool:
     """Whether a scored row is an event of the metric."""
     return row.is_episode if metric == "esr_rate" else len(row.attempts) > 1
 
 
-def _verdict(row: Row | None) -> tuple[float, float]:
+def _verdict(row: Outline | None) -> tuple[float, float]:
     """(several attempts, first score); nan where there is no score."""
     if row is None or not row.attempts:
         return (np.nan, np.nan)

@@ -9,7 +9,8 @@ from steerback.analysis.base import Measured, Results, measured, outcomes_of, pl
 from steerback.metrics import Estimate, Outcomes, summarize
 from steerback.records import Trial
 from steerback.store.facts import BASELINE, UNSTEERED
-from steerback.store.ledger import Ledger, Row
+from steerback.store.ledger import Ledger
+from steerback.store.rows import TrialRow
 
 ALL = "all targets"
 
@@ -62,14 +63,14 @@ class NoSteeringResults(Results):
 def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> NoSteeringResults:
     """Restart rate with upper bounds clustered by latent and by prompt."""
     conditions = measured(ledger, judge, draws)
-    rows = {target: ledger.rows(target, "measure", UNSTEERED, judge) for target in conditions.targets}
+    rows = {target: [*ledger.outlines(target, "measure", UNSTEERED, judge)] for target in conditions.targets}
     bounds = {target: bounds_of({target: r}, draws) for target, r in rows.items()}
     if len(rows) > 1:
         bounds[ALL] = bounds_of(rows, draws)
     return NoSteeringResults(conditions, bounds, planted(ledger, conditions.targets))
 
 
-def bounds_of(rows: Mapping[str, Sequence[Row]], draws: int) -> RestartBound:
+def bounds_of(rows: Mapping[str, Sequence[TrialRow]], draws: int) -> RestartBound:
     """Multi-attempt rate of the rows with its interval clustered by latent, by prompt, and as if independent.
 
     Unsteered responses to one prompt differ in their seed alone, so the prompt is the cluster that matters there; the
@@ -90,6 +91,6 @@ def bounds_of(rows: Mapping[str, Sequence[Row]], draws: int) -> RestartBound:
     )
 
 
-def _rate(rows: Mapping[str, Sequence[Row]], cluster: Callable[[Trial], str], draws: int) -> Estimate:
+def _rate(rows: Mapping[str, Sequence[TrialRow]], cluster: Callable[[Trial], str], draws: int) -> Estimate:
     outcomes = Outcomes.concat(outcomes_of(r, cluster) for r in rows.values())
     return summarize(outcomes, draws)["multi_attempt_rate"]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from steerback.analysis.base import Measured, Results, measured, planted
 from steerback.records import Judgement
 from steerback.store.facts import PREFILL, PREFILL_ARMS, PrefixCounts
-from steerback.store.ledger import Ledger, Row
+from steerback.store.ledger import Ledger
+from steerback.store.rows import Outline, Row
+
+Kind = TypeVar("Kind", Row, Outline)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +43,7 @@ def other_arm(condition: str) -> str | None:
     return f"{PREFILL_ARMS[1]} {length}" if arm == PREFILL_ARMS[0] else None
 
 
-def after_cut(rows: Sequence[Row]) -> list[Row]:
+def after_cut(rows: Iterable[Kind]) -> list[Kind]:
     """Rows whose judgements count no attempt that begins before the cut; it is merged into the one before."""
     return [replace(row, judgement=_merged(row.judgement, len(row.trial.lead))) for row in rows]
 

@@ -11,9 +11,10 @@ from steerback.analysis.labels import Key, LedgerPlace
 from steerback.config import RecoveryConfig
 from steerback.metrics import cluster_code
 from steerback.metrics.recovery import Recovery, Rule, Series, recovery
-from steerback.records import LatentKey, Trial, is_degraded
+from steerback.records import LatentKey, Trial
 from steerback.store.facts import CONFIG, FLOOR
-from steerback.store.ledger import Ledger, Row
+from steerback.store.ledger import Ledger
+from steerback.store.rows import Outline
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,25 +40,29 @@ def recoveries(
     ledger: Ledger,
     judge: str,
     places: Mapping[Key, LedgerPlace],
-    prepare: Callable[[Sequence[Row]], Sequence[Row]] = lambda rows: rows,
+    rows: Mapping[Key, Sequence[Outline]],
+    floors: Mapping[str, Sequence[Outline]],
 ) -> Recoveries:
     """Return the recovery of every condition whose windows `judge` has scored.
+
+    `rows` are those of each condition, `floors` the unsteered ones of each target, all as `judge` sees them.
 
     Degraded responses, and those that the judge has not scored as a whole, are left out, as in the other metrics.
     """
     rule = rule_of(ledger)
     found: dict[Key, Recovery] = {}
     for key, place in places.items():
-        series = _series(ledger, judge, place, prepare, lambda trial: trial.latent)
+        series = _series(ledger, judge, place, rows[key], lambda trial: trial.latent)
         if series is not None:
             found[key] = recovery(series, rule)
     unsteered: dict[str, Recovery] = {}
     for target, condition in ledger.conditions(FLOOR):
-        floor = _series(ledger, judge, LedgerPlace(target, FLOOR, condition), lambda rows: rows, lambda t: t.prompt)
+        own = [row for row in floors[target] if row.trial.condition == condition]
+        floor = _series(ledger, judge, LedgerPlace(target, FLOOR, condition), own, lambda t: t.prompt)
         if floor is not None:
             unsteered[target] = recovery(floor, rule)
-    floors = {key: unsteered[place.target] for key, place in places.items() if place.target in unsteered}
-    return Recoveries(rule, found, floors)
+    under = {key: unsteered[place.target] for key, place in places.items() if place.target in unsteered}
+    return Recoveries(rule, found, under)
 
 
 def rule_of(ledger: Ledger) -> Rule:
@@ -71,23 +76,16 @@ def _series(
     ledger: Ledger,
     judge: str,
     place: LedgerPlace,
-    prepare: Callable[[Sequence[Row]], Sequence[Row]],
+    rows: Sequence[Outline],
     cluster: Callable[[Trial], LatentKey | None],
 ) -> Series | None:
-    windows = ledger.windows(judge, place.target, place.stage, place.condition)
-    if not windows:
+    scores = ledger.window_scores(judge, place.target, place.stage, place.condition)
+    if not scores:
         return None
-    rows = [
-        r
-        for r in prepare(ledger.rows(place.target, place.stage, place.condition, judge))
-        if r.trial.key in windows and windows[r.trial.key].scores and r.attempts and not is_degraded(_text(r))
-    ]
+    used = [(r, len(r.attempts)) for r in rows if scores.get(r.trial.key) and not r.degraded]
+    used = [(r, attempts) for r, attempts in used if attempts]
     return Series(
-        [np.array(windows[r.trial.key].scores, dtype=np.float64) for r in rows],
-        np.array([cluster_code(cluster(r.trial)) for r in rows], dtype=np.int64),
-        np.array([len(r.attempts) == 1 for r in rows], dtype=bool),
+        [np.array(scores[r.trial.key], dtype=np.float64) for r, _ in used],
+        np.array([cluster_code(cluster(r.trial)) for r, _ in used], dtype=np.int64),
+        np.array([attempts == 1 for _, attempts in used], dtype=bool),
     )
-
-
-def _text(row: Row) -> str:
-    return row.completion.text if row.completion is not None else ""

@@ -79,7 +79,7 @@ def judge_command(
             probe_judge(folder, judge, progress, makers)
         done = execute.judge_run(folder, judge, progress, cache, scope, makers)
     with Run.read(folder) as opened:
-        judged = [r.judgement for r in opened.ledger.rows(judge=judge) if r.judgement is not None]
+        judged = [r.judgement for r in opened.ledger.outlines(judge=judge) if r.judgement is not None]
         probed = probe_lines(opened, judge)
     reasons = [j.reason if j.status == "unscored" else "" for j in judged]
     for line in (*probed, *spent_lines(folder), *unscored_lines(judge, reasons)):

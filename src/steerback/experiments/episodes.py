@@ -65,7 +65,7 @@ class EpisodeExperiment(Experiment[EpisodeOptionsType]):
     async def run(self, study: Study) -> None:
         """Measure the baseline, choose episodes and controls from it, and replay them with recording."""
         latents = await recorded_latents(study, self.options)
-        rows = await study.baseline()
+        rows = await study.baseline_rows()
         limit, below = self.options.max_episodes, self.options.drift_below
         episodes = spread([r for r in rows if r.is_episode], limit)
         drifts = spread([r for r in rows if r.is_drift(below)], limit)

@@ -61,7 +61,7 @@ class MatchedPrefix(Experiment[MatchedPrefixOptions]):
     async def run(self, study: Study) -> None:
         """Pairs of prefixes of equal length, each continued `repeats` times with the same seeds."""
         chosen = self.options
-        rows, tally = await study.baseline(), Counter[str]()
+        rows, tally = await study.baseline_rows(), Counter[str]()
         unsteered = responses_by_prompt(await study.references())
         trials: list[Trial] = []
         turns = study.config.trials_per_latent

@@ -47,7 +47,7 @@ class PrefillControl(Experiment[PrefillOptions]):
 
     async def run(self, study: Study) -> None:
         """The baseline's responses, cut; each prefix goes on in both arms with the cell's seed."""
-        rows = await study.baseline()
+        rows = await study.baseline_rows()
         cells = {cell.index: cell for cell in await study.cells()}
         characters = self.characters(rows)
         counts: dict[str, dict[str, int]] = {}

@@ -51,7 +51,7 @@ class RandomAblation(Experiment[RandomAblationOptions]):
     async def run(self, study: Study) -> None:
         """Measure the baseline, the detectors clamped to zero, then every random set clamped to zero."""
         latents = (await detectors_of(study, self.options)).latents
-        rows = await study.baseline()
+        rows = await study.baseline_rows()
         await ablate(study, ABLATED, dict.fromkeys(latents, 0.0))
         control = study.run.ledger.get(study.name, RANDOM_SETS)
         if control is None:

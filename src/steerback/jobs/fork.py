@@ -193,7 +193,7 @@ def place(opened: Run, row: Row, at: str, judge: str) -> int:
 def _drift(opened: Run, row: Row, judge: str) -> int:
     """Return the first character of the first sentence of the first attempt that scores below `recovery.low`."""
     key, low = row.trial.key, rule_of(opened.ledger).low
-    windows = opened.ledger.windows(judge).get(key)
+    windows = opened.ledger.windows(judge, [key]).get(key)
     if windows is None or not windows.scores:
         why = f" ({windows.reason})" if windows is not None and windows.reason else ""
         raise SteerbackError(

@@ -14,7 +14,8 @@ from steerback.readers import read_bytes
 from steerback.report import labelling
 from steerback.store.facts import CONTINUATION, JUDGES, LABEL_SAMPLES, LabelSample
 from steerback.store.files import write_atomic
-from steerback.store.ledger import Ledger, Row
+from steerback.store.ledger import Ledger
+from steerback.store.rows import Outline
 from steerback.store.run import Run
 
 STAGES = ("measure", CONTINUATION)
@@ -90,15 +91,15 @@ def _asked(samples: Mapping[str, LabelSample]) -> tuple[int, int, list[str]]:
     return first.size, first.seed, first.conditions
 
 
-def _pools(run: Run, judge: str, conditions: Sequence[str], taken: set[str]) -> dict[str, list[Row]]:
+def _pools(run: Run, judge: str, conditions: Sequence[str], taken: set[str]) -> dict[str, list[Outline]]:
     """The scored rows of each target that can be drawn. Raises SteerbackError if the run is not finished."""
-    rows = [r for stage in STAGES for r in run.ledger.rows(stage=stage, judge=judge)]
+    rows = [r for stage in STAGES for r in run.ledger.outlines(stage=stage, judge=judge)]
     known = dict.fromkeys(r.trial.condition for r in rows)
     strange = [name for name in conditions if name not in known]
     if strange:
         raise SteerbackError(f"no condition {strange[0]!r} in this run; there are: {', '.join(known) or 'none'}")
     rows = [r for r in rows if not conditions or r.trial.condition in conditions]
-    missing = sum(r.completion is None for r in rows)
+    missing = sum(r.finish is None for r in rows)
     if missing:
         raise SteerbackError(
             f"{missing:,} of {len(rows):,} responses are missing, and a sample must be drawn of all: "
@@ -110,7 +111,7 @@ def _pools(run: Run, judge: str, conditions: Sequence[str], taken: set[str]) -> 
             f"judge {judge} has not judged {unjudged:,} of {len(rows):,} responses, and a sample must be drawn of all: "
             f"steerback judge {run.folder.name} --judge {judge}"
         )
-    pools: dict[str, list[Row]] = {}
+    pools: dict[str, list[Outline]] = {}
     for row in rows:
         if row.attempts and row.trial.key not in taken:
             pools.setdefault(row.trial.target, []).append(row)

@@ -122,8 +122,8 @@ def observe(folder: Path, target: str | None, judge: str | None = None) -> Obser
                 + (f" of {target}; it has: {', '.join(opened.config.targets)}" if target else "")
             )
         name, condition = places[0]
-        seen = view(outcomes_of(opened.ledger.rows(name, "measure", condition, judge)))
-        unsteered = view(outcomes_of(opened.ledger.rows(name, FLOOR, judge=judge)))
+        seen = view(outcomes_of([*opened.ledger.outlines(name, "measure", condition, judge)]))
+        unsteered = view(outcomes_of([*opened.ledger.outlines(name, FLOOR, judge=judge)]))
     if not len(seen.cluster):
         raise SteerbackError(f"run {folder.name} has no verdicts of {judge} about {name} ({condition})")
     multi = seen.multi.astype(float)

@@ -18,7 +18,7 @@ from steerback.jobs.check import Makers, with_directions
 from steerback.jobs.execute import analysed
 from steerback.records import BoostPrior, LatentKey, Recording
 from steerback.report import view
-from steerback.report.view_trials import STAGES, Group, Reading, ShownRun, group_of, rows_of
+from steerback.report.view_trials import STAGES, Group, Reading, ShownRun, group_of
 from steerback.store.facts import DETECTOR_SET, RECORDED_LATENTS
 from steerback.store.files import write_atomic
 from steerback.store.ledger import Row
@@ -174,12 +174,12 @@ def _to_read(run: Run, judge: str, settings: ViewSettings) -> list[Row]:
         return list(rows.values())
     groups: dict[Group, list[str]] = {}
     gains: dict[Group, float] = {}
-    for row in rows_of(ledger, (t.key for t in ledger.trials(settings.stages)), judge):
-        if row.valid_receipt and row.trial.record is None:
+    for row in ledger.outlines(judge=judge):
+        if row.trial.stage in settings.stages and row.valid_receipt and row.trial.record is None:
             group = group_of(row.trial)
             groups.setdefault(group, []).append(row.trial.key)
             gains[group] = max(gains.get(group, 0.0), row.gain)
     keys: list[str] = []
     for group in sorted(groups, key=lambda g: -gains[g]):
         keys += groups[group] if len(keys) + len(groups[group]) <= RECORDED else []
-    return list(rows_of(ledger, keys, judge))
+    return list(ledger.stream(keys, judge))

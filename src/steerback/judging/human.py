@@ -20,7 +20,7 @@ from steerback.errors import SteerbackError
 from steerback.readers import Json
 from steerback.records import Attempt, Judgement, digest
 from steerback.store.facts import HUMAN, LabelSample, LabelStratum
-from steerback.store.ledger import Row
+from steerback.store.rows import Row, TrialRow
 
 RUBRIC = "human-1"
 FORMAT = "steerback-labels-1"
@@ -76,7 +76,7 @@ def judge_name(labeller: str) -> str:
 
 
 def draw(
-    pools: Mapping[str, Sequence[Row]], judge: str, size: int, seed: int, conditions: Sequence[str] = ()
+    pools: Mapping[str, Sequence[TrialRow]], judge: str, size: int, seed: int, conditions: Sequence[str] = ()
 ) -> dict[str, LabelSample]:
     """Draw `size` responses of all targets together, as one sample for each target.
 

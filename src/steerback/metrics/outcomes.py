@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from steerback.errors import SteerbackError
 from steerback.metrics.intervals import Codes, Flags, Floats
-from steerback.records import Judgement, LatentKey, is_degraded
+from steerback.records import Judgement, LatentKey
 
 VALID, EMPTY, UNSCORED, INVALID = 0, 1, 2, 3
 STATES = ("valid", "empty", "unscored", "invalid")  # index is the constant
@@ -90,13 +90,13 @@ class Outcomes:
 
     @staticmethod
     def from_rows(
-        rows: Iterable[tuple[LatentKey | None, int, bool, Judgement | None, str]], cut: Sequence[float] = ()
+        rows: Iterable[tuple[LatentKey | None, int, bool, Judgement | None, bool]], cut: Sequence[float] = ()
     ) -> Outcomes:
-        """Builds outcomes from (latent key, pair, trial ok, judgement, response text), and `cut` if it is known.
+        """Build outcomes from (latent key, pair, trial ok, judgement, degraded), and `cut` if it is known.
 
         Trial ok: generated without an error and the receipt matches the plan.
         """
-        table = [(cluster_code(key), pair, *outcome_of(ok, judgement, text)) for key, pair, ok, judgement, text in rows]
+        table = [(cluster_code(key), pair, *outcome_of(ok, judged, worn)) for key, pair, ok, judged, worn in rows]
         columns = [*zip(*table, strict=True)] if table else [()] * (len(_DTYPES) - 1)
         arrays = zip([*columns, cut], _DTYPES.values(), strict=True)
         return Outcomes(*(np.array(c, dtype=d) for c, d in arrays))
@@ -117,9 +117,8 @@ _DTYPES: dict[str, type[np.generic]] = {
 }
 
 
-def outcome_of(trial_ok: bool, judgement: Judgement | None, text: str) -> Outcome:
+def outcome_of(trial_ok: bool, judgement: Judgement | None, degraded: bool) -> Outcome:
     """One trial's row. Not ok: INVALID, whatever the judge said; no judgement yet: UNSCORED."""
-    degraded = is_degraded(text)
     if not trial_ok:
         state = INVALID
     elif judgement is None or judgement.status == "unscored":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import islice
 from pathlib import Path
 
 import yaml
@@ -10,7 +11,7 @@ import yaml
 from steerback.analysis.base import outcomes_of
 from steerback.errors import VERSION, SteerbackError, one_line
 from steerback.metrics import Estimate, summarize
-from steerback.report.export import COLUMNS, REAL, TRUTH, WHOLE, parquet, trial_table
+from steerback.report.export import COLUMNS, REAL, TRUTH, WHOLE, write_parquet
 from steerback.store.facts import PROVENANCE
 from steerback.store.files import make_folder, write_atomic
 from steerback.store.run import Run
@@ -59,11 +60,11 @@ def export_dataset(run: Run, folder: Path, judge: str, license_name: str) -> lis
     trials = 0
     for target, stage in run.ledger.stages():
         for condition in [c for t, c in run.ledger.conditions(stage) if t == target]:
-            rows = run.ledger.rows(target, stage, condition, judge)
-            trials += len(rows)
-            for start in range(0, len(rows), ROWS_PER_SHARD):
-                content = parquet(trial_table(rows[start : start + ROWS_PER_SHARD], judge))
-                paths.append(write_atomic(data / f"trials-{len(paths):05d}.parquet", content))
+            outlines = run.ledger.outlines(target, stage, condition, judge)
+            while shard := list(islice(outlines, ROWS_PER_SHARD)):
+                trials += len(shard)
+                path = data / f"trials-{len(paths):05d}.parquet"
+                paths.append(write_parquet(path, run.ledger.responses(shard), judge))
     card = _header(run, trials, license_name) + _card(run, judge, trials)
     return [write_atomic(folder / "README.md", card.encode("utf-8")), *paths]
 
@@ -144,7 +145,7 @@ def _rate_table(run: Run, judge: str) -> str:
         "|---|---|---|---|---|---|",
     ]
     for target, condition in run.ledger.conditions("measure"):
-        summary = summarize(outcomes_of(run.ledger.rows(target, "measure", condition, judge)), draws=0)
+        summary = summarize(outcomes_of([*run.ledger.outlines(target, "measure", condition, judge)]), draws=0)
         shown = [_interval(summary[name], 1 if name == "msi" else 100) for name in SHOWN]
         cells = [f"`{target}`", condition.replace("|", "\\|"), f"{summary.counts['valid']:,}", *shown]
         lines.append(f"| {' | '.join(cells)} |")

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
-
-import pandas as pd
 
 from steerback.errors import SteerbackError, unknown
 from steerback.metrics import VALID, outcome_of
 from steerback.readers.tables import csv_lines
-from steerback.store.ledger import Ledger, Row
-from steerback.store.run import write_atomic
+from steerback.store.files import whole_file
+from steerback.store.ledger import Ledger
+from steerback.store.rows import Outline, plain
 
 FORMATS = ("authors", "parquet", "csv", "inspect", "hf")
 
@@ -28,6 +26,8 @@ COLUMNS = (
 WHOLE = ("index", "seed", "tokens", "attempts", "ungated_attempts")
 REAL = ("boost", "first", "last", "ungated_first", "ungated_last")
 TRUTH = ("valid_receipt", "degraded")
+ROWS_PER_GROUP = 5_000
+"""Rows of a parquet file that are held in memory at a time."""
 
 
 def export_flat(ledger: Ledger, path: Path, judge: str, form: str) -> Path:
@@ -38,48 +38,48 @@ def export_flat(ledger: Ledger, path: Path, judge: str, form: str) -> Path:
     """
     if form not in ("csv", "parquet"):
         raise unknown("export format", form, FORMATS)
-    rows = ledger.rows(judge=judge)
+    rows = ledger.responses(ledger.outlines(judge=judge))
     if form == "parquet":
-        return write_atomic(path, parquet(trial_table(rows, judge)))
-    lines = csv_lines(COLUMNS, (record.values() for record in _records(rows, judge)))
-    return write_atomic(path, "".join(lines).encode("utf-8"))
+        return write_parquet(path, rows, judge)
+    with whole_file(path) as file:
+        for line in csv_lines(COLUMNS, (record.values() for record in _records(rows, judge))):
+            file.write(line.encode("utf-8"))
+    return path
 
 
-def trial_table(rows: Sequence[Row], judge: str) -> pd.DataFrame:
-    """Return one line for each row, with `judge`'s verdict; the columns are COLUMNS."""
-    return pd.DataFrame(_records(rows, judge), columns=[*COLUMNS], dtype=object)
-
-
-def _records(rows: Sequence[Row], judge: str) -> Iterator[dict[str, object]]:
-    for row in rows:
-        trial, done, judged = row.trial, row.completion, row.judgement
-        outcome = outcome_of(row.valid_receipt, judged, done.text if done else "")
+def _records(rows: Iterable[tuple[Outline, str | None]], judge: str) -> Iterator[dict[str, object]]:
+    for row, response in rows:
+        trial, judged = row.trial, row.judgement
+        outcome = outcome_of(row.valid_receipt, judged, row.degraded)
         yield {
             **{name: getattr(trial, name) for name in TRIAL if name != "latent"},
             "latent": None if trial.latent is None else str(trial.latent),
             "prefill": trial.lead,
             "seed": trial.seed,
-            "interventions": json.dumps([asdict(i) for i in trial.interventions], ensure_ascii=False),
-            "response": done.text if done else None,
-            "finish": done.finish if done else None,
-            "tokens": len(done.token_ids) if done else None,
+            "interventions": json.dumps([plain(i) for i in trial.interventions], ensure_ascii=False),
+            "response": response,
+            "finish": row.finish,
+            "tokens": row.tokens if row.finish else None,
             "valid_receipt": row.valid_receipt,
             "judge": judge,
             "status": judged.status if judged else None,
             **{name: getattr(outcome, name) if outcome.state == VALID else None for name in SCORES},
             "degraded": outcome.degraded,
-            "spans": json.dumps([asdict(a) for a in judged.attempts], ensure_ascii=False) if judged else None,
+            "spans": json.dumps([plain(a) for a in judged.attempts], ensure_ascii=False) if judged else None,
         }
 
 
-def parquet(frame: pd.DataFrame) -> bytes:
-    """Return a table of trials as a parquet file."""
+def write_parquet(path: Path, rows: Iterable[tuple[Outline, str | None]], judge: str) -> Path:
+    """Write rows with their responses into a parquet file, one line each with `judge`'s verdict; columns: COLUMNS."""
     try:
         import pyarrow as pa
+        from pyarrow import parquet
     except ImportError:
         raise SteerbackError("parquet needs pyarrow: pip install 'steerback[parquet]', or use --format csv") from None
     kinds = dict.fromkeys(COLUMNS, pa.string()) | dict.fromkeys(WHOLE, pa.int64())
     kinds |= dict.fromkeys(REAL, pa.float64()) | dict.fromkeys(TRUTH, pa.bool_())
-    out = io.BytesIO()
-    frame.to_parquet(out, engine="pyarrow", index=False, schema=pa.schema([*kinds.items()]))
-    return out.getvalue()
+    schema, records = pa.schema([*kinds.items()]), _records(rows, judge)
+    with whole_file(path) as file, parquet.ParquetWriter(file, schema) as writer:
+        while group := list(islice(records, ROWS_PER_GROUP)):
+            writer.write_table(pa.Table.from_pylist(group, schema))
+    return path

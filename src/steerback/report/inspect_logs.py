@@ -50,13 +50,13 @@ class _Stage:
         return [condition for target, condition in self.run.ledger.conditions(self.stage) if target == self.target]
 
     def parts(self) -> Iterator[Part]:
-        """Yield each trial with its judgements, holding one condition in memory."""
+        """Yield each trial with its judgements, in plan order."""
+        ledger = self.run.ledger
         for condition in self.conditions():
-            place = (self.target, self.stage, condition)
-            rows = self.run.ledger.rows(*place)
-            verdicts = [[r.judgement for r in self.run.ledger.rows(*place, judge)] for judge in self.judges]
-            for number, row in enumerate(rows):
-                yield row, [given for column in verdicts if (given := column[number]) is not None]
+            keys = [row.trial.key for row in ledger.outlines(self.target, self.stage, condition)]
+            columns = [ledger.stream(keys, judge) for judge in self.judges or (None,)]
+            for rows in zip(*columns, strict=True):
+                yield rows[0], [row.judgement for row in rows if row.judgement is not None]
 
 
 def require_inspect() -> None:
@@ -107,7 +107,7 @@ def _rates(shared: _Stage) -> dict[tuple[str, str], Summary]:
     found: dict[tuple[str, str], Summary] = {}
     for condition in shared.conditions():
         for judge in shared.judges:
-            rows = shared.run.ledger.rows(shared.target, shared.stage, condition, judge)
+            rows = [*shared.run.ledger.outlines(shared.target, shared.stage, condition, judge)]
             if any(row.judgement for row in rows):
                 found[judge, condition] = summarize(outcomes_of(rows), draws=0)
     return found
@@ -289,7 +289,7 @@ def _trial_metadata(row: Row) -> dict[str, object]:
         wanted = expected_positions(trial.interventions, done.prompt_tokens, len(done.token_ids), continued)
         expected = dict(zip(("prompt_positions", "generated_positions"), wanted, strict=True))
         found |= {"finish": done.finish, "receipt": {**asdict(done.receipt), "expected": expected}}
-        found["degraded"] = outcome_of(row.valid_receipt, None, done.text).degraded
+        found["degraded"] = row.degraded
     return found
 
 
@@ -297,7 +297,7 @@ def _score(row: Row, judged: Judgement) -> Score:
     """Return a judge's score of a trial; the numbers are those of its gated attempts."""
     from inspect_ai.scorer import Score
 
-    outcome = outcome_of(row.valid_receipt, judged, row.completion.text if row.completion else "")
+    outcome = outcome_of(row.valid_receipt, judged, row.degraded)
     text = row.judged_text
     metadata: dict[str, object] = {
         "status": judged.status,

@@ -20,7 +20,7 @@ def choose(ledger: Ledger, judge: str, key: str | None, condition: str | None, r
         if not found:
             raise SteerbackError(f"no trial {key!r} in {ledger.path}; keys look like {_example(ledger)!r}")
         return found
-    rows = [r for r in ledger.rows(stage="measure", condition=condition, judge=judge) if r.completion is not None]
+    rows = [r for r in ledger.outlines(stage="measure", condition=condition, judge=judge) if r.finish is not None]
     if not rows:
         known = ", ".join(sorted({c for _, c in ledger.conditions()})) or "none yet"
         raise SteerbackError(f"no measured responses in {ledger.path} (conditions: {known})")
@@ -28,11 +28,11 @@ def choose(ledger: Ledger, judge: str, key: str | None, condition: str | None, r
         rows = [r for r in rows if len(r.attempts) >= 2]
     rows.sort(key=lambda r: (-r.gain, -len(r.attempts), r.trial.key))
     seen: Counter[LatentKey | None] = Counter()
-    turns: list[tuple[int, int, Row]] = []
+    turns: list[tuple[int, int, str]] = []
     for row in rows:
-        turns.append((seen[row.trial.latent], len(turns), row))
+        turns.append((seen[row.trial.latent], len(turns), row.trial.key))
         seen[row.trial.latent] += 1
-    return [row for _, _, row in sorted(turns, key=lambda t: t[:2])[:count]]
+    return list(ledger.stream([key for _, _, key in sorted(turns)[:count]], judge))
 
 
 def transcript(row: Row, colour: bool = False) -> str:

@@ -17,7 +17,7 @@ from steerback.figures.tables import Table
 from steerback.readers import read_json_table
 from steerback.report import pages
 from steerback.report.view_calibration import calibration
-from steerback.report.view_trials import CHUNK, SEED, STAGES, ShownRun, flags_of, reason_of, rows_of, sampled
+from steerback.report.view_trials import CHUNK, SEED, STAGES, ShownRun, flags_of, reason_of, sampled
 from steerback.store.facts import LATENTS
 from steerback.store.ledger import Ledger
 
@@ -91,7 +91,9 @@ def _counts(ledger: Ledger, judge: str, stages: Sequence[str]) -> list[dict[str,
     """Return for each target, stage and condition the trials by state, and why trials were left out."""
     counts: dict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)
     reasons: dict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)
-    for row in rows_of(ledger, (t.key for t in ledger.trials(stages)), judge):
+    for row in ledger.outlines(judge=judge):
+        if row.trial.stage not in stages:
+            continue
         place = (row.trial.target, row.trial.stage, row.trial.condition)
         counts[place]["planned"] += 1
         flags = flags_of(row)

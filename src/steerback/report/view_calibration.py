@@ -13,7 +13,7 @@ import numpy as np
 from steerback.calibration.curves import fit_falling
 from steerback.calibration.thresholds import THRESHOLDS, Threshold
 from steerback.records import BoostPrior, LatentKey
-from steerback.report.view_trials import ShownRun, rows_of
+from steerback.report.view_trials import ShownRun
 from steerback.store.facts import CONFIG, LATENTS
 from steerback.store.ledger import Ledger
 from steerback.store.run import Run
@@ -68,9 +68,8 @@ def _calibrated(run: Run) -> Iterator[tuple[Ledger, str]]:
 
 
 def _tried(ledger: Ledger, target: str, judge: str) -> Tried:
-    keys = (t.key for t in ledger.trials([STAGE]) if t.target == target)
     tried: Tried = defaultdict(list)
-    for row in rows_of(ledger, keys, judge):
+    for row in ledger.outlines(target, STAGE, judge=judge):
         if row.trial.latent is not None and row.trial.boost is not None:
             score = row.attempts[0].score if row.attempts else None
             tried[row.trial.latent].append((row.trial.boost, score))

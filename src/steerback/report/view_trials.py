@@ -8,9 +8,8 @@ from __future__ import annotations
 import base64
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +18,7 @@ from steerback.analysis.recovery import rule_of
 from steerback.figures.tables import Table
 from steerback.metrics.outcomes import STATES, VALID, outcome_of
 from steerback.metrics.recovery import Rule, has_recovered
-from steerback.records import BoostPrior, Judgement, LatentKey, Trial, WindowScores, expected_positions, is_degraded
+from steerback.records import BoostPrior, Judgement, LatentKey, Trial, WindowScores, expected_positions
 from steerback.report import pages
 from steerback.store.facts import (
     BACKTRACKING,
@@ -31,7 +30,8 @@ from steerback.store.facts import (
     REPLAY,
     TOKEN_ENDS,
 )
-from steerback.store.ledger import Ledger, Row
+from steerback.store.ledger import BATCH, Row
+from steerback.store.rows import TrialRow
 from steerback.store.run import Run
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 STAGES = ("measure", REPLAY, CONTINUATION, FLOOR)
 """Stages whose trials are shown unless others are named."""
 CHUNK = 25
-BATCH = 200
 SEED = 42
 
 
@@ -87,21 +86,21 @@ class Sample:
     why: str = ""
 
 
-def flags_of(row: Row) -> list[str]:
+def flags_of(row: TrialRow) -> list[str]:
     """Return what is the matter with a trial; nothing for a sound one."""
-    if row.completion is None:
+    if row.finish is None:
         return ["missing"]
-    outcome = outcome_of(row.valid_receipt, row.judgement, row.completion.text)
+    outcome = outcome_of(row.valid_receipt, row.judgement, row.degraded)
     flags = [] if outcome.state == VALID else [STATES[outcome.state]]
     flags += ["degraded"] * outcome.degraded
-    return flags + ["cut"] * (row.completion.finish == "length")
+    return flags + ["cut"] * (row.finish == "length")
 
 
-def reason_of(row: Row) -> str:
+def reason_of(row: TrialRow) -> str:
     """Return why a trial does not count, "" where it does."""
-    if row.completion is None:
+    if row.finish is None:
         return "not generated yet"
-    if row.completion.finish == "error":
+    if row.finish == "error":
         return "invalid: the engine reported an error"
     if not row.valid_receipt:
         return "invalid: the receipt does not match the plan"
@@ -110,22 +109,6 @@ def reason_of(row: Row) -> str:
     if row.judgement.status != "scored":
         return f"{row.judgement.status}: {row.judgement.reason}".rstrip(": ")
     return ""
-
-
-def rows_of(ledger: Ledger, keys: Iterable[str], judge: str, activations: bool = False) -> Iterator[Row]:
-    """Yield the rows of trials in the order of their keys, `BATCH` at a time in memory."""
-    batch: list[str] = []
-    for key in keys:
-        batch.append(key)
-        if len(batch) == BATCH:
-            yield from _batch(ledger, batch, judge, activations)
-            batch = []
-    yield from _batch(ledger, batch, judge, activations)
-
-
-def _batch(ledger: Ledger, keys: Sequence[str], judge: str, activations: bool) -> Iterator[Row]:
-    rows = {r.trial.key: r for r in ledger.rows(keys=keys, judge=judge, activations=activations)} if keys else {}
-    yield from (rows[key] for key in keys)
 
 
 Group = tuple[str, str, str, int]
@@ -239,7 +222,7 @@ def _details(runs: Sequence[ShownRun], sample: Sample) -> Iterator[tuple[int, Ro
     for number, shown in enumerate(runs):
         ledger, keys = shown.run.ledger, [key for n, key in sample.keys if n == number]
         ends = ledger.targets_with(TOKEN_ENDS)
-        labels, windows, rule = _Labels(shown), _windows(ledger, shown.judge), rule_of(ledger)
+        labels, rule = _Labels(shown), rule_of(ledger)
         judges = list(dict.fromkeys((shown.judge, *ledger.judges())))
         for first in range(0, len(keys), BATCH):
             part = keys[first : first + BATCH]
@@ -248,21 +231,12 @@ def _details(runs: Sequence[ShownRun], sample: Sample) -> Iterator[tuple[int, Ro
                 for row in ledger.rows(keys=part, judge=judge):
                     if row.judgement is not None:
                         verdicts[row.trial.key].append(row.judgement)
-            for row in _batch(ledger, part, shown.judge, activations=True):
+            windows = ledger.windows(shown.judge, keys=part)
+            for row in ledger.stream(part, shown.judge, activations=True):
                 key = row.trial.key
                 reading = shown.readings.get(key) or _recorded(row, ends.get(row.trial.target, {}).get(key))
                 detail = _detail(row, verdicts[key], reading, labels)
-                yield number, row, detail | _recovery(row, windows(row.trial).get(key), rule)
-
-
-def _windows(ledger: Ledger, judge: str) -> Callable[[Trial], Mapping[str, WindowScores]]:
-    """Return a function that gives the window scores of a trial's condition, by trial key; the last ones are kept."""
-
-    @lru_cache(maxsize=1)
-    def of(target: str, stage: str, condition: str) -> Mapping[str, WindowScores]:
-        return ledger.windows(judge, target, stage, condition)
-
-    return lambda trial: of(trial.target, trial.stage, trial.condition)
+                yield number, row, detail | _recovery(row, windows.get(key), rule)
 
 
 def _recovery(row: Row, windows: WindowScores | None, rule: Rule) -> dict[str, object]:
@@ -271,7 +245,7 @@ def _recovery(row: Row, windows: WindowScores | None, rule: Rule) -> dict[str, o
         return {}
     shown = {"windows": [list(windows.starts), list(windows.scores)], "windows reason": windows.reason}
     scores = np.array(windows.scores, dtype=np.float64)
-    if not len(scores) or not row.attempts or (row.completion and is_degraded(row.completion.text)):
+    if not len(scores) or not row.attempts or row.degraded:
         return {"recovery": "not counted", **shown}
     if len(scores) < rule.least:
         return {"recovery": "too short", **shown}

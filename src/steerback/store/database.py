@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,10 +44,22 @@ def sqlite_errors(path: Path) -> Iterator[None]:
         ) from None
 
 
+Migrate = Callable[[sqlite3.Connection, int], None]
+"""Brings the tables of a file from an older schema version, its second argument, to the present one."""
+
+
 def open_database(
-    path: Path, schema: str, application_id: int, version: int, read_only: bool = False
+    path: Path,
+    schema: str,
+    application_id: int,
+    version: int,
+    read_only: bool = False,
+    migrate: Migrate | None = None,
 ) -> sqlite3.Connection:
-    """Open an SQLite file in WAL mode; create it when it is new, refuse files of other programs."""
+    """Open an SQLite file in WAL mode; create it when it is new, refuse files of other programs and newer versions.
+
+    A file of an older schema version is migrated; a copy of it is kept beside it (`NAME.v1.sqlite`).
+    """
     if read_only and not path.is_file():
         raise SteerbackError(f"{path} does not exist; start a run first (steerback run ...)")
     make_folder(path.parent)
@@ -54,6 +67,13 @@ def open_database(
         connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
         try:
             _prepare(connection, path, schema, application_id, version)
+            have = connection.execute("PRAGMA user_version").fetchone()[0]
+            if have < version and migrate is not None:
+                _migrated(connection, path, version, migrate)
+            elif have != version:
+                raise SteerbackError(
+                    f"{path} has schema version {have}, this steerback reads {version}; use that release"
+                )
         except BaseException:
             connection.close()
             raise
@@ -75,10 +95,37 @@ def _prepare(connection: sqlite3.Connection, path: Path, schema: str, applicatio
         connection.execute("COMMIT")
     elif found != application_id:
         raise SteerbackError(f"{path} is an SQLite file of another program; it was left as it is")
-    have = connection.execute("PRAGMA user_version").fetchone()[0]
-    if have != version:
-        raise SteerbackError(f"{path} has schema version {have}, this steerback reads {version}; use that release")
     connection.execute("PRAGMA synchronous = NORMAL")
+
+
+def _migrated(connection: sqlite3.Connection, path: Path, version: int, migrate: Migrate) -> None:
+    """Migrate a file in one transaction, once a copy of it is kept; another process may do so at the same time."""
+    _keep_copy(connection, path, version)
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        have = connection.execute("PRAGMA user_version").fetchone()[0]
+        if have < version:
+            migrate(connection, have)
+            connection.execute(f"PRAGMA user_version = {version}")
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
+def _keep_copy(connection: sqlite3.Connection, path: Path, newer: int) -> None:
+    """Copy a database into a file beside it that is named after its schema version; a copy that exists is kept."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with closing(sqlite3.connect(part)) as target:
+            connection.backup(target)
+            have = target.execute("PRAGMA user_version").fetchone()[0]
+        copy = path.with_name(f"{path.stem}.v{have}{path.suffix}")
+        if have < newer and not copy.exists():
+            os.replace(part, copy)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def pack_array(array: NDArray[np.float32] | None) -> bytes | None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from steerback.errors import SteerbackError
 
@@ -35,11 +38,19 @@ def write_json(path: Path, body: object) -> Path:
 
 def write_atomic(path: Path, content: bytes) -> Path:
     """Writes a file whole or not at all."""
+    with whole_file(path) as file:
+        file.write(content)
+    return path
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that appears under `path` once it is written; if writing fails, the earlier file stays."""
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(content)
+                yield file
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
         except BaseException:
@@ -47,4 +58,3 @@ def write_atomic(path: Path, content: bytes) -> Path:
             raise
     except OSError as error:
         raise SteerbackError(f"{path} cannot be written: {error.strerror}") from None
-    return path

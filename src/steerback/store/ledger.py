@@ -11,22 +11,35 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import JsonValue
 
 from steerback.errors import SteerbackError
-from steerback.records import Completion, Judgement, Trial, WindowScores
+from steerback.records import Completion, Judgement, Trial, WindowScores, is_degraded
 from steerback.store.database import dump_json, now, open_database, placeholders, sqlite_errors, storable
 from steerback.store.facts import CONFIG, Fact
+from steerback.store.rows import (
+    COMPLETION,
+    JUDGEMENT,
+    OUTLINE,
+    TRIAL,
+    Outline,
+    completion_values,
+    prefix_values,
+    read_outline,
+    read_row,
+    read_trial,
+    trial_values,
+)
 from steerback.store.rows import Row as Row
-from steerback.store.rows import completion_values, prefix_values, row_of, trial_of, trial_values
 
 T = TypeVar("T")
 
 APPLICATION_ID = 0x53544252  # "STBR": marks our files, so that a foreign database is recognised
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCHEMA = """
 CREATE TABLE facts (target TEXT, name TEXT, value TEXT NOT NULL, PRIMARY KEY (target, name));
 CREATE TABLE trials (
@@ -53,7 +66,17 @@ CREATE TABLE IF NOT EXISTS prefixes (
     trial TEXT PRIMARY KEY REFERENCES trials (key), text TEXT NOT NULL, token_ids TEXT NOT NULL)
 """
 """Made when the first response is continued from its tokens."""
+OUTLINES = """
+CREATE TABLE outlines (
+    trial TEXT PRIMARY KEY REFERENCES completions (trial), finish TEXT NOT NULL, prompt_tokens INTEGER NOT NULL,
+    tokens INTEGER NOT NULL, prompt_positions INTEGER NOT NULL, generated_positions INTEGER NOT NULL,
+    degraded INTEGER NOT NULL) WITHOUT ROWID
+"""
+"""What metrics need of each completion, so that they read no texts. Derived: it holds nothing of its own."""
 TABLES = ("facts", "trials", "prefixes", "completions", "judgements", "windows")
+ORDER = "ORDER BY t.target, t.stage, t.condition, t.idx"
+BATCH = 200
+"""Rows with texts that `Ledger.stream` holds at a time."""
 
 
 class Ledger:
@@ -61,7 +84,10 @@ class Ledger:
 
     def __init__(self, path: Path, read_only: bool = False) -> None:
         self.path = path
-        self._db: sqlite3.Connection = open_database(path, SCHEMA, APPLICATION_ID, SCHEMA_VERSION, read_only)
+        self._db: sqlite3.Connection = open_database(
+            path, f"{SCHEMA};{OUTLINES}", APPLICATION_ID, SCHEMA_VERSION, read_only, _migrate
+        )
+        self._complete_outlines()
 
     def __enter__(self) -> Ledger:
         return self
@@ -71,6 +97,15 @@ class Ledger:
 
     def close(self) -> None:
         self._db.close()
+
+    def _complete_outlines(self) -> None:
+        """Outline the completions that a process of an older version added after this ledger was migrated."""
+        with sqlite_errors(self.path):
+            query = "SELECT (SELECT count(*) FROM completions) - (SELECT count(*) FROM outlines)"
+            missing = self._db.execute(query).fetchone()[0]
+        if missing:
+            with self._transaction() as db:
+                _outline(db)
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -122,24 +157,25 @@ class Ledger:
 
     def add_trials(self, trials: Sequence[Trial]) -> None:
         """Plans trials. A key that is already there must hold the same trial: plans never change under a run."""
+        rows = [trial_values(t) for t in trials]
         with self._transaction() as db:
             before = db.total_changes
-            db.executemany(f"INSERT OR IGNORE INTO trials VALUES ({placeholders(14)})", map(trial_values, trials))
+            db.executemany(f"INSERT OR IGNORE INTO trials VALUES ({placeholders(14)})", rows)
             fresh = db.total_changes - before == len(trials)
-            continued = [values for trial in trials if (values := prefix_values(trial)) is not None]
+            continued = {t.key: values for t in trials if (values := prefix_values(t)) is not None}
             if continued:
                 db.execute(PREFIXES)
-                db.executemany(f"INSERT OR IGNORE INTO prefixes VALUES ({placeholders(3)})", continued)
+                db.executemany(f"INSERT OR IGNORE INTO prefixes VALUES ({placeholders(3)})", continued.values())
             if fresh:
                 return
-            for trial in trials:
-                row = db.execute("SELECT * FROM trials WHERE key = ?", (trial.key,)).fetchone()
-                start = (
-                    db.execute("SELECT * FROM prefixes WHERE trial = ?", (trial.key,)).fetchone() if continued else None
-                )
-                if tuple(row) != trial_values(trial) or start != prefix_values(trial):
+            for row in rows:
+                key, start = row[:1], None
+                stored = db.execute("SELECT * FROM trials WHERE key = ?", key).fetchone()
+                if continued:
+                    start = db.execute("SELECT * FROM prefixes WHERE trial = ?", key).fetchone()
+                if stored != row or start != continued.get(row[0]):
                     raise SteerbackError(
-                        f"{self.path}: trial {trial.key} was planned differently when this run was started "
+                        f"{self.path}: trial {row[0]} was planned differently when this run was started "
                         "(another version of steerback or of the target); start a new run with another --name"
                     )
 
@@ -148,6 +184,21 @@ class Ledger:
         rows = [completion_values(key, completion, engine) for key, completion, engine in done]
         with self._transaction() as db:
             db.executemany(f"INSERT OR IGNORE INTO completions VALUES ({placeholders(11)})", rows)
+            _outline(db, [row[0] for row in rows])
+
+    def completed(self, keys: Iterable[str]) -> set[str]:
+        """Those of the trials that have a completion."""
+        query = "SELECT trial FROM outlines WHERE trial IN (SELECT value FROM json_each(?))"
+        return self._among(query, keys)
+
+    def judged(self, judge: str, keys: Iterable[str]) -> set[str]:
+        """Those of the trials about which a judge has a verdict."""
+        query = "SELECT trial FROM judgements WHERE trial IN (SELECT value FROM json_each(?)) AND judge = ?"
+        return self._among(query, keys, judge)
+
+    def _among(self, query: str, keys: Iterable[str], *values: str) -> set[str]:
+        with sqlite_errors(self.path):
+            return {key for (key,) in self._db.execute(query, (dump_json(list(keys)), *values))}
 
     def add_judgements(self, judged: Iterable[tuple[str, Judgement]]) -> None:
         """(trial key, judgement); an unscored one is replaced, any other is kept."""
@@ -196,28 +247,39 @@ class Ledger:
                 rows,
             )
 
-    def windows(
-        self, judge: str, target: str | None = None, stage: str | None = None, condition: str | None = None
-    ) -> dict[str, WindowScores]:
+    def windows(self, judge: str, keys: Sequence[str] | None = None) -> dict[str, WindowScores]:
         """A judge's scores of the windows of responses, by trial key."""
         if not self._has("windows"):
             return {}
-        wanted = {"w.judge": judge, "t.target": target, "t.stage": stage, "t.condition": condition}
-        chosen = {column: value for column, value in wanted.items() if value is not None}
+        where, values = _where(None, None, None, keys)
         query = (
-            "SELECT w.trial, w.judge, w.rubric, w.starts, w.scores, w.reason, w.raw FROM windows w "
-            f"JOIN trials t ON t.key = w.trial WHERE {' AND '.join(f'{c} = ?' for c in chosen)}"
+            "SELECT w.trial, w.judge, w.rubric, w.starts, w.scores, w.reason, w.raw FROM trials t "
+            f"JOIN windows w ON w.trial = t.key AND w.judge = ? WHERE {where}"
         )
         with sqlite_errors(self.path):
             return {
                 key: WindowScores(by, rubric, tuple(json.loads(starts)), tuple(json.loads(scores)), reason, raw)
-                for key, by, rubric, starts, scores, reason, raw in self._db.execute(query, tuple(chosen.values()))
+                for key, by, rubric, starts, scores, reason, raw in self._db.execute(query, (judge, *values))
             }
 
-    def _prefixes(self) -> tuple[str, str]:
-        """Return the columns of a trial's prefix, and the join that gives them."""
-        there = self._has("prefixes")
-        return ("p.text, p.token_ids", "LEFT JOIN prefixes p ON p.trial = t.key") if there else ("NULL, NULL", "")
+    def window_scores(
+        self, judge: str, target: str | None = None, stage: str | None = None, condition: str | None = None
+    ) -> dict[str, list[float]]:
+        """The scores alone, by trial key; an empty list where the judge gave a reason instead."""
+        if not self._has("windows"):
+            return {}
+        where, values = _where(target, stage, condition, None)
+        query = (
+            f"SELECT w.trial, w.scores FROM trials t JOIN windows w ON w.trial = t.key AND w.judge = ? WHERE {where}"
+        )
+        with sqlite_errors(self.path):
+            return {key: json.loads(scores) for key, scores in self._db.execute(query, (judge, *values))}
+
+    def _trials(self) -> tuple[str, str]:
+        """Return the columns of a trial and its prefix, and the tables that give them."""
+        if self._has("prefixes"):
+            return f"{TRIAL}, p.text, p.token_ids", "trials t LEFT JOIN prefixes p ON p.trial = t.key"
+        return f"{TRIAL}, NULL, NULL", "trials t"
 
     def _has(self, table: str) -> bool:
         with sqlite_errors(self.path):
@@ -233,38 +295,64 @@ class Ledger:
         keys: Sequence[str] | None = None,
         activations: bool = False,
     ) -> list[Row]:
-        """Trials in plan order with completion and `judge`'s judgement where there are any."""
-        where, values = ["1"], [judge]
-        for column, value in (("target", target), ("stage", stage), ("condition", condition)):
-            if value is not None:
-                where.append(f"t.{column} = ?")
-                values.append(value)
-        if keys is not None:
-            where.append("t.key IN (SELECT value FROM json_each(?))")
-            values.append(dump_json(list(keys)))
+        """Trials in plan order with completion and `judge`'s judgement where there are any.
+
+        Texts and token ids take about 15 kB a row: for many trials take `stream` or `outlines`.
+        """
+        where, values = _where(target, stage, condition, keys)
         blob = "c.activations" if activations else "NULL"
-        start, join = self._prefixes()
+        columns, tables = self._trials()
         query = (
-            f"SELECT t.*, {start}, c.text, c.token_ids, c.prompt_tokens, c.finish, c.prompt_positions, "
-            f"c.generated_positions, c.added_norm, {blob}, j.judge, j.rubric, j.status, j.attempts, j.reason, j.raw "
-            f"FROM trials t {join} LEFT JOIN completions c ON c.trial = t.key "
-            "LEFT JOIN judgements j ON j.trial = t.key AND j.judge = ? "
-            f"WHERE {' AND '.join(where)} ORDER BY t.target, t.stage, t.condition, t.idx"
+            f"SELECT {columns}, {COMPLETION}, {blob}, {JUDGEMENT}, j.raw FROM {tables} "
+            "LEFT JOIN completions c ON c.trial = t.key LEFT JOIN judgements j ON j.trial = t.key AND j.judge = ? "
+            f"WHERE {where} {ORDER}"
         )
         with sqlite_errors(self.path):
-            return [row_of(found) for found in self._db.execute(query, values)]
+            return [read_row(found) for found in self._db.execute(query, (judge, *values))]
+
+    def stream(self, keys: Iterable[str], judge: str | None = None, activations: bool = False) -> Iterator[Row]:
+        """Yield the rows of trials in the order of their keys, `BATCH` at a time in memory."""
+        waiting = iter(keys)
+        while some := list(islice(waiting, BATCH)):
+            rows = {r.trial.key: r for r in self.rows(keys=some, judge=judge, activations=activations)}
+            yield from (rows[key] for key in some)
+
+    def outlines(
+        self,
+        target: str | None = None,
+        stage: str | None = None,
+        condition: str | None = None,
+        judge: str | None = None,
+        keys: Sequence[str] | None = None,
+    ) -> Iterator[Outline]:
+        """Yield the trials in plan order without texts: what metrics read."""
+        where, values = _where(target, stage, condition, keys)
+        columns, tables = self._trials()
+        query = (
+            f"SELECT {columns}, {OUTLINE}, {JUDGEMENT} FROM {tables} LEFT JOIN outlines o ON o.trial = t.key "
+            f"LEFT JOIN judgements j ON j.trial = t.key AND j.judge = ? WHERE {where} {ORDER}"
+        )
+        with sqlite_errors(self.path):
+            for found in self._db.execute(query, (judge, *values)):
+                yield read_outline(found)
+
+    def responses(self, outlines: Iterable[Outline]) -> Iterator[tuple[Outline, str | None]]:
+        """Yield each outline with the text of its response (None: there is none yet), `BATCH` texts at a time."""
+        query = "SELECT trial, text FROM completions WHERE trial IN (SELECT value FROM json_each(?))"
+        waiting = iter(outlines)
+        while some := list(islice(waiting, BATCH)):
+            with sqlite_errors(self.path):
+                texts = dict(self._db.execute(query, (dump_json([o.trial.key for o in some]),)))
+            yield from ((outline, texts.get(outline.trial.key)) for outline in some)
 
     def trials(self, stages: Sequence[str]) -> Iterator[Trial]:
         """Yield the planned trials of some stages in the order of `rows`, one at a time."""
         marks = placeholders(len(stages))
-        start, join = self._prefixes()
-        query = (
-            f"SELECT t.*, {start} FROM trials t {join} WHERE t.stage IN ({marks}) "
-            "ORDER BY target, stage, condition, idx"
-        )
+        columns, tables = self._trials()
+        query = f"SELECT {columns} FROM {tables} WHERE t.stage IN ({marks}) {ORDER}"
         with sqlite_errors(self.path):
             for stored in self._db.execute(query, list(stages)):
-                yield trial_of(stored)
+                yield read_trial(stored)
 
     def stage_sizes(self) -> dict[str, int]:
         """Number of planned trials of each stage."""
@@ -297,3 +385,36 @@ class Ledger:
                 query = f"SELECT {', '.join(columns)} FROM {table} ORDER BY 1, 2"
                 tables[table] = [tuple(r) for r in self._db.execute(query)]
         return tables
+
+
+def _where(
+    target: str | None, stage: str | None, condition: str | None, keys: Sequence[str] | None
+) -> tuple[str, list[str]]:
+    chosen = {"t.target": target, "t.stage": stage, "t.condition": condition}
+    where = ["1", *(f"{column} = ?" for column, value in chosen.items() if value is not None)]
+    values = [value for value in chosen.values() if value is not None]
+    if keys is not None:
+        where.append("t.key IN (SELECT value FROM json_each(?))")
+        values.append(dump_json(list(keys)))
+    return " AND ".join(where), values
+
+
+def _outline(db: sqlite3.Connection, trials: Sequence[str] | None = None) -> None:
+    """Fill the table `outlines` for the completions of some trials, or for all that lack an outline."""
+    db.create_function("tokens", 1, lambda ids: len(json.loads(ids)), deterministic=True)
+    db.create_function("degraded", 1, is_degraded, deterministic=True)
+    chosen = "SELECT value FROM json_each(?)"
+    if trials is None:
+        chosen = "SELECT trial FROM completions EXCEPT SELECT trial FROM outlines"
+    db.execute(
+        "INSERT OR IGNORE INTO outlines SELECT trial, finish, prompt_tokens, tokens(token_ids), prompt_positions, "
+        f"generated_positions, degraded(text) FROM completions WHERE trial IN ({chosen})",
+        () if trials is None else (dump_json(list(trials)),),
+    )
+
+
+def _migrate(db: sqlite3.Connection, version: int) -> None:
+    """Bring a ledger of an older schema version to the present one."""
+    if version < 2:
+        db.execute(OUTLINES)
+        _outline(db)

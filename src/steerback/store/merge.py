@@ -49,7 +49,7 @@ def merge(folders: Sequence[Path], into: Path) -> Merged:
             with Ledger(folder / "ledger.sqlite", read_only=True) as source:
                 again, other = _copy(source, run.ledger, texts)
             repeated, differing = repeated + again, differing + other
-        trials = len(run.ledger.rows())
+        trials = sum(run.ledger.stage_sizes().values())
     return Merged(len(folders), trials, repeated, differing)
 
 

@@ -1,30 +1,64 @@
-"""A trial with what came of it, and the form in which the tables of the ledger hold it."""
+"""A trial with what came of it, in full (`Row`) or without texts (`Outline`), and their form in the ledger."""
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from steerback.records import Attempt, Completion, Intervention, Judgement, Prefix, Receipt, Recording, Trial
+from steerback.records import (
+    Attempt,
+    Completion,
+    FinishReason,
+    Intervention,
+    Judgement,
+    LatentKey,
+    Prefix,
+    Receipt,
+    Recording,
+    Trial,
+    expected_positions,
+    is_degraded,
+)
 from steerback.store.database import dump_json, now, pack_array, storable, unpack_array
 
+Stored: TypeAlias = Sequence[Any]
+"""A row as SQLite returns it."""
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A trial with what came of it so far."""
+TRIAL = "t.key, t.target, t.stage, t.condition, t.idx, t.latent, t.label, t.prompt, t.meta_prompt, t.prefill, t.seed, "
+TRIAL += "t.interventions, t.record"
+COMPLETION = "c.text, c.token_ids, c.prompt_tokens, c.finish, c.prompt_positions, c.generated_positions, c.added_norm"
+OUTLINE = "o.finish, o.prompt_tokens, o.tokens, o.prompt_positions, o.generated_positions, o.degraded"
+JUDGEMENT = "j.judge, j.rubric, j.status, j.attempts, j.reason"
 
-    trial: Trial
-    completion: Completion | None
-    judgement: Judgement | None
 
-    @property
-    def valid_receipt(self) -> bool:
-        """Whether the response exists and was steered exactly where its plan says."""
-        done = self.completion
-        if done is None or done.finish == "error":
-            return False
-        return done.receipt_matches(self.trial.interventions, self.trial.prefix is not None)
+class TrialRow:
+    """The attempts that count in a trial, and what follows from them."""
+
+    __slots__ = ()
+
+    if TYPE_CHECKING:
+
+        @property
+        def trial(self) -> Trial: ...
+
+        @property
+        def judgement(self) -> Judgement | None: ...
+
+        @property
+        def finish(self) -> FinishReason | None:
+            """Why the response ended; None where there is none yet."""
+
+        @property
+        def valid_receipt(self) -> bool:
+            """Whether the response exists and was steered exactly where its plan says."""
+
+        @property
+        def degraded(self) -> bool:
+            """Whether the response repeats a word five times (`records.is_degraded`)."""
 
     @property
     def attempts(self) -> tuple[Attempt, ...]:
@@ -49,11 +83,58 @@ class Row:
         """Whether the response is a single attempt that scores less than `below`."""
         return len(self.attempts) == 1 and self.attempts[0].score < below
 
+
+@dataclass(frozen=True, slots=True)
+class Outline(TrialRow):
+    """A trial with what metrics need of its response, which takes a twentieth of the memory of a `Row`.
+
+    `judgement` lacks its raw reply; `tokens` is the number of generated tokens.
+    """
+
+    trial: Trial
+    finish: FinishReason | None
+    valid_receipt: bool
+    degraded: bool
+    tokens: int
+    judgement: Judgement | None
+
+
+@dataclass(frozen=True, slots=True)
+class Row(TrialRow):
+    """A trial with what came of it so far."""
+
+    trial: Trial
+    completion: Completion | None
+    judgement: Judgement | None
+
+    @property
+    def finish(self) -> FinishReason | None:
+        """Why the response ended; None where there is none yet."""
+        return None if self.completion is None else self.completion.finish
+
+    @property
+    def valid_receipt(self) -> bool:
+        """Whether the response exists and was steered exactly where its plan says."""
+        done = self.completion
+        if done is None or done.finish == "error":
+            return False
+        return done.receipt_matches(self.trial.interventions, self.trial.prefix is not None)
+
+    @property
+    def degraded(self) -> bool:
+        """Whether the response repeats a word five times (`records.is_degraded`)."""
+        return self.completion is not None and is_degraded(self.completion.text)
+
     @property
     def judged_text(self) -> str:
         """What judges see and spans refer to: lead and response; in stage `continuation` the response alone."""
         text = self.completion.text if self.completion is not None else ""
         return text if self.trial.stage == "continuation" else self.trial.lead + text
+
+
+def plain(record: Intervention | Attempt) -> dict[str, object]:
+    """Return the fields of a record of plain values; `dataclasses.asdict` takes ten times as long."""
+    return {name: getattr(record, name) for name in record.__slots__}
 
 
 def trial_values(t: Trial) -> tuple[Any, ...]:
@@ -71,7 +152,7 @@ def trial_values(t: Trial) -> tuple[Any, ...]:
         t.meta_prompt,
         t.prefill,
         t.seed,
-        dump_json([asdict(i) for i in t.interventions]),
+        dump_json([plain(i) for i in t.interventions]),
         None if t.record is None else dump_json(asdict(t.record)),
     )
 
@@ -94,45 +175,74 @@ def completion_values(key: str, c: Completion, engine: str) -> tuple[Any, ...]:
     )
 
 
-def trial_of(stored: tuple[Any, ...]) -> Trial:
-    """Return the trial in the columns of `trials`, followed by text and token ids of its prefix."""
-    key, target, stage, condition, index, latent, label, _, prompt, meta, prefill, seed, edits, record = stored[:14]
-    start, ids = stored[14:16]
-    recording = json.loads(record) if record else None
+def prefix_values(t: Trial) -> tuple[Any, ...] | None:
+    """Return a trial's prefix as the columns of the table `prefixes`, None for a trial without one."""
+    return None if t.prefix is None else (t.key, storable(t.prefix.text), dump_json(list(t.prefix.token_ids)))
+
+
+def read_trial(stored: Stored) -> Trial:
+    """Return the trial of the columns `TRIAL` and of its prefix. Texts that many trials share are kept once."""
+    key, target, stage, condition, index, latent, label, prompt, meta, prefill, seed, edits, record = stored[:13]
+    start, ids = stored[13:15]
     return Trial(
         key=key,
-        target=target,
-        stage=stage,
-        condition=condition,
+        target=sys.intern(target),
+        stage=sys.intern(stage),
+        condition=sys.intern(condition),
         index=index,
-        prompt=prompt,
+        prompt=sys.intern(prompt),
         seed=seed,
-        latent=None if latent is None else json.loads(latent),
-        label=label,
-        meta_prompt=meta,
+        latent=None if latent is None else _latent(latent),
+        label=None if label is None else sys.intern(label),
+        meta_prompt=sys.intern(meta),
         prefill=prefill,
-        interventions=tuple(Intervention(**i) for i in json.loads(edits)),
-        record=Recording(tuple(recording["latents"]), recording["layer"]) if recording else None,
+        interventions=_interventions(edits),
+        record=_recording(record) if record else None,
         prefix=None if ids is None else Prefix(start, tuple(json.loads(ids))),
     )
 
 
-def row_of(stored: tuple[Any, ...]) -> Row:
-    """Return the row in the columns of a trial, its completion and its judgement."""
+def read_row(stored: Stored) -> Row:
+    """Return the row of the columns of a trial and its prefix, `COMPLETION`, activations, `JUDGEMENT` and raw reply."""
     completion = None
-    if stored[16] is not None:
-        text, ids, prompt_tokens, finish, in_prompt, generated, norm, blob = stored[16:24]
+    if stored[15] is not None:
+        text, ids, prompt_tokens, finish, in_prompt, generated, norm, blob = stored[15:23]
         receipt = Receipt(in_prompt, generated, norm)
         tokens = tuple(json.loads(ids))
         completion = Completion(text, tokens, prompt_tokens, finish, receipt, unpack_array(blob))
-    judgement = None
-    if stored[24] is not None:
-        judge, rubric, status, attempts, reason, raw = stored[24:30]
-        spans = tuple(Attempt(**a) for a in json.loads(attempts))
-        judgement = Judgement(judge, rubric, status, spans, reason, raw)
-    return Row(trial_of(stored), completion, judgement)
+    return Row(read_trial(stored), completion, _judgement(stored[23:28], stored[28]))
 
 
-def prefix_values(t: Trial) -> tuple[Any, ...] | None:
-    """Return a trial's prefix as the columns of the table `prefixes`, None for a trial without one."""
-    return None if t.prefix is None else (t.key, storable(t.prefix.text), dump_json(list(t.prefix.token_ids)))
+def read_outline(stored: Stored) -> Outline:
+    """Return the outline of the columns of a trial and its prefix, `OUTLINE` and `JUDGEMENT`."""
+    trial = read_trial(stored)
+    finish, prompt_tokens, tokens, in_prompt, generated, degraded = stored[15:21]
+    right = finish not in (None, "error") and (in_prompt, generated) == expected_positions(
+        trial.interventions, prompt_tokens, tokens, trial.prefix is not None
+    )
+    return Outline(trial, finish, right, bool(degraded), tokens or 0, _judgement(stored[21:26]))
+
+
+def _judgement(stored: Stored, raw: str = "") -> Judgement | None:
+    judge, rubric, status, attempts, reason = stored
+    if judge is None:
+        return None
+    spans = tuple([Attempt(**a) for a in json.loads(attempts)])
+    return Judgement(sys.intern(judge), sys.intern(rubric), status, spans, reason, raw)
+
+
+@lru_cache(4096)
+def _latent(text: str) -> LatentKey:
+    key: LatentKey = json.loads(text)
+    return key
+
+
+@lru_cache(4096)
+def _interventions(text: str) -> tuple[Intervention, ...]:
+    return tuple(Intervention(**i) for i in json.loads(text))
+
+
+@lru_cache(64)
+def _recording(text: str) -> Recording:
+    recording = json.loads(text)
+    return Recording(tuple(recording["latents"]), recording["layer"])

@@ -69,7 +69,9 @@ class Run:
             self.ledger.put("", CONFIG, self.config.model_dump(mode="json"))
             return
         changed = differences(parse_config(stored, f"config of {self.folder}"), self.config)
-        if changed and not self.ledger.rows() and len(self.ledger.facts()) == 1:  # it came to nothing: start anew
+        if (
+            changed and not self.ledger.stage_sizes() and len(self.ledger.facts()) == 1
+        ):  # it came to nothing: start anew
             self.ledger.put("", CONFIG, self.config.model_dump(mode="json"))
         elif changed:
             raise SteerbackError(

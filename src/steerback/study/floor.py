@@ -8,12 +8,12 @@ from pathlib import Path
 from steerback.config import RunConfig
 from steerback.records import Trial
 from steerback.store.facts import CONFIG, FLOOR, LATENTS, UNSTEERED
-from steerback.store.ledger import Ledger, Row
-from steerback.study.pipeline import complete
+from steerback.store.ledger import Ledger
+from steerback.study.pipeline import carry_out
 from steerback.study.study import Study
 
 
-async def measure_floor(study: Study) -> list[Row]:
+async def measure_floor(study: Study) -> None:
     """Generate and judge the unsteered responses of the floor; none where `floor_responses` is 0.
 
     They are none of the judge's references, so that it compares no response with itself. The judge sees the labels of
@@ -21,7 +21,7 @@ async def measure_floor(study: Study) -> list[Row]:
     """
     prompts = floor_prompts(study.prompts, study.config.floor_responses)
     if not prompts or study.bench.judge is None:
-        return []
+        return
     base = study.run.ledger.get(study.target.base, LATENTS) if study.target.adapter is not None else None
     latents = base.chosen if base is not None else await study.latents()
     trials = [
@@ -37,7 +37,7 @@ async def measure_floor(study: Study) -> list[Row]:
         for i, prompt in enumerate(prompts)
     ]
     _take_over(study, trials)
-    return await complete(study.bench, trials, stage=f"{study.name}: judge's floor")
+    await carry_out(study.bench, trials, stage=f"{study.name}: judge's floor")
 
 
 def floor_prompts(prompts: Sequence[str], responses: int) -> list[str]:

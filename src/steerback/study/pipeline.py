@@ -42,29 +42,35 @@ class Workbench:
 
 
 async def complete(bench: Workbench, trials: Sequence[Trial], stage: str = "", judged: bool = True) -> list[Row]:
-    """Plans, generates and judges `trials`; returns their rows in the order given.
+    """As `carry_out`; return the rows of the trials in the order given."""
+    await carry_out(bench, trials, stage, judged)
+    judge = bench.judge.name if judged and bench.judge is not None else None
+    return list(bench.ledger.stream([t.key for t in trials], judge))
+
+
+async def carry_out(bench: Workbench, trials: Sequence[Trial], stage: str = "", judged: bool = True) -> None:
+    """Plan, generate and judge `trials`. The rows stay in the ledger: memory does not grow with texts.
 
     Raises SteerbackError for what the user must mend (impossible request, disk full); everything committed stays.
     """
     if not trials:
-        return []
+        return
     if len({t.key for t in trials}) != len(trials):
         raise ValueError("two trials share a key")
     bench.ledger.add_trials(trials)
     judge = bench.judge if judged else None
-    rows = _rows(bench, trials, judge)
-    waiting = [t for t in trials if rows[t.key].completion is None]
-    unjudged = [rows[t.key] for t in trials if rows[t.key].completion is not None and rows[t.key].judgement is None]
+    done = bench.ledger.completed(t.key for t in trials)
+    waiting = [t for t in trials if t.key not in done]
     bench.progress.stage(stage or trials[0].stage, len(trials), len(trials) - len(waiting))
     queue: asyncio.Queue[list[Row] | None] = asyncio.Queue()
-    if judge is not None and unjudged:
-        queue.put_nowait(unjudged)
+    if judge is not None:
+        known = bench.ledger.judged(judge.name, done)
+        if unjudged := [t.key for t in trials if t.key in done and t.key not in known]:
+            queue.put_nowait(list(bench.ledger.stream(unjudged)))
     tasks = [asyncio.create_task(_generate(bench, waiting, queue))]
     if judge is not None:
         tasks.append(asyncio.create_task(_judge(bench, judge, queue)))
     await _all_or_none(tasks)
-    rows = _rows(bench, trials, judge)
-    return [rows[t.key] for t in trials]
 
 
 async def judge_rows(bench: Workbench, rows: Sequence[Row], stage: str = "judging") -> None:
@@ -88,11 +94,6 @@ async def _all_or_none(tasks: Sequence[asyncio.Task[None]]) -> None:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         raise
-
-
-def _rows(bench: Workbench, trials: Sequence[Trial], judge: Judge | None) -> dict[str, Row]:
-    name = judge.name if judge is not None else None
-    return {r.trial.key: r for r in bench.ledger.rows(keys=[t.key for t in trials], judge=name)}
 
 
 async def _generate(bench: Workbench, trials: Sequence[Trial], queue: asyncio.Queue[list[Row] | None]) -> None:

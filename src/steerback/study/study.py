@@ -25,7 +25,7 @@ from steerback.records import Intervention, Latent, LatentKey, Trial
 from steerback.store.facts import BASELINE, CONFIG, ENGINE, LATENTS, Fact, Selection
 from steerback.store.ledger import Ledger, Row
 from steerback.store.run import Run
-from steerback.study.pipeline import Workbench, complete
+from steerback.study.pipeline import Workbench, carry_out, complete
 from steerback.targets import Target
 
 if TYPE_CHECKING:
@@ -317,16 +317,23 @@ class Study:
         edits = (*(trial.interventions if boost != 0 else ()), *clamps)
         return replace(trial, meta_prompt=meta_prompt, prefill=prefill, interventions=edits)
 
-    async def baseline(self, condition: str = BASELINE) -> list[Row]:
-        """Every cell at its threshold and nothing else: what other conditions are compared with.
+    async def baseline(self, condition: str = BASELINE) -> list[Trial]:
+        """Measure every cell at its threshold and nothing else: what other conditions are compared with.
 
         In a run that starts from another these are the other's trials, so they come from the cache.
         """
-        return await self.measure(condition, [self.at(cell, condition) for cell in await self.cells()])
+        trials = [self.at(cell, condition) for cell in await self.cells()]
+        await self.measure(condition, trials)
+        return trials
 
-    async def measure(self, condition: str, trials: Sequence[Trial]) -> list[Row]:
-        """Completes the trials of one condition."""
-        return await complete(self.bench, trials, stage=f"{self.name}: {condition}")
+    async def baseline_rows(self) -> list[Row]:
+        """Measure the baseline and return its rows."""
+        trials, judge = await self.baseline(), self.bench.judge
+        return list(self.run.ledger.stream([t.key for t in trials], None if judge is None else judge.name))
+
+    async def measure(self, condition: str, trials: Sequence[Trial]) -> None:
+        """Complete the trials of one condition."""
+        await carry_out(self.bench, trials, stage=f"{self.name}: {condition}")
 
 
 def references(rows: Sequence[Row], contexts: Mapping[LatentKey, Sequence[str]]) -> References:

@@ -18,11 +18,14 @@ STAGES = ("measure", CONTINUATION, FLOOR)
 
 def without_windows(ledger: Ledger, judge: str, target: str | None = None, retry: bool = False) -> list[Row]:
     """Return the rows whose windows the judge has not scored; with `retry` also those that it gave no scores."""
-    rows: list[Row] = []
-    for stage in STAGES:
-        known = {key for key, w in ledger.windows(judge, target, stage).items() if not (retry and w.reason)}
-        rows += [r for r in ledger.rows(target, stage) if r.valid_receipt and r.trial.key not in known]
-    return rows
+    known = {key for key, scores in ledger.window_scores(judge, target).items() if scores or not retry}
+    keys = [
+        row.trial.key
+        for stage in STAGES
+        for row in ledger.outlines(target, stage)
+        if row.valid_receipt and row.trial.key not in known
+    ]
+    return list(ledger.stream(keys))
 
 
 async def score_windows(bench: Workbench, settings: RecoveryConfig, target: str, retry: bool = False) -> None:
