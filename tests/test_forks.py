@@ -25,7 +25,7 @@ from steerback.jobs.campaign import compared
 from steerback.jobs.check import check
 from steerback.jobs.fork import ForkSettings, place, prepare_fork
 from steerback.records import Intervention
-from steerback.report.export import trial_table
+from steerback.report.export import export_flat
 from steerback.store.facts import DETECTOR_SET, FORK, FORKS, Detector, DetectorSet
 from steerback.store.merge import merge
 from steerback.store.run import Run, stored_config
@@ -105,7 +105,7 @@ def test_every_number_of_the_run_stays_what_it_was(runs: Runs, capsys: pytest.Ca
 
     def numbers() -> tuple[object, ...]:
         with Run.read(folder) as opened:
-            table = trial_table(opened.ledger.rows(judge="scripted"), "scripted")
+            table = pd.read_csv(export_flat(opened.ledger, runs.root / "trials.csv", "scripted", "csv"), dtype=str)
         execute.run(check(stored_config(folder), runs.makers), folder)  # as `resume` does
         rows = table[table.stage != FORK].reset_index(drop=True)
         return files(folder), compared([folder], "csv", None), rows
