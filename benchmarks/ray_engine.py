@@ -29,7 +29,7 @@ import psutil
 from steerback.engines import check_engine, make_engine
 from steerback.engines.scripted import PlantedModel
 from steerback.records import Intervention, Request, Sampling
-from steerback.targets import Target, resolve
+from steerback.targets import Target, resolve, user_tables
 
 OUT = Path(__file__).parent / "results" / "ray_engine.json"
 WORKERS, REQUESTS = 64, 200_000
@@ -124,7 +124,7 @@ def overhead() -> dict[str, object]:
 def gpu(folder: str) -> dict[str, object]:
     import torch
 
-    target = resolve(folder)
+    target = resolve(folder, user_tables())
     kinds: dict[str, tuple[str, dict[str, object]]] = {
         "one engine": ("vllm", {}),
         "ray, two workers": ("ray", {"engine": "vllm", "workers": 2}),
