@@ -33,6 +33,7 @@ from steerback.jobs import check, execute
 from steerback.judging.base import JudgeItem
 from steerback.judging.scripted import ScriptedJudge
 from steerback.records import BoostPrior, Completion, Judgement, Receipt, Request, expected_positions
+from steerback.store.ledger import Ledger
 from steerback.targets import Target
 
 OUT = Path(__file__).parent / "results" / "scale.json"
@@ -141,6 +142,8 @@ def measured(root: Path, trials: int) -> dict[str, object]:
     result: dict[str, object] = {}
     if not folder.exists():
         result["made"] = timed(again)
+    with Ledger(folder / "ledger.sqlite", read_only=True) as ledger:
+        result["trials by stage"] = ledger.stage_sizes()  # latents without a usable threshold are not measured
     result["ledger_gb"] = round((folder / "ledger.sqlite").stat().st_size / 1e9, 3)
     for verb, words in VERBS.items():
         command = [sys.executable, "-m", "steerback", *words[:1], folder.name, "--runs", str(root), *words[1:]]
