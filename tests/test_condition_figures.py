@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib.text
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 
 from steerback.analysis.base import Measured
 from steerback.analysis.boost_sweep import SweepResults
@@ -15,7 +16,7 @@ from steerback.analysis.conditions import ConditionResults
 from steerback.analysis.meta_prompts import MetaPromptResults
 from steerback.analysis.no_steering import NoSteeringResults
 from steerback.analysis.prefill_control import PrefillResults
-from steerback.figures import boost_sweep, conditions, first_scores, meta_prompts, prefill
+from steerback.figures import boost_sweep, conditions, first_scores, meta_prompts, prefill, style
 from steerback.metrics import Outcomes, compare, find_peak, summarize
 from steerback.store.facts import MetaPromptSet, PrefixCounts, Sweep
 
@@ -32,10 +33,10 @@ def outcomes(n: int, rate: float = 0.3, latents: int = 4, seed: int = 0) -> Outc
     )
 
 
-def measured(targets: Mapping[str, tuple[int, float]], names: list[str]) -> Measured:
+def measured(targets: Mapping[str, tuple[int, float]], names: list[str], latents: int = 4) -> Measured:
     """(trials, rate) per target, the same in every condition, each compared with the first."""
     held = {
-        (target, name): outcomes(n, rate, seed=i)
+        (target, name): outcomes(n, rate, latents, seed=i)
         for target, (n, rate) in targets.items()
         for i, name in enumerate(names)
     }
@@ -116,8 +117,63 @@ def test_figures_stay_within_their_bounds(draw: Callable[[Any], Figure], name: s
     shown = [t for t in fig.findobj(matplotlib.text.Text) if t.get_text() and t.get_visible()]  # type: ignore[attr-defined]
     assert min(t.get_fontsize() for t in shown) >= 6
     everything = " ".join(t.get_text() for t in shown).replace("\n", " ")
-    assert "Judge: offline" in everything
-    assert "planted" in everything
+    caption = style.caption_of(fig)
+    assert "Judge: offline" in caption
+    assert "planted" in caption
     for target, (n, _) in DATA[name].items():
-        assert target.replace("$", r"\$").split()[0] in everything
-        assert n == 0 or "n = " in everything
+        assert target.replace("$", r"\$").split()[0] in everything or len(DATA[name]) == 1
+        assert target in caption
+        assert n == 0 or "n = " in caption
+        assert n == 0 or str(n) in everything, "the number of responses is in the figure"
+
+
+def axes_of(fig: Figure) -> list[Axes]:
+    return [ax for ax in fig.findobj(Axes) if isinstance(ax, Axes)]  # type: ignore[attr-defined]
+
+
+def test_differences_stand_beside_the_rates_with_their_own_intervals() -> None:
+    data = {"organism": (240, 0.3)}
+    results = ConditionResults("imported", measured(data, VARIANTS, latents=12), planted(data))
+    fig = conditions.present(results).figures["conditions"]()
+    rates, differences = axes_of(fig)[:2]
+    test = results.measured.comparisons["organism", "self-monitor"]["multi_attempt_rate"]
+    points = [float(c.lines[0].get_xdata()[0]) for c in differences.containers]  # type: ignore[index]
+    assert any(x == pytest.approx(100 * test.difference) for x in points if test.difference is not None)
+    assert len(differences.containers) == len(VARIANTS) - 1
+    assert "baseline" in differences.get_title("left")
+    base = results.measured.summaries["organism", "baseline"]["multi_attempt_rate"].value
+    assert base is not None
+    assert [100 * base] * 2 in [
+        [float(x) for x in line.get_xdata()] for line in rates.lines if len(line.get_xdata()) == 2
+    ]
+    assert any("baseline" in t.get_text() for legend in fig.legends for t in legend.get_texts())
+
+
+def test_the_sweep_never_runs_past_100_and_counts_every_level() -> None:
+    fig = draw_sweep({"organism": (60, 0.97)})
+    rates = [ax for ax in axes_of(fig) if "%" in ax.get_ylabel()]
+    assert len(rates) == 3
+    assert all(ax.get_ylim()[0] == 0 and ax.get_ylim()[1] <= 100 for ax in rates)
+    strip = next(ax for ax in axes_of(fig) if "numbers of responses" in ax.get_xlabel())
+    assert [t.get_text() for t in strip.texts].count("60") == 4
+
+
+def test_the_bands_of_the_prefill_arms_differ_in_more_than_colour() -> None:
+    fig = draw_prefill({"organism": (60, 0.3)})
+    first = axes_of(fig)[0]
+    assert {bool(band.get_hatch()) for band in first.collections} == {True, False}
+    patches = [h for legend in fig.legends for h in legend.get_patches()]
+    assert {bool(patch.get_hatch()) for patch in patches} == {True, False}
+
+
+def test_figure_a8_shows_paired_differences_and_a7_scores() -> None:
+    data = {"organism": (60, 0.3)}
+    results = NoSteeringResults(measured(data, ["baseline", "unsteered"]), {}, planted(data))
+    figures = first_scores.present(results).figures
+    seven, eight = axes_of(figures["figureA7"]())[0], axes_of(figures["figureA8"]())[0]
+    assert (seven.get_xlim(), eight.get_xlim()) == ((0, 100), (-100, 100))
+    gaps = first_scores.paired_gaps(*(results.measured.outcomes["organism", c] for c in ("unsteered", "baseline")))
+    test = results.measured.comparisons["organism", "unsteered"]["mean_first"]
+    assert len(gaps) == 60
+    assert test.difference == pytest.approx(gaps.mean())
+    assert f"mean {gaps.mean():+.1f}, n = 60" in eight.get_title("right")

@@ -7,9 +7,10 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 
-from steerback.figures import esr, style
-from steerback.metrics import Outcomes, Summary, summarize
+from steerback.figures import episode_statistics, esr, panels, style, traces
+from steerback.metrics import Estimate, Outcomes, Summary, summarize
 
 
 def outcomes(n: int, latents: int = 4, rate: float = 0.3, seed: int = 0) -> tuple[Outcomes, Summary]:
@@ -39,12 +40,14 @@ def texts(fig) -> list[str]:
     return [t.get_text() for t in fig.findobj(matplotlib.text.Text) if t.get_text() and t.get_visible()]
 
 
-@pytest.mark.parametrize("width", ["column", "full"])
+@pytest.mark.parametrize("burned", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_figure_2_is_drawn_legibly_from_any_data(name, width) -> None:
-    fig = esr.draw(CASES[name], judge="offline", note="Planted.", width=width)
+def test_figure_2_is_drawn_legibly_from_any_data(name: str, burned: bool) -> None:
+    fig = esr.draw(CASES[name], judge="offline", note="Planted.")
+    if burned:
+        style.burn_in(fig)
     fig.canvas.draw()
-    assert fig.get_size_inches()[0] == style.INCHES[width]
+    assert fig.get_size_inches()[0] == pytest.approx(85 / 25.4)
     drawn, (width_in, height_in) = fig.get_tightbbox(fig.canvas.get_renderer()), fig.get_size_inches()
     assert drawn.x0 >= -0.01, "cut at the left"
     assert drawn.y0 >= -0.01, "cut at the bottom"
@@ -53,11 +56,50 @@ def test_figure_2_is_drawn_legibly_from_any_data(name, width) -> None:
     import matplotlib.text
 
     assert all(t.get_fontsize() >= 6 for t in fig.findobj(matplotlib.text.Text) if t.get_text())
-    everything = " ".join(texts(fig)).replace("\n", " ")
-    assert "Judge: offline" in everything
-    assert "Planted." in everything
+    caption, everything = style.caption_of(fig), " ".join(texts(fig)).replace("\n", " ")
+    assert "Judge: offline" in caption
+    assert ("Judge: offline" in everything) is burned
+    assert "Planted." in caption
     for found in CASES[name].values():
+        assert f"n = {len(found[0]):,}" in caption
         assert f"n = {len(found[0]):,}" in everything
+    assert all(ax.get_ylim()[1] <= 100 for ax in fig.findobj(Axes) if "share" in ax.get_ylabel())
+
+
+@pytest.mark.parametrize("latents", [panels.FEWEST - 1, panels.FEWEST])
+def test_no_interval_is_drawn_from_too_few_latents(latents: int) -> None:
+    fig = esr.draw({"organism": outcomes(60, latents)}, judge="offline")
+    bars = next(ax for ax in fig.findobj(Axes) if "share" in ax.get_ylabel())
+    assert (panels.TOO_FEW in texts(fig)) is (latents < panels.FEWEST)
+    assert any(type(c).__name__ == "ErrorbarContainer" for c in bars.containers) is (latents >= panels.FEWEST)
+
+
+@pytest.mark.parametrize("upright", [False, True])
+def test_a_point_at_zero_is_drawn_whole(upright: bool) -> None:
+    fig = style.new_figure(1, "")
+    ax = fig.subplots()
+    panels.whisker(ax, 0.0, (0.0, 0.0, 3.0), "red", upright=upright)
+    panels.bounded(ax, "esr_rate", "y" if upright else "x")
+    assert (ax.get_ylim() if upright else ax.get_xlim())[0] == 0
+    assert not any(part.get_clip_on() for c in ax.containers for part in c.get_children())
+
+
+@pytest.mark.parametrize(("metric", "top"), [("multi_attempt_rate", 100), ("mean_first", 100), ("esr_rate", 100)])
+def test_axes_end_where_a_metric_does(metric: str, top: float) -> None:
+    ax = style.new_figure(1, "").subplots()
+    panels.curve(ax, metric, [(x, Estimate(0.99, 0.9, 1.0, 9, "", 9, 9)) for x in (0.0, 1.0)], "red")
+    ax.set_ylim(-7, 123)
+    panels.bounded(ax, metric)
+    assert ax.get_ylim() == (0, top)
+
+
+def test_figures_can_be_told_apart_by_colour_blind_readers_region_by_region() -> None:
+    shades = [traces.SHADES[name] for name in ("off topic", "correction", "on topic")]
+    assert min(luminance_and_distance(a, b) for i, a in enumerate(shades) for b in shades[i + 1 :]) > 12
+    lines = [*traces.LINES.values()]
+    assert min(luminance_and_distance(a, b) for i, a in enumerate(lines) for b in lines[i + 1 :]) > 12
+    kinds = [colour for colour, *_ in episode_statistics.LOOKS.values()]
+    assert min(luminance_and_distance(a, b) for i, a in enumerate(kinds) for b in kinds[i + 1 :]) > 12
 
 
 def test_figure_2_shows_the_numbers_of_the_summary() -> None:
@@ -78,11 +120,19 @@ def test_figure_2_shows_the_numbers_of_the_summary() -> None:
 def test_saved_files_are_whole_and_the_same_every_time(tmp_path: Path) -> None:
     first = style.save(esr.draw(CASES["usual"], judge="offline"), tmp_path / "a", "figure2")
     second = style.save(esr.draw(CASES["usual"], judge="offline"), tmp_path / "b", "figure2")
-    assert [p.name for p in first] == ["figure2.png", "figure2.pdf"]
+    assert [p.name for p in first] == ["figure2.png", "figure2.pdf", "figure2.caption.txt", "figure2.html"]
     for p, q in zip(first, second, strict=True):
         assert p.read_bytes() == q.read_bytes()
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["figure2.pdf", "figure2.png"]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == sorted(p.name for p in first)
     assert b"CreationDate" not in first[1].read_bytes()
+
+
+def test_the_caption_is_a_text_file_and_a_page_whatever_it_holds(tmp_path: Path) -> None:
+    fig = style.new_figure(1, "A <b>name</b> & $x$\nsecond line")
+    *_, text, page = style.save(fig, tmp_path, "a figure")
+    assert text.read_text() == "A <b>name</b> & $x$\nsecond line\n"
+    assert "<p>A &lt;b&gt;name&lt;/b&gt; &amp; $x$</p><p>second line</p>" in page.read_text()
+    assert 'src="a%20figure.png"' in page.read_text()
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +148,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError, match="disk full"):
         style.save(fig, tmp_path, "x")
     assert paths[0].read_bytes() == before
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_nothing_global_changes() -> None:

@@ -84,9 +84,7 @@ def test_tables_figure_and_summary_show_it_with_both_floors(runs: Runs) -> None:
         "floor shuffled %",
     ]
     figure = analysis.shown.figures["time_course"]()
-    lines = [line for ax in figure.axes for line in ax.get_lines()] + [
-        line for part in figure.subfigs for ax in part.axes for line in ax.get_lines()
-    ]
+    lines = [line for ax in figure.axes for line in ax.get_lines()]
     drawn = {str(line.get_label()).split(" (")[0]: line.get_ydata() for line in lines}
     assert set(drawn) == {"unsteered", "steered"}
     assert np.allclose(drawn["steered"], [e["value"] for e in stored["course"]])

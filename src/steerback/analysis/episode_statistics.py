@@ -78,12 +78,17 @@ class RegionActivity:
 
 @dataclass(frozen=True, eq=False)
 class AlignedCurve:
-    """Mean activation at each offset (tokens) from the correction's first token, each (2 reach + 1,); nan: no data."""
+    """Mean activation at each offset (tokens) from the correction's first token, each (2 reach + 1,); nan: no data.
+
+    `clusters` counts the latents that have a response at an offset, `n` is the number of responses in the curve.
+    """
 
     offsets: NDArray[np.int64]
     mean: Floats
     low: Floats
     high: Floats
+    clusters: Codes
+    n: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,10 +197,11 @@ def _curve(rows: Floats, clusters: Codes, reach: int) -> AlignedCurve:
     offsets = np.arange(-reach, reach + 1)
     if not len(rows):
         empty = np.full(len(offsets), np.nan)
-        return AlignedCurve(offsets, empty, empty, empty)
+        return AlignedCurve(offsets, empty, empty, empty, np.zeros(len(offsets), dtype=np.int64), 0)
     points = [mean_of(rows[:, i], clusters, (0.0, np.inf)) for i in range(len(offsets))]
     mean, low, high = (
         np.array([np.nan if v is None else v for v in values], dtype=np.float64)
         for values in ([p.value for p in points], [p.low for p in points], [p.high for p in points])
     )
-    return AlignedCurve(offsets, mean, low, high)
+    counts = np.array([p.clusters for p in points], dtype=np.int64)
+    return AlignedCurve(offsets, mean, low, high, counts, int(np.isfinite(rows).any(axis=1).sum()))

@@ -80,7 +80,8 @@ class Leads:
 class TraceResults(Results):
     """Per target its recorded responses, the onsets, their estimates by name, and the episodes chosen for the figure.
 
-    `window` is the number of tokens in the running mean, `rule` the rule of the onset in words.
+    `window` is the number of tokens in the running mean, `rule` the rule of the onset in words; an attempt that scores
+    less than `drift_below` is off topic.
     """
 
     judge: str
@@ -90,6 +91,7 @@ class TraceResults(Results):
     leads: Mapping[str, Leads]
     estimates: Mapping[str, Mapping[str, Estimate]]
     examples: Mapping[str, Sequence[Trace]]
+    drift_below: float
     planted: Sequence[str]
 
     def to_json(self) -> dict[str, object]:
@@ -125,6 +127,7 @@ def analyse(ledger: Ledger, judge: str, draws: int, options: OnsetOptions) -> Tr
         leads,
         {target: x.estimates(draws) for target, x in leads.items()},
         {target: choose(r.episodes, options.show, options.trials) for target, r in recorded.items()},
+        options.drift_below,
         planted(ledger, recorded),
     )
 

@@ -29,6 +29,9 @@ def figures(
     draws: Annotated[int | None, typer.Option(help="Bootstrap draws.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Draw the figures of all runs named into one folder.")] = False,
     out: Annotated[Path | None, typer.Option(help="That folder; default: figures under --runs.")] = None,
+    captions_inside: Annotated[
+        bool, typer.Option("--captions-inside", help="Write the captions into the images as well.")
+    ] = False,
     runs: RunsFolder = RUNS,
 ) -> None:
     """Analyse a run's ledger again: summary, tables and figures."""
@@ -43,11 +46,11 @@ def figures(
 
     if every:
         folders = finished_runs(names, runs)
-        for path in campaign.draw_all(folders, make_folder(out or runs / "figures", OTHER)):
+        for path in campaign.draw_all(folders, make_folder(out or runs / "figures", OTHER), captions_inside):
             say(f"  {path}")
         return
     folder = find_run((names or [""])[0], runs)
-    for line in campaign.report(campaign.reanalyse(folder, judge, draws), folder):
+    for line in campaign.report(campaign.reanalyse(folder, judge, draws, captions_inside), folder):
         say(line)
 
 

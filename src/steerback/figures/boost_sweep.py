@@ -11,12 +11,12 @@ from steerback.figures import panels, style
 from steerback.figures.base import Presentation, measured_tables, planted_note
 from steerback.figures.conditions import legend
 from steerback.figures.tables import Table, number
-from steerback.metrics import METRICS, Peak
+from steerback.metrics import METRICS, Peak, Summary
 from steerback.store.facts import Sweep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 SHOWN = ("multi_attempt_rate", "improvement_rate", "esr_rate", "msi", "mean_attempts", "mean_first")
 
@@ -32,41 +32,69 @@ def present(results: SweepResults) -> Presentation:
 
 @style.styled
 def draw(results: SweepResults) -> Figure:
-    """Every metric against the level, one curve a target, its peak marked."""
+    """Every metric against the level, one curve a target, its peak marked above; below, the numbers of responses."""
     curves = {target: results.curve(target) for target in results.sweeps}
-    fig, drawing = style.new_figure("full", 3.5, _caption(results))
-    axes = drawing.subplots(2, 3, sharex=True, squeeze=False)
+    strip = 0.26 * max(len(curves), 1) + 0.5
+    fig = style.new_figure(3.9 + strip, _caption(results))
+    top, bottom = fig.subfigures(2, 1, height_ratios=[3.9, strip], squeeze=False).flat
+    axes = top.subplots(3, 2, sharex=True, squeeze=False)
     colours = style.colours(curves)
     for ax, metric in zip(axes.flat, SHOWN, strict=True):
         for i, (target, levels) in enumerate(curves.items()):
             panels.curve(ax, metric, [(x, s[metric]) for x, s in levels.items()], colours[target], target)
             _mark(ax, results.peaks[target].get(metric), i, colours[target])
-        ax.axvline(0, color=style.GREY, linewidth=0.6, linestyle=(0, (3, 2)), zorder=0)
-        ax.set_ylabel(panels.axis_label(metric))
+        ax.axvline(0, color=style.GREY, linewidth=0.8, linestyle=style.DASHED, zorder=0)
+        ax.set_ylabel(panels.axis_label(metric), fontsize=6.5)
         ax.grid(axis="y")
-        low, high = ax.get_ylim()
-        ax.set_ylim(low, high + (0.08 + 0.07 * len(curves)) * (high - low))
+        panels.bounded(ax, metric)
+        panels.note_few(ax, (s[metric] for levels in curves.values() for s in levels.values()))
         if not any(levels for levels in curves.values()):
             style.message(ax, "nothing was measured")
-    for ax in axes[1]:
-        ax.set_xlabel("boost − threshold\n(sd of thresholds across latents)")
-    legend(drawing, colours)
+    for ax in axes[-1]:
+        ax.set_xlabel("boost − threshold (sd)")
+    _counts(bottom.subplots(), curves, colours)
+    _legend(top, colours)
     return fig
 
 
+def _counts(ax: Axes, curves: Mapping[str, Mapping[float, Summary]], colours: Mapping[str, str]) -> None:
+    """Responses at each level, and those of them with several attempts, over which the improvement rate is taken."""
+    rows = []
+    for target, levels in curves.items():
+        name = f"{style.plain(target)}: " if len(curves) > 1 else ""
+        rows.append((f"{name}n", colours[target], {x: s["msi"].n for x, s in levels.items()}))
+        rows.append((f"{name}multi", colours[target], {x: s["improvement_rate"].n for x, s in levels.items()}))
+    panels.counts_below(ax, rows)
+    ticks = sorted({x for levels in curves.values() for x in levels})
+    ax.set_xticks(ticks, [f"{x:g}" for x in ticks], fontsize=6)
+    if len(ticks) > 1:
+        margin = 0.06 * (ticks[-1] - ticks[0])
+        ax.set_xlim(ticks[0] - margin, ticks[-1] + margin)
+    ax.set_xlabel("numbers of responses (sd from threshold)")
+
+
+def _legend(fig: SubFigure, colours: Mapping[str, str]) -> None:
+    from matplotlib.lines import Line2D
+
+    peak = Line2D([], [], color=style.GREY, marker="v", markersize=4.5, linewidth=1.0)
+    dashed = Line2D([], [], color=style.GREY, linewidth=0.8, linestyle=style.DASHED)
+    legend(fig, colours, [(peak, "peak, 95 %"), (dashed, "threshold")], columns=2)
+
+
 def _mark(ax: Axes, peak: Peak | None, place: int, colour: str) -> None:
-    """The peak's position and interval at the top of the panel."""
+    """The peak's position and interval, above the panel."""
     if peak is None:
         return
-    y = 0.955 - 0.07 * place
+    y = 1.22 + 0.1 * place
     across = ax.get_xaxis_transform()
-    ax.plot([peak.low, peak.high], [y, y], color=colour, linewidth=1.0, transform=across)
-    ax.plot([peak.at], [y], marker="v", color=colour, markersize=4.5, transform=across)
+    ax.plot([peak.low, peak.high], [y, y], color=colour, linewidth=1.0, transform=across, clip_on=False)
+    ax.plot([peak.at], [y], marker="v", color=colour, markersize=4.5, transform=across, clip_on=False)
 
 
 def _caption(results: SweepResults) -> str:
     lines = [
-        "Bands: 95 % intervals clustered by latent. Triangles: peaks, with intervals from resampled latents. "
+        "Bands: 95 % intervals clustered by latent. Triangles: peaks, with intervals from resampled latents. sd: that "
+        "of the thresholds across latents; multi: responses with several attempts, of which a share improves. "
         f"Dashed: threshold boost. Judge: {results.measured.judge}. {planted_note(results)}".strip()
     ]
     for target, sweep in results.sweeps.items():

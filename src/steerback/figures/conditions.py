@@ -1,4 +1,4 @@
-"""Conditions side by side: one row each, one panel a metric, a point with its interval for every target."""
+"""Conditions side by side: one row each, one pair of panels a metric: the values, and the paired differences."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from steerback.analysis.base import Measured
 from steerback.analysis.conditions import ConditionResults
 from steerback.figures import panels, style
 from steerback.figures.base import Presentation, measured_tables, planted_note
+from steerback.metrics import METRICS, Estimate
+from steerback.metrics.paired import PairedTest
+from steerback.store.facts import BASELINE
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -31,59 +34,129 @@ def present(results: ConditionResults) -> Presentation:
 def draw(
     measured: Measured, metrics: Sequence[str] = USUAL, note: str = "", shown: Sequence[str] | None = None
 ) -> Figure:
-    """Every condition's metrics with 95 % intervals; a faint line marks the first condition of each target.
+    """Every condition's metrics with 95 % intervals, and beside them the paired differences.
 
     `shown`: these conditions only.
     """
     conditions = list(shown or dict.fromkeys(condition for _, condition in measured.summaries))
-    rows = max(len(conditions), 1) * max(len(measured.targets), 1)
-    fig, drawing = style.new_figure(
-        "full", max(1.2, 0.17 * rows + 0.12 * len(conditions) + 0.75), caption(measured, note, shown)
-    )
-    rows_of_conditions(drawing, measured, conditions, metrics)
+    fig = style.new_figure(rows_height(measured, conditions, len(metrics)), caption(measured, note, shown))
+    rows_of_conditions(fig, measured, conditions, metrics)
     return fig
+
+
+def rows_height(measured: Measured, conditions: Sequence[str], metrics: int) -> float:
+    """Inches that `rows_of_conditions` needs."""
+    rows = max(len(conditions), 1) * max(len(measured.targets), 1)
+    return 0.5 + metrics * max(0.85, 0.11 * rows + 0.07 * len(conditions) + 0.4)
 
 
 def caption(measured: Measured, note: str, shown: Sequence[str] | None = None) -> str:
     """What is shown, by which judge, over how many responses (of the conditions `shown`, default: all)."""
-    lines = [f"95 % intervals clustered by latent, over valid responses. Judge: {measured.judge}. {note}".strip()]
+    beside = (
+        f"Right: differences from {', '.join(sorted(set(measured.against.values())))} over pairs of the same latent, "
+        "prompt and seed, with their own intervals; dashed: none. "
+        if measured.comparisons
+        else ""
+    )
+    lines = [
+        "95 % intervals clustered by latent, over valid responses; n beside each row. Dashed: the first condition. "
+        f"{beside}Judge: {measured.judge}. {note}".strip()
+    ]
     for target in measured.targets:
-        lines.append(panels.counted(target, [s for c, s in measured.of(target).items() if shown is None or c in shown]))
+        own = measured.of(target)
+        lines.append(panels.counted(target, [s for c, s in own.items() if shown is None or c in shown]))
     return "\n".join(lines)
 
 
 def rows_of_conditions(
-    fig: SubFigure, measured: Measured, conditions: Sequence[str], metrics: Sequence[str]
-) -> list[Axes]:
-    """Fills a (sub)figure: conditions from top to bottom, targets within each, one panel a metric."""
-    axes = list(fig.subplots(1, len(metrics), sharey=True, squeeze=False)[0])
+    fig: Figure | SubFigure, measured: Measured, conditions: Sequence[str], metrics: Sequence[str]
+) -> None:
+    """Fill a (sub)figure: a row of panels for each metric, conditions from top to bottom, targets within each."""
+    paired = any(c in conditions for _, c in measured.comparisons)
+    axes = fig.subplots(len(metrics), 1 + paired, sharey=True, squeeze=False)
     if not conditions:
-        style.message(axes[0], "nothing was measured")
-        return axes
+        for ax in axes.flat:
+            style.message(ax, "nothing was measured")
+        return
     colours = style.colours(measured.targets)
-    offsets = {
-        t: (i - (len(measured.targets) - 1) / 2) * 0.62 / len(measured.targets) for i, t in enumerate(measured.targets)
-    }
-    for ax, metric in zip(axes, metrics, strict=True):
-        for target, offset in offsets.items():
-            own = measured.of(target)
-            for y, condition in enumerate(conditions):
-                if condition in own:
-                    panels.dot(ax, metric, own[condition][metric], y + offset, colours[target])
-            first = own[conditions[0]][metric].value if conditions[0] in own else None
-            if first is not None:
-                ax.axvline(panels.scaled(metric, first), color=colours[target], linewidth=0.6, alpha=0.5, zorder=0)
-        ax.set_xlabel(panels.axis_label(metric))
+    for row, metric in zip(axes, metrics, strict=True):
+        _values(row[0], measured, conditions, metric, colours)
+        if paired:
+            _differences(row[1], measured, conditions, metric, colours)
+        _sizes(row[-1], measured, conditions, metric, colours)
+    axes[0, 0].set_yticks(range(len(conditions)), [style.plain(c) for c in conditions])
+    axes[0, 0].set_ylim(len(conditions) - 0.45, -0.55)
+    for ax in axes.flat:
+        ax.tick_params(axis="y", length=0, labelsize=6)
         ax.grid(axis="x")
-    axes[0].set_yticks(range(len(conditions)), [style.plain(c) for c in conditions])
-    axes[0].set_ylim(len(conditions) - 0.45, -0.55)
-    for ax in axes:
-        ax.tick_params(axis="y", length=0)
-    legend(fig, colours)
-    return axes
+    from matplotlib.lines import Line2D
+
+    line = Line2D([], [], color=style.GREY, linewidth=0.8, linestyle=style.DASHED)
+    legend(fig, colours, [(line, f"{style.plain(conditions[0])}; right: no difference" if paired else conditions[0])])
 
 
-def legend(fig: SubFigure, colours: Mapping[str, str], more: Sequence[tuple[Artist, str]] = ()) -> None:
+def _places(measured: Measured, conditions: Sequence[str]) -> list[tuple[str, str, float]]:
+    """(target, condition, height) of every point."""
+    n = len(measured.targets)
+    offsets = {t: (i - (n - 1) / 2) * 0.62 / n for i, t in enumerate(measured.targets)}
+    return [
+        (target, condition, y + offset)
+        for target, offset in offsets.items()
+        for y, condition in enumerate(conditions)
+        if (target, condition) in measured.summaries
+    ]
+
+
+def _values(ax: Axes, measured: Measured, conditions: Sequence[str], metric: str, colours: Mapping[str, str]) -> None:
+    for target, condition, y in _places(measured, conditions):
+        estimate = measured.summaries[target, condition][metric]
+        panels.whisker(ax, y, panels.span(metric, estimate), colours[target])
+        if condition == conditions[0] and estimate.value is not None:
+            value = panels.scaled(metric, estimate.value)
+            ax.axvline(value, color=colours[target], linewidth=0.8, linestyle=style.DASHED, zorder=0)
+    ax.set_title(panels.axis_label(metric), loc="right", fontsize=6.5, pad=8)
+    panels.bounded(ax, metric, "x")
+    panels.note_few(ax, (measured.summaries[t, c][metric] for t, c, _ in _places(measured, conditions)))
+
+
+def _differences(
+    ax: Axes, measured: Measured, conditions: Sequence[str], metric: str, colours: Mapping[str, str]
+) -> None:
+    against = {measured.against[key] for key in measured.comparisons if key[1] in conditions}
+    tested = False
+    for target, condition, y in _places(measured, conditions):
+        if (target, condition) not in measured.comparisons:
+            continue
+        test = measured.comparisons[target, condition].tests.get(metric)
+        if test is not None:
+            tested = True
+            panels.whisker(ax, y, panels.span(metric, difference(test)), colours[target])
+    ax.axvline(0, color=style.GREY, linewidth=0.8, linestyle=style.DASHED, zorder=0)
+    reach = max((abs(x) for x in ax.get_xlim()), default=1.0)
+    ax.set_xlim(-reach, reach)
+    unit = " (points)" if METRICS[metric].rate or METRICS[metric].unit else ""
+    if not tested:
+        ax.text(0, (len(conditions) - 1) / 2, "not tested", ha="center", fontsize=6, color=style.GREY)
+    words = f"− {BASELINE}" if against == {BASELINE} else "difference"
+    ax.set_title(f"{words}{unit}", loc="left", fontsize=6.5, pad=8)
+
+
+def difference(test: PairedTest) -> Estimate:
+    """The difference of a paired test with its interval."""
+    return Estimate(test.difference, test.low, test.high, 0, test.method, clusters=test.clusters)
+
+
+def _sizes(ax: Axes, measured: Measured, conditions: Sequence[str], metric: str, colours: Mapping[str, str]) -> None:
+    """The number of responses of every row, at the right of the panel."""
+    for target, condition, y in _places(measured, conditions):
+        n = measured.summaries[target, condition][metric].n
+        colour = colours[target] if len(colours) > 1 else style.INK
+        ax.annotate(f"n = {n:,}", (1.03, y), xycoords=("axes fraction", "data"), fontsize=6, va="center", color=colour)
+
+
+def legend(
+    fig: Figure | SubFigure, colours: Mapping[str, str], more: Sequence[tuple[Artist, str]] = (), columns: int = 2
+) -> None:
     """Names of the targets in their colours (where there are several) and further entries, above the panels."""
     from matplotlib.lines import Line2D
 
@@ -94,4 +167,5 @@ def legend(fig: SubFigure, colours: Mapping[str, str], more: Sequence[tuple[Arti
     ]
     if entries:
         handles, names = zip(*entries, strict=True)
-        fig.legend(handles, names, loc="outside upper center", ncols=min(len(entries), 6), columnspacing=1.2)
+        columns = min(len(entries), columns)
+        fig.legend(handles, names, loc="outside upper center", ncols=columns, columnspacing=1.2, fontsize=6.5)

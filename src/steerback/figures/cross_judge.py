@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from steerback.analysis.cross_judge import Compared
-from steerback.figures import style
+from steerback.figures import panels, style
 from steerback.figures.base import Presentation, planted_note
+from steerback.figures.conditions import legend
 from steerback.figures.tables import Table, number, show
 
 if TYPE_CHECKING:
@@ -38,38 +40,42 @@ def rates(results: Compared, metric: str) -> Figure:
         f"{NAMES[metric].removesuffix(' (%)')} by judge over the same {results.n:,} responses, a sample "
         f"that takes multi-attempt trials first. 95 % intervals clustered by latent. {planted_note(results)}".strip()
     )
-    fig, drawing = style.new_figure("full", 2.3, caption)
-    ax = drawing.subplots()
+    fig = style.new_figure(2.6, caption)
+    ax = fig.subplots()
     colours = style.colours(results.targets)
-    width = 0.8 / max(len(results.targets), 1)
+    width = min(0.8 / max(len(results.targets), 1), 0.4)
+    top, estimates = 1.0, []
     for i, target in enumerate(results.targets):
-        places = np.arange(len(results.judges)) + (i - (len(results.targets) - 1) / 2) * width
-        values = [results.summaries[judge, target][metric] for judge in results.judges]
-        heights = [100 * (v.value or 0.0) for v in values]
-        low = [h - 100 * (v.low if v.low is not None else h / 100) for h, v in zip(heights, values, strict=True)]
-        high = [100 * (v.high if v.high is not None else h / 100) - h for h, v in zip(heights, values, strict=True)]
-        spread = np.maximum([low, high], 0)
-        ax.bar(places, heights, 0.9 * width, color=colours[target], label=style.plain(target))
-        ax.errorbar(places, heights, spread, fmt="none", ecolor=style.INK, elinewidth=0.8, capsize=2)
-    ax.set_xticks(range(len(results.judges)), [style.plain(judge) for judge in results.judges])
+        for x, judge in enumerate(results.judges):
+            estimate = results.summaries[judge, target][metric]
+            at = x + (i - (len(results.targets) - 1) / 2) * width
+            top = max(top, panels.bar(ax, at, estimate, colours[target], 0.9 * width, crowded=True))
+            estimates.append(estimate)
+    ax.set_ylim(0, min(100, 1.15 * top))
+    sizes = {j: sorted({results.summaries[j, t][metric].n for t in results.targets}) or [0] for j in results.judges}
+    shown = {j: f"{n[0]:,}" if len(n) == 1 else f"{n[0]:,} to {n[-1]:,}" for j, n in sizes.items()}
+    names = [f"{style.plain(textwrap.fill(judge, 14))}\nn = {shown[judge]}" for judge in results.judges]
+    ax.set_xticks(range(len(results.judges)), names, fontsize=6)
+    ax.tick_params(axis="x", length=0)
     ax.set_ylabel(NAMES[metric])
     ax.grid(axis="y")
-    ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=min(len(results.targets), 5))
+    panels.note_few(ax, estimates)
+    legend(fig, colours)
     return fig
 
 
 @style.styled
 def agreement(results: Compared) -> Figure:
-    """Left: share of equal verdicts on several attempts (above) and direction (below). Right: first scores."""
+    """Top: share of equal verdicts on several attempts (above) and direction (below). Bottom: first scores."""
     caption = (
-        "Left: agreement of judges in per cent; above the diagonal on whether there are several attempts, below it on "
-        "whether the last attempt is better, equal or worse where both see several. Right: first scores of the two "
+        "Top: agreement of judges in per cent; above the diagonal on whether there are several attempts, below it on "
+        "whether the last attempt is better, equal or worse where both see several. Bottom: first scores of the two "
         f"judges that differ most. n = {results.n:,}. {planted_note(results)}".strip()
     )
-    fig, drawing = style.new_figure("full", 2.8, caption)
-    left, right = drawing.subplots(1, 2)
-    _matrix(left, results)
-    _scatter(right, results)
+    fig = style.new_figure(4.6, caption)
+    above, below = fig.subplots(2, 1)
+    _matrix(above, results)
+    _scatter(below, results)
     return fig
 
 
@@ -100,12 +106,14 @@ def _scatter(ax: Axes, results: Compared) -> None:
         return
     a, b = min(known, key=lambda pair: known[pair])
     ax.plot([0, 100], [0, 100], color=style.LIGHT, linewidth=0.8)
-    ax.scatter(results.first[a], results.first[b], s=5, alpha=0.35, color=style.PALETTE[0], linewidths=0)
+    ax.scatter(results.first[a], results.first[b], s=5, alpha=0.35, color=style.PALETTE[0], linewidths=0, clip_on=False)
     ax.set_xlabel(f"first score, {style.plain(a)}")
     ax.set_ylabel(f"first score, {style.plain(b)}")
-    ax.set_xlim(-2, 102)
-    ax.set_ylim(-2, 102)
-    ax.set_title(f"rank correlation {known[a, b]:.2f}", loc="left")
+    ax.set_xlim(0, 100)
+    ax.set_ylim(0, 100)
+    ax.set_aspect("equal")
+    n = int(np.sum(np.isfinite(results.first[a]) & np.isfinite(results.first[b])))
+    ax.set_title(f"rank correlation {known[a, b]:.2f}, n = {n:,}", loc="left")
 
 
 def agreement_table(results: Compared) -> Table:

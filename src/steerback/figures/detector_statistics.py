@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from steerback.analysis.detector_statistics import DetectorStatisticsResults, PairStatistics
-from steerback.figures import style
+from steerback.figures import panels, style
 from steerback.figures.base import Presentation, planted_note
+from steerback.figures.conditions import legend
 from steerback.figures.tables import Table, show
 from steerback.latents.separation import Separation
 
@@ -80,22 +81,29 @@ def draw(results: Mapping[str, PairStatistics], note: str = "") -> Figure:
     lines = [
         "Largest activation in a response after its own (grey) and after another prompt (colour), relative to the "
         "detector's largest. Boxes: quartiles; whiskers: 5th to 95th percentile. Right: AUC with 95 % interval from "
-        f"resampled prompts. Not judged. {note}".strip()
+        f"resampled prompts; dashed: chance. Not judged. {note}".strip()
     ]
     lines += [
         f"{target}: n = {len(s.matched)} pairs, {s.prompts} prompts that were not searched."
         for target, s in results.items()
     ]
-    fig, drawing = style.new_figure("full", 0.19 * sum(rows) + 0.65 * len(rows), "\n".join(lines))
-    axes = drawing.subplots(len(rows), 2, squeeze=False, width_ratios=[2, 1], height_ratios=rows, sharey="row")
-    colours = style.colours(results)
+    fig = style.new_figure(0.2 * sum(rows) + 0.75 * len(rows) + 0.2, "\n".join(lines))
+    axes = fig.subplots(len(rows), 2, squeeze=False, width_ratios=[1.5, 1], height_ratios=rows, sharey="row")
+    colours = dict.fromkeys(results, style.PALETTE[0])  # the titles name the targets, and the legend holds for all
     for (left, right), (target, s) in zip(axes, results.items(), strict=False):
-        left.set_title(style.plain(target), loc="left", color=colours[target], fontweight="bold", pad=2)
+        title = f"{target}: n = {len(s.matched):,} pairs"
+        left.set_title(style.plain(title), loc="left", color=colours[target], fontweight="bold", pad=2)
         _boxes(left, s, colours[target])
         _auc(right, s, colours[target])
     if not results:
         for ax in axes.flat:
             style.message(ax, "nothing was read")
+        return fig
+    from matplotlib.patches import Patch
+
+    own = Patch(facecolor=style.LIGHT, edgecolor=style.INK, linewidth=0.5)
+    other = Patch(facecolor=style.PALETTE[0], edgecolor=style.INK, linewidth=0.5)
+    legend(fig, {}, [(own, "own prompt"), (other, "another prompt")])
     return fig
 
 
@@ -117,7 +125,7 @@ def _boxes(ax: Axes, s: PairStatistics, colour: str) -> None:
                 capprops={"linewidth": 0.6},
             )
             boxes["boxes"][0].set(facecolor=face, linewidth=0.5)
-    names = [f"{k} {(label or '')[:30]}".strip() for k, label in zip(s.latents[:MOST], s.labels, strict=False)]
+    names = [f"{k} {(label or '')[:18]}".strip() for k, label in zip(s.latents[:MOST], s.labels, strict=False)]
     ax.set_yticks(range(len(names)), [style.plain(n) for n in names], fontsize=6)
     ax.set_ylim(max(len(names), 1) - 0.45, -0.55)
     ax.tick_params(axis="y", length=0)
@@ -127,13 +135,10 @@ def _boxes(ax: Axes, s: PairStatistics, colour: str) -> None:
 
 def _auc(ax: Axes, s: PairStatistics, colour: str) -> None:
     for y, e in enumerate(s.auc[:MOST]):
-        if e.value is None:
-            continue
-        low, high = (e.value if end is None else end for end in (e.low, e.high))
-        reach = [[max(e.value - low, 0)], [max(high - e.value, 0)]]
-        ax.errorbar(e.value, y, xerr=reach, fmt="o", color=colour, elinewidth=1.0, capsize=2)
-    ax.axvline(0.5, color=style.GREY, linewidth=0.6, linestyle=(0, (3, 2)))
-    ax.set_xlim(right=1.02)
+        if e.value is not None:
+            panels.whisker(ax, y, panels.ends(e), colour)
+    ax.axvline(0.5, color=style.GREY, linewidth=0.8, linestyle=style.DASHED)
+    ax.set_xlim(min(0.45, ax.get_xlim()[0]), 1)
     ax.set_xlabel("AUC")
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="x")

@@ -13,10 +13,12 @@ from steerback.store.facts import DetectorSet, Search, SearchHalf
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, SubFigure
+    from matplotlib.figure import Figure
 
 MOST = 30  # rows that stay legible
-CHANCE = (0, (3, 2))
+CHANCE = style.DASHED
+OBSERVED = style.PALETTE[0]
+"""Of points and bars in every panel: the titles name the targets, and the legend holds for all."""
 
 
 def present(results: DetectorResults) -> Presentation:
@@ -72,23 +74,23 @@ def detector_table(results: Mapping[str, DetectorSet]) -> Table:
 
 @style.styled
 def draw(results: Mapping[str, DetectorSet], note: str = "") -> Figure:
-    """Left: AUC of each detector on both halves. Right: how many latents separate, against swapped labels."""
+    """Per target, AUC of each detector on both halves; below, how many latents separate, against swapped labels."""
     rows = [max(min(len(d.latents), MOST), 4) for d in results.values()] or [4]
-    fig, drawing = style.new_figure("full", 0.145 * sum(rows) + 0.75 * len(rows) + 0.15, _caption(results, note))
-    axes = drawing.subplots(len(rows), 2, width_ratios=[1.7, 1], height_ratios=rows, squeeze=False)
-    colours = style.colours(results)
-    for (left, right), (target, detectors) in zip(axes, results.items(), strict=False):
-        _separation(left, detectors, colours[target])
-        _counts(right, detectors.search, colours[target])
-        left.set_title(style.plain(target), loc="left", color=colours[target], fontweight="bold", pad=3)
-    _legend(drawing)
+    heights = [h for n in rows for h in (0.13 * n + 0.5, 1.3)]
+    fig = style.new_figure(sum(heights) + 0.6, _caption(results, note))
+    axes = fig.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for above, below, (target, detectors) in zip(axes[::2], axes[1::2], results.items(), strict=False):
+        _separation(above, detectors)
+        _counts(below, detectors.search)
+        above.set_title(style.plain(target), loc="left", fontweight="bold", pad=3)
+    _legend(fig)
     if not results:
-        for ax in axes.flat:
+        for ax in axes:
             style.message(ax, "no target was searched")
     return fig
 
 
-def _separation(ax: Axes, detectors: DetectorSet, colour: str) -> None:
+def _separation(ax: Axes, detectors: DetectorSet) -> None:
     entries = detectors.detectors[:MOST]
     if not entries:
         style.message(ax, "no latent separates matched from mismatched pairs")
@@ -97,19 +99,21 @@ def _separation(ax: Axes, detectors: DetectorSet, colour: str) -> None:
     held_out = [(d.held_out_auc, y) for y, d in enumerate(entries) if d.held_out_auc is not None]
     half = detectors.search.held_out if detectors.search is not None else None
     if held_out:
-        ax.plot(*zip(*held_out, strict=True), "o", color=colour)
+        ax.plot(*zip(*held_out, strict=True), "o", color=OBSERVED, clip_on=False, zorder=3)
     if held_out and half is not None:
         ax.axvline(half.max_auc_null, color=style.GREY, linewidth=0.8, linestyle=CHANCE)
-    ax.plot(searched, range(len(entries)), "o", color=colour, markerfacecolor="none", markersize=6)
+    ax.plot(searched, range(len(entries)), "o", color=OBSERVED, mfc="none", markersize=6, clip_on=False, zorder=3)
     names = [f"{d.latent} {(d.label or '')[:34]}".strip() for d in entries]
     ax.set_yticks(range(len(entries)), [style.plain(n) for n in names], fontsize=6)
     ax.set_ylim(len(entries) - 0.4, -0.6)
     ax.tick_params(axis="y", length=0)
     ax.set_xlabel("AUC, mismatched over matched")
+    low, _ = ax.get_xlim()
+    ax.set_xlim(low, 1.0)
     ax.grid(axis="x")
 
 
-def _counts(ax: Axes, search: Search | None, colour: str) -> None:
+def _counts(ax: Axes, search: Search | None) -> None:
     """Observed counts as bars, next to them the mean count by chance with a whisker to its 95th percentile."""
     if search is None:
         style.message(ax, "named by hand, not searched")
@@ -122,7 +126,7 @@ def _counts(ax: Axes, search: Search | None, colour: str) -> None:
         for kind, null in (("AUC 1", half.perfect), ("AUC ≥ 0.9", half.high_auc))
     ]
     for x, null in enumerate(null for _, null in cells):
-        ax.bar(x - 0.18, null.observed, 0.34, color=colour)
+        ax.bar(x - 0.18, null.observed, 0.34, color=OBSERVED)
         ax.bar(x + 0.18, null.expected, 0.34, color=style.LIGHT)
         reach = max(null.high - null.expected, 0.0)
         ax.errorbar(x + 0.18, null.expected, [[0.0], [reach]], fmt="none", ecolor=style.INK, elinewidth=0.8, capsize=2)
@@ -141,24 +145,24 @@ def _counts(ax: Axes, search: Search | None, colour: str) -> None:
     ax.grid(axis="y")
 
 
-def _legend(fig: SubFigure) -> None:
+def _legend(fig: Figure) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     handles = [
-        Line2D([], [], color=style.INK, ls="none", marker="o", mfc="none", ms=6, label="searched prompts"),
-        Line2D([], [], color=style.INK, ls="none", marker="o", label="held-out prompts"),
-        Line2D([], [], color=style.GREY, linestyle=CHANCE, label="95 % of the largest by chance, held out"),
-        Patch(color=style.INK, label="observed"),
+        Line2D([], [], color=OBSERVED, ls="none", marker="o", mfc="none", ms=6, label="searched prompts"),
+        Line2D([], [], color=OBSERVED, ls="none", marker="o", label="held-out prompts"),
+        Line2D([], [], color=style.GREY, linestyle=CHANCE, label="largest by chance (95 %)"),
+        Patch(color=OBSERVED, label="observed"),
         Patch(color=style.LIGHT, label="labels swapped"),
     ]
-    fig.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=6.5, columnspacing=1.2)
+    fig.legend(handles=handles, loc="outside upper center", ncols=2, fontsize=6.5, columnspacing=1.2)
 
 
 def _caption(results: Mapping[str, DetectorSet], note: str) -> str:
     lines = [
-        "Left: separation of responses after another prompt from the same responses after their own, pooled by "
-        "maximum. Right: latents at each level beside their number when labels are swapped prompt by prompt (mean and "
+        "Top: separation of responses after another prompt from the same responses after their own, pooled by "
+        "maximum. Bottom: latents at each level beside their number when labels are swapped prompt by prompt (mean and "
         f"95th percentile). Not judged. {note}".strip()
     ]
     for target, detectors in results.items():

@@ -9,9 +9,9 @@ from steerback.analysis.base import Measured
 from steerback.analysis.detector_ablation import AblationResults
 from steerback.figures import conditions, panels, style
 from steerback.figures.base import Presentation, measured_tables, planted_note
-from steerback.figures.conditions import caption, legend
+from steerback.figures.conditions import legend
 from steerback.figures.detectors import detector_line
-from steerback.metrics import Trend
+from steerback.metrics import Estimate, Summary, Trend
 from steerback.store.facts import ABLATED, BASELINE, Dose
 
 if TYPE_CHECKING:
@@ -48,27 +48,48 @@ def _slope(trend: Trend) -> str:
 
 @style.styled
 def draw(measured: Measured, doses: Mapping[str, Sequence[Dose]], note: str = "") -> Figure:
-    """One panel a metric; partial clamps in a second row, if there are any. `doses`: those of each target."""
+    """One row of panels a metric: by the share of detectors clamped and, if there are any, by partial clamps."""
     levels = any(dose.level for points in doses.values() for dose in points)
     words = (
-        "Upper row: the best detectors clamped to zero, by the share of them that is clamped; dashed: baseline. "
-        + ("Lower row: all of them held at a part of their mean level on mismatched pairs. " if levels else "")
+        "Left: the best detectors clamped to zero, by the share of them that is clamped"
+        + ("; right: all of them held at a part of their mean level on mismatched pairs" if levels else "")
+        + ". Bottom: numbers of responses. "
     )
-    fig, drawing = style.new_figure("full", 3.4 if levels else 1.9, words + caption(measured, note))
-    axes = drawing.subplots(2 if levels else 1, len(SHOWN), squeeze=False, sharey="col")
+    by: tuple[Literal["share", "level"], ...] = ("share", "level") if levels else ("share",)
+    strip = 0.14 * max(len(measured.targets), 1) + 0.45
+    lines = [f"{words}95 % intervals clustered by latent. Judge: {measured.judge}. {note}".strip()]
+    lines += [panels.counted(target, measured.of(target).values()) for target in measured.targets]
+    fig = style.new_figure(1.05 * len(SHOWN) + strip + 0.25, "\n".join(lines))
+    axes = fig.subplots(len(SHOWN) + 1, len(by), squeeze=False, sharex="col", height_ratios=[1.05] * 4 + [strip])
     colours = style.colours(measured.targets)
-    for column, metric in enumerate(SHOWN):
-        _curve(axes[0, column], metric, measured, doses, "share", colours)
-        axes[0, column].set_xlabel("detectors clamped (%)")
-        if levels:
-            _curve(axes[1, column], metric, measured, doses, "level", colours)
-            axes[1, column].set_xlabel("all held at (% of level)")
-        for ax in axes[:, column]:
-            ax.set_ylabel(panels.axis_label(metric))
+    for row, metric in zip(axes, SHOWN, strict=False):
+        for ax, kind in zip(row, by, strict=True):
+            _curve(ax, metric, measured, doses, kind, colours)
             ax.grid(axis="y")
-    if len(measured.targets) > 1:
-        legend(drawing, colours)
+            panels.bounded(ax, metric)
+        row[0].set_ylabel(panels.axis_label(metric), fontsize=6.5)
+    for ax, kind in zip(axes[-1], by, strict=True):
+        numbers = {t: {100 * x: s["msi"].n for x, s in _along(measured.of(t), p, kind)} for t, p in doses.items()}
+        several = len(numbers) > 1
+        panels.counts_below(ax, [(style.plain(t) if several else "n", colours[t], n) for t, n in numbers.items()])
+        ax.set_xlabel({"share": "detectors clamped (%)", "level": "all held at (% of level)"}[kind])
+    from matplotlib.lines import Line2D
+
+    dashed = Line2D([], [], color=style.GREY, linewidth=0.8, linestyle=style.DASHED)
+    legend(fig, colours, [(dashed, f"{BASELINE}: none clamped")], columns=3)
     return fig
+
+
+def _along(
+    summaries: Mapping[str, Summary], points: Sequence[Dose], by: Literal["share", "level"]
+) -> list[tuple[float, Summary]]:
+    """Shares are those at level 0, levels those at share 1 (or, by share, the baseline at share 0)."""
+    along = [
+        (d.share if by == "share" else d.level, summaries[d.condition])
+        for d in points
+        if d.condition in summaries and (d.level == 0 if by == "share" else d.share == 1)
+    ]
+    return sorted(along, key=lambda point: point[0])
 
 
 def _curve(
@@ -79,20 +100,17 @@ def _curve(
     by: Literal["share", "level"],
     colours: Mapping[str, str],
 ) -> None:
-    """Shares are those at level 0, levels those at share 1 (or, in the first row, the baseline at share 0)."""
+    shown: list[Estimate] = []
     for target, points in doses.items():
         summaries = measured.of(target)
-        along = [
-            (d.share if by == "share" else d.level, summaries[d.condition][metric])
-            for d in points
-            if d.condition in summaries and (d.level == 0 if by == "share" else d.share == 1)
-        ]
-        along.sort(key=lambda point: point[0])
-        panels.curve(ax, metric, [(100 * x, estimate) for x, estimate in along], colours[target], target)
+        along = [(100 * x, s[metric]) for x, s in _along(summaries, points, by)]
+        shown += [estimate for _, estimate in along]
+        panels.curve(ax, metric, along, colours[target], target)
         baseline = next((d.condition for d in points if d.share == 0), None)
         value = summaries[baseline][metric].value if baseline in summaries else None
         if value is not None:
             level = panels.scaled(metric, value)
-            ax.axhline(level, color=colours[target], linewidth=0.6, linestyle=(0, (3, 2)), zorder=0)
+            ax.axhline(level, color=colours[target], linewidth=0.8, linestyle=style.DASHED, zorder=0)
+    panels.note_few(ax, shown)
     if not doses:
         style.message(ax, "nothing was measured")

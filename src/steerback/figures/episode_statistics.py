@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from steerback.analysis.episode_statistics import REGIONS, AlignedCurve, EpisodeStatisticsResults, RegionActivity
-from steerback.figures import style
+from steerback.figures import panels, style
 from steerback.figures.base import Presentation, planted_note
+from steerback.figures.conditions import legend
 from steerback.figures.tables import Table, number, p_value, show
 from steerback.figures.traces import count_list, group_sizes
 from steerback.metrics import Estimate
-from steerback.store.facts import DETECTORS, DRIFTS, UNSTEERED
+from steerback.store.facts import DETECTORS, DRIFTS, EPISODES, UNSTEERED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-CONTROLS = {DRIFTS: (style.PALETTE[4], "--"), UNSTEERED: (style.GREY, ":")}
+LOOKS = {EPISODES: (style.PALETTE[0], "-"), DRIFTS: (style.PALETTE[4], "--"), UNSTEERED: (style.GREY, ":")}
+"""Colour and line of each curve, in every panel: the titles name the targets, and the legend holds for all."""
 
 
 def present(results: EpisodeStatisticsResults) -> Presentation:
@@ -101,51 +103,49 @@ def draw_aligned(
     judge: str,
     note: str = "",
 ) -> Figure:
-    """Figure A5: one row a target, one panel a group; points are means, lines smoothing splines through them."""
-    rows, columns = max(len(activity), 1), max((len(a.groups) for a in activity.values()), default=1) or 1
+    """Figure A5: one panel for each target and group; points are means, lines smoothing splines through them."""
     words = (
         "Summed activation at each token before and after the first token of the correction: means over episodes "
-        "(points), smoothing splines on either side (lines), 95 % intervals clustered by latent (band). Controls: "
-        "same positions."
+        "(points), smoothing splines on either side (lines), 95 % intervals clustered by latent (band) where at least "
+        f"{panels.FEWEST} latents have a token. Controls: same positions; n: episodes that have one."
     )
-    fig, drawing = style.new_figure("full", 1.9 * rows + 0.25, _caption(words, activity, judge, note))
-    axes = drawing.subplots(rows, columns, squeeze=False)
-    colours = style.colours(activity)
-    for row, (target, a) in zip(axes, activity.items(), strict=False):
-        for ax, group in zip(row, a.groups, strict=False):
-            _aligned(ax, curves[target][group], colours[target])
-            ax.set_title(style.plain(f"{target}: {group}"), loc="left", color=colours[target], fontweight="bold", pad=2)
-        for ax in row[len(a.groups) :]:
-            ax.set_axis_off()
+    cells = [(target, group) for target, a in activity.items() for group in a.groups]
+    fig = style.new_figure(1.65 * max(len(cells), 1) + 0.3, _caption(words, activity, judge, note))
+    axes = fig.subplots(max(len(cells), 1), 1, squeeze=False)[:, 0]
+    for ax, (target, group) in zip(axes, cells, strict=False):
+        _aligned(ax, curves[target][group])
+        ax.set_title(style.plain(f"{target}: {group}"), loc="left", fontweight="bold", pad=2)
     if not any(a.recorded.twice for a in activity.values()):
-        for ax in axes.flat:
+        for ax in axes:
             style.message(ax, "no episode with two attempts")
         return fig
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=style.INK, label="episodes")]
-    handles += [Line2D([], [], color=c, linestyle=dash, label=name) for name, (c, dash) in CONTROLS.items()]
-    drawing.legend(handles=handles, loc="outside upper center", ncols=len(handles))
+    handles = [(Line2D([], [], color=c, linestyle=dash), name) for name, (c, dash) in LOOKS.items()]
+    legend(fig, {}, handles, columns=3)
     return fig
 
 
-def _aligned(ax: Axes, curves: Mapping[str, AlignedCurve], colour: str) -> None:
+def _aligned(ax: Axes, curves: Mapping[str, AlignedCurve]) -> None:
     ax.axvline(0, color=style.GREY, linewidth=0.6)
     for name, curve in curves.items():
-        shade, dash = CONTROLS.get(name, (colour, "-"))
+        shade, dash = LOOKS[name]
         finite = np.isfinite(curve.mean)
         if not finite.any():
             continue
         x, y = curve.offsets[finite], curve.mean[finite]
-        ax.plot(x, y, "o-", color=shade, markersize=2.2, linewidth=0.4, alpha=0.55, markeredgewidth=0)
+        ax.plot(x, y, "o-", color=shade, ms=2.2, linewidth=0.4, alpha=0.55, markeredgewidth=0, clip_on=False)
         for side in (x < 0, x >= 0):  # what comes to a sudden end at the correction must not be smoothed across it
             ax.plot(x[side], spline(x[side], y[side]), color=shade, linestyle=dash)
-        banded = np.isfinite(curve.low) & np.isfinite(curve.high)
-        if name not in CONTROLS and banded.any():
-            at = curve.offsets[banded]
-            ax.fill_between(at, curve.low[banded], curve.high[banded], color=shade, alpha=0.14, linewidth=0)
+        banded = np.isfinite(curve.low) & np.isfinite(curve.high) & (curve.clusters >= panels.FEWEST)
+        if name == EPISODES and banded.any():
+            low, high = (np.where(banded, end, np.nan) for end in (curve.low, curve.high))
+            ax.fill_between(curve.offsets, low, high, color=shade, alpha=0.18, linewidth=0)
+        elif name == EPISODES:
+            panels.say_few(ax)
+    sizes = ", ".join(f"{curve.n:,} {name}" for name, curve in curves.items())
     ax.set_ylim(bottom=0)
-    ax.set_xlabel("tokens from the correction")
+    ax.set_xlabel(f"tokens from the correction\nn: {sizes}", fontsize=6.5)
     ax.set_ylabel("summed activation")
     ax.grid(axis="y")
 
@@ -163,22 +163,20 @@ def spline(x: NDArray[np.int64], y: Floats) -> Floats:
 @style.styled
 def draw_regions(activity: Mapping[str, RegionActivity], judge: str, note: str = "") -> Figure:
     """Figure A6: mean activation by region and of the controls, with the ratio to the unsteered responses."""
-    rows, columns = max(len(activity), 1), max((len(a.groups) for a in activity.values()), default=1) or 1
     words = (
         "Mean activation per token by region of episodes with two attempts (filled) and of controls (open), with 95 % "
         "intervals clustered by latent; numbers: ratio to the unsteered responses."
     )
-    fig, drawing = style.new_figure("full", 1.55 * rows, _caption(words, activity, judge, note))
-    axes = drawing.subplots(rows, columns, squeeze=False)
+    cells = [(target, group) for target, a in activity.items() for group in a.groups]
+    fig = style.new_figure(1.85 * max(len(cells), 1), _caption(words, activity, judge, note))
+    axes = fig.subplots(max(len(cells), 1), 1, squeeze=False)[:, 0]
     colours = style.colours(activity)
-    for row, (target, a) in zip(axes, activity.items(), strict=False):
-        for ax, group in zip(row, a.groups, strict=False):
-            _regions(ax, a, group, colours[target])
-            ax.set_title(style.plain(f"{target}: {group}"), loc="left", color=colours[target], fontweight="bold", pad=2)
-        for ax in row[len(a.groups) :]:
-            ax.set_axis_off()
-    if not activity:
-        style.message(axes[0, 0], "nothing was recorded")
+    for ax, (target, group) in zip(axes, cells, strict=False):
+        _regions(ax, activity[target], group, colours[target])
+        title = style.plain(f"{target}: {group}")
+        ax.set_title(title, loc="left", x=-0.45, color=colours[target], fontweight="bold", pad=2)
+    if not cells:
+        style.message(axes[0], "nothing was recorded")
     return fig
 
 
@@ -186,20 +184,16 @@ def _regions(ax: Axes, a: RegionActivity, group: str, colour: str) -> None:
     names = (UNSTEERED, DRIFTS, *REGIONS)
     for y, name in enumerate(names):
         e = a.means[group][name]
-        if e.value is None:
-            ax.annotate("no data", (0.02, y), xycoords=("axes fraction", "data"), fontsize=6, color=style.GREY)
-            continue
-        low, high = (e.value if end is None else end for end in (e.low, e.high))
-        face = colour if name in REGIONS else "white"
-        reach = [[max(e.value - low, 0)], [max(high - e.value, 0)]]
-        ax.errorbar(e.value, y, xerr=reach, fmt="o", color=colour, markerfacecolor=face, elinewidth=1.0, capsize=2)
+        panels.whisker(ax, y, panels.ends(e), colour, filled=name in REGIONS)
         ratio = a.ratios[group].get(f"{name} / {UNSTEERED}")
         if ratio is not None and ratio.value is not None:
-            ends = "" if ratio.low is None else f" [{ratio.low:.1f}, {ratio.high:.1f}]"
+            known = ratio.low is not None and e.clusters >= panels.FEWEST
+            ends = f"\n[{ratio.low:.1f}, {ratio.high:.1f}]" if known else ""
             ax.annotate(
-                f"× {ratio.value:.1f}{ends}", (1.02, y), xycoords=("axes fraction", "data"), fontsize=6, va="center"
+                f"× {ratio.value:.1f}{ends}", (1.03, y), xycoords=("axes fraction", "data"), fontsize=6, va="center"
             )
-    ax.set_yticks(range(len(names)), names)
+    panels.note_few(ax, a.means[group].values())
+    ax.set_yticks(range(len(names)), [f"{name}\nn = {a.means[group][name].n:,}" for name in names], fontsize=6)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.set_xlim(left=0)
     ax.set_xlabel("mean summed activation per token")

@@ -9,7 +9,7 @@ import numpy as np
 
 from steerback.analysis.esr import EsrResults
 from steerback.calibration import CalibrationReport
-from steerback.figures import style
+from steerback.figures import panels, style
 from steerback.figures.base import Presentation, floor_warnings, measured_tables, planted_note
 from steerback.figures.tables import HEADINGS, Table, number, p_value, show
 from steerback.metrics import METRICS, Estimate, Outcomes, Summary, TwoSampleTest, view
@@ -61,24 +61,15 @@ def between_table(tests: Mapping[tuple[str, str], Mapping[str, TwoSampleTest]], 
 
 
 @style.styled
-def draw(
-    data: Mapping[str, tuple[Outcomes, Summary]], judge: str, note: str = "", width: style.Width = "full"
-) -> Figure:
+def draw(data: Mapping[str, tuple[Outcomes, Summary]], judge: str, note: str = "") -> Figure:
     """Histograms of last - first over multi-attempt trials, and multi-attempt and ESR rates with 95 % intervals.
 
     `data` maps a target to its outcomes and their summary; `judge` and `note` go into the caption.
     """
-    rows = max(len(data), 1)
     colours = style.colours(data)
-    stacked = width == "column"
-    left = max(0.72 * rows + 0.45, 1.5)
-    fig, drawing = style.new_figure(
-        width, left + 2.0 if stacked else max(left, 2.2), _caption(data, judge, note, stacked)
-    )
-    if stacked:
-        top, bottom = drawing.subfigures(2, 1, height_ratios=[left, 2.0], squeeze=False).flat
-    else:
-        top, bottom = drawing.subfigures(1, 2, width_ratios=[1.0, 1.15], squeeze=False).flat
+    above = max(0.72 * max(len(data), 1) + 0.45, 1.5)
+    fig = style.new_figure(above + 2.1, _caption(data, judge, note))
+    top, bottom = fig.subfigures(2, 1, height_ratios=[above, 2.1], squeeze=False).flat
     _histograms(top, data, colours)
     _bars(bottom.subplots(), {t: s for t, (_, s) in data.items()}, colours)
     return fig
@@ -100,15 +91,8 @@ def _histograms(fig: SubFigure, data: Mapping[str, tuple[Outcomes, Summary]], co
         label = f"{len(gain):,} of {len(trials.cluster):,}\nmean {gain.mean():+.1f}"
         # the emptier side, so that the text does not cover bars
         right = np.sum(gain > 30) <= np.sum(gain < -30)
-        ax.text(
-            0.99 if right else 0.01,
-            0.97,
-            label,
-            transform=ax.transAxes,
-            ha="right" if right else "left",
-            va="top",
-            fontsize=6.5,
-        )
+        x, side = (0.99, "right") if right else (0.01, "left")
+        ax.text(x, 0.97, label, transform=ax.transAxes, ha=side, va="top", fontsize=6.5)
         ax.yaxis.get_major_locator().set_params(integer=True, nbins=4)
     axes[-1].set_xlim(-100, 100)
     axes[-1].set_xlabel("last − first score (points)")
@@ -119,53 +103,35 @@ def _bars(ax: Axes, summaries: Mapping[str, Summary], colours: Mapping[str, str]
     ax.set_ylabel("share of responses (%)")
     ax.grid(axis="y")
     top = 1.0
-    crowded = ax.figure.bbox.width / ax.figure.dpi / max(len(summaries), 1) < 0.7  # inches per target
+    crowded = len(summaries) > 3
     for i, (target, summary) in enumerate(summaries.items()):
         for j, (metric, _, hatch) in enumerate(RATES):
             estimate = summary.headline[metric]
             x = i + (j - 0.5) * 0.38
-            top = max(top, _bar(ax, x, estimate, colours[target], hatch, crowded))
-    ax.set_ylim(0, top * 1.18)
+            top = max(top, panels.bar(ax, x, estimate, colours[target], hatch=hatch, crowded=crowded))
+    ax.set_ylim(0, min(100, top * 1.18))
     margin = 0.6 if len(summaries) > 1 else 1.0  # one target's bars need not fill the panel
     ax.set_xlim(-margin, max(len(summaries), 1) - 1 + margin)
-    names = [style.plain(t).replace("-", "-\n", 1) if len(summaries) > 3 else style.plain(t) for t in summaries]
-    ax.set_xticks(range(len(summaries)), names)
+    names = [style.plain(t).replace("-", "-\n") if crowded else style.plain(t) for t in summaries]
+    sizes = [f"{name}\nn = {s.headline['msi'].n:,}" for name, s in zip(names, summaries.values(), strict=True)]
+    ax.set_xticks(range(len(summaries)), sizes, fontsize=6 if crowded else 7)
     ax.tick_params(axis="x", length=0)
     if not summaries:
         style.message(ax, "no target to show")
         return
+    panels.note_few(ax, (s.headline[metric] for s in summaries.values() for metric, _, _ in RATES))
     from matplotlib.patches import Patch
 
     handles = [Patch(facecolor="white" if h else style.GREY, edgecolor=style.GREY, hatch=h) for _, _, h in RATES]
-    ax.legend(handles, [name for _, name, _ in RATES], loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+    ax.figure.legend(handles, [name for _, name, _ in RATES], loc="outside upper center", ncols=2)
 
 
-def _bar(ax: Axes, x: float, estimate: Estimate, colour: str, hatch: str, crowded: bool) -> float:
-    """One rate with its interval and number; returns the height it reaches, in per cent."""
-    if estimate.value is None:
-        ax.text(x, 0, "no\ndata", ha="center", va="bottom", fontsize=6, color=style.GREY)
-        return 0.0
-    value = 100 * estimate.value
-    low, high = (100 * (e if e is not None else estimate.value) for e in (estimate.low, estimate.high))
-    ax.bar(x, value, 0.34, color="white" if hatch else colour, edgecolor=colour, hatch=hatch, linewidth=0.8)
-    ax.errorbar(x, value, [[value - low], [high - value]], fmt="none", ecolor=style.INK, elinewidth=0.8, capsize=2)
-    digits = 1 if high >= 1 or crowded else 2
-    label = f"{value:.{digits}f}" if value else f"0\n(≤ {high:.{digits}f})"
-    ax.annotate(label, (x, high), xytext=(0, 1.5), textcoords="offset points", ha="center", va="bottom", fontsize=6.5)
-    return high
-
-
-def _caption(data: Mapping[str, tuple[Outcomes, Summary]], judge: str, note: str, stacked: bool) -> str:
-    first, second = ("Top", "Bottom") if stacked else ("Left", "Right")
+def _caption(data: Mapping[str, tuple[Outcomes, Summary]], judge: str, note: str) -> str:
     lines = [
-        f"{first}: gain of the last attempt over the first, responses with two or more attempts. "
-        f"{second}: rates over valid responses, 95 % intervals clustered by latent. Judge: {judge}. {note}".strip()
+        "Top: gain of the last attempt over the first, responses with two or more attempts. "
+        f"Bottom: rates over valid responses, 95 % intervals clustered by latent. Judge: {judge}. {note}".strip()
     ]
-    for target, (_, s) in data.items():
-        c, n = s.counts, s.headline["msi"]
-        out = ", ".join(f"{c[k]:,} {k}" for k in ("degraded", "unscored", "invalid", "empty") if c[k])
-        lines.append(f"{target}: n = {n.n:,}, {n.clusters:,} latents; left out: {out or 'none'}.")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(panels.counted(target, [s]) for target, (_, s) in data.items())])
 
 
 def _calibrated(target: str, report: CalibrationReport) -> str:

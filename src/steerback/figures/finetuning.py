@@ -9,14 +9,14 @@ from steerback.analysis.base import Measured
 from steerback.analysis.finetuning import SHOWN, Ending, FinetuningResults, steered_comparisons
 from steerback.figures import panels, style
 from steerback.figures.base import Presentation, measured_tables, planted_note
-from steerback.figures.conditions import caption, legend
+from steerback.figures.conditions import legend
 from steerback.figures.tables import Table, number
-from steerback.metrics import Trend
+from steerback.metrics import Estimate, Trend
 from steerback.store.facts import HELD_OUT_UNSTEERED, STEERED, UNSTEERED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 LINES = (
     ("", style.PALETTE[0], "steered"),
@@ -47,54 +47,77 @@ def present(results: FinetuningResults) -> Presentation:
 
 @style.styled
 def draw(results: FinetuningResults) -> Figure:
-    """Six metrics against the mix; dashed: the base, steered on the same prompts. One row of panels pair per base."""
+    """Six metrics against the mix; dashed: the base, steered on the same prompts. Below, the numbers of responses."""
     measured, note = results.measured, planted_note(results)
     text = (
         "Dashed: the model without adapter, at its own thresholds; thresholds are calibrated anew for every adapter. "
         "Held-out: on prompts that no adapter met in training. "
     )
-    fig, drawing = style.new_figure("full", 3.5, caption(measured, text + note, [n for _, n in measured.summaries]))
-    axes = drawing.subplots(2, 3, sharex=True, squeeze=False)
+    lines = [f"{text}95 % intervals clustered by latent. Judge: {measured.judge}. {note}".strip()]
+    lines += [panels.counted(target, measured.of(target).values()) for target in measured.targets]
+    strip = 0.14 * len(LINES) + 0.5
+    fig = style.new_figure(4.2 + strip, "\n".join(lines))
+    top, bottom = fig.subfigures(2, 1, height_ratios=[4.2, strip], squeeze=False).flat
+    axes = top.subplots(3, 2, sharex=True, squeeze=False)
     target = measured.targets[0] if measured.targets else ""
     for ax, metric in zip(axes.flat, SHOWN, strict=True):
+        shown: list[Estimate] = []
         for suffix, colour, _ in LINES:
-            points = results.levels(target, suffix.strip() or STEERED)
             if suffix.endswith("unsteered") and metric in ("improvement_rate", "esr_rate", "msi"):
                 continue  # without restarts these say nothing, with a few they are noise
-            panels.curve(ax, metric, [(x, measured.summaries[target, n][metric]) for x, n in points], colour)
+            levels = results.levels(target, suffix.strip() or STEERED)
+            points = [(x, measured.summaries[target, n][metric]) for x, n in levels]
+            panels.curve(ax, metric, points, colour)
+            shown += [estimate for _, estimate in points]
             if (target, f"base{suffix}") in measured.summaries:
                 _base(ax, metric, measured, target, suffix, colour)
-        ax.set_ylabel(panels.axis_label(metric))
+        ax.set_ylabel(panels.axis_label(metric), fontsize=6.5)
         ax.grid(axis="y")
+        panels.bounded(ax, metric)
+        panels.note_few(ax, shown)
         if not measured.summaries:
             style.message(ax, "nothing was measured")
-    for ax in axes[1]:
-        ax.set_xlabel("self-corrections in training (%)")
-    _legend(drawing)
+    _counts(bottom.subplots(), results, target)
+    _legend(top)
     return fig
+
+
+def _counts(ax: Axes, results: FinetuningResults, target: str) -> None:
+    """Numbers of responses of every line at every mix."""
+    rows = []
+    for suffix, colour, words in LINES:
+        levels = results.levels(target, suffix.strip() or STEERED)
+        if levels:
+            rows.append((words, colour, {x: results.measured.summaries[target, n]["msi"].n for x, n in levels}))
+    panels.counts_below(ax, rows)
+    ticks = sorted({x for _, _, numbers in rows for x in numbers})
+    ax.set_xticks(ticks, [f"{x:g}" for x in ticks], fontsize=6)
+    if len(ticks) > 1:
+        ax.set_xlim(ticks[0] - 5, ticks[-1] + 5)
+    ax.set_xlabel("responses; self-corrections in training (%)")
 
 
 def _base(ax: Axes, metric: str, measured: Measured, target: str, suffix: str, colour: str) -> None:
     estimate = measured.summaries[target, f"base{suffix}"][metric]
     span = panels.span(metric, estimate)
     if span is not None and estimate.n >= FEWEST:
-        ax.axhline(span[0], color=colour, linewidth=0.9, linestyle=(0, (4, 2)), zorder=1)
+        ax.axhline(span[0], color=colour, linewidth=0.9, linestyle=style.DASHED, zorder=1)
 
 
-def _legend(drawing: Any) -> None:
+def _legend(fig: SubFigure) -> None:
     from matplotlib.lines import Line2D
 
     entries = [(Line2D([], [], color=colour, marker="o"), name) for _, colour, name in LINES]
-    legend(drawing, {}, [*entries, (Line2D([], [], color=style.INK, linestyle=(0, (4, 2))), "without adapter")])
+    legend(fig, {}, [*entries, (Line2D([], [], color=style.INK, linestyle=style.DASHED), "without adapter")])
 
 
 @style.styled
 def draw_losses(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Training and validation losses (trained and masked tokens) by step; one panel per adapter (losses.json)."""
     text = "Loss per token. Training: trained tokens. Validation: trained tokens, and the tokens that are masked."
-    fig, drawing = style.new_figure("full", 1.9 * -(-len(curves) // 3), text)
-    rows = -(-len(curves) // 3)
-    axes = drawing.subplots(rows, min(3, len(curves)), squeeze=False, sharey=True)
+    rows = -(-len(curves) // 2)
+    fig = style.new_figure(1.5 * rows + 0.3, text)
+    axes = fig.subplots(rows, min(2, len(curves)), squeeze=False, sharey=True)
     for ax in axes.flat[len(curves) :]:
         ax.set_visible(False)
     for ax, (name, losses) in zip(axes.flat, curves.items(), strict=False):
@@ -110,7 +133,7 @@ def draw_losses(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
         ax.grid(axis="y")
     axes[0, 0].set_ylabel("loss")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    drawing.legend(handles, labels, loc="outside upper center", ncols=3)
+    fig.legend(handles, labels, loc="outside upper center", ncols=2)
     return fig
 
 

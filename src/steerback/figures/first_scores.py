@@ -1,8 +1,8 @@
-"""Figures A7 and A8: first-attempt scores without steering, a histogram per target, alone or beside steered ones."""
+"""Figures A7 and A8: first-attempt scores without steering, and what steering takes from them pair by pair."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -11,80 +11,106 @@ import numpy as np
 from steerback.analysis.no_steering import NoSteeringResults, RestartBound
 from steerback.figures import style
 from steerback.figures.base import Presentation, measured_tables, planted_note
-from steerback.figures.conditions import legend
 from steerback.figures.tables import Table, number
 from steerback.metrics import Outcomes, view
+from steerback.metrics.outcomes import VALID
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
 
 BINS = np.arange(0, 101, 5)
 
 
 def present(results: NoSteeringResults) -> Presentation:
     """Figure A7; Figure A8 where a steered baseline was measured; the bounds on restarts."""
-    judge, note = results.measured.judge, planted_note(results)
+    measured, note = results.measured, planted_note(results)
     unsteered, steered = results.unsteered(), results.steered()
-    figures = {"figureA7": lambda: draw(unsteered, judge, note=note)}
+    figures = {"figureA7": lambda: draw(unsteered, measured.judge, note)}
     if steered:
-        both = {target: unsteered[target] for target in steered}
-        figures["figureA8"] = lambda: draw(both, judge, steered=steered, note=note)
-    return Presentation({**measured_tables(results.measured), "bounds": bound_table(results.bounds, judge)}, figures)
+        both = {target: (unsteered[target], steered[target]) for target in steered}
+        figures["figureA8"] = lambda: draw_differences(both, measured.judge, note)
+    return Presentation({**measured_tables(measured), "bounds": bound_table(results.bounds, measured.judge)}, figures)
 
 
 @style.styled
-def draw(
-    unsteered: Mapping[str, Outcomes], judge: str, steered: Mapping[str, Outcomes] | None = None, note: str = ""
-) -> Figure:
-    """Shares of responses by first score; `steered` is outlined over the unsteered bars."""
-    columns = max(1, min(len(unsteered), 2))
-    rows = max(1, -(-len(unsteered) // columns))
-    fig, drawing = style.new_figure("full", 0.35 + 1.25 * rows, _caption(unsteered, judge, steered, note))
-    axes = drawing.subplots(rows, columns, sharex=True, squeeze=False)
-    colours = style.colours(unsteered)
-    for ax, target in zip(axes.flat, unsteered, strict=False):
-        ax.set_title(style.plain(target), loc="left", color=colours[target], fontweight="bold", pad=2)
-        _histogram(ax, unsteered[target], colours[target], filled=True)
-        if steered and target in steered:
-            _histogram(ax, steered[target], style.INK, filled=False)
-        ax.grid(axis="y")
-    for ax in axes.flat[len(unsteered) :]:
-        ax.set_axis_off()
-    if not unsteered:
-        style.message(axes[0, 0], "nothing was measured")
-    for ax in axes[-1]:
-        ax.set_xlabel("first-attempt score")
-        ax.set_xlim(0, 100)
-    if steered:
-        from matplotlib.patches import Patch
-
-        entries = (("no steering", {"color": style.GREY, "alpha": 0.75}), ("at threshold", {"fill": False}))
-        legend(drawing, {}, [(Patch(**how), name) for name, how in entries])
-    drawing.supylabel("share of responses (%)", fontsize=7.5)
+def draw(unsteered: Mapping[str, Outcomes], judge: str, note: str = "") -> Figure:
+    """Figure A7: shares of responses by first score, without steering."""
+    words = "First-attempt scores of responses without steering; line: mean."
+    fig, axes = _panels(unsteered, _caption(words, unsteered, judge, note))
+    for ax, (target, outcomes) in zip(axes, unsteered.items(), strict=False):
+        _histogram(ax, view(outcomes).first, BINS, style.colours(unsteered)[target], "mean {:.1f}")
+    axes[-1].set_xlabel("first score without steering")
+    axes[-1].set_xlim(0, 100)
     return fig
 
 
-def _histogram(ax: Axes, outcomes: Outcomes, colour: str, filled: bool) -> None:
-    first = view(outcomes).first
-    if not len(first):
+@style.styled
+def draw_differences(both: Mapping[str, tuple[Outcomes, Outcomes]], judge: str, note: str = "") -> Figure:
+    """Figure A8: what steering at threshold takes from the first score, pair by pair (same prompt and seed)."""
+    words = (
+        "First score without steering minus first score steered at threshold, over pairs of the same latent, prompt "
+        "and seed; dashed: no difference; line: mean."
+    )
+    unsteered = {target: pair[0] for target, pair in both.items()}
+    fig, axes = _panels(unsteered, _caption(words, unsteered, judge, note))
+    for ax, (target, (without, steered)) in zip(axes, both.items(), strict=False):
+        gaps = paired_gaps(without, steered)
+        _histogram(ax, gaps, 2 * BINS - 100, style.colours(both)[target], "mean {:+.1f}")
+        ax.axvline(0, color=style.INK, linewidth=0.8, linestyle=style.DASHED)
+    axes[-1].set_xlabel("unsteered − steered first score (points)")
+    axes[-1].set_xlim(-100, 100)
+    return fig
+
+
+def paired_gaps(a: Outcomes, b: Outcomes) -> Floats:
+    """First scores of `a` minus those of `b` over the pairs that are valid and not degraded in both, (pairs,)."""
+
+    def sound(x: Outcomes) -> Outcomes:
+        return x.take((x.state == VALID) & ~x.degraded)
+
+    a, b = sound(a), sound(b)
+    _, in_a, in_b = np.intersect1d(a.pair, b.pair, return_indices=True)
+    gaps: Floats = a.first[in_a] - b.first[in_b]
+    return gaps
+
+
+def _panels(targets: Mapping[str, Outcomes], caption: str) -> tuple[Figure, Sequence[Axes]]:
+    """An empty panel for each target, named and in its colour."""
+    rows = max(1, len(targets))
+    fig = style.new_figure(0.4 + 1.2 * rows, caption)
+    axes = fig.subplots(rows, 1, sharex=True, squeeze=False)[:, 0].tolist()
+    colours = style.colours(targets)
+    for ax, target in zip(axes, targets, strict=False):
+        ax.set_title(style.plain(target), loc="left", color=colours[target], fontweight="bold", pad=2)
+        ax.set_ylabel("responses (%)")
+        ax.grid(axis="y")
+    if not targets:
+        style.message(axes[0], "nothing was measured")
+    return fig, axes
+
+
+def _histogram(ax: Axes, values: Floats, bins: NDArray[np.int64], colour: str, mean: str) -> None:
+    if not len(values):
         style.message(ax, "no valid response")
         return
-    share = 100 * np.histogram(first, BINS)[0] / len(first)
-    ax.stairs(share, BINS, fill=filled, color=colour, alpha=0.75 if filled else 1, linewidth=1.0)
-    if filled:
-        ax.axvline(float(first.mean()), color=colour, linewidth=0.8)
-        ax.set_title(f"mean {first.mean():.1f}, n = {len(first):,}", loc="right", fontsize=6.5, pad=2)
+    share = 100 * np.histogram(values, bins)[0] / len(values)
+    ax.stairs(share, bins, fill=True, color=colour, alpha=0.75)
+    ax.axvline(float(values.mean()), color=style.INK, linewidth=0.9)
+    ax.set_title(f"{mean.format(values.mean())}, n = {len(values):,}", loc="right", fontsize=6.5, pad=2)
+    ax.set_ylim(0, min(100.0, 1.08 * float(share.max())))
 
 
-def _caption(unsteered: Mapping[str, Outcomes], judge: str, steered: Mapping[str, Outcomes] | None, note: str) -> str:
-    what = "First-attempt scores of responses without steering"
-    beside = ", and of the same prompts and seeds steered at threshold (outlined)" if steered else ""
-    lines = [f"{what}{beside}. Judge: {judge}. {note}".strip()]
+def _caption(words: str, unsteered: Mapping[str, Outcomes], judge: str, note: str) -> str:
+    lines = [f"{words} Judge: {judge}. {note}".strip()]
     for target, outcomes in unsteered.items():
         v = view(outcomes)
         lines.append(
-            f"{target}: n = {len(v.cluster):,} valid of {len(outcomes):,}, {int(v.multi.sum()):,} with a restart."
+            f"{target}: n = {len(v.cluster):,} valid of {len(outcomes):,} without steering, "
+            f"{int(v.multi.sum()):,} of them with a restart."
         )
     return "\n".join(lines)
 

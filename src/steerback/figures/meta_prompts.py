@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from steerback.analysis.meta_prompts import MetaPromptResults
 from steerback.figures import panels, style
 from steerback.figures.base import Presentation, measured_tables, planted_note
-from steerback.figures.conditions import caption, rows_of_conditions
+from steerback.figures.conditions import USUAL, caption, difference, rows_height, rows_of_conditions
+from steerback.metrics import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,19 +37,18 @@ def draw(results: MetaPromptResults) -> Figure:
     conditions = list(dict.fromkeys(condition for _, condition in measured.summaries))
     by_size = [t for t in measured.targets if (t, EFFECT) in measured.comparisons]
     by_size.sort(key=lambda t: results.variants[t].parameters or 0)  # where sizes are unknown, the order stays
-    rows = max(len(conditions), 1)
-    top = max(1.4, 0.15 * rows * max(len(measured.targets), 1) + 0.12 * rows + 0.7)
+    top = rows_height(measured, conditions, len(USUAL))
     several = len(by_size) > 1
-    fig, drawing = style.new_figure("full", top + (1.7 if several else 0), caption(measured, planted_note(results)))
+    fig = style.new_figure(top + (3.0 if several else 0), caption(measured, planted_note(results)))
     if several:
-        upper, lower = drawing.subfigures(2, 1, height_ratios=[top, 1.7], squeeze=False).flat
-        for ax, metric in zip(
-            lower.subplots(1, 3, squeeze=False)[0], ("multi_attempt_rate", "esr_rate", "msi"), strict=True
-        ):
+        upper, lower = fig.subfigures(2, 1, height_ratios=[top, 3.0], squeeze=False).flat
+        axes = lower.subplots(3, 1, sharex=True, squeeze=False)[:, 0]
+        for ax, metric in zip(axes, USUAL, strict=False):
             _effect(ax, results, by_size, metric)
+        axes[0].set_title(f"{EFFECT} − baseline, by size of the model", loc="left", fontsize=7)
+        rows_of_conditions(upper, measured, conditions, USUAL)
     else:
-        upper = drawing
-    rows_of_conditions(upper, measured, conditions, ("multi_attempt_rate", "esr_rate", "msi", "mean_first"))
+        rows_of_conditions(fig, measured, conditions, USUAL)
     return fig
 
 
@@ -58,18 +56,14 @@ def _effect(ax: Axes, results: MetaPromptResults, targets: list[str], metric: st
     measured = results.measured
     colours = style.colours(measured.targets)
     for x, target in enumerate(targets):
-        test = measured.comparisons[target, EFFECT][metric]
-        if test.difference is None:
-            continue
-        value = panels.scaled(metric, test.difference)
-        ends = [value if end is None else panels.scaled(metric, end) for end in (test.low, test.high)]
-        spread = np.abs([[value - ends[0]], [ends[1] - value]])
-        ax.errorbar(x, value, yerr=spread, fmt="o", color=colours[target], capsize=2, elinewidth=1.0)
-    ax.axhline(0, color=style.GREY, linewidth=0.6, linestyle=(0, (3, 2)))
+        gap = difference(measured.comparisons[target, EFFECT][metric])
+        panels.whisker(ax, x, panels.span(metric, gap), colours[target], upright=True)
+    ax.axhline(0, color=style.GREY, linewidth=0.8, linestyle=style.DASHED)
     sizes = {t: results.variants[t].parameters for t in targets}
     short = {t: style.plain(t.rsplit("-", 1)[-1] if len(targets) > 3 else t) for t in targets}  # colours say which
-    names = [short[t] + (f"\n{n / 1e6:.3g} M" if (n := sizes[t]) else "") for t in targets]
+    pairs = {t: measured.comparisons[t, EFFECT].pairs for t in targets}
+    names = [f"{short[t]}\n" + (f"{n / 1e6:.3g} M\n" if (n := sizes[t]) else "") + f"n = {pairs[t]:,}" for t in targets]
     ax.set_xticks(range(len(targets)), names, fontsize=6)
     ax.set_xlim(-0.6, len(targets) - 0.4)
-    ax.set_ylabel(f"{EFFECT} − baseline:\n{panels.axis_label(metric)}", fontsize=6.5)
+    ax.set_ylabel(f"{METRICS[metric].label}\n(points)", fontsize=6.5)
     ax.grid(axis="y")

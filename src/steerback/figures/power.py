@@ -26,19 +26,25 @@ def draw(curves: Sequence[Curve], effect: Effect, power: float, target: str) -> 
         f"{effect.drop:.0%}, ICC {effect.icc:.3f}; latents are clusters. Dotted: power {power:g}."
     )
     questions = list(dict.fromkeys(curve[0] for curve in curves))
-    fig, drawing = style.new_figure("full", 2.4, caption)
-    axes = drawing.subplots(1, max(len(questions), 1), sharey=True, squeeze=False)[0]
+    fig = style.new_figure(1.6 * max(len(questions), 1) + 0.3, caption)
+    axes = fig.subplots(max(len(questions), 1), 1, sharex=True, squeeze=False)[:, 0]
     for ax, question in zip(axes, questions, strict=False):
         for i, trials in enumerate(dict.fromkeys(curve[1] for curve in curves)):
             points = [(latents, p) for q, t, latents, p in curves if (q, t) == (question, trials)]
-            ax.plot(*zip(*points, strict=True), marker="o", color=style.PALETTE[i], label=f"{trials} trials per latent")
+            ax.plot(
+                *zip(*points, strict=True),
+                marker="o",
+                color=style.PALETTE[i],
+                clip_on=False,
+                label=f"{trials} trials per latent",
+            )
         ax.axhline(power, color=style.GREY, linewidth=0.8, linestyle=":")
         ax.set_title(question, loc="left")
         ax.set_xscale("log")
-        ax.set_xlabel("latents")
-    axes[0].set_ylabel("power")
-    axes[0].set_ylim(0, 1.03)
-    axes[0].legend(loc="lower right")
+        ax.set_ylabel("power")
+        ax.set_ylim(0, 1)
+    axes[-1].set_xlabel("latents")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return fig
 
 

@@ -13,13 +13,15 @@ from steerback.metrics import Estimate
 from steerback.store.facts import PREFILL_ARMS, PrefixCounts
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 SHOWN = ("multi_attempt_rate", "improvement_rate", "mean_first")
+LOOKS = dict(zip(PREFILL_ARMS, ((style.GREY, "o", "-", ""), (style.PALETTE[1], "s", "--", "//////")), strict=True))
+"""Colour, marker, line and hatching of each arm, which overlap."""
 LABELS = {
-    "multi_attempt_rate": "restarts after the cut (%)",
-    "improvement_rate": "restarts that improve (%)",
-    "mean_first": "first score (points)",
+    "multi_attempt_rate": "restarts after\nthe cut (%)",
+    "improvement_rate": "restarts that\nimprove (%)",
+    "mean_first": "first score\n(points)",
 }
 
 
@@ -34,27 +36,56 @@ def present(results: PrefillResults) -> Presentation:
 
 @style.styled
 def draw(results: PrefillResults) -> Figure:
-    """Solid: unsteered continuations; dashed: steered ones. x is the length of the prefix in characters."""
-    measured = results.measured
-    fig, drawing = style.new_figure("full", 2.1, _caption(results))
-    axes = drawing.subplots(1, len(SHOWN), squeeze=False)[0]
-    colours = style.colours(measured.targets)
-    for ax, metric in zip(axes, SHOWN, strict=True):
-        for target in measured.targets:
-            for arm, dashed in zip(PREFILL_ARMS, (False, True), strict=True):
-                points = _points(measured, target, arm, metric, results.prefixes[target].characters)
-                panels.curve(ax, metric, points, colours[target], arm, "s" if dashed else "o", dashed)
-        ax.set_xlabel("prefix (characters)")
-        ax.set_ylabel(LABELS[metric])
-        ax.set_ylim(bottom=0)
+    """A block of panels for each target: unsteered and steered continuations against the length of the prefix."""
+    targets = results.measured.targets or [""]
+    fig = style.new_figure(2.5 * len(targets) + 0.3, _caption(results))
+    blocks = fig.subfigures(len(targets), 1, squeeze=False)[:, 0]
+    for block, target in zip(blocks, targets, strict=True):
+        _block(block, results, target)
+        if len(targets) > 1:
+            block.suptitle(style.plain(target), x=0.02, ha="left", fontsize=8, fontweight="bold")
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    legend(
+        fig,
+        {},
+        [
+            entry
+            for name, (colour, marker, line, hatch) in LOOKS.items()
+            for entry in (
+                (Line2D([], [], color=colour, marker=marker, linestyle=line), f"continued {name}"),
+                (Patch(facecolor="none" if hatch else colour, edgecolor=colour, hatch=hatch, alpha=0.4), "95 %"),
+            )
+        ],
+    )
+    return fig
+
+
+def _block(block: SubFigure, results: PrefillResults, target: str) -> None:
+    axes = block.subplots(2, 2, squeeze=False, sharex=True)
+    if target not in results.prefixes:
+        for ax in axes.flat:
+            style.message(ax, "no continuation to show")
+        return
+    characters = results.prefixes[target].characters
+    for ax, metric in zip(axes.flat, SHOWN, strict=False):
+        shown = {arm: _points(results.measured, target, arm, metric, characters) for arm in PREFILL_ARMS}
+        for arm, points in shown.items():
+            colour, marker, line, hatch = LOOKS[arm]
+            panels.curve(ax, metric, points, colour, arm, marker, line == "--", hatch)
+        ax.set_ylabel(LABELS[metric], fontsize=6.5)
         ax.grid(axis="y")
+        panels.bounded(ax, metric)
+        panels.note_few(ax, (e for points in shown.values() for _, e in points))
         if not ax.lines:
             style.message(ax, "no continuation to show")
-    from matplotlib.lines import Line2D
-
-    kinds = (("o", "-", "continued unsteered"), ("s", "--", "continued steered"))
-    legend(drawing, colours, [(Line2D([], [], color=style.GREY, marker=m, linestyle=d), name) for m, d, name in kinds])
-    return fig
+    numbers = {arm: _points(results.measured, target, arm, "msi", characters) for arm in PREFILL_ARMS}
+    panels.counts_below(
+        axes[1, 1], [(f"n, {arm}", LOOKS[arm][0], {x: e.n for x, e in points}) for arm, points in numbers.items()]
+    )
+    for ax in axes[1]:
+        ax.set_xlabel("prefix (characters)")
 
 
 def _points(measured: Measured, target: str, arm: str, metric: str, characters: int) -> list[tuple[float, Estimate]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -11,17 +11,15 @@ import numpy as np
 from steerback.analysis.random_ablation import RandomAblationResults, Rank
 from steerback.figures import panels, style
 from steerback.figures.base import Presentation, label_tables, measured_tables, planted_note
-from steerback.figures.conditions import caption
 from steerback.figures.tables import Table, comparison_table, number
 from steerback.metrics import METRICS, Summary
 from steerback.store.facts import ABLATED, BASELINE, ControlSets
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 SHOWN = ("multi_attempt_rate", "esr_rate", "msi", "mean_first")
-NAMES = ("baseline", "detectors\nat zero", "random\nsets")
 
 
 def present(results: RandomAblationResults) -> Presentation:
@@ -122,56 +120,63 @@ def _line(target: str, ranks: Mapping[str, Rank | None], control: ControlSets) -
 
 @style.styled
 def draw(results: RandomAblationResults) -> Figure:
-    """One row a target, one panel a metric; the rank of the detectors among the sets is written in the panel."""
+    """A block of panels for each target, one panel a metric; the detectors' rank among the sets is in its title."""
     measured = results.measured
-    rows = max(len(measured.targets), 1)
-    words = "Random sets: one point each, their mean as a bar; p from the rank of the detectors among them. "
-    match = "\n".join(f"{target}: {_match(control)}" for target, control in results.sets.items())
-    under = f"{words}{caption(measured, planted_note(results))}\n{match}"
-    fig, drawing = style.new_figure("full", 1.75 * rows + 0.1, under)
-    axes = drawing.subplots(rows, len(SHOWN), squeeze=False)
-    colours = style.colours(measured.targets)
-    for row, target in zip(axes, measured.targets, strict=False):
-        summaries, ranks, conditions = measured.of(target), results.ranks[target], results.sets[target].conditions
-        random = [summaries[c] for c in conditions if c in summaries]
-        for ax, metric in zip(row, SHOWN, strict=True):
-            _panel(ax, metric, summaries, random, ranks.get(metric), colours[target])
-        row[0].set_title(style.plain(target), loc="left", color=colours[target], fontweight="bold", pad=2)
-    if not measured.targets:
-        for ax in axes.flat:
-            style.message(ax, "nothing was measured")
+    targets = measured.targets or [""]
+    words = (
+        "Random sets: one point each, their mean as a bar; p: two-sided, from the rank of the detectors among the "
+        "sets; k sets cannot give a p below 1 / (k + 1). 95 % intervals clustered by latent. "
+    )
+    lines = [f"{words}Judge: {measured.judge}. {planted_note(results)}".strip()]
+    lines += [panels.counted(target, measured.of(target).values()) for target in measured.targets]
+    lines += [f"{target}: {_match(control)}" for target, control in results.sets.items()]
+    fig = style.new_figure(3.0 * len(targets), "\n".join(lines))
+    blocks = fig.subfigures(len(targets), 1, squeeze=False)[:, 0]
+    for block, target in zip(blocks, targets, strict=True):
+        axes = block.subplots(2, 2, squeeze=False)
+        if target in results.sets:
+            _block(block, axes.flat, results, target)
+        else:
+            for ax in axes.flat:
+                style.message(ax, "nothing was measured")
     return fig
 
 
-def _panel(
-    ax: Axes,
-    metric: str,
-    summaries: Mapping[str, Summary],
-    random: Sequence[Summary],
-    rank: Rank | None,
-    colour: str,
-) -> None:
-    for x, (condition, filled) in enumerate(((BASELINE, False), (ABLATED, True))):
-        shown = panels.span(metric, summaries[condition][metric]) if condition in summaries else None
-        if shown is not None:
-            value, low, high = shown
-            face = colour if filled else "white"
-            reach = [[value - low], [high - value]]
-            ax.errorbar(x, value, reach, fmt="o", color=colour, markerfacecolor=face, elinewidth=1.0, capsize=2)
+def _block(block: SubFigure, axes: Iterable[Axes], results: RandomAblationResults, target: str) -> None:
+    summaries, ranks = results.measured.of(target), results.ranks[target]
+    colour = style.colours(results.measured.targets)[target]
+    random = [summaries[c] for c in results.sets[target].conditions if c in summaries]
+    for ax, metric in zip(axes, SHOWN, strict=True):
+        _panel(ax, metric, summaries, random, colour)
+        rank = ranks.get(metric)
+        if rank is not None:
+            ax.set_title(f"p = {rank.p:.2f} (least {1 / (rank.sets + 1):.2f})", loc="right", fontsize=6, pad=2)
+    block.suptitle(style.plain(target), x=0.02, ha="left", color=colour, fontsize=8, fontweight="bold")
+
+
+def _panel(ax: Axes, metric: str, summaries: Mapping[str, Summary], random: Sequence[Summary], colour: str) -> None:
+    names = []
+    for x, (condition, name) in enumerate(((BASELINE, "none"), (ABLATED, "\n\ndetectors"))):
+        estimate = summaries[condition][metric] if condition in summaries else None
+        shown = None if estimate is None else panels.span(metric, estimate)
+        panels.whisker(ax, x, shown, colour, filled=condition == ABLATED, upright=True)
+        names.append(f"{name}\nn = {estimate.n if estimate else 0:,}")
     points = [panels.scaled(metric, v) for s in random if (v := s[metric].value) is not None]
     if points:
         places = 2 + np.linspace(-0.22, 0.22, len(points)) if len(points) > 1 else [2]
-        ax.plot(places, points, "o", color=style.GREY, markersize=2.6, alpha=0.8)
+        ax.plot(places, points, "o", color=style.GREY, markersize=2.6, alpha=0.8, clip_on=False, zorder=3)
         ax.hlines(float(np.mean(points)), 1.68, 2.32, color=style.INK, linewidth=1.2)
-    if rank is not None:
-        ax.set_title(f"p = {rank.p:.2f}", loc="right", fontsize=6.5, pad=2)
-    ax.set_xticks(range(3), NAMES, fontsize=6)
+    sizes = sorted({s[metric].n for s in random}) or [0]
+    each = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
+    names.append(f"{len(random)} random\nn = {each}")
+    ax.set_xticks(range(3), names, fontsize=6)
     ax.tick_params(axis="x", length=0)
-    ax.set_xlim(-0.5, 2.5)
-    if METRICS[metric].rate:
-        ax.set_ylim(bottom=0)
-    ax.set_ylabel(panels.axis_label(metric))
+    ax.set_xlabel("clamped to zero", fontsize=6.5, labelpad=0)
+    ax.set_xlim(-0.5, 2.6)
+    ax.set_ylabel(panels.axis_label(metric), fontsize=6.5)
     ax.grid(axis="y")
+    panels.bounded(ax, metric)
+    panels.note_few(ax, (summaries[c][metric] for c in (BASELINE, ABLATED) if c in summaries))
 
 
 def _match(control: ControlSets) -> str:

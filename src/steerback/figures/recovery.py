@@ -74,13 +74,13 @@ def draw_time_course(measured: Measured, note: str = "") -> Figure:
         "Mean relevance to the prompt of the sentences of a response, by their position in it; bands: 95 %, clustered "
         f"by latent (unsteered: by prompt). Judge: {measured.judge}. {note}"
     )
-    fig, drawing = style.new_figure("full", len(targets) * max(2.1, 0.13 * most + 0.6), caption.strip())
-    axes = drawing.subplots(len(targets), 1, sharex=True, squeeze=False)[:, 0]
+    below = 0.14 * (most + 1)  # the legend of each panel
+    fig = style.new_figure(len(targets) * (1.7 + below), caption.strip())
+    axes = fig.subplots(len(targets), 1, squeeze=False)[:, 0]
     for ax, target in zip(axes, targets, strict=True):
         own = {c: r for (t, c), r in found.conditions.items() if t == target}
         floor = next((r for (t, _), r in found.floors.items() if t == target), None)
         _panel(ax, target, own, floor, several=len(targets) > 1)
-    axes[-1].set_xlabel("position in the response (%)")
     return fig
 
 
@@ -89,8 +89,9 @@ def _panel(ax: Axes, target: str, own: Mapping[str, Recovery], floor: Recovery |
         ax.set_title(style.plain(target), loc="left", pad=2)
     if floor is not None:
         _line(ax, floor, style.GREY, f"unsteered (n = {floor.n:,})", dashed=True)
+    alpha = 0.14 if len(own) <= 3 else 0.06  # of many bands only the rough extent can be seen
     for (condition, found), colour in zip(own.items(), _colours(len(own)), strict=True):
-        _line(ax, found, colour, f"{style.plain(condition)} (n = {found.n:,})")
+        _line(ax, found, colour, f"{style.plain(condition)} (n = {found.n:,})", alpha=alpha)
     if not any(r.n for r in own.values()):
         style.message(ax, "no response with enough sentences")
         return
@@ -98,16 +99,18 @@ def _panel(ax: Axes, target: str, own: Mapping[str, Recovery], floor: Recovery |
     ax.set_xlim(0, 100)
     ax.set_ylabel("relevance (points)")
     ax.grid(axis="y")
-    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=6)
+    ax.set_xlabel("position in the response (%)")
+    long = max(len(label) for label in ax.get_legend_handles_labels()[1]) > 34
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=1 if long else 2, fontsize=6, columnspacing=1.0)
 
 
-def _line(ax: Axes, recovery: Recovery, colour: str, label: str, dashed: bool = False) -> None:
+def _line(ax: Axes, recovery: Recovery, colour: str, label: str, dashed: bool = False, alpha: float = 0.14) -> None:
     if not recovery.n:
         return
     values = [(e.value, e.low, e.high) for e in recovery.course]
     mean, low, high = (np.array([np.nan if x is None else x for x in c]) for c in zip(*values, strict=True))
     x = 100 * (np.arange(len(mean)) + 0.5) / len(mean)
-    ax.fill_between(x, low, high, color=colour, alpha=0.14, linewidth=0)
+    ax.fill_between(x, low, high, color=colour, alpha=alpha, linewidth=0)
     ax.plot(x, mean, color=colour, label=label, linestyle="--" if dashed else "-")
 
 

@@ -6,25 +6,28 @@ Figures are built on matplotlib's Figure with the Agg canvas, never through pypl
 from __future__ import annotations
 
 import hashlib
+import html
 import io
 import os
 import textwrap
 from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
+from urllib.parse import quote
 
 from steerback.errors import visible
-from steerback.store.files import make_folder
+from steerback.store.files import make_folder, write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, SubFigure
+    from matplotlib.figure import Figure
 
-Width = Literal["column", "full"]
-INCHES: dict[str, float] = {"column": 3.3, "full": 6.9}
+WIDTH = 85 / 25.4
+"""Inches of every figure: one column of a paper, so that no figure has to be made smaller there."""
 GREY, LIGHT, INK = "#6b6b6b", "#d9d9d9", "#222222"
 CAPTION_SIZE, DPI = 6.5, 300
+DASHED, DOTTED = (0, (3, 2)), (0, (1, 1.5))
 
 # Okabe and Ito (2008), distinguishable with every common colour vision deficiency; yellow is left out (too pale).
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A4B00")
@@ -82,21 +85,35 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     return inside
 
 
-def new_figure(width: Width, height: float, caption: str) -> tuple[Figure, SubFigure]:
-    """A figure with a caption below, and the part above it to draw in.
-
-    `width` is column (3.3 in) or full (6.9 in), `height` that of the drawing in inches; the caption adds its own.
-    """
+def new_figure(height: float, caption: str) -> Figure:
+    """Return an empty figure, one column wide and `height` inches high, that carries its caption (`caption_of`)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    lines = _wrap(visible(caption), INCHES[width] * 72 * 0.975)
-    below = (len(lines) + 0.6) * CAPTION_SIZE * 1.3 / 72
-    fig = Figure(figsize=(INCHES[width], height + below), dpi=DPI, layout="constrained")
+    fig = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(fig)
-    drawing, words = fig.subfigures(2, 1, height_ratios=[height, below], squeeze=False).flat
-    words.text(0.012, 1, plain("\n".join(lines)), va="top", fontsize=CAPTION_SIZE, color=INK, linespacing=1.3)
-    return fig, drawing
+    fig.set_label(visible(caption))
+    return fig
+
+
+def caption_of(fig: Figure) -> str:
+    """Return the caption, one paragraph a line."""
+    return str(fig.get_label())
+
+
+def burn_in(fig: Figure) -> None:
+    """Write the caption into the figure, below the drawing, for places where nothing can stand beside an image."""
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    lines = _wrap(caption_of(fig), WIDTH * 72 * 0.975)
+    engine, (width, height) = fig.get_layout_engine(), fig.get_size_inches()
+    below = (len(lines) + 1.0) * CAPTION_SIZE * 1.3 / 72
+    share = below / (height + below)
+    fig.set_size_inches(width, height + below)
+    if isinstance(engine, ConstrainedLayoutEngine):
+        engine.set(rect=(0, share, 1, 1 - share))
+    words = plain("\n".join(lines))
+    fig.text(0.012, share - 0.003, words, va="top", fontsize=CAPTION_SIZE, color=INK, linespacing=1.3)
 
 
 def _wrap(text: str, points: float) -> list[str]:
@@ -161,8 +178,11 @@ def message(ax: Axes, text: str) -> None:
     )
 
 
-def save(fig: Figure, folder: Path, name: str) -> list[Path]:
-    """Writes `name`.png and `name`.pdf into `folder`, each whole or not at all, the same bytes every time."""
+def save(fig: Figure, folder: Path, name: str, captions_inside: bool = False) -> list[Path]:
+    """Write `name`.png and .pdf, the caption as `name`.caption.txt, and both together as `name`.html.
+
+    Each file is written whole or not at all, with the same bytes every time. `captions_inside` burns the caption in.
+    """
     from matplotlib import rc_context
 
     make_folder(folder)
@@ -170,6 +190,8 @@ def save(fig: Figure, folder: Path, name: str) -> list[Path]:
         "png": {"Software": None},
         "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
     }
+    if captions_inside:
+        burn_in(fig)
     paths = []
     for kind, fields in metadata.items():
         path = folder / f"{name}.{kind}"
@@ -181,7 +203,23 @@ def save(fig: Figure, folder: Path, name: str) -> list[Path]:
         finally:
             temporary.unlink(missing_ok=True)
         paths.append(path)
-    return paths
+    caption = caption_of(fig)
+    page = _PAGE.format(
+        name=html.escape(name),
+        image=quote(f"{name}.png"),
+        caption="" if captions_inside else "".join(f"<p>{html.escape(line)}</p>" for line in caption.splitlines()),
+    )
+    texts = {"caption.txt": caption + "\n", "html": page}
+    return [*paths, *(write_atomic(folder / f"{name}.{kind}", text.encode()) for kind, text in texts.items())]
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{name}</title>
+<style>body {{ margin: 2rem auto; max-width: 40rem; padding: 0 1rem; font: 1rem/1.5 sans-serif; background: #fff;
+color: #222 }} figure {{ margin: 0 }} img {{ width: 100% }} figcaption p {{ margin: .5rem 0 }}</style>
+<figure><img src="{image}" alt="{name}"><figcaption>{caption}</figcaption></figure>
+</html>
+"""
 
 
 def png(fig: Figure, dpi: int = 150) -> bytes:

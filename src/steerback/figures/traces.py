@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -10,8 +11,9 @@ import numpy as np
 
 from steerback.analysis.episodes import Recorded, Trace
 from steerback.analysis.traces import ARMS, Leads, TraceResults, onset, smoothed
-from steerback.figures import style
+from steerback.figures import panels, style
 from steerback.figures.base import Presentation, planted_note
+from steerback.figures.conditions import legend
 from steerback.figures.tables import Table, show
 from steerback.metrics import Estimate
 from steerback.store.facts import BACKTRACKING, DETECTORS, STEERED
@@ -19,11 +21,11 @@ from steerback.store.facts import BACKTRACKING, DETECTORS, STEERED
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, SubFigure
+    from matplotlib.figure import Figure
 
 LINES = {DETECTORS: style.PALETTE[1], BACKTRACKING: style.PALETTE[2], STEERED: style.GREY}
-SHADES = {"off-topic": "#fbe3d6", "correction": "#fff3bf", "on-topic": "#dcefe4"}
-TOKENS = 78  # of the strip under a trace; more would not be legible
+SHADES = {"off topic": "#fbd9c4", "correction": "#fff3bf", "on topic": "#cfe4f5", "unscored": "#ffffff"}
+TOKENS, BEFORE = 34, 14  # of the strip under a trace (more would not be legible), and of them before the correction
 
 
 def present(results: TraceResults) -> Presentation:
@@ -73,54 +75,82 @@ def count_list(recorded: Recorded) -> str:
 
 @style.styled
 def draw(results: TraceResults) -> Figure:
-    """Chosen episodes: smoothed sums over the strip of tokens, regions shaded, the onset as a triangle."""
+    """Chosen episodes: smoothed sums over the strip of tokens, attempts shaded by their scores, the onset marked."""
     chosen = [(target, trace) for target, traces in results.examples.items() for trace in traces]
     caption = (
         f"Summed activations of the groups, averaged over the last {results.window} tokens and scaled to their "
-        "largest value in the panel; recorded before anything is added. Shaded: first attempt, correction, second "
-        "attempt. Triangle: onset of the detectors, unless it lies before the panel; dotted: its threshold. "
-        f"Judge: {results.judge}. {planted_note(results)}".strip()
+        "largest value in the panel; recorded before anything is added. Shading: attempts by the score the judge gave "
+        f"them (on topic from {results.drift_below:g}), and the restart phrase. Triangle: onset of the detectors, "
+        f"unless it lies before the panel; dotted: its threshold. Judge: {results.judge}. {planted_note(results)}"
     )
     counts = [f"{t}: {group_sizes(r)}; {len(r.episodes):,} episodes." for t, r in results.recorded.items()]
-    fig, drawing = style.new_figure("full", 1.75 * max(len(chosen), 1) + 0.2, "\n".join([caption, *counts]))
-    axes = drawing.subplots(max(len(chosen), 1), 1, squeeze=False)[:, 0]
+    fig = style.new_figure(1.85 * max(len(chosen), 1) + 0.4, "\n".join([caption.strip(), *counts]))
+    axes = fig.subplots(max(len(chosen), 1), 1, squeeze=False)[:, 0]
     if not chosen:
         style.message(axes[0], "no response stopped itself")
         return fig
     for ax, (target, trace) in zip(axes, chosen, strict=True):
-        _episode(ax, target, trace, results.leads[target].threshold, results.window)
-    _legend(drawing, {g for _, trace in chosen for g, values in trace.sums.items() if np.any(values > 0)})
+        _episode(ax, target, trace, results)
+    shown = {g for _, trace in chosen for g, values in trace.sums.items() if np.any(values > 0)}
+    _legend(fig, shown, results.drift_below)
     return fig
 
 
-def _episode(ax: Axes, target: str, trace: Trace, threshold: float, window: int) -> None:
+def shades(trace: Trace, on_topic: float) -> dict[str, str]:
+    """The shade of each region of an episode: of the attempts by their scores, of the correction its own."""
+
+    def of(score: float | None) -> str:
+        return "unscored" if score is None else "on topic" if score >= on_topic else "off topic"
+
+    first, second = (a.score for a in trace.row.attempts[:2])
+    return {"off-topic": of(first), "correction": "correction", "on-topic": of(second)}
+
+
+def _episode(ax: Axes, target: str, trace: Trace, results: TraceResults) -> None:
+    threshold, window = results.leads[target].threshold, results.window
     regions = trace.regions()
     start, stop = regions["correction"].start, regions["on-topic"].stop
-    first = max(0, min(start - TOKENS // 2, stop - TOKENS))
+    first = max(0, min(start - BEFORE, stop - TOKENS))
     last = min(first + TOKENS, stop)
     x = np.arange(first, last)
+    kinds = shades(trace, results.drift_below)
     for name, region in regions.items():
-        ax.axvspan(max(region.start, first) - 0.5, min(region.stop, last) - 0.5, color=SHADES[name], linewidth=0)
+        left, right = max(region.start, first), min(region.stop, last)
+        if right > left:
+            ax.axvspan(left - 0.5, right - 0.5, color=SHADES[kinds[name]], linewidth=0)
     for name, values in trace.sums.items():
         line = smoothed(values, window)
         peak = float(line[first:last].max(initial=0.0))
         if peak <= 0:
             continue
-        ax.plot(x, line[first:last] / peak, color=LINES[name], linewidth=0.9 if name == STEERED else 1.3)
+        width = 0.9 if name == STEERED else 1.3
+        ax.plot(x, line[first:last] / peak, color=LINES[name], linewidth=width, clip_on=False)
         if name == DETECTORS:
-            ax.axhline(threshold / peak, color=LINES[name], linewidth=0.6, linestyle=":")
+            ax.axhline(threshold / peak, color=LINES[name], linewidth=0.8, linestyle=style.DOTTED)
             at = onset(line, threshold, start)
             if at is not None and at >= first:
-                ax.plot([at], [line[at] / peak], marker="v", color=style.INK, markersize=4.5, zorder=4)
-    ax.set_ylim(0, 1.12)
+                ax.plot([at], [line[at] / peak], marker="v", color=style.INK, markersize=4.5, zorder=4, clip_on=False)
+    ax.set_ylim(0, 1.05)
     ax.set_xlim(first - 0.5, last - 0.5)
-    ax.set_yticks([0, 1])
-    ax.set_xticks(x, [_token(trace.pieces[i]) for i in x], rotation=90, fontsize=5)
+    ax.set_yticks([0, 0.5, 1])
+    ax.set_ylabel("share of largest\nsummed activation", fontsize=6)
+    ax.set_xticks(x, [_token(trace.pieces[i]) for i in x], rotation=90, fontsize=6)
     ax.tick_params(axis="x", length=0, pad=1)
-    scores = " → ".join(f"{a.score:.0f}" for a in trace.row.attempts)
+    _name(ax, target, trace)
+
+
+def _name(ax: Axes, target: str, trace: Trace) -> None:
+    """The panel's title: which response it is, what it was asked, steered towards, and how its attempts scored."""
+    scores = " → ".join("unscored" if a.score is None else f"{a.score:.0f}" for a in trace.row.attempts)
     trial = trace.row.trial
-    name = f"{target} {trial.index}: {trial.prompt} (steered: {trial.label or trial.latent}; scores {scores})"
-    ax.set_title(style.plain(name), loc="left", fontsize=6.5, pad=2)
+    lines = (
+        f"{target}, trial {trial.index}, steered towards {trial.label or f'latent {trial.latent}'}",
+        f"{trial.prompt}",
+        f"scores of the attempts: {scores}",
+    )
+    ax.set_title(
+        style.plain("\n".join(textwrap.shorten(x, 62, placeholder=" …") for x in lines)), loc="left", fontsize=6
+    )
 
 
 def _token(piece: str) -> str:
@@ -128,37 +158,50 @@ def _token(piece: str) -> str:
     return style.plain(shown if len(shown) <= 11 else shown[:10] + "…")
 
 
-def _legend(fig: SubFigure, shown: set[str]) -> None:
+def _legend(fig: Figure, shown: set[str], on_topic: float) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     names = {DETECTORS: "detectors", BACKTRACKING: "backtracking latents", STEERED: "steered latent"}
     handles: list[Artist] = [Line2D([], [], color=LINES[g], label=label) for g, label in names.items() if g in shown]
-    handles += [Patch(color=colour, label=name) for name, colour in SHADES.items()]
-    fig.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=6.5, columnspacing=1.2)
+    handles.append(Line2D([], [], color=style.INK, marker="v", markersize=4.5, linestyle="none", label="onset"))
+    words = {
+        "off topic": f"off topic (< {on_topic:g})",
+        "correction": "restart phrase",
+        "on topic": f"on topic (≥ {on_topic:g})",
+    }
+    handles += [Patch(color=SHADES[kind], label=label) for kind, label in words.items()]
+    fig.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=6.5, columnspacing=1.0)
 
 
 @style.styled
 def draw_leads(results: TraceResults) -> Figure:
-    """Left: lead times of all episodes. Right: shares of responses with an onset before the correction's position."""
+    """Per target the lead times of all episodes; below, shares with an onset before the correction's position."""
     recorded, rule = results.recorded, results.rule
-    rows = max(len(recorded), 1)
+    targets = list(recorded) or [""]
     lines = [
-        f"{rule[0].upper()}{rule[1:]}. Right: responses with an onset before the correction's position (filled), and "
-        "above the threshold at the last token before it (open); controls at the same positions. 95 % intervals "
-        f"clustered by latent. Judge: {results.judge}. {planted_note(results)}".strip()
+        f"{rule[0].upper()}{rule[1:]}. Top: line and band are the median and its 95 % interval. Bottom: responses with "
+        "an onset before the correction's position (filled), and above the threshold at the last token before it "
+        "(open); controls at the same positions, n: episodes that have one. 95 % intervals clustered by latent. "
+        f"Judge: {results.judge}. {planted_note(results)}".strip()
     ]
     lines += [f"{target}: {group_sizes(r)}; {count_list(r)}." for target, r in recorded.items()]
-    fig, drawing = style.new_figure("full", 1.6 * rows, "\n".join(lines))
-    axes = drawing.subplots(rows, 2, squeeze=False, width_ratios=[1.3, 1])
+    fig = style.new_figure(2.9 * len(targets) + 0.2, "\n".join(lines))
+    axes = fig.subplots(2 * len(targets), 1, squeeze=False)[:, 0]
     colours = style.colours(recorded)
-    for (left, right), target in zip(axes, recorded, strict=False):
-        left.set_title(style.plain(target), loc="left", color=colours[target], fontweight="bold", pad=2)
-        _histogram(left, results.leads[target], results.estimates[target]["median lead"], colours[target])
-        _shares(right, results.estimates[target], colours[target])
     if not recorded:
-        for ax in axes.flat:
+        for ax in axes:
             style.message(ax, "nothing was recorded")
+        return fig
+    for above, below, target in zip(axes[::2], axes[1::2], recorded, strict=True):
+        above.set_title(style.plain(target), loc="left", color=colours[target], fontweight="bold", pad=2)
+        _histogram(above, results.leads[target], results.estimates[target]["median lead"], colours[target])
+        _shares(below, results.estimates[target], colours[target])
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    median = (Line2D([], [], color=style.INK, linewidth=0.9), "median lead")
+    legend(fig, {}, [median, (Patch(color=style.INK, alpha=0.15, linewidth=0), "its 95 % interval")])
     return fig
 
 
@@ -176,11 +219,14 @@ def _histogram(ax: Axes, leads: Leads, median: Estimate, colour: str) -> None:
         linewidth=0.4,
     )
     if median.value is not None:
+        _, low, high = panels.ends(median) or (0.0, 0.0, 0.0)
         ax.axvline(median.value, color=style.INK, linewidth=0.9)
-        if median.low is not None and median.high is not None:
-            ax.axvspan(median.low, median.high, color=style.INK, alpha=0.12, linewidth=0)
-        reach = "" if median.low is None else f" [{median.low:.0f}, {median.high:.0f}]"
-        ax.set_title(f"median {median.value:.0f}{reach}", loc="right", fontsize=6.5, pad=2)
+        reach = ""
+        if high > low:
+            ax.axvspan(low, high, color=style.INK, alpha=0.15, linewidth=0)
+            reach = f" [{low:.0f}, {high:.0f}]"
+        lacking = f" ({panels.TOO_FEW})" if panels.few(median) else ""
+        ax.set_title(f"median {median.value:.0f}{reach}, n = {len(lead):,}{lacking}", loc="right", fontsize=6, pad=2)
     ax.set_xlim(left=0)
     ax.set_xlabel("lead: tokens from detector onset to correction")
     ax.set_ylabel("episodes")
@@ -189,22 +235,15 @@ def _histogram(ax: Axes, leads: Leads, median: Estimate, colour: str) -> None:
 
 def _shares(ax: Axes, estimates: Mapping[str, Estimate], colour: str) -> None:
     """Filled: any onset before the correction's position; open: above the threshold at the last token before it."""
-    names = ("episodes", "steered,\nno restart", "unsteered")
-    for kind, offset, face in (("onset", -0.14, colour), ("active at last token", 0.14, "white")):
+    for kind, offset, filled in (("onset", -0.16, True), ("active at last token", 0.16, False)):
         for y, arm in enumerate(ARMS):
-            e = estimates[f"{kind}, {arm}"]
-            if e.value is None:
-                ax.text(2, y + offset, "no data", fontsize=6, color=style.GREY, va="center")
-                continue
-            low, high = (100 * (e.value if end is None else end) for end in (e.low, e.high))
-            value = 100 * e.value
-            reach = [[max(value - low, 0)], [max(high - value, 0)]]
-            ax.errorbar(
-                value, y + offset, xerr=reach, fmt="o", color=colour, markerfacecolor=face, elinewidth=1, capsize=2
-            )
-    ax.set_yticks(range(len(names)), names)
+            panels.whisker(ax, y + offset, panels.ends(estimates[f"{kind}, {arm}"], 100), colour, filled)
+    panels.note_few(ax, estimates.values())
+    names = ("episodes", "steered,\nno restart", "unsteered")
+    sizes = [f"{name}\nn = {estimates[f'onset, {arm}'].n:,}" for name, arm in zip(names, ARMS, strict=True)]
+    ax.set_yticks(range(len(names)), sizes, fontsize=6)
     ax.set_ylim(len(names) - 0.5, -0.5)
-    ax.set_xlim(0, 102)
+    ax.set_xlim(0, 100)
     ax.set_xlabel("responses (%)")
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="x")

@@ -141,15 +141,17 @@ def _one(step: Step, cached: bool, say: Callable[[str], None], makers: Makers | 
         say(line)
 
 
-def reanalyse(folder: Path, judge: str | None = None, draws: int | None = None) -> Analysis:
+def reanalyse(
+    folder: Path, judge: str | None = None, draws: int | None = None, captions_inside: bool = False
+) -> Analysis:
     """Make a run's analysis again from its ledger, and write it into its folder.
 
-    `judge` and `draws` replace those of the run's config.
+    `judge` and `draws` replace those of the run's config; `captions_inside` burns the captions into the figures.
     """
     with Run.read(folder) as opened:
         if draws is not None:  # refused where the config's own bounds refuse it
             parse_config(opened.config.model_dump(mode="json") | {"draws": draws}, "figures")
-        return execute.analyse(opened, opened.judge(judge), draws=draws)
+        return execute.analyse(opened, opened.judge(judge), draws=draws, captions_inside=captions_inside)
 
 
 def report(analysis: Analysis, folder: Path) -> list[str]:
@@ -182,7 +184,7 @@ def results(folders: Sequence[Path], out: Path) -> list[str]:
     return [text, *(f"  {path}" for path in (*paths, *draw_all(folders, out)))]
 
 
-def draw_all(folders: Sequence[Path], out: Path) -> list[Path]:
+def draw_all(folders: Sequence[Path], out: Path, captions_inside: bool = False) -> list[Path]:
     """Draw every figure of the runs into one folder; a figure that several runs have carries the run's name."""
     from steerback.figures.style import save
 
@@ -194,5 +196,6 @@ def draw_all(folders: Sequence[Path], out: Path) -> list[Path]:
     shared = Counter(name for name, _, _ in drawn)
     paths: list[Path] = []
     for name, run_name, analysis in drawn:
-        paths += save(analysis.shown.figures[name](), out, name if shared[name] == 1 else f"{name}-{run_name}")
+        own = name if shared[name] == 1 else f"{name}-{run_name}"
+        paths += save(analysis.shown.figures[name](), out, own, captions_inside)
     return paths

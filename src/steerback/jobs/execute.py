@@ -175,9 +175,13 @@ def analysed(
 
 
 def analyse(
-    opened: Run, judge: str, experiment: Experiment[Settings] | None = None, draws: int | None = None
+    opened: Run,
+    judge: str,
+    experiment: Experiment[Settings] | None = None,
+    draws: int | None = None,
+    captions_inside: bool = False,
 ) -> Analysis:
-    """As `analysed`; writes summary.json, tables (txt, csv, tex) and figures (png, pdf) into the run's folder."""
+    """As `analysed`; writes summary.json, tables (txt, csv, tex) and figures (`style.save`) into the run's folder."""
     from steerback.figures.style import save
 
     folder, analysis = opened.folder, analysed(opened, judge, experiment, draws)
@@ -188,7 +192,7 @@ def analyse(
         for suffix, text in (("txt", table.text()), ("csv", table.csv()), ("tex", table.latex())):
             write_atomic(folder / f"{name}.{suffix}", text.encode("utf-8"))
     for name, draw in analysis.shown.figures.items():
-        save(draw(), folder, name)
+        save(draw(), folder, name, captions_inside)
     return analysis
 
 

@@ -12,7 +12,7 @@ from steerback.engines import check_engine
 from steerback.engines.base import Rereads
 from steerback.errors import SteerbackError, unknown
 from steerback.figures.base import Presentation, measured_tables
-from steerback.figures.style import png
+from steerback.figures.style import caption_of, png
 from steerback.figures.tables import Table
 from steerback.jobs.check import Makers, with_directions
 from steerback.jobs.execute import analysed
@@ -88,12 +88,18 @@ def _shown(run: Run, settings: ViewSettings, progress: Progress, makers: Makers)
         judge,
         lines=analysis.lines if analysis else (),
         tables=tables,
-        figures={name: png(figure()) for name, figure in analysis.figures.items()} if analysis else {},
+        figures=_figures(analysis) if analysis else {},
         problem=problem,
         labels={name: target.labels() for name, target in targets.items()},
         priors=prior,
         readings=_readings(run, judge, settings, targets, progress, makers) if settings.record else {},
     )
+
+
+def _figures(analysis: Presentation) -> dict[str, tuple[bytes, str]]:
+    """Draw every figure: its image and its caption."""
+    drawn = {name: figure() for name, figure in analysis.figures.items()}
+    return {name: (png(figure), caption_of(figure)) for name, figure in drawn.items()}
 
 
 def _rates(run: Run, judge: str) -> dict[str, Table]:

@@ -37,9 +37,9 @@ def page(runs: Sequence[ShownRun], stages: Sequence[str] = STAGES, limit: int = 
 
     overview, curves = [_overview(r, stages) for r in runs], [calibration(r) for r in runs]
     figures = [
-        {"name": name, "src": "data:image/png;base64," + base64.b64encode(image).decode("ascii")}
+        {"name": name, "src": "data:image/png;base64," + base64.b64encode(image).decode("ascii"), "caption": caption}
         for r in runs
-        for name, image in r.figures.items()
+        for name, (image, caption) in r.figures.items()
     ]
     parts = {"figures": pages.packed(figures), "calibration": pages.packed(curves)}
     room = MOST_BYTES - len(json.dumps(overview)) - sum(map(len, parts.values()))

@@ -10,8 +10,9 @@ function showOverview() {
     data.runs.forEach((run, number) => {
       const own = figures.splice(0, run.figures.length);
       const place = element(`figures-${number}`);
-      for (const { name, src } of own) {
-        place.append(make("figure", {}, make("img", { src, alt: `Figure ${name}; its caption is part of the image` })));
+      for (const { name, src, caption } of own) {
+        const words = caption.split("\n").map((line) => make("p", {}, line));
+        place.append(make("figure", {}, make("img", { src, alt: `Figure ${name}` }), make("figcaption", {}, words)));
       }
     });
   });

@@ -65,7 +65,7 @@ class ShownRun:
     judge: str
     lines: Sequence[str] = ()
     tables: Mapping[str, Table] = field(default_factory=dict)
-    figures: Mapping[str, bytes] = field(default_factory=dict)
+    figures: Mapping[str, tuple[bytes, str]] = field(default_factory=dict)
     problem: str = ""
     labels: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     priors: Callable[[str, LatentKey], BoostPrior | None] = lambda target, key: None
