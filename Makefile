@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 RUNS ?= runs
 DEMO_TARGETS := --target organism --target organism-control
 
-.PHONY: help demo demo-all demo-all-small demo-finetune demo-finetune-small test test-vllm test-vllm-first test-vllm-second test-ray check clean
+.PHONY: help docs docs-figures demo demo-all demo-all-small demo-finetune demo-finetune-small test test-vllm test-vllm-first test-vllm-second test-ray check clean
 help:
 	@echo "make demo    install, then measure steering resistance on the built-in models (about 3 minutes)"
 	@echo "make demo-all    every experiment of the paper on the built-in models (up to 25 minutes; SIZES=... for others)"
@@ -15,6 +15,7 @@ help:
 	@echo "make test    install what tests need, then run them all"
 	@echo "make test-vllm    the same for the vLLM engine, in an environment of its own (CPU build of vLLM)"
 	@echo "make test-ray    the Ray engine on a cluster of three nodes on this machine"
+	@echo "make docs    build the documentation into site/, warnings are errors"
 	@echo "make check   format, lint, types, import order, spelling"
 	@echo "make clean   remove what the above made (runs are kept)"
 
@@ -112,6 +113,17 @@ test-vllm-second: $(VLLM)/.installed
 	PYTHONPATH=tests/vllm_engine/interpreted TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 \
 	  $(VLLM)/bin/python -m pytest tests/vllm_engine/test_engine.py
 	$(VLLM)/bin/python -m pytest tests/vllm_engine/test_engine_organism.py
+
+$(VENV)/.installed-docs: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) -e ".[docs]"
+	@touch $@ $(VENV)/.installed
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/mkdocs build --strict --quiet
+
+# The figures of the gallery, from the runs of `make demo-all`, which takes up to 25 minutes.
+docs-figures: $(VENV)/.installed-dev
+	$(BIN)/python tools/site.py $(filter-out %-control,$(wildcard $(RUNS)/demo-all-*))
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

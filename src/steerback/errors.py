@@ -7,6 +7,9 @@ from collections.abc import Iterable
 VERSION = "0.1.0"
 """Of the package; pyproject.toml has the same."""
 
+DOCS = "https://steerback.github.io/steerback/"
+"""Address of the documentation; pyproject.toml and mkdocs.yml have the same."""
+
 
 class SteerbackError(Exception):
     """A mistake or a limit the user can act on: one line that says what, where, the valid choices and the fix.
@@ -18,6 +21,11 @@ class SteerbackError(Exception):
 def unknown(what: str, value: object, choices: Iterable[object]) -> SteerbackError:
     """Error for a name that does not exist, with the names that do."""
     return SteerbackError(f"unknown {what} {value!r}; choose one of: {', '.join(str(c) for c in choices)}")
+
+
+def docs_page(name: str, section: str = "") -> str:
+    """Return the address of a page of the documentation, for messages that cannot explain everything in one line."""
+    return f"{DOCS}{name}/" + (f"#{section}" if section else "")
 
 
 def one_line(text: object) -> str:

@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Annotated, get_type_hints
 
 import typer
 
-from steerback.errors import visible
+from steerback.errors import docs_page, visible
 
 if TYPE_CHECKING:
     from steerback.config import RunConfig
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from steerback.judging import Limits
 
 RUNS = Path("runs")
+OWN_RUBRIC = docs_page("judging", "your-own-rubric-rubric-file")
 RunsFolder = Annotated[Path, typer.Option("--runs", help="Folder that holds the run folders.")]
 RunName = Annotated[str, typer.Argument(help="Name of a run under --runs, or path of its folder.")]
 RunNames = Annotated[list[str] | None, typer.Argument(help="Names of runs under --runs, or paths of their folders.")]
@@ -102,7 +103,7 @@ class Setup:
     ] = None
     judge: Annotated[str | None, typer.Option(help="offline, or a judge model.")] = None
     rubric: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Your own rubric for the judge model (docs/judging.md).")
+        Path | None, typer.Option(metavar="FILE", help=f"Your own rubric for the judge model: {OWN_RUBRIC}")
     ] = None
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting, e.g. sampling.temperature=0.8.")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from steerback.errors import SteerbackError
+from steerback.errors import SteerbackError, docs_page
 from steerback.store.files import user_folder, write_json
 
 REPOSITORY = "agencyenterprise/endogenous-steering-resistance"
@@ -81,7 +81,7 @@ def path_of(name: str) -> Path:
     if not path.is_file():
         raise SteerbackError(
             f"preset authors needs {FILES[name].what}, which this package does not hold: "
-            "run steerback fetch-paper-data (or name your own, see docs/paper-data.md)"
+            f"run steerback fetch-paper-data (or name your own, see {docs_page('paper-data')})"
         )
     stat = path.stat()
     if _sha256(path, stat.st_mtime_ns, stat.st_size) != FILES[name].sha256:

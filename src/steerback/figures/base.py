@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from steerback.analysis.floor import RATES
+from steerback.errors import docs_page
 from steerback.figures.tables import Table, comparison_table, number, p_value, show, summary_table
 from steerback.metrics import METRICS, Estimate
 from steerback.metrics.floor import FLOOR_TEST
@@ -95,7 +96,8 @@ def floor_warnings(measured: Measured, planted: Sequence[str]) -> list[str]:
             found.append(
                 f"{target}: judge {measured.judge} finds restarts in {show(base, rate=True)} % of {base.n:,} unsteered "
                 f"responses, its floor, and in {show(rate, rate=True)} % of those {condition}: this rate says nothing "
-                "about steering. Take a better judge (steerback judges), or label a sample (steerback label)"
+                f"about steering. Take a better judge (steerback judges), or label a sample (steerback label): "
+                + docs_page("judging", "the-judges-floor")
             )
     return found
 

@@ -67,7 +67,8 @@ def bounded(ax: Axes, metric: str, axis: Literal["x", "y"] = "y") -> None:
     least, most = (scaled(metric, end) for end in METRICS[metric].limits)
     low, high = get()
     low = least if METRICS[metric].rate else max(low, least)
-    put(low, max(min(high, most), low + 1.0 if METRICS[metric].rate else low))
+    high = min(high, most)
+    put(low, high if high > low else low + 1.0)
 
 
 def curve(
@@ -145,7 +146,7 @@ def bar(
 
 def counts_below(ax: Axes, rows: Sequence[tuple[str, str, Mapping[float, int]]]) -> None:
     """Write the number of responses at each x, one line a row (name, colour, n by x), into a panel of their own."""
-    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.set_ylim(max(len(rows), 1) - 0.5, -0.5)
     ax.set_yticks(range(len(rows)), [name for name, _, _ in rows], fontsize=6)
     for y, (_, colour, numbers) in enumerate(rows):
         for x, n in numbers.items():

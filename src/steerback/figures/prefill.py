@@ -38,7 +38,7 @@ def present(results: PrefillResults) -> Presentation:
 def draw(results: PrefillResults) -> Figure:
     """A block of panels for each target: unsteered and steered continuations against the length of the prefix."""
     targets = results.measured.targets or [""]
-    fig = style.new_figure(2.5 * len(targets) + 0.3, _caption(results))
+    fig = style.new_figure(2.7 * len(targets) + 0.5, _caption(results))
     blocks = fig.subfigures(len(targets), 1, squeeze=False)[:, 0]
     for block, target in zip(blocks, targets, strict=True):
         _block(block, results, target)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from steerback.config import RecoveryConfig, RunConfig
-from steerback.errors import SteerbackError
+from steerback.errors import SteerbackError, docs_page
 from steerback.judging.base import Judge, JudgeItem, estimated
 from steerback.judging.graders import LLMRater
 from steerback.judging.llm import lacking
@@ -74,7 +74,7 @@ def plan_lines(job: PreparedRun, folder: Path) -> list[str]:
     chosen = f"preset {config.preset}, engine {config.engine}, judge {config.judge}"
     lines = [f"{job.experiment.title}: {chosen}, folder {folder}"]
     if config.judge.startswith("offline"):
-        lines.append("  the offline judge's scores are not comparable with the paper's (docs/judging.md)")
+        lines.append(f"  the offline judge's scores are not comparable with the paper's: {docs_page('judging')}")
     for target in job.targets:
         counts = of_experiment(job)
         total = sum(counts.values())

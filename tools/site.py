@@ -1,0 +1,267 @@
+"""Pages of the documentation site that are made when it is built: settings, commands, Python API, figures, log.
+
+A hook of MkDocs (`hooks` in mkdocs.yml); each function returns Markdown and needs no MkDocs.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+GALLERY = DOCS / "images" / "gallery"
+WIDTH = 670
+"""Pixels of a figure in the gallery."""
+TITLES = {
+    "figure2": "Figure 2: rates, and what later attempts gain",
+    "figure3": "Figure 3: by boost",
+    "figure4": "Figure 4: meta-prompts",
+    "figure5": "Figure 5: detectors clamped to zero",
+    "dose_curve": "Dose curve of the ablation",
+    "figure7": "Figure 7: activations, token by token",
+    "lead_times": "Lead times of the detectors",
+    "detectors": "Detectors",
+    "tableA1": "Distributions behind Table A1",
+    "figureA2": "Figure A2: ESR rate by judge",
+    "figureA3": "Figure A3: multi-attempt rate by judge",
+    "figureA4": "Figure A4: agreement of judges",
+    "figureA5": "Figure A5: aligned at the correction",
+    "figureA6": "Figure A6: activity by region",
+    "figureA7": "Figure A7: first scores without steering",
+    "figureA8": "Figure A8: what steering takes from them",
+    "figureA9": "Figure A9: random sets clamped to zero",
+    "held_out": "Held-out prompts",
+    "prefill_control": "Prefill control",
+    "matched_prefix": "Matched prefix",
+}
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the generated pages to those of docs/; MkDocs calls it."""
+    from mkdocs.structure.files import File
+
+    for uri, content in pages().items():
+        files.append(File.generated(config, uri, content=content))
+    return files
+
+
+def pages() -> dict[str, str]:
+    """Return every generated page by its path in the site."""
+    api = api_pages()
+    return {
+        "reference/settings.md": settings_page(),
+        "reference/commands.md": commands_page(),
+        "gallery.md": gallery_page(),
+        "log.md": (ROOT / "LOG.md").read_text("utf-8"),
+        "changelog.md": (ROOT / "CHANGELOG.md").read_text("utf-8"),
+        **api,
+    }
+
+
+# -- settings ---------------------------------------------------------------------------------------------------------
+def field_docs(model: type[BaseModel]) -> dict[str, str]:
+    """Return the text under each field of a model and of the models it extends."""
+    found: dict[str, str] = {}
+    for cls in reversed(model.__mro__):
+        if not (isinstance(cls, type) and issubclass(cls, BaseModel)) or cls is BaseModel:
+            continue
+        body = ast.parse(inspect.getsource(cls)).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for field, text in zip(body.body, body.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                found[ast.unparse(field.target)] = " ".join(str(text.value.value).split())
+    return found
+
+
+def inner_model(annotation: object) -> type[BaseModel] | None:
+    """Return the model that a field holds, itself or None beside it."""
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def setting_rows(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, object, str]]:
+    """(key, type, default, text) of every setting, those of nested tables under their dotted keys."""
+    texts = field_docs(model)
+    for name, info in model.model_fields.items():
+        inner = inner_model(info.annotation)
+        if inner is not None and isinstance(info.default, BaseModel):
+            yield from setting_rows(inner, f"{prefix}{name}.")
+            continue
+        kind = info.annotation.__name__ if isinstance(info.annotation, type) else str(info.annotation)
+        bounds = ", ".join(str(m) for m in info.metadata if type(m).__name__ in ("Ge", "Gt", "Le", "Lt"))
+        signs = {"Ge(ge=": "≥ ", "Gt(gt=": "> ", "Le(le=": "≤ ", "Lt(lt=": "< "}
+        for sign, shown in signs.items():
+            bounds = bounds.replace(sign, shown)
+        kind = re.sub(r"\b(?:typing|steerback\.[\w.]+)\.", "", kind) + (
+            f", {bounds.replace(')', '')}" if bounds else ""
+        )
+        yield f"{prefix}{name}", kind, info.get_default(call_default_factory=True), texts.get(name, "")
+
+
+def settings_page() -> str:
+    """Return the reference of all settings: of a run, and of each experiment."""
+    from steerback.config import PRESETS, RunConfig
+    from steerback.experiments import REGISTRY, experiment_type
+
+    runs = {name: make("esr", ("organism",)).model_dump() for name, make in PRESETS.items() if name != "specification"}
+    lines = [
+        "# Settings",
+        "",
+        "Set one with `--set KEY=VALUE`, or several in a YAML file with `--config FILE`. Presets are starting points: "
+        "`specification` (default), `authors` and `quick`; a value that differs is named under the default. "
+        "`--dry-run` shows what a run would do.",
+        "",
+        "## Of every run",
+        "",
+        *_header(),
+    ]
+    for key, kind, default, text in setting_rows(RunConfig):
+        others = [
+            f"{preset}: `{value}`"
+            for preset, run in runs.items()
+            if key != "preset" and (value := _at(run, key)) != default and default is not PydanticUndefined
+        ]
+        lines.append(_row(key, kind, default, text, others))
+    for name in REGISTRY:
+        rows = [*setting_rows(experiment_type(name).options_type)]
+        if rows:
+            lines += ["", f"## Of experiment `{name}`", "", *_header()]
+            lines += [_row(f"options.{key}", kind, default, text, []) for key, kind, default, text in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _header() -> list[str]:
+    return ["| setting | type | default | meaning |", "|---|---|---|---|"]
+
+
+def _at(run: dict[str, Any], key: str) -> object:
+    value: Any = run
+    for part in key.split("."):
+        value = value[part]
+    return value
+
+
+def _row(key: str, kind: str, default: object, text: str, others: list[str]) -> str:
+    shown = "required" if default is PydanticUndefined else "; ".join([f"`{default}`", *others])
+    return "| " + " | ".join(c.replace("|", r"\|") for c in (f"`{key}`", f"`{kind}`", shown, text)) + " |"
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+def commands_page() -> str:
+    """Return the help of every verb, as `steerback VERB --help` prints it."""
+    from typer.main import get_command
+
+    from steerback.cli import app
+
+    lines = ["# Commands", "", "What `steerback VERB --help` prints. `--targets FILE` may stand in every command.", ""]
+    root = get_command(app)
+    for name, command in sorted(verbs(root).items()):
+        context: Any = type(root.make_context("steerback", [], resilient_parsing=True))(
+            command, info_name=f"steerback {name}", terminal_width=100, max_content_width=100
+        )
+        lines += [f"## {name}", "", "```text", command.get_help(context).rstrip(), "```", ""]
+    return "\n".join(lines)
+
+
+def verbs(group: Any, prefix: str = "") -> dict[str, Any]:
+    """Return every command below a group by its words; a group that does something alone is one as well."""
+    found: dict[str, Any] = {}
+    for name, command in group.commands.items():
+        words = f"{prefix}{name}"
+        if not hasattr(command, "commands") or command.invoke_without_command:
+            found[words] = command
+        if hasattr(command, "commands"):
+            found |= verbs(command, f"{words} ")
+    return found
+
+
+# -- Python -----------------------------------------------------------------------------------------------------------
+def api_pages() -> dict[str, str]:
+    """Return one page a part of the package, which mkdocstrings fills, and their table of contents."""
+    package = ROOT / "src" / "steerback"
+    parts = ["api", "records", "config", "errors"]
+    parts += sorted(p.name for p in package.iterdir() if (p / "__init__.py").is_file())
+    found: dict[str, str] = {}
+    lines = [
+        "# Python API",
+        "",
+        "What `import steerback` offers is in [steerback](api/steerback.md). "
+        "The other parts may change between releases.",
+        "",
+        "| part | what it is |",
+        "|---|---|",
+        "| [steerback](api/steerback.md) | what `import steerback` offers |",
+    ]
+    found["reference/api/steerback.md"] = (
+        "# steerback\n\n::: steerback.api\n    options:\n      show_root_heading: false\n"
+    )
+    for name in parts[1:]:
+        place = package / name
+        source = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+        first = (ast.get_docstring(ast.parse(source.read_text("utf-8"))) or "").split("\n\n")[0].replace("\n", " ")
+        lines.append(f"| [steerback.{name}](api/{name}.md) | {first.replace('|', chr(92) + '|')} |")
+        modules = sorted(p.stem for p in place.glob("*.py") if p.stem != "__init__") if place.is_dir() else []
+        found[f"reference/api/{name}.md"] = "\n\n".join(
+            [f"# steerback.{name}", f"::: steerback.{name}", *(f"## {m}\n\n::: steerback.{name}.{m}" for m in modules)]
+        )
+    found["reference/api.md"] = "\n".join(lines) + "\n"
+    return found
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+def gallery_page() -> str:
+    """Return the page of all figures with their captions."""
+    lines = [
+        "# Figure gallery",
+        "",
+        "Every figure of `steerback paper`, drawn from the built-in organism, whose behaviour is **planted**: it "
+        "restarts because its training text does. The figures show what a run gives you; they are no evidence about "
+        "language models. They come from a small run (6 latents, 5 trials each), so that intervals are wide:",
+        "",
+        "    steerback paper --target organism --preset quick --set n_latents=6 --set trials_per_latent=5 \\",
+        "      --set boost-sweep.low=-10 --set boost-sweep.high=14 --set boost-sweep.levels=5 \\",
+        "      --set prefill-control.characters=80 --set random-ablation.sets=3",
+        "",
+        "`steerback figures RUN` draws them again from a run's ledger: `NAME.png`, `NAME.pdf`, the caption as "
+        "`NAME.caption.txt`, and both as `NAME.html`. `--captions-inside` writes the caption into the image. All are "
+        "85 mm wide, one column of a paper.",
+        "",
+    ]
+    for name, title in TITLES.items():
+        caption = GALLERY / f"{name}.caption.txt"
+        if caption.is_file():
+            words = "\n\n".join(caption.read_text("utf-8").splitlines()).replace("<", "&lt;").replace("*", r"\*")
+            lines += [f"## {title}", "", f"![{title}](images/gallery/{name}.png){{ width=420 }}", "", words, ""]
+    return "\n".join(lines)
+
+
+def collect_gallery(folders: Sequence[Path]) -> None:
+    """Copy the figures in some runs' folders into docs/images/gallery, with few colours, which makes them small."""
+    from PIL import Image
+
+    GALLERY.mkdir(parents=True, exist_ok=True)
+    for name in TITLES:
+        found = next((folder for folder in folders if (folder / f"{name}.png").is_file()), None)
+        if found is None:
+            print(f"no {name} in these folders")
+            continue
+        with Image.open(found / f"{name}.png") as image:
+            size = (WIDTH, round(image.height * WIDTH / image.width))
+            small = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+        small.quantize(96, dither=Image.Dither.NONE).save(GALLERY / f"{name}.png", optimize=True)
+        (GALLERY / f"{name}.caption.txt").write_text((found / f"{name}.caption.txt").read_text("utf-8"), "utf-8")
+
+
+if __name__ == "__main__":
+    collect_gallery([Path(name) for name in sys.argv[1:]])
