@@ -71,7 +71,10 @@ def test_a_run_from_nothing_to_figures_and_again(capsys: pytest.CaptureFixture[s
     with Ledger(folder / "ledger.sqlite") as ledger:
         assert ledger.dump() == before
     summary = (folder / "summary.json").read_bytes()
-    assert steerback("figures", "a") == 0
+    beside = (folder / "figure2.png").read_bytes()
+    assert "Judge: scripted" in (folder / "figure2.caption.txt").read_text()
+    assert steerback("figures", "a", "--captions-inside") == 0
+    assert (folder / "figure2.png").read_bytes() != beside
     assert (folder / "summary.json").read_bytes() == summary
     capsys.readouterr()
     assert steerback("show", "a", "--count", "2") == 0

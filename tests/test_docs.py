@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import re
 import shlex
+import shutil
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -22,8 +23,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = {p.stem: p.read_text("utf-8") for p in (ROOT / "docs").glob("*.md")}
 QUICK = (
     "--set n_latents=1 --set trials_per_latent=2 --set reference_responses=1 --set floor_responses=0 --set draws=100 "
-    "--set calibration.max_iterations=2 --set calibration.trials_per_iteration=2 --set calibration.verify_trials=1 "
-    "--set sampling.max_new_tokens=40"
+    "--set calibration.max_iterations=5 --set calibration.trials_per_iteration=4 --set calibration.verify_trials=1 "
+    "--set calibration.tolerance=45 --set sampling.max_new_tokens=60"
 )
 
 
@@ -46,7 +47,7 @@ def generated(site: ModuleType) -> dict[str, str]:
 def anchors(text: str) -> set[str]:
     """Names of a page's headings as Python-Markdown makes them."""
     headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
-    return {re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", h.replace("`", "")).strip().lower()) for h in headings}
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", h.replace("`", "")).strip().lower()) for h in headings}
 
 
 def calls_of_page() -> list[tuple[str, str]]:
@@ -136,7 +137,11 @@ def test_the_commands_of_the_tutorial_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("STEERBACK_CACHE", str(tmp_path / "cache"))
-    text = PAGES["tutorial"].replace("path/to/my-model", str(Path(organism.__file__).parent / "weights" / "organism"))
+    model = tmp_path / "a model without SAE"
+    model.mkdir()
+    for file in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(organism.__file__).parent / "weights" / "organism" / file, model)
+    text = PAGES["tutorial"].replace("path/to/my-model", str(model))
     for name, content in re.findall(r'```\w+ title="(.+?)"\n(.*?)```', text, re.S):
         (tmp_path / name).write_text(content, "utf-8")
     commands = re.findall(r"^    steerback (.+)$", text, re.M)

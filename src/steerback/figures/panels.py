@@ -149,6 +149,7 @@ def counts_below(ax: Axes, rows: Sequence[tuple[str, str, Mapping[float, int]]])
     ax.set_ylim(max(len(rows), 1) - 0.5, -0.5)
     ax.set_yticks(range(len(rows)), [name for name, _, _ in rows], fontsize=6)
     for y, (_, colour, numbers) in enumerate(rows):
+        ax.plot([*numbers], [y] * len(numbers), linestyle="none")  # texts alone would not widen the axis
         for x, n in numbers.items():
             ax.text(x, y, f"{n:,}", ha="center", va="center", fontsize=6, color=colour)
     for side in ax.spines.values():
