@@ -91,6 +91,9 @@ def test_axes_end_where_a_metric_does(metric: str, top: float) -> None:
     ax.set_ylim(-7, 123)
     panels.bounded(ax, metric)
     assert ax.get_ylim() == (0, top)
+    ax.set_ylim(0, 1e-19)
+    panels.bounded(ax, metric)
+    assert ax.get_ylim() == (0, 1)
 
 
 def test_figures_can_be_told_apart_by_colour_blind_readers_region_by_region() -> None:

@@ -67,7 +67,7 @@ def bounded(ax: Axes, metric: str, axis: Literal["x", "y"] = "y") -> None:
     least, most = (scaled(metric, end) for end in METRICS[metric].limits)
     low, high = get()
     low = least if METRICS[metric].rate else max(low, least)
-    high = min(high, most)
+    high = min(max(high, 1.0) if METRICS[metric].rate else high, most)
     put(low, high if high > low else low + 1.0)
 
 
