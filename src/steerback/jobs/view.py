@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from steerback.analysis.base import measured
+from steerback.analysis.forks import forks
 from steerback.engines import check_engine
 from steerback.engines.base import Rereads
 from steerback.errors import SteerbackError, unknown
@@ -19,7 +20,7 @@ from steerback.jobs.execute import analysed
 from steerback.records import BoostPrior, LatentKey, Recording
 from steerback.report import view
 from steerback.report.view_trials import STAGES, Group, Reading, ShownRun, group_of
-from steerback.store.facts import DETECTOR_SET, RECORDED_LATENTS
+from steerback.store.facts import DETECTOR_SET, FORK, RECORDED_LATENTS
 from steerback.store.files import write_atomic
 from steerback.store.ledger import Row
 from steerback.store.progress import Progress, Silent
@@ -93,6 +94,7 @@ def _shown(run: Run, settings: ViewSettings, progress: Progress, makers: Makers)
         labels={name: target.labels() for name, target in targets.items()},
         priors=prior,
         readings=_readings(run, judge, settings, targets, progress, makers) if settings.record else {},
+        forks=forks(run.ledger, judge),
     )
 
 
@@ -180,8 +182,9 @@ def _to_read(run: Run, judge: str, settings: ViewSettings) -> list[Row]:
         return list(rows.values())
     groups: dict[Group, list[str]] = {}
     gains: dict[Group, float] = {}
+    stages = [stage for stage in settings.stages if stage != FORK or len(settings.stages) == 1]
     for row in ledger.outlines(judge=judge):
-        if row.trial.stage in settings.stages and row.valid_receipt and row.trial.record is None:
+        if row.trial.stage in stages and row.valid_receipt and row.trial.record is None:
             group = group_of(row.trial)
             groups.setdefault(group, []).append(row.trial.key)
             gains[group] = max(gains.get(group, 0.0), row.gain)

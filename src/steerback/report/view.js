@@ -2,7 +2,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const element = (id) => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
-const VIEWS = ["overview", "trials", "trial", "calibration"];
+const VIEWS = ["overview", "trials", "trial", "calibration", "forks"];
 const parsed = new Map(); // part of the page -> promise of its content
 
 // A node with attributes; a function is a listener, null is left out. Strings among the children are written as text.
@@ -53,7 +53,7 @@ function short(value, digits = 3) {
 const count = (n) => n.toLocaleString("en");
 const plural = (n, noun) => `${count(n)} ${noun}${n === 1 ? "" : "s"}`;
 
-// -- addresses: #overview, #trials&column=filter, #trial=KEY, #calibration -----------------------------------------
+// -- addresses: #overview, #trials&column=filter, #trial=KEY, #calibration, #forks -----------------------------------------
 
 function address() {
   const hash = location.hash.slice(1);
@@ -90,6 +90,7 @@ function route() {
   if (view === "trials") showTrials(filters);
   if (view === "trial") showTrial(key);
   if (view === "calibration") showCalibration();
+  if (view === "forks") showForks();
   if (view !== "trials") window.scrollTo(0, 0);
 }
 
@@ -151,6 +152,7 @@ function start() {
     element("sampled").textContent = note;
     element("sampled").hidden = false;
   }
+  element("forks-link").hidden = !data.forks.length;
   document.addEventListener("keydown", onKey);
   window.addEventListener("hashchange", route);
   window.addEventListener("scroll", hideTip, { passive: true });

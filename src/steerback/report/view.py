@@ -17,8 +17,9 @@ from steerback.figures.tables import Table
 from steerback.readers import read_json_table
 from steerback.report import pages
 from steerback.report.view_calibration import calibration
+from steerback.report.view_forks import forks_of
 from steerback.report.view_trials import CHUNK, SEED, STAGES, ShownRun, flags_of, reason_of, sampled
-from steerback.store.facts import LATENTS
+from steerback.store.facts import FORK, LATENTS
 from steerback.store.ledger import Ledger
 
 MOST_TRIALS = 5000
@@ -27,7 +28,10 @@ MOST_BYTES, LEAST_BYTES = 22_000_000, 2_000_000
 STYLES = ("view.css",)
 SCRIPTS = (
     "text.js",
-    *(f"view{part}.js" for part in ("", "_overview", "_trials", "_tokens", "_lines", "_trial", "_calibration")),
+    *(
+        f"view{part}.js"
+        for part in ("", "_overview", "_trials", "_tokens", "_lines", "_trial", "_calibration", "_forks")
+    ),
 )
 
 
@@ -41,13 +45,16 @@ def page(runs: Sequence[ShownRun], stages: Sequence[str] = STAGES, limit: int = 
         for r in runs
         for name, (image, caption) in r.figures.items()
     ]
-    parts = {"figures": pages.packed(figures), "calibration": pages.packed(curves)}
+    forks = [fork for number, r in enumerate(runs) for fork in forks_of(number, r)]
+    parts = {"figures": pages.packed(figures), "calibration": pages.packed(curves), "forks": pages.packed(forks)}
     room = MOST_BYTES - len(json.dumps(overview)) - sum(map(len, parts.values()))
     sample, light, chunks = sampled(runs, stages, limit, max(room, LEAST_BYTES))
     data = {
         "version": VERSION,
         "runs": overview,
         "trials": light,
+        "forks": [[fork["run"], fork["parent"]] for fork in forks],
+        "parents": [_parents(r) for r in runs],
         "chunk": CHUNK,
         "sample": {"shown": len(sample.keys), "total": sample.total, "why": sample.why, "seed": SEED},
     }
@@ -58,6 +65,12 @@ def page(runs: Sequence[ShownRun], stages: Sequence[str] = STAGES, limit: int = 
         "parts": parts,
     }
     return pages.render("view.html", STYLES, SCRIPTS, values, images="data:")
+
+
+def _parents(shown: ShownRun) -> dict[str, tuple[str, int]]:
+    """Return the trial that the continuations of each condition continue, and the number of its tokens kept."""
+    forks = [forked.fork for forked in shown.forks]
+    return {fork.condition(arm): (fork.parent, fork.tokens) for fork in forks for arm in fork.arms}
 
 
 def _overview(shown: ShownRun, stages: Sequence[str]) -> dict[str, object]:
@@ -92,7 +105,7 @@ def _counts(ledger: Ledger, judge: str, stages: Sequence[str]) -> list[dict[str,
     counts: dict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)
     reasons: dict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)
     for row in ledger.outlines(judge=judge):
-        if row.trial.stage not in stages:
+        if row.trial.stage not in stages or row.trial.stage == FORK:  # the arms of forks say it themselves
             continue
         place = (row.trial.target, row.trial.stage, row.trial.condition)
         counts[place]["planned"] += 1

@@ -114,7 +114,7 @@ function bandNode(band, text) {
 // Number of leading tokens that were steered while the response was generated: all or none, as the receipt says.
 function steeredTokens({ receipt }) {
   if (!receipt || !receipt.valid) return 0;
-  return receipt.generated[1] ? receipt.generated[0] : 0;
+  return receipt.generated[1] ? receipt.generated[0] - receipt.continued : 0;
 }
 
 const shownToken = (piece) => (piece === "" ? "(no text)" : piece.replaceAll("\n", "⏎").replaceAll(" ", "␣"));

@@ -28,10 +28,11 @@ async function showTrial(key) {
   open.judge = detail.verdicts.find((v) => v.judge === data.runs[column.run[i]].judge) ?? detail.verdicts[0] ?? null;
   const place = table.order.indexOf(i);
   if (place >= 0) table.current = place;
-  box.replaceChildren(trialHead(i, place), promptNode(i, detail), responsePart(), make("section", { id: "activations" }), make("section", { id: "beside" }), verdictsNode(detail), windowsNode(detail));
+  box.replaceChildren(trialHead(i, place), promptNode(i, detail), responsePart(), make("section", { id: "forks-of-trial" }), make("section", { id: "activations" }), make("section", { id: "beside" }), verdictsNode(detail), windowsNode(detail));
   drawResponse();
   drawActivations();
   drawBeside(i);
+  drawForks(i);
 }
 
 const findSeries = (id) => open.series.find((s) => s.id === id) ?? null;
@@ -73,7 +74,8 @@ function receiptNode({ receipt, interventions }) {
   if (receipt) {
     const part = ([done, wanted, all], name) => `${count(done)} of ${plural(all, name)}` + (done === wanted ? "" : `, planned ${count(wanted)}`);
     const words = `edited ${part(receipt.prompt, "prompt position")}, ${part(receipt.generated, "generated token")}; mean norm ${short(receipt.norm)}`;
-    const last = receipt.generated[1] ? " (the last token is never fed back)" : "";
+    const kept = receipt.continued ? "; the kept tokens count as prompt, the last of them as generated" : "";
+    const last = receipt.generated[1] || kept ? ` (the last token is never fed back${kept})` : "";
     lines.push(make("p", { class: receipt.valid ? null : "warning" }, make("strong", {}, "Receipt: "), words + last));
   }
   return make("div", { class: "receipt" }, lines);

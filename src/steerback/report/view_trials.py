@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from steerback.analysis.forks import Forked
 from steerback.analysis.recovery import rule_of
 from steerback.figures.tables import Table
 from steerback.metrics.outcomes import STATES, VALID, outcome_of
@@ -26,6 +27,7 @@ from steerback.store.facts import (
     DETECTOR_SET,
     DETECTORS,
     FLOOR,
+    FORK,
     RECORDED_LATENTS,
     REPLAY,
     TOKEN_ENDS,
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
 
-STAGES = ("measure", REPLAY, CONTINUATION, FLOOR)
+STAGES = ("measure", REPLAY, CONTINUATION, FLOOR, FORK)
 """Stages whose trials are shown unless others are named."""
 CHUNK = 25
 SEED = 42
@@ -58,7 +60,8 @@ class Reading:
 class ShownRun:
     """One run with what the page shows besides its ledger.
 
-    `readings` are activations that were read for the page, by trial key; `problem` says why there is no analysis.
+    `readings` are activations that were read for the page, by trial key; `forks` the results of its forks; `problem`
+    says why there is no analysis.
     """
 
     run: Run
@@ -70,6 +73,7 @@ class ShownRun:
     labels: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     priors: Callable[[str, LatentKey], BoostPrior | None] = lambda target, key: None
     readings: Mapping[str, Reading] = field(default_factory=dict)
+    forks: Sequence[Forked] = ()
 
     @property
     def name(self) -> str:
@@ -123,7 +127,7 @@ def draw(runs: Sequence[ShownRun], stages: Sequence[str], limit: int, why: str) 
     """Draw at most `limit` trials of the runs, or take all.
 
     Trials of one latent, prompt and seed stay together. Each target and latent gives the same share of its groups.
-    Trials whose activations were read for the page come first.
+    Trials whose activations were read for the page come first, and forks with the trials that they continue.
     """
     groups: dict[Group, list[tuple[int, str]]] = defaultdict(list)
     order: dict[tuple[int, str], int] = {}
@@ -137,7 +141,8 @@ def draw(runs: Sequence[ShownRun], stages: Sequence[str], limit: int, why: str) 
     for group in groups:
         strata[group[:2]].append(group)
     generator = random.Random(SEED)
-    read = {group for group, members in groups.items() if any(key in runs[n].readings for n, key in members)}
+    first = [{*r.readings, *_of_forks(r)} for r in runs]
+    read = {group for group, members in groups.items() if any(key in first[n] for n, key in members)}
     ranked: list[tuple[float, Group]] = [(-1.0, group) for group in read]
     for members in strata.values():
         generator.shuffle(members)
@@ -150,6 +155,13 @@ def draw(runs: Sequence[ShownRun], stages: Sequence[str], limit: int, why: str) 
             break
         chosen += groups[group]
     return Sample(sorted(chosen, key=order.__getitem__), len(order), why)
+
+
+def _of_forks(shown: ShownRun) -> Iterator[str]:
+    """Yield the keys of the trials that take part in a run's forks."""
+    for forked in shown.forks:
+        yield forked.fork.parent
+        yield from (row.trial.key for arm in forked.arms for row in arm.rows)
 
 
 def sampled(
@@ -304,6 +316,7 @@ def _detail(row: Row, verdicts: Sequence[Judgement], reading: Reading | None, la
             "prompt": [done.receipt.prompt_positions, wanted[0], done.prompt_tokens],
             "generated": [done.receipt.generated_positions, wanted[1], len(done.token_ids)],
             "norm": done.receipt.added_norm,
+            "continued": int(trial.prefix is not None),
             "valid": row.valid_receipt,
         },
     }
