@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser
+    from playwright.sync_api import Browser, Page
 
 CHROMIUM = "/usr/bin/chromium"
 OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
@@ -45,3 +46,31 @@ def launched() -> Iterator[Browser]:
         running = playwright.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
         yield running
         running.close()
+
+
+class Opened:
+    """The viewer in a browser, with all that the browser reports while it is open."""
+
+    def __init__(self, browser: Browser, file: Path, hash: str = "") -> None:
+        self.page: Page = browser.new_page(viewport={"width": 1300, "height": 800})
+        self.errors: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", lambda message: self.errors.append(message.text))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.address = file.as_uri()
+        self.page.goto(self.address + hash)
+
+    def text(self, selector: str) -> str:
+        return self.page.locator(selector).first.inner_text()
+
+    def until(self, condition: str) -> None:
+        """Wait for a condition in JavaScript; the policy of the page forbids Playwright's own way of waiting."""
+        waiting = (
+            "async () => { for (let n = 0; n < 500 && !(IT); n += 1) await new Promise((r) => setTimeout(r, 20)); }"
+        )
+        self.page.evaluate(waiting.replace("IT", condition))
+        assert self.page.evaluate(f"() => Boolean({condition})"), condition
+
+    def rows(self) -> list[str]:
+        return self.page.locator("#body tr[data-trial]").all_inner_texts()

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from chromium import HOSTILE, launched
+from chromium import HOSTILE, Opened, launched
 from forking import SMALL, Continuing, a_trial, forked
 from planted import Runs, thresholds
 from steerback.jobs.fork import ForkSettings
 from steerback.jobs.view import ViewSettings, write_view
-from test_view import Opened
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
