@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 VLLM := .venv-vllm
+AUDIT := .venv-audit
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 RUNS ?= runs
 DEMO_TARGETS := --target organism --target organism-control
 
-.PHONY: help docs docs-figures demo demo-all demo-all-small demo-finetune demo-finetune-small test test-vllm test-vllm-first test-vllm-second test-ray check clean
+.PHONY: help docs docs-figures demo demo-all demo-all-small demo-finetune demo-finetune-small test test-vllm test-vllm-first test-vllm-second test-ray check audit faults clean
 help:
 	@echo "make demo    install, then measure steering resistance on the built-in models (about 3 minutes)"
 	@echo "make demo-all    every experiment of the paper on the built-in models (up to 25 minutes; SIZES=... for others)"
@@ -16,6 +17,8 @@ help:
 	@echo "make test-vllm    the same for the vLLM engine, in an environment of its own (CPU build of vLLM)"
 	@echo "make test-ray    the Ray engine on a cluster of three nodes on this machine"
 	@echo "make docs    build the documentation into site/, warnings are errors"
+	@echo "make faults  the long campaign of kills, full disks, damaged files and hostile texts (SCALE=10: about 8 minutes)"
+	@echo "make audit   known vulnerabilities of the pinned versions, where an advisory service can be reached"
 	@echo "make check   format, lint, types, import order, spelling"
 	@echo "make clean   remove what the above made (runs are kept)"
 
@@ -132,5 +135,18 @@ check: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q tests/test_imports.py
 	$(BIN)/codespell src tests docs benchmarks tools README.md CHANGELOG.md LOG.md
 
+# The short form of this campaign is part of `make test`; SCALE says how many times as much is done.
+SCALE ?= 10
+faults: $(VENV)/.installed-dev
+	STEERBACK_FAULTS=$(SCALE) $(BIN)/python -m pytest -n 2 --dist worksteal tests/faults
+
+# In an environment of its own, as it is no part of the package. Without the network it reports that and passes.
+$(AUDIT)/bin/pip-audit:
+	@$(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/pip install --quiet --disable-pip-version-check pip-audit==2.10.1 || \
+	  { rm -rf $(AUDIT); echo "audit: pip-audit could not be installed"; }
+
+audit: $(AUDIT)/bin/pip-audit
+	@if [ -x $< ]; then $(AUDIT)/bin/python tools/audit.py $<; else echo "audit: NOTHING WAS AUDITED"; fi
+
 clean:
-	rm -rf $(VENV) $(VLLM) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) $(AUDIT) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from steerback.engines.adapters import with_adapter
+from steerback.engines.adapters import check_fits, with_adapter
 from steerback.engines.loading import assemble, hash_adapter
 from steerback.engines.transformers import TransformersEngine
 from steerback.errors import SteerbackError
@@ -80,10 +80,19 @@ def renamed(change: Callable[[str], str | None], folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda name: name.replace("base_model.model.", "base_model.model.other."), "lacks 56 weights"),
-        (lambda name: name.replace("layers.3.", "layers.7."), "lacks 14 weights"),
-        (lambda name: name if "lora_A" in name else None, "lacks 28 weights"),
-        (lambda name: name if "layers.1." in name else None, "lacks 42 weights"),
+        (
+            lambda name: name.replace("base_model.model.", "base_model.model.other."),
+            r"has weights of other\.model\.layers.*, which the model lacks",
+        ),
+        (
+            lambda name: name.replace("layers.3.", "layers.7."),
+            r"has weights of model\.layers\.7\..*, which the model lacks",
+        ),
+        (lambda name: name if "lora_A" in name else None, "has one of the two matrices of model.layers.0"),
+        (
+            lambda name: name if "layers.1." in name else None,
+            "lacks weights of 21 modules that its configuration names, the first is model.layers.0.mlp",
+        ),
     ],
     ids=["other prefix", "other layer", "half of each pair", "one layer of four"],
 )
@@ -96,6 +105,29 @@ def test_an_adapter_that_does_not_fit_is_refused(
         with_adapter(tiny.target().with_adapter(folder), tiny.model())
     assert "\n" not in str(error.value)
     assert "tiny+adapter" in str(error.value)
+    with torch.device("meta"):  # as the vLLM engine checks it
+        empty = type(tiny.model())(tiny.model().config)
+    with pytest.raises(SteerbackError, match=says):
+        check_fits("x", folder, empty)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"target_modules": ["q_proj", "mlp.down_proj"]},
+        {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1, 3], "layers_pattern": "layers"},
+        {"target_modules": "all-linear", "exclude_modules": ["v_proj"]},
+        {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["norm"]},
+        {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True},
+    ],
+    ids=str,
+)
+def test_adapters_that_peft_makes_fit_the_model_they_were_made_for(tmp_path: Path, options: dict[str, Any]) -> None:
+    folder = saved(tmp_path / "adapter", **options)
+    with torch.device("meta"):
+        empty = type(tiny.model())(tiny.model().config)
+    check_fits("x", folder, empty)
 
 
 def test_weights_that_the_model_has_no_place_for_are_refused(tmp_path: Path) -> None:
@@ -104,7 +136,7 @@ def test_weights_that_the_model_has_no_place_for_are_refused(tmp_path: Path) -> 
     weights = load_file(path)
     name = next(iter(weights))
     save_file(weights | {name.replace("layers.0.", "layers.9."): weights[name].clone()}, path)
-    with pytest.raises(SteerbackError, match=r"1 weights that the model has no place for, the first is .*layers\.9\."):
+    with pytest.raises(SteerbackError, match=r"has weights of model\.layers\.9\..*, which the model lacks"):
         with_adapter(tiny.target().with_adapter(folder), tiny.model())
 
 
@@ -112,7 +144,7 @@ def test_an_adapter_of_another_width_is_refused(tmp_path: Path) -> None:
     folder = saved(tmp_path / "adapter")
     path = folder / "adapter_model.safetensors"
     save_file({n: t[:, :-1].contiguous() if "lora_A" in n else t for n, t in load_file(path).items()}, path)
-    with pytest.raises(SteerbackError, match="size mismatch") as error:
+    with pytest.raises(SteerbackError, match=r"has matrices .* whose weight is") as error:
         with_adapter(tiny.target().with_adapter(folder), tiny.model())
     assert "\n" not in str(error.value)
 

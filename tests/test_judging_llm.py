@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fake_judges import FAULTS, RESTART, FakeJudge
+from fake_judges import RESTART, FakeJudge
 from steerback.errors import SteerbackError
 from steerback.judging import Judge, JudgeItem, aliases, make_judge
 from steerback.judging.models import check_key, model_string, read_dotenv, redact
@@ -92,7 +91,7 @@ def test_a_dotenv_file_may_set_keys_alone(tmp_path: Path) -> None:
     read_dotenv(file, found)
     assert found == {"OPENAI_API_KEY": "k"}
     file.write_bytes(b"\x00\xff\xfe binary")
-    with pytest.raises(SteerbackError, match=r"\.env is no text file"):
+    with pytest.raises(SteerbackError, match=r"\.env (is no text file|cannot be read as UTF-8)"):
         read_dotenv(file, found)
     file.unlink()
     file.mkdir()
@@ -245,38 +244,6 @@ def test_budget_of_money_is_kept() -> None:
         found = run(judge, items(40))
     assert 0 < sum(v.status == "scored" for _, v in found) < 40
     assert judge.spend().cost <= 0.01 * 1.05
-
-
-def mixed(response: str, before: int) -> str:
-    """5 % of each fault; half of the transport faults pass on a retry."""
-    place = zlib.crc32(response.encode()) % 200
-    if place >= 10 * len(FAULTS):
-        return ""
-    fault = FAULTS[place // 10]
-    passing = fault in ("429", "500", "timeout", "truncated") and place % 10 >= 5
-    return "" if passing and before else fault
-
-
-@pytest.mark.slow
-def test_500_trials_with_every_fault_all_end_in_one_state() -> None:
-    asked = items(500)
-    # A judge that stalls hangs up in the end. The client's time limit must be far away: 64 calls share one event loop,
-    # so on a busy machine a sound call takes seconds and would be repeated. Time limits are tested above, call by call.
-    with FakeJudge(mixed, stall=0.5) as server:
-        judge = judge_for("openrouter/qwen/qwen3-32b", server.url + "/v1", max_retries=1, attempt_timeout=300)
-        found = run(judge, asked)
-        answered = server.asked
-    assert Counter(k for k, _ in found) == Counter(i.key for i in asked)
-    for key, verdict in found:
-        response = asked[int(key[1:])].response
-        if not mixed(response, 0):
-            assert verdict.status == "scored", verdict.reason
-            assert answered[response] == 1  # none is judged twice
-        elif mixed(response, 1):
-            assert verdict.status == "unscored"
-            assert verdict.reason
-    share = sum(v.status == "unscored" for _, v in found) / len(found)
-    assert 0.15 < share < 0.5
 
 
 def test_stopping_early_leaves_no_call_running() -> None:

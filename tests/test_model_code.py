@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import tiny
+from steerback.api import load_target
 from steerback.errors import SteerbackError
 from steerback.targets import from_folder
 from steerback.targets.fit import check_weights
@@ -88,7 +89,11 @@ def test_a_model_with_more_layers_than_its_config_says_is_refused(folder: Path) 
     with pytest.raises(SteerbackError, match="says 3 layers and its weights have 4") as caught:
         check_weights(from_folder(folder))
     assert "\n" not in str(caught.value)
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10_000_000}))
+    with pytest.raises(SteerbackError, match="says 10000000 layers and its weights have 4"):
+        load_target(str(folder))  # it would build ten million layers first
     weights = load_file(folder / "model.safetensors")
     other = {name.replace("model.layers", "vision_tower.vision_model.layers"): w for name, w in weights.items()}
     save_file(other, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     check_weights(from_folder(folder))  # the layers of a vision tower are others

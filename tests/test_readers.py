@@ -22,6 +22,7 @@ from steerback import readers
 from steerback.config import build_config
 from steerback.data.prompts import load_prompts
 from steerback.errors import SteerbackError
+from steerback.judging.models import check_address
 from steerback.latents.texts import read_texts
 from steerback.readers.tables import csv_rows, csv_text
 
@@ -219,6 +220,18 @@ def test_numbers_and_missing_values_of_a_table() -> None:
         list(csv_rows('a\n"x', "table t"))
     long = "x" * 300_000
     assert [row for _, row in csv_rows(csv_text(["a"], [[long]]), "t")] == [{"a": long}]
+
+
+@pytest.mark.parametrize("text", ["http://[::1/", "http://", "ftp://x/y", "http://a:99999/", "http://a b/", "x", ""])
+def test_a_malformed_address_is_one_line(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SteerbackError, match=r"some place: .* is no address") as caught:
+        readers.read_address(text, "some place")
+    assert "\n" not in str(caught.value)
+    if text:
+        monkeypatch.setenv("OPENROUTER_BASE_URL", text)
+        with pytest.raises(SteerbackError, match=r"judge openrouter/a/b, OPENROUTER_BASE_URL: .* is no address"):
+            check_address("openrouter/a/b", None)
+    assert readers.read_address("http://[::1]:8000/v1", "x").hostname == "::1"
 
 
 def test_readers_load_nothing_heavy() -> None:

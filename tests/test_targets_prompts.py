@@ -95,6 +95,12 @@ def test_a_template_that_writes_prompts_in_other_forms_is_refused() -> None:
         odd.conversation("the cat", "a stone")
 
 
+@pytest.mark.parametrize("template", ["{{ 'x' * 10000000000 }}", "{{ 99999999*m }}", "{{ 'x' * 10 ** 10 }}"])
+def test_a_template_that_would_fill_the_memory_is_refused(template: str) -> None:
+    with pytest.raises(SteerbackError, match="can fill the memory"):
+        Prompter(tokenizer(template))
+
+
 @pytest.mark.parametrize(
     ("template", "words"),
     [
@@ -102,7 +108,7 @@ def test_a_template_that_writes_prompts_in_other_forms_is_refused() -> None:
         ("{{ 1 // 0 }}", "by zero"),
         ("{{ messages.nothing.content }}", "no attribute"),
         ("{{ messages + 1 }}", "concatenate"),
-        ("{{ range(10 ** 9) }}", "too big"),
+        ("{{ range(1000000000) }}", "too big"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
         (
             "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",

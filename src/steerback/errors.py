@@ -33,6 +33,12 @@ def one_line(text: object) -> str:
     return visible(" ".join(str(text).split()))
 
 
+def short(text: object, most: int = 80) -> str:
+    """Return a text of a user's file in quotes, its control characters written out, no longer than a message may be."""
+    whole = str(text)
+    return repr(whole[:most]) + ("..." if len(whole) > most else "")
+
+
 def visible(text: object) -> str:
     """Return text from outside with its control characters written out, except line breaks: for all that is shown."""
     return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in str(text))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import small
 import torch
+from safetensors.torch import save_file
 
 from steerback.engines.options import VllmOptions, parse_options
 from steerback.engines.vllm import engine as module
@@ -204,6 +206,20 @@ def test_what_cannot_work_is_refused_before_vllm_starts(
         VllmEngine(target, VllmOptions(), {"north": torch.zeros(5)})
     with pytest.raises(SteerbackError, match="no LoRA adapter there"):
         VllmEngine(target.with_adapter(tmp_path / "none"), VllmOptions())
+    for part, says in (
+        ("layers.9", "weights of model.layers.9.mlp.up_proj, which the model lacks"),
+        ("layers.0", "has matrices"),
+    ):
+        misfit = tmp_path / part
+        misfit.mkdir()
+        (misfit / "adapter_config.json").write_text(json.dumps({"r": 2, "target_modules": ["up_proj"]}))
+        name = f"base_model.model.model.{part}.mlp.up_proj.lora_"
+        save_file(
+            {f"{name}A.weight": torch.ones(2, 7), f"{name}B.weight": torch.ones(7, 2)},
+            misfit / "adapter_model.safetensors",
+        )
+        with pytest.raises(SteerbackError, match=says):
+            VllmEngine(target.with_adapter(misfit), VllmOptions())
     save_native(small.sae("relu", 32, 96, layer=2), tmp_path, boost_prior=[2.0, 1.0, 0.0, 10.0])
     with pytest.raises(SteerbackError, match=r"reads width 32, the model has 64"):
         VllmEngine(target, VllmOptions())

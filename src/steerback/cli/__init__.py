@@ -6,6 +6,8 @@ line with the path of its traceback and exit code 1.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import itertools
 import os
 import sys
@@ -29,6 +31,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk that takes no more: full, quota, size of a file."""
+
 # typer brings its own copy of click in some releases, so its base error is found through what typer exports
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
 
@@ -41,6 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         # called through its command, as the app itself would put its own hook for unforeseen errors in place of ours
         code = typer.main.get_command(app).main(args=words, prog_name="steerback", standalone_mode=False)
+        sys.stdout.flush()
     except SteerbackError as error:
         fail(str(error))
     except USAGE_ERROR as error:
@@ -54,6 +60,10 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output (head, less) has left
         sys.stderr.close()
         sys.exit(141)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        fail_full(error)
     finally:
         os.environ.pop(USER_FILE, None)
         if before is not None:
@@ -73,6 +83,17 @@ def _usage(message: str, words: list[str]) -> str:
 def fail(message: str) -> None:
     print("steerback: error: " + visible(" ".join(message.split("\n"))), file=sys.stderr)
     sys.exit(2)
+
+
+def fail_full(error: OSError) -> None:
+    """End with one line about a disk that takes no more, be it the one behind our own output."""
+    place = error.filename
+    if place is None:  # most often our own output
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left of it is not written at exit
+    fail(
+        f"{place or 'a file or the output'} cannot be written: {error.strerror}; free some space and repeat the command"
+    )
 
 
 def report_unforeseen(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -159,12 +159,11 @@ def train(
 
 
 def _draw(folders: list[Path], place: Path) -> None:
-    import json
-
     from steerback.figures.finetuning import draw_losses
     from steerback.figures.style import save
+    from steerback.finetuning.adapters import read_losses
 
-    save(draw_losses({f.name: json.loads((f / "losses.json").read_text("utf-8")) for f in folders}), place, "losses")
+    save(draw_losses({folder.name: read_losses(folder).model_dump() for folder in folders}), place, "losses")
 
 
 def _chosen(folder: Path, names: list[str]) -> list[tuple[str, Path]]:

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from steerback.engines.runner import CausalModel
 from steerback.errors import SteerbackError, one_line
-from steerback.targets.target import ADAPTER_FILES, Target, check_adapter
+from steerback.readers import Json, read_safetensors_header
+from steerback.targets.target import ADAPTER_FILES, Target, adapter_config, check_adapter
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+    from torch.nn import Module
 
 REPEATED = re.compile(r"\)[*+?{]|(?:[*+{].*){4}", re.DOTALL)
 """A pattern with a repeated group, or with many repetitions: matching it can take exponential time."""
@@ -33,7 +36,7 @@ def with_adapter(target: Target, model: CausalModel) -> CausalModel:
 
     folder = Path(target.adapter or "")
     where = f"target {target.name!r}: cannot use adapter {folder}"
-    check_adapter(where, folder)
+    check_fits(where, folder, model)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of peft's use of transformers
@@ -55,6 +58,63 @@ def with_adapter(target: Target, model: CausalModel) -> CausalModel:
             )
     steered: CausalModel = adapted.get_base_model()
     return steered
+
+
+def check_fits(where: str, folder: Path, model: CausalModel) -> None:
+    """Raise SteerbackError unless an adapter's weights and a model's modules fit: names, sizes, and none missing.
+
+    It reads the header of the adapter's file alone, and the model may be on the meta device, without any weights.
+    """
+    check_adapter(where, folder)
+    modules = {name: module for name, module in model.named_modules() if name}
+    renamed: dict[str, str] = getattr(model, "_checkpoint_conversion_mapping", {})
+    parts: dict[str, dict[str, list[int]]] = {}
+    for key, entry in read_safetensors_header(folder / ADAPTER_FILES[1], "adapter weights").items():
+        if key == "__metadata__":
+            continue
+        name, lora, part = key.removeprefix("base_model.model.").partition(".lora_")
+        name = name if lora else name.rpartition(".")[0].removesuffix(".base_layer")  # a layer that was saved whole
+        if name not in modules:
+            name = next((n for old, new in renamed.items() if (n := re.sub(old, new, name)) in modules), name)
+        shape = entry.get("shape")
+        parts.setdefault(name, {})[part] = [n for n in shape if isinstance(n, int)] if isinstance(shape, list) else []
+    misfit = next(
+        (f"has weights of {one_line(name)[:200]}, which the model lacks" for name in parts if name not in modules), None
+    )
+    misfit = misfit or next((_misfit(name, own, modules[name]) for name, own in parts.items()), None)
+    missing = [name for name in modules if name not in parts and _is_meant(name, modules[name], adapter_config(folder))]
+    if misfit is None and missing:
+        misfit = f"lacks weights of {len(missing)} modules that its configuration names, the first is {min(missing)}"
+    if misfit is not None:
+        raise SteerbackError(f"{where}: it {misfit}; it belongs to another model or is incomplete")
+
+
+def _misfit(name: str, parts: Mapping[str, list[int]], module: Module) -> str | None:
+    """Return why the matrices of one module do not fit it: A has shape (rank, inputs) and B (outputs, rank)."""
+    a, b = parts.get("A.weight"), parts.get("B.weight")
+    if (a is None) != (b is None):
+        return f"has one of the two matrices of {name}"
+    wide, high = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if a is None or b is None or wide is None:
+        return None
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or (b[0], a[1]) != (high, wide):
+        return f"has matrices {b} and {a} for {name}, whose weight is {[high, wide]}"
+    return None
+
+
+def _is_meant(name: str, module: Module, config: Mapping[str, Json]) -> bool:
+    """Return whether a configuration that lists modules by name means this one."""
+    wanted, excluded, layers = (config.get(k) for k in ("target_modules", "exclude_modules", "layers_to_transform"))
+    excluded = excluded or []
+    if not isinstance(wanted, list) or not isinstance(excluded, list) or not hasattr(module, "in_features"):
+        return False
+    if layers is not None:
+        own = re.search(r"\.(\d+)\.", name)
+        chosen = layers if isinstance(layers, list) else [layers]
+        if own is None or int(own[1]) not in chosen:
+            return False
+    ends = [any(f".{name}".endswith(f".{end}") for end in ends) for ends in (wanted, excluded)]
+    return ends == [True, False]
 
 
 def _without_patterns(config: PeftConfig, folder: Path, where: str) -> PeftConfig:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
 
 from steerback.engines.adapters import with_adapter
 from steerback.engines.base import ModelProvenance
@@ -81,11 +80,14 @@ def load_errors(target: Target, failure: str) -> Iterator[None]:
     """Turn what libraries raise for missing and damaged files into one line that names target and file."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except SteerbackError:
+        raise
+    except Exception as error:  # for damaged files these libraries raise whatever their code stumbles over
         reason = one_line(error)
         if "trust_remote_code" in reason:
             reason = "it needs Python code from its own folder, which is never run; use a model of transformers' own"
-        raise SteerbackError(f"target {target.name!r}: {failure}: {reason[:500]}") from error
+        kind = "" if isinstance(error, OSError | ValueError | RuntimeError) else f"{type(error).__name__}: "
+        raise SteerbackError(f"target {target.name!r}: {failure}: {kind}{reason[:500]}") from error
 
 
 def provenance_of(target: Target, tokenizer: Tokenizer, sae: Sae | None) -> ModelProvenance:

@@ -77,6 +77,8 @@ DATE = "26 Jul 2024"
 """The date that Llama's templates tell the model: their own default, never the day of the run."""
 TEMPLATE_SECONDS = 5.0
 """A chat template that runs longer is refused: templates come with the model and may loop for ever."""
+_GROWS = re.compile(r"\*\*\s*\w+|\*\s*\d{5,}|\d{5,}\s*\*(?!\*)")
+"""A product that can fill the memory in one step, which no limit of time ends."""
 TEMPLATE_ERRORS = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 """Exceptions besides jinja's own that an expression in a template can raise."""
 
@@ -95,6 +97,8 @@ class Prompter:
             raise SteerbackError("the tokenizer has no chat template; give the target prompt_format = 'plain'")
         if style == "authors" and _lacks(tokenizer, SECOND_HEADER):
             raise SteerbackError("prompt_format 'authors' doubles Llama 3's header, which this tokenizer does not know")
+        if style != "plain" and (found := _GROWS.search(str(tokenizer.chat_template))):
+            raise SteerbackError(f"the chat template is refused for {found[0]!r}, which can fill the memory")
         self.tokenizer, self.style = tokenizer, style
         self._tokens: dict[tuple[str, str, str | None], tuple[int, ...]] = {}
         self._heads: dict[str, str] = {}

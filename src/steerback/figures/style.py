@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import html
 import io
-import os
 import textwrap
 from collections.abc import Callable, Iterable
 from functools import wraps
@@ -194,15 +193,10 @@ def save(fig: Figure, folder: Path, name: str, captions_inside: bool = False) ->
         burn_in(fig)
     paths = []
     for kind, fields in metadata.items():
-        path = folder / f"{name}.{kind}"
-        temporary = folder / f".{name}.{os.getpid()}.{kind}"
-        try:
-            with rc_context(_RC):
-                fig.savefig(temporary, format=kind, metadata=fields)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        paths.append(path)
+        out = io.BytesIO()
+        with rc_context(_RC):
+            fig.savefig(out, format=kind, metadata=fields)
+        paths.append(write_atomic(folder / f"{name}.{kind}", out.getvalue()))
     caption = caption_of(fig)
     page = _PAGE.format(
         name=html.escape(name),

@@ -6,7 +6,6 @@ The arithmetic is in `train`; several processes are started by `launch`.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,15 @@ from steerback.errors import VERSION, SteerbackError, unknown
 from steerback.finetuning.mixes import hash_rows
 from steerback.finetuning.segments import Row, Tokens, encode, read_rows
 from steerback.finetuning.settings import TrainingJob, TrainingSettings
-from steerback.finetuning.train import CardRecord, TrainingFacts, ValidationLoss, fit, has_bf16, require_extra
+from steerback.finetuning.train import (
+    CardRecord,
+    LossCurves,
+    TrainingFacts,
+    ValidationLoss,
+    fit,
+    has_bf16,
+    require_extra,
+)
 from steerback.store.files import make_folder, write_atomic, write_json
 from steerback.store.manifest import commit, machine
 from steerback.targets import Target, resolve
@@ -119,6 +126,12 @@ def read_card(folder: Path) -> AdapterCard:
     return parse(AdapterCard, readers.read_json_table(folder / CARD, "adapter card"), f"adapter card {folder / CARD}")
 
 
+def read_losses(folder: Path) -> LossCurves:
+    """Return the losses of an adapter's training; SteerbackError if their file is missing or damaged."""
+    path = folder / "losses.json"
+    return parse(LossCurves, readers.read_json_table(path, "losses"), f"losses {path}")
+
+
 def load_base(target: Target) -> PreTrainedModel:
     """Load the base model for training: bfloat16 on a GPU that has it, else float32."""
     import torch
@@ -208,7 +221,7 @@ def _mark(folder: Path, target: Target, data_hash: str, settings: TrainingSettin
         "settings": settings.model_dump() | {"micro_batch": None},
     }
     path = folder / "training.json"
-    if path.is_file() and json.loads(path.read_text("utf-8")) != now:
+    if path.is_file() and readers.read_json_table(path, "training notes") != now:
         raise SteerbackError(
             f"{folder} holds a training with another base, data or settings; choose another --out or remove it"
         )
@@ -226,7 +239,7 @@ def _done(folder: Path, target: Target, data_hash: str, settings: TrainingSettin
 
 def _name_base(folder: Path, name: str) -> None:
     path = folder / "adapter_config.json"
-    write_json(path, json.loads(path.read_text("utf-8")) | {"base_model_name_or_path": name})
+    write_json(path, readers.read_json_table(path, "adapter config") | {"base_model_name_or_path": name})
 
 
 @dataclass(frozen=True, slots=True)

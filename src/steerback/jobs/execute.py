@@ -27,6 +27,7 @@ from steerback.judging.windows import window_scorer
 from steerback.records import Judgement, LatentKey, Sampling, Spend, digest
 from steerback.store.cache import Cache, default_path
 from steerback.store.facts import ENGINE, FLOOR, JUDGES, PROVENANCE, EngineIdentity, Provenance
+from steerback.store.files import clear_leftovers
 from steerback.store.ledger import Row
 from steerback.store.manifest import Parts, TargetUsed
 from steerback.store.progress import Progress, Silent, make_progress
@@ -185,6 +186,7 @@ def analyse(
     from steerback.figures.style import save
 
     folder, analysis = opened.folder, analysed(opened, judge, experiment, draws)
+    clear_leftovers(folder)
     write_json(folder / "summary.json", analysis.summary)
     for name, value in analysis.results.data().items():
         write_json(folder / f"{name}.json", value)

@@ -6,7 +6,6 @@ texts from the last whole one, SAEs from the last checkpoint.
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import time
@@ -25,6 +24,7 @@ from steerback.jobs.doctor import Examination, examine, without_directions
 from steerback.jobs.loaded import LoadedTarget
 from steerback.latents.corpus import TrainingText, corpus_line, corpus_requests, read_corpus, readings
 from steerback.readers import read_json_table
+from steerback.readers.tables import csv_text
 from steerback.records import Request
 from steerback.report.sae import LayerRow, SaePage, write_sae_page
 from steerback.store.files import make_folder, write_atomic, write_json
@@ -32,6 +32,7 @@ from steerback.store.progress import Progress, make_progress
 from steerback.targets import Target, resolve
 from steerback.targets.directions import PRIOR
 from steerback.targets.download import gigabytes
+from steerback.targets.labels import COLUMNS
 from steerback.targets.registry import default_layer, trained_folder
 from steerback.targets.sae_training import SaeQuality, SaeTrainer, SaeTraining, sae_quality
 
@@ -460,7 +461,8 @@ def _labels(
     labels = top_words(engine, read[:LABELLING])
     found = snippets(top_contexts(engine, read[:CONTEXTS], n=5), labels)
     density = learner.density(best.sae)
-    _write_csv(folder / "labels.csv", ("index", "label"), sorted(labels.items()))
+    labelled = [(k, label, "steerback sae train") for k, label in sorted(labels.items())]
+    _write_csv(folder / "labels.csv", COLUMNS, labelled)
     rows = [(k, labels.get(k, ""), f"{share:.6g}") for k, share in enumerate(density)]
     _write_csv(folder / "latents.csv", ("index", "label", "density"), rows)
     write_json(folder / "contexts.json", {str(k): list(v) for k, v in sorted(found.items())})
@@ -468,11 +470,7 @@ def _labels(
 
 
 def _write_csv(path: Path, names: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(names)
-    writer.writerows(rows)
-    write_atomic(path, out.getvalue().encode("utf-8"))
+    write_atomic(path, csv_text(names, rows).encode("utf-8"))
 
 
 def _page(made: TrainedTarget, job: SaeJob, learner: Learner) -> SaePage:

@@ -11,9 +11,9 @@ import re
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from steerback.errors import SteerbackError
+from steerback.readers import LARGEST_SETTINGS, read_address, read_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +113,9 @@ def read_dotenv(path: Path = Path(".env"), environment: MutableMapping[str, str]
     if not path.is_file():
         return
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        if "\0" in text:
-            raise ValueError
-    except (OSError, ValueError):
-        raise SteerbackError(f"{path} is no text file that can be read; write NAME_API_KEY=... lines into it") from None
+        text = read_text(path, "file", LARGEST_SETTINGS)
+    except SteerbackError as error:
+        raise SteerbackError(f"{error}; write NAME_API_KEY=... lines into it") from None
     for line in text.splitlines():
         if match := re.match(r"\s*(?:export\s+)?([A-Za-z_]\w*_API_KEY)\s*=\s*(.*?)\s*$", line):
             environment.setdefault(match[1], match[2].strip("\"'"))
@@ -141,6 +139,14 @@ def check_key(model: str, environment: Mapping[str, str] = os.environ) -> None:
         )
 
 
+def check_address(model: str, base_url: str | None, environment: Mapping[str, str] = os.environ) -> None:
+    """Raise SteerbackError for an address of the model's service, given or in the environment, that is none."""
+    provider = model.partition("/")[0]
+    name = f"{_service(model) if provider == 'openai-api' else re.sub(r'[^A-Z]', '_', provider.upper())}_BASE_URL"
+    if address := base_url or environment.get(name):
+        read_address(address, f"judge {model}, {'base_url' if base_url else name}")
+
+
 def placeholder_key(model: str, environment: Mapping[str, str] = os.environ) -> str | None:
     """Return a key for a server that needs none, as clients insist on one; None where there is a key or no server."""
     if not model.startswith("openai-api/") or environment.get(f"{_service(model)}_API_KEY"):
@@ -150,7 +156,7 @@ def placeholder_key(model: str, environment: Mapping[str, str] = os.environ) -> 
 
 def is_near(address: str) -> bool:
     """Whether a URL names this machine or one of a private network, whose servers need no key."""
-    host = urlsplit(address).hostname or ""
+    host = read_address(address, "address of the judge").hostname or ""
     try:
         return ipaddress.ip_address(host).is_private
     except ValueError:

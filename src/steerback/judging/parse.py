@@ -223,7 +223,7 @@ def _canonical(text: str) -> tuple[str, list[int]]:
     out: list[str] = []
     place: list[int] = []
     for i, char in enumerate(text):
-        char = _SAME.get(char, char)
+        char = "\ufffd" if "\ud800" <= char <= "\udfff" else _SAME.get(char, char)  # as questions carry it
         if char in _IGNORED:
             continue
         if char.isspace():

@@ -18,6 +18,7 @@ from steerback.errors import SteerbackError
 from steerback.judging.models import (
     KEYS,
     Limits,
+    check_address,
     check_key,
     default_temperature,
     placeholder_key,
@@ -69,6 +70,7 @@ class Transport:
                 raise
             self.missing = str(error)
         check_provider(self.model)
+        check_address(self.model, self.base_url)
         if default_temperature(self.model) is None:
             self.temperature = None
         self._price = self.limits.price or price(self.model)

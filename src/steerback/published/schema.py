@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 
 from steerback.errors import SteerbackError
-from steerback.readers import read_bytes
+from steerback.readers import decode, parse_json, read_bytes
 from steerback.records import Attempt, FinishReason, Judgement, LatentKey
 
 RUBRIC = "imported"
@@ -215,10 +215,7 @@ def _last_part(name: str) -> str:
 def read_source(path: Path, condition: str | None = None) -> Source:
     """Read and check one file; `condition` replaces the condition that follows from its content."""
     raw = read_bytes(path, "result file")
-    try:
-        body = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise SteerbackError(f"result file {path} is not valid JSON: {error}") from None
+    body = parse_json(decode(raw, f"result file {path}"), f"result file {path}")
     features = body.get("results_by_feature") if isinstance(body, dict) else None
     if not isinstance(features, list) or not all(isinstance(f, dict) for f in features):
         raise SteerbackError(f"{path} is not a result file of the authors' code: it has no list results_by_feature")

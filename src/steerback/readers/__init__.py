@@ -16,6 +16,7 @@ import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import SplitResult, urlsplit
 
 import yaml
 
@@ -204,6 +205,18 @@ def read_safetensors_header(path: Path, what: str) -> dict[str, dict[str, Json]]
         raise SteerbackError(f"{where} is no safetensors file: its header of {size:,} bytes is not there")
     header = _table(parse_json(decode(content, where), where), where)
     return {name: _table(entry, f"{where}: {name!r}") for name, entry in header.items()}
+
+
+def read_address(text: str, where: str) -> SplitResult:
+    """Return the parts of an http(s) address of the user."""
+    try:
+        parts = urlsplit(text)
+        _ = parts.port  # raises ValueError for one above 65535
+    except ValueError as error:
+        raise SteerbackError(f"{where}: {text!r} is no address: {error}") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or not text.isprintable() or " " in text:
+        raise SteerbackError(f"{where}: {text!r} is no address of the form https://host/path")
+    return parts
 
 
 def _table(value: Json, where: str) -> dict[str, Json]:

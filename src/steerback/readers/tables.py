@@ -12,7 +12,7 @@ import io
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from steerback.errors import SteerbackError
+from steerback.errors import SteerbackError, one_line
 
 _NUMBER = r"[-+]?[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?"
 COMPUTED = re.compile(rf"'*(?!(?:{_NUMBER}|-)\Z)[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
@@ -78,6 +78,7 @@ def csv_rows(
     plain = plain_cell if written_here else str
     names = [plain(name) for name in next(table, ("", []))[1]]
     if not set(needed) <= set(names):
-        raise SteerbackError(f"{where}: needs the columns {' and '.join(needed)}, has {', '.join(names) or 'none'}")
+        has = one_line(", ".join(names))[:200] or "none"
+        raise SteerbackError(f"{where}: needs the columns {' and '.join(needed)}, has {has}")
     for place, cells in table:
         yield place, dict.fromkeys(names, "") | dict(zip(names, map(plain, cells), strict=False))

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from steerback.errors import SteerbackError, visible
+from steerback.errors import SteerbackError, short, visible
 from steerback.judging.human import FORMAT, RUBRIC, LabelFile, LabelItem, parse_labels, sentences, words
 from steerback.readers import Json, decode, parse_json, read_bytes
 from steerback.readers.tables import csv_cells, csv_text, plain_cell
@@ -107,7 +107,7 @@ def _rows(text: str, where: str) -> Iterator[tuple[str, dict[str, str]]]:
         row = dict.fromkeys(names, "") | dict(zip(names, cells, strict=False))
         key = (row["response"], row["position"])
         if key in seen:
-            raise SteerbackError(f"{place}: response {key[0]!r}, position {key[1]!r} occurs twice")
+            raise SteerbackError(f"{place}: response {short(key[0])}, position {short(key[1])} occurs twice")
         seen.add(key)
         yield place, row
 
@@ -122,7 +122,7 @@ def _label(rows: Sequence[tuple[str, dict[str, str]]]) -> Json:
     for nth, (position, at, row) in enumerate(ordered):
         mark, score = row["restart"].lower(), row["score"].lower()
         if mark not in (*MARKS, *BLANKS):
-            raise SteerbackError(f"{at}: restart is {mark!r}; write x where a new attempt begins, else nothing")
+            raise SteerbackError(f"{at}: restart is {short(mark)}; write x where a new attempt begins, else nothing")
         begins = mark in MARKS
         if nth == 0 and begins:
             raise SteerbackError(f"{at}: nothing stands before this sentence, so it cannot be a restart")
@@ -141,7 +141,7 @@ def _label(rows: Sequence[tuple[str, dict[str, str]]]) -> Json:
 
 def _position(at: str, row: dict[str, str]) -> int:
     if not (row["position"].isascii() and row["position"].isdigit() and len(row["position"]) < 10):
-        raise SteerbackError(f"{at}: position {row['position']!r} is no number; leave that column as it was")
+        raise SteerbackError(f"{at}: position {short(row['position'])} is no number; leave that column as it was")
     return int(row["position"])
 
 
@@ -151,5 +151,5 @@ def _score(text: str, at: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 <= value <= 100:
-        raise SteerbackError(f"{at}: score {text!r} is no number from 0 to 100; each attempt needs one")
+        raise SteerbackError(f"{at}: score {short(text)} is no number from 0 to 100; each attempt needs one")
     return value

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from steerback.errors import SteerbackError
+from steerback.errors import SteerbackError, one_line
 from steerback.store.files import make_folder
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def sqlite_errors(path: Path) -> Iterator[None]:
     """Turn an error of SQLite about a file into one line that a user can act on."""
     try:
         yield
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         text = str(error)
         if "full" in text or "disk I/O" in text:
             raise SteerbackError(
@@ -42,6 +42,16 @@ def sqlite_errors(path: Path) -> Iterator[None]:
         raise DamagedDatabaseError(
             f"{path}: not a readable steerback database ({text}); restore it or use another"
         ) from None
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """As `sqlite_errors`, for code that decodes what it reads: a value of another form is damage of the file too."""
+    try:
+        with sqlite_errors(path):
+            yield
+    except (ValueError, TypeError, KeyError, RecursionError, zlib.error) as error:
+        raise DamagedDatabaseError(f"{path}: holds a damaged value ({one_line(error)[:200]}); restore it") from None
 
 
 Migrate = Callable[[sqlite3.Connection, int], None]

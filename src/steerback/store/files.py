@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,7 +49,7 @@ def write_atomic(path: Path, content: bytes) -> Path:
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file that appears under `path` once it is written; if writing fails, the earlier file stays."""
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{os.getpid()}-", suffix=".tmp")
         try:
             with os.fdopen(handle, "wb") as file:
                 yield file
@@ -58,3 +60,26 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             raise
     except OSError as error:
         raise SteerbackError(f"{path} cannot be written: {error.strerror}") from None
+
+
+_TEMPORARY = re.compile(r"\..+\.(\d{1,9})(?:-\w+\.tmp|\.(?:png|pdf))")
+"""Name of a file that `write_atomic` has not finished, with its process; figures once were `.NAME.123.png`."""
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove the unfinished files of processes that are no more: a kill leaves them behind."""
+    for path in folder.glob(".*"):
+        found = _TEMPORARY.fullmatch(path.name)
+        if found and not _is_running(int(found[1])):
+            with contextlib.suppress(OSError):  # they take nothing but space
+                path.unlink()
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True

@@ -19,7 +19,7 @@ from pydantic import JsonValue
 
 from steerback.errors import SteerbackError
 from steerback.records import Completion, Judgement, Trial, WindowScores, is_degraded
-from steerback.store.database import dump_json, now, open_database, placeholders, sqlite_errors, storable
+from steerback.store.database import dump_json, now, open_database, placeholders, reading, sqlite_errors, storable
 from steerback.store.facts import CONFIG, Fact
 from steerback.store.rows import (
     COMPLETION,
@@ -125,10 +125,10 @@ class Ledger:
 
     def get(self, target: str, fact: Fact[T]) -> T | None:
         """The stored fact, or None. Raises SteerbackError if it has another form than the fact's type."""
-        with sqlite_errors(self.path):
+        with reading(self.path):
             query = "SELECT value FROM facts WHERE target = ? AND name = ?"
             row = self._db.execute(query, (target, fact.name)).fetchone()
-        return None if row is None else fact.load(json.loads(row[0]), f"{self.path}, target {target!r}")
+            return None if row is None else fact.load(json.loads(row[0]), f"{self.path}, target {target!r}")
 
     def put_json(self, target: str, name: str, value: JsonValue) -> None:
         """Store a fact that is copied from another ledger or file, in its JSON form."""
@@ -137,9 +137,9 @@ class Ledger:
 
     def facts(self) -> list[tuple[str, str, JsonValue]]:
         """Every stored fact: (target, name, JSON form)."""
-        with sqlite_errors(self.path):
+        with reading(self.path):
             stored = self._db.execute("SELECT target, name, value FROM facts ORDER BY 1, 2").fetchall()
-        return [(target, name, json.loads(value)) for target, name, value in stored]
+            return [(target, name, json.loads(value)) for target, name, value in stored]
 
     def targets_with(self, fact: Fact[T]) -> dict[str, T]:
         """Every target that has a fact, with its value, in the order of the run's config, others after it."""
@@ -256,7 +256,7 @@ class Ledger:
             "SELECT w.trial, w.judge, w.rubric, w.starts, w.scores, w.reason, w.raw FROM trials t "
             f"JOIN windows w ON w.trial = t.key AND w.judge = ? WHERE {where}"
         )
-        with sqlite_errors(self.path):
+        with reading(self.path):
             return {
                 key: WindowScores(by, rubric, tuple(json.loads(starts)), tuple(json.loads(scores)), reason, raw)
                 for key, by, rubric, starts, scores, reason, raw in self._db.execute(query, (judge, *values))
@@ -272,7 +272,7 @@ class Ledger:
         query = (
             f"SELECT w.trial, w.scores FROM trials t JOIN windows w ON w.trial = t.key AND w.judge = ? WHERE {where}"
         )
-        with sqlite_errors(self.path):
+        with reading(self.path):
             return {key: json.loads(scores) for key, scores in self._db.execute(query, (judge, *values))}
 
     def _trials(self) -> tuple[str, str]:
@@ -307,7 +307,7 @@ class Ledger:
             "LEFT JOIN completions c ON c.trial = t.key LEFT JOIN judgements j ON j.trial = t.key AND j.judge = ? "
             f"WHERE {where} {ORDER}"
         )
-        with sqlite_errors(self.path):
+        with reading(self.path):
             return [read_row(found) for found in self._db.execute(query, (judge, *values))]
 
     def stream(self, keys: Iterable[str], judge: str | None = None, activations: bool = False) -> Iterator[Row]:
@@ -332,7 +332,7 @@ class Ledger:
             f"SELECT {columns}, {OUTLINE}, {JUDGEMENT} FROM {tables} LEFT JOIN outlines o ON o.trial = t.key "
             f"LEFT JOIN judgements j ON j.trial = t.key AND j.judge = ? WHERE {where} {ORDER}"
         )
-        with sqlite_errors(self.path):
+        with reading(self.path):
             for found in self._db.execute(query, (judge, *values)):
                 yield read_outline(found)
 

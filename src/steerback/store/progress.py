@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from typing import IO, TYPE_CHECKING, Protocol
@@ -76,7 +77,10 @@ class Plain:
     def close(self) -> None: ...
 
     def _say(self, text: str) -> None:
-        print(visible(text), file=self._stream, flush=True)
+        try:
+            print(visible(text), file=self._stream, flush=True)
+        except OSError:  # a full disk or a closed pipe behind stderr is no reason to stop the run
+            self._stream = io.StringIO()
 
 
 class Live(Plain):

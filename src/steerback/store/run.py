@@ -17,7 +17,7 @@ from steerback.errors import SteerbackError
 from steerback.readers import read_json_table
 from steerback.records import Spend
 from steerback.store.facts import CONFIG, JUDGE_SPEND
-from steerback.store.files import make_folder
+from steerback.store.files import clear_leftovers, make_folder
 from steerback.store.files import write_atomic as write_atomic
 from steerback.store.files import write_json as write_json
 from steerback.store.ledger import Ledger
@@ -39,6 +39,7 @@ class Run:
         _name_is_plain(folder.name)
         make_folder(folder, "choose another --runs")
         lock = _acquire(folder)
+        clear_leftovers(folder)
         try:
             ledger = Ledger(folder / "ledger.sqlite")
         except BaseException:

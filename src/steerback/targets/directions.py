@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter
 
-from steerback.errors import SteerbackError
+from steerback.errors import SteerbackError, one_line
 from steerback.readers import read_safetensors_header
 from steerback.store.files import make_folder, user_folder, write_atomic
 
@@ -153,8 +153,10 @@ def _npy(path: Path) -> dict[str, Tensor]:
     try:
         array = np.asarray(np.load(path, allow_pickle=False))
         return {KEY: torch.from_numpy(array if np.iscomplexobj(array) else array.astype(np.float32))}
-    except (OSError, ValueError, TypeError, EOFError) as error:
-        raise SteerbackError(f"direction {path}: not a readable .npy file of numbers ({error})") from error
+    except Exception as error:  # that library lets through what a damaged header provokes
+        raise SteerbackError(
+            f"direction {path}: not a readable .npy file of numbers ({one_line(error)[:200]})"
+        ) from error
 
 
 def _gguf(path: Path) -> dict[str, Tensor]:

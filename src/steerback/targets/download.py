@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from steerback.errors import SteerbackError
+from steerback.readers import read_json_table
 
 if TYPE_CHECKING:
     import httpx2
@@ -203,10 +204,10 @@ def _remember(notes: Path, url: str, headers: httpx2.Headers | None) -> None:
 
 def _remembered(notes: Path, url: str) -> str | None:
     try:
-        known = json.loads(notes.read_text(encoding="utf-8"))
-        return str(known["validator"]) if known["url"] == url else None
-    except (OSError, ValueError, KeyError, TypeError):
+        known = read_json_table(notes, "download notes")
+    except SteerbackError:  # none yet, or damaged: the download begins anew
         return None
+    return str(known["validator"]) if known.get("url") == url and known.get("validator") else None
 
 
 def _refusal(status: int, url: str, token: bool) -> str:

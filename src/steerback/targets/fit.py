@@ -5,7 +5,6 @@ Sizes are estimates from the number of parameters; access and what is still to b
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from steerback.errors import SteerbackError
+from steerback.readers import read_json_table
 from steerback.targets.download import check_space, free_space, gigabytes, hub_errors, hub_place
 from steerback.targets.target import Target, model_config, weight_sizes
 
@@ -190,17 +190,17 @@ def fetch(target: Target) -> None:
 
 
 def check_weights(target: Target) -> None:
-    """Raise SteerbackError if a model's files hold layers that its config.json leaves out.
+    """Raise SteerbackError if a model's files hold more or fewer layers than its config.json says.
 
-    Engines would build the model without these layers and never say so.
+    Engines would build the model without the former and never say so; of the latter there could be millions.
     """
     folder = model_folder(target)
     layers = {int(m[1]) for name in weight_sizes(folder) if (m := DECODER_LAYER.match(name))}
     n_layers = model_config(folder).get("num_hidden_layers")
-    if layers and isinstance(n_layers, int) and max(layers) >= n_layers:
+    if layers and isinstance(n_layers, int) and max(layers) + 1 != n_layers:
         raise SteerbackError(
             f"target {target.name!r}: config.json of {target.model} says {n_layers} layers and its weights have "
-            f"{max(layers) + 1}; they are not of one model"
+            f"{max(layers) + 1}; they are not of one model, or a file is incomplete"
         )
 
 
@@ -238,6 +238,7 @@ def snapshot_is_whole(target: Target) -> bool:
 
     index = there("model.safetensors.index.json")
     if index is not None:
-        names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+        listed = read_json_table(Path(index), "list of weights").get("weight_map")
+        names = set(map(str, listed.values())) if isinstance(listed, dict) else {""}
         return there("config.json") is not None and all(there(name) for name in names)
     return there("config.json") is not None and there("model.safetensors") is not None

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from steerback.errors import SteerbackError, one_line, unknown
+from steerback.readers import read_json_table
 from steerback.store.files import make_folder, user_folder, write_json
 from steerback.targets.download import check_space, gigabytes, hash_file
 
@@ -70,14 +71,14 @@ def has_template(folder: Path) -> bool:
     if (folder / "chat_template.jinja").is_file():
         return True
     try:
-        return "chat_template" in json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return "chat_template" in read_json_table(folder / "tokenizer_config.json", "tokenizer config")
+    except SteerbackError:
         return False
 
 
 def stored_dtype(folder: Path) -> str:
     """Return the type in which the weights of a converted file were kept."""
-    return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("dtype", "bfloat16"))
+    return str(read_json_table(folder / "config.json", "model config").get("dtype", "bfloat16"))
 
 
 def _folder(file: Path) -> Path:
@@ -86,8 +87,8 @@ def _folder(file: Path) -> Path:
     key = [str(file.resolve()), stat.st_size, stat.st_mtime_ns]
     place = user_folder("gguf", "hashes.json")
     known: dict[str, str] = {}
-    with contextlib.suppress(OSError, ValueError):
-        known = {str(k): str(v) for k, v in json.loads(place.read_text(encoding="utf-8")).items()}
+    with contextlib.suppress(SteerbackError):  # none yet, or damaged: the hash is computed again
+        known = {entry: str(value) for entry, value in read_json_table(place, "hashes of models").items()}
     name = json.dumps(key)
     if name not in known:
         known[name] = hash_file(file)

@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from steerback.errors import SteerbackError
+from steerback.readers import read_address
 from steerback.store.files import make_folder, write_json
 from steerback.targets.download import Downloaded, download, hash_file, hub_file
 from steerback.targets.labels import SUFFIXES, LatentLabels, read_label_file, user_labels_folder
@@ -76,7 +77,7 @@ def _get(source: str, folder: Path, say: Say) -> dict[str, str]:
     if source.startswith("hub:"):
         return _hub(source.removeprefix("hub:"), folder)
     if source.startswith(("http://", "https://")):
-        file = Path(urllib.parse.urlparse(source).path).name
+        file = Path(read_address(source, "label source").path).name
         _readable(source, file)
         return {file: download(source, folder / file).sha256}
     raise SteerbackError(

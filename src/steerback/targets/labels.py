@@ -39,6 +39,8 @@ LONGEST = 2_000
 """Characters of a label. A longer one is no label, and a judge would have to read all of it for every response."""
 COLUMNS = ("index", "label", "source")
 """Of the user's table."""
+OURS = {"source", "density"}
+"""Columns that mark the tables that steerback writes; files of others with labels have neither."""
 
 
 def read_labels(folder: Path) -> dict[int, str]:
@@ -84,7 +86,8 @@ def _list(value: readers.Json) -> list[readers.Json]:
 def _rows(path: Path, column: str) -> list[tuple[int, str]]:
     """Return (index, value of a column) of each row."""
     text = readers.read_text(path, "table of latents")
-    rows = csv_rows(text, f"table of latents {path}", ("index", column), written_here=False)
+    where = f"table of latents {path}"
+    rows = csv_rows(text, where, ("index", column), written_here=_is_ours(text, where))
     return [(_index(row["index"], where), row[column]) for where, row in rows]
 
 
@@ -186,10 +189,19 @@ def _json_rows(text: str, path: Path) -> Iterator[tuple[str, readers.Json]]:
 def _read_csv(read: LatentLabels, text: str, path: Path) -> None:
     """Read a table of others, or a user's table of another target, which names the `source` of each label."""
     where = f"label file {path}"
-    header = {cell for _, cells in islice(csv_cells(text, where), 1) for cell in cells}
+    header = _header(text, where)
     column = next((name for name in INDEX_COLUMNS if name in header), INDEX_COLUMNS[0])
-    for place, row in csv_rows(text, where, (column, "label"), written_here="source" in header):
+    for place, row in csv_rows(text, where, (column, "label"), written_here=_is_ours(text, where)):
         read.add(row[column], row["label"], place)
+
+
+def _header(text: str, where: str) -> set[str]:
+    return {cell for _, cells in islice(csv_cells(text, where), 1) for cell in cells}
+
+
+def _is_ours(text: str, where: str) -> bool:
+    """Return whether we wrote a table; an apostrophe in front of a label of others belongs to the label."""
+    return not OURS.isdisjoint(_header(text, where))
 
 
 @dataclass(frozen=True, slots=True)

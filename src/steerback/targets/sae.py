@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from steerback.errors import SteerbackError, unknown
+from steerback.store.files import make_folder, write_atomic
 from steerback.targets.target import Kind
 
 TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
@@ -214,10 +215,11 @@ def stored(tensor: Tensor, where: str) -> Tensor:
 
 def save_native(sae: Sae, folder: Path, dtype: torch.dtype = torch.float32, **extra: object) -> None:
     """Write our own format; `extra` goes into sae.json."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({n: getattr(sae, n).detach().to("cpu", dtype).contiguous() for n in TENSORS}, folder / "sae.safetensors")
+    make_folder(folder)
+    weights = {n: getattr(sae, n).detach().to("cpu", dtype).contiguous() for n in TENSORS}
+    write_atomic(folder / "sae.safetensors", save(weights))
     meta = {"kind": sae.kind, "layer": sae.layer, "d_model": sae.d_model, "n_latents": sae.n_latents, **extra}
     meta |= {} if sae.k is None else {"k": sae.k}
-    (folder / "sae.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+    write_atomic(folder / "sae.json", (json.dumps(meta, indent=1) + "\n").encode("utf-8"))

@@ -6,7 +6,6 @@ nothing of engines.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +16,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 
 from steerback.config import Settings, parse
 from steerback.errors import SteerbackError
-from steerback.readers import read_json_table, read_safetensors_header
+from steerback.readers import Json, read_json_table, read_safetensors_header
 from steerback.records import BoostPrior, LatentKey, digest
 from steerback.targets.directions import DirectionFacts, read_facts
 from steerback.targets.labels import read_contexts, read_dead, read_labels, read_user_labels
@@ -223,9 +222,16 @@ def is_adapter(folder: Path) -> bool:
 
 
 def check_adapter(where: str, folder: Path) -> None:
-    """Raise SteerbackError if a folder holds no LoRA adapter; `where` opens the message."""
+    """Raise SteerbackError if a folder holds no LoRA adapter, or a damaged one; `where` opens the message."""
     if not is_adapter(folder):
         raise SteerbackError(f"{where}: no LoRA adapter there ({', '.join(ADAPTER_FILES)})")
+    adapter_config(folder)
+    read_safetensors_header(folder / ADAPTER_FILES[1], "adapter weights")
+
+
+def adapter_config(folder: Path) -> dict[str, Json]:
+    """Return the configuration of a LoRA adapter."""
+    return read_json_table(folder / ADAPTER_FILES[0], "adapter config")
 
 
 def user_key(name: str, model: str, builtin: bool) -> str:
@@ -239,11 +245,11 @@ def model_config(folder: Path) -> dict[str, object]:
     It serves estimates and early checks only; loading the model says what is wrong with its config.
     """
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config = config.get("text_config") or config
-        return config if isinstance(config, dict) else {}
-    except (OSError, ValueError, AttributeError, RecursionError):
+        config = read_json_table(folder / "config.json", "model config")
+    except SteerbackError:
         return {}
+    inner = config.get("text_config")
+    return dict(inner if isinstance(inner, dict) and inner else config)
 
 
 def weight_sizes(folder: Path) -> dict[str, int]:

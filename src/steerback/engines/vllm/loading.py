@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import threading
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from steerback.engines.prompting import Prompter
 from steerback.errors import SteerbackError
 from steerback.records import digest
 from steerback.store.files import make_folder, user_folder, write_atomic
-from steerback.targets.target import check_adapter
+from steerback.targets.target import adapter_config, check_adapter
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,8 +73,10 @@ def device_shares(replicas: int, tensor_parallel: int) -> list[str]:
 
 def prepare(target: Target, directions: tuple[str, ...]) -> PreparedTarget:
     """Return tokenizer, layers and hashes of a target; SteerbackError for what is missing or does not fit together."""
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+    from steerback.engines.adapters import check_fits
     from steerback.engines.loading import hub_arguments, load_errors, provenance_of
     from steerback.engines.runner import end_tokens
     from steerback.targets.sae_files import load_sae
@@ -84,6 +85,10 @@ def prepare(target: Target, directions: tuple[str, ...]) -> PreparedTarget:
     with load_errors(target, f"cannot load {target.model}"):
         config = AutoConfig.from_pretrained(target.model, **origin)
         tokenizer = AutoTokenizer.from_pretrained(target.model, **origin)
+        if target.adapter is not None:  # vLLM would go on with the part of it that fits
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            check_fits(f"target {target.name!r}: cannot use adapter {target.adapter}", Path(target.adapter), model)
     try:
         generation = GenerationConfig.from_pretrained(target.model, revision=origin.get("revision"))
     except OSError:
@@ -154,7 +159,11 @@ def lora_arguments(folder: str, dtype: str) -> dict[str, JsonValue]:
             "transformers"
         )
     check_adapter(f"lora {folder!r}", Path(folder))
-    rank = int(json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))["r"])
+    rank = adapter_config(Path(folder)).get("r")
+    if not isinstance(rank, int) or rank < 1:
+        raise SteerbackError(
+            f"lora {folder!r}: its configuration gives the rank r as {rank!r}, not as a number above 0"
+        )
     return {"enable_lora": True, "max_lora_rank": next((r for r in (8, 16, 32, 64, 128, 256, 512) if r >= rank), rank)}
 
 

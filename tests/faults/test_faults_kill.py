@@ -6,7 +6,6 @@ whole run and the same in every test run; nothing waits for a clock.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -16,15 +15,14 @@ from types import FrameType
 from typing import Any
 
 import pytest
+from children import SCALE, in_child
+from small_runs import ledger_of, scripted_job
 
 from steerback.config import build_config
 from steerback.jobs import execute
 from steerback.jobs.check import PreparedRun, check
 from steerback.store.cache import Cache
-from steerback.store.ledger import Ledger
 
-KILLS = 12
-KILLS_OF_A_MODEL = 3  # each start loads the model anew
 TINY = (
     "n_latents=2",
     "trials_per_latent=3",
@@ -37,26 +35,16 @@ TINY = (
     "calibration.tolerance=45",
     "sampling.max_new_tokens=30",
 )
-SMALL = (
-    "n_latents=3",
-    "trials_per_latent=4",
-    "reference_responses=1",
-    "floor_responses=3",
-    "draws=100",
-    "calibration.max_iterations=3",
-    "calibration.trials_per_iteration=3",
-    "calibration.verify_trials=2",
-    "selection.concreteness=off",
-)
 
 
-def job(engine: str = "scripted") -> PreparedRun:
-    judge, sizes = ("scripted", SMALL) if engine == "scripted" else ("offline", TINY)
-    overrides = {"engine": engine, "judge": judge}
-    return check(build_config("esr", ("organism",), "quick", overrides=overrides, assignments=sizes))
+def job(engine: str) -> PreparedRun:
+    if engine == "scripted":
+        return scripted_job()
+    overrides = {"engine": engine, "judge": "offline"}
+    return check(build_config("esr", ("organism",), "quick", overrides=overrides, assignments=TINY))
 
 
-def run_counting(engine: str, folder: Path, cache: Path, kill_at: int | None, calls: Any) -> None:
+def run_counting(engine: str, folder: Path, cache: Path, kill_at: int | None, drawn: bool, calls: Any) -> None:
     """Runs the job; counts calls of Python functions in `calls`, and dies at call number `kill_at`."""
     count = 0
 
@@ -66,43 +54,29 @@ def run_counting(engine: str, folder: Path, cache: Path, kill_at: int | None, ca
         if count == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    execute.analyse = lambda *_: None  # type: ignore[assignment]  # it only reads the ledger
+    if not drawn:
+        execute.analyse = lambda *_: None  # type: ignore[assignment]  # it only reads the ledger
     sys.setprofile(watch)
     execute.run(job(engine), folder, cache=Cache(cache))
     sys.setprofile(None)
     calls.value = count
 
 
-def in_child(engine: str, folder: Path, cache: Path, kill_at: int | None = None) -> tuple[int, int]:
-    """(exit code, calls made); forked from a process that has imported everything and computed nothing.
-
-    A fork of this process would inherit torch's threads from other tests, which torch does not survive reliably.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "torch", "transformers", "steerback.engines.transformers"])
-    calls = context.Value("q", 0)
-    child = context.Process(target=run_counting, args=(engine, folder, cache, kill_at, calls))
-    child.start()
-    child.join(300)
-    assert child.exitcode is not None
-    return child.exitcode, calls.value
-
-
-def ledger_of(folder: Path) -> dict[str, list[tuple[Any, ...]]]:
-    with Ledger(folder / "ledger.sqlite", read_only=True) as ledger:
-        return ledger.dump()
-
-
 @pytest.mark.parametrize(
-    ("engine", "warm", "wanted"),
-    [("scripted", False, KILLS), ("scripted", True, KILLS), ("transformers", False, KILLS_OF_A_MODEL)],
-    ids=["cold cache", "warm cache", "real model"],
+    ("engine", "warm", "drawn", "wanted"),
+    [
+        ("scripted", False, False, 5 * SCALE),
+        ("scripted", True, False, 3 * SCALE),
+        ("scripted", True, True, 2 * SCALE),
+        ("transformers", False, False, 2 * SCALE),  # each start loads the model anew
+    ],
+    ids=["cold cache", "warm cache", "with figures", "real model"],
 )
 def test_killed_at_random_moments_and_resumed_the_ledger_is_the_same(
-    tmp_path: Path, engine: str, warm: bool, wanted: int
+    tmp_path: Path, engine: str, warm: bool, drawn: bool, wanted: int
 ) -> None:
     whole, cache = tmp_path / "whole", tmp_path / "cache.sqlite"
-    code, calls = in_child(engine, whole, cache)
+    code, calls = in_child(run_counting, engine, whole, cache, None, drawn)
     assert code == 0
     expected = ledger_of(whole)
     assert len(expected["judgements"]) > 30
@@ -110,10 +84,12 @@ def test_killed_at_random_moments_and_resumed_the_ledger_is_the_same(
     folder, kills, finished = tmp_path / "run0", 0, 0
     for number in range(4 * wanted):
         own = cache if warm else tmp_path / f"cache-{folder.name}.sqlite"
-        code, _ = in_child(engine, folder, own, draw.randint(1, calls) if kills < wanted else None)
+        kill_at = draw.randint(1, calls) if kills < wanted else None
+        code, _ = in_child(run_counting, engine, folder, own, kill_at, drawn)
         kills += code == -signal.SIGKILL
         if code == 0:
             assert ledger_of(folder) == expected
+            assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in whole.iterdir())  # no leftovers
             finished += 1
             if kills >= wanted:
                 break

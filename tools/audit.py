@@ -1,0 +1,73 @@
+"""Check the pinned versions for known vulnerabilities with pip-audit: `make audit`.
+
+Exit code 1 if there is one that `tools/audit_accepted.txt` does not list, or if that file lists one that is gone. Where
+no advisory service can be reached, or it knows none of the packages, the check says so and passes: it has found nothing
+because it could not look.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PINS = ("constraints.txt", "constraints-vllm.txt")
+ACCEPTED = Path(__file__).with_name("audit_accepted.txt")
+SERVICES = ("pypi", "osv")
+
+
+def accepted() -> dict[str, str]:
+    """Return the reason for each accepted vulnerability, by its identifier."""
+    lines = [line.split(maxsplit=1) for line in ACCEPTED.read_text("utf-8").splitlines()]
+    return {words[0]: words[1] for words in lines if len(words) == 2 and not words[0].startswith("#")}
+
+
+def audited(program: str, pins: Path, service: str) -> list[dict[str, object]] | str:
+    """Return the packages that the service knows, each with its vulnerabilities, or why there are none."""
+    command = [program, "-s", service, "--disable-pip", "--no-deps", "-r", str(pins), "-f", "json"]
+    done = subprocess.run(
+        [*command, "--progress-spinner", "off", "--timeout", "15"], capture_output=True, text=True, check=False
+    )
+    try:
+        listed = json.loads(done.stdout)["dependencies"]
+    except (ValueError, KeyError):
+        return (done.stderr.strip().splitlines() or ["no output"])[-1][:200]
+    known = [package for package in listed if "skip_reason" not in package]
+    return known or f"it knows none of the {len(listed)} packages"
+
+
+def main(program: str) -> int:
+    """Audit all pins and return the exit code."""
+    found: dict[str, str] = {}
+    looked, services = False, [*SERVICES]
+    for name in PINS:
+        for service in [*services]:
+            packages = audited(program, ROOT / name, service)
+            if isinstance(packages, str):
+                print(f"audit: {name}: advisory service {service!r} gave nothing: {packages}")
+                services.remove(service)
+                continue
+            looked = True
+            print(f"audit: {name}: {len(packages)} packages looked up at {service!r}")
+            for package in packages:
+                vulnerabilities = package["vulns"]
+                assert isinstance(vulnerabilities, list)
+                for one in vulnerabilities:
+                    found[one["id"]] = f"{package['name']} {package['version']}: mended in {one['fix_versions'] or '?'}"
+            break
+    if not looked:
+        print("audit: NOTHING WAS AUDITED, as no advisory service answered; run it where there is one")
+        return 0
+    known = accepted()
+    for name in sorted(set(found) - set(known)):
+        print(f"audit: {name}: {found[name]}; raise the pin, or list it in {ACCEPTED.name} with a reason")
+    for name in sorted(set(known) - set(found)):
+        print(f"audit: {name} is accepted but no longer there; remove it from {ACCEPTED.name}")
+    print(f"audit: {len(found)} known vulnerabilities, {len(set(found) & set(known))} of them accepted")
+    return int(set(found) != set(known))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
