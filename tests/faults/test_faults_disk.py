@@ -97,7 +97,8 @@ def test_import_and_export_on_a_full_disk_leave_nothing_half_written(place: Path
     assert command(words, tmp_path / "said", room) == 2
     assert one_line(tmp_path / "said")
     assert not (tmp_path / "in").exists()
-    assert command(["export", "whole", "--out", str(tmp_path / "e")], tmp_path / "said", 40_000) == 2
+    export = ["export", "whole", "--out", str(tmp_path / "e")]
+    assert command(export, tmp_path / "said", 33_000) == 2  # the table has 34 kB, and SQLite needs 32 kB to read
     assert one_line(tmp_path / "said")
     assert contents(tmp_path / "e") == {}
 
