@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import ast
 import inspect
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -90,6 +90,24 @@ def inner_model(annotation: object) -> type[BaseModel] | None:
     return None
 
 
+def plain_type(kind: Any) -> str:
+    """Return a type as a reader wants it: `int`, `list of int`, `'a' | 'b' | None`, without constraints."""
+    inner = get_args(kind)
+    if isinstance(kind, type) and not inner:
+        return "None" if kind is type(None) else kind.__name__
+    origin = get_origin(kind)
+    if origin is Annotated:
+        return plain_type(inner[0])
+    if origin is Literal:
+        return " | ".join(f"'{value}'" for value in inner)
+    if origin in (Union, UnionType):
+        return " | ".join(dict.fromkeys(plain_type(part) for part in inner))
+    if origin in (list, tuple):
+        item = plain_type(inner[0])
+        return f"list of ({item})" if "|" in item else f"list of {item}"
+    return f"{origin.__name__} of {' to '.join(plain_type(part) for part in inner)}" if origin else str(kind)
+
+
 def setting_rows(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, object, str]]:
     """(key, type, default, text) of every setting, those of nested tables under their dotted keys."""
     texts = field_docs(model)
@@ -98,14 +116,13 @@ def setting_rows(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str
         if inner is not None and isinstance(info.default, BaseModel):
             yield from setting_rows(inner, f"{prefix}{name}.")
             continue
-        kind = info.annotation.__name__ if isinstance(info.annotation, type) else str(info.annotation)
-        bounds = ", ".join(str(m) for m in info.metadata if type(m).__name__ in ("Ge", "Gt", "Le", "Lt"))
-        signs = {"Ge(ge=": "≥ ", "Gt(gt=": "> ", "Le(le=": "≤ ", "Lt(lt=": "< "}
-        for sign, shown in signs.items():
-            bounds = bounds.replace(sign, shown)
-        kind = re.sub(r"\b(?:typing|steerback\.[\w.]+)\.", "", kind) + (
-            f", {bounds.replace(')', '')}" if bounds else ""
+        bounds = ", ".join(
+            f"{sign} {getattr(rule, name):g}"
+            for rule in info.metadata
+            for name, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
+            if getattr(rule, name, None) is not None
         )
+        kind = plain_type(info.annotation) + (f", {bounds}" if bounds else "")
         yield f"{prefix}{name}", kind, info.get_default(call_default_factory=True), texts.get(name, "")
 
 
@@ -154,7 +171,7 @@ def _at(run: dict[str, Any], key: str) -> object:
 
 def _row(key: str, kind: str, default: object, text: str, others: list[str]) -> str:
     shown = "required" if default is PydanticUndefined else "; ".join([f"`{default}`", *others])
-    return "| " + " | ".join(c.replace("|", r"\|") for c in (f"`{key}`", f"`{kind}`", shown, text)) + " |"
+    return "| " + " | ".join((f"`{key}`", f"`{kind}`", shown, text)) + " |"
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------

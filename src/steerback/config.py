@@ -27,6 +27,7 @@ class SamplingConfig(Settings):
     temperature: float = 0.6
     """0 is greedy."""
     top_p: float = Field(1.0, gt=0, le=1)
+    """Tokens are drawn from the most likely ones that make up this share; 1: from all."""
     repetition_penalty: float = Field(1.0, gt=0)
     """Over prompt and generated tokens; 1 is off (the specification's default)."""
     max_new_tokens: int = Field(512, ge=1)
@@ -50,9 +51,11 @@ class CalibrationConfig(Settings):
     target_score: float = Field(50, gt=0, lt=100)
     """Mean first-attempt score that defines the threshold boost."""
     tolerance: float = Field(5, gt=0)
+    """Distance from the target score within which a latent counts as calibrated."""
     max_iterations: int = Field(15, ge=1)
     """Rounds; a round without any score counts, so that a broken judge cannot loop for ever."""
     trials_per_iteration: int = Field(10, ge=1)
+    """Responses of each latent in a round, all at one boost."""
     verify_trials: int = Field(10, ge=0)
     """Fresh trials per latent at the threshold, with seeds used nowhere else."""
     stop: Literal["none", "tolerance"] = "none"
@@ -69,6 +72,7 @@ class SelectionConfig(Settings):
     unlabelled: Literal["drop", "keep"] = "drop"
     """Latents without a label, of an SAE that has labels. An SAE without any label keeps all its latents."""
     concreteness: Literal["median", "threshold", "off"] = "median"
+    """Keep the labels rated above the median, or above `concreteness_threshold`, or all."""
     concreteness_threshold: float = Field(65, ge=0, le=100)
     """Used with `threshold` (the authors' rule)."""
     rater: str = "auto"
@@ -104,7 +108,9 @@ Seed = Annotated[int, Field(ge=0, le=2**62)]
 
 class SeedConfig(Settings):
     latents: Seed = 42
+    """Of the sample of latents."""
     boosts: Seed = 43
+    """Of boosts that are drawn at random."""
     generation: Seed = 44
     """Seed of the first trial of a condition; trial i has this + i, the same in every condition compared."""
 
@@ -113,8 +119,11 @@ class RunConfig(Settings):
     """One run: an experiment on one or several targets."""
 
     experiment: str
+    """Named by the command: `steerback run EXPERIMENT`."""
     targets: tuple[str, ...] = Field(min_length=1)
+    """Models to steer: `--target`."""
     preset: str = "specification"
+    """Where the other values come from: `specification`, `authors` or `quick`."""
     engine: str = "auto"
     """`auto`: vLLM where it can run, else transformers."""
     judge: str = "auto"
@@ -124,9 +133,11 @@ class RunConfig(Settings):
     prompts: str = "evaluation"
     """Name of a built-in list or path of a text file; `authors`: theirs, see `steerback fetch-paper-data`."""
     n_latents: int = Field(50, ge=1)
+    """Latents that are drawn at random after the filters."""
     latents: tuple[LatentKey, ...] | None = None
     """An own list; filters and sampling are skipped."""
     trials_per_latent: int = Field(10, ge=1)
+    """Measured responses of each latent in each condition."""
     reference_responses: int = Field(4, ge=1)
     """Unsteered responses per prompt, for the relevance filter and the offline judge."""
     floor_responses: int = Field(150, ge=0)
@@ -134,6 +145,7 @@ class RunConfig(Settings):
     limit: int | None = Field(None, ge=1)
     """At most this many measured trials per condition and target."""
     batch_size: int | None = Field(None, ge=1)
+    """Responses that are generated together; None: what fits into memory."""
     engine_options: dict[str, object] = Field(default_factory=dict)
     """What only this engine knows (vllm: replicas, tensor_parallel, columns, ...); checked when the engine is made."""
     from_run: str | None = None

@@ -22,8 +22,11 @@ class SweepOptions(Settings):
     """Levels in standard deviations from each latent's threshold."""
 
     levels: int = Field(8, ge=2)
+    """Number of levels, evenly spaced from `low` to `high`."""
     low: float = -1.5
+    """Lowest level."""
     high: float = 3.0
+    """Highest level."""
 
     @model_validator(mode="after")
     def _are_a_range(self) -> SweepOptions:

@@ -33,10 +33,13 @@ class CrossJudgeOptions(Settings):
     """Which responses are judged by whom."""
 
     sources: list[str] = Field([])
+    """Finished runs whose responses are judged."""
     judges: list[str] = Field([])
+    """The judges, two or more."""
     sample: int = Field(SAMPLE_SIZE, ge=1)
+    """Responses that every judge reads."""
     minimum: int = Field(MINIMUM, ge=1)
-    """Of each target."""
+    """Of each target, at least."""
 
 
 class CrossJudge(Experiment[CrossJudgeOptions]):

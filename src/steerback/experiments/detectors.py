@@ -55,6 +55,7 @@ class SearchOptions(Settings):
     responses: int = Field(500, ge=1)
     """Unsteered responses to the discovery prompts."""
     rule: Literal["perfect", "authors", "auc", "top"] = "perfect"
+    """Which latents count: AUC 1, the authors' rule, AUC of at least `auc`, or the `limit` best."""
     auc: float = Field(0.9, ge=0, le=1)
     """Smallest AUC for rule `auc`, and for rule `perfect` where no latent separates perfectly."""
     limit: int | None = Field(25, ge=1)

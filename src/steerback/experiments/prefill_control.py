@@ -29,6 +29,7 @@ class PrefillOptions(Settings):
     characters: int | None = Field(None, ge=1)
     """The shortest prefix; default: to the mean first restart."""
     multiples: list[Annotated[int, Field(ge=1)]] = Field([1, 2, 3, 4], min_length=1)
+    """Lengths as multiples of `characters`."""
 
 
 class PrefillControl(Experiment[PrefillOptions]):

@@ -23,7 +23,8 @@ MOST_NAMED = 6
 """Rates that a line names before it counts the others."""
 NO_WINDOWS = (
     "Recovery without a restart phrase is off: {judge} has scored no sentences (recovery.judge=true, or afterwards: "
-    "steerback judge RUN --judge {judge} --rubric windows)."
+    "steerback judge RUN --judge {judge} --rubric windows). "
+    + docs_page("statistics", "recovery-without-a-restart-phrase")
 )
 PLANTED = "Built-in organisms restart because their training text does (planted): no evidence about other models."
 

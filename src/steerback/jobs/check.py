@@ -12,7 +12,7 @@ from steerback.config import RunConfig, Settings
 from steerback.data import paper_files
 from steerback.data.prompts import load_prompts
 from steerback.engines import EngineOptions, check_engine, default_engine, make_engine
-from steerback.errors import SteerbackError
+from steerback.errors import SteerbackError, docs_page
 from steerback.experiments import make_experiment
 from steerback.experiments.base import Experiment
 from steerback.judging import Limits, Maker, judge_maker, make_judge
@@ -143,6 +143,7 @@ def _default_judge(config: RunConfig) -> str:
     if real:
         raise SteerbackError(
             f"{real[0]} is a real model: name its judge with --judge (see steerback judges); "
-            "`--judge offline` needs no key, but its scores are not comparable with the paper's"
+            "`--judge offline` needs no key, but its scores are not comparable with the paper's "
+            f"({docs_page('judging')})"
         )
     return "offline"

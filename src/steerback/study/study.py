@@ -15,7 +15,7 @@ import numpy as np
 
 from steerback.calibration import Calibrator, Threshold, verified
 from steerback.calibration.thresholds import THRESHOLDS, LatentThreshold
-from steerback.errors import SteerbackError
+from steerback.errors import SteerbackError, docs_page
 from steerback.judging import Maker, References, make_judge
 from steerback.judging.base import drain
 from steerback.latents import selection as choose
@@ -281,7 +281,8 @@ class Study:
                 states = ", ".join(sorted({f"{t.status} ({t.reason})" for t in thresholds.values()}))
                 raise SteerbackError(
                     f"{self.name}: no latent reached target score {self.config.calibration.target_score:g}: {states}; "
-                    "widen the target's boost prior, choose other latents or raise calibration.max_iterations"
+                    "widen the target's boost prior, choose other latents or raise calibration.max_iterations "
+                    f"({docs_page('concepts', 'calibration')})"
                 )
         return self.grid(latents, boosts)
 
