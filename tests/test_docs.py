@@ -22,9 +22,9 @@ from steerback.errors import DOCS, docs_page
 ROOT = Path(__file__).parent.parent
 PAGES = {p.stem: p.read_text("utf-8") for p in (ROOT / "docs").glob("*.md")}
 QUICK = (
-    "--set n_latents=1 --set trials_per_latent=2 --set reference_responses=1 --set floor_responses=0 --set draws=100 "
-    "--set calibration.max_iterations=5 --set calibration.trials_per_iteration=4 --set calibration.verify_trials=1 "
-    "--set calibration.tolerance=45 --set sampling.max_new_tokens=60"
+    "--prompts few.txt --set n_latents=1 --set trials_per_latent=2 --set reference_responses=1 --set floor_responses=0 --set draws=100 "
+    "--set calibration.max_iterations=6 --set calibration.trials_per_iteration=4 --set calibration.verify_trials=0 "
+    "--set calibration.tolerance=1000 --set sampling.max_new_tokens=60"
 )
 
 
@@ -135,6 +135,7 @@ def test_links_between_pages_hold(generated: dict[str, str]) -> None:
             assert not section or section in anchors(texts[name]), f"{place}: {link}"
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_tutorial_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,6 +148,8 @@ def test_the_commands_of_the_tutorial_run(
     text = PAGES["tutorial"].replace("path/to/my-model", str(model))
     for name, content in re.findall(r'```\w+ title="(.+?)"\n(.*?)```', text, re.S):
         (tmp_path / name).write_text(content, "utf-8")
+    prompts = (ROOT / "src" / "steerback" / "data" / "prompts" / "evaluation.txt").read_text("utf-8")
+    (tmp_path / "few.txt").write_text("\n".join(prompts.splitlines()[:6]), "utf-8")
     commands = re.findall(r"^    steerback (.+)$", text, re.M)
     assert len(commands) >= 7
     for command in commands:
