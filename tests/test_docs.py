@@ -22,7 +22,8 @@ from steerback.errors import DOCS, docs_page
 ROOT = Path(__file__).parent.parent
 PAGES = {p.stem: p.read_text("utf-8") for p in (ROOT / "docs").glob("*.md")}
 QUICK = (
-    "--prompts few.txt --set n_latents=1 --set trials_per_latent=2 --set reference_responses=1 --set floor_responses=0 --set draws=100 "
+    "--prompts few.txt --set n_latents=1 --set trials_per_latent=2 --set reference_responses=1 "
+    "--set floor_responses=0 --set draws=100 "
     "--set calibration.max_iterations=6 --set calibration.trials_per_iteration=4 --set calibration.verify_trials=0 "
     "--set calibration.tolerance=1000 --set sampling.max_new_tokens=60"
 )
