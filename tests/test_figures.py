@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import BinaryIO
 
 import matplotlib
 import numpy as np
@@ -143,8 +144,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     paths = style.save(fig, tmp_path, "x")
     before = paths[0].read_bytes()
 
-    def broken(path, **kwargs) -> None:
-        Path(path).write_bytes(b"half")
+    def broken(out: BinaryIO, **kwargs: object) -> None:
+        out.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(fig, "savefig", broken)
