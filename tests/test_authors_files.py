@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,12 @@ from steerback.errors import SteerbackError
 from steerback.figures import style
 from steerback.jobs import execute
 from steerback.jobs.execute import Analysis
-from steerback.published.authors import export_authors, import_authors
-from steerback.published.schema import judgement_of, read_source, split_prompt
+from steerback.published.authors import import_authors
+from steerback.published.comparison import deviations, table_of_numbers
+from steerback.published.exports import export_authors
+from steerback.published.schema import judgement_of, split_prompt
+from steerback.published.sources import read_source
+from steerback.store.facts import IMPORTED
 from steerback.store.ledger import Ledger
 from steerback.store.run import Run
 
@@ -184,7 +189,7 @@ def test_ablations_no_steering_and_sweeps_are_told_from_their_content(tmp_path: 
     off = write(
         tmp_path / "ablated.json", result([feature(k, [trial(attempts(30))]) for k in (7, 8)], ablated_latents=[3, 4])
     )
-    assert import_authors([base, off], tmp_path / "ablation").experiment == "imported"
+    assert import_authors([base, off], tmp_path / "ablation").experiment == "detector-ablation"
     target = analysed(tmp_path / "ablation").summary["targets"]["llama-3.3-70b"]
     assert target["comparisons"]["ablated"]["tests"]["multi_attempt_rate"]["difference"] == -1
     free = write(tmp_path / "free.json", result([feature(7, [trial(attempts(93))])], config={"disable_steering": True}))
@@ -220,13 +225,14 @@ def test_own_names_and_several_judges(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("{", "is not valid JSON"),
-        ("[1, 2]", "has no list results_by_feature"),
+        ("[1, 2]", "must hold an object"),
         ('{"results_by_feature": [3]}', "has no list results_by_feature"),
         ('{"results_by_feature": [{"trials": []}]}', "no valid feature_index_in_sae"),
         ('{"results_by_feature": [{"feature_index_in_sae": -1}]}', "no valid feature_index_in_sae"),
-        (json.dumps(result([feature(10**30, [])])), "no valid feature_index_in_sae: 1000"),
+        (json.dumps(result([feature(10**30, [])])), "is not valid JSON: .*integer overflow"),
+        (json.dumps(result([feature(2**62 * 2, [])])), "integer overflow"),
         (json.dumps(result([feature(7, [5])])), "x.json: results_by_feature.0.trials.0: .*dictionary"),  # type: ignore[list-item]
-        (json.dumps(result([feature(7, [trial(30, seed=10**30)])])), "x.json: results_by_feature.0.trials.0.seed: "),
+        (json.dumps(result([feature(7, [trial(30, seed=10**30)])])), "is not valid JSON: .*integer overflow"),
         (json.dumps(result([feature(7, [trial(30, steerback=5)])])), "x.json: .*trials.0.steerback: .*dictionary"),
         (json.dumps(result([feature(7, [])], ablated_latents=["x"])), "x.json: ablated_latents.0: .*integer"),
         (json.dumps(result([feature(7, [trial(30, threshold=None)])], n_boost_levels=4)), "needs threshold_cache"),
@@ -378,3 +384,58 @@ def test_an_import_that_cannot_be_written_leaves_nothing_behind(
     with pytest.raises(SteerbackError, match="the disk is full"):
         import_authors([write(tmp_path / "x.json", result([feature(7, IRREGULAR)]))], tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_files_of_one_model_are_pooled_and_gzip_is_read(tmp_path: Path) -> None:
+    one = write(tmp_path / "one.json", result([feature(7, [trial(attempts(30, 60), 2, seed=1)])]))
+    two = tmp_path / "two.json.gz"
+    two.write_bytes(gzip.compress(json.dumps(result([feature(7, [trial(attempts(50), seed=2)])])).encode()))
+    found = import_authors([one, two, one], tmp_path / "run")
+    assert (found.experiment, found.counts["trials"]) == ("esr", 2)
+    head = analysed(tmp_path / "run").summary["targets"]["llama-3.3-70b"]["conditions"]["steered"]["headline"]
+    assert head["multi_attempt_rate"]["value"] == 1 / 2
+    (tmp_path / "bad.json.gz").write_bytes(two.read_bytes()[:-20])
+    with pytest.raises(SteerbackError, match="is damaged"):
+        import_authors([tmp_path / "bad.json.gz"], tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
+
+
+def ablated(path: Path, latents: list[int], *scores: int, seeds: tuple[int, ...] = (2, 1)) -> Path:
+    trials = [trial(attempts(*scores), len(scores), seed=seed) for seed in seeds]
+    return write(path, result([feature(k, trials) for k in (7, 8)], ablated_latents=latents))
+
+
+def test_baseline_detectors_and_random_sets_become_a_random_ablation(tmp_path: Path) -> None:
+    plain = [trial(attempts(*((30, 60) if seed == 1 else (40,))), 2, seed=seed) for seed in (1, 2)]
+    base = write(tmp_path / "base.json", result([feature(k, plain) for k in (7, 8)]))
+    off = ablated(tmp_path / "r_with_ablation.json", [3, 4], 30)
+    sets = [ablated(tmp_path / f"r_random_ablation_set{i}.json", [50 + i, 60 + i], 30, 70) for i in range(2)]
+    assert import_authors([*sets, off, base], tmp_path / "run").experiment == "random-ablation"
+    target = analysed(tmp_path / "run").summary["targets"]["llama-3.3-70b"]
+    assert target["random_sets"]["sets"] == [[50, 60], [51, 61]]
+    assert {c: x["pairs"] for c, x in target["comparisons"].items()} == dict.fromkeys(
+        ("ablated", "random 1", "random 2"), 4
+    )
+    with Ledger(tmp_path / "run" / "ledger.sqlite", read_only=True) as ledger:
+        seeds = {(r.trial.latent, r.trial.index): {r.trial.seed} for r in ledger.rows(condition="baseline")}
+        for row in ledger.rows():
+            assert row.trial.seed in seeds[row.trial.latent, row.trial.index]  # pairs replay the seed
+    with pytest.raises(SteerbackError, match="--detectors FILE"):
+        import_authors([base, off, ablated(tmp_path / "b.json", [5, 6], 30)], tmp_path / "unclear")
+    named = import_authors([base, off, tmp_path / "b.json"], tmp_path / "named", detectors=[6, 5])
+    assert named.experiment == "random-ablation"
+
+
+def test_settings_come_from_the_file_or_are_unknown(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", result([feature(7, [trial(attempts(30))])], config={"n_trials_per_feature": 5}))
+    import_authors([path], tmp_path / "run")
+    with Run.read(tmp_path / "run") as run:
+        assert (run.config.calibration.target_score, run.config.trials_per_latent) == (30, 5)
+        files = run.ledger.get("", IMPORTED)
+    analysed(tmp_path / "run")
+    assert files is not None
+    assert {"sampling.temperature", "sampling.repetition_penalty", "calibration.max_iterations"} <= set(files.unknown)
+    settings = table_of_numbers().settings
+    notes = deviations(run.config, "authors", settings, files.unknown)
+    assert notes[0].startswith("not in the imported files: calibration rounds")
+    assert not any("temperature" in note or "filter" in note for note in notes[1:])

@@ -46,7 +46,7 @@ def test_llama_is_told_the_templates_own_date() -> None:
 
 def test_the_authors_header_is_doubled_and_nothing_else() -> None:
     plain, doubled = Prompter(tokenizer(LLAMA)), Prompter(tokenizer(LLAMA), "authors")
-    second = "<|begin_of_text|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    second = "<|begin_of_text|><|start_header_id|>assistant<|end_header_id|>"
     for system in (None, "Be short."):
         assert doubled.render("Hi", system) == plain.render("Hi", system) + second
     assert len(doubled.tokens("Hi")) == len(plain.tokens("Hi")) + len(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from operator import eq
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -358,9 +359,14 @@ class Spend:
 
 
 def is_degraded(text: str) -> bool:
-    """Five or more identical consecutive words (split on whitespace), the specification's mark of degradation."""
+    """Five or more identical consecutive words (split on whitespace), the specification's mark of degradation.
+
+    As in the authors' code, words of one character (`- - - - -`) do not count.
+    """
     words = text.split()
-    return b"\1\1\1\1" in bytes(map(eq, words, words[1:]))  # equal to the next word, four times in a row
+    if b"\1\1\1\1" not in bytes(map(eq, words, words[1:])):  # equal to the next word, four times in a row
+        return False
+    return b"\1\1\1\1" in bytes(a == b and len(a) > 1 for a, b in pairwise(words))
 
 
 def digest(value: Any) -> str:

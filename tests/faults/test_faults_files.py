@@ -39,7 +39,7 @@ from steerback.jobs import execute
 from steerback.judging.models import read_dotenv
 from steerback.judging.own_rubric import read_rubric
 from steerback.latents.sampling import parse_latents
-from steerback.published.schema import read_source
+from steerback.published.sources import read_source
 from steerback.report.labelling import read_labels
 from steerback.store.ledger import Ledger
 from steerback.targets.directions import read_vector

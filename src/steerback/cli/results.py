@@ -101,16 +101,21 @@ def import_command(
     target: Annotated[str | None, typer.Option(help="Name of the model; default: from the files.")] = None,
     judge: Annotated[str | None, typer.Option(help="Name of the judge; default: from the files.")] = None,
     condition: Annotated[str | None, typer.Option(help="Name of the condition; default: from the files.")] = None,
+    detectors: Annotated[
+        Path | None, typer.Option(help="Which of several ablated sets is the detectors': a JSON list of latents.")
+    ] = None,
     runs: RunsFolder = RUNS,
 ) -> None:
-    """Read the authors' result files into a run, so that all analyses and figures work on them."""
+    """Read the authors' result files (.json, .json.gz) into a run, so that all analyses and figures work on them."""
+    from steerback.experiments.detectors import read_latents
     from steerback.jobs import campaign
     from steerback.published.authors import import_authors
     from steerback.store.run import new_or_nothing, new_run, plain
 
-    folder = new_run(name or plain(files[0].stem) or "imported", runs)
+    listed = None if detectors is None else [k for k in read_latents(detectors) if isinstance(k, int)]
+    folder = new_run(name or plain(files[0].name.removesuffix(".gz").removesuffix(".json")) or "imported", runs)
     with new_or_nothing(folder):
-        imported = import_authors(files, folder, target, judge, condition)
+        imported = import_authors(files, folder, target, judge, condition, listed)
         analysis = campaign.reanalyse(folder)
     for line in (*imported.lines(), *campaign.report(analysis, folder)):
         say(line)
@@ -130,7 +135,7 @@ def export(
     runs: RunsFolder = RUNS,
 ) -> None:
     """Write a run's trials: the authors' JSON, one row a trial, logs of Inspect AI with all judges, or a dataset."""
-    from steerback.published.authors import export_authors
+    from steerback.published.exports import export_authors
     from steerback.report import dataset
     from steerback.report.export import FORMATS, export_flat
     from steerback.report.inspect_logs import export_inspect, require_inspect

@@ -69,8 +69,11 @@ class Conversation:
 
 
 STYLES = ("chat", "plain", "authors")
-SECOND_HEADER = "<|begin_of_text|><|start_header_id|>assistant<|end_header_id|>\n\n"
-"""What the authors' code appends to Llama's chat prompt, which ends in an assistant header already."""
+SECOND_HEADER = "<|begin_of_text|><|start_header_id|>assistant<|end_header_id|>"
+"""The four tokens that the authors' code appends to Llama's chat prompt, which ends in an assistant header already.
+
+The last one is 128007: no line break follows.
+"""
 MARK = "\ue000"
 """Stands for a user's words in a template; a character for private use."""
 DATE = "26 Jul 2024"

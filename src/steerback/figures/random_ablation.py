@@ -71,6 +71,7 @@ def match_table(sets: Mapping[str, ControlSets]) -> Table:
     rows = [
         (target, i, members, quality)
         for target, control in sets.items()
+        if control.quality  # an imported run has none
         for i, (members, quality) in enumerate(zip(control.sets, control.quality, strict=True), 1)
     ]
     return Table(
@@ -104,8 +105,8 @@ def match_table(sets: Mapping[str, ControlSets]) -> Table:
 
 def _line(target: str, ranks: Mapping[str, Rank | None], control: ControlSets) -> str:
     """One line: how far the ablation of the detectors lies from those of the sets."""
-    kind = (
-        f"{len(control.sets)} {control.method} sets of {len(control.sets[0])} from {control.n_candidates} live latents"
+    kind = f"{len(control.sets)} {control.method} sets of {len(control.sets[0])}" + (
+        "" if control.n_candidates is None else f" from {control.n_candidates} live latents"
     )
     overlap = f", which share {control.overlap:.0%} of their latents" if control.overlap else ""
     r = ranks["multi_attempt_rate"]

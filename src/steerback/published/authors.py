@@ -1,63 +1,80 @@
-"""The authors' result files as a run of ours, and a run of ours as such files.
+"""The authors' result files as a run of ours; all files of one model are pooled, as their plots do.
 
 After import every analysis and figure works on the ledger. The files hold no token ids, receipts or restart phrases,
-and none are made up: the run's fact `imported` says so, and counts irregular trials.
+and none are made up: the run's fact `imported` says so, and counts irregular trials. Files are read one latent at a
+time, so memory does not grow with their texts.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from pydantic import JsonValue
 
-from steerback.config import RunConfig
+from steerback.config import RunConfig, authors, parse_config
 from steerback.errors import SteerbackError
-from steerback.published.schema import (
-    AuthorsFeature,
-    AuthorsTrial,
-    OwnTrial,
-    Source,
-    judgement_of,
-    read_source,
-    split_prompt,
-)
+from steerback.published.exports import EXPORTED_FACTS
+from steerback.published.pairing import TrialNumbers
+from steerback.published.schema import AuthorsFeature, AuthorsTrial, OwnTrial, judgement_of, split_prompt
+from steerback.published.sources import Ablations, Source, ablations, named, read_source
 from steerback.readers import read_json_table
-from steerback.records import Completion, Intervention, Judgement, Latent, LatentKey, Receipt, Trial, digest
+from steerback.records import Completion, Intervention, Judgement, Latent, LatentKey, Receipt, Trial
 from steerback.store.facts import (
+    ABLATED,
+    BASELINE,
+    DETECTOR_SET,
+    DOSES,
     IMPORTED,
     LATENTS,
     META_PROMPTS,
+    RANDOM_SETS,
     SWEEP,
     UNSTEERED,
+    ControlSets,
+    Detector,
+    DetectorSet,
+    Dose,
     ImportedFiles,
     MetaPromptSet,
     Selection,
     Sweep,
 )
-from steerback.store.files import make_folder
-from steerback.store.ledger import Row
 from steerback.store.manifest import ImportedFile
-from steerback.store.run import Run, new_or_nothing, write_json
+from steerback.store.run import Run, new_or_nothing
 
 ENGINE = "imported"
 SETS = {  # kinds of the files of one import: the experiment that they make up, condition of the plain files
     frozenset({"plain"}): ("esr", "steered"),
     frozenset({"sweep"}): ("boost-sweep", ""),
-    frozenset({"unsteered"}): ("no-steering", "baseline"),
-    frozenset({"plain", "unsteered"}): ("no-steering", "baseline"),
-    frozenset({"variant"}): ("meta-prompts", "baseline"),
-    frozenset({"plain", "variant"}): ("meta-prompts", "baseline"),
+    frozenset({"unsteered"}): ("no-steering", BASELINE),
+    frozenset({"plain", "unsteered"}): ("no-steering", BASELINE),
+    frozenset({"variant"}): ("meta-prompts", BASELINE),
+    frozenset({"plain", "variant"}): ("meta-prompts", BASELINE),
+    frozenset({"plain", "ablated"}): ("detector-ablation", BASELINE),
+    frozenset({"plain", "ablated", "random"}): ("random-ablation", BASELINE),
 }
 WHOLE = ("esr", "no-steering", "boost-sweep", "meta-prompts", "held-out")
 """Experiments that need nothing but trials and the facts that our exports hold."""
-EXPORTED_FACTS = ("sweep", "meta-prompts")
 SMALLEST_SD = 1e-6
 """Boosts are rounded and compared in steps of the standard deviation, so a smaller one tells none apart."""
+BATCH = 500
+"""Trials that are written to the ledger at once."""
+KNOWN: Mapping[str, tuple[str, float]] = {
+    "calibration.target_score": ("target_score_normalized", 100),
+    "calibration.max_iterations": ("threshold_n_trials", 1),
+    "calibration.trials_per_iteration": ("threshold_samples_per_trial", 1),
+    "sampling.max_new_tokens": ("max_completion_tokens", 1),
+    "trials_per_latent": ("n_trials_per_feature", 1),
+    "selection.concreteness_threshold": ("min_feature_concreteness", 1),
+}
+"""Setting of ours: the field of the authors' settings that holds it, and the factor between the two."""
+UNKNOWN = ("sampling.temperature", "sampling.repetition_penalty", "selection.relevance", "selection.rater")
+"""Settings that no file holds."""
 
 
 @dataclass(frozen=True)
@@ -77,18 +94,15 @@ class Levels:
 
 @dataclass
 class Imported:
-    """The result of an import: the experiment it is analysed as, its trials, and counts of irregular ones."""
+    """The result of an import: the experiment it is analysed as, and counts of irregular trials."""
 
     experiment: str
     targets: list[str]
     judge: str
     counts: Counter[str] = field(default_factory=Counter)
     failed: set[tuple[str, str, LatentKey]] = field(default_factory=set)
-    trials: dict[str, Trial] = field(default_factory=dict)
-    completions: dict[str, Completion] = field(default_factory=dict)
-    verdicts: dict[str, Judgement] = field(default_factory=dict)
-    pairs: dict[tuple[str, LatentKey, str, int], int] = field(default_factory=dict)
-    """Index of the n-th trial of a target, latent and prompt, the same in all conditions."""
+    levels: dict[str, set[float]] = field(default_factory=dict)
+    """Levels of a sweep by target."""
 
     def lines(self) -> list[str]:
         """One line for the terminal."""
@@ -102,17 +116,19 @@ def import_authors(
     target: str | None = None,
     judge: str | None = None,
     condition: str | None = None,
+    detectors: Sequence[int] | None = None,
 ) -> Imported:
     """Write the files into the run `folder`.
 
-    `target` and `judge` replace the names in the files; `condition` names the condition of all of them. Trials of
-    several files are paired by latent, object-level prompt and their order. Everything is checked before the folder is
+    `target` and `judge` replace the names in the files; `condition` names the condition of all of them; `detectors`
+    says which of several ablated sets is the detectors'. Trials of the same condition are pooled, and paired across
+    conditions (`TrialNumbers`). A file that is given twice counts once. Every file is checked before the folder is
     made; a run of the same name must come from the same files.
     """
-    for option, named in (("--target", target), ("--judge", judge), ("--condition", condition)):
-        if named is not None and not named.strip():
+    for option, name in (("--target", target), ("--judge", judge), ("--condition", condition)):
+        if name is not None and not name.strip():
             raise SteerbackError(f"{option} is empty; give it a name or leave it out")
-    sources = [read_source(path, condition) for path in paths]
+    sources = list({s.sha256: s for s in (read_source(path, condition) for path in paths)}.values())
     if not sources:
         raise SteerbackError("name at least one result file to import")
     judges = {judge} if judge else {s.judge for s in sources}
@@ -120,23 +136,44 @@ def import_authors(
         raise SteerbackError(
             f"the files were judged by {', '.join(sorted(judges))}; import one judge's files at a time"
         )
-    experiment, plain = _experiment(sources)
+    sets = Ablations() if condition else ablations(sources, detectors)
+    sources = sources if condition else named(sources, sets)
+    experiment, plain = _experiment(sources, sets)
     result = Imported(experiment, list(dict.fromkeys(target or s.model for s in sources)), judges.pop())
-    for source in sources:
-        used = condition or (plain if source.kind == "plain" else source.condition)
-        _read(source, target or source.model, used, result)
-    facts = _facts(sources, target, result)
-    result.experiment = _analysable(result, facts)
-    files: list[ImportedFile] = [{"file": s.path.name, "sha256": s.sha256} for s in sources]
+    result.experiment = _analysable(result, sources, target)
     _same_files(folder, sources)
-    with new_or_nothing(folder), Run.start(folder, _config(result, sources)) as run:
-        run.write_manifest({"imported": files})
-        run.ledger.add_trials(list(result.trials.values()))
-        run.ledger.add_completions((key, completion, ENGINE) for key, completion in result.completions.items())
-        run.ledger.add_judgements(result.verdicts.items())
-        for (owner, name), value in facts.items():
+    config, unknown = _config(result, sources)
+    with new_or_nothing(folder), Run.start(folder, config) as run:
+        pairs = TrialNumbers()
+        for source in sources:
+            used = condition or (plain if source.kind == "plain" else source.condition)
+            _write(run, _trials(source, target or source.model, used, result, pairs))
+        result.counts["latents that failed"] = len(result.failed)
+        files: list[ImportedFile] = [{"file": s.path.name, "sha256": s.sha256} for s in sources]
+        run.write_manifest({"imported": files, "unknown settings": unknown})
+        for (owner, name), value in _facts(sources, target, result, sets, unknown).items():
             run.ledger.put_json(owner, name, value)
     return result
+
+
+Entry = tuple[Trial, Completion, Judgement | None]
+
+
+def _write(run: Run, entries: Iterable[Entry]) -> None:
+    """Write trials with their responses and verdicts, `BATCH` at a time."""
+    batch: list[Entry] = []
+
+    def flush() -> None:
+        run.ledger.add_trials([trial for trial, _, _ in batch])
+        run.ledger.add_completions((trial.key, completion, ENGINE) for trial, completion, _ in batch)
+        run.ledger.add_judgements((trial.key, verdict) for trial, _, verdict in batch if verdict is not None)
+        batch.clear()
+
+    for entry in entries:
+        batch.append(entry)
+        if len(batch) == BATCH:
+            flush()
+    flush()
 
 
 def _same_files(folder: Path, sources: Sequence[Source]) -> None:
@@ -150,109 +187,118 @@ def _same_files(folder: Path, sources: Sequence[Source]) -> None:
         raise SteerbackError(f"run {folder.name!r} was imported from other files; choose another --name")
 
 
-def _analysable(result: Imported, facts: Mapping[tuple[str, str], JsonValue]) -> str:
-    """Return the experiment, or "imported" where a target lacks a condition or fact that its analysis reads."""
-    needed = {"boost-sweep": SWEEP.name, "meta-prompts": META_PROMPTS.name}.get(result.experiment)
-    unsteered = {t.target for t in result.trials.values() if t.condition == UNSTEERED}
-    for name in result.targets:
-        if (needed and (name, needed) not in facts) or (result.experiment == "no-steering" and name not in unsteered):
-            return "imported"
-    return result.experiment
-
-
-def _experiment(sources: Sequence[Source]) -> tuple[str, str]:
+def _experiment(sources: Sequence[Source], sets: Ablations) -> tuple[str, str]:
     """The experiment of the files together, and the condition of the plain ones."""
     ours = {s.file.steerback.experiment for s in sources if s.kind == "ours" and s.file.steerback is not None}
     if ours:
         name = ours.pop()
-        return (name if not ours and name in WHOLE else "imported"), "baseline"
-    return SETS.get(frozenset(s.kind for s in sources), ("imported", "baseline"))
+        return (name if not ours and name in WHOLE else "imported"), BASELINE
+    kinds: set[str] = {s.kind for s in sources}
+    if sets.random:
+        kinds |= {"random"}
+        kinds -= set() if sets.detectors else {"ablated"}
+    return SETS.get(frozenset(kinds), ("imported", BASELINE))
 
 
-def _config(result: Imported, sources: Sequence[Source]) -> RunConfig:
-    first = sources[0].file.experiment_config
-    config = RunConfig(
-        experiment=result.experiment,
-        targets=tuple(result.targets),
-        preset="authors",
-        engine=ENGINE,
-        judge=result.judge,
-        n_latents=max(len({f.index for s in sources for f in s.file.results_by_feature}), 1),
-    )
-    calibration, sampling = config.calibration, config.sampling
-    goal, tokens = first.target_score_normalized, first.max_completion_tokens
-    if goal is not None and 0 < goal < 1:
-        calibration = calibration.model_copy(update={"target_score": 100 * goal})
-    if tokens is not None and tokens > 0:
-        sampling = sampling.model_copy(update={"max_new_tokens": tokens})
-    return config.model_copy(update={"calibration": calibration, "sampling": sampling})
+def _analysable(result: Imported, sources: Sequence[Source], target: str | None) -> str:
+    """Return the experiment, or "imported" where a target lacks a condition or fact that its analysis reads."""
+    needed: dict[str, set[str]] = {
+        "no-steering": {UNSTEERED},
+        "detector-ablation": {ABLATED},
+        "random-ablation": {ABLATED, ControlSets.condition(1)},
+    }
+    fact = {"boost-sweep": SWEEP.name, "meta-prompts": META_PROMPTS.name}.get(result.experiment)
+    for name in result.targets:
+        own = [s for s in sources if (target or s.model) == name]
+        facts = {f for s in own for f in ((s.file.steerback and s.file.steerback.facts) or {})}
+        facts |= {SWEEP.name for s in own if s.kind == "sweep"}
+        facts |= {META_PROMPTS.name} if not any(s.kind == "ours" for s in own) else set()
+        conditions = {s.condition for s in own if s.trials}
+        if (fact and fact not in facts) or not needed.get(result.experiment, set()) <= conditions:
+            return "imported"
+    return result.experiment
 
 
-def _read(source: Source, target: str, condition: str, result: Imported) -> None:
-    """Add a file's trials to the result; a trial that is there already is not counted again."""
-    seen: Counter[tuple[str, LatentKey, str]] = Counter()
+def _config(result: Imported, sources: Sequence[Source]) -> tuple[RunConfig, list[str]]:
+    """Return the settings of the files on top of the preset `authors`, and those that are not known from the files."""
+    base = authors(result.experiment, ("imported",))
+    values: dict[str, object] = base.model_dump(mode="json")
+    values |= {"targets": result.targets, "engine": ENGINE, "judge": result.judge}
+    values["n_latents"] = max(len({key for s in sources for key in s.labels}), 1)
+    unknown = list(UNKNOWN)
+    prompts = {s.file.experiment_config.prompts_file for s in sources}
+    if len(prompts) > 1 or not all(prompts):
+        unknown.append("prompts")
+    else:
+        values["prompts"] = prompts.pop()
+    for key, (name, factor) in KNOWN.items():
+        given = {getattr(s.file.experiment_config, name) for s in sources}
+        value = given.pop() if len(given) == 1 else None
+        if value is None or value <= 0 or (factor == 100 and value >= 1):
+            unknown.append(key)
+            continue
+        place: object = values
+        *path, last = key.split(".")
+        for part in path:
+            place = place[part] if isinstance(place, dict) else None
+        if isinstance(place, dict):
+            place[last] = value * factor
+    if "selection.concreteness_threshold" in unknown:
+        unknown.append("selection.concreteness")
+    return parse_config(values, "settings of the files"), sorted(unknown)
+
+
+def _trials(source: Source, target: str, condition: str, result: Imported, pairs: TrialNumbers) -> Iterator[Entry]:
+    """Yield a file's trials with what came of them, and count the irregular ones."""
     levels = _levels(source)
-    for feature in source.file.results_by_feature:
+    for feature in source.features():
         if feature.error:
             result.failed.add((target, condition, feature.index))
-        for entry in feature.trials or []:
-            trial = _trial(source, feature, entry, target, condition, levels, seen, result.pairs)
-            if trial.key in result.trials:
-                if result.trials[trial.key] != trial:
-                    raise SteerbackError(
-                        f"{source.path}: trial {trial.key} is another one than in a file before it; import the files "
-                        "of one condition apart, with a --condition each"
-                    )
-                continue
+        entries = feature.trials or []
+        split = [_prompts(source, feature, entry) for entry in entries]
+        boosts = [feature.boost(entry) for entry in entries]
+        if levels is not None:
+            result.levels.setdefault(target, set()).update(levels.of(boost) for boost in boosts)
+        places = [condition if levels is None else Sweep.condition(levels.of(boost)) for boost in boosts]
+        numbers = pairs.numbers(
+            target,
+            feature.index,
+            [
+                (place, prompt, entry.seed, (entry.steerback or OwnTrial()).index)
+                for place, (prompt, _), entry in zip(places, split, entries, strict=True)
+            ],
+            str(source.path),
+        )
+        for entry, place, (prompt, meta), boost, number in zip(entries, places, split, boosts, numbers, strict=True):
+            edits = [Intervention("add", feature.index, boost)] if boost and source.kind != "unsteered" else []
+            edits += [Intervention("clamp", key, 0.0) for key in source.file.ablated_latents or []]
+            trial = Trial(
+                key=f"{target}/measure/{place}/{number}",
+                target=target,
+                stage="measure",
+                condition=place,
+                index=number,
+                prompt=prompt,
+                seed=entry.seed or 0,
+                latent=feature.index,
+                label=feature.label,
+                meta_prompt=meta,
+                interventions=tuple(edits),
+            )
             completion, judgement, lost = _answer(entry, result.judge)
-            result.trials[trial.key], result.completions[trial.key] = trial, completion
-            if judgement is not None:
-                result.verdicts[trial.key] = judgement
             result.counts["trials"] += 1
             result.counts["trials without a response"] += completion.finish == "error"
             result.counts["unscored"] += judgement is not None and judgement.status == "unscored"
             result.counts["attempts whose text does not occur in the response"] += lost
-    result.counts["latents that failed"] = len(result.failed)
+            yield trial, completion, judgement
 
 
-def _trial(
-    source: Source,
-    feature: AuthorsFeature,
-    entry: AuthorsTrial,
-    target: str,
-    condition: str,
-    levels: Levels | None,
-    seen: Counter[tuple[str, LatentKey, str]],
-    pairs: dict[tuple[str, LatentKey, str, int], int],
-) -> Trial:
-    """One trial; its index is the same in all conditions for the n-th trial of a latent and prompt."""
-    ours = entry.steerback or OwnTrial()
-    prompt, meta = split_prompt(entry.prompt, source.file.variant.template, feature.text)
-    if ours.meta_prompt is not None:
-        meta = ours.meta_prompt
-        prompt = entry.prompt.removesuffix(meta).strip()
-    boost = feature.boost(entry)
-    if levels is not None:
-        condition = Sweep.condition(levels.of(boost))
-    place = (condition, feature.index, prompt)
-    pair = (target, feature.index, prompt, seen[place])
-    seen[place] += 1
-    number = ours.index if ours.index is not None else pairs.setdefault(pair, len(pairs))
-    edits = [Intervention("add", feature.index, boost)] if boost and source.kind != "unsteered" else []
-    edits += [Intervention("clamp", key, 0.0) for key in source.file.ablated_latents or []]
-    return Trial(
-        key=f"{target}/measure/{condition}/{number}",
-        target=target,
-        stage="measure",
-        condition=condition,
-        index=number,
-        prompt=prompt,
-        seed=entry.seed or 0,
-        latent=feature.index,
-        label=feature.label,
-        meta_prompt=meta,
-        interventions=tuple(edits),
-    )
+def _prompts(source: Source, feature: AuthorsFeature, entry: AuthorsTrial) -> tuple[str, str]:
+    """Object-level prompt and meta-prompt of a trial."""
+    meta = (entry.steerback or OwnTrial()).meta_prompt
+    if meta is not None:
+        return entry.prompt.removesuffix(meta).strip(), meta
+    return split_prompt(entry.prompt, source.file.variant.template, feature.text)
 
 
 def _answer(entry: AuthorsTrial, judge: str) -> tuple[Completion, Judgement | None, int]:
@@ -267,50 +313,71 @@ def _levels(source: Source) -> Levels | None:
     """The levels of a sweep; None for other files."""
     if source.kind != "sweep":
         return None
-    features, stats = source.file.results_by_feature, source.file.threshold_cache_stats
+    stats = source.file.threshold_cache_stats
     if stats is not None and stats.mean is not None and stats.std:
         mean, sd = stats.mean, stats.std
     else:
-        own = [f.threshold for f in features if f.threshold is not None]
-        if len(own) < 2:
+        if len(source.thresholds) < 2:
             raise SteerbackError(f"{source.path}: a sweep needs threshold_cache_stats or at least two thresholds")
-        mean, sd = float(np.mean(own)), float(np.std(own))
+        mean, sd = float(np.mean(source.thresholds)), float(np.std(source.thresholds))
     if not (math.isfinite(mean) and SMALLEST_SD < sd < math.inf):
         raise SteerbackError(
             f"{source.path}: the standard deviation of the thresholds is {sd:g}, so its boosts have no levels; "
             "give threshold_cache_stats a finite mean and a std above 0"
         )
-    return Levels(mean, sd, len(features))
+    return Levels(mean, sd, len(source.labels))
 
 
-def _facts(sources: Sequence[Source], target: str | None, result: Imported) -> dict[tuple[str, str], JsonValue]:
+def _facts(
+    sources: Sequence[Source], target: str | None, result: Imported, sets: Ablations, unknown: list[str]
+) -> dict[tuple[str, str], JsonValue]:
     """Return the facts that analyses read besides the trials, by target and name, in the form they are stored in."""
     facts: dict[tuple[str, str], JsonValue] = {}
     for name in result.targets:
         own = [s for s in sources if (target or s.model) == name]
-        chosen = {f.index: f.label for s in own for f in s.file.results_by_feature}
+        chosen = {key: label for s in own for key, label in s.labels.items()}
         latents = [Latent(key, label) for key, label in chosen.items()]
         facts[name, LATENTS.name] = LATENTS.dump(Selection(chosen=latents, counts={"imported": len(latents)}))
         for source in own:
             for fact, value in ((source.file.steerback and source.file.steerback.facts) or {}).items():
                 facts[name, fact] = _own_fact(source, fact, value)
-        sweeps = [(s, levels) for s in own if (levels := _levels(s)) is not None]
+        sweeps = [levels for s in own if (levels := _levels(s)) is not None]
         if sweeps:
-            first = sweeps[0][1]
-            grid = {
-                levels.of(f.boost(t)) for s, levels in sweeps for f in s.file.results_by_feature for t in f.trials or []
-            }
-            swept = Sweep(
-                mean=first.mean, sd=first.sd, latents=first.latents, levels=sorted(grid), dropped={}, boosts="absolute"
-            )
+            first, grid = sweeps[0], sorted(result.levels.get(name, set()))
+            swept = Sweep(mean=first.mean, sd=first.sd, latents=len(chosen), levels=grid, dropped={}, boosts="absolute")
             facts[name, SWEEP.name] = SWEEP.dump(swept)
         if result.experiment == "meta-prompts" and not any(s.kind == "ours" for s in own):
             texts = {s.condition: s.file.variant.template for s in own if s.kind == "variant"}
             variants = MetaPromptSet(variants=texts, cells_without_label=0, parameters=None)
             facts[name, META_PROMPTS.name] = META_PROMPTS.dump(variants)
+        facts |= {(name, fact): value for fact, value in _ablation_facts(sets, chosen).items()}
     facts["", IMPORTED.name] = IMPORTED.dump(
-        ImportedFiles(files=[s.path.name for s in sources], counts=dict(result.counts))
+        ImportedFiles(files=[s.path.name for s in sources], counts=dict(result.counts), unknown=unknown)
     )
+    return facts
+
+
+def _ablation_facts(sets: Ablations, labels: Mapping[LatentKey, str | None]) -> dict[str, JsonValue]:
+    """Return the facts of an ablation: detectors, doses, random sets. How well they separate is not in the files."""
+    facts: dict[str, JsonValue] = {}
+    if sets.detectors:
+        members = [Detector(latent=k, label=labels.get(k), level=math.nan, auc=math.nan) for k in sets.detectors]
+        facts[DETECTOR_SET.name] = DETECTOR_SET.dump(DetectorSet(source="imported files", detectors=members))
+        doses = [
+            Dose(condition=BASELINE, share=0.0, level=0.0, latents=0),
+            Dose(condition=ABLATED, share=1.0, level=0.0, latents=len(members)),
+        ]
+        facts[DOSES.name] = DOSES.dump(doses)
+    if sets.random:
+        shared = sum(len(x) for x in sets.random) - len({k for x in sets.random for k in x})
+        control = ControlSets(
+            sets=[list(x) for x in sets.random],
+            method="imported",
+            quality=[],
+            n_candidates=None,
+            overlap=shared / sum(len(x) for x in sets.random),
+        )
+        facts[RANDOM_SETS.name] = RANDOM_SETS.dump(control)
     return facts
 
 
@@ -323,80 +390,3 @@ def _own_fact(source: Source, name: str, value: JsonValue) -> JsonValue:
     raise SteerbackError(
         f"{source.path}: steerback.facts holds {name[:80]!r}; an export holds {' and '.join(EXPORTED_FACTS)} alone"
     )
-
-
-def export_authors(run: Run, folder: Path, judge: str) -> list[Path]:
-    """Write one file in the authors' form for each target and condition of the measured trials."""
-    make_folder(folder)
-    paths = []
-    for target, condition in run.ledger.conditions():
-        rows = run.ledger.rows(target, "measure", condition, judge)
-        body = _body(run, target, condition, judge, rows)
-        safe = "".join(c if c.isalnum() or c in "+-." else "_" for c in f"{target}_{condition}")
-        paths.append(write_json(folder / f"experiment_results_{safe}.json", body))
-    return paths
-
-
-def _body(run: Run, target: str, condition: str, judge: str, rows: Sequence[Row]) -> dict[str, object]:
-    by_latent: dict[LatentKey | None, list[Row]] = {}
-    for row in rows:
-        by_latent.setdefault(row.trial.latent, []).append(row)
-    config = run.config
-    clamped = {i.latent for row in rows for i in row.trial.interventions if i.mode == "clamp"}
-    facts = {name: value for owner, name, value in run.ledger.facts() if owner == target and name in EXPORTED_FACTS}
-    return {
-        "experiment_config": {
-            "model_name": target,
-            "prompts_file": config.prompts,
-            "judge_model_name": judge,
-            "disable_steering": not any(row.trial.interventions for row in rows),
-            "target_score_normalized": config.calibration.target_score / 100,
-            "max_completion_tokens": config.sampling.max_new_tokens,
-            "n_trials_per_feature": config.trials_per_latent,
-            "n_features": len(by_latent),
-        },
-        "results_by_feature": [_feature(rows) for rows in by_latent.values()],
-        **({"ablated_latents": sorted(clamped, key=str), "num_ablated_latents": len(clamped)} if clamped else {}),
-        "steerback": {
-            "experiment": config.experiment,
-            "condition": condition,
-            "config": digest(config),
-            "facts": facts,
-        },
-    }
-
-
-def _feature(rows: Sequence[Row]) -> dict[str, object]:
-    first = rows[0].trial
-    return {**_named(first), "threshold": first.boost, "trials": [_entry(row) for row in rows], "error": None}
-
-
-def _named(trial: Trial) -> dict[str, object]:
-    return {"feature_index_in_sae": trial.latent, "feature_label": trial.label or f"feature_{trial.latent}"}
-
-
-def _entry(row: Row) -> dict[str, object]:
-    trial, judged, text = row.trial, row.judgement, row.judged_text
-    if judged is None or judged.status == "unscored":
-        score: dict[str, object] = {"error": judged.reason if judged else "not judged"}
-    else:
-        spans = [(text[a.start : a.end], a) for a in judged.attempts]
-        score = {
-            "attempts": [
-                {"attempt_text": part, "score": a.score, "phrase": a.phrase, "gated": a.gated} for part, a in spans
-            ]
-        }
-    return {
-        **_named(trial),
-        "prompt": f"{trial.prompt} {trial.meta_prompt}".strip(),
-        "threshold": trial.boost,
-        "seed": trial.seed,
-        "response": text if row.valid_receipt else "",
-        "score": score,
-        "error": None if row.valid_receipt else "not generated, or not steered as planned",
-        "steerback": {
-            "index": trial.index,
-            "meta_prompt": trial.meta_prompt,
-            "finish": row.completion.finish if row.completion else "unknown",
-        },
-    }

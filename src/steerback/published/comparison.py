@@ -7,7 +7,7 @@ from a model with planted behaviour, or from a judge that is no model, never get
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import resources
@@ -21,6 +21,7 @@ from steerback.config import RunConfig
 from steerback.errors import SteerbackError
 from steerback.figures.tables import Table, number
 from steerback.metrics import wilson
+from steerback.store.facts import IMPORTED
 from steerback.store.ledger import Ledger
 from steerback.store.run import stored_config
 
@@ -106,13 +107,15 @@ class Ours:
 class Finished:
     """A finished run: its folder's name, config and summary.
 
-    `planted` are the targets whose behaviour was trained into them on purpose.
+    `planted` are the targets whose behaviour was trained into them on purpose, `unknown` the settings that the files
+    of an imported run do not hold.
     """
 
     name: str
     config: RunConfig
     summary: RunSummary
     planted: Sequence[str]
+    unknown: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,9 @@ def finished(folders: Sequence[Path]) -> list[Finished]:
                 f"{folder / 'summary.json'} is damaged; make it again: steerback figures {folder}"
             ) from None
         with Ledger(folder / "ledger.sqlite", read_only=True) as ledger:
-            runs.append(Finished(folder.name, config, summary, planted(ledger, summary.targets)))
+            files = ledger.get("", IMPORTED)
+            unknown = files.unknown if files is not None else ()
+            runs.append(Finished(folder.name, config, summary, planted(ledger, summary.targets), unknown))
     return runs
 
 
@@ -180,7 +185,7 @@ def _lines(row: Published, target: str, runs: Sequence[Finished], settings: Sequ
         for run, measured in measurements:
             ours = our_number(run.summary.targets[measured], row)
             said = _verdict(row, source, value, ours, run, measured)
-            notes = (*deviations(run.config, SOURCES[source], settings), *row.notes)
+            notes = (*deviations(run.config, SOURCES[source], settings, run.unknown), *row.notes)
             yield Line(row, target, measured, source, value, run.name, ours, said, notes)
 
 
@@ -249,10 +254,19 @@ def verdict(ours: Ours, published: tuple[float, float], at_most: bool = False) -
     return "lower" if ours.high < published[0] else "agrees"
 
 
-def deviations(config: RunConfig, column: Column, settings: Sequence[Setting]) -> tuple[str, ...]:
-    """Settings of a run that differ from those of a column (specification or authors), in words."""
+def deviations(
+    config: RunConfig, column: Column, settings: Sequence[Setting], unknown: Collection[str] = ()
+) -> tuple[str, ...]:
+    """Settings of a run that differ from those of a column (specification or authors), in words.
+
+    Settings that are not known are listed as such and compared with nothing.
+    """
     differing = []
+    if missing := [setting.topic for setting in settings if setting.key in unknown]:
+        differing.append(f"not in the imported files: {', '.join(missing)}")
     for setting in settings:
+        if setting.key in unknown:
+            continue
         wanted, ours = setting.authors if column == "authors" else setting.specification, _at(config, setting.key)
         if isinstance(wanted, tuple):
             low, high = wanted

@@ -8,22 +8,16 @@ are `feature_<index>`. A field of another form than expected counts as missing, 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
-from steerback.errors import SteerbackError
-from steerback.readers import decode, parse_json, read_bytes
 from steerback.records import Attempt, FinishReason, Judgement, LatentKey
 
 RUBRIC = "imported"
-MODELS = ("llama-3.3-70b", "llama-3.1-8b", "gemma-2-2b", "gemma-2-9b", "gemma-2-27b")
 LARGEST = 2**63 - 1
 """The largest whole number that a ledger holds."""
 
@@ -59,7 +53,7 @@ def _latent(value: object) -> object:
     return value
 
 
-def _object(value: object) -> object:
+def object_or_empty(value: object) -> object:
     return value if isinstance(value, dict) else {}
 
 
@@ -132,8 +126,13 @@ class AuthorsConfig(Variant):
     model_name: Text = ""
     judge_model_name: Text = ""
     disable_steering: Flag = False
+    prompts_file: Text = ""
     target_score_normalized: Boost = None
+    threshold_n_trials: Whole = None
+    threshold_samples_per_trial: Whole = None
     max_completion_tokens: Whole = None
+    n_trials_per_feature: Whole = None
+    min_feature_concreteness: Boost = None
 
 
 class ThresholdStatistics(_Shape):
@@ -152,11 +151,10 @@ class OwnFile(_Shape):
 
 
 class AuthorsFile(_Shape):
-    """A result file."""
+    """A result file without its list `results_by_feature`."""
 
-    experiment_config: Annotated[AuthorsConfig, BeforeValidator(_object)] = AuthorsConfig()
-    experiment_metadata: Annotated[Variant, BeforeValidator(_object)] = Variant()
-    results_by_feature: list[AuthorsFeature]
+    experiment_config: Annotated[AuthorsConfig, BeforeValidator(object_or_empty)] = AuthorsConfig()
+    experiment_metadata: Annotated[Variant, BeforeValidator(object_or_empty)] = Variant()
     ablated_latents: list[Annotated[int, Field(ge=0, le=LARGEST)]] | None = None
     threshold_cache_stats: ThresholdStatistics | None = None
     n_boost_levels: Flag = False
@@ -184,53 +182,6 @@ class AuthorsFile(_Shape):
         return "plain", "baseline"
 
 
-@dataclass(frozen=True)
-class Source:
-    """A result file that was read. `condition` is its name in a ledger."""
-
-    path: Path
-    sha256: str
-    file: AuthorsFile
-    kind: FileKind
-    condition: str
-
-    @property
-    def model(self) -> str:
-        """Short name of the model, the registry's where it is one of the paper's five."""
-        name = _last_part(self.file.experiment_config.model_name or self.path.stem)
-        lower = name.lower().removeprefix("meta-")
-        merged = "merged" in lower or "masked" in lower  # the authors' fine-tuned models
-        return next((known for known in MODELS if lower.startswith(known) and not merged), lower)
-
-    @property
-    def judge(self) -> str:
-        """Name of the model that judged the responses."""
-        return self.file.experiment_config.judge_model_name or "imported"
-
-
-def _last_part(name: str) -> str:
-    return name.strip().rstrip("/").split("/")[-1].strip()
-
-
-def read_source(path: Path, condition: str | None = None) -> Source:
-    """Read and check one file; `condition` replaces the condition that follows from its content."""
-    raw = read_bytes(path, "result file")
-    body = parse_json(decode(raw, f"result file {path}"), f"result file {path}")
-    features = body.get("results_by_feature") if isinstance(body, dict) else None
-    if not isinstance(features, list) or not all(isinstance(f, dict) for f in features):
-        raise SteerbackError(f"{path} is not a result file of the authors' code: it has no list results_by_feature")
-    try:
-        file = AuthorsFile.model_validate(body)
-    except ValidationError as error:
-        first = error.errors()[0]
-        message = first["msg"].partition(" or instance of ")[0].removeprefix("Value error, ")
-        raise SteerbackError(f"{path}: {'.'.join(map(str, first['loc']))}: {message}; mend the file") from None
-    kind, named = file.kind()
-    if not named.strip() or (file.experiment_config.model_name and not _last_part(file.experiment_config.model_name)):
-        raise SteerbackError(f"{path}: experiment_config.model_name or the condition is empty; mend the file")
-    return Source(path, hashlib.sha256(raw).hexdigest(), file, kind, condition or named)
-
-
 def split_prompt(prompt: str, template: str | None, label: str | None) -> tuple[str, str]:
     """Return object-level and meta-prompt of a rendered variant; the whole prompt if the template does not fit."""
     if not template or "{prompt}" not in template:
@@ -253,8 +204,9 @@ class AuthorsAttempt(_Shape):
 def judgement_of(score: JsonValue, response: str, judge: str) -> tuple[Judgement, int]:
     """Return the verdict, and the number of attempts whose text does not occur in the response.
 
-    No attempts is the authors' sign of a clarifying question (empty); an error, a missing list or an attempt without
-    a score from 0 to 100 is unscored, never 0. The files name no restart phrases, so attempts are not gated.
+    No attempts is the authors' sign of a clarifying question (empty). As in their plots, an attempt without a score is
+    dropped; an error, a missing list, no scored attempt or a score outside 0 to 100 is unscored, never 0. The files
+    name no restart phrases, so attempts are not gated.
     """
     raw = json.dumps(score, ensure_ascii=False, sort_keys=True)
 
@@ -270,15 +222,15 @@ def judgement_of(score: JsonValue, response: str, judge: str) -> tuple[Judgement
         return unscored("the score has no list of attempts")
     if not listed:
         return Judgement(judge, RUBRIC, "empty", raw=raw), 0
-    read = [AuthorsAttempt.model_validate(_object(entry)) for entry in listed]
+    read = [AuthorsAttempt.model_validate(object_or_empty(entry)) for entry in listed]
     spans, lost = _spans([a.attempt_text for a in read], response)
     attempts = tuple(
         Attempt(start, end, a.score, a.phrase, a.gated)
         for (start, end), a in zip(spans, read, strict=True)
-        if a.score is not None and 0 <= a.score <= 100
+        if a.score is not None
     )
-    if len(attempts) < len(read):
-        return unscored("an attempt has no score from 0 to 100")
+    if not attempts or not all(0 <= a.score <= 100 for a in attempts):
+        return unscored("no attempt has a score" if not attempts else "an attempt has a score outside 0 to 100")
     return Judgement(judge, RUBRIC, "scored", attempts, raw=raw), lost
 
 

@@ -6,6 +6,7 @@ limited depth and size, with text that can be written again.
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import re
 import select
 import stat
 import tomllib
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +34,8 @@ LONGEST_HEADER = 100_000_000
 """Bytes of a safetensors header, as in the format's own library."""
 DEEPEST, MOST_NODES, WIDEST_INTEGER = 64, 100_000, 1000
 """Levels of nesting; values in a YAML file, whose aliases can multiply; bits of an integer (1,024 are no float)."""
+GZIP = b"\x1f\x8b"
+"""First bytes of a file compressed by gzip; no UTF-8 text begins with them."""
 PATIENCE = 10.0
 """Seconds in which a pipe has to give something."""
 
@@ -39,7 +43,7 @@ PATIENCE = 10.0
 def read_bytes(path: Path, what: str, largest: int = LARGEST) -> bytes:
     """Return the content of a file, or of a pipe that somebody writes to."""
     where = f"{what} {path}"
-    with _opened(path, what) as file:
+    with opened(path, what) as file:
         regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
         content = file.read(largest + 1) if regular else _from_pipe(file.fileno(), where, largest)
     if len(content) > largest:
@@ -48,7 +52,7 @@ def read_bytes(path: Path, what: str, largest: int = LARGEST) -> bytes:
 
 
 @contextmanager
-def _opened(path: Path, what: str) -> Iterator[io.FileIO]:
+def opened(path: Path, what: str) -> Iterator[io.FileIO]:
     """Open a file without waiting, as opening a pipe would; what fails until it is closed is one line."""
     try:
         with io.FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)) as file:
@@ -74,8 +78,22 @@ def _from_pipe(handle: int, where: str, largest: int) -> bytes:
 
 
 def read_text(path: Path, what: str, largest: int = LARGEST) -> str:
-    """Return the text of a UTF-8 file, without a byte-order mark."""
-    return decode(read_bytes(path, what, largest), f"{what} {path}")
+    """Return the text of a UTF-8 file, plain or compressed by gzip, without a byte-order mark."""
+    where = f"{what} {path}"
+    content = read_bytes(path, what, largest)
+    return decode(unpacked(content, where, largest) if content.startswith(GZIP) else content, where)
+
+
+def unpacked(content: bytes, where: str, largest: int = LARGEST) -> bytes:
+    """Return what gzip compressed. Raises SteerbackError if it is damaged or larger than `largest` bytes."""
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
+            plain = file.read(largest + 1)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise SteerbackError(f"{where} is damaged: {error}; fetch or compress it again") from None
+    if len(plain) > largest:
+        raise SteerbackError(f"{where} unpacks to more than {largest:,} bytes, the most that is read")
+    return plain
 
 
 def decode(content: bytes, where: str) -> str:
@@ -127,7 +145,7 @@ def parse_json(text: str, where: str) -> Json:
         value: Json = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise SteerbackError(f"{where} is not valid JSON: {_reason(error)}") from None
-    return _checked(value, where)
+    return checked(value, where)
 
 
 def _once(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
@@ -145,7 +163,7 @@ def read_toml(path: Path, what: str) -> dict[str, Json]:
         value: Json = tomllib.loads(read_text(path, what, LARGEST_SETTINGS))
     except (ValueError, RecursionError) as error:
         raise SteerbackError(f"{where} is not valid TOML: {_reason(error)}") from None
-    return _table(_checked(value, where), where)
+    return _table(checked(value, where), where)
 
 
 def read_yaml(path: Path, what: str) -> dict[str, Json]:
@@ -163,7 +181,7 @@ def parse_yaml(text: str, where: str) -> Json:
         value: Json = yaml.load(text, Loader=_Yaml)  # a SafeLoader: it builds plain values only
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SteerbackError(f"{where} is not valid YAML: {_reason(error)}") from None
-    return _checked(value, where, MOST_NODES)
+    return checked(value, where, MOST_NODES)
 
 
 class _Yaml(yaml.SafeLoader):
@@ -198,7 +216,7 @@ for _name, (_pattern, _first) in _REPLACED.items():
 def read_safetensors_header(path: Path, what: str) -> dict[str, dict[str, Json]]:
     """Return the header of a safetensors file: dtype, shape and place of each tensor, and `__metadata__`."""
     where = f"{what} {path}"
-    with _opened(path, what) as file:
+    with opened(path, what) as file:
         size = int.from_bytes(file.read(8), "little")
         content = file.read(size) if size <= min(LONGEST_HEADER, os.fstat(file.fileno()).st_size) else b""
     if len(content) != size:
@@ -225,7 +243,7 @@ def _table(value: Json, where: str) -> dict[str, Json]:
     return value
 
 
-def _checked(value: Json, where: str, most: int | None = None) -> Json:
+def checked(value: Json, where: str, most: int | None = None) -> Json:
     """Return a parsed value. Raises SteerbackError if later code could not handle it: too deep, too large, no text."""
     waiting: list[tuple[object, int]] = [(value, 0)]
     seen = 0

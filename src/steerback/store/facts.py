@@ -98,6 +98,8 @@ class ImportedFiles(Record):
 
     files: list[str] = []
     counts: dict[str, int] = {}
+    unknown: list[str] = []
+    """Settings that the files do not hold or do not agree on; the config's values of these mean nothing."""
 
 
 class Provenance(Record):
@@ -240,7 +242,8 @@ class ControlSets(Record):
     sets: list[list[int]]
     method: str
     quality: list[SetQuality]
-    n_candidates: int
+    n_candidates: int | None
+    """Number of live latents that the sets were drawn from; None: not known."""
     overlap: float
 
     @staticmethod

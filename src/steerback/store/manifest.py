@@ -76,6 +76,7 @@ Parts = TypedDict(
         "judge spend": object,
         "options": Mapping[str, object],
         "imported": list[ImportedFile],
+        "unknown settings": list[str],
     },
     total=False,
 )

@@ -17,9 +17,7 @@ saying where it is from. A latent without a label has no row: a missing label is
 
 from __future__ import annotations
 
-import gzip
 import re
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -32,7 +30,7 @@ from steerback.readers.tables import csv_cells, csv_rows, csv_text
 from steerback.records import LatentKey
 from steerback.store.files import make_folder, user_folder, write_atomic
 
-SUFFIXES = (".csv", ".json", ".jsonl", ".jsonl.gz")
+SUFFIXES = (".csv", ".json", ".json.gz", ".jsonl", ".jsonl.gz")
 INDEX_COLUMNS = ("index", "index_in_sae")
 TABLE = "labels.csv"
 LONGEST = 2_000
@@ -154,12 +152,8 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 
 
 def _read_into(read: LatentLabels, path: Path) -> None:
-    try:
-        data = readers.read_bytes(path, "label file")
-        text = readers.decode(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data, f"label file {path}")
-    except (OSError, EOFError, zlib.error) as error:
-        raise SteerbackError(f"label file {path} cannot be read: {error}") from error
-    if path.name.endswith(".csv"):
+    text = readers.read_text(path, "label file")
+    if path.name.removesuffix(".gz").endswith(".csv"):
         _read_csv(read, text, path)
         return
     for where, row in _json_rows(text, path):
@@ -175,7 +169,7 @@ def _read_into(read: LatentLabels, path: Path) -> None:
 def _json_rows(text: str, path: Path) -> Iterator[tuple[str, readers.Json]]:
     """Yield (place, row) of each row of JSON or JSON lines."""
     where = f"label file {path}"
-    if not path.name.endswith(".json"):
+    if not path.name.removesuffix(".gz").endswith(".json"):
         yield from readers.parse_json_lines(text, where)
         return
     loaded = readers.parse_json(text, where)

@@ -1,0 +1,156 @@
+"""Result files of the authors' code: their settings, and their trials one latent after the other."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from steerback.errors import SteerbackError
+from steerback.published.schema import AuthorsFeature, AuthorsFile, FileKind
+from steerback.readers.streams import stream_object
+from steerback.records import LatentKey
+from steerback.store.facts import ABLATED, ControlSets
+
+MODELS = ("llama-3.3-70b", "llama-3.1-8b", "gemma-2-2b", "gemma-2-9b", "gemma-2-27b")
+M = TypeVar("M", bound=BaseModel)
+FEATURES = "results_by_feature"
+RANDOM = "random"
+"""Part of the names of files in which random latents are ablated; the authors' files say it nowhere else."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checked result file. `condition` is its name in a ledger, `labels` those of its latents.
+
+    `thresholds` are the latents' own; `trials` counts trials. The trials themselves are read again by `features`.
+    """
+
+    path: Path
+    sha256: str
+    file: AuthorsFile
+    kind: FileKind
+    condition: str
+    labels: Mapping[LatentKey, str | None]
+    thresholds: tuple[float, ...]
+    trials: int
+
+    @property
+    def model(self) -> str:
+        """Short name of the model, the registry's where it is one of the paper's five."""
+        name = _last_part(self.file.experiment_config.model_name or self.path.name.split(".json")[0])
+        lower = name.lower().removeprefix("meta-")
+        merged = "merged" in lower or "masked" in lower  # the authors' fine-tuned models
+        return next((known for known in MODELS if lower.startswith(known) and not merged), lower)
+
+    @property
+    def judge(self) -> str:
+        """Name of the model that judged the responses."""
+        return self.file.experiment_config.judge_model_name or "imported"
+
+    @property
+    def ablated(self) -> tuple[int, ...]:
+        """Latents clamped to zero, in ascending order."""
+        return tuple(sorted(set(self.file.ablated_latents or ())))
+
+    def features(self) -> Iterator[AuthorsFeature]:
+        """Read the latents with their trials, one at a time."""
+        for number, (key, value) in enumerate(_items(self.path)):
+            if key == FEATURES:
+                yield _checked(AuthorsFeature, value, self.path, f"{FEATURES}.{number}.")
+
+
+def read_source(path: Path, condition: str | None = None) -> Source:
+    """Check one file; `condition` replaces the condition that follows from its content."""
+    head: dict[str, object] = {}
+    labels: dict[LatentKey, str | None] = {}
+    thresholds: list[float] = []
+    found, trials, number = False, 0, 0
+    for key, value in _items(path):
+        if key != FEATURES:
+            head[key] = value
+            continue
+        if not isinstance(value, dict):
+            raise _other(path)
+        found = True
+        feature = _checked(AuthorsFeature, value, path, f"{FEATURES}.{number}.")
+        labels[feature.index] = feature.label
+        thresholds += [feature.threshold] if feature.threshold is not None else []
+        trials, number = trials + len(feature.trials or ()), number + 1
+    file = _checked(AuthorsFile, head, path, "")
+    if not found and not file.experiment_config.model_name:
+        raise _other(path)
+    kind, named = file.kind()
+    if not named.strip() or (file.experiment_config.model_name and not _last_part(file.experiment_config.model_name)):
+        raise SteerbackError(f"{path}: experiment_config.model_name or the condition is empty; mend the file")
+    with path.open("rb") as raw:
+        sha256 = hashlib.file_digest(raw, "sha256").hexdigest()
+    return Source(path, sha256, file, kind, condition or named, labels, tuple(thresholds), trials)
+
+
+def _items(path: Path) -> Iterator[tuple[str, object]]:
+    return iter(stream_object(path, "result file", FEATURES))
+
+
+def _other(path: Path) -> SteerbackError:
+    return SteerbackError(f"{path} is not a result file of the authors' code: it has no list {FEATURES}")
+
+
+def _last_part(name: str) -> str:
+    return name.strip().rstrip("/").split("/")[-1].strip()
+
+
+def _checked(model: type[M], value: object, path: Path, place: str) -> M:
+    """Return a part of a file as a record. Raises SteerbackError naming the first wrong field."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        message = first["msg"].partition(" or instance of ")[0].removeprefix("Value error, ")
+        raise SteerbackError(f"{path}: {place}{'.'.join(map(str, first['loc']))}: {message}; mend the file") from None
+
+
+@dataclass(frozen=True)
+class Ablations:
+    """The ablated sets of one import: the detectors (empty: none) and the random sets in the order of the files."""
+
+    detectors: tuple[int, ...] = ()
+    random: tuple[tuple[int, ...], ...] = ()
+
+    def condition(self, ablated: tuple[int, ...]) -> str:
+        """Name of the condition in which a set is clamped to zero."""
+        return ControlSets.condition(self.random.index(ablated) + 1) if ablated in self.random else ABLATED
+
+
+def ablations(sources: Sequence[Source], detectors: Sequence[int] | None = None) -> Ablations:
+    """Find out which ablated sets are the detectors': those of `detectors`, else those of files not named `random`.
+
+    Several sets of detectors are pooled, as the authors' plots do, if they share at least half of their latents.
+    """
+    ablated = [s for s in sources if s.kind == "ablated"]
+    sets = list(dict.fromkeys(s.ablated for s in ablated))
+    if detectors is not None:
+        own = tuple(sorted(set(detectors)))
+        if own not in sets:
+            raise SteerbackError("--detectors: no file ablates this set of latents; name the set of one of the files")
+        return Ablations(own, tuple(x for x in sets if x != own))
+    random = [x for x in sets if all(RANDOM in s.path.name.lower() for s in ablated if s.ablated == x)]
+    others = [x for x in sets if x not in random]
+    apart = [x for x in others if 2 * len(set(x) & set(others[0])) < len(x)]
+    if apart:
+        files = ", ".join(s.path.name for s in ablated)
+        raise SteerbackError(
+            f"the files {files} ablate {len(sets)} different sets of latents; say which set is the detectors' with "
+            "--detectors FILE, a JSON list of latents"
+        )
+    return Ablations(tuple(sorted({k for x in others for k in x})), tuple(random))
+
+
+def named(sources: Sequence[Source], sets: Ablations) -> list[Source]:
+    """Return the sources with the conditions of their ablated sets, those that ablate nothing first."""
+    renamed = [replace(s, condition=sets.condition(s.ablated)) if s.kind == "ablated" else s for s in sources]
+    return sorted(renamed, key=lambda s: s.kind == "ablated")

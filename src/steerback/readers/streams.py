@@ -1,0 +1,81 @@
+"""Large JSON files, plain or compressed by gzip, read one item after the other.
+
+Memory holds one item at a time, so a file of any size can be read.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import stat
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ijson
+
+from steerback.errors import SteerbackError
+from steerback.readers import GZIP, Json, checked, opened
+
+BOM = b"\xef\xbb\xbf"
+
+
+@contextmanager
+def _open_json(path: Path, what: str) -> Iterator[io.FileIO | gzip.GzipFile]:
+    """Open a JSON file at its first character; `.json.gz` is recognised by its first two bytes."""
+    with opened(path, what) as raw:
+        if not stat.S_ISREG(os.fstat(raw.fileno()).st_mode):
+            raise SteerbackError(f"{what} {path} is read twice and a pipe gives its content once; name a file")
+        packed = raw.read(len(GZIP)) == GZIP
+        raw.seek(0)
+        file = gzip.GzipFile(fileobj=raw) if packed else raw
+        if file.read(len(BOM)) != BOM:
+            file.seek(0)
+        yield file
+
+
+def stream_object(path: Path, what: str, array: str) -> Iterator[tuple[str, Json]]:
+    """Yield (key, value) of the object in a JSON file; for the key `array` one pair for each item of its list.
+
+    Raises SteerbackError if the file is no JSON object, or if `array` occurs twice or is no list.
+    """
+    where = f"{what} {path}"
+    try:
+        with _open_json(path, what) as file:
+            for key, value in _pairs(ijson.basic_parse(file, use_float=True), where, array):
+                yield key, checked(value, where)
+    except (ijson.JSONError, UnicodeDecodeError) as error:
+        raise SteerbackError(f"{where} is not valid JSON: {' '.join(str(error).split())[:200]}") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise SteerbackError(f"{where} is damaged: {error}; fetch or compress it again") from None
+
+
+def _pairs(events: Iterator[tuple[str, object]], where: str, array: str) -> Iterator[tuple[str, Json]]:
+    """Assemble the parser's events. `base` is the depth at which values begin: 1, within the list `array` 2."""
+    depth, base, key, seen = 0, 1, "", False
+    builder: ijson.ObjectBuilder | None = None
+    for event, value in events:
+        ends, starts = event in ("end_map", "end_array"), event in ("start_map", "start_array")
+        depth -= ends
+        if builder is not None:
+            builder.event(event, value)
+        elif depth == 0 and not ends:
+            if event != "start_map":
+                raise SteerbackError(f"{where} must hold an object with named values")
+        elif event == "map_key" and depth == 1:
+            key = str(value)
+        elif ends:
+            base = 1
+        elif key == array and base == 1:
+            if event != "start_array" or seen:
+                raise SteerbackError(f"{where}: {array} must be one list")
+            base, seen = 2, True
+        else:
+            builder = ijson.ObjectBuilder()
+            builder.event(event, value)
+        depth += starts
+        if builder is not None and depth == base:
+            yield key, builder.value
+            builder = None
