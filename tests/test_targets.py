@@ -95,15 +95,17 @@ def test_generate_one_response(little: LoadedTarget) -> None:
     steered = little.generate("the cat", latent="Boiling Water", boost=8.0, temperature=0, max_new_tokens=10)
     by_index = little.generate("the cat", latent=5, boost=8.0, temperature=0, max_new_tokens=10)
     assert steered == by_index != plain
-    assert steered.receipt_matches((Intervention("add", 5, 8.0),))
+    assert steered.request.interventions == (Intervention("add", 5, 8.0),)
+    assert steered.steered_as_planned
     assert plain.receipt.positions == 0
     recorded = little.generate("the cat", record=[1, 2], max_new_tokens=4)
-    assert recorded.activations.shape == (recorded.prompt_tokens + len(recorded.token_ids) - 1, 2)
+    assert recorded.record.activations.shape == (recorded.record.prompt_tokens + len(recorded.tokens) - 1, 2)
+    assert recorded.activations.shape == (2, len(recorded.tokens) - 1)
     with pytest.raises(SteerbackError, match="give both"):
         little.generate("the cat", latent=5)
-    with pytest.raises(SteerbackError, match="unknown latent label 'dogs'; choose one of: cats, boiling water"):
+    with pytest.raises(SteerbackError, match="latent: 'dogs' is not an index, a label or a direction"):
         little.generate("the cat", latent="dogs", boost=1)
-    with pytest.raises(SteerbackError, match=r"fits several: 3 \(cats\), 5"):
+    with pytest.raises(SteerbackError, match=r"did you mean 3 \(cats\) or 5"):
         little.generate("the cat", latent="at", boost=1)
 
 
@@ -111,8 +113,8 @@ def test_several_responses_are_those_of_their_seeds(little: LoadedTarget) -> Non
     sampling = Sampling(1.0, max_new_tokens=8)
     several = little.responses(3, "hello", 2, 1.5, seed=7, sampling=sampling, record=[1])
     alone = [little.generate("hello", 2, 1.5, seed=7 + i, temperature=1.0, max_new_tokens=8) for i in range(3)]
-    assert [r.token_ids for r in several] == [r.token_ids for r in alone]
-    assert len({r.token_ids for r in several}) > 1
+    assert [r.record for r in several] == [r.record for r in alone]
+    assert len({r.record.token_ids for r in several}) > 1
     assert all(r.activations is not None and r.receipt.positions > 0 for r in several)
     with pytest.raises(SteerbackError, match="n 0: has to be at least 1"):
         little.responses(0, "hello")

@@ -11,17 +11,31 @@ from typing import TYPE_CHECKING
 
 from steerback.errors import VERSION as __version__
 
-__all__ = ["__version__", "fork", "load_target"]
+__all__ = [
+    "Intervention",
+    "SteerbackError",
+    "__version__",
+    "compare",
+    "fork",
+    "load_target",
+    "open_run",
+    "paper",
+    "run",
+]
 
 # Libraries send no usage data unless the user's own environment asks for it; they read this when they are imported.
 for _name in ("HF_HUB_DISABLE_TELEMETRY", "VLLM_NO_USAGE_STATS"):
     os.environ.setdefault(_name, "1")
 
 if TYPE_CHECKING:
-    from steerback.api import fork, load_target
+    from steerback.api import Intervention, SteerbackError, compare, fork, load_target, open_run, paper, run
 
 
 def __getattr__(name: str) -> object:
     if name in __all__:
         return getattr(importlib.import_module("steerback.api"), name)
     raise AttributeError(f"module 'steerback' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,8 +1,344 @@
-"""What `import steerback` offers; the command line calls the same functions."""
+"""Runs from Python: start one, open one, read its trials, tables and figures, compare two. The command line calls it.
+
+import steerback as sb
+run = sb.run("esr", target="organism", preset="quick", name="first")
+run.to_pandas().groupby("label").attempts.mean()
+"""
 
 from __future__ import annotations
 
-from steerback.jobs.fork import fork
-from steerback.jobs.loaded import LoadedTarget, load_target
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["LoadedTarget", "fork", "load_target"]
+from steerback.config import RunConfig, build_config
+from steerback.errors import SteerbackError as SteerbackError
+from steerback.errors import unknown
+from steerback.jobs import campaign, execute
+from steerback.jobs.check import Makers, PreparedRun, check
+from steerback.jobs.fork import fork as fork
+from steerback.jobs.loaded import LoadedTarget as LoadedTarget
+from steerback.jobs.loaded import load_target as load_target
+from steerback.jobs.loaded import short
+from steerback.records import Intervention as Intervention
+from steerback.records import LatentKey
+from steerback.report.transcripts import choose, row_html, transcript
+from steerback.store.ledger import Row
+from steerback.store.run import Run, find_run, new_run, plain, stored_config
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from steerback.analysis.forks import Forked
+    from steerback.analysis.two_runs import TwoRuns
+    from steerback.experiments.paper import Step
+    from steerback.figures.tables import Table
+    from steerback.jobs.execute import Analysis
+    from steerback.report.transcripts import Choice
+
+RUNS = Path("runs")
+"""Folder that holds the run folders."""
+
+
+@dataclass(frozen=True, repr=False)
+class RunTrial:
+    """A trial of a run with its response and the judge's verdict; `row` holds the records."""
+
+    row: Row
+
+    @property
+    def key(self) -> str:
+        return self.row.trial.key
+
+    @property
+    def prompt(self) -> str:
+        return self.row.trial.prompt
+
+    @property
+    def text(self) -> str:
+        """The text that the judge saw; "" where nothing has been generated."""
+        return self.row.judged_text
+
+    @property
+    def attempts(self) -> list[tuple[float, str]]:
+        """Score and text of each attempt; empty for a response that is invalid, unscored or not judged."""
+        return [(a.score, self.text[a.start : a.end]) for a in self.row.attempts]
+
+    @property
+    def gain(self) -> float:
+        """Score of the last attempt minus that of the first, in points."""
+        return self.row.gain
+
+    def show(self, colour: bool = False) -> None:
+        """Print the transcript: prompt, steering, attempts with scores and character spans."""
+        print(transcript(self.row, colour))
+
+    def __repr__(self) -> str:
+        scores = ", ".join(f"{score:.0f}" for score, _ in self.attempts) or "not scored"
+        return f"<trial {self.key}: {scores}: {short(self.text)!r}>"
+
+    def _repr_html_(self) -> str:
+        return row_html(self.row)
+
+
+class Summary(dict[str, object]):
+    """The content of summary.json, which prints as one line."""
+
+    def __repr__(self) -> str:
+        return f"<summary of {self.get('experiment')} by judge {self.get('judge')}: {', '.join(self)}>"
+
+
+@dataclass(frozen=True, repr=False)
+class StudyRun:
+    """A run in its folder, finished or not, by one judge's verdicts. Reads the ledger; it needs no model."""
+
+    folder: Path
+    config: RunConfig
+    judge: str
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    def rows(self, choice: Choice | None = None, stage: str = "measure") -> list[Row]:
+        """Return trials with response and verdict as records: those that `choice` names, or all of a stage."""
+        with Run.read(self.folder) as opened:
+            if choice is None:
+                return opened.ledger.rows(stage=stage, judge=self.judge)
+            return choose(opened.ledger, self.judge, choice)
+
+    def trials(self, stage: str = "measure") -> list[RunTrial]:
+        """Return the trials of a stage in the order of the plan."""
+        return [RunTrial(row) for row in self.rows(stage=stage)]
+
+    def trial(self, key: str) -> RunTrial:
+        """Return one trial. Raises SteerbackError for a key that the run does not have."""
+        from steerback.report.transcripts import Choice
+
+        return RunTrial(self.rows(Choice(key=key))[0])
+
+    def to_pandas(self, stage: str | None = "measure") -> pd.DataFrame:
+        """Return one line for each trial of a stage (None: of all), with the columns of `steerback export`."""
+        from steerback.report.export import trial_table
+
+        with Run.read(self.folder) as opened:
+            return trial_table(opened.ledger.rows(stage=stage, judge=self.judge), self.judge).infer_objects()
+
+    @cached_property
+    def analysis(self) -> Analysis:
+        """Results, tables and figures, made from the ledger."""
+        with Run.read(self.folder) as opened:
+            return execute.analysed(opened, self.judge)
+
+    @property
+    def summary(self) -> Summary:
+        """All results, as in summary.json."""
+        return Summary(self.analysis.summary)
+
+    @property
+    def tables(self) -> Mapping[str, Table]:
+        """The tables by name."""
+        return self.analysis.shown.tables
+
+    @property
+    def figures(self) -> list[str]:
+        """The names of the figures."""
+        return list(self.analysis.shown.figures)
+
+    def figure(self, name: str) -> Figure:
+        """Draw a figure: its name, or the beginning of it ("figure2")."""
+        drawn = self.analysis.shown.figures
+        fits = [known for known in drawn if known == name] or [known for known in drawn if known.startswith(name)]
+        if len(fits) != 1:
+            raise unknown(f"figure of run {self.name}", name, fits or drawn)
+        return drawn[fits[0]]()
+
+    def fork(
+        self,
+        trial: str | RunTrial,
+        at: str | int,
+        *,
+        n: int = 32,
+        ablate: str | None = None,
+        boosts: Sequence[float] = (),
+        arms: Sequence[str] = (),
+        throughout: bool = False,
+    ) -> Forked:
+        """Continue a trial's response from one of its tokens in several arms; see `steerback.fork`."""
+        key = trial.key if isinstance(trial, RunTrial) else trial
+        run, judge = self.folder, self.judge
+        return fork(run, key, at, n=n, ablate=ablate, boosts=boosts, arms=arms, throughout=throughout, judge=judge)
+
+    def __repr__(self) -> str:
+        return f"<run {self.name}: {self.config.experiment} of {', '.join(self.config.targets)}, judge {self.judge}>"
+
+    def _repr_html_(self) -> str:
+        table = next(iter(self.tables.values()), None)
+        return "" if table is None else table._repr_html_()
+
+
+def run(
+    experiment: str,
+    target: str | Sequence[str] | None = None,
+    *,
+    name: str | None = None,
+    preset: str | None = None,
+    config: Path | None = None,
+    from_run: str | Path | StudyRun | None = None,
+    latents: Sequence[LatentKey] | int | None = None,
+    runs: Path | str = RUNS,
+    cached: bool = True,
+    quiet: bool = False,
+    makers: Makers | None = None,
+    **settings: object,
+) -> StudyRun:
+    """Run an experiment (or go on with it) and return the finished run.
+
+    `settings` are those of `--set`: `trials_per_latent=5`, `sampling={"temperature": 0.8}`. `latents` are indices or
+    labels, or how many are drawn. `from_run` is the run whose latents, thresholds, prompts and seeds are used again.
+    The same `name` again resumes. `quiet` shows no progress. Raises SteerbackError for anything impossible.
+    """
+    base = None if from_run is None else _base(from_run, Path(runs))
+    targets = (target,) if isinstance(target, str) else tuple(target or (base[1].targets if base else ()))
+    if not targets:
+        raise SteerbackError("say what to steer with target=..., or start from a run with from_run=...")
+    if latents is not None:
+        settings |= chosen_latents(latents, targets[0], base)
+    built = build_config(experiment, targets, preset, config, settings, (), base)
+    return carry_out(check(built, makers), run_folder(built, name, Path(runs)), cached, quiet)
+
+
+def _base(given: str | Path | StudyRun, runs: Path) -> tuple[str, RunConfig]:
+    folder = given.folder if isinstance(given, StudyRun) else find_run(str(given), runs)
+    return str(folder), stored_config(folder)
+
+
+def chosen_latents(
+    latents: str | Sequence[LatentKey] | int, target: str, base: tuple[str, RunConfig] | None = None
+) -> dict[str, object]:
+    """Return the setting that the user's latents stand for: how many are drawn, or which.
+
+    A text is read as `--latents` is: a number, a list separated by commas, or a file.
+    """
+    from steerback.latents.sampling import check_latents, parse_latents
+    from steerback.targets import resolve
+
+    first = resolve(target, base[1].definitions if base else None)
+    if isinstance(latents, str):
+        chosen = parse_latents(latents, first.labels(), directions=first.directions())
+    elif isinstance(latents, int):
+        chosen = latents
+    else:
+        chosen = tuple(check_latents(latents, first.labels(), first.n_latents or None, first.directions()))
+    return {"n_latents": chosen} if isinstance(chosen, int) else {"latents": chosen}
+
+
+def run_folder(config: RunConfig, name: str | None, runs: Path) -> Path:
+    """Return the folder of a run: `name` under `runs`, by default named after experiment and targets."""
+    return new_run(name or plain(f"{config.experiment}-{'+'.join(config.targets)}"), runs)
+
+
+def carry_out(job: PreparedRun, folder: Path, cached: bool = True, quiet: bool = False) -> StudyRun:
+    """Do (or go on with) a prepared run in `folder`."""
+    with execute.tools(cached, quiet) as (progress, cache):
+        analysis = execute.run(job, folder, progress, cache)
+    done = StudyRun(folder, job.config, job.config.judge)
+    done.__dict__["analysis"] = analysis
+    return done
+
+
+def open_run(path: str | Path, judge: str | None = None, runs: Path | str = RUNS) -> StudyRun:
+    """Open a run by the path of its folder, or by its name under `runs`, with the verdicts of `judge` (default: its)."""
+    folder = find_run(str(path), Path(runs))
+    with Run.read(folder) as opened:
+        return StudyRun(folder, opened.config, opened.judge(judge))
+
+
+def paper(
+    target: str | Sequence[str],
+    *,
+    name: str = "paper",
+    preset: str | None = None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    settings: Sequence[str] = (),
+    runs: Path | str = RUNS,
+    cached: bool = True,
+    say: Callable[[str], None] = print,
+) -> list[StudyRun]:
+    """Run every experiment of the paper in order, and return the finished runs.
+
+    `settings` are texts as for `--set`; `boost-sweep.high=6` is for one experiment. `only` and `skip` choose.
+    Comparison with published numbers and all figures go into the folder NAME-results. Raises SteerbackError, after
+    all that could be done, if an experiment failed.
+    """
+    from steerback.experiments.paper import own_options, plan
+
+    targets = (target,) if isinstance(target, str) else tuple(target)
+    common, options = own_options(settings)
+    first = campaign.resolved(build_config("esr", targets, preset, assignments=tuple(common)))
+    steps = plan(first, Path(runs), name, only, skip, options)
+    return carry_out_paper(steps, Path(runs) / f"{name}-results", cached, say)
+
+
+def carry_out_paper(
+    steps: Sequence[Step], out: Path, cached: bool, say: Callable[[str], None], makers: Makers | None = None
+) -> list[StudyRun]:
+    """Do the steps of a paper that are not done, and write comparison and figures of all that are into `out`."""
+    failed = campaign.run(steps, cached, say, makers)
+    done = [step.folder for step in steps if campaign.is_done(step)]
+    for line in campaign.results(done, out):
+        say(line)
+    if failed:
+        raise SteerbackError(
+            f"{len(failed)} of {len(steps)} experiments could not be done: "
+            + "; ".join(f"{folder.name}: {why}" for folder, why in failed.items())
+        )
+    return [open_run(folder) for folder in done]
+
+
+@dataclass(frozen=True, repr=False)
+class RunComparison:
+    """Two runs compared: `results` holds all tests, `tables` shows them."""
+
+    a: StudyRun
+    b: StudyRun
+    results: TwoRuns
+    tables: Mapping[str, Table]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return one line for each comparison and metric, with unrounded numbers."""
+        import pandas as pd
+
+        return pd.concat([table.numbers for table in self.tables.values()], ignore_index=True).infer_objects()
+
+    def __repr__(self) -> str:
+        names = ", ".join((*self.results.pairs, *self.results.samples))
+        return f"<comparison of run {self.b.name} with run {self.a.name}: {names}>"
+
+    def _repr_html_(self) -> str:
+        return "".join(table._repr_html_() for table in self.tables.values())
+
+
+def compare(run_a: StudyRun | str | Path, run_b: StudyRun | str | Path, runs: Path | str = RUNS) -> RunComparison:
+    """Compare the measured trials of run b with those of run a, condition by condition; differences are b - a.
+
+    Paired by prompt, seed and latent where the runs share them, else by exchanging latents. Intervals are clustered by
+    latent. Raises SteerbackError if the runs have no condition in common.
+    """
+    from steerback.analysis.two_runs import compare_runs
+    from steerback.figures.tables import comparison_table, samples_table
+
+    a, b = (r if isinstance(r, StudyRun) else open_run(r, runs=runs) for r in (run_a, run_b))
+    with Run.read(a.folder) as first, Run.read(b.folder) as second:
+        results = compare_runs(first.ledger, second.ledger, (a.judge, b.judge))
+    if not results.pairs and not results.samples:
+        raise SteerbackError(f"runs {a.name} and {b.name} have no measured target and condition in common")
+    judge = a.judge if a.judge == b.judge else f"{a.judge} (a), {b.judge} (b)"
+    tables = {"pairs": comparison_table(results.pairs, judge)} if results.pairs else {}
+    if results.samples:
+        tables["samples"] = samples_table(results.samples, judge)
+    return RunComparison(a, b, results, tables)

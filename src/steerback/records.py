@@ -182,7 +182,7 @@ class Completion:
     """
 
     text: str
-    token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...] = field(repr=False)
     prompt_tokens: int
     finish: FinishReason
     receipt: Receipt

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -185,3 +186,8 @@ def _option(name: str, default: object, annotation: object) -> inspect.Parameter
 def say(text: object = "", end: str = "\n", flush: bool = False, file: IO[str] | None = None) -> None:
     """Print text with its control characters written out: names, labels and prompts come from files of others."""
     print(visible(text), end=end, flush=flush, file=file)
+
+
+def in_colour() -> bool:
+    """Return whether to print in colour: to a terminal, unless NO_COLOR is set."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

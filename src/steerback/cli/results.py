@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from steerback.cli.options import RUNS, RunName, RunNames, RunsFolder, VerdictsOf, add, say
+from steerback.cli.options import RUNS, RunName, RunNames, RunsFolder, VerdictsOf, add, in_colour, say
 from steerback.errors import SteerbackError, unknown
 from steerback.store.files import make_folder
 
@@ -59,21 +58,35 @@ def show(
     trial: Annotated[str | None, typer.Argument(help="Key of a trial; default: a choice of them.")] = None,
     judge: VerdictsOf = None,
     condition: Annotated[str | None, typer.Option(help="Only this condition.")] = None,
-    restarts: Annotated[bool, typer.Option("--restarts", help="Only responses with two or more attempts.")] = False,
+    latent: Annotated[str | None, typer.Option(help="Only this latent: its index, or its label.")] = None,
+    attempts: Annotated[str | None, typer.Option(help="Only responses with so many attempts: 2, or 2+.")] = None,
+    restarts: Annotated[bool, typer.Option("--restarts", help="The same as --attempts 2+.")] = False,
+    best: Annotated[bool, typer.Option("--best", help="The largest gains, each latent once before twice.")] = False,
+    worst: Annotated[bool, typer.Option("--worst", help="The smallest gains, likewise.")] = False,
+    random: Annotated[bool, typer.Option("--random", help="Drawn at random with --seed; the default.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the random draw.")] = 0,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many transcripts.")] = 3,
     runs: RunsFolder = RUNS,
 ) -> None:
-    """Print transcripts with their attempts, scores and spans."""
+    """Print transcripts with their attempts, scores and spans, and how often a restart helps."""
     from steerback.jobs.probing import probe_lines
-    from steerback.report.transcripts import choose, transcript
+    from steerback.report.transcripts import Choice, choose, how_often, measured_rows, transcript
     from steerback.store.run import Run, find_run
 
+    if best + worst + random > 1:
+        raise SteerbackError("--best, --worst and --random exclude one another; give one")
+    if restarts and attempts not in (None, "2+"):
+        raise SteerbackError("--restarts is --attempts 2+; give one of them")
+    order: Literal["best", "worst", "random"] = "best" if best else "worst" if worst else "random"
+    choice = Choice(trial, condition, latent, "2+" if restarts else attempts, order, count, seed)
     with Run.read(find_run(name, runs)) as opened:
-        rows = choose(opened.ledger, opened.judge(judge), trial, condition, restarts, count)
-        probed = probe_lines(opened, opened.judge(judge))
+        verdicts = opened.judge(judge)
+        rows = choose(opened.ledger, verdicts, choice)
+        lines = [] if trial is not None else how_often(measured_rows(opened.ledger, verdicts, condition))
+        lines += probe_lines(opened, verdicts)
     for row in rows:
-        print(transcript(row, colour=sys.stdout.isatty()))
-    for line in probed:
+        print(transcript(row, colour=in_colour()))
+    for line in lines:
         say(line)
 
 

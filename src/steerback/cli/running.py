@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 CROSS_JUDGE = "cross-judge is a command of its own; type: steerback cross-judge RUN RUN ... --judges A,B"
 
+LEGEND = """drift (offline judge) in yellow, restart in green; on the right the detector of drift is clamped to 0.
+The habit is planted: the model's training text does this, so it is no evidence about other models."""
+
 
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
@@ -65,6 +68,7 @@ def run_command(
     runs: RunsFolder = RUNS,
 ) -> None:
     """Run an experiment: calibrate, generate, judge, measure, draw."""
+    from steerback.api import chosen_latents, run_folder
     from steerback.jobs.check import check
 
     if experiment == "cross-judge":
@@ -73,13 +77,17 @@ def run_command(
     targets = tuple(target or (base[1].targets if base else ()))
     if not targets:
         raise SteerbackError("say what to steer with --target (see steerback targets), or start from a run with --from")
-    overrides = {"prompts": prompts, "limit": limit, **_own_latents(latents, targets[0], base)}
+    overrides = {
+        "prompts": prompts,
+        "limit": limit,
+        **({} if latents is None else chosen_latents(latents, targets[0], base)),
+    }
     if replicas is not None:
         overrides["engine_options"] = {"replicas": replicas}
     if concreteness_threshold is not None:
         overrides["selection"] = {"concreteness": "threshold", "concreteness_threshold": concreteness_threshold}
     config = setup.build(experiment, targets, overrides, base)
-    _go(check(config, budget.makers(dry_run, config.rubrics)), _folder(runs, name, config), dry_run, no_cache)
+    _go(check(config, budget.makers(dry_run, config.rubrics)), run_folder(config, name, runs), dry_run, no_cache)
 
 
 def _base(names: Sequence[str], runs: Path) -> tuple[str, RunConfig] | None:
@@ -92,24 +100,6 @@ def _base(names: Sequence[str], runs: Path) -> tuple[str, RunConfig] | None:
         raise SteerbackError(f"an experiment starts from one run, not from {len(names)}; give --from once")
     folder = find_run(names[0], runs)
     return str(folder), stored_config(folder)
-
-
-def _own_latents(text: str | None, target: str, base: tuple[str, RunConfig] | None) -> dict[str, object]:
-    """Return the setting that --latents stands for: how many are drawn, or which."""
-    from steerback.latents.sampling import parse_latents
-    from steerback.targets import resolve
-
-    if text is None:
-        return {}
-    first = resolve(target, base[1].definitions if base else None)
-    chosen = parse_latents(text, first.labels(), directions=first.directions())
-    return {"n_latents": chosen} if isinstance(chosen, int) else {"latents": chosen}
-
-
-def _folder(runs: Path, name: str | None, config: RunConfig) -> Path:
-    from steerback.store.run import new_run, plain
-
-    return new_run(name or plain(f"{config.experiment}-{'+'.join(config.targets)}"), runs)
 
 
 def cross_judge(
@@ -126,6 +116,7 @@ def cross_judge(
     runs: RunsFolder = RUNS,
 ) -> None:
     """Judge one sample of finished runs with several judges, and compare their verdicts."""
+    from steerback.api import run_folder
     from steerback.jobs.check import check
     from steerback.store.run import find_run, stored_config
 
@@ -137,7 +128,7 @@ def cross_judge(
     options = {"sources": [str(f) for f in folders], "judges": chosen or None, "sample": sample}
     given = {"options": {key: value for key, value in options.items() if value is not None}}
     config = setup.build("cross-judge", targets, given)
-    _go(check(config, budget.makers(dry_run, config.rubrics)), _folder(runs, name, config), dry_run, no_cache)
+    _go(check(config, budget.makers(dry_run, config.rubrics)), run_folder(config, name, runs), dry_run, no_cache)
 
 
 def paper(
@@ -152,6 +143,7 @@ def paper(
     runs: RunsFolder = RUNS,
 ) -> None:
     """Run every experiment of the paper in order, then compare and draw (--set boost-sweep.high=6: for one of them)."""
+    from steerback.api import carry_out_paper
     from steerback.experiments.paper import own_options, plan
     from steerback.jobs import campaign
     from steerback.store.run import new_run
@@ -167,18 +159,10 @@ def paper(
     if dry_run:
         return
     try:
-        failed = campaign.run(steps, not no_cache, say, makers)
+        carry_out_paper(steps, runs / f"{name}-results", not no_cache, say, makers)
     except KeyboardInterrupt:
         say("steerback: stopped; what was done is kept: the same command goes on", file=sys.stderr)
         sys.exit(130)
-    done = [step.folder for step in steps if campaign.is_done(step)]
-    for line in campaign.results(done, runs / f"{name}-results"):
-        say(line)
-    if failed:
-        raise SteerbackError(
-            f"{len(failed)} of {len(steps)} experiments could not be done: "
-            + "; ".join(f"{folder.name}: {why}" for folder, why in failed.items())
-        )
 
 
 def resume(name: RunName, budget: Budget, no_cache: NoCache = False, runs: RunsFolder = RUNS) -> None:
@@ -192,7 +176,7 @@ def resume(name: RunName, budget: Budget, no_cache: NoCache = False, runs: RunsF
 
 
 def _go(job: PreparedRun, folder: Path, dry_run: bool, no_cache: bool) -> None:
-    from steerback.jobs import execute
+    from steerback.api import carry_out
     from steerback.jobs.campaign import report
     from steerback.jobs.estimate import plan_lines, spent_lines
 
@@ -201,40 +185,40 @@ def _go(job: PreparedRun, folder: Path, dry_run: bool, no_cache: bool) -> None:
     if dry_run:
         return
     try:
-        with execute.tools(not no_cache) as (progress, cache):
-            analysis = execute.run(job, folder, progress, cache)
+        done = carry_out(job, folder, not no_cache)
     except KeyboardInterrupt:
         root = "" if folder.parent == RUNS else f" --runs {folder.parent}"
         say(f"steerback: stopped; resume with: steerback resume {folder.name}{root}", file=sys.stderr)
         sys.exit(130)
-    for line in (*report(analysis, folder), *spent_lines(folder)):
+    for line in (*report(done.analysis, folder), *spent_lines(folder)):
         say(line)
 
 
 def try_command(
     target: Annotated[str, typer.Argument(help="Model to steer, e.g. organism.")],
-    prompt: Annotated[str, typer.Argument(help="The prompt.")],
-    latent: Annotated[str, typer.Option(help="Latent index, or its label.")],
-    boost: Annotated[float, typer.Option(help="How much of its decoder direction to add.")],
-    seed: Annotated[int, typer.Option(help="Seed of both responses.")] = 44,
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; built-in models have an example.")] = None,
+    latent: Annotated[str | None, typer.Option(help="Latent index, or its label.")] = None,
+    boost: Annotated[float | None, typer.Option(help="How much of its decoder direction to add.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of all responses.")] = 44,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.6,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 160,
 ) -> None:
-    """Show one steered response and the unsteered one."""
-    from steerback.api import load_target
-    from steerback.records import Intervention, Request, Sampling
-    from steerback.report.transcripts import pair
+    """Show a steered response and the unsteered one; `try organism` alone shows a drift and a restart."""
+    from steerback.jobs.example import drift_and_restart, example_of, steered_and_not
+    from steerback.jobs.loaded import load_target
+    from steerback.records import Sampling
+    from steerback.report.transcripts import print_marked
 
+    if prompt is None and latent is None and boost is None:
+        example = example_of(target)
+        with load_target(target) as loaded:
+            shown = drift_and_restart(loaded, example)
+        print_marked(example.prompt, [(done.steering, done.marks) for done in shown])
+        print(LEGEND)
+        return
+    if prompt is None or latent is None or boost is None:
+        raise SteerbackError(f"try {target}: give a prompt, --latent and --boost together")
     with load_target(target) as loaded:
-        key = loaded.latent(latent)
         sampling = Sampling(temperature=temperature, max_new_tokens=max_new_tokens)
-        edits = (Intervention("add", key, boost),)
-        requests = [Request(name, prompt, seed, sampling, e) for name, e in (("plain", ()), ("steered", edits))]
-        unsteered, steered = loaded.complete(requests)
-        label = loaded.target.labels().get(key) if isinstance(key, int) else None
-    receipt = steered.receipt
-    if not steered.receipt_matches(edits):
-        raise SteerbackError(f"the response was not steered as planned: {receipt}; please report this")
-    what = f"latent {key}{f' ({label})' if label else ''}, boost {boost:g}, seed {seed}"
-    steering = f"{receipt.positions} positions steered, mean norm added {receipt.added_norm:.4g}"
-    print(pair(prompt, what, unsteered.text, steered.text, steering))
+        found = steered_and_not(loaded, prompt, latent, boost, seed, sampling)
+    print_marked(prompt, [(done.steering, done.marks) for done in found])

@@ -5,6 +5,7 @@ They show estimates and comparisons and know nothing of ledgers or experiments.
 
 from __future__ import annotations
 
+import html
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from steerback.errors import visible
-from steerback.metrics import METRICS, VARIANTS, Comparison, Estimate, Summary
+from steerback.metrics import METRICS, VARIANTS, Comparison, Estimate, Summary, TwoSampleTest
 from steerback.readers.tables import csv_text
 
 if TYPE_CHECKING:
@@ -70,6 +71,13 @@ class Table:
         rows = [self.shown.columns, rule, *self.shown.to_numpy().tolist()]
         lines = ["| " + " | ".join(" ".join(c.split()).replace("|", r"\|") for c in row) + " |" for row in rows]
         return "\n".join([*lines, *(["", self.caption] if self.caption else [])]) + "\n"
+
+    def __repr__(self) -> str:
+        return f"<table of {len(self.shown)} rows: {', '.join(map(str, self.shown.columns))}>"
+
+    def _repr_html_(self) -> str:
+        """Return the table for notebooks; names, cells and caption are escaped."""
+        return f"{self.shown.to_html(index=False)}<p><small>{html.escape(self.caption)}</small></p>"
 
     def latex(self) -> str:
         """Return a booktabs table; names, cells and caption are escaped."""
@@ -198,6 +206,21 @@ def comparison_table(comparisons: Mapping[str, Comparison], judge: str, metrics:
         "Paired by prompt, seed and latent; 95 % intervals clustered by latent; p from swaps within latents; "
         f"d over latents. Judge: {judge}."
     )
+    return Table(columns, cells, caption, records, left=2)
+
+
+def samples_table(tests: Mapping[str, Mapping[str, TwoSampleTest]], judge: str) -> Table:
+    """One row per comparison of two samples and metric: both values, difference b - a with interval, p values."""
+    cells, records = [], []
+    for name, own in tests.items():
+        for metric, t in own.items():
+            rate = METRICS[metric].rate
+            gap = show(Estimate(t.difference, t.low, t.high, 0, ""), rate, sign=True)
+            values = (number(t.a, rate), number(t.b, rate), gap, p_value(t.p), p_value(t.p_holm))
+            cells.append((name, HEADINGS[metric], *values))
+            records.append({"comparison": name, "judge": judge, **vars(t)})
+    columns = ("comparison", "metric", "a", "b", "b - a", "p", "p (Holm)")
+    caption = f"Not paired: 95 % intervals from resampling latents, p from exchanging latents. Judge: {judge}."
     return Table(columns, cells, caption, records, left=2)
 
 

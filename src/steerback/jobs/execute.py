@@ -43,9 +43,9 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def tools(cached: bool = True) -> Iterator[tuple[Progress, Cache | None]]:
-    """Open a progress display and the shared cache (None if switched off), and close both at the end."""
-    with closing(make_progress()) as progress:
+def tools(cached: bool = True, quiet: bool = False) -> Iterator[tuple[Progress, Cache | None]]:
+    """Open a progress display (silent if `quiet`) and the shared cache (None if switched off), and close both."""
+    with closing(Silent() if quiet else make_progress()) as progress:
         cache = Cache(default_path(), progress.note) if cached else None
         with closing(cache) if cache is not None else nullcontext():
             yield progress, cache

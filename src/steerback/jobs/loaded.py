@@ -4,24 +4,136 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from steerback.engines.base import finish
-from steerback.errors import SteerbackError, unknown
-from steerback.records import Completion, Intervention, LatentKey, Recording, Request, Sampling
+from steerback.errors import SteerbackError, one_line
+from steerback.judging.restarts import find_restarts
+from steerback.judging.text import Span
+from steerback.latents.sampling import check_latents
+from steerback.records import (
+    Completion,
+    FinishReason,
+    Intervention,
+    LatentKey,
+    Receipt,
+    Recording,
+    Request,
+    Sampling,
+    WindowScores,
+)
+from steerback.report.transcripts import Marks, marked_html, print_marked
 from steerback.targets import Target, resolve
 
 if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from numpy.typing import NDArray
+
     from steerback.engines.base import Engine
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
+class LabelledCompletion:
+    """A response with the request that it answers, its tokens as text, and the latents recorded along it by name.
+
+    `record` is the plain record, as engines return it and ledgers keep it. `tokens` joined are `text`; a token without
+    text of its own (the end of the response, a part of a character) is "".
+    """
+
+    request: Request
+    record: Completion
+    tokens: tuple[str, ...]
+    steering: str
+    """How it was steered, in words."""
+    names: tuple[str, ...] = ()
+    """Names of the recorded latents: labels where only one latent has them, else indices."""
+    drift: tuple[Span, ...] = ()
+    """Sentences that are off topic, where somebody has looked (`LoadedTarget.with_drift`)."""
+
+    @property
+    def text(self) -> str:
+        return self.record.text
+
+    @property
+    def finish(self) -> FinishReason:
+        return self.record.finish
+
+    @property
+    def receipt(self) -> Receipt:
+        return self.record.receipt
+
+    @property
+    def steered_as_planned(self) -> bool:
+        """Whether every planned position was edited, and no other."""
+        return self.record.receipt_matches(self.request.interventions)
+
+    @cached_property
+    def restarts(self) -> tuple[Span, ...]:
+        """Restart phrases in the text, by the offline judge."""
+        return tuple(Span(r.start, r.end) for r in find_restarts(self.text, self.request.prompt, "offline"))
+
+    @cached_property
+    def activations(self) -> pd.DataFrame | None:
+        """Recorded activations, one row a latent, one column (position, token) a token; None if none were recorded.
+
+        The last token of a response is never fed back to the model, so it has no column. The prompt's activations are
+        the first `record.prompt_tokens` rows of `record.activations`.
+        """
+        values = self.record.activations
+        return None if values is None else labelled(values[self.record.prompt_tokens :], self.names, self.tokens)
+
+    @property
+    def marks(self) -> Marks:
+        return Marks(self.text, self.drift, self.restarts)
+
+    def show(self) -> None:
+        """Print prompt, steering and text, with restarts (and drift, where known) coloured in a terminal."""
+        print_marked(self.request.prompt, [(self.steering, self.marks)])
+
+    def __repr__(self) -> str:
+        return f"<completion of {len(self.tokens)} tokens, {len(self.restarts)} restarts: {short(self.text)!r}>"
+
+    def _repr_html_(self) -> str:
+        return marked_html(self.request.prompt, self.steering, self.marks)
+
+
+def labelled(values: NDArray[np.float32], names: Sequence[str], tokens: Sequence[str]) -> pd.DataFrame:
+    """Return activations (tokens, latents) as a table with a row for each latent and a column for each token."""
+    import pandas as pd
+
+    columns = pd.MultiIndex.from_arrays([range(len(values)), tokens[: len(values)]], names=["position", "token"])
+    return pd.DataFrame(values.T + 0.0, index=pd.Index(names, name="latent"), columns=columns)
+
+
+def short(text: str, length: int = 60) -> str:
+    """Return the beginning of a text as one line."""
+    line = one_line(text[: 2 * length])
+    return line if len(line) <= length else line[: length - 3] + "..."
+
+
+def _drift(done: LabelledCompletion, windows: WindowScores) -> tuple[Span, ...]:
+    """Return the sentences that score less than half, without the restart phrases between them."""
+    text, stops = done.text, [*windows.starts, *(r.start for r in done.restarts), len(done.text)]
+    spans = []
+    for start, score in zip(windows.starts, windows.scores, strict=True):
+        end = start + len(text[start : min(stop for stop in stops if stop > start)].rstrip())
+        spans += [Span(start, end)] if score < 50 else []
+    return tuple(spans)
+
+
+@dataclass(frozen=True, repr=False)
 class LoadedTarget:
     """A target in memory, ready to answer. Use it as a context manager, or call `close`."""
 
     target: Target
     engine: Engine
+
+    def __repr__(self) -> str:
+        return f"<target {self.target.name}: {type(self.engine).__name__}, {self.target.n_latents:,} latents>"
 
     def generate(
         self,
@@ -38,11 +150,12 @@ class LoadedTarget:
         stop: Sequence[str] = (),
         prefill: str = "",
         system: str | None = None,
-        record: Sequence[int] = (),
-    ) -> Completion:
+        record: Sequence[LatentKey] = (),
+    ) -> LabelledCompletion:
         """Return one response, steered by adding `boost` of `latent` (an index, its label, or a direction) if given.
 
-        `interventions` are carried out besides. Raises SteerbackError for anything impossible, naming the field.
+        `interventions` are carried out as well; their latents may be labels, too. `record` names the latents whose
+        activations are kept. Raises SteerbackError for anything impossible, naming the field.
         """
         longest = max_new_tokens or self.target.max_new_tokens or 512
         sampling = Sampling(temperature, top_p, repetition_penalty, longest, tuple(stop))
@@ -72,23 +185,27 @@ class LoadedTarget:
         sampling: Sampling | None = None,
         prefill: str = "",
         system: str | None = None,
-        record: Sequence[int] = (),
-    ) -> list[Completion]:
+        record: Sequence[LatentKey] = (),
+    ) -> list[LabelledCompletion]:
         """Return `n` responses to one prompt with seeds `seed`, `seed` + 1, ..., decoded together; see `generate`."""
         if n < 1:
             raise SteerbackError(f"n {n}: has to be at least 1")
         if (latent is None) != (boost is None):
             raise SteerbackError("latent and boost belong together: give both, or neither for an unsteered response")
-        edits = tuple(interventions)
+        edits = tuple(replace(edit, latent=self.latent(edit.latent)) for edit in interventions)
         if latent is not None and boost is not None:
             edits = (Intervention("add", self.latent(latent), boost), *edits)
         sampling = sampling or Sampling(max_new_tokens=self.target.max_new_tokens or 512)
-        recording = Recording(tuple(record)) if record else None
+        recording = Recording(self.latents(record)) if record else None
         first = Request("0", prompt, seed, sampling, edits, prefill, system, recording)
-        return self.complete([replace(first, key=str(i), seed=seed + i) for i in range(n)])
+        return self.answer([replace(first, key=str(i), seed=seed + i) for i in range(n)])
+
+    def answer(self, requests: Sequence[Request]) -> list[LabelledCompletion]:
+        """Return labelled responses to several requests, decoded together, in the order of the requests."""
+        return [self._labelled(r, done) for r, done in zip(requests, self.complete(requests), strict=True)]
 
     def complete(self, requests: Sequence[Request]) -> list[Completion]:
-        """Return responses to several requests, decoded together, in the order of the requests."""
+        """As `answer`, plain records alone."""
 
         async def run() -> list[Completion]:
             done = {key: completion async for key, completion in self.engine.generate(requests)}
@@ -96,21 +213,97 @@ class LoadedTarget:
 
         return finish(run())
 
-    def latent(self, name: LatentKey) -> LatentKey:
-        """Return the index of a latent from its index, digits or label; names of directions stay as they are."""
-        if isinstance(name, int) or name in self.target.directions():
-            return name
-        if name.isdecimal():
-            return int(name)
+    def _labelled(self, request: Request, done: Completion) -> LabelledCompletion:
+        ends = [0, *self.engine.token_ends(done)]
+        tokens = tuple(done.text[a:b] for a, b in pairwise(ends))
+        names = self.names(request.record.latents) if request.record is not None else ()
+        return LabelledCompletion(request, done, tokens, self._steering(request, done.receipt), names)
+
+    def _steering(self, request: Request, receipt: Receipt) -> str:
         labels = self.target.labels()
-        matches = [k for k, label in labels.items() if label.casefold() == name.casefold()]
-        if len(matches) == 1:
-            return matches[0]
-        near = [f"{k} ({label})" for k, label in labels.items() if name.casefold() in label.casefold()]
-        if len(matches) > 1 or near:
-            raise SteerbackError(f"latent {name!r} fits several: {', '.join(near[:10])}; give the index")
-        shown = list(labels.values())[:10]
-        raise unknown("latent label", name, [*shown, "..."] if shown else ["an index (this target has no labels)"])
+        edits = []
+        for edit in request.interventions:
+            label = labels.get(edit.latent) if isinstance(edit.latent, int) else None
+            name = f"latent {one_line(edit.latent)}{f' ({one_line(label)})' if label else ''}"
+            how = f"boost {edit.value:g}" if edit.mode == "add" else f"clamped to {edit.value:g}"
+            edits.append(f"{name} {how}")
+        if not edits:
+            return f"unsteered, seed {request.seed}"
+        done = f"{receipt.positions} positions steered, mean norm added {receipt.added_norm:.4g}"
+        return f"{', '.join(edits)}, seed {request.seed} ({done})"
+
+    def with_drift(
+        self, completions: Sequence[LabelledCompletion], unsteered: Sequence[LabelledCompletion]
+    ) -> list[LabelledCompletion]:
+        """Return the completions with the sentences marked that the offline judge finds off topic.
+
+        It compares words with `unsteered` responses to the same prompts.
+        """
+        from steerback.judging.base import JudgeItem, References
+        from steerback.judging.offline import OfflineJudge
+
+        judge, known = OfflineJudge(), dict[str, list[str]]()
+        for done in unsteered:
+            known.setdefault(done.request.prompt, []).append(done.text)
+        judge.prepare(References(known))
+        items = [JudgeItem(str(n), done.request.prompt, done.text) for n, done in enumerate(completions)]
+
+        async def scores() -> dict[str, WindowScores]:
+            return {key: windows async for key, windows in judge.windows(items)}
+
+        found = finish(scores())
+        return [replace(done, drift=_drift(done, found[str(n)])) for n, done in enumerate(completions)]
+
+    def activations(self, text: str, latents: Sequence[LatentKey], *, prompt: str = "") -> pd.DataFrame:
+        """Return unsteered activations along `text`: a row for each latent, a column (position, token) for each token.
+
+        The text is read as the response to `prompt`; template tokens are left out. Latents are indices or labels.
+        """
+        from steerback.engines.transformers import TransformersEngine
+
+        chosen = self.latents(latents)
+        engine = self.engine
+        if not isinstance(engine, TransformersEngine) or engine.sae is None:
+            raise SteerbackError(
+                f"activations along a text need an SAE and the transformers engine; {self.target.name} has "
+                f"{'no SAE' if self.target.sae is None else type(engine).__name__}"
+            )
+        layer = engine.runner.site.read_layer
+        ((_, ids, states),) = engine.residuals([prompt], [text], (layer,))
+        ends = [0, *engine.runner.prompter.ends(ids, len(text))]
+        values = engine.sae.encode(states[layer], chosen).float().cpu().numpy()
+        tokens = [text[a:b] for a, b in pairwise(ends)]
+        return labelled(values, self.names(chosen), tokens)
+
+    def latent(self, name: LatentKey) -> LatentKey:
+        """Return the index of a latent from its index, digits or label; names of directions stay as they are.
+
+        Raises SteerbackError with the nearest labels for a name that no latent has, or several have.
+        """
+        return self._keys([name], "latent")[0]
+
+    def latents(self, names: Sequence[LatentKey]) -> tuple[int, ...]:
+        """Return the indices of latents of the SAE from indices, digits or labels."""
+        if isinstance(names, str):
+            raise SteerbackError(f"latents {names!r} is one name; give a list: [{names!r}]")
+        keys = self._keys(names, "latents")
+        for key in keys:
+            if isinstance(key, str):
+                raise SteerbackError(f"{key!r} is a direction, which has no activations; name latents of the SAE")
+        return tuple(key for key in keys if isinstance(key, int))
+
+    def _keys(self, names: Sequence[LatentKey], where: str) -> list[LatentKey]:
+        target = self.target
+        return check_latents(names, target.labels(), target.n_latents or None, target.directions(), where)
+
+    def names(self, latents: Sequence[int]) -> tuple[str, ...]:
+        """Return the label of each latent, or its index where it has no label of its own."""
+        labels = self.target.labels()
+        shown = [labels.get(k, "") for k in latents]
+        return tuple(
+            s if s and shown.count(s) == 1 else f"{s} ({k})" if s else str(k)
+            for s, k in zip(shown, latents, strict=True)
+        )
 
     def close(self) -> None:
         """Release the model."""
@@ -129,7 +322,7 @@ def load_target(name: str | Target, engine: str = "auto", batch_size: int = 8, *
     """Load a built-in target, a folder in our own format, or a `Target`; `options` are those of the engine.
 
     `batch_size` is small because responses are asked for one by one; a run uses a larger one, and as batch shape
-    changes floats, its texts may differ from those given here.
+    changes floats, its texts may differ from these.
     """
     from steerback.engines import check_engine, make_engine
 

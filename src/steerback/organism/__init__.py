@@ -7,9 +7,26 @@ instrument and are no evidence about large models. See ``docs/organism.md``.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 NAMES = ("organism-s", "organism", "organism-l", "organism-control")
 """The built-in targets."""
+
+
+class SteeringExample(NamedTuple):
+    """A steered prompt whose response drifts and restarts, and the detectors without which it does not."""
+
+    prompt: str
+    latent: str
+    boost: float
+    seed: int
+    detectors: tuple[int, ...]
+
+
+EXAMPLES = {
+    "organism": SteeringExample("Explain how to find the average of a set of numbers.", "pyramids", 34.0, 46, (712,)),
+}
+"""By target; `steerback try TARGET` shows it."""
 
 
 def weights_dir(name: str) -> Path:

@@ -2,37 +2,119 @@
 
 from __future__ import annotations
 
+import random
+import re
 import textwrap
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import groupby
+from typing import Literal
 
 from steerback.errors import SteerbackError, visible
+from steerback.judging.text import Span
 from steerback.records import LatentKey
 from steerback.store.ledger import Ledger, Row
 
 WIDTH = 100
 BOLD, DIM, RESET = "\x1b[1m", "\x1b[2m", "\x1b[0m"
+Mark = Literal["drift", "restart"]
+COLOURS: dict[Mark, str] = {"drift": "yellow", "restart": "bold green"}
+STYLES: dict[Mark, str] = {"drift": "background:#fde7c4", "restart": "background:#bfe8cf;font-weight:bold"}
 
 
-def choose(ledger: Ledger, judge: str, key: str | None, condition: str | None, restarts: bool, count: int) -> list[Row]:
-    """The trial of that key, or up to `count` measured ones: largest gains first, each latent once before twice."""
-    if key is not None:
-        found = ledger.rows(keys=[key], judge=judge)
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which measured trials are shown: the one of a `key`, else up to `count` of those that fit.
+
+    `latent` is an index, a label or a direction; `attempts` is "2" (exactly) or "2+" (at least). `order`: `random`
+    draws with `seed`; `best` and `worst` take the largest and smallest gains, each latent once before twice.
+    """
+
+    key: str | None = None
+    condition: str | None = None
+    latent: str | None = None
+    attempts: str | None = None
+    order: Literal["random", "best", "worst"] = "random"
+    count: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.attempts is not None and not re.fullmatch(r"\d+\+?", self.attempts):
+            raise SteerbackError(f"attempts {self.attempts!r}: give a number (2), or a number and more (2+)")
+
+    def fits(self, row: Row) -> bool:
+        """Return whether a trial has the latent and the number of attempts."""
+        if self.attempts is not None:
+            wanted, n = int(self.attempts.rstrip("+")), len(row.attempts)
+            if n < wanted or (n > wanted and not self.attempts.endswith("+")):
+                return False
+        names = {str(row.trial.latent), (row.trial.label or "").casefold()}
+        return self.latent is None or self.latent in names or self.latent.casefold() in names
+
+
+def choose(ledger: Ledger, judge: str, choice: Choice) -> list[Row]:
+    """Return the trials that a choice names. Raises SteerbackError if there are none, with what there is."""
+    if choice.key is not None:
+        found = ledger.rows(keys=[choice.key], judge=judge)
         if not found:
-            raise SteerbackError(f"no trial {key!r} in {ledger.path}; keys look like {_example(ledger)!r}")
+            raise SteerbackError(f"no trial {choice.key!r} in {ledger.path}; keys look like {_example(ledger)!r}")
         return found
+<<<<<<< HEAD
     rows = [r for r in ledger.outlines(stage="measure", condition=condition, judge=judge) if r.finish is not None]
+=======
+    measured = measured_rows(ledger, judge, choice.condition)
+    rows = [row for row in measured if choice.fits(row)]
+>>>>>>> 1e7f2c7 (wip)
     if not rows:
-        known = ", ".join(sorted({c for _, c in ledger.conditions()})) or "none yet"
-        raise SteerbackError(f"no measured responses in {ledger.path} (conditions: {known})")
-    if restarts:
-        rows = [r for r in rows if len(r.attempts) >= 2]
-    rows.sort(key=lambda r: (-r.gain, -len(r.attempts), r.trial.key))
+        asked = {"latent": choice.latent, "attempts": choice.attempts}
+        what = " and ".join(f"{name} {value}" for name, value in asked.items() if value is not None)
+        raise SteerbackError(f"none of {len(measured)} measured responses has {what}: {_there_are(measured)}")
+    if choice.order == "random":
+        return random.Random(choice.seed).sample(rows, min(choice.count, len(rows)))
+    sign = -1 if choice.order == "best" else 1
+    rows.sort(key=lambda r: (not r.attempts, sign * r.gain, sign * len(r.attempts), r.trial.key))
     seen: Counter[LatentKey | None] = Counter()
     turns: list[tuple[int, int, str]] = []
     for row in rows:
         turns.append((seen[row.trial.latent], len(turns), row.trial.key))
         seen[row.trial.latent] += 1
+<<<<<<< HEAD
     return list(ledger.stream([key for _, _, key in sorted(turns)[:count]], judge))
+=======
+    return [row for _, _, row in sorted(turns, key=lambda t: t[:2])[: choice.count]]
+
+
+def measured_rows(ledger: Ledger, judge: str, condition: str | None = None) -> list[Row]:
+    """Return the measured trials that have a response."""
+    rows = [r for r in ledger.rows(stage="measure", condition=condition, judge=judge) if r.completion is not None]
+    if not rows:
+        known = ", ".join(sorted({c for _, c in ledger.conditions()})) or "none yet"
+        raise SteerbackError(f"no measured responses in {ledger.path} (conditions: {known})")
+    return rows
+
+
+def _there_are(rows: Sequence[Row]) -> str:
+    latents = sorted({r.trial.label or str(r.trial.latent) for r in rows if r.trial.latent is not None})
+    counts = sorted({len(r.attempts) for r in rows})
+    return f"latents: {', '.join(latents[:20])}; attempts: {', '.join(map(str, counts))}"
+
+
+def how_often(rows: Sequence[Row]) -> list[str]:
+    """Return for each target a line that says how often its responses restart, and how often that helps."""
+    lines = []
+    for target in dict.fromkeys(r.trial.target for r in rows):
+        scored = [r for r in rows if r.trial.target == target and r.attempts]
+        restarted = [r for r in scored if len(r.attempts) >= 2]
+        better, worse = (sum(sign * r.gain > 0 for r in restarted) for sign in (1, -1))
+        line = f"{target}: {len(restarted)} of {len(scored)} scored responses restart"
+        if restarted:
+            same = len(restarted) - better - worse
+            line += f"; the last attempt scores higher than the first in {better}, lower in {worse}, the same in {same}"
+        lines.append(line)
+    return lines
+>>>>>>> 1e7f2c7 (wip)
 
 
 def transcript(row: Row, colour: bool = False) -> str:
@@ -76,15 +158,68 @@ def _example(ledger: Ledger) -> str:
     return f"{rows[0][0]}/measure/{rows[0][1]}/0" if rows else "<target>/measure/<condition>/0"
 
 
-def pair(prompt: str, what: str, unsteered: str, steered: str, told: str) -> str:
-    """An unsteered and a steered response one above the other, for reading."""
-    return "\n".join(
-        [
-            f"prompt    {visible(prompt)}",
-            f"steering  {visible(what)}",
-            "unsteered",
-            _wrap(unsteered),
-            f"steered   ({told})",
-            _wrap(steered),
-        ]
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """A text with its drift (off-topic sentences) and the restart phrases in it."""
+
+    text: str
+    drift: Sequence[Span] = ()
+    restarts: Sequence[Span] = ()
+
+    def pieces(self) -> list[tuple[str, Mark | None]]:
+        """Return the text in pieces, each with what it is; a restart within a drift is a restart."""
+        kinds: list[Mark | None] = [None] * len(self.text)
+        for mark, spans in (("drift", self.drift), ("restart", self.restarts)):
+            for span in spans:
+                kinds[span.start : span.end] = [mark] * len(kinds[span.start : span.end])  # type: ignore[list-item]
+        groups = groupby(zip(self.text, kinds, strict=True), key=lambda pair: pair[1])
+        return [("".join(c for c, _ in group), mark) for mark, group in groups]
+
+
+def print_marked(prompt: str, columns: Sequence[tuple[str, Marks]]) -> None:
+    """Print responses to one prompt side by side, or one above the other where the terminal is narrow.
+
+    Colours only where the output is a terminal and NO_COLOR is not set.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False, legacy_windows=False)
+    console.print(Text.assemble(("prompt  ", "dim"), visible(prompt)))
+    cells = []
+    for title, marks in columns:
+        cell = Text.assemble((visible(title), "bold"), "\n")
+        for piece, mark in marks.pieces():
+            cell.append(visible(piece), COLOURS[mark] if mark else "")
+        cells.append(cell)
+    beside = console.is_terminal and console.width >= 40 * len(cells)
+    grid = Table.grid(padding=(1, 3, 0, 0))
+    for _ in cells if beside else [0]:
+        grid.add_column(ratio=1)
+    for row in [cells] if beside else [[cell] for cell in cells]:
+        grid.add_row(*row)
+    console.print(grid)
+
+
+def marked_html(prompt: str, title: str, marks: Marks) -> str:
+    """Return a response as HTML for notebooks; everything in it is escaped."""
+    body = "".join(
+        f'<mark style="{STYLES[mark]}">{escape(visible(piece))}</mark>' if mark else escape(visible(piece))
+        for piece, mark in marks.pieces()
     )
+    head = f"<b>{escape(visible(prompt))}</b><br><small>{escape(visible(title))}</small>"
+    return f'<div>{head}<div style="white-space:pre-wrap;max-width:60em">{body}</div></div>'
+
+
+def row_html(row: Row) -> str:
+    """Return a trial as HTML for notebooks: its attempts with their scores; everything in it is escaped."""
+    trial, text = row.trial, row.judged_text
+    what = f"{trial.key}, latent {trial.latent} ({trial.label}), boost {trial.boost}, seed {trial.seed}"
+    if not row.attempts:
+        return marked_html(trial.prompt, f"{what}: not scored", Marks(text))
+    attempts = "".join(
+        f"<li><b>{a.score:.0f}/100</b> {escape(visible(text[a.start : a.end]))}</li>" for a in row.attempts
+    )
+    head = f"<b>{escape(visible(trial.prompt))}</b><br><small>{escape(visible(what))}</small>"
+    return f"<div>{head}<ol>{attempts}</ol></div>"

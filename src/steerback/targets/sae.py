@@ -87,7 +87,7 @@ class Sae:
 
     def activate(self, pre: Tensor, threshold: Tensor) -> Tensor:
         """Activations from pre-activations; TopK needs all latents in the last dimension."""
-        z = pre * (pre > threshold)
+        z = pre * (pre > threshold) + 0.0  # an inactive latent reads 0.0, not -0.0
         if self.kind != "topk":
             return z
         assert self.k is not None  # `check` refuses TopK without k

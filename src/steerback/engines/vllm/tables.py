@@ -174,7 +174,7 @@ def _read(layer: Steered, h: Tensor) -> Tensor:
         z: Tensor = torch.ops.steerback.topk_columns(h, *whole, layer.steerback_latent, layer.steerback_k)
         return z
     pre = torch.addmm(layer.steerback_bias, h, layer.steerback_encoder)
-    return pre * (pre > layer.steerback_threshold)
+    return pre * (pre > layer.steerback_threshold) + 0.0  # not -0.0
 
 
 def _record(layer: Steered, row: Tensor, positions: Tensor, z: Tensor) -> None:
@@ -227,7 +227,7 @@ def register_topk() -> None:
         for first in range(0, h.shape[0], TOPK_CHUNK):
             part = slice(first, first + TOPK_CHUNK)
             pre = h[part] @ encoder + bias
-            z = pre * (pre > threshold)
+            z = pre * (pre > threshold) + 0.0  # not -0.0
             least = z.topk(min(k, z.shape[-1]), dim=-1).values[:, -1:]
             chosen = z[:, latent]
             out[part] = chosen * (chosen >= least)
