@@ -45,8 +45,8 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 demo: $(VENV)/.installed
 	$(BIN)/steerback run esr $(DEMO_TARGETS) --preset quick --name demo --runs $(RUNS)
-	@echo; echo "Three responses in which the model stops itself while the push goes on:"; echo
-	@$(BIN)/steerback show demo --runs $(RUNS) --restarts --count 3
+	@echo; echo "Three responses drawn at random (steerback show demo --best has the largest gains):"; echo
+	@$(BIN)/steerback show demo --runs $(RUNS) --random --count 3
 
 # Sizes can be changed, e.g. make demo-all SIZES="--set n_latents=4 --set trials_per_latent=5"
 SIZES ?=

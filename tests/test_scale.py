@@ -20,7 +20,7 @@ from steerback.config import RunConfig
 from steerback.errors import SteerbackError
 from steerback.records import Attempt, Completion, Intervention, Judgement, Receipt, Trial, is_degraded
 from steerback.report.export import export_flat
-from steerback.report.transcripts import choose
+from steerback.report.transcripts import Choice, choose
 from steerback.report.view import page
 from steerback.report.view_trials import ShownRun
 from steerback.store.cache import Cache
@@ -158,7 +158,7 @@ def test_memory_does_not_grow_with_the_texts_of_a_ledger(large: Run, tmp_path: P
     ledger = large.ledger
     work: dict[str, Callable[[], object]] = {
         "analysis": lambda: outcomes_of([*ledger.outlines(judge="machine")]),
-        "show": lambda: choose(ledger, "machine", None, None, False, 3),
+        "show": lambda: choose(ledger, "machine", Choice(count=3)),
         "csv": lambda: export_flat(ledger, tmp_path / "trials.csv", "machine", "csv"),
         "parquet": lambda: export_flat(ledger, tmp_path / "trials.parquet", "machine", "parquet"),
         "view": lambda: page([ShownRun(large, "machine")], limit=100),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import tiny
@@ -199,3 +200,20 @@ def test_built_in_models_say_that_their_behaviour_is_planted(folder: Path) -> No
     assert planted == {"organism-s", "organism", "organism-l", "organism-control"}
     assert resolve("organism").with_adapter(folder).planted
     assert not resolve(str(folder)).planted
+
+
+def test_activations_are_labelled_by_latent_and_token(little: LoadedTarget) -> None:
+    done = little.generate("the cat", record=["boiling water", 2], max_new_tokens=4)
+    assert "".join(done.tokens) == done.text
+    assert list(done.activations.index) == ["boiling water", "2"]
+    assert list(done.activations.columns.get_level_values("token")) == list(done.tokens[:-1])
+    raw = done.record.activations[done.record.prompt_tokens :]
+    assert np.array_equal(done.activations.to_numpy(), raw.T)
+    assert not np.signbit(done.activations.to_numpy()).any()
+    along = little.activations("the cat", ["boiling water"])
+    assert along.shape[0] == 1
+    assert "".join(along.columns.get_level_values("token")) == "the cat"
+    for names, message in ((["dogs"], "'dogs' is not an index, a label"), (["at"], "did you mean"), ("cats", "a list")):
+        with pytest.raises(SteerbackError, match=message):
+            little.activations("the cat", names)
+    assert "\n" not in repr(done) + repr(little)

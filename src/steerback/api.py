@@ -125,7 +125,7 @@ class StudyRun:
         from steerback.report.export import trial_table
 
         with Run.read(self.folder) as opened:
-            return trial_table(opened.ledger.rows(stage=stage, judge=self.judge), self.judge).infer_objects()
+            return trial_table(opened.ledger, self.judge, stage).infer_objects()
 
     @cached_property
     def analysis(self) -> Analysis:
@@ -251,7 +251,7 @@ def carry_out(job: PreparedRun, folder: Path, cached: bool = True, quiet: bool =
 
 
 def open_run(path: str | Path, judge: str | None = None, runs: Path | str = RUNS) -> StudyRun:
-    """Open a run by the path of its folder, or by its name under `runs`, with the verdicts of `judge` (default: its)."""
+    """Open a run by the path of its folder, or by its name under `runs`, with the verdicts of `judge`."""
     folder = find_run(str(path), Path(runs))
     with Run.read(folder) as opened:
         return StudyRun(folder, opened.config, opened.judge(judge))

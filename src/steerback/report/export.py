@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from steerback.errors import SteerbackError, unknown
 from steerback.metrics import VALID, outcome_of
@@ -13,6 +14,9 @@ from steerback.readers.tables import csv_lines
 from steerback.store.files import whole_file
 from steerback.store.ledger import Ledger
 from steerback.store.rows import Outline, plain
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FORMATS = ("authors", "parquet", "csv", "inspect", "hf")
 
@@ -45,6 +49,14 @@ def export_flat(ledger: Ledger, path: Path, judge: str, form: str) -> Path:
         for line in csv_lines(COLUMNS, (record.values() for record in _records(rows, judge))):
             file.write(line.encode("utf-8"))
     return path
+
+
+def trial_table(ledger: Ledger, judge: str, stage: str | None = None) -> pd.DataFrame:
+    """Return one line for each trial of a stage (None: of all) with `judge`'s verdict; the columns are COLUMNS."""
+    import pandas as pd
+
+    rows = ledger.responses(ledger.outlines(stage=stage, judge=judge))
+    return pd.DataFrame([*_records(rows, judge)], columns=[*COLUMNS], dtype=object)
 
 
 def _records(rows: Iterable[tuple[Outline, str | None]], judge: str) -> Iterator[dict[str, object]]:

@@ -16,6 +16,7 @@ from steerback.errors import SteerbackError, visible
 from steerback.judging.text import Span
 from steerback.records import LatentKey
 from steerback.store.ledger import Ledger, Row
+from steerback.store.rows import Outline
 
 WIDTH = 100
 BOLD, DIM, RESET = "\x1b[1m", "\x1b[2m", "\x1b[0m"
@@ -44,7 +45,7 @@ class Choice:
         if self.attempts is not None and not re.fullmatch(r"\d+\+?", self.attempts):
             raise SteerbackError(f"attempts {self.attempts!r}: give a number (2), or a number and more (2+)")
 
-    def fits(self, row: Row) -> bool:
+    def fits(self, row: Outline) -> bool:
         """Return whether a trial has the latent and the number of attempts."""
         if self.attempts is not None:
             wanted, n = int(self.attempts.rstrip("+")), len(row.attempts)
@@ -61,18 +62,15 @@ def choose(ledger: Ledger, judge: str, choice: Choice) -> list[Row]:
         if not found:
             raise SteerbackError(f"no trial {choice.key!r} in {ledger.path}; keys look like {_example(ledger)!r}")
         return found
-<<<<<<< HEAD
-    rows = [r for r in ledger.outlines(stage="measure", condition=condition, judge=judge) if r.finish is not None]
-=======
     measured = measured_rows(ledger, judge, choice.condition)
     rows = [row for row in measured if choice.fits(row)]
->>>>>>> 1e7f2c7 (wip)
     if not rows:
         asked = {"latent": choice.latent, "attempts": choice.attempts}
         what = " and ".join(f"{name} {value}" for name, value in asked.items() if value is not None)
         raise SteerbackError(f"none of {len(measured)} measured responses has {what}: {_there_are(measured)}")
     if choice.order == "random":
-        return random.Random(choice.seed).sample(rows, min(choice.count, len(rows)))
+        drawn = random.Random(choice.seed).sample(rows, min(choice.count, len(rows)))
+        return list(ledger.stream([row.trial.key for row in drawn], judge))
     sign = -1 if choice.order == "best" else 1
     rows.sort(key=lambda r: (not r.attempts, sign * r.gain, sign * len(r.attempts), r.trial.key))
     seen: Counter[LatentKey | None] = Counter()
@@ -80,28 +78,26 @@ def choose(ledger: Ledger, judge: str, choice: Choice) -> list[Row]:
     for row in rows:
         turns.append((seen[row.trial.latent], len(turns), row.trial.key))
         seen[row.trial.latent] += 1
-<<<<<<< HEAD
-    return list(ledger.stream([key for _, _, key in sorted(turns)[:count]], judge))
-=======
-    return [row for _, _, row in sorted(turns, key=lambda t: t[:2])[: choice.count]]
+    keys = [key for _, _, key in sorted(turns)[: choice.count]]
+    return list(ledger.stream(keys, judge))
 
 
-def measured_rows(ledger: Ledger, judge: str, condition: str | None = None) -> list[Row]:
-    """Return the measured trials that have a response."""
-    rows = [r for r in ledger.rows(stage="measure", condition=condition, judge=judge) if r.completion is not None]
+def measured_rows(ledger: Ledger, judge: str, condition: str | None = None) -> list[Outline]:
+    """Return the measured trials that have a response, without their texts."""
+    rows = [r for r in ledger.outlines(stage="measure", condition=condition, judge=judge) if r.finish is not None]
     if not rows:
         known = ", ".join(sorted({c for _, c in ledger.conditions()})) or "none yet"
         raise SteerbackError(f"no measured responses in {ledger.path} (conditions: {known})")
     return rows
 
 
-def _there_are(rows: Sequence[Row]) -> str:
+def _there_are(rows: Sequence[Outline]) -> str:
     latents = sorted({r.trial.label or str(r.trial.latent) for r in rows if r.trial.latent is not None})
     counts = sorted({len(r.attempts) for r in rows})
     return f"latents: {', '.join(latents[:20])}; attempts: {', '.join(map(str, counts))}"
 
 
-def how_often(rows: Sequence[Row]) -> list[str]:
+def how_often(rows: Sequence[Outline]) -> list[str]:
     """Return for each target a line that says how often its responses restart, and how often that helps."""
     lines = []
     for target in dict.fromkeys(r.trial.target for r in rows):
@@ -114,7 +110,6 @@ def how_often(rows: Sequence[Row]) -> list[str]:
             line += f"; the last attempt scores higher than the first in {better}, lower in {worse}, the same in {same}"
         lines.append(line)
     return lines
->>>>>>> 1e7f2c7 (wip)
 
 
 def transcript(row: Row, colour: bool = False) -> str:
