@@ -144,11 +144,11 @@ def finish(work: Coroutine[object, None, Result]) -> Result:
         return await task
 
     with ThreadPoolExecutor(1, "steerback-loop") as pool:
-        done = pool.submit(asyncio.run, cancellable())
+        pool.submit(int).result()  # an interrupt while a thread starts would leave it running
         try:
-            return done.result()
+            return pool.submit(asyncio.run, cancellable()).result()
         except KeyboardInterrupt:
-            loop, task = cancel.result()
-            with contextlib.suppress(RuntimeError):  # the work ended meanwhile, and its loop with it
+            with contextlib.suppress(RuntimeError, TimeoutError):  # it has ended already, or never begun
+                loop, task = cancel.result(5)
                 loop.call_soon_threadsafe(task.cancel)
             raise

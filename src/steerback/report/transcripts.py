@@ -187,6 +187,7 @@ def print_marked(prompt: str, columns: Sequence[tuple[str, Marks]]) -> None:
         cell = Text.assemble((visible(title), "bold"), "\n")
         for piece, mark in marks.pieces():
             cell.append(visible(piece), COLOURS[mark] if mark else "")
+        cell.rstrip()
         cells.append(cell)
     beside = console.is_terminal and console.width >= 40 * len(cells)
     grid = Table.grid(padding=(1, 3, 0, 0))
