@@ -84,7 +84,7 @@ class RunTrial:
         return row_html(self.row)
 
 
-class Summary(dict[str, object]):
+class PrintedSummary(dict[str, object]):
     """The content of summary.json, which prints as one line."""
 
     def __repr__(self) -> str:
@@ -134,9 +134,9 @@ class StudyRun:
             return execute.analysed(opened, self.judge)
 
     @property
-    def summary(self) -> Summary:
+    def summary(self) -> PrintedSummary:
         """All results, as in summary.json."""
-        return Summary(self.analysis.summary)
+        return PrintedSummary(self.analysis.summary)
 
     @property
     def tables(self) -> Mapping[str, Table]:
