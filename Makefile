@@ -17,7 +17,7 @@ help:
 	@echo "make test-vllm    the same for the vLLM engine, in an environment of its own (CPU build of vLLM)"
 	@echo "make test-ray    the Ray engine on a cluster of three nodes on this machine"
 	@echo "make docs    build the documentation into site/, warnings are errors"
-	@echo "make faults  the long campaign of kills, full disks, damaged files and hostile texts (SCALE=10: about 8 minutes)"
+	@echo "make faults  the long campaign: kills, full disks, damaged files, hostile texts (SCALE=10)"
 	@echo "make audit   known vulnerabilities of the pinned versions, where an advisory service can be reached"
 	@echo "make check   format, lint, types, import order, spelling"
 	@echo "make clean   remove what the above made (runs are kept)"
