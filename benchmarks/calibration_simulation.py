@@ -2,6 +2,7 @@
 
     python benchmarks/calibration_simulation.py            # all tables of docs/calibration.md
     python benchmarks/calibration_simulation.py --n 20     # a glance
+    python benchmarks/calibration_simulation.py --degraded # what the setting `degraded` does
 
 Writes benchmarks/results/calibration_simulation.json and prints the tables as Markdown. Scores are drawn from beta
 distributions around a mean curve; thresholds vary over latents like N(130, 40) on [50, 230], the prior is that of
@@ -233,6 +234,38 @@ def simulate(n: int) -> dict[str, Any]:
     return out
 
 
+def degraded_readings(n: int) -> dict[str, Any]:
+    """Mean first score at the threshold by both readings, per share of degraded responses, which score about 5."""
+    out: dict[str, Any] = {}
+    for share in (0.0, 0.1, 0.3):
+        for reading in ("include", "exclude"):
+            generator, found = np.random.default_rng(2), []
+            for _ in range(n):
+                t = float(np.clip(generator.normal(130, 40), 50, 230))
+                calibrator = Calibrator(PRIOR, CalibrationConfig(), DRAWS)
+                while (boost := calibrator.next_boost()) is not None:
+                    mean = float(FALLING["medium"](boost, t))
+                    sound = draw(generator, mean, NOISE["broad"], 10)
+                    fallen = generator.random(10) < share
+                    low = draw(generator, 5.0, NOISE["broad"], 10)
+                    scores = [b if bad else a for a, b, bad in zip(sound, low, fallen, strict=True)]
+                    kept = [None if bad and reading == "exclude" else s for s, bad in zip(scores, fallen, strict=True)]
+                    calibrator.update(boost, kept)
+                threshold = calibrator.finish()
+                sound_mean = float(FALLING["medium"](threshold.boost, t))
+                found.append((share * 5.0 + (1 - share) * sound_mean, sound_mean, threshold.boost / t))
+            names = ("with degraded", "without", "boost / true")
+            out[f"{share:.0%} | {reading}"] = dict(zip(names, np.mean(found, axis=0).tolist(), strict=True))
+    return out
+
+
+def degraded_table(found: dict[str, Any]) -> str:
+    lines = ["| degraded | setting | mean with degraded | mean without | boost |", "|---|---|---|---|---|"]
+    for key, m in found.items():
+        lines.append(f"| {key} | {m['with degraded']:.1f} | {m['without']:.1f} | {m['boost / true']:.2f} |")
+    return "\n".join(lines)
+
+
 def markdown(found: dict[str, Any]) -> str:
     lines = [
         "| curve | scores | bias | RMSE | off by > 5 | coverage | width | converged / bound / not |",
@@ -282,7 +315,12 @@ def _statuses(s: dict[str, float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--n", type=int, default=100, help="simulated latents per curve and noise")
-    n = parser.parse_args().n
+    parser.add_argument("--degraded", action="store_true", help="only the two readings of degraded responses")
+    chosen = parser.parse_args()
+    n = chosen.n
+    if chosen.degraded:
+        print(degraded_table(degraded_readings(n)))
+        return
     began = time.perf_counter()
     found = simulate(n)
     found["machine"] = {"python": platform.python_version(), "numpy": np.__version__, "machine": platform.machine()}

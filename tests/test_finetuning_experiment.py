@@ -163,7 +163,8 @@ def test_endings_tell_what_the_length_limit_cut_off() -> None:
     repeated = "no no no no no no no no no no no no no no no no no no no no no no no no no no no no no no no no no no"
     rows = [row("stop", 10, 80), row("stop", 20, 30), row("length", 50, 10), row("stop", 90), row("length", 5)]
     rows += [row("length"), row("length", 50, 0, text=repeated)]
-    assert endings(rows) == {"ended": Ending(2, 40.0), "cut": Ending(1, -40.0)}
-    assert "1 multi-attempt responses were cut" in ending_lines("x", endings(rows))[0]
-    assert endings(rows[3:6]) == {}
+    assert endings(rows, include_degraded=False) == {"ended": Ending(2, 40.0), "cut": Ending(1, -40.0)}
+    assert "1 multi-attempt responses were cut" in ending_lines("x", endings(rows, include_degraded=False))[0]
+    assert endings(rows, include_degraded=True)["cut"].n == 2
+    assert endings(rows[3:6], include_degraded=True) == {}
     assert ending_lines("x", {}) == []

@@ -171,6 +171,9 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     shipped = resolve("organism").own_labels()
     k = next(iter(shipped))
+    code, said = verb("--latents", f"{k},0,1,5", "--dry-run")
+    assert re.search(r"would label \d of 3 latents: \d [^;]+(; \d [^;]+)*\ndry run: nothing was stored", said), said
+    assert not read_user_labels("organism")
     code, said = verb("--latents", f"{k},0,1,5")
     assert code == 0, said
     made = read_user_labels("organism")
@@ -188,6 +191,7 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, said = verb("--judge", "mockllm/model", "--latents", "7,8,9", "--dry-run")
     assert (code, "spent" in said) == (0, False)
     assert "latents to label:" in said
+    assert "of 3 latents: " in said
     code, said = verb("--judge", "mockllm/model", "--latents", "7,8,9", "--max-judge-calls", "1")
     assert code == 0, said
     assert "1 without an answer: " in said  # what the mock says of itself is no label

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -90,8 +90,8 @@ def values(summary: Summary, variant: str) -> dict[str, float | None]:
 @given(conditions)
 def test_every_metric_equals_a_loop_over_the_judgements(rows) -> None:
     summary = summarize(from_texts(rows), draws=20)
-    for variant, options in VARIANTS.items():
-        expected = brute_force(rows, **options)
+    for variant, (gated, include_degraded) in VARIANTS.items():
+        expected = brute_force(rows, gated, include_degraded is not False)
         assert set(expected) == set(METRICS)
         assert values(summary, variant) == pytest.approx(expected, abs=1e-9), variant
 
@@ -182,7 +182,7 @@ def test_a_hand_computed_condition() -> None:
     ]
     assert "cut" not in summarize(from_texts(rows), draws=0).counts  # not known
     cut = [1, 0, 1, 0, 1, 1, 0, 0]  # of the sound and valid ones: two
-    s = summarize(from_texts(rows, cut), draws=50)
+    s = summarize(replace(from_texts(rows, cut), include_degraded=False), draws=50)
     assert s.counts == {"planned": 8, "valid": 5, "empty": 1, "unscored": 1, "invalid": 1, "degraded": 1, "cut": 2}
     assert values(s, "headline") == pytest.approx(
         {
@@ -204,6 +204,9 @@ def test_a_hand_computed_condition() -> None:
     assert s.worst_case["headline"]["mean_attempts"] == (7 / 5, None)
     assert s["msi"].clusters == 2
     assert s["msi"].n == 4
+    assert s.other == s.with_degraded
+    both = summarize(from_texts(rows, cut), draws=50)
+    assert (both.headline, both.other, both.counts["cut"]) == (s.with_degraded, s.headline, 3)
 
 
 @few

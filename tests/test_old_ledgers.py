@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from steerback.jobs.execute import analysed
+from steerback.store.facts import CONFIG
+from steerback.store.ledger import Ledger
 from steerback.store.run import Run
 
 STORED = Path(__file__).parent / "data" / "ledgers-0.1"
@@ -43,6 +45,10 @@ def differences(before: object, now: object, where: str = "") -> list[str]:
 def test_a_ledger_of_0_1_gives_the_numbers_that_0_1_gave(name: str, tmp_path: Path) -> None:
     with opened(name, tmp_path) as run:
         assert len(run.ledger.rows()) > 100
+        config = run.ledger.get("", CONFIG) or {}
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:  # 0.1.0 left degraded responses out, and had no setting
+        ledger.put("", CONFIG, {**config, "degraded": "exclude"})
+    with Run.read(tmp_path) as run:
         summary = json.loads(json.dumps(analysed(run, run.config.judge).summary))
     before = json.loads(gzip.decompress((STORED / f"{name}.summary.json.gz").read_bytes()))
     assert differences(before, summary) == []

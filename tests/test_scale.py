@@ -157,7 +157,7 @@ def peak(work: Callable[[], object]) -> float:
 def test_memory_does_not_grow_with_the_texts_of_a_ledger(large: Run, tmp_path: Path, verb: str) -> None:
     ledger = large.ledger
     work: dict[str, Callable[[], object]] = {
-        "analysis": lambda: outcomes_of([*ledger.outlines(judge="machine")]),
+        "analysis": lambda: outcomes_of([*ledger.outlines(judge="machine")], True),
         "show": lambda: choose(ledger, "machine", Choice(count=3)),
         "csv": lambda: export_flat(ledger, tmp_path / "trials.csv", "machine", "csv"),
         "parquet": lambda: export_flat(ledger, tmp_path / "trials.parquet", "machine", "parquet"),

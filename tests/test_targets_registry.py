@@ -190,7 +190,7 @@ def test_a_target_may_be_an_object(folder: Path) -> None:
         ("a = 1", "'a' is not a table; each target is one"),
         ("[a]\nsummary = 'x'", "target 'a' says no model"),
         ("[llama-3.3]\nmodel = 'x'", r'a name with a dot has to be quoted, \["llama-3.3"\]'),
-        ("[organism]\nmodel = 'x'", "'organism' is a built-in target; choose another name"),
+        ("[organism]\nmodel = 'x'", "'organism' is a built-in target; choose another name, or leave out model"),
         (
             "[a]\nmodel = 'x'\nstear_layer = 1\nboost_prior = [1, 1, 0, 2]",
             "target 'a': unknown setting 'stear_layer'; choose one of: boost_prior",
@@ -277,6 +277,31 @@ def test_the_option_may_stand_anywhere(folder: Path, capsys: pytest.CaptureFixtu
                 main(words)
             assert done.value.code == 0
     capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("sae", "layer", "words"),
+    [
+        ("location = 'sae', format = 'gooseberry'", 2, "unknown SAE format 'gooseberry'"),
+        ("location = 'sae'", 1, "an SAE of layer 2, where layer 1 was asked for"),
+    ],
+)
+def test_show_checks_the_sae_as_loading_does(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    sae: str,
+    layer: int,
+    words: str,
+) -> None:
+    file = folder / "wrong.toml"
+    values = f"sae_layer = {layer}\nn_latents = 64\nboost_prior = [6, 3, 0, 30]"
+    file.write_text(f"[wrong]\nmodel = 'model'\nsae = {{ {sae} }}\n{values}\n")
+    monkeypatch.setenv("STEERBACK_TARGETS", str(file))
+    with pytest.raises(SystemExit) as done:
+        main(["targets", "show", "wrong"])
+    assert done.value.code == 2
+    assert words in capsys.readouterr().err
 
 
 def test_targets_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> None:

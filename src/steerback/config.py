@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar, get_args
 
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from steerback import readers
 from steerback.errors import SteerbackError, unknown
-from steerback.records import LEAST_TEMPERATURE, LatentKey, Sampling, is_temperature
+from steerback.records import LEAST_TEMPERATURE, BoostPrior, LatentKey, Sampling, is_temperature
 
 
 class Settings(BaseModel):
@@ -64,6 +65,29 @@ class CalibrationConfig(Settings):
     """`posterior` (authors): the median of the bisection's posterior instead of the fitted curve's crossing."""
     weight: float | None = Field(None, gt=0)
     """Pseudo-counts a round adds to the Beta distribution; None: its number of scored trials (authors: always 5)."""
+    low: float | None = Field(None, ge=0)
+    """Lowest boost that is searched; None: that of the target's prior."""
+    high: float | None = Field(None, gt=0)
+    """Highest boost that is searched; None: that of the target's prior. Raise it where thresholds end "at bound"."""
+
+    @model_validator(mode="after")
+    def _low_is_below_high(self) -> CalibrationConfig:
+        if self.low is not None and self.high is not None and self.low >= self.high:
+            raise ValueError(f"calibration.low ({self.low:g}) has to be below calibration.high ({self.high:g})")
+        return self
+
+    def prior(self, usual: BoostPrior) -> BoostPrior:
+        """Return the prior of a search: the target's, on the range that is set here.
+
+        Raises SteerbackError where one end is set and the target's other end is not on its far side.
+        """
+        low, high = usual.low if self.low is None else self.low, usual.high if self.high is None else self.high
+        if low >= high:
+            raise SteerbackError(
+                f"calibration searches from {low:g} to {high:g}, which is no range; the target's own is "
+                f"{usual.low:g} to {usual.high:g}: set both calibration.low and calibration.high"
+            )
+        return replace(usual, low=low, high=high)
 
 
 class SelectionConfig(Settings):
@@ -102,17 +126,25 @@ class RecoveryConfig(Settings):
         return self
 
 
-Seed = Annotated[int, Field(ge=0, le=2**62)]
+Degraded = Literal["include", "exclude"]
+"""Responses with five or more identical consecutive words: counted (the specification) or left out."""
+Seed = Annotated[int, Field(ge=0, le=2**61)]
 """Trials count up from a seed, and a ledger holds numbers below 2**63."""
 
 
 class SeedConfig(Settings):
     latents: Seed = 42
     """Of the sample of latents."""
-    boosts: Seed = 43
-    """Of boosts that are drawn at random."""
     generation: Seed = 44
     """Seed of the first trial of a condition; trial i has this + i, the same in every condition compared."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_boosts(cls, values: object) -> object:
+        """Runs of 0.1 hold a seed of boosts, which nothing ever drew from."""
+        if isinstance(values, Mapping) and values.get("boosts") == 43:
+            return {key: value for key, value in values.items() if key != "boosts"}
+        return values
 
 
 class RunConfig(Settings):
@@ -150,6 +182,9 @@ class RunConfig(Settings):
     """What only this engine knows (vllm: replicas, tensor_parallel, columns, ...); checked when the engine is made."""
     from_run: str | None = None
     """Folder of a run whose latents, thresholds, prompts and seeds are reused, so that comparisons are paired."""
+    degraded: Degraded = "include"
+    """Whether degraded responses count, in calibration, verification and headline alike; the other reading of the
+    headline stands beside it."""
     draws: int = Field(2000, ge=100)
     """Bootstrap draws."""
     sampling: SamplingConfig = SamplingConfig()
@@ -250,6 +285,11 @@ def build_config(
     chosen = preset or next((str(layer["preset"]) for layer in layers if "preset" in layer), usual)
     if chosen not in PRESETS:
         raise unknown("preset", chosen, PRESETS)
+    if base is not None and chosen != usual:
+        raise SteerbackError(
+            f"preset {chosen}: with --from the settings are those of run {base[0]} (preset {usual}); leave it out and "
+            "change single values with --set"
+        )
     if base is None:
         merged = PRESETS[chosen](experiment, targets).model_dump(mode="json")
     else:

@@ -35,12 +35,17 @@ class Results(ABC):
 
 
 def outcomes_of(
-    rows: Sequence[TrialRow], cluster: Callable[[Trial], LatentKey | None] = lambda t: t.latent
+    rows: Sequence[TrialRow],
+    include_degraded: bool,
+    cluster: Callable[[Trial], LatentKey | None] = lambda t: t.latent,
 ) -> Outcomes:
-    """The statistics' input: one entry per planned trial, whatever became of it, clustered by latent (or `cluster`)."""
+    """The statistics' input: one entry per planned trial, whatever became of it, clustered by latent (or `cluster`).
+
+    `include_degraded` is a setting of the run, `Ledger.includes_degraded`.
+    """
     table = [(cluster(r.trial), r.trial.index, r.valid_receipt, r.judgement, r.degraded) for r in rows]
     cut = {"length": 1.0, "unknown": float("nan")}
-    return Outcomes.from_rows(table, [cut.get(r.finish or "", 0.0) for r in rows])
+    return Outcomes.from_rows(table, [cut.get(r.finish or "", 0.0) for r in rows], include_degraded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +136,7 @@ def measured(
         (target, condition): LedgerPlace(target, stage, condition) for target, condition in ledger.conditions(stage)
     }
     rows = {key: prepare(ledger.outlines(place.target, stage, place.condition, judge)) for key, place in places.items()}
-    outcomes = {key: outcomes_of(own) for key, own in rows.items()}
+    outcomes = {key: outcomes_of(own, ledger.includes_degraded) for key, own in rows.items()}
     pairs = {
         (target, condition): other
         for target, condition in outcomes
@@ -151,7 +156,7 @@ def with_floors(
     """Return the same with the judge's floor under each condition, and with recovery without a restart phrase."""
     targets = {target for target, _ in ledger.conditions(FLOOR)}
     unsteered = {t: [*ledger.outlines(t, FLOOR, judge=measured.judge)] for t in targets}
-    restarts = {t: outcomes_of(own, lambda x: x.prompt) for t, own in unsteered.items()}
+    restarts = {t: outcomes_of(own, ledger.includes_degraded, lambda x: x.prompt) for t, own in unsteered.items()}
     floors = floors_under(measured.outcomes, places, restarts, draws)
     recovered = recoveries(ledger, measured.judge, places, rows, unsteered)
     return replace(measured, floors=floors, recovery=recovered)

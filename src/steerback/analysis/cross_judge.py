@@ -114,7 +114,7 @@ def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> C
     for judge in judges:
         for target in targets:
             own = [r for r in rows[judge] if r.trial.target == target]
-            summaries[judge, target] = summarize(outcomes_of(own), draws)
+            summaries[judge, target] = summarize(outcomes_of(own, ledger.includes_degraded), draws)
             weighted[judge, target] = _weighted(ledger.get(target, SAMPLE) or JudgedSample(), own)
     orders = {
         metric: {judge: _order({t: weighted[judge, t][metric] for t in targets}) for judge in judges}

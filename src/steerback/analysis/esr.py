@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import combinations
 
 from steerback.analysis.base import Measured, Results, measured, planted
+from steerback.analysis.calibration import CalibratedLatent, calibrated_latents
 from steerback.calibration import CalibrationReport, assess
 from steerback.calibration.thresholds import THRESHOLDS
 from steerback.metrics import Outcomes, TwoSampleTest, between, correct_pairs
@@ -22,6 +23,8 @@ class EsrResults(Results):
     calibration: Mapping[str, CalibrationReport]
     selection: Mapping[str, Selection | None]
     planted: Sequence[str]
+    latents: Mapping[str, Sequence[CalibratedLatent]] = field(default_factory=dict)
+    """Calibration of each target latent by latent."""
     between: Mapping[tuple[str, str], Mapping[str, TwoSampleTest]] = field(default_factory=dict)
     """Tests of every pair of targets (a, b): b minus a, Holm-corrected over the pairs; empty for a single target."""
 
@@ -51,6 +54,7 @@ def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> E
         {target: assess([entry.threshold for entry in stored]) for target, stored in thresholds.items()},
         {target: ledger.get(target, LATENTS) for target in conditions.targets},
         planted(ledger, conditions.targets),
+        {target: calibrated_latents(ledger, target, judge) for target, stored in thresholds.items() if stored},
         between_models({target: conditions.outcomes[target, c] for target, c in conditions.summaries}),
     )
 

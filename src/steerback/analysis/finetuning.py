@@ -87,7 +87,10 @@ def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> F
         conditions,
         adapters,
         {target: mix_results(conditions, target, adapters) for target in conditions.targets},
-        {name: endings([*ledger.outlines(name, "measure", STEERED, judge)]) for name in adapters},
+        {
+            name: endings([*ledger.outlines(name, "measure", STEERED, judge)], ledger.includes_degraded)
+            for name in adapters
+        },
         planted(ledger, conditions.targets),
     )
 
@@ -110,7 +113,7 @@ def by_mix(ledger: Ledger, judge: str, draws: int, adapters: Mapping[str, Adapte
         rows[key] = [*ledger.outlines(target, "measure", condition, judge)]
         if fact is not None:
             against[key] = condition_name(BASE, condition)
-    outcomes = {key: outcomes_of(own) for key, own in rows.items()}
+    outcomes = {key: outcomes_of(own, ledger.includes_degraded) for key, own in rows.items()}
     against = {key: other for key, other in against.items() if (key[0], other) in outcomes}
     tested = paired(judge, outcomes, against, draws, labelling(ledger, judge, places, against, draws))
     return with_floors(tested, ledger, places, draws, rows)
@@ -156,13 +159,14 @@ def mix_results(measured: Measured, target: str, adapters: Mapping[str, Adapter]
     )
 
 
-def endings(rows: Sequence[TrialRow]) -> dict[str, Ending]:
+def endings(rows: Sequence[TrialRow], include_degraded: bool) -> dict[str, Ending]:
     """Multi-attempt responses by how they ended: `n`, and `gain`, the mean of last minus first score in points.
 
     Those `cut` at the length limit had no time to finish their last attempt, which counts against MSI.
     """
-    outcomes = outcomes_of(rows)
-    multi = (outcomes.state == VALID) & ~outcomes.degraded & (outcomes.attempts > 1)
+    outcomes = outcomes_of(rows, include_degraded)
+    counted = (outcomes.state == VALID) & (include_degraded | ~outcomes.degraded)
+    multi = counted & (outcomes.attempts > 1)
     gain = outcomes.last - outcomes.first
     parts = {"ended": multi & (outcomes.cut == 0), "cut": multi & (outcomes.cut == 1)}
     return {name: Ending(int(part.sum()), float(gain[part].mean())) for name, part in parts.items() if part.any()}

@@ -68,15 +68,16 @@ def forks(ledger: Ledger, judge: str, parent: str | None = None) -> list[Forked]
 def forked(ledger: Ledger, target: str, fork: Fork, judge: str) -> Forked:
     """Return the results of one fork."""
     rows = {arm.name: ledger.rows(target, FORK, fork.condition(arm), judge) for arm in fork.arms}
-    outcomes = {name: _outcomes(found) for name, found in rows.items()}
+    outcomes = {name: _outcomes(found, ledger.includes_degraded) for name, found in rows.items()}
     first, *others = outcomes
     tests = correct({name: compare(outcomes[first], outcomes[name]) for name in others})
     arms = [ForkedArm(n, rows[n], summarize(outcomes[n], draws=0), tests.get(n)) for n in outcomes]
     return Forked(target, fork, judge, arms)
 
 
-def _outcomes(rows: Sequence[Row]) -> Outcomes:
-    return outcomes_of(after_cut([row for row in rows if row.completion is not None]), lambda trial: trial.index)
+def _outcomes(rows: Sequence[Row], include_degraded: bool) -> Outcomes:
+    complete = [row for row in rows if row.completion is not None]
+    return outcomes_of(after_cut(complete), include_degraded, lambda trial: trial.index)
 
 
 def _by_seed(value: object) -> object:

@@ -140,7 +140,7 @@ class _LabelledRows:
             else:
                 judged, people = self.read(name, place), self.people[key]
             for metric in CORRECTED:
-                found[metric][key] = _trials(self.strata[key], judged, people, metric)
+                found[metric][key] = _trials(self.strata[key], judged, people, metric, self.ledger.includes_degraded)
         return found
 
 
@@ -218,7 +218,11 @@ def _rate(conditions: Mapping[Key, LabelledTrials], key: Key, judged: bool) -> C
 
 
 def _trials(
-    strata: Mapping[str, Outline], judged: Mapping[str, Outline], people: Sequence[Mapping[str, Outline]], metric: str
+    strata: Mapping[str, Outline],
+    judged: Mapping[str, Outline],
+    people: Sequence[Mapping[str, Outline]],
+    metric: str,
+    include_degraded: bool,
 ) -> LabelledTrials:
     """The trials that count in the headline rate of a judge, each with its stratum and label.
 
@@ -227,7 +231,7 @@ def _trials(
     table = []
     for key, stratum in strata.items():
         row = judged.get(key, stratum)
-        if not (row.attempts and stratum.attempts) or row.degraded:
+        if not (row.attempts and stratum.attempts) or (row.degraded and not include_degraded):
             continue
         given = [_event(p[key], metric) for p in people if key in p and p[key].attempts]
         truth = float(np.mean(given)) if given else np.nan

@@ -64,20 +64,20 @@ def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> N
     """Restart rate with upper bounds clustered by latent and by prompt."""
     conditions = measured(ledger, judge, draws)
     rows = {target: [*ledger.outlines(target, "measure", UNSTEERED, judge)] for target in conditions.targets}
-    bounds = {target: bounds_of({target: r}, draws) for target, r in rows.items()}
+    bounds = {target: bounds_of({target: r}, draws, ledger.includes_degraded) for target, r in rows.items()}
     if len(rows) > 1:
-        bounds[ALL] = bounds_of(rows, draws)
+        bounds[ALL] = bounds_of(rows, draws, ledger.includes_degraded)
     return NoSteeringResults(conditions, bounds, planted(ledger, conditions.targets))
 
 
-def bounds_of(rows: Mapping[str, Sequence[TrialRow]], draws: int) -> RestartBound:
+def bounds_of(rows: Mapping[str, Sequence[TrialRow]], draws: int, include_degraded: bool) -> RestartBound:
     """Multi-attempt rate of the rows with its interval clustered by latent, by prompt, and as if independent.
 
     Unsteered responses to one prompt differ in their seed alone, so the prompt is the cluster that matters there; the
     headline is the wider of the two.
     """
-    latents = _rate(rows, lambda t: f"{t.target}/{t.latent}", draws)
-    prompts = _rate(rows, lambda t: f"{t.target}/{t.prompt}", draws)
+    latents = _rate(rows, lambda t: f"{t.target}/{t.latent}", draws, include_degraded)
+    prompts = _rate(rows, lambda t: f"{t.target}/{t.prompt}", draws, include_degraded)
     exact = (latents.beside or {}).get("clopper_pearson", (None, None))
     highs = [e.high for e in (latents, prompts) if e.high is not None]
     return RestartBound(
@@ -91,6 +91,8 @@ def bounds_of(rows: Mapping[str, Sequence[TrialRow]], draws: int) -> RestartBoun
     )
 
 
-def _rate(rows: Mapping[str, Sequence[TrialRow]], cluster: Callable[[Trial], str], draws: int) -> Estimate:
-    outcomes = Outcomes.concat(outcomes_of(r, cluster) for r in rows.values())
+def _rate(
+    rows: Mapping[str, Sequence[TrialRow]], cluster: Callable[[Trial], str], draws: int, include_degraded: bool
+) -> Estimate:
+    outcomes = Outcomes.concat(outcomes_of(r, include_degraded, cluster) for r in rows.values())
     return summarize(outcomes, draws)["multi_attempt_rate"]

@@ -154,15 +154,26 @@ def auto(
         asker = Asker(asked, LABEL, default_path())
         say(f"{len(snippets)} latents to label: {asker.estimate(list(dict.fromkeys(snippets.values())))}")
         if dry_run:
+            _say_planned(sorted(snippets), len(wanted))
             return
         found = finish(label_latents(asker, snippets))
         labels, source = found.labels, f"{asked.model}, rubric {LABEL.rubric.version}, {len(own)} texts"
         say(f"spent: {asked.spend()}; {found.nothing} latents whose texts have nothing in common")
         for reason, count in sorted(found.failed.items()):
             say(f"{count} without an answer: {reason}")
-    say(f"{len(labels)} of {len(wanted)} latents that were asked about have a label now; the others stay without")
-    if not dry_run:
+    if dry_run:
+        _say_planned([f"{k} {labels[k]}" for k in sorted(labels)], len(wanted))
+    else:
+        say(f"{len(labels)} of {len(wanted)} latents that were asked about have a label now; the others stay without")
         _report(_store(chosen, labels, source, overwrite, "labels auto"), chosen)
+
+
+def _say_planned(latents: list[int] | list[str], wanted: int, most: int = 12) -> None:
+    """Say which latents would be labelled (with their labels where these are known), and that nothing was stored."""
+    named = "; ".join(str(x) for x in latents[:most]) or "none"
+    more = f" and {len(latents) - most:,} more" if len(latents) > most else ""
+    say(f"would label {len(latents):,} of {wanted:,} latents: {named}{more}")
+    say("dry run: nothing was stored")
 
 
 def _transport(judge: str, budget: Budget, dry_run: bool) -> Transport:

@@ -50,6 +50,7 @@ def show(name: Annotated[str, typer.Argument(help="A target, e.g. llama-3.3-70b@
     from steerback.targets import resolve
 
     target = resolve(name)
+    _check_sae(target)
     say(f"{target.name}: {target.summary}" if target.summary else target.name)
     say(Table(("key", "value", "from"), _values(target), left=3).text(400), end="")
 
@@ -76,6 +77,20 @@ def doctor(
         write_json(json, report.to_json())
     if report.verdict == "failed":
         raise typer.Exit(1)
+
+
+def _check_sae(target: Target) -> None:
+    """Refuse a format that nothing reads and, for an SAE on this machine, what loading the target would refuse."""
+    if target.sae is None:
+        return
+    from steerback.engines.checks import site_of
+    from steerback.targets.sae_files import format_of, load_sae
+
+    format_of(target.sae)
+    if Path(target.sae.location).expanduser().exists():
+        sae = load_sae(target.sae)
+        if target.n_layers is not None and target.d_model is not None:
+            site_of(target.with_directions(()), target.n_layers, target.d_model, sae, ())
 
 
 COLUMNS = ("target", "model", "SAE", "width", "steer", "read", "depth", "labels", "bf16", "fp8", "boost prior")

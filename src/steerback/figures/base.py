@@ -145,7 +145,7 @@ def _corrected_table(labels: Labelling, against: Mapping[tuple[str, str], str]) 
     ]
     columns = ("condition", "rate", "n", "labels", "judged %", "corrected %", "Rogan-Gladen %")
     caption = (
-        f"Rates of judge {labels.judge} over responses without degradation, corrected with the labels of "
+        f"Rates of judge {labels.judge} over the responses of the headline, corrected with the labels of "
         f"{', '.join(labels.labellers)}: prediction-powered inference; 95 % intervals clustered by latent, with "
         "the error of the labels. Rogan-Gladen takes the judge's errors as equal in all conditions of a target."
     )

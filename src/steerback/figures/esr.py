@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,8 +12,10 @@ from steerback.analysis.esr import EsrResults
 from steerback.calibration import CalibrationReport
 from steerback.figures import panels, style
 from steerback.figures.base import Presentation, floor_warnings, measured_tables, planted_note
+from steerback.figures.calibration import calibration_table, draw_calibration
 from steerback.figures.tables import HEADINGS, Table, number, p_value, show
 from steerback.metrics import METRICS, Estimate, Outcomes, Summary, TwoSampleTest, view
+from steerback.store.run import plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,9 +34,15 @@ def present(results: EsrResults) -> Presentation:
     tables = measured_tables(conditions)
     if results.between:
         tables["between_models"] = between_table(results.between, conditions.judge)
+    figures = {"figure2": lambda: draw(data, conditions.judge, note=planted_note(results))}
+    if results.latents:
+        tables["calibration"] = calibration_table(results.latents)
+    for target, latents in results.latents.items():
+        name = "calibration" if len(results.latents) == 1 else f"calibration-{plain(target)}"
+        figures[name] = partial(draw_calibration, target, latents, conditions.judge, planted_note(results))
     return Presentation(
         tables=tables,
-        figures={"figure2": lambda: draw(data, conditions.judge, note=planted_note(results))},
+        figures=figures,
         lines=[_calibrated(target, report) for target, report in results.calibration.items()],
         warnings=floor_warnings(conditions, results.planted),
     )

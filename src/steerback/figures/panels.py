@@ -19,6 +19,11 @@ Span = tuple[float, float, float]
 """Value, low end and high end, as axes show them."""
 
 
+def left_out(summaries: Sequence[Summary]) -> tuple[str, ...]:
+    """Return the counts of what the headline of the summaries leaves out."""
+    return LEFT_OUT[1:] if any(s.include_degraded for s in summaries) else LEFT_OUT
+
+
 def axis_label(metric: str) -> str:
     """A metric's name with its unit, as axes show it."""
     m = METRICS[metric]
@@ -162,7 +167,7 @@ def counted(name: str, summaries: Iterable[Summary]) -> str:
     found = list(summaries)
     n = sum(s["msi"].n for s in found)
     clusters = max((s["msi"].clusters for s in found), default=0)
-    out = {key: sum(s.counts[key] for s in found) for key in LEFT_OUT}
+    out = {key: sum(s.counts[key] for s in found) for key in left_out(found)}
     said = ", ".join(f"{count:,} {key}" for key, count in out.items() if count) or "none"
     spread = f" in {len(found)} conditions" if len(found) > 1 else ""
     return f"{name}: n = {n:,}{spread}, {clusters:,} latents; left out: {said}."

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -114,16 +114,23 @@ def summary_table(
     known = list(dict.fromkeys(m for rates in true.values() for m in rates))
     below = {(key,) if isinstance(key, str) else tuple(key): floor for key, floor in (floors or {}).items()}
     columns = [column for m in metrics for column in ((m, "floor") if below and m == RATE else (m,))]
-    cells = [
-        (
-            *key,
-            f"{s['msi'].n:,}",
-            *(_floor(below.get(key)) if m == "floor" else show(s[m], METRICS[m].rate) for m in columns),
-            *(show(true[key][m], METRICS[m].rate) if key in true else "-" for m in known),
-            *(f"{s.counts[c]:,}" if c in s.counts else "?" for c in counted),
+    cells: list[tuple[str, ...]] = []
+    for key, s in named.items():
+        cells.append(
+            (
+                *key,
+                f"{s['msi'].n:,}",
+                *(_floor(below.get(key)) if m == "floor" else show(s[m], METRICS[m].rate) for m in columns),
+                *(show(true[key][m], METRICS[m].rate) if key in true else "-" for m in known),
+                *(f"{s.counts[c]:,}" if c in s.counts else "?" for c in counted),
+            )
         )
-        for key, s in named.items()
-    ]
+        if s.counts["degraded"]:
+            read = [show(s.other[m], METRICS[m].rate) if m != "floor" else "" for m in columns]
+            title = f"  {'without' if s.include_degraded else 'with'} degraded"
+            cells.append(
+                (*[""] * (left - 1), title, f"{s.other['msi'].n:,}", *read, *[""] * (len(known) + len(counted)))
+            )
     records = [
         dict(zip(names, key, strict=True))
         | {"judge": judge, "variant": variant}
@@ -139,7 +146,7 @@ def summary_table(
         for variant in VARIANTS
     ]
     caption = (
-        f"Gated, without degraded responses; 95 % intervals clustered by latent. Judge: {judge}. "
+        f"Gated, {degraded_reading(named.values())}; 95 % intervals clustered by latent. Judge: {judge}. "
         "MSI: mean gain in points of the last attempt over the first, 0 for single attempts."
         + (" cut: of n, stopped by the length limit, so that the last attempt may be unfinished." * ("cut" in counted))
         + (" Corrected: by human labels, for the judge's errors." * bool(known))
@@ -148,6 +155,12 @@ def summary_table(
     )
     headings = (*names, "n", *(HEADINGS[m] for m in columns), *(f"corrected {HEADINGS[m]}" for m in known), *counted)
     return Table(headings, cells, caption, records, left)
+
+
+def degraded_reading(summaries: Iterable[Summary]) -> str:
+    """Return `with degraded responses` or `without` them, as the summaries count them in their headline."""
+    included = {s.include_degraded for s in summaries}
+    return "without degraded responses" if included == {False} else "with degraded responses"
 
 
 def _floor(floor: Floor | None) -> str:

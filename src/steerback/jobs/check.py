@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from steerback import organism
-from steerback.config import RunConfig, Settings
+from steerback.calibration.thresholds import THRESHOLDS
+from steerback.config import RunConfig, Settings, differences
 from steerback.data import paper_files
 from steerback.data.prompts import load_prompts
 from steerback.engines import EngineOptions, check_engine, default_engine, make_engine
@@ -19,13 +20,15 @@ from steerback.judging import Limits, Maker, judge_maker, make_judge
 from steerback.latents.concreteness import make_rater
 from steerback.latents.sampling import check_latents
 from steerback.latents.selection import rater_of, rating_model
-from steerback.store.facts import LATENTS
+from steerback.store.facts import LATENTS, Fact
 from steerback.store.run import stored_config
 from steerback.study.study import fact_of
 from steerback.targets import Target, resolve, user_tables
 
 if TYPE_CHECKING:
     from steerback.engines.base import Engine
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,7 @@ def check(config: RunConfig, makers: Makers | None = None) -> PreparedRun:
     makers = makers or Makers(judge=judge_maker(Limits(), config.rubrics))
     experiment = make_experiment(config)  # a wrong option shows now
     if config.from_run is not None:
-        _takes_latents(config, Path(config.from_run))
+        _keeps_decisions(config, Path(config.from_run))
     own = {**user_tables(), **config.definitions}
     targets = tuple(makers.target(name, own) for name in config.targets) if experiment.generates else ()
     chosen: dict[str, object] = {"engine": config.engine, "judge": config.judge}
@@ -85,19 +88,23 @@ def check(config: RunConfig, makers: Makers | None = None) -> PreparedRun:
     return PreparedRun(config, experiment, targets, load_prompts(config.prompts), makers, engine)
 
 
-def _takes_latents(config: RunConfig, base: Path) -> None:
-    """Refuse another choice of latents than that of the run it starts from, which is what will be used."""
+def _keeps_decisions(config: RunConfig, base: Path) -> None:
+    """Refuse a change of settings by which the run that this one starts from has found what will be used."""
     if not (base / "ledger.sqlite").is_file():
         return  # a run that goes on has what it needs of it
-    before = stored_config(base)
-    for field in ("n_latents", "latents"):
-        if getattr(config, field) != getattr(before, field) and any(
-            fact_of(base, name, LATENTS)[0] is not None for name in config.targets
-        ):
-            raise SteerbackError(
-                f"{config.experiment} takes the latents that run {base.name} has chosen, and {field} would choose "
-                "others; leave it out, or run without --from"
-            )
+    changed = differences(stored_config(base), config)
+    _refuse(changed, config, base, LATENTS, ("n_latents", "latents", "selection", "seeds.latents"))
+    _refuse(changed, config, base, THRESHOLDS, ("calibration", "degraded"))
+
+
+def _refuse(changed: Sequence[str], config: RunConfig, base: Path, fact: Fact[T], settings: tuple[str, ...]) -> None:
+    """Raise SteerbackError if one of `settings`, which shaped a fact of the base run, is among the changed ones."""
+    refused = [line for line in changed if line.split(":")[0].startswith(settings)]
+    if refused and any(fact_of(base, name, fact)[0] is not None for name in config.targets):
+        raise SteerbackError(
+            f"{config.experiment} takes the {fact.name} that run {base.name} has found, so these settings would do "
+            f"nothing: {'; '.join(refused)}; leave them out, or run without --from"
+        )
 
 
 def steerable(target: Target, config: RunConfig, experiment: Experiment[Settings]) -> Target:

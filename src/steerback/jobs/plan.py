@@ -122,8 +122,9 @@ def observe(folder: Path, target: str | None, judge: str | None = None) -> Obser
                 + (f" of {target}; it has: {', '.join(opened.config.targets)}" if target else "")
             )
         name, condition = places[0]
-        seen = view(outcomes_of([*opened.ledger.outlines(name, "measure", condition, judge)]))
-        unsteered = view(outcomes_of([*opened.ledger.outlines(name, FLOOR, judge=judge)]))
+        counted = opened.ledger.includes_degraded
+        seen = view(outcomes_of([*opened.ledger.outlines(name, "measure", condition, judge)], counted))
+        unsteered = view(outcomes_of([*opened.ledger.outlines(name, FLOOR, judge=judge)], counted))
     if not len(seen.cluster):
         raise SteerbackError(f"run {folder.name} has no verdicts of {judge} about {name} ({condition})")
     multi = seen.multi.astype(float)

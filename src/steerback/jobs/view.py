@@ -80,7 +80,7 @@ def _shown(run: Run, settings: ViewSettings, progress: Progress, makers: Makers)
 
     def prior(target: str, key: LatentKey) -> BoostPrior | None:
         try:
-            return targets[target].prior_of(key) if target in targets else None
+            return run.config.calibration.prior(targets[target].prior_of(key)) if target in targets else None
         except SteerbackError:  # a direction whose file is gone
             return None
 

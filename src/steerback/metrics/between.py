@@ -46,7 +46,7 @@ class TwoSampleTest:
 def between(
     a: Outcomes, b: Outcomes, metrics: Sequence[str] = BETWEEN, draws: int = DRAWS, seed: int = 0
 ) -> dict[str, TwoSampleTest]:
-    """Compare model b with model a, headline variant (gated, without degraded responses)."""
+    """Compare model b with model a, headline variant."""
     views = view(a), view(b)
     rng = np.random.default_rng(seed)
     own = [estimates(v, metrics, 0, rng, iv.ICC) for v in views]

@@ -98,7 +98,7 @@ def trend(
     draws: int = 10_000,
     seed: int = 0,
     gated: bool = True,
-    include_degraded: bool = False,
+    include_degraded: bool | None = None,
     icc: float = iv.ICC,
 ) -> Trend:
     """Trend of `metric` over conditions measured at `levels`.

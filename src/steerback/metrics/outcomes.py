@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -57,6 +57,8 @@ class Outcomes:
     ungated_last: Floats
     degraded: Flags
     cut: Floats = field(default_factory=lambda: np.zeros(0))
+    include_degraded: bool = field(default=True, kw_only=True)
+    """Whether degraded responses count in the headline."""
 
     def __post_init__(self) -> None:
         if not len(self.cut):
@@ -78,7 +80,7 @@ class Outcomes:
 
     def take(self, index: Flags | Codes) -> Outcomes:
         """The trials at `index` (positions or a mask), in that order."""
-        return Outcomes(*(getattr(self, f.name)[index] for f in fields(self)))
+        return Outcomes(*(getattr(self, name)[index] for name in _DTYPES), include_degraded=self.include_degraded)
 
     @staticmethod
     def concat(parts: Iterable[Outcomes]) -> Outcomes:
@@ -86,11 +88,14 @@ class Outcomes:
         parts = list(parts)
         if not parts:
             return Outcomes.from_rows([])
-        return Outcomes(*(np.concatenate([getattr(p, name) for p in parts]) for name in _DTYPES))
+        columns = (np.concatenate([getattr(p, name) for p in parts]) for name in _DTYPES)
+        return Outcomes(*columns, include_degraded=parts[0].include_degraded)
 
     @staticmethod
     def from_rows(
-        rows: Iterable[tuple[LatentKey | None, int, bool, Judgement | None, bool]], cut: Sequence[float] = ()
+        rows: Iterable[tuple[LatentKey | None, int, bool, Judgement | None, bool]],
+        cut: Sequence[float] = (),
+        include_degraded: bool = True,
     ) -> Outcomes:
         """Build outcomes from (latent key, pair, trial ok, judgement, degraded), and `cut` if it is known.
 
@@ -99,7 +104,7 @@ class Outcomes:
         table = [(cluster_code(key), pair, *outcome_of(ok, judged, worn)) for key, pair, ok, judged, worn in rows]
         columns = [*zip(*table, strict=True)] if table else [()] * (len(_DTYPES) - 1)
         arrays = zip([*columns, cut], _DTYPES.values(), strict=True)
-        return Outcomes(*(np.array(c, dtype=d) for c, d in arrays))
+        return Outcomes(*(np.array(c, dtype=d) for c, d in arrays), include_degraded=include_degraded)
 
 
 _DTYPES: dict[str, type[np.generic]] = {

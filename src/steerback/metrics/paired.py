@@ -1,6 +1,7 @@
 """Two conditions that replay the same prompts and seeds: differences, tests over latents, effect sizes, Holm.
 
-A pair is dropped if either side is degraded, invalid, unscored or empty; what was dropped is counted.
+A pair is dropped if either side is invalid, unscored or empty (or degraded, where these are left out); what was
+dropped is counted.
 Knows arrays only.
 """
 
@@ -70,7 +71,7 @@ def compare(
     draws: int = 10_000,
     seed: int = 0,
     gated: bool = True,
-    include_degraded: bool = False,
+    include_degraded: bool | None = None,
     icc: float = iv.ICC,
 ) -> Comparison:
     """Compares condition b with a, paired by `pair`, clustered by latent.
@@ -83,7 +84,7 @@ def compare(
     return Comparison(len(both_a), dropped, tests)
 
 
-def _match(a: Outcomes, b: Outcomes, include_degraded: bool) -> tuple[Outcomes, Outcomes, dict[str, int]]:
+def _match(a: Outcomes, b: Outcomes, include_degraded: bool | None) -> tuple[Outcomes, Outcomes, dict[str, int]]:
     for side in (a, b):
         if len(np.unique(side.pair)) != len(side):
             raise ValueError("a pair index occurs twice in one condition")
@@ -98,7 +99,7 @@ def _match(a: Outcomes, b: Outcomes, include_degraded: bool) -> tuple[Outcomes, 
         bad = keep & ((a.state == code) | (b.state == code))
         dropped[STATES[code]] = int(bad.sum())
         keep &= ~bad
-    if not include_degraded:
+    if not (a.include_degraded if include_degraded is None else include_degraded):
         bad = keep & (a.degraded | b.degraded)
         dropped["degraded"] = int(bad.sum())
         keep &= ~bad

@@ -2,8 +2,8 @@
 
 Definitions (over valid trials N): multi-attempt rate #(>= 2 attempts) / N; ESR rate #(>= 2 attempts and
 last > first) / N; improvement rate #(last > first) / #(>= 2 attempts); MSI mean(last - first), single attempts
-count 0; MSI over multi-attempt trials; mean attempts; mean first score; degraded share. The headline is gated and
-leaves degraded trials out; the other variants are reported as well.
+count 0; MSI over multi-attempt trials; mean attempts; mean first score; degraded share. The headline is gated
+and counts degraded trials or leaves them out, as the outcomes say; the other variants are reported as well.
 """
 
 from __future__ import annotations
@@ -48,15 +48,19 @@ class View:
         return int(self.cluster.max()) + 1 if len(self.cluster) else 0
 
 
-def view(outcomes: Outcomes, gated: bool = True, include_degraded: bool = False) -> View:
-    """The valid trials of a variant: gated or ungated attempts, without or with degraded responses."""
+def view(outcomes: Outcomes, gated: bool = True, include_degraded: bool | None = None) -> View:
+    """The valid trials of a variant: gated or ungated attempts, with degraded responses or not (None: as they say)."""
     keep = outcomes.state == VALID
-    if not include_degraded:
+    if not _counted(outcomes, include_degraded):
         keep = keep & ~outcomes.degraded
     g = "" if gated else "ungated_"
     attempts, first, last = (getattr(outcomes, g + name)[keep] for name in ("attempts", "first", "last"))
     latents, codes = np.unique(outcomes.cluster[keep], return_inverse=True)
     return View(codes.astype(np.int64), latents, attempts, first, last, outcomes.degraded[keep])
+
+
+def _counted(outcomes: Outcomes, include_degraded: bool | None) -> bool:
+    return outcomes.include_degraded if include_degraded is None else include_degraded
 
 
 @dataclass(frozen=True)
@@ -130,8 +134,9 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Summary:
-    """All metrics of one condition. Variants: `headline` (gated, without degraded), `with_degraded`, `ungated`.
+    """All metrics of one condition, in the variants `headline` (gated), `with_degraded`, `without_degraded`, `ungated`.
 
+    `include_degraded`: whether headline and ungated count degraded responses.
     `worst_case` is, per variant and metric, the range of the value over everything the unscored trials could
     have been (None: open).
     """
@@ -139,11 +144,18 @@ class Summary:
     counts: dict[str, int]
     headline: dict[str, Estimate]
     with_degraded: dict[str, Estimate]
+    without_degraded: dict[str, Estimate]
     ungated: dict[str, Estimate]
     worst_case: dict[str, dict[str, tuple[float | None, float | None]]]
     draws: int
     seed: int
     icc: float
+    include_degraded: bool
+
+    @property
+    def other(self) -> dict[str, Estimate]:
+        """The headline's metrics by the other reading of degraded responses."""
+        return self.without_degraded if self.include_degraded else self.with_degraded
 
     def to_json(self) -> dict[str, JsonValue]:
         """Plain dicts, lists and numbers (None for what is unknown; no nan)."""
@@ -153,11 +165,13 @@ class Summary:
         return self.headline[metric]
 
 
-VARIANTS: dict[str, dict[str, bool]] = {
-    "headline": {"gated": True, "include_degraded": False},
-    "with_degraded": {"gated": True, "include_degraded": True},
-    "ungated": {"gated": False, "include_degraded": False},
+VARIANTS: dict[str, tuple[bool, bool | None]] = {
+    "headline": (True, None),
+    "with_degraded": (True, True),
+    "without_degraded": (True, False),
+    "ungated": (False, None),
 }
+"""Whether attempts are gated, and whether degraded responses count (None: as the outcomes say)."""
 
 
 def summarize(outcomes: Outcomes, draws: int = 2000, seed: int = 0, icc: float = iv.ICC) -> Summary:
@@ -169,18 +183,31 @@ def summarize(outcomes: Outcomes, draws: int = 2000, seed: int = 0, icc: float =
     """
     by_variant: dict[str, dict[str, Estimate]] = {}
     worst: dict[str, dict[str, tuple[float | None, float | None]]] = {}
-    for variant, options in VARIANTS.items():
+    done: dict[tuple[bool, bool], str] = {}
+    for variant, (gated, included) in VARIANTS.items():
+        same = done.setdefault((gated, _counted(outcomes, included)), variant)
+        if same != variant:
+            by_variant[variant], worst[variant] = by_variant[same], worst[same]
+            continue
         names = [m for m in METRICS if m != "degraded_share"]
         rng = np.random.default_rng(seed)
-        by_variant[variant] = estimates(view(outcomes, **options), names, draws, rng, icc)
-        everything = view(outcomes, gated=options["gated"], include_degraded=True)
+        by_variant[variant] = estimates(view(outcomes, gated, included), names, draws, rng, icc)
+        everything = view(outcomes, gated, include_degraded=True)
         by_variant[variant] |= estimates(everything, ["degraded_share"], draws, rng, icc)
-        worst[variant] = _worst_case(outcomes, options)
-    return Summary(counts(outcomes), **by_variant, worst_case=worst, draws=draws, seed=seed, icc=icc)
+        worst[variant] = _worst_case(outcomes, gated, _counted(outcomes, included))
+    return Summary(
+        counts(outcomes),
+        **by_variant,
+        worst_case=worst,
+        draws=draws,
+        seed=seed,
+        icc=icc,
+        include_degraded=outcomes.include_degraded,
+    )
 
 
 def counts(outcomes: Outcomes) -> dict[str, int]:
-    """Planned trials by state; `degraded` counts those among the valid, `cut` those among the valid and sound.
+    """Planned trials by state; `degraded` counts those among the valid, `cut` those of the headline.
 
     No `cut` where it is not known of all of them.
     """
@@ -188,7 +215,7 @@ def counts(outcomes: Outcomes) -> dict[str, int]:
     out = {"planned": len(outcomes)} | {name: int(by_state[i]) for i, name in enumerate(STATES)}
     valid = outcomes.state == VALID
     out["degraded"] = int(np.sum(outcomes.degraded & valid))
-    cut = outcomes.cut[valid & ~outcomes.degraded]
+    cut = outcomes.cut[valid if outcomes.include_degraded else valid & ~outcomes.degraded]
     return out if np.isnan(cut).any() else out | {"cut": int(cut.sum())}
 
 
@@ -247,11 +274,13 @@ def _estimate(
     return Estimate(value, bounds.low, bounds.high, n, bounds.method, events, clusters, beside)
 
 
-def _worst_case(outcomes: Outcomes, options: dict[str, bool]) -> dict[str, tuple[float | None, float | None]]:
+def _worst_case(
+    outcomes: Outcomes, gated: bool, include_degraded: bool
+) -> dict[str, tuple[float | None, float | None]]:
     """Range of each metric if the unscored trials had been judged in the most unfavourable ways."""
-    v = view(outcomes, **options)
+    v = view(outcomes, gated, include_degraded)
     lost = outcomes.state == UNSCORED
-    unscored = int(np.sum(lost if options["include_degraded"] else lost & ~outcomes.degraded))
+    unscored = int(np.sum(lost if include_degraded else lost & ~outcomes.degraded))
     out: dict[str, tuple[float | None, float | None]] = {}
     for name, metric in METRICS.items():
         if name == "degraded_share":  # degradation is read off the text, so it needs no judge

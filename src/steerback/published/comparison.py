@@ -279,8 +279,8 @@ def deviations(
             differing.append(setting.note)
     if config.limit is not None:
         differing.append(f"at most {config.limit} trials a condition")
-    if column == "authors":
-        differing.append("degraded responses left out; the authors' code includes them")
+    if config.degraded == "exclude":
+        differing.append("degraded responses left out")
     return tuple(differing)
 
 

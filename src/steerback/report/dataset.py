@@ -36,7 +36,7 @@ notices that it drifts off topic, restarts and improves.
 
 ## Rates of the stage `measure`
 
-Headline rates with 95 % intervals clustered by latent, without degraded responses.
+Headline rates with 95 % intervals clustered by latent, {degraded} degraded responses.
 
 {rates}
 
@@ -132,6 +132,7 @@ def _card(run: Run, judge: str, trials: int) -> str:
         judge=judge,
         experiment=run.config.experiment,
         version=VERSION,
+        degraded="with" if run.ledger.includes_degraded else "without",
         planted=PLANTED.format(names=_quoted(planted)) if planted else "",
         targets=_quoted(targets),
         stages=_quoted(list(dict.fromkeys(stage for _, stage in stages))),
@@ -145,7 +146,8 @@ def _rate_table(run: Run, judge: str) -> str:
         "|---|---|---|---|---|---|",
     ]
     for target, condition in run.ledger.conditions("measure"):
-        summary = summarize(outcomes_of([*run.ledger.outlines(target, "measure", condition, judge)]), draws=0)
+        rows = [*run.ledger.outlines(target, "measure", condition, judge)]
+        summary = summarize(outcomes_of(rows, run.ledger.includes_degraded), draws=0)
         shown = [_interval(summary[name], 1 if name == "msi" else 100) for name in SHOWN]
         cells = [f"`{target}`", condition.replace("|", "\\|"), f"{summary.counts['valid']:,}", *shown]
         lines.append(f"| {' | '.join(cells)} |")

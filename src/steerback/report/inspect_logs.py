@@ -109,7 +109,7 @@ def _rates(shared: _Stage) -> dict[tuple[str, str], Summary]:
         for judge in shared.judges:
             rows = [*shared.run.ledger.outlines(shared.target, shared.stage, condition, judge)]
             if any(row.judgement for row in rows):
-                found[judge, condition] = summarize(outcomes_of(rows), draws=0)
+                found[judge, condition] = summarize(outcomes_of(rows, shared.run.ledger.includes_degraded), draws=0)
     return found
 
 

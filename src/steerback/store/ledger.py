@@ -150,6 +150,11 @@ class Ledger:
         having.sort(key=lambda name: order.index(name) if name in order else len(order))
         return {target: value for target in having if (value := self.get(target, fact)) is not None}
 
+    @property
+    def includes_degraded(self) -> bool:
+        """Whether degraded responses count in the run's headline."""
+        return (self.get("", CONFIG) or {}).get("degraded") != "exclude"
+
     def engines(self) -> dict[str, str]:
         """Fingerprint of the engine that gave each completion, by trial key."""
         with sqlite_errors(self.path):

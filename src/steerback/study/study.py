@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Seeds of the stages are disjoint: measured trials count up from the generation seed, the others from far above it.
+# Seeds of the stages are disjoint: measured trials count up from the generation seed, the others from far above it,
+# and what does not fit between two of these numbers from farther above.
 SEED_OFFSETS = {
     "measure": 0,
     "calibration": 1_000_000,
@@ -43,8 +44,17 @@ SEED_OFFSETS = {
     "discovery": 4_000_000,
     "fork": 5_000_000,
 }
+FAR = 2**40
 FURTHER = "unsteered, further prompts"
 UNJUDGED = ("reference", "discovery")  # what is unsteered and only compared with
+
+
+def seed_offset(stage: str, index: int) -> int:
+    """Return what a trial's seed is above the run's generation seed; no two stages share one below index 2**40."""
+    place = list(SEED_OFFSETS).index(stage)
+    starts = [*SEED_OFFSETS.values(), 5_000_000]
+    fits = starts[place] + index < starts[place + 1]
+    return starts[place] + index if fits else (place + 1) * FAR + index
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +94,7 @@ class Study:
         )
 
     def seed(self, stage: str, index: int) -> int:
-        return self.config.seeds.generation + SEED_OFFSETS[stage] + index
+        return self.config.seeds.generation + seed_offset(stage, index)
 
     def fact(self, fact: Fact[T]) -> T | None:
         """The stored fact of this run, or of the runs it starts from (copied, so that the ledger stands alone).
@@ -203,7 +213,7 @@ class Study:
     async def _calibrate(self) -> dict[LatentKey, Threshold]:
         latents = await self.latents()
         settings = self.config.calibration
-        calibrators = {x.key: Calibrator(self.target.prior_of(x.key), settings) for x in latents}
+        calibrators = {x.key: Calibrator(settings.prior(self.target.prior_of(x.key)), settings) for x in latents}
         per_round = settings.trials_per_iteration
         for number in range(settings.max_iterations):
             boosts = {key: b for key, c in calibrators.items() if (b := c.next_boost()) is not None}
@@ -233,20 +243,22 @@ class Study:
         count: int,
         title: str,
     ) -> dict[LatentKey, list[float | None]]:
-        """First-attempt scores of `count` trials per latent at its boost; None where unscored or invalid."""
-        trials = []
+        """First-attempt scores of `count` trials per latent at its boost; None where unscored, invalid or left out."""
+        settings, trials = self.config.calibration, []
+        room = max(10_000, settings.max_iterations * settings.trials_per_iteration, settings.verify_trials)
         for position, latent in enumerate(latents):
             if latent.key not in boosts:
                 continue
             for i in range(first, first + count):
-                index = position * 10_000 + i  # room for 10,000 trials per latent and stage
+                index = position * room + i
                 trials.append(
                     self.steered(stage, "threshold", latent, boosts[latent.key], index, self.prompt(position, i))
                 )
         scores: dict[LatentKey, list[float | None]] = {key: [] for key in boosts}
         for row in await complete(self.bench, trials, stage=title):
             assert row.trial.latent is not None
-            scores[row.trial.latent].append(row.attempts[0].score if row.attempts else None)
+            counts = row.attempts and (self.config.degraded == "include" or not row.degraded)
+            scores[row.trial.latent].append(row.attempts[0].score if counts else None)
         return scores
 
     def steered(self, stage: str, condition: str, latent: Latent, boost: float, index: int, prompt: str) -> Trial:
@@ -281,8 +293,8 @@ class Study:
                 states = ", ".join(sorted({f"{t.status} ({t.reason})" for t in thresholds.values()}))
                 raise SteerbackError(
                     f"{self.name}: no latent reached target score {self.config.calibration.target_score:g}: {states}; "
-                    "widen the target's boost prior, choose other latents or raise calibration.max_iterations "
-                    f"({docs_page('concepts', 'calibration')})"
+                    "widen the search with calibration.low and calibration.high, choose other latents or raise "
+                    f"calibration.max_iterations ({docs_page('concepts', 'calibration')})"
                 )
         return self.grid(latents, boosts)
 

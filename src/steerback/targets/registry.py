@@ -162,7 +162,12 @@ def from_gguf(file: Path, **changes: object) -> Target:
 @cache
 def tables() -> dict[str, dict[str, object]]:
     """Return the built-in targets' tables by name, variants included."""
-    return _variants(tomllib.loads(REGISTRY.read_text(encoding="utf-8")))
+    return _variants(_registry())
+
+
+@cache
+def _registry() -> dict[str, dict[str, object]]:
+    return tomllib.loads(REGISTRY.read_text(encoding="utf-8"))
 
 
 def user_tables() -> dict[str, dict[str, object]]:
@@ -189,16 +194,18 @@ def read_targets(file: Path) -> dict[str, dict[str, object]]:
     for name, table in read_toml(file, "file of targets").items():
         if not isinstance(table, dict):
             raise SteerbackError(f"{where}: {name!r} is not a table; each target is one, [{name}]")
-        if "model" not in table:
+        if "model" not in table and name not in tables():
             hint = "" if len(table) != 1 else f'; a name with a dot has to be quoted, ["{name}.{next(iter(table))}"]'
             raise SteerbackError(f"{where}: target {name!r} says no model (a folder or a hub id){hint}")
-        if name in tables():
-            raise SteerbackError(f"{where}: {name!r} is a built-in target; choose another name")
+        if "model" in table and name in tables():
+            raise SteerbackError(
+                f"{where}: {name!r} is a built-in target; choose another name, or leave out model to change its values"
+            )
         variants = table.get("variants", {})
         if not isinstance(variants, dict) or not all(isinstance(changes, dict) for changes in variants.values()):
             raise SteerbackError(f"{where}: target {name!r}: variants should be tables, [{name}.variants.NAME]")
-        loaded[name] = table
-    absolute = {name: _absolute(table, file.resolve().parent) for name, table in _variants(loaded).items()}
+        loaded[name] = _absolute(table, file.resolve().parent)
+    absolute = _variants({name: _changed(name, table) for name, table in loaded.items()})
     for name, own in absolute.items():
         _check_name(where, name)
         try:
@@ -206,6 +213,18 @@ def read_targets(file: Path) -> dict[str, dict[str, object]]:
         except SteerbackError as error:
             raise SteerbackError(f"{where}: {error}") from None
     return absolute
+
+
+def _changed(name: str, changes: Table) -> Table:
+    """Return the built-in target's table with a user's changes, which its variants take on as well; others as is."""
+    if name not in tables():
+        return changes
+    old = _registry().get(name, tables()[name])
+    said = old.get("provenance", {})
+    assert isinstance(said, dict)
+    own = {key: "the user's file of targets" for key in changes if key not in ("summary", "provenance", "variants")}
+    given = changes.get("provenance", {})
+    return {**old, **changes, "provenance": {**said, **own, **given} if isinstance(given, dict) else given}
 
 
 def _check_name(where: str, name: str) -> None:
@@ -244,6 +263,8 @@ def _absolute(table: Table, base: Path) -> dict[str, object]:
 
     paths = ("model", "labels", "directions", "discovery_prompts")
     done = {key: fixed(value) if key in paths else value for key, value in table.items()}
+    if isinstance(variants := table.get("variants"), dict):
+        done["variants"] = {name: _absolute(v, base) if isinstance(v, dict) else v for name, v in variants.items()}
     if isinstance(sae := table.get("sae"), dict) and "location" in sae:
         done["sae"] = sae | {"location": fixed(sae["location"])}
     return done

@@ -76,7 +76,7 @@ def load_sae(source: Path | SaeSource, format: str = "steerback") -> Sae:
     """
     if isinstance(source, Path):
         source = SaeSource(str(source), format)
-    form = _format(source)
+    form = format_of(source)
     place = locate(source) if form.suffixes else Place(Path(source.location))
     try:
         sae = form.read(place, source)
@@ -96,7 +96,7 @@ def load_sae(source: Path | SaeSource, format: str = "steerback") -> Sae:
 
 def locate(source: SaeSource) -> Place:
     """Return the files of a source: local ones, else those of a hub repository, downloaded if need be."""
-    form = _format(source)
+    form = format_of(source)
     here = Path(source.location).expanduser()
     if not here.exists() and (source.location.count("/") != 1 or source.location.startswith((".", "~", "/"))):
         raise SteerbackError(
@@ -130,7 +130,7 @@ def describe(source: SaeSource) -> dict[str, str | None]:
     """Return where a loaded SAE came from, for the manifest; from a hub with the commit and the file's SHA-256."""
     known = {"format": source.format, "revision": source.revision, "file": source.file}
     here = Path(source.location).expanduser()
-    if not _format(source).suffixes:
+    if not format_of(source).suffixes:
         return known | {"location": source.location}
     if here.exists():
         return known | {"location": here.name}
@@ -138,7 +138,8 @@ def describe(source: SaeSource) -> dict[str, str | None]:
     return known | {"location": source.location, "commit": commit_of(weights), "sha256": weights.resolve().name}
 
 
-def _format(source: SaeSource) -> Format:
+def format_of(source: SaeSource) -> Format:
+    """Return how to read a source. Raises SteerbackError that lists the formats for one that is not known."""
     if source.format not in FORMATS:
         raise unknown("SAE format", source.format, FORMATS)
     return FORMATS[source.format]

@@ -1,0 +1,95 @@
+"""Calibration latent by latent: the scores of every boost that was tried, and the curve fitted to them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from steerback.calibration.curves import fit_falling
+from steerback.calibration.thresholds import THRESHOLDS, Threshold
+from steerback.records import BoostPrior, LatentKey
+from steerback.store.facts import CONFIG, LATENTS
+from steerback.store.ledger import Ledger
+
+STAGE = "calibration"
+POINTS, DRAWS = 60, 200
+
+Scores = Sequence[tuple[float, float | None]]
+"""Boost and first score of each trial; None where it has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class CalibratedLatent:
+    """The threshold of one latent with the trials that it comes from (none where they are not in this ledger)."""
+
+    latent: LatentKey
+    label: str
+    threshold: Threshold
+    tried: Scores
+
+
+def calibrated_latents(ledger: Ledger, target: str, judge: str) -> list[CalibratedLatent]:
+    """Return the latents of a target with their thresholds, in the order in which they were chosen."""
+    stored = ledger.get(target, THRESHOLDS) or []
+    chosen = ledger.get(target, LATENTS)
+    labels = {x.key: x.label or "" for x in chosen.chosen} if chosen else {}
+    with calibrated(ledger) as (source, _):
+        scores = tried(source, target, judge) if stored else {}
+    return [CalibratedLatent(e.latent, labels.get(e.latent, ""), e.threshold, scores.get(e.latent, [])) for e in stored]
+
+
+@contextmanager
+def calibrated(ledger: Ledger) -> Iterator[tuple[Ledger, str | None]]:
+    """Yield the ledger that holds the calibration's trials: this one (with None), or one it starts from, with its name.
+
+    This one where none of them has any.
+    """
+    earlier = (ledger.get("", CONFIG) or {}).get("from_run")
+    if ledger.stage_sizes().get(STAGE):
+        earlier = None
+    while isinstance(earlier, str) and (path := Path(earlier) / "ledger.sqlite").is_file():
+        with Ledger(path, read_only=True) as other:
+            if other.stage_sizes().get(STAGE):
+                yield other, Path(earlier).name
+                return
+            earlier = (other.get("", CONFIG) or {}).get("from_run")
+    yield ledger, None
+
+
+def tried(ledger: Ledger, target: str, judge: str) -> Mapping[LatentKey, Scores]:
+    """Return by latent the boost and first score of each trial of the search, in its order."""
+    found: dict[LatentKey, list[tuple[float, float | None]]] = defaultdict(list)
+    for row in ledger.outlines(target, STAGE, judge=judge):
+        if row.trial.latent is not None and row.trial.boost is not None:
+            counts = row.attempts and (ledger.includes_degraded or not row.degraded)
+            found[row.trial.latent].append((row.trial.boost, row.attempts[0].score if counts else None))
+    return found
+
+
+def curve(threshold: Threshold, tried: Scores, prior: BoostPrior | None = None) -> dict[str, list[float]] | None:
+    """Return the fitted curve (`boost`, `score`, 95 % band `low`, `high`); None with scores at fewer than two boosts.
+
+    Without the target's prior (its definition is not here) the range of the boosts takes its place.
+    """
+    boosts = np.array([boost for boost, score in tried if score is not None], dtype=np.float64)
+    scores = np.array([score for _, score in tried if score is not None], dtype=np.float64)
+    if len(np.unique(boosts)) < 2:
+        return None
+    bounds = (float(boosts.min()), float(boosts.max())) if prior is None else (prior.low, prior.high)
+    scale = (bounds[1] - bounds[0]) / 4 if prior is None else prior.sd
+    fit = fit_falling(boosts, scores, threshold.target_score, bounds, scale, DRAWS)
+    margin = 0.08 * float(np.ptp(boosts))
+    x = np.linspace(float(boosts.min()) - margin, float(boosts.max()) + margin, POINTS)
+    band = [np.quantile(fit.drawn.score(boost), (0.025, 0.975)) for boost in x]
+    columns = {
+        "boost": x.tolist(),
+        "score": [fit.score(boost) for boost in x],
+        "low": [float(low) for low, _ in band],
+        "high": [float(high) for _, high in band],
+    }
+    return {name: [float(f"{value:.5g}") for value in values] for name, values in columns.items()}

@@ -1,0 +1,85 @@
+"""Calibration latent by latent: a table, and the curves as small multiples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from steerback.analysis.calibration import CalibratedLatent, curve
+from steerback.figures import style
+from steerback.figures.tables import Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLUMNS = 6
+
+
+def calibration_table(latents: Mapping[str, Sequence[CalibratedLatent]]) -> Table:
+    """One row per target and latent: threshold with interval, status, verified mean first score, and why."""
+    cells, records = [], []
+    for target, own in latents.items():
+        for x in own:
+            t, check = x.threshold, x.threshold.verification
+            score = "-" if check is None else f"{check.score:.0f} [{check.low:.0f}, {check.high:.0f}]"
+            boost = f"{t.boost:.4g} [{t.low:.4g}, {t.high:.4g}]"
+            cells.append((target, str(x.latent), x.label, boost, t.status, score, t.reason))
+            records.append({"target": target, "latent": x.latent, "label": x.label, **_flat(x)})
+    caption = (
+        "Threshold boost of each latent with its 95 % interval; verified: mean first score of fresh trials there, with "
+        "its 95 % interval. Thresholds that are not converged are not used."
+    )
+    columns = ("target", "latent", "label", "threshold", "status", "verified", "why")
+    return Table(columns, cells, caption, records, left=3)
+
+
+def _flat(x: CalibratedLatent) -> dict[str, object]:
+    fields = asdict(x.threshold)
+    check = fields.pop("verification") or {}
+    names = ("score", "low", "high", "n_trials", "n_unscored")
+    return fields | {f"verified_{name}": check.get(name) for name in names}
+
+
+@style.styled
+def draw_calibration(target: str, latents: Sequence[CalibratedLatent], judge: str, note: str = "") -> Figure:
+    """One panel per latent: mean first score at each boost tried, the fitted curve with band, the threshold."""
+    rows = max(-(-len(latents) // COLUMNS), 1)
+    caption = (
+        f"{target}: calibration of each latent. Points: mean first score at each boost tried, their area by number of "
+        "trials; line and band: fitted curve with 95 % interval; dashed: target score; vertical: threshold with its "
+        f"interval (grey: not used); cross: fresh trials with 95 % interval. Judge: {judge}. {note}"
+    ).strip()
+    fig, drawing = style.new_figure("full", 1.05 * rows + 0.5, caption)
+    axes = list(drawing.subplots(rows, min(COLUMNS, max(len(latents), 1)), sharey=True, squeeze=False).flat)
+    for ax in axes[len(latents) :]:
+        ax.set_axis_off()
+    for ax, x in zip(axes, latents, strict=False):
+        _panel(ax, x)
+    drawing.supylabel("mean first score", fontsize=7.5)
+    drawing.supxlabel("boost", fontsize=7.5)
+    return fig
+
+
+def _panel(ax: Axes, x: CalibratedLatent) -> None:
+    t = x.threshold
+    colour = style.PALETTE[0] if t.usable else style.GREY
+    boosts = sorted({b for b, score in x.tried if score is not None})
+    scores = [[s for b, s in x.tried if b == boost and s is not None] for boost in boosts]
+    if found := curve(t, x.tried):
+        ax.plot(found["boost"], found["score"], color=colour, linewidth=0.9)
+        ax.fill_between(found["boost"], found["low"], found["high"], color=colour, alpha=0.16, linewidth=0)
+    ax.scatter(boosts, [np.mean(s) for s in scores], s=[1.2 * len(s) for s in scores], color=style.INK, linewidths=0)
+    ax.axhline(t.target_score, color=style.INK, linewidth=0.5, linestyle=(0, (3, 2)))
+    ax.axvspan(t.low, t.high, color=colour, alpha=0.12, linewidth=0)
+    ax.axvline(t.boost, color=colour, linewidth=0.8)
+    if check := t.verification:
+        error = [[check.score - check.low], [check.high - check.score]]
+        ax.errorbar(t.boost, check.score, error, fmt="x", color=style.PALETTE[1], elinewidth=0.8, markersize=4)
+    ax.set_ylim(-3, 103)
+    ax.set_title(style.plain(f"{x.latent} {x.label}"[:22]), fontsize=6, loc="left", pad=2)
+    if not t.usable:
+        ax.text(0.98, 0.95, t.status, transform=ax.transAxes, ha="right", va="top", fontsize=5.5, color=style.GREY)
