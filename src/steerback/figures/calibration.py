@@ -82,4 +82,4 @@ def _panel(ax: Axes, x: CalibratedLatent) -> None:
     ax.set_ylim(-3, 103)
     ax.set_title(style.plain(f"{x.latent} {x.label}"[:22]), fontsize=6, loc="left", pad=2)
     if not t.usable:
-        ax.text(0.98, 0.95, t.status, transform=ax.transAxes, ha="right", va="top", fontsize=5.5, color=style.GREY)
+        ax.text(0.03, 0.04, t.status, transform=ax.transAxes, fontsize=5.5, color=style.GREY)
