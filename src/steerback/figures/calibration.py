@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLUMNS = 6
+COLUMNS = 3
 
 
 def calibration_table(latents: Mapping[str, Sequence[CalibratedLatent]]) -> Table:
@@ -53,14 +53,14 @@ def draw_calibration(target: str, latents: Sequence[CalibratedLatent], judge: st
         "trials; line and band: fitted curve with 95 % interval; dashed: target score; vertical: threshold with its "
         f"interval (grey: not used); cross: fresh trials with 95 % interval. Judge: {judge}. {note}"
     ).strip()
-    fig, drawing = style.new_figure("full", 1.05 * rows + 0.5, caption)
-    axes = list(drawing.subplots(rows, min(COLUMNS, max(len(latents), 1)), sharey=True, squeeze=False).flat)
+    fig = style.new_figure(0.95 * rows + 0.4, caption)
+    axes = list(fig.subplots(rows, min(COLUMNS, max(len(latents), 1)), sharey=True, squeeze=False).flat)
     for ax in axes[len(latents) :]:
         ax.set_axis_off()
     for ax, x in zip(axes, latents, strict=False):
         _panel(ax, x)
-    drawing.supylabel("mean first score", fontsize=7.5)
-    drawing.supxlabel("boost", fontsize=7.5)
+    fig.supylabel("mean first score", fontsize=7.5)
+    fig.supxlabel("boost", fontsize=7.5)
     return fig
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from steerback.analysis.forks import Forked, ForkedArm
+from steerback.figures import panels
 from steerback.figures.tables import HEADINGS, Table, p_value, show
 from steerback.metrics import METRICS, Estimate
 
 SHOWN = ("multi_attempt_rate", "esr_rate", "mean_first", "msi")
 NAMES = HEADINGS | {"multi_attempt_rate": "restarts %", "mean_first": "score until then"}
 TESTED = ("multi_attempt_rate", "mean_first", "msi")
-LEFT_OUT = ("degraded", "unscored", "empty", "invalid")
 
 
 def fork_table(forked: Forked) -> Table:
@@ -35,8 +35,8 @@ def _shown(estimates: Sequence[Estimate]) -> list[str]:
 
 
 def left_out(arm: ForkedArm) -> int:
-    """Return the number of continuations that do not count: degraded, unscored, empty or invalid."""
-    return sum(arm.summary.counts.get(name, 0) for name in LEFT_OUT)
+    """Return the number of continuations that do not count: unscored, empty, invalid, and degraded where these are left out."""
+    return sum(arm.summary.counts.get(name, 0) for name in panels.left_out([arm.summary]))
 
 
 def note(forked: Forked) -> str:
