@@ -35,7 +35,7 @@ def _shown(estimates: Sequence[Estimate]) -> list[str]:
 
 
 def left_out(arm: ForkedArm) -> int:
-    """Return the number of continuations that do not count: unscored, empty, invalid, and degraded where these are left out."""
+    """Return the number of continuations that do not count: unscored, empty, invalid (or degraded)."""
     return sum(arm.summary.counts.get(name, 0) for name in panels.left_out([arm.summary]))
 
 
