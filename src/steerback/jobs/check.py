@@ -59,8 +59,6 @@ def check(config: RunConfig, makers: Makers | None = None) -> PreparedRun:
     """
     makers = makers or Makers(judge=judge_maker(Limits(), config.rubrics))
     experiment = make_experiment(config)  # a wrong option shows now
-    if config.from_run is not None:
-        _keeps_decisions(config, Path(config.from_run))
     own = {**user_tables(), **config.definitions}
     targets = tuple(makers.target(name, own) for name in config.targets) if experiment.generates else ()
     chosen: dict[str, object] = {"engine": config.engine, "judge": config.judge}
@@ -76,6 +74,8 @@ def check(config: RunConfig, makers: Makers | None = None) -> PreparedRun:
     if config.selection.rater == "auto" and experiment.generates:
         rater = config.selection.model_copy(update={"rater": rater_of(config)})
         config = config.model_copy(update={"selection": rater})
+    if config.from_run is not None:
+        _keeps_decisions(config, Path(config.from_run))
     experiment.conditions(config)  # so do options that do not go together
     engine = check_engine(config.engine, config.engine_options, config.batch_size)
     targets = experiment.measured_targets(config, tuple(steerable(target, config, experiment) for target in targets))
