@@ -35,7 +35,8 @@ def compare_runs(a: Ledger, b: Ledger, judges: tuple[str, str]) -> TwoRuns:
         name = f"{target_a if target_a == target_b else f'{target_b} − {target_a}'}: {condition}"
         keys = sorted({_key(r) for r in (*rows_a, *rows_b)})
         shared = target_a == target_b and {_key(r) for r in rows_a} & {_key(r) for r in rows_b}
-        first, second = (outcomes_of(_numbered(rows, keys)) for rows in (rows_a, rows_b))
+        first = outcomes_of(_numbered(rows_a, keys), a.includes_degraded)
+        second = outcomes_of(_numbered(rows_b, keys), b.includes_degraded)
         if shared:
             pairs[name] = compare(first, second)
         else:
