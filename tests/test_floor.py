@@ -14,6 +14,7 @@ from steerback.engines.scripted import RESTART, PlantedModel
 from steerback.jobs import campaign, estimate
 from steerback.jobs.check import check
 from steerback.records import Request
+from steerback.store.run import stored_config
 from steerback.study.floor import floor_prompts
 from steerback.study.study import SEED_OFFSETS
 from tests.planted import Runs, thresholds
@@ -123,7 +124,7 @@ def test_the_estimate_counts_the_floor(runs: Runs) -> None:
     assert estimate.of_experiment(job)["floor"] == 152
     assert any("152 floor" in line for line in estimate.plan_lines(job, Path("x")))
     from_esr = check(
-        build_config("no-steering", ("planted",), base=(str(runs.root / "esr"), config)),
+        build_config("no-steering", ("planted",), base=(str(runs.root / "esr"), stored_config(runs.root / "esr"))),
         runs.makers,
     )
     assert "floor" not in estimate.of_experiment(from_esr)

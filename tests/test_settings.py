@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from steerback.calibration.thresholds import THRESHOLDS
 from steerback.config import CalibrationConfig, build_config, parse_config
 from steerback.engines.scripted import PlantedModel
 from steerback.errors import SteerbackError
-from steerback.records import BoostPrior
+from steerback.records import BoostPrior, Request
 from steerback.study.study import FAR, SEED_OFFSETS, seed_offset
 from steerback.targets import read_targets, resolve
 from tests.planted import Runs, thresholds
@@ -37,6 +38,7 @@ def test_the_range_of_calibration_is_a_setting() -> None:
     usual = BoostPrior(150, 75, 0, 300)
     assert CalibrationConfig().prior(usual) == usual
     assert CalibrationConfig(high=900).prior(usual) == BoostPrior(150, 75, 0, 900)
+    assert CalibrationConfig(low=200).prior(usual) == BoostPrior(250, 25, 200, 300)
     with pytest.raises(SteerbackError, match=r"from 400 to 300.*set both"):
         CalibrationConfig(low=400).prior(usual)
     with pytest.raises(SteerbackError, match=r"calibration\.low \(5\) has to be below calibration\.high \(5\)"):
@@ -48,9 +50,9 @@ def test_a_range_that_holds_no_threshold_is_widened_by_settings(
 ) -> None:
     """The planted thresholds lie around 60, beyond the target's own range of 0 to 40."""
     runs = Runs(tmp_path, monkeypatch, PlantedModel(thresholds=thresholds(60)))
-    with pytest.raises(SteerbackError, match=r"at bound.*calibration\.high"):
+    with pytest.raises(SteerbackError, match=r"no latent reached target score 50.*calibration\.high"):
         runs.run("esr", name="narrow")
-    runs.run("esr", "calibration.high=120", name="wide")
+    runs.run("esr", "calibration.low=40", "calibration.high=80", name="wide")
     found = runs.ledger("wide").get("planted", THRESHOLDS) or []
     assert sum(e.threshold.usable for e in found) >= 8
 
@@ -72,17 +74,23 @@ def test_a_file_of_targets_changes_single_values_of_a_built_in_target(tmp_path: 
         read_targets(file)
 
 
+class Repeats(PlantedModel):
+    """A planted model whose degraded responses score 0."""
+
+    def __call__(self, request: Request) -> str:
+        text = super().__call__(request)
+        return re.sub(r"score [0-9.]+", "score 0.0", text) if " stone stone" in text else text
+
+
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[float, float, float]]:
     """By reading: headline's mean first score, the other reading's, and mean first score at calibration."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        runs = Runs(
-            tmp_path_factory.mktemp("degraded"), patch, PlantedModel(thresholds=thresholds(), degraded_rate=0.3)
-        )
+        runs = Runs(tmp_path_factory.mktemp("degraded"), patch, Repeats(thresholds=thresholds(), degraded_rate=0.3))
         for reading in ("include", "exclude"):
             analysis, _ = runs.run("esr", f"degraded={reading}", "calibration.trials_per_iteration=12", name=reading)
-            summary = analysis.results.measured.summaries["planted", "baseline"]  # type: ignore[attr-defined]
+            summary = analysis.results.measured.summaries["planted", "steered"]  # type: ignore[attr-defined]
             assert summary.counts["degraded"] > 20
             report = analysis.results.calibration["planted"]  # type: ignore[attr-defined]
             found[reading] = (summary["mean_first"].value, summary.other["mean_first"].value, report.mean_score)

@@ -79,6 +79,7 @@ class CalibrationConfig(Settings):
     def prior(self, usual: BoostPrior) -> BoostPrior:
         """Return the prior of a search: the target's, on the range that is set here.
 
+        A range that leaves the target's usual threshold out is searched from its middle, with a quarter of it as sd.
         Raises SteerbackError where one end is set and the target's other end is not on its far side.
         """
         low, high = usual.low if self.low is None else self.low, usual.high if self.high is None else self.high
@@ -87,7 +88,9 @@ class CalibrationConfig(Settings):
                 f"calibration searches from {low:g} to {high:g}, which is no range; the target's own is "
                 f"{usual.low:g} to {usual.high:g}: set both calibration.low and calibration.high"
             )
-        return replace(usual, low=low, high=high)
+        if low <= usual.mean <= high:
+            return replace(usual, low=low, high=high)
+        return BoostPrior((low + high) / 2, (high - low) / 4, low, high)
 
 
 class SelectionConfig(Settings):
