@@ -309,6 +309,9 @@ def test_options_are_checked_before_a_cluster_is_asked() -> None:
     eight = check_engine("ray", {"engine": "vllm", "gpus_per_worker": 8, "batch_size": 64})
     assert isinstance(eight, RayOptions)
     assert (eight.inner.tensor_parallel, eight.inner.batch_size) == (8, 64)  # type: ignore[union-attr]
+    one = check_engine("ray", {"engine": "vllm"})
+    assert isinstance(one, RayOptions)
+    assert repr(one.gpus) == "1"  # Ray takes a number, not True
     assert isinstance(check_engine("ray", {}).inner, TransformersOptions)  # type: ignore[union-attr]
 
 

@@ -118,7 +118,7 @@ class RayOptions(Settings):
     @property
     def gpus(self) -> int:
         """GPUs of each worker."""
-        return (self.engine == "vllm") if self.gpus_per_worker is None else self.gpus_per_worker
+        return int(self.engine == "vllm") if self.gpus_per_worker is None else self.gpus_per_worker
 
     @property
     def inner(self) -> TransformersOptions | VllmOptions | ScriptedOptions:
