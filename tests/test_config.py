@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from steerback.config import PRESETS, build_config, differences, parse_config
+from steerback.config import PRESETS, RunConfig, build_config, differences, parse_config
 from steerback.data.prompts import META_PROMPTS, load_prompts
 from steerback.errors import SteerbackError
 
@@ -29,6 +29,57 @@ def test_presets_differ_where_paper_facts_say_so() -> None:
     assert (authors.selection.concreteness, authors.selection.concreteness_threshold) == ("threshold", 65)
     assert spec.sampling.temperature == authors.sampling.temperature == 0.6
     assert (spec.seeds.latents, spec.seeds.generation, spec.degraded) == (42, 44, "include")
+
+
+SIZES = {  # read by hand in the authors' configurations: penalty, latents, trials a latent, prompts a step
+    "llama-3.3-70b@authors": (1.2, 50, 5, 5),
+    "llama-3.1-8b@authors": (1.15, 500, 5, 1),
+    "gemma-2-2b@authors": (1.1, 500, 5, 1),
+    "gemma-2-9b@authors": (1.1, 500, 5, 1),
+    "gemma-2-27b@authors": (1.1, 500, 5, 1),
+    "organism": (1.1, 50, 5, 1),
+}
+
+
+def sizes(built: RunConfig, name: str) -> tuple[float, int, int, int]:
+    own = built.of(name)
+    steps = own.calibration.trials_per_iteration
+    assert (own.calibration.max_new_tokens, own.sampling.max_new_tokens, own.calibration.weight) == (256, 512, 5)
+    return own.sampling.repetition_penalty, own.n_latents, own.trials_per_latent, steps
+
+
+@pytest.mark.parametrize("first", range(len(SIZES)))
+def test_each_target_has_the_authors_sizes_whatever_stands_first(first: int) -> None:
+    names = [*list(SIZES)[first:], *list(SIZES)[:first]]
+    built = build_config("esr", tuple(name.removesuffix("@authors") for name in names), "authors")
+    assert {name: sizes(built, name) for name in built.targets} == SIZES
+    alone = build_config("esr", (names[0],), "authors")
+    assert (sizes(alone, names[0]), alone.by_target) == (SIZES[names[0]], {})
+    assert parse_config(built.model_dump(mode="json")) == built
+    assert built.of(f"{names[1]}+adapter") == built.of(names[1])
+
+
+def test_what_the_user_sets_beats_the_preset_for_every_target() -> None:
+    both = ("llama-3.3-70b", "llama-3.1-8b")
+    given = ("sampling.repetition_penalty=1", "n_latents=7", "calibration.trials_per_iteration=2")
+    built = build_config("esr", both, "authors", assignments=given)
+    assert [sizes(built, name) for name in built.targets] == [(1, 7, 5, 2)] * 2
+    single = build_config("esr", both, "authors", overrides={"by_target": {"llama-3.1-8b@authors": {"n_latents": 9}}})
+    assert [sizes(single, name)[:2] for name in single.targets] == [(1.2, 50), (1.15, 9)]
+    follows = build_config("no-steering", (built.targets[1],), base=("esr", single), assignments=("n_latents=8",))
+    assert sizes(follows, follows.targets[0])[:2] == (1.15, 8)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"judge": "offline"}, "unknown setting of target x 'judge'; choose one of: n_latents"),
+        ({"n_latents": 0}, "settings of target x: n_latents: .*greater than or equal to 1"),
+    ],
+)
+def test_a_wrong_row_of_a_target_is_one_line(row: dict[str, object], words: str) -> None:
+    with pytest.raises(SteerbackError, match=words):
+        build_config("esr", ("x",), overrides={"by_target": {"x": row}})
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,9 @@ from hypothesis import strategies as st
 
 from steerback.calibration.thresholds import THRESHOLDS
 from steerback.config import CalibrationConfig, build_config, parse_config
-from steerback.engines.scripted import PlantedModel
+from steerback.engines.scripted import PlantedModel, ScriptedEngine
 from steerback.errors import SteerbackError
-from steerback.records import BoostPrior, Request
+from steerback.records import BoostPrior, Completion, Request
 from steerback.study.study import FAR, SEED_OFFSETS, seed_offset
 from steerback.targets import read_targets, resolve
 from tests.planted import Runs, thresholds
@@ -133,3 +135,31 @@ def test_settings_of_the_measurement_are_applied(base: Runs) -> None:
     assert {r.trial.seed for r in rows} == {900 + r.trial.index for r in rows}
     with pytest.raises(SteerbackError, match=r"preset authors: with --from"):
         build_config("esr", ("planted",), "authors", base=("base", build_config("esr", ("planted",), "quick")))
+
+
+def test_targets_of_a_run_keep_their_own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes, penalty and the limit of tokens in calibration reach the engine, per target and stage."""
+    runs = Runs(tmp_path, monkeypatch)
+    runs.scripts["other"] = next(iter(runs.scripts.values()))
+    asked: dict[tuple[str, str], set[tuple[float, int]]] = {}
+    generate = ScriptedEngine.generate
+
+    def watched(engine: ScriptedEngine, requests: Sequence[Request]) -> AsyncIterator[tuple[str, Completion]]:
+        for r in requests:
+            name, stage, *_ = r.key.split("/")
+            asked.setdefault((name, stage), set()).add((r.sampling.repetition_penalty, r.sampling.max_new_tokens))
+        return generate(engine, requests)
+
+    monkeypatch.setattr(ScriptedEngine, "generate", watched)
+    row = "by_target={other: {trials_per_latent: 3, sampling: {repetition_penalty: 1.2}}}"
+    runs.run("esr", row, "calibration.max_new_tokens=256", targets=("planted", "other"), name="two")
+    assert asked["planted", "calibration"] == {(1.0, 256)}
+    assert asked["planted", "measure"] == asked["planted", "verification"] == {(1.0, 512)}
+    assert asked["other", "calibration"] == {(1.2, 256)}
+    assert asked["other", "measure"] == {(1.2, 512)}
+    rows = runs.ledger("two").rows(stage="measure")
+    counts = {name: Counter(r.trial.latent for r in rows if r.trial.target == name) for name in ("planted", "other")}
+    assert {name: set(c.values()) for name, c in counts.items()} == {"planted": {20}, "other": {3}}
+    with pytest.raises(SteerbackError, match=r"run two has found.*selection"):
+        row = "by_target={other: {selection: {concreteness: off}}}"
+        runs.run("no-steering", row, base="two", targets=("other",), name="refused")

@@ -63,6 +63,8 @@ class CalibrationConfig(Settings):
     """`tolerance` is the specification's rule: stop a latent once a round's mean is within tolerance."""
     estimate: Literal["fit", "posterior"] = "fit"
     """`posterior` (authors): the median of the bisection's posterior instead of the fitted curve's crossing."""
+    max_new_tokens: int | None = Field(None, ge=1)
+    """Upper bound for responses in rounds (authors: 256); None: that of all responses."""
     weight: float | None = Field(None, gt=0)
     """Pseudo-counts a round adds to the Beta distribution; None: its number of scored trials (authors: always 5)."""
     low: float | None = Field(None, ge=0)
@@ -199,6 +201,9 @@ class RunConfig(Settings):
     """What only this experiment knows; checked by the experiment."""
     definitions: dict[str, dict[str, object]] = Field(default_factory=dict)
     """The user's own targets among `targets`, as their TOML file had them: with these a run needs no file."""
+    by_target: dict[str, dict[str, object]] = Field(default_factory=dict)
+    """Settings that differ for single targets, by the target's name; the preset `authors` fills it. A value that the
+    user gives for all targets replaces them."""
 
     @model_validator(mode="after")
     def _no_target_twice(self) -> RunConfig:
@@ -206,42 +211,83 @@ class RunConfig(Settings):
             raise ValueError("a target is named twice")
         return self
 
+    @model_validator(mode="after")
+    def _rows_are_settings(self) -> RunConfig:
+        for name, row in self.by_target.items():
+            for key in row:
+                if key not in BY_TARGET:
+                    raise unknown(f"setting of target {name}", key, BY_TARGET)
+            self.of(name)
+        return self
+
+    def of(self, target: str) -> RunConfig:
+        """Return the settings of one target (an adapter has those of its base): what a study of it goes by."""
+        row = self.by_target.get(target) or self.by_target.get(target.rpartition("+")[0])
+        if not row:
+            return self.model_copy(update={"by_target": {}}) if self.by_target else self
+        values = self.model_dump(mode="json") | {"by_target": {}}
+        _merge(values, row)
+        return parse_config(values, f"settings of target {target}")
+
+
+BY_TARGET = ("n_latents", "trials_per_latent", "sampling", "calibration", "selection")
+"""Settings that can differ between the targets of a run."""
+
 
 def specification(experiment: str, targets: tuple[str, ...]) -> RunConfig:
     """The specification's values (system description, "Key parameters")."""
     return RunConfig(experiment=experiment, targets=targets)
 
 
-AUTHORS_MODELS = {"llama-3.3-70b": 1.2, "llama-3.1-8b": 1.15, "gemma-2-2b": 1.1, "gemma-2-9b": 1.1, "gemma-2-27b": 1.1}
-"""The paper's models, with the repetition penalty of the authors' code."""
+def _sized(penalty: float, latents: int = 500, prompts_a_step: int = 1) -> dict[str, object]:
+    return {
+        "n_latents": latents,
+        "sampling": {"repetition_penalty": penalty},
+        "calibration": {"trials_per_iteration": prompts_a_step},
+    }
+
+
+AUTHORS_MODELS: Mapping[str, dict[str, object]] = {
+    "llama-3.3-70b": _sized(1.2, 50, 5),
+    "llama-3.1-8b": _sized(1.15),
+    "gemma-2-2b": _sized(1.1),
+    "gemma-2-9b": _sized(1.1),
+    "gemma-2-27b": _sized(1.1),
+}
+"""The paper's models, with what the authors' code sets for each. Its number of latents of the 70B (10, a quick test) is
+not taken over: the specification's stays."""
+OTHER_MODEL = _sized(1.1, 50)
+"""Settings of a model that is not the paper's under the preset `authors`."""
 
 
 def authors(experiment: str, targets: tuple[str, ...]) -> RunConfig:
     """The authors' code where it differs: target score 30, 10 bisection steps, their filters and penalties.
 
-    The paper's models become their variants NAME@authors (layers, clamps at the steer layer, prompt format). Prompts
-    are the authors' own, which the user has to have fetched; an organism keeps those that its corpus knows.
+    The paper's models become their variants NAME@authors (layers, clamps at the steer layer, prompt format), each with
+    its own sizes and penalty: the first target's stand in the config, those that differ in `by_target`. Prompts are the
+    authors' own, which the user has to have fetched; an organism keeps those that its corpus knows.
     """
     targets = tuple(f"{name}@authors" if name in AUTHORS_MODELS else name for name in targets)
     prompts = "evaluation" if all(name.startswith("organism") for name in targets) else "authors"
     base = RunConfig(experiment=experiment, targets=targets, preset="authors", prompts=prompts)
-    penalty = AUTHORS_MODELS.get(targets[0].split("@")[0], 1.1)
-    return base.model_copy(
-        update={
-            "sampling": base.sampling.model_copy(update={"repetition_penalty": penalty}),
-            "calibration": base.calibration.model_copy(
-                update={
-                    "target_score": 30.0,
-                    "max_iterations": 10,
-                    "trials_per_iteration": 5,
-                    "verify_trials": 0,
-                    "estimate": "posterior",
-                    "weight": 5.0,
-                }
-            ),
-            "selection": SelectionConfig(relevance="zero", concreteness="threshold"),
-        }
-    )
+    values: dict[str, object] = base.model_dump(mode="json")
+    shared: dict[str, object] = {
+        "trials_per_latent": 5,
+        "calibration": {
+            "target_score": 30,
+            "max_iterations": 10,
+            "verify_trials": 0,
+            "estimate": "posterior",
+            "max_new_tokens": 256,
+            "weight": 5,
+        },
+        "selection": {"relevance": "zero", "concreteness": "threshold"},
+    }
+    rows = {name: AUTHORS_MODELS.get(name.partition("@")[0], OTHER_MODEL) for name in targets}
+    first = rows[targets[0]]
+    for layer in (shared, first, {"by_target": {name: row for name, row in rows.items() if row != first}}):
+        _merge(values, layer)
+    return parse_config(values)
 
 
 def quick(experiment: str, targets: tuple[str, ...]) -> RunConfig:
@@ -298,6 +344,8 @@ def build_config(
     else:
         merged = _like(base, experiment, targets)
     for layer in layers:
+        for row in _rows(merged):
+            _drop(row, layer)
         _merge(merged, layer)
     merged["preset"] = chosen
     for name, meant in (("experiment", experiment), ("from_run", base and base[0])):
@@ -373,6 +421,21 @@ def _merge(into: dict[str, object], layer: Mapping[str, object]) -> None:
             _merge(inner, value)
         else:
             into[key] = value
+
+
+def _rows(values: Mapping[str, object]) -> list[dict[str, object]]:
+    rows = values.get("by_target")
+    return [row for row in rows.values() if isinstance(row, dict)] if isinstance(rows, dict) else []
+
+
+def _drop(row: dict[str, object], layer: Mapping[str, object]) -> None:
+    """Remove from a target's row what a later layer sets for all targets."""
+    for key, value in layer.items():
+        inner = row.get(key)
+        if isinstance(value, Mapping) and isinstance(inner, dict):
+            _drop(inner, value)
+        else:
+            row.pop(key, None)
 
 
 def _choices(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

@@ -47,7 +47,8 @@ def plan_lines(steps: Sequence[Step], makers: Makers | None = None) -> list[str]
     shared: set[str] = set()  # stages that an earlier step has generated: the same requests, so they are in the cache
     for step, job in jobs:
         cost, asked = _cost(job, shared), _verdicts(job)
-        shared |= {stage for stage, n in of_experiment(job).items() if n and stage in UNJUDGED}
+        first = job.config.targets[0]
+        shared |= {stage for stage, n in of_experiment(job, first).items() if n and stage in UNJUDGED}
         state = f"at most {cost['responses']:,} responses, {cost['tokens']:,} tokens"
         if not job.experiment.generates:
             state = f"at most {max(asked.values())} of them judged by {', '.join(asked)}"
@@ -86,18 +87,17 @@ def _checked(step: Step, makers: Makers | None) -> PreparedRun:
 
 def _verdicts(job: PreparedRun) -> Counter[str]:
     """At most how many verdicts a job needs, by judge."""
-    counts = of_experiment(job)
     if not job.experiment.generates:  # the runs' own verdicts are taken over
         names = [name for name in job.experiment.judges(job.config) if name != job.config.judge]
-        return Counter({name: sum(counts.values()) for name in names})
-    each = sum(n for stage, n in counts.items() if stage not in UNJUDGED)
-    return Counter({job.config.judge: each * len(job.targets)})
+        return Counter({name: sum(of_experiment(job, job.config.targets[0]).values()) for name in names})
+    each = [n for t in job.targets for stage, n in of_experiment(job, t.name).items() if stage not in UNJUDGED]
+    return Counter({job.config.judge: sum(each)})
 
 
 def _cost(job: PreparedRun, shared: set[str]) -> Counter[str]:
     cost: Counter[str] = Counter()
     for target in job.targets:
-        responses = sum(n for stage, n in of_experiment(job).items() if stage not in shared)
+        responses = sum(n for stage, n in of_experiment(job, target.name).items() if stage not in shared)
         cost["responses"] += responses
         cost["tokens"] += responses * response_tokens(job.config, target)
         speed = target.responses_per_second

@@ -92,7 +92,8 @@ def _keeps_decisions(config: RunConfig, base: Path) -> None:
     """Refuse a change of settings by which the run that this one starts from has found what will be used."""
     if not (base / "ledger.sqlite").is_file():
         return  # a run that goes on has what it needs of it
-    changed = differences(stored_config(base), config)
+    before = stored_config(base)
+    changed = sorted({line for t in config.targets for line in differences(before.of(t), config.of(t))})
     _refuse(changed, config, base, LATENTS, ("n_latents", "latents", "selection", "seeds.latents"))
     _refuse(changed, config, base, THRESHOLDS, ("calibration", "degraded"))
 

@@ -46,9 +46,9 @@ def responses(config: RunConfig, prompts: int, conditions: int = 1) -> dict[str,
     }
 
 
-def of_experiment(job: PreparedRun) -> dict[str, int]:
-    """Responses per target and stage of a job: experiments may do without calibration, or need further stages."""
-    config, experiment = job.config, job.experiment
+def of_experiment(job: PreparedRun, target: str) -> dict[str, int]:
+    """Responses of a target per stage of a job: experiments may do without calibration, or need further stages."""
+    config, experiment = job.config.of(target), job.experiment
     if not experiment.generates:
         return experiment.further(config)
     counts = responses(config, len(job.prompts), experiment.conditions(config))
@@ -76,7 +76,7 @@ def plan_lines(job: PreparedRun, folder: Path) -> list[str]:
     if config.judge.startswith("offline"):
         lines.append(f"  the offline judge's scores are not comparable with the paper's: {docs_page('judging')}")
     for target in job.targets:
-        counts = of_experiment(job)
+        counts = of_experiment(job, target.name)
         total = sum(counts.values())
         detail = " + ".join(f"{n} {stage}" for stage, n in counts.items() if n)
         cap = response_tokens(config, target)
@@ -100,7 +100,7 @@ def window_spend(job: PreparedRun, target: Target) -> Spend | None:
     judge, tokens = job.makers.judge(job.config.judge), response_tokens(job.config, target)
     scorer = window_scorer(judge, job.config.recovery) if job.experiment.reports_rates else None
     one = None if scorer is None else scorer.window_estimate([_longest(tokens)])
-    counts = of_experiment(job)
+    counts = of_experiment(job, target.name)
     return None if one is None else one * sum(counts.get(stage, 0) for stage in STAGES)
 
 
@@ -116,7 +116,7 @@ def _rating(job: PreparedRun, target: Target) -> list[str]:
         return []
     rater = make_rater(name, job.makers.judge)
     assert isinstance(rater, LLMRater)
-    longest = sorted(set(target.labels().values()), key=len, reverse=True)[: rating_sample(job.config)]
+    longest = sorted(set(target.labels().values()), key=len, reverse=True)[: rating_sample(job.config.of(target.name))]
     return [f"  {target.name}: rater {name}: at most {rater.estimate(longest)}"]
 
 
@@ -125,7 +125,7 @@ def _collecting(job: PreparedRun) -> list[str]:
     config = job.config
     chosen = job.experiment.options.model_dump()
     lines = [f"  {key}: {', '.join(map(str, v)) if isinstance(v, list) else v}" for key, v in chosen.items()]
-    count = sum(of_experiment(job).values())
+    count = sum(of_experiment(job, config.targets[0]).values())
     for name in job.experiment.judges(config):
         asked = judge_estimate(job.makers.judge(name), count, config.sampling.max_new_tokens)
         lines += [] if asked is None else [f"  judge {name}: at most {asked}"]
@@ -134,6 +134,7 @@ def _collecting(job: PreparedRun) -> list[str]:
 
 def response_tokens(config: RunConfig, target: Target) -> int:
     """The most tokens a response may have."""
+    config = config.of(target.name)
     return min(config.sampling.max_new_tokens, target.max_new_tokens or config.sampling.max_new_tokens)
 
 

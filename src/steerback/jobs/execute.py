@@ -85,7 +85,7 @@ async def _targets(job: PreparedRun, opened: Run, progress: Progress, cache: Cac
             opened.ledger.put(target.name, PROVENANCE, Provenance(planted=target.planted))
             if job.config.from_run is not None:
                 same_weights(Path(job.config.from_run), target.name, engine)
-            sampling = job.config.sampling.record(target.max_new_tokens)
+            sampling = job.config.of(target.name).sampling.record(target.max_new_tokens)
             bench = Workbench(opened.ledger, engine, judge, sampling, progress, cache)
             study = Study(opened, target, bench, job.prompts, job.makers.judge)
             await study.prepare()

@@ -135,7 +135,7 @@ def fork_trial(
             opened.ledger.put(
                 target.name, FORKS, (opened.ledger.get(target.name, FORKS) or {}) | {planned.name: planned}
             )
-            sampling = opened.config.sampling.record(target.max_new_tokens)
+            sampling = opened.config.of(target.name).sampling.record(target.max_new_tokens)
             bench = Workbench(opened.ledger, engine, prepared.judge, sampling, progress or Silent(), cache)
             try:
                 finish(complete(bench, trials, stage=f"{target.name}: fork at token {planned.tokens}"))

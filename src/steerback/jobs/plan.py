@@ -173,6 +173,7 @@ def make_plan(
     `floor` is the number of unsteered responses that are judged; None: as many as are measured, at
     least the config's.
     """
+    config = config.of(target.name)
 
     def floor_of(measured: int) -> int:
         return max(config.floor_responses, measured) if floor is None else floor

@@ -80,7 +80,8 @@ def _shown(run: Run, settings: ViewSettings, progress: Progress, makers: Makers)
 
     def prior(target: str, key: LatentKey) -> BoostPrior | None:
         try:
-            return run.config.calibration.prior(targets[target].prior_of(key)) if target in targets else None
+            settings = run.config.of(target).calibration
+            return settings.prior(targets[target].prior_of(key)) if target in targets else None
         except SteerbackError:  # a direction whose file is gone
             return None
 
@@ -160,7 +161,7 @@ def _reading(run: Run, engine: Rereads, row: Row, target: Target) -> Reading:
     detectors = run.ledger.get(trial.target, DETECTOR_SET)
     latents |= dict.fromkeys(k for group in groups.values() for k in group)
     latents |= dict.fromkeys(detectors.latents if detectors else ())
-    sampling = run.config.sampling.record(target.max_new_tokens)
+    sampling = run.config.of(target.name).sampling.record(target.max_new_tokens)
     request = replace(trial.request(sampling), record=Recording(tuple(latents)))
     values = engine.reread(request, done.token_ids)
     if len(values) != done.prompt_tokens + max(len(done.token_ids) - 1, 0):

@@ -185,7 +185,7 @@ def _lines(row: Published, target: str, runs: Sequence[Finished], settings: Sequ
         for run, measured in measurements:
             ours = our_number(run.summary.targets[measured], row)
             said = _verdict(row, source, value, ours, run, measured)
-            notes = (*deviations(run.config, SOURCES[source], settings, run.unknown), *row.notes)
+            notes = (*deviations(run.config.of(measured), SOURCES[source], settings, run.unknown), *row.notes)
             yield Line(row, target, measured, source, value, run.name, ours, said, notes)
 
 

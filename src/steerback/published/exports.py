@@ -30,7 +30,7 @@ def _body(run: Run, target: str, condition: str, judge: str, rows: Sequence[Row]
     by_latent: dict[LatentKey | None, list[Row]] = {}
     for row in rows:
         by_latent.setdefault(row.trial.latent, []).append(row)
-    config = run.config
+    config = run.config.of(target)
     clamped = {i.latent for row in rows for i in row.trial.interventions if i.mode == "clamp"}
     facts = {name: value for owner, name, value in run.ledger.facts() if owner == target and name in EXPORTED_FACTS}
     return {

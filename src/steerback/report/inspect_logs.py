@@ -99,7 +99,7 @@ def sampling_of(run: Run, provenance: dict[str, object], target: str) -> Samplin
     place: object = provenance
     for name in ("targets", target, "target", "max_new_tokens"):
         place = place.get(name) if isinstance(place, dict) else None
-    return run.config.sampling.record(place if isinstance(place, int) else None)
+    return run.config.of(target).sampling.record(place if isinstance(place, int) else None)
 
 
 def _rates(shared: _Stage) -> dict[tuple[str, str], Summary]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from steerback.config import RunConfig
+from steerback.config import RunConfig, parse_config
 from steerback.records import Trial
 from steerback.store.facts import CONFIG, FLOOR, LATENTS, UNSTEERED
 from steerback.store.ledger import Ledger
@@ -57,7 +57,7 @@ def has_floor(folder: Path, config: RunConfig, target: str) -> bool:
     with Ledger(folder / "ledger.sqlite", read_only=True) as other:
         before = other.get("", CONFIG) or {}
         measured = (target, UNSTEERED) in other.conditions(FLOOR)
-    return measured and before.get("sampling") == config.sampling.model_dump(mode="json")
+    return measured and parse_config(before).of(target).sampling == config.of(target).sampling
 
 
 def _take_over(study: Study, trials: Sequence[Trial]) -> None:

@@ -79,8 +79,7 @@ class Study:
         self._judges = judges
         if bench.engine is None:
             raise ValueError("a study needs an engine")
-        self.config, self.engine = run.config, bench.engine
-        self.name = target.name
+        self.name, self.config, self.engine = target.name, run.config.of(target.name), bench.engine
 
     def trial(self, stage: str, condition: str, index: int, **fields: Any) -> Trial:
         """A trial of this target with its key."""
@@ -255,7 +254,11 @@ class Study:
                     self.steered(stage, "threshold", latent, boosts[latent.key], index, self.prompt(position, i))
                 )
         scores: dict[LatentKey, list[float | None]] = {key: [] for key in boosts}
-        for row in await complete(self.bench, trials, stage=title):
+        bench = self.bench
+        if stage == "calibration" and settings.max_new_tokens is not None:
+            tokens = min(settings.max_new_tokens, bench.sampling.max_new_tokens)
+            bench = replace(bench, sampling=replace(bench.sampling, max_new_tokens=tokens))
+        for row in await complete(bench, trials, stage=title):
             assert row.trial.latent is not None
             counts = row.attempts and (self.config.degraded == "include" or not row.degraded)
             scores[row.trial.latent].append(row.attempts[0].score if counts else None)
