@@ -15,7 +15,7 @@ from small import EFFECT, POOLED, TOLERANCE, near
 from steerback.api import LoadedTarget
 from steerback.engines.vllm.driver import VllmJob
 from steerback.errors import SteerbackError
-from steerback.records import Completion, Intervention, Recording, Request, Sampling, expected_positions
+from steerback.records import Completion, Intervention, Prefix, Recording, Request, Sampling, expected_positions
 
 ADD = Intervention("add", 3, 4.0)
 CASES: dict[str, tuple[Intervention, ...]] = {
@@ -198,6 +198,33 @@ def test_recordings_are_whole_when_a_text_is_asked_for_again(pair: Any) -> None:
     request = Request("again", words(31, 100), 0, Sampling(0.0, max_new_tokens=4), record=Recording((1, 5)))
     first, second = (collect(pair.vllm, [request])["again"] for _ in range(2))
     np.testing.assert_allclose(first.activations, second.activations, atol=TOLERANCE)
+
+
+def test_a_response_is_continued_from_its_own_tokens_as_it_was(pair: Any) -> None:
+    """What a fork asks for: the exact tokens kept, the same tokens, receipts and recordings as without the cut."""
+    edits = (ADD, Intervention("clamp", 8, 2.0))
+    whole = Request("w", words(33, 20), 0, Sampling(0.0, max_new_tokens=12), edits, record=Recording((3, 8)))
+    done = collect(pair.vllm, [whole])["w"]
+    ends = pair.vllm.token_ends(done)
+    cuts = {}
+    for kept in range(1, len(done.token_ids) - 1, 3):
+        left = replace(whole.sampling, max_new_tokens=12 - kept)
+        prefix = Prefix(done.text[: ends[kept - 1]], done.token_ids[:kept])
+        cuts[kept] = replace(whole, key=str(kept), prefix=prefix, sampling=left)
+    again = collect(pair.vllm, list(cuts.values()))
+    for kept, request in cuts.items():
+        rest = again[str(kept)]
+        assert request.prefix is not None
+        assert rest.token_ids == done.token_ids[kept:]
+        assert request.prefix.text + rest.text == done.text
+        assert rest.prompt_tokens == done.prompt_tokens + kept
+        assert rest.receipt_matches(edits, continued=True)
+        assert rest.receipt.positions == done.receipt.positions
+        np.testing.assert_allclose(rest.activations, done.activations, atol=TOLERANCE)
+    reference = collect(pair.reference, list(cuts.values()))
+    assert {key: (c.text, c.receipt.positions) for key, c in again.items()} == {
+        key: (c.text, c.receipt.positions) for key, c in reference.items()
+    }
 
 
 def test_aborted_requests_give_their_rows_back(pair: Any) -> None:
