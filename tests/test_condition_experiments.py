@@ -13,6 +13,7 @@ from planted import Peaked, QuickEngine, Runs, headline, inside, thresholds
 from steerback.data.prompts import META_PROMPTS, load_prompts
 from steerback.engines.scripted import PlantedModel
 from steerback.errors import SteerbackError
+from steerback.experiments.boost_sweep import BoostSweep, SweepOptions
 
 MODEL = Peaked(
     thresholds=thresholds(),
@@ -74,7 +75,39 @@ def test_authors_preset_sweeps_from_minus_three() -> None:
     from steerback.config import authors
     from steerback.experiments import make_experiment
 
-    assert make_experiment(authors("boost-sweep", ("x",))).levels()[0] == -3.0
+    sweep = make_experiment(authors("boost-sweep", ("x",)))
+    assert isinstance(sweep, BoostSweep)
+    assert (sweep.levels()[0], sweep.levels()[-1], len(sweep.levels())) == (-3.0, 3.0, 10)
+    # mean 5 and population sd 2 by hand; the sample's would be 2.138
+    found, boosts = sweep.plan([2, 4, 4, 4, 5, 5, 7, 9], "x")
+    assert (found.mean, found.sd, found.boosts, found.dropped) == (5, 2, "absolute", {})
+    assert boosts == pytest.approx([0, 1 / 3, 5 / 3, 3, 13 / 3, 17 / 3, 7, 25 / 3, 29 / 3, 11])
+    assert found.levels == pytest.approx([-2.5, -7 / 3, -5 / 3, -1, -1 / 3, 1 / 3, 1, 5 / 3, 7 / 3, 3], abs=1e-6)
+    # mean 4 and sd 4 by hand: -8, -16/3, -8/3 and 0 are all 0
+    found, boosts = sweep.plan([0, 8], "x")
+    assert boosts == pytest.approx([0, 8 / 3, 16 / 3, 8, 32 / 3, 40 / 3, 16])
+    assert found.levels[0] == -1
+    # 5, 5.004 and 5.008 by hand: the first two are both named +0.00 sd
+    close = BoostSweep(SweepOptions(boosts="shared", levels=3, low=0, high=0.008))
+    assert close.plan([4, 6], "x")[1] == pytest.approx([5, 5.008])
+    with pytest.raises(SteerbackError, match="all thresholds are 3"):
+        sweep.plan([3, 3], "x")
+
+
+def test_shared_boosts_are_the_same_for_all_latents(runs: Runs) -> None:
+    options = ("options.boosts=shared", "options.levels=3", "options.low=-9", "options.high=1", "limit=48")
+    analysis, _ = runs.run("boost-sweep", *options, base="esr", name="shared")
+    sweep = analysis.summary["targets"]["planted"]["sweep"]
+    trials = [r.trial for r in runs.ledger("shared").rows(stage="measure")]
+    used = {r.trial.latent: r.trial.boost for r in runs.ledger("esr").rows(stage="measure")}
+    mean, sd = np.mean(list(used.values())), np.std(list(used.values()))
+    wanted = sorted({max(mean + k * sd, 0) for k in (-9, -4, 1)})
+    assert wanted[0] == 0
+    by_condition = {c: {t.boost for t in trials if t.condition == c} for c in {t.condition for t in trials}}
+    assert sorted(b for boosts in by_condition.values() for b in boosts) == pytest.approx(wanted)
+    assert len({(t.latent, t.seed, t.condition) for t in trials}) == len(trials) == 48 * len(sweep["levels"])
+    assert sweep["levels"][0] == pytest.approx(-mean / sd, abs=1e-6)
+    assert any("all latents at the same boosts" in line for line in analysis.shown.lines)
 
 
 @pytest.mark.parametrize("wrong", ["options.levels=1", "options.low=4", "options.high=many"])

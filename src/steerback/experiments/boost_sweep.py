@@ -2,12 +2,13 @@
 
 Resistance against steering strength: each latent at its threshold plus so many standard deviations, where the
 standard deviation is that of the thresholds across latents. Levels that would be negative are dropped and counted.
+The authors give all latents the same boosts instead: the mean threshold plus so many standard deviations, at least 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -19,8 +20,10 @@ from steerback.study.study import Study
 
 
 class SweepOptions(Settings):
-    """Levels in standard deviations from each latent's threshold."""
+    """Levels in standard deviations from a threshold."""
 
+    boosts: Literal["own", "shared"] = "own"
+    """Around each latent's own threshold, or (authors) around the mean of all, the same for every latent."""
     levels: int = Field(8, ge=2)
     """Number of levels, evenly spaced from `low` to `high`."""
     low: float = -1.5
@@ -41,13 +44,13 @@ class BoostSweep(Experiment[SweepOptions]):
     name = "boost-sweep"
     title = "Resistance against boost (experiment 2)"
     options_type = SweepOptions
-    authors: ClassVar[Mapping[str, object]] = {"low": -3.0}
+    authors: ClassVar[Mapping[str, object]] = {"boosts": "shared", "levels": 10, "low": -3.0}
 
     def conditions(self, config: RunConfig) -> int:
         return self.options.levels
 
     def levels(self) -> list[float]:
-        """Normalised boosts, in standard deviations from each latent's threshold."""
+        """Normalised boosts, in standard deviations from each latent's threshold or the mean of all."""
         import numpy as np
 
         chosen = self.options
@@ -55,22 +58,40 @@ class BoostSweep(Experiment[SweepOptions]):
 
     async def run(self, study: Study) -> None:
         """Every cell at every level that is not negative; prompts and seeds are the same at all levels."""
-        import numpy as np
-
         cells = await study.cells()
         thresholds = {c.latent.key: c.boost for c in cells}
         if len(thresholds) < 2:
             raise SteerbackError(f"{study.name}: a boost sweep needs at least two latents with a threshold")
-        sd = float(np.std(list(thresholds.values()), ddof=1))
-        levels = self.levels()
-        negative = {level: sum(b + level * sd < 0 for b in thresholds.values()) for level in levels}
-        dropped = {Sweep.condition(level): count for level, count in negative.items()}
-        sweep = Sweep(sd=sd, levels=levels, dropped=dropped, latents=len(thresholds))
+        sweep, boosts = self.plan(list(thresholds.values()), study.name)
         study.run.ledger.put(study.name, SWEEP, sweep)
         trials = [
-            study.at(cell, Sweep.condition(level), boost=cell.boost + level * sd)
-            for level in levels
+            study.at(cell, Sweep.condition(level), boost=boost)
+            for level, shared in zip(sweep.levels, boosts, strict=True)
             for cell in cells
-            if cell.boost + level * sd >= 0
+            if (boost := cell.boost + level * sweep.sd if shared is None else shared) >= 0
         ]
         await study.measure("boost sweep", trials)
+
+    def plan(self, thresholds: Sequence[float], target: str) -> tuple[Sweep, list[float | None]]:
+        """Return the sweep of latents with these thresholds and the boost of all latents at each of its levels.
+
+        The boost is None where each latent has its own. Shared boosts: `numpy.linspace` around the mean, by the
+        population's standard deviation, negative ones set to 0. Several that are 0 are one level: with the seeds of the
+        cells they would be the same responses. So are levels of the same name (within 0.01 sd).
+        """
+        import numpy as np
+
+        levels = self.levels()
+        if self.options.boosts == "own":
+            sd = float(np.std(thresholds, ddof=1))
+            negative = {level: sum(b + level * sd < 0 for b in thresholds) for level in levels}
+            dropped = {Sweep.condition(level): count for level, count in negative.items()}
+            return Sweep(sd=sd, levels=levels, dropped=dropped, latents=len(thresholds)), [None] * len(levels)
+        mean, sd = float(np.mean(thresholds)), float(np.std(thresholds))
+        if not sd:
+            raise SteerbackError(f"{target}: all thresholds are {mean:g}, so shared boosts have no levels")
+        ends = mean + self.options.low * sd, mean + self.options.high * sd
+        swept = [max(float(b), 0.0) for b in np.linspace(*ends, self.options.levels)]
+        boosts = sorted({Sweep.condition((b - mean) / sd): b for b in reversed(swept)}.values())
+        placed = [round((boost - mean) / sd, 6) for boost in boosts]
+        return Sweep(sd=sd, levels=placed, latents=len(thresholds), boosts="absolute", mean=mean), [*boosts]

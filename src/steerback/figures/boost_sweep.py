@@ -100,8 +100,12 @@ def _caption(results: SweepResults) -> str:
     for target, sweep in results.sweeps.items():
         lines.append(
             f"{panels.counted(target, results.curve(target).values())} 1 sd = {sweep.sd:.3g} in boost; "
-            f"{sum(sweep.dropped.values())} of {len(sweep.levels) * sweep.latents} pairs of latent and level have a "
-            "negative boost."
+            + (
+                f"All latents have the same boosts; 0 is the mean threshold, {sweep.mean:.3g}."
+                if sweep.mean is not None
+                else f"{sum(sweep.dropped.values())} of {len(sweep.levels) * sweep.latents} pairs of latent and level "
+                "have a negative boost."
+            )
         )
     return "\n".join(lines)
 
@@ -134,5 +138,9 @@ def peak_table(peaks: Mapping[str, Mapping[str, Peak | None]], judge: str) -> Ta
 
 
 def _line(target: str, sweep: Sweep) -> str:
+    if sweep.mean is not None:
+        return (
+            f"{target}: all latents at the same boosts; 0 sd: {sweep.mean:.4g}, the mean threshold; sd {sweep.sd:.4g}"
+        )
     lost = ", ".join(f"{n} of {sweep.latents} latents at {level}" for level, n in sweep.dropped.items() if n)
     return f"{target}: sd of thresholds across latents {sweep.sd:.4g}; dropped, negative boost: {lost or 'none'}"

@@ -111,8 +111,8 @@ class Provenance(Record):
 class Sweep(Record):
     """A boost sweep: `levels` in standard deviations `sd` of the thresholds of `latents` latents.
 
-    `dropped` counts, by condition, the latents whose boost would be negative. `boosts` is "absolute" in imported
-    sweeps, which use the same boosts for all latents.
+    `dropped` counts, by condition, the latents whose boost would be negative. `boosts` is "absolute" where all
+    latents have the same boosts: in imported sweeps and under the preset `authors`.
     """
 
     sd: float
@@ -121,7 +121,7 @@ class Sweep(Record):
     latents: int
     boosts: str | None = None
     mean: float | None = None
-    """Mean of the thresholds, in imported sweeps."""
+    """Mean of the thresholds, where boosts are absolute."""
 
     @staticmethod
     def condition(level: float) -> str:
