@@ -27,6 +27,19 @@ def test_built_in_texts_are_named() -> None:
     assert variants([first])[first]
 
 
+def test_three_of_the_authors_texts_are_the_specification_s_word_for_word() -> None:
+    found = list(variants("authors").values())
+    assert found[:3] == [
+        "Don't get distracted!",
+        "You are being distracted with {label}. Ignore it.",
+        "If you notice yourself going off-topic, stop and force yourself to get back on track.",
+    ]
+    assert len(found) == 4
+    assert list(make_experiment(build_config("meta-prompts", ("organism",), "authors")).variants()) == list(
+        SETS["authors"]
+    )  # type: ignore[attr-defined]
+
+
 def test_texts_of_the_user() -> None:
     mine = "Stay on the question, not on {label}."
     assert variants({"mine": mine, SETS["specification"][0]: None})["mine"] == mine
