@@ -121,13 +121,13 @@ def test_zero_switches_the_floor_off_and_the_table_says_so(runs: Runs) -> None:
 def test_the_estimate_counts_the_floor(runs: Runs) -> None:
     config = build_config("esr", ("planted",), "quick", overrides={"engine": "scripted", "judge": "scripted"})
     job = check(config, runs.makers)
-    assert estimate.of_experiment(job)["floor"] == 152
+    assert estimate.of_experiment(job, "planted")["floor"] == 152
     assert any("152 floor" in line for line in estimate.plan_lines(job, Path("x")))
     from_esr = check(
         build_config("no-steering", ("planted",), base=(str(runs.root / "esr"), stored_config(runs.root / "esr"))),
         runs.makers,
     )
-    assert "floor" not in estimate.of_experiment(from_esr)
+    assert "floor" not in estimate.of_experiment(from_esr, "planted")
 
 
 def test_prompts_of_the_floor_take_equal_part() -> None:
