@@ -99,6 +99,12 @@ def test_a_run_is_read_without_a_model(finished: StudyRun) -> None:
         assert len(repr(shown)) < 250
 
 
+def test_a_notebook_shows_a_figure_as_an_image(finished: StudyRun) -> None:
+    data, facts = finished.figure("figure2")._repr_png_()  # IPython calls it
+    assert data.startswith(b"\x89PNG\r\n")
+    assert facts["width"] > 0
+
+
 def test_a_run_compared_with_itself_differs_in_nothing(finished: StudyRun) -> None:
     found = sb.compare(finished, finished.folder)
     (test,) = found.results.pairs.values()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import runpy
 import shlex
 import shutil
+import tempfile
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -81,7 +83,9 @@ def test_the_address_of_the_site_is_said_once_everywhere() -> None:
 def test_every_page_is_in_the_navigation(generated: dict[str, str]) -> None:
     text = (ROOT / "mkdocs.yml").read_text("utf-8")
     named = set(re.findall(r": (\S+\.md)$", text, re.M))
-    known = {f"{name}.md" for name in PAGES} | {p for p in generated if not p.startswith("reference/api/")}
+    known = {f"{name}.md" for name in PAGES} | {
+        p for p in generated if p.endswith(".md") and not p.startswith("reference/api/")
+    }
     assert named == known
 
 
@@ -134,6 +138,46 @@ def test_links_between_pages_hold(generated: dict[str, str]) -> None:
             name = str(path.resolve().relative_to(ROOT / "docs"))
             assert name in texts or path.is_file(), f"{place}: {link}"
             assert not section or section in anchors(texts[name]), f"{place}: {link}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["your_own_model", "ten_minutes"])
+def test_a_notebook_runs_as_a_script(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STEERBACK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("STEERBACK_TARGETS", "")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    cells = runpy.run_path(str(ROOT / "docs" / "notebooks" / f"{name}.py"))
+    assert cells["steered"].steered_as_planned
+    assert cells["steered"].text != cells["plain" if name == "your_own_model" else "ablated"].text
+    if name == "ten_minutes":
+        assert len(cells["trials"]) == len(cells["colder"].trials()) > 0
+    else:
+        assert "mine: ok" in capsys.readouterr().out
+
+
+def test_a_notebook_becomes_a_page_with_its_outputs(site: ModuleType, generated: dict[str, str]) -> None:
+    from nbformat import reads
+    from nbformat.v4 import new_output
+
+    notebook = reads(generated["notebooks/ten_minutes.ipynb"], 4)
+    first, second, third = [cell for cell in notebook.cells if cell.cell_type == "code"][:3]
+    first.outputs = [
+        new_output("stream", name="stderr", text="bar"),
+        new_output("stream", name="stdout", text="a line"),
+    ]
+    second.outputs = [new_output("display_data", {"text/html": "<b>bold</b>", "text/plain": "bold"})]
+    third.outputs = [new_output("display_data", {"image/png": "iVBORw0KGgo=\n", "text/plain": "<Figure>"})]
+    page = site.notebook_page(notebook, "ten_minutes")
+    assert page.startswith("# Ten minutes\n")
+    assert page.count("```python\n") == sum(cell.cell_type == "code" for cell in notebook.cells)
+    assert "```text\na line\n```" in page
+    assert "<b>bold</b>" in page
+    assert 'src="data:image/png;base64,iVBORw0KGgo="' in page
+    assert "bar" not in page.split("```")[2]
+    assert "planted" in page
 
 
 @pytest.mark.slow

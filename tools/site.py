@@ -1,4 +1,4 @@
-"""Pages of the documentation site that are made when it is built: settings, commands, Python API, figures, log.
+"""Pages of the documentation site that are made when it is built: notebooks, settings, commands, Python API, figures.
 
 A hook of MkDocs (`hooks` in mkdocs.yml); each function returns Markdown and needs no MkDocs.
 """
@@ -11,10 +11,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -49,13 +52,13 @@ def on_files(files: Any, config: Any) -> Any:
     """Add the generated pages to those of docs/; MkDocs calls it."""
     from mkdocs.structure.files import File
 
-    for uri, content in pages().items():
+    for uri, content in pages(execute=True).items():
         files.append(File.generated(config, uri, content=content))
     return files
 
 
-def pages() -> dict[str, str]:
-    """Return every generated page by its path in the site."""
+def pages(execute: bool = False) -> dict[str, str]:
+    """Return every generated page by its path in the site; `execute` runs the notebooks, which takes a minute."""
     api = api_pages()
     return {
         "reference/settings.md": settings_page(),
@@ -64,7 +67,53 @@ def pages() -> dict[str, str]:
         "log.md": (ROOT / "LOG.md").read_text("utf-8"),
         "changelog.md": (ROOT / "CHANGELOG.md").read_text("utf-8"),
         **api,
+        **notebook_pages(execute),
     }
+
+
+# -- notebooks --------------------------------------------------------------------------------------------------------
+def notebook_pages(execute: bool) -> dict[str, str]:
+    """Return each notebook of docs/notebooks as a page and as .ipynb. Executing raises what a cell raises."""
+    import jupytext
+    import nbformat
+
+    found: dict[str, str] = {}
+    for source in sorted((DOCS / "notebooks").glob("*.py")):
+        notebook = jupytext.read(source)
+        notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        if execute:
+            from nbclient import NotebookClient
+            from traitlets.config import Config
+
+            NotebookClient(notebook, timeout=300, config=Config(KernelManager={"transport": "ipc"})).execute()
+        found[f"notebooks/{source.stem}.md"] = notebook_page(notebook, source.stem)
+        found[f"notebooks/{source.stem}.ipynb"] = nbformat.writes(notebook)
+    return found
+
+
+def notebook_page(notebook: NotebookNode, name: str) -> str:
+    """Return a notebook as Markdown: its texts, its code, and the outputs that it holds."""
+    title, *rest = notebook.cells
+    links = f"Executed when this site was built. Download: [notebook]({name}.ipynb), [script]({name}.py)."
+    parts = [title.source, links]
+    for cell in rest:
+        if cell.cell_type == "markdown":
+            parts.append(cell.source)
+            continue
+        parts.append(f"```python\n{cell.source}\n```")
+        parts += [shown for output in cell.outputs if (shown := output_block(output))]
+    return "\n\n".join(parts) + "\n"
+
+
+def output_block(output: NotebookNode) -> str:
+    """Return one output of a cell as Markdown: an image, HTML or text; "" for blank text and standard error."""
+    if output.output_type == "stream":
+        return f"```text\n{output.text.rstrip()}\n```" if output.name == "stdout" and output.text.strip() else ""
+    if "image/png" in output.data:
+        return f'<img alt="figure" width="420" src="data:image/png;base64,{output.data["image/png"].strip()}">'
+    if "text/html" in output.data:
+        return f'<div class="md-typeset__scrollwrap">\n{output.data["text/html"].strip()}\n</div>'
+    return f"```text\n{output.data['text/plain'].rstrip()}\n```"
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import html
 import io
 import textwrap
 from collections.abc import Callable, Iterable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
 from urllib.parse import quote
@@ -92,7 +92,18 @@ def new_figure(height: float, caption: str) -> Figure:
     fig = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(fig)
     fig.set_label(visible(caption))
+    fig._repr_png_ = partial(_notebook_image, fig)  # notebooks show a figure without pyplot only through this
     return fig
+
+
+def _notebook_image(fig: Figure) -> tuple[bytes, dict[str, int]]:
+    """Return a figure as PNG, and the width in pixels at which a notebook shows it."""
+    from matplotlib import rc_context
+
+    out = io.BytesIO()
+    with rc_context(_RC):
+        fig.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue(), {"width": 420}
 
 
 def caption_of(fig: Figure) -> str:
