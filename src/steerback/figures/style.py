@@ -92,7 +92,8 @@ def new_figure(height: float, caption: str) -> Figure:
     fig = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(fig)
     fig.set_label(visible(caption))
-    fig._repr_png_ = partial(_notebook_image, fig)  # notebooks show a figure without pyplot only through this
+    # Notebooks show a figure that was made without pyplot only through this method.
+    fig._repr_png_ = partial(_notebook_image, fig)  # type: ignore[attr-defined]
     return fig
 
 
