@@ -108,7 +108,7 @@ def test_a_float_file_is_the_model_it_was_made_from(tmp_path: Path) -> None:
         )
         words = tiny.tokenizer().encode("the cat explains water")
         assert loaded.engine.runner.prompter.tokenizer.encode("the cat explains water") == words
-        assert loaded.generate("the cat", max_new_tokens=4).prompt_tokens > 2
+        assert loaded.generate("the cat", max_new_tokens=4).record.prompt_tokens > 2
 
 
 @torch.no_grad()

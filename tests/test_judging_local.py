@@ -93,8 +93,10 @@ def test_measured_trials_are_judged_first_and_a_stage_can_be_chosen(
 def test_only_servers_nearby_need_no_key() -> None:
     near = ("http://localhost:8000/v1", "http://127.0.0.1:1/v1", "http://[::1]:8", "http://10.0.0.7", "http://gpu:8000")
     assert all(is_near(address) for address in near)
-    far = ("https://api.example.com/v1", "http://8.8.8.8/v1", "", "nonsense")
+    far = ("https://api.example.com/v1", "http://8.8.8.8/v1")
     assert not any(is_near(address) for address in far)
+    with pytest.raises(SteerbackError, match="no address of the form"):
+        is_near("nonsense")
     check_key("openai-api/my-lab/m", {"MY_LAB_BASE_URL": near[0]})
     with pytest.raises(SteerbackError, match="no key; set MY_LAB_API_KEY"):
         check_key("openai-api/my-lab/m", {"MY_LAB_BASE_URL": far[0]})

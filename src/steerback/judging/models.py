@@ -151,7 +151,8 @@ def placeholder_key(model: str, environment: Mapping[str, str] = os.environ) -> 
     """Return a key for a server that needs none, as clients insist on one; None where there is a key or no server."""
     if not model.startswith("openai-api/") or environment.get(f"{_service(model)}_API_KEY"):
         return None
-    return "none" if is_near(environment.get(f"{_service(model)}_BASE_URL", "")) else None
+    address = environment.get(f"{_service(model)}_BASE_URL")
+    return "none" if address and is_near(address) else None
 
 
 def is_near(address: str) -> bool:
