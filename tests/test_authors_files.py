@@ -117,20 +117,19 @@ def test_metrics_after_import_equal_a_hand_computation(tmp_path: Path) -> None:
     assert found.counts["unscored"] == 5
     assert found.counts["trials without a response"] == 1
     summary = analysed(tmp_path / "run").summary["targets"]["llama-3.3-70b"]["conditions"]["steered"]
-    # valid: 40 | 10 90 | 60 30 | 20 20 | 55 | 70 | 30 80 60 | 88, and the degraded 0 100 only with degraded ones
+    # valid: 40 | 10 90 | 60 30 | 20 20 | 55 | 70 | 30 80 60 | 88, and the degraded 0 100, which counts by default
     assert summary["counts"] == {
         "planned": 16, "valid": 9, "empty": 1, "unscored": 5, "invalid": 1, "degraded": 1
     }  # fmt: skip  # the files do not say which responses were cut
     head = {name: e["value"] for name, e in summary["headline"].items()}
-    assert head["multi_attempt_rate"] == 4 / 8
-    assert head["esr_rate"] == 2 / 8
-    assert head["improvement_rate"] == 2 / 4
-    assert head["msi"] == pytest.approx((80 - 30 + 0 + 30) / 8)
-    assert head["msi_multi"] == pytest.approx(80 / 4)
-    assert head["mean_attempts"] == pytest.approx(13 / 8)
-    assert head["mean_first"] == pytest.approx((40 + 10 + 60 + 20 + 55 + 70 + 30 + 88) / 8)
-    everything = summary["with_degraded"]
-    assert everything["msi"]["value"] == pytest.approx(180 / 9)
+    assert head["multi_attempt_rate"] == 5 / 9
+    assert head["esr_rate"] == 3 / 9
+    assert head["improvement_rate"] == 3 / 5
+    assert head["msi"] == pytest.approx((80 - 30 + 0 + 30 + 100) / 9)
+    assert head["msi_multi"] == pytest.approx(180 / 5)
+    assert head["mean_attempts"] == pytest.approx(15 / 9)
+    assert head["mean_first"] == pytest.approx((40 + 10 + 60 + 20 + 55 + 70 + 30 + 88 + 0) / 9)
+    assert summary["without_degraded"]["msi"]["value"] == pytest.approx((80 - 30 + 0 + 30) / 8)
     with Ledger(tmp_path / "run" / "ledger.sqlite", read_only=True) as ledger:
         rows = {(r.trial.latent, r.trial.index): r.trial for r in ledger.rows()}
     by_latent = {latent: t for (latent, _), t in rows.items()}
