@@ -188,7 +188,7 @@ def test_several_responses_to_one_prompt(pair: Any) -> None:
     edits, sampling = (replace(ADD, positions="generated"),), Sampling(1.0, max_new_tokens=24)
     loaded = LoadedTarget(pair.target, pair.vllm)
     loaded.responses(1, words(78, 70), interventions=edits, seed=4, sampling=sampling)
-    several = loaded.responses(4, words(78, 70), interventions=edits, seed=5, sampling=sampling)
+    several = [r.record for r in loaded.responses(4, words(78, 70), interventions=edits, seed=5, sampling=sampling)]
     assert len({one.token_ids for one in several}) == 4
     assert all(one.receipt_matches(edits) for one in several)
     check_sampled(pair, [Request(f"{n}", words(78, 70), 5 + n, sampling, edits) for n in range(4)])
