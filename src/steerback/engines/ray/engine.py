@@ -16,7 +16,7 @@ from steerback.engines.base import EngineRecord
 from steerback.engines.checks import checked
 from steerback.engines.options import RayOptions
 from steerback.engines.ray.actor import Batch, EngineMaker
-from steerback.engines.ray.workers import Worker, Workers, cause, connect, notice
+from steerback.engines.ray.workers import PATIENCE, Worker, Workers, cause, connect, notice
 from steerback.errors import SteerbackError, one_line
 from steerback.records import Completion, Prefix, Receipt, Request
 
@@ -204,7 +204,7 @@ class Deal:
                 self.pool.lost(worker, f"no response for {self.options.deadline:g} s")
         if self._ready:
             self._said = now
-        elif now - self._said > 10:
+        elif now - self._said > PATIENCE:
             self._said = now
             self.pool.say(f"no worker is ready yet: {self.pool.shortage()}")
 
