@@ -179,6 +179,19 @@ def test_keys_open_trials_and_go_to_the_next_and_back(browser: Browser, file: Pa
     assert not opened.errors
 
 
+def test_keys_that_come_faster_than_the_page_are_all_counted(browser: Browser, file: Path) -> None:
+    opened = Opened(browser, file, "#trials&condition=plain")
+    page = opened.page
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#response")
+    press = "keys => keys.forEach(key => document.body.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true})))"
+    page.evaluate(press, ["j", "j", "k", "j", "Escape"])
+    page.wait_for_selector("#rows", state="visible")
+    opened.until("document.querySelector('tr.current')?.dataset.trial !== undefined")
+    assert page.locator("tr.current").inner_text() == opened.rows()[2]
+    assert not opened.errors
+
+
 def test_a_link_opens_a_trial_with_attempts_receipt_verdicts_and_its_twin(browser: Browser, file: Path) -> None:
     opened = Opened(browser, file, "#trial=model/measure/baseline/0")
     page = opened.page

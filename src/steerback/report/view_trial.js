@@ -16,6 +16,8 @@ async function showTrial(key) {
     return;
   }
   open.i = i;
+  const place = table.order.indexOf(i);
+  if (place >= 0) table.current = place; // before the wait: whoever goes back at once finds this row marked
   const detail = await detailOf(i);
   if (open.i !== i) return; // the user has gone on
   const before = open.coloured;
@@ -26,8 +28,6 @@ async function showTrial(key) {
   open.coloured = (open.series.find((s) => s.id === before) ?? open.series[0])?.id ?? null;
   open.lines = new Set(open.series.slice(0, 4).map((s) => s.id));
   open.judge = detail.verdicts.find((v) => v.judge === data.runs[column.run[i]].judge) ?? detail.verdicts[0] ?? null;
-  const place = table.order.indexOf(i);
-  if (place >= 0) table.current = place;
   box.replaceChildren(trialHead(i, place), promptNode(i, detail), responsePart(), make("section", { id: "forks-of-trial" }), make("section", { id: "activations" }), make("section", { id: "beside" }), verdictsNode(detail), windowsNode(detail));
   drawResponse();
   drawActivations();
@@ -295,8 +295,11 @@ function windowsNode({ text, windows, "windows reason": reason }) {
 function stepTrial(by) {
   if (!table.built) buildTable();
   const place = table.order.indexOf(open.i);
-  const next = table.order[place < 0 ? 0 : place + by];
-  if (next !== undefined) goTo(hashOf(linkKey(next)));
+  const next = place < 0 ? 0 : place + by;
+  if (!(next in table.order)) return;
+  open.i = table.order[next]; // the next key may come before the page has followed this one
+  table.current = next;
+  goTo(hashOf(linkKey(open.i)));
 }
 
 function backToTrials() {
