@@ -220,7 +220,7 @@ def test_a_place_that_cannot_be_made_is_one_line_before_anything_is_done(capsys:
             ["export", "a", "--out", place],
             ["finetune", "data", "--target", "organism-control", "--examples", "2", "--data", place],
         ):
-            assert "cannot be made" in refused(capsys, *arguments)
+            assert "cannot be created" in refused(capsys, *arguments)
             assert capsys.readouterr().out == ""
     assert Path("taken").read_text() == "a file"
 

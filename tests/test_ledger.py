@@ -94,7 +94,7 @@ def test_a_plan_never_changes_under_a_run(tmp_path: Path) -> None:
     with Ledger(tmp_path / "l.sqlite") as ledger:
         ledger.add_trials([make_trial(0), make_trial(1)])
         ledger.add_trials([make_trial(0), make_trial(1), make_trial(2)])
-        with pytest.raises(SteerbackError, match="planned differently"):
+        with pytest.raises(SteerbackError, match="differs from the plan"):
             ledger.add_trials([make_trial(1, interventions=(Intervention("add", 7, 1.6),))])
         assert len(ledger.rows()) == 3
 

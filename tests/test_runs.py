@@ -44,7 +44,7 @@ def test_an_emptied_ledger_beside_a_manifest_is_not_called_unbegun(tmp_path: Pat
     with Run.start(tmp_path / "a", CONFIG) as run:
         run.write_manifest({})
     (tmp_path / "a" / "ledger.sqlite").write_bytes(b"")
-    with pytest.raises(SteerbackError, match=r"ledger.sqlite is empty beside a manifest"):
+    with pytest.raises(SteerbackError, match=r"has a manifest, but its ledger.sqlite is empty"):
         Run.read(tmp_path / "a")
 
 
@@ -56,7 +56,7 @@ def test_two_processes_on_one_run_are_one_too_many(tmp_path: Path) -> None:
     with Run.start(tmp_path / "a", CONFIG):
         done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], capture_output=True, text=True)
         assert done.stdout == (
-            f"run 'a' is already going on in process {os.getpid()}; wait for it or choose another --name\n"
+            f"run 'a' is in use by process {os.getpid()}; wait for it or choose another --name\n"
         )
         with Run.read(tmp_path / "a") as reader:  # looking at a run that goes on is fine
             assert reader.config == CONFIG
@@ -85,7 +85,7 @@ def test_a_name_stays_in_its_folder(tmp_path: Path, name: str) -> None:
 
 def test_unknown_run_lists_those_there(tmp_path: Path) -> None:
     Run.start(tmp_path / "mine", CONFIG).close()
-    with pytest.raises(SteerbackError, match=r"no run 'yours'.*runs there: mine"):
+    with pytest.raises(SteerbackError, match=r"no run 'yours'.*existing runs: mine"):
         Run.read(find_run("yours", tmp_path))
     assert find_run(str(tmp_path / "mine"), Path("elsewhere")) == tmp_path / "mine"
     with pytest.raises(SteerbackError, match="letters, digits"):
@@ -135,5 +135,5 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(SteerbackError, match="cannot be made"):
+    with pytest.raises(SteerbackError, match="cannot be created"):
         Run.start(tmp_path / "file" / "a", CONFIG)

@@ -1,4 +1,4 @@
-"""No run fails because of the cache: damaged values are asked for again, and a cache that is none is left out."""
+"""No run fails because of the cache: damaged values are computed again, and an unusable cache file is ignored."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_damaged_values_are_dropped_counted_and_asked_for_again(
     cache = run_with(path, tmp_path / "run", lines, monkeypatch)
     assert ledger_of(tmp_path / "run") == whole[1]
     assert cache.damaged == len(damaged) + 1
-    assert lines == [f"cache {path}: {len(damaged) + 1} damaged values were dropped and asked for again"]
+    assert lines == [f"cache {path}: {len(damaged) + 1} damaged values were dropped and computed again"]
     again: list[str] = []
     assert run_with(path, tmp_path / "again", again, monkeypatch).damaged == 0  # the new values were kept
     assert again == []
@@ -170,7 +170,7 @@ def test_a_cache_that_is_none_is_left_out_with_one_line(
     run_with(path, tmp_path / "run", lines, monkeypatch)
     assert ledger_of(tmp_path / "run") == whole[1]
     assert len(lines) == 1
-    assert "the run goes on without the cache" in lines[0]
+    assert "the run continues without the cache" in lines[0]
     assert (tmp_path / "cache.sqlite.damaged").exists() == moved
     assert path.exists() != moved
     if moved:  # the next run begins a new one
@@ -203,7 +203,7 @@ def test_the_line_is_printed_once_by_those_who_open_it_often(
         Cache(tmp_path / "c.sqlite").close()
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "goes on without the cache" in said
+    assert "continues without the cache" in said
 
 
 def test_the_command_line_goes_on_without_a_cache(
@@ -214,4 +214,4 @@ def test_the_command_line_goes_on_without_a_cache(
     with execute.tools() as (_, cache):
         assert cache is not None
         assert cache.completions(["a"]) == {}
-    assert "the run goes on without the cache" in capsys.readouterr().err
+    assert "the run continues without the cache" in capsys.readouterr().err

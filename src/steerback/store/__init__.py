@@ -1,1 +1,1 @@
-"""Everything a run keeps on disk: ledger, cache, run folder with its lock, files written whole, progress."""
+"""Storage of a run on disk: ledger, cache, run folder and lock, atomic file writes, and progress display."""

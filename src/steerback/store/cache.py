@@ -1,8 +1,9 @@
-"""A cache of completions, judgements and judges' replies, shared by all runs and keyed by all that shaped the value.
+"""Cache of completions, judgements and judge replies, shared by all runs.
 
-Only what is expensive is cached; thresholds, selections and metrics are recomputed from it, so a warm cache changes
-how long a run takes and nothing else. A hit is copied into the run's ledger. No run fails because of the cache: a
-damaged value is asked for again, and a cache that cannot be used is left out.
+Each key hashes everything that determines the value. Only expensive values are cached; thresholds, selections and
+metrics are computed again. A warm cache therefore changes the run time and nothing else. Each cached value that a run
+uses is copied into the run's ledger. The cache never makes a run fail: a damaged value is computed again, and an
+unusable cache file is ignored.
 """
 
 from __future__ import annotations
@@ -22,7 +23,14 @@ from pydantic import TypeAdapter
 
 from steerback.errors import SteerbackError, visible
 from steerback.records import Completion, FinishReason, Judgement, Receipt, digest
-from steerback.store.database import DamagedDatabaseError, open_database, pack_array, sqlite_errors, unpack_array
+from steerback.store.database import (
+    DamagedDatabaseError,
+    open_database,
+    pack_array,
+    sqlite_errors,
+    transaction,
+    unpack_array,
+)
 from steerback.store.files import user_folder
 
 Value = TypeVar("Value")
@@ -37,13 +45,13 @@ _KNOWN = (
 
 
 def default_path() -> Path:
-    """`cache.sqlite` in the user's folder."""
+    """Return the path of `cache.sqlite` in the user's cache folder."""
     return user_folder("cache.sqlite")
 
 
 @dataclass(frozen=True, slots=True)
 class KeptReply:
-    """A language model's reply, the nonce its verdict carries, and the number of the item in its call (from 1)."""
+    """Reply of a language model with the nonce of its verdict and the item's number in the call (counted from 1)."""
 
     text: str
     nonce: str
@@ -52,7 +60,7 @@ class KeptReply:
 
 @dataclass(frozen=True, slots=True)
 class KeptCompletion:
-    """A completion as it is kept, beside its activations."""
+    """Stored form of a completion, without its activations."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -66,38 +74,39 @@ _COMPLETION, _JUDGEMENT, _REPLY = TypeAdapter(KeptCompletion), TypeAdapter(Judge
 
 @cache
 def note_once(text: str) -> None:
-    """Print a line on stderr, once in a process."""
+    """Print a line on stderr, once per process."""
     print(f"steerback: {visible(text)}", file=sys.stderr)
 
 
 class Cache:
-    """Content-addressed store; several processes may use it at once.
+    """Content-addressed store that several processes can use at the same time.
 
-    `note` is called with a line about each thing that is wrong with it. `damaged` counts the values that were dropped.
+    `note` receives one line about each problem with the file. `damaged` counts the values that were dropped.
     """
 
     def __init__(self, path: Path, note: Callable[[str], None] = note_once) -> None:
         self.path, self._note, self.damaged = path, note, 0
         self._db: sqlite3.Connection | None = None
-        with self._going_on():
+        with self._failing_softly():
             self._db = open_database(path, SCHEMA, APPLICATION_ID, SCHEMA_VERSION)
 
     def close(self) -> None:
-        """Close the file, and say how many damaged values were dropped."""
+        """Close the file and report how many damaged values were dropped."""
         if self.damaged:
-            self._note(f"cache {self.path}: {self.damaged} damaged values were dropped and asked for again")
+            self._note(f"cache {self.path}: {self.damaged} damaged values were dropped and computed again")
         if self._db is not None:
             self._db.close()
 
     def completions(self, keys: Sequence[str]) -> dict[str, Completion]:
-        """The completions that are known, by cache key."""
+        """Return the cached completions by cache key."""
         return self._get(keys, _completion)
 
     def judgements(self, keys: Sequence[str]) -> dict[str, Judgement]:
-        """The judgements that are known, by cache key."""
+        """Return the cached judgements by cache key."""
         return self._get(keys, lambda value, _: _JUDGEMENT.validate_python(_unpack(value)))
 
     def put_completions(self, entries: Mapping[str, Completion]) -> None:
+        """Store completions with their activations, by cache key."""
         rows = []
         for key, completion in entries.items():
             body = {
@@ -111,52 +120,45 @@ class Cache:
         self._put(rows)
 
     def put_judgements(self, entries: Mapping[str, Judgement]) -> None:
-        """Unscored judgements are left out: asking again may succeed."""
+        """Store judgements by cache key, except unscored ones: a second request may succeed."""
         rows = [(key, _pack(asdict(j)), None) for key, j in entries.items() if j.status != "unscored"]
         self._put(rows)
 
     def replies(self, keys: Sequence[str]) -> dict[str, KeptReply]:
-        """The replies that are known, by cache key."""
+        """Return the cached replies by cache key."""
         return self._get(keys, lambda value, _: _REPLY.validate_python(_unpack(value)))
 
     def put_replies(self, entries: Mapping[str, KeptReply]) -> None:
-        """Keep replies by cache key; one that is there stays."""
+        """Store replies by cache key; an existing entry stays."""
         self._put([(key, _pack(asdict(reply)), None) for key, reply in entries.items()])
 
     def _get(self, keys: Sequence[str], read: Callable[[bytes, bytes | None], Value]) -> dict[str, Value]:
-        """Return what `read` makes of the values that are there; those it cannot read are dropped."""
-        found: dict[str, Value] = {}
+        """Return the cached values as decoded by `read`; values that cannot be decoded are dropped."""
+        values: dict[str, Value] = {}
         damaged: list[tuple[str]] = []
-        with self._going_on():
+        with self._failing_softly():
             for key, value, blob in self._db.execute(_KNOWN, (json.dumps(list(keys)),)) if self._db else ():
                 try:
-                    found[key] = read(value, blob)
+                    values[key] = read(value, blob)
                 except (zlib.error, ValueError, TypeError, RecursionError):
                     damaged.append((key,))
         if damaged:
             self.damaged += len(damaged)
             self._change("DELETE FROM entries WHERE key = ?", damaged)
-        return found
+        return values
 
     def _put(self, rows: Sequence[tuple[str, bytes, bytes | None]]) -> None:
         self._change("INSERT OR IGNORE INTO entries VALUES (?, ?, ?)", rows)
 
     def _change(self, statement: str, rows: Sequence[tuple[object, ...]]) -> None:
-        with self._going_on():
-            if self._db is None:
-                return
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                self._db.executemany(statement, rows)
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
+        with self._failing_softly():
+            if self._db is not None:
+                with transaction(self._db):
+                    self._db.executemany(statement, rows)
 
     @contextmanager
-    def _going_on(self) -> Iterator[None]:
-        """Turn what is wrong with the file into a line, after which nothing is read from it or written to it."""
+    def _failing_softly(self) -> Iterator[None]:
+        """Report an error of the file in one line, and stop using the cache after it."""
         try:
             with sqlite_errors(self.path):
                 yield
@@ -166,11 +168,13 @@ class Cache:
                 self._db = None
             aside = _set_aside(self.path) if isinstance(error, DamagedDatabaseError) else None
             moved = f"; it was moved to {aside.name}" if aside else ""
-            self._note(f"the run goes on without the cache: {error}{moved}")
+            self._note(f"the run continues without the cache: {error}{moved}")
 
 
 def _set_aside(path: Path) -> Path | None:
-    """Rename a file that is no database, with SQLite's files beside it, so that the next run begins a new one."""
+    """Rename a file that is not a database, together with SQLite's -wal and -shm files. The next run creates a new
+    cache.
+    """
     aside = path.with_name(f"{path.name}.damaged")
     try:
         for suffix in ("-wal", "-shm", ""):
@@ -182,7 +186,11 @@ def _set_aside(path: Path) -> Path | None:
 
 
 def cache_key(kind: str, fingerprint: str, content: object) -> str:
-    """`kind`: completion, judgement or reply; `fingerprint`: the engine's or judge's; `content`: request or item."""
+    """Return the key of a cache entry.
+
+    `kind` is completion, judgement or reply. `fingerprint` identifies the engine or the judge. `content` is the request
+    or the judged item.
+    """
     return digest([kind, fingerprint, content])
 
 

@@ -1,4 +1,4 @@
-"""SQLite files as ledger and cache use them: opened safely, errors as one line, arrays as compressed bytes."""
+"""Access to SQLite files for ledger and cache: safe opening, one-line errors, compressed arrays."""
 
 from __future__ import annotations
 
@@ -21,41 +21,56 @@ if TYPE_CHECKING:
 
 
 class DamagedDatabaseError(SteerbackError):
-    """The file is no database of ours, or a damaged one."""
+    """The file is not a database of this package, or it is damaged."""
 
 
 @contextmanager
 def sqlite_errors(path: Path) -> Iterator[None]:
-    """Turn an error of SQLite about a file into one line that a user can act on."""
+    """Convert an SQLite error about a file into a one-line error that says what the user can do."""
     try:
         yield
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         text = str(error)
         if "full" in text or "disk I/O" in text:
             raise SteerbackError(
-                f"{path}: the disk is full ({text}); free some space, then resume: all committed trials are kept"
+                f"{path}: the disk is full ({text}); free some space, then resume: all finished trials are kept"
             ) from None
         if "readonly" in text or "read-only" in text or "unable to open" in text:
-            raise SteerbackError(f"{path}: cannot be written ({text}); check the folder's permissions") from None
+            raise SteerbackError(f"{path} cannot be written ({text}); check the permissions of its folder") from None
         if "locked" in text:
             raise SteerbackError(f"{path}: another process is using it ({text}); wait for it or stop it") from None
         raise DamagedDatabaseError(
-            f"{path}: not a readable steerback database ({text}); restore it or use another"
+            f"{path} is not a readable steerback database ({text}); restore it from a copy or use another file"
         ) from None
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """As `sqlite_errors`, for code that decodes what it reads: a value of another form is damage of the file too."""
+    """Convert errors as `sqlite_errors` does, and report a value that cannot be decoded as damage of the file."""
     try:
         with sqlite_errors(path):
             yield
     except (ValueError, TypeError, KeyError, RecursionError, zlib.error) as error:
-        raise DamagedDatabaseError(f"{path}: holds a damaged value ({one_line(error)[:200]}); restore it") from None
+        raise DamagedDatabaseError(
+            f"{path}: contains a damaged value ({one_line(error)[:200]}); restore the file from a copy"
+        ) from None
+
+
+@contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """Commit all statements of the block together, or none if it raises."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
 
 
 Migrate = Callable[[sqlite3.Connection, int], None]
-"""Brings the tables of a file from an older schema version, its second argument, to the present one."""
+"""Function that updates the tables of a file from an older schema version (second argument) to the current one."""
 
 
 def open_database(
@@ -66,9 +81,10 @@ def open_database(
     read_only: bool = False,
     migrate: Migrate | None = None,
 ) -> sqlite3.Connection:
-    """Open an SQLite file in WAL mode; create it when it is new, refuse files of other programs and newer versions.
+    """Open an SQLite file in WAL mode, and create it if it does not exist.
 
-    A file of an older schema version is migrated; a copy of it is kept beside it (`NAME.v1.sqlite`).
+    A file of an older schema version is migrated after a copy of it is saved in the same folder (`NAME.v1.sqlite`).
+    Raises SteerbackError for files of other programs and for newer schema versions.
     """
     if read_only and not path.is_file():
         raise SteerbackError(f"{path} does not exist; start a run first (steerback run ...)")
@@ -82,7 +98,7 @@ def open_database(
                 _migrated(connection, path, version, migrate)
             elif have != version:
                 raise SteerbackError(
-                    f"{path} has schema version {have}, this steerback reads {version}; use that release"
+                    f"{path} has schema version {have}, this steerback reads {version}; use the release that wrote it"
                 )
         except BaseException:
             connection.close()
@@ -91,41 +107,34 @@ def open_database(
 
 
 def _prepare(connection: sqlite3.Connection, path: Path, schema: str, application_id: int, version: int) -> None:
-    found = connection.execute("PRAGMA application_id").fetchone()[0]
+    owner = connection.execute("PRAGMA application_id").fetchone()[0]
     tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-    if tables == 0 and found in (0, application_id):
+    if tables == 0 and owner in (0, application_id):
         connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("BEGIN IMMEDIATE")
-        # another process may have created the tables since we looked
-        if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
-            connection.execute(f"PRAGMA application_id = {application_id}")
-            connection.execute(f"PRAGMA user_version = {version}")
-            for statement in filter(str.strip, schema.split(";")):
-                connection.execute(statement)
-        connection.execute("COMMIT")
-    elif found != application_id:
-        raise SteerbackError(f"{path} is an SQLite file of another program; it was left as it is")
+        with transaction(connection):
+            # Check again inside the transaction: another process may have created the tables in the meantime.
+            if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
+                connection.execute(f"PRAGMA application_id = {application_id}")
+                connection.execute(f"PRAGMA user_version = {version}")
+                for statement in filter(str.strip, schema.split(";")):
+                    connection.execute(statement)
+    elif owner != application_id:
+        raise SteerbackError(f"{path} is an SQLite file of another program; it was not changed")
     connection.execute("PRAGMA synchronous = NORMAL")
 
 
 def _migrated(connection: sqlite3.Connection, path: Path, version: int, migrate: Migrate) -> None:
-    """Migrate a file in one transaction, once a copy of it is kept; another process may do so at the same time."""
+    """Save a copy of a file, then migrate it in one transaction. Another process may do the same at the same time."""
     _keep_copy(connection, path, version)
-    connection.execute("BEGIN IMMEDIATE")
-    try:
+    with transaction(connection):
         have = connection.execute("PRAGMA user_version").fetchone()[0]
         if have < version:
             migrate(connection, have)
             connection.execute(f"PRAGMA user_version = {version}")
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-        raise
 
 
 def _keep_copy(connection: sqlite3.Connection, path: Path, newer: int) -> None:
-    """Copy a database into a file beside it that is named after its schema version; a copy that exists is kept."""
+    """Copy a database to a file named after its schema version, unless that copy exists."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with closing(sqlite3.connect(part)) as target:
@@ -139,7 +148,7 @@ def _keep_copy(connection: sqlite3.Connection, path: Path, newer: int) -> None:
 
 
 def pack_array(array: NDArray[np.float32] | None) -> bytes | None:
-    """Compress a float32 array of shape (positions, latents), with its shape in front."""
+    """Compress a float32 array of shape (positions, latents); its shape is stored before the data."""
     if array is None:
         return None
     import numpy as np
@@ -151,7 +160,7 @@ def pack_array(array: NDArray[np.float32] | None) -> bytes | None:
 
 
 def unpack_array(blob: bytes | None) -> NDArray[np.float32] | None:
-    """Restore an array that `pack_array` compressed."""
+    """Restore an array from `pack_array`."""
     if blob is None:
         return None
     import numpy as np
@@ -161,12 +170,12 @@ def unpack_array(blob: bytes | None) -> NDArray[np.float32] | None:
 
 
 def dump_json(value: object) -> str:
-    """Return JSON with sorted keys, so that equal values are equal text."""
+    """Return JSON with sorted keys, so that equal values give equal text."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 
 def storable(text: str) -> str:
-    """Text as SQLite can hold it: a lone surrogate becomes `?`, one character for one, so that spans stay right."""
+    """Return text that SQLite can store: each lone surrogate becomes one `?`, so character spans stay valid."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -176,5 +185,5 @@ def placeholders(n: int) -> str:
 
 
 def now() -> str:
-    """Return the time in UTC, to the millisecond."""
+    """Return the UTC time to the millisecond, in ISO format."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")

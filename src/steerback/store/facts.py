@@ -1,7 +1,7 @@
-"""Named, typed facts that a run keeps in its ledger besides trials, and the names of conditions.
+"""Typed facts that a run stores in its ledger besides trials, and the names of conditions, stages and groups.
 
-A plan writes facts, an analysis reads them; both know them from here. `Fact` is the name of a fact with its type.
-Facts whose type belongs to another stage (thresholds, random sets) are declared where that type is defined.
+Plans write facts and analyses read them. `Fact` combines a fact's name with the type of its value. Facts whose type
+belongs to another stage (thresholds, random sets) are declared where that type is defined.
 """
 
 from __future__ import annotations
@@ -16,34 +16,24 @@ from steerback.records import Intervention, Latent, Spend
 
 T = TypeVar("T")
 
-BASELINE = "baseline"
-"""Condition in which every trial is steered at its threshold and nothing else is done."""
-ABLATED = "ablated"
-"""Condition in which all detectors are clamped to zero."""
+# Conditions: every trial at its threshold; the same with all detectors clamped to zero.
+BASELINE, ABLATED = "baseline", "ablated"
+# Conditions of the recorded trials.
 EPISODES, DRIFTS, UNSTEERED = "episodes", "steered, no restart", "unsteered"
-"""Conditions of the recorded trials."""
+# Groups of recorded latents.
 DETECTORS, BACKTRACKING, STEERED = "detectors", "backtracking", "steered"
-"""Groups of recorded latents."""
+# Conditions on prompts that neither calibration nor detector search has used.
 HELD_OUT, HELD_OUT_UNSTEERED = "held-out", "held-out unsteered"
-"""Conditions on prompts that neither calibration nor detector search has used."""
+# Arms of a prefill control. A condition is named after arm and prefix length, for example `unsteered 2n`.
 PREFILL_ARMS = ("unsteered", "steered")
-"""Arms of a prefill control: its conditions are the arm and the length of the prefix, as in `unsteered 2n`."""
-OWN_CORRECTION, OWN_CORRECTION_IN_CONTEXT, GENERIC_PREFIX = (
-    "own correction",
-    "own correction after its drift",
-    "generic prefix",
-)
-"""Conditions of the matched-prefix control."""
-CONTINUATION = "continuation"
-"""Stage of the matched-prefix control: judges see the continuation without its prefix."""
-HUMAN = "human:"
-"""How the judges begin that are people: `human:NAME` is the labeller NAME."""
-FLOOR = "floor"
-"""Stage of the unsteered responses that are judged like steered ones: how often the judge sees a restart there."""
-REPLAY = "replay"
-"""Stage of the recorded trials: same prompts, seeds and boosts as the measured ones."""
-FORK = "fork"
-"""Stage of the continuations of one response; no rate of the run counts them."""
+# Conditions of the matched-prefix control.
+OWN_CORRECTION, GENERIC_PREFIX = "own correction", "generic prefix"
+OWN_CORRECTION_IN_CONTEXT = "own correction after its drift"
+CONTINUATION = "continuation"  # stage of the matched-prefix control: judges see the continuation without its prefix
+HUMAN = "human:"  # prefix of the names of human judges: `human:NAME` is the labeller NAME
+FLOOR = "floor"  # stage of unsteered responses that are judged like steered ones, to measure the judge's floor
+REPLAY = "replay"  # stage of the recorded trials, which replay prompts, seeds and boosts of measured ones
+FORK = "fork"  # stage of the continuations of one response; the run's rates leave them out
 
 
 @dataclass(frozen=True)
@@ -55,64 +45,65 @@ class Fact(Generic[T]):
 
     @classmethod
     def of(cls, name: str, kind: type[T]) -> Fact[T]:
-        """A fact whose value is a `kind`: a pydantic model, a dataclass, or a list or dict of these."""
+        """Return a fact with values of type `kind`: a pydantic model, a dataclass, or a list or dict of these."""
         return cls(name, TypeAdapter(kind))
 
     def dump(self, value: T) -> JsonValue:
-        """The JSON form of a value."""
+        """Return the JSON form of a value."""
         stored: JsonValue = self.adapter.dump_python(value, mode="json", by_alias=True, exclude_unset=True)
         return stored
 
     def load(self, stored: JsonValue, where: str) -> T:
-        """The value of a stored JSON form. Raises SteerbackError naming `where` if it has another form."""
+        """Parse a stored JSON form. Raises SteerbackError that names `where` if it does not match the type."""
         try:
             return self.adapter.validate_python(stored)
         except ValidationError as error:
-            place = ".".join(str(part) for part in error.errors()[0]["loc"])
-            reason = error.errors()[0]["msg"]
+            place, reason = ".".join(map(str, error.errors()[0]["loc"])), error.errors()[0]["msg"]
             raise SteerbackError(f"{where}: fact {self.name!r} is damaged ({place}: {reason})") from None
 
 
 class Record(BaseModel):
-    """Base of the facts. Unknown fields are kept: copying the ledger of a newer steerback loses nothing."""
+    """Base class of the facts. It keeps unknown fields, so copying the ledger of a newer version loses nothing."""
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=True)
 
 
 class Selection(Record):
-    """The latents of a run, in order, and how many candidates each filter left."""
+    """Latents of a run in order, and the number of candidates after each filter."""
 
     chosen: list[Latent]
     counts: dict[str, JsonValue] = {}
 
 
 class EngineIdentity(Record):
-    """The engine a target was started with."""
+    """Engine that a target was started with."""
 
     fingerprint: str
     engine: dict[str, object] = {}
 
 
 class ImportedFiles(Record):
-    """Result files that a run was imported from."""
+    """Result files that a run was imported from.
+
+    `unknown` lists settings that the files lack or disagree on; the config's values of these mean nothing.
+    """
 
     files: list[str] = []
     counts: dict[str, int] = {}
     unknown: list[str] = []
-    """Settings that the files do not hold or do not agree on; the config's values of these mean nothing."""
 
 
 class Provenance(Record):
-    """Where a target's behaviour comes from."""
+    """Origin of a target's behaviour: `planted` for the built-in organisms."""
 
     planted: bool
 
 
 class Sweep(Record):
-    """A boost sweep: `levels` in standard deviations `sd` of the thresholds of `latents` latents.
+    """Boost sweep: `levels` in standard deviations `sd` of the thresholds of `latents` latents.
 
-    `dropped` counts, by condition, the latents whose boost would be negative. `boosts` is "absolute" where all
-    latents have the same boosts: in imported sweeps and under the preset `authors`.
+    `dropped` counts, by condition, the latents whose boost would be negative. `boosts` is "absolute" if all latents
+    have the same boosts (imported sweeps, preset `authors`); `mean` is then the mean threshold.
     """
 
     sd: float
@@ -121,16 +112,15 @@ class Sweep(Record):
     latents: int
     boosts: str | None = None
     mean: float | None = None
-    """Mean of the thresholds, where boosts are absolute."""
 
     @staticmethod
     def condition(level: float) -> str:
-        """Name of a level's condition."""
+        """Return the name of a level's condition."""
         return f"{level:+.2f} sd"
 
 
 class MetaPromptSet(Record):
-    """The texts of the measured meta-prompts by name, and the model's size (None: unknown)."""
+    """Texts of the measured meta-prompts by name, and the number of model parameters (None: unknown)."""
 
     variants: dict[str, str | None]
     cells_without_label: int = 0
@@ -138,23 +128,24 @@ class MetaPromptSet(Record):
 
 
 class PrefixCounts(Record):
-    """Lengths of the prefixes of a prefill control, and how many of each length were used or why not."""
+    """Prefix lengths of a prefill control; for each length, the number of used prefixes and of those rejected by
+    reason.
+    """
 
     characters: int
     prefixes: dict[str, dict[str, int]]
 
 
 class PrefixPairs(Record):
-    """Pairs of prefixes of a matched-prefix run: how many were used or why not."""
+    """Pairs of prefixes of a matched-prefix run: the number used and the number rejected, by reason."""
 
     pairs: dict[str, int]
     repeats: int
 
 
 class Dose(Record):
-    """A clamp condition: the share of the detectors that is clamped and the part of their usual level they keep.
-
-    `latents` is the number of detectors that the share comes to.
+    """Clamp condition: share of the detectors that is clamped (`latents` of them), and the part of their level they
+    keep.
     """
 
     condition: str
@@ -164,7 +155,7 @@ class Dose(Record):
 
 
 class Detector(Record):
-    """A detector with its separation: `level` is its mean pooled activation on mismatched pairs."""
+    """Detector with its separation; `level` is its mean pooled activation on mismatched pairs."""
 
     latent: int
     label: str | None = None
@@ -175,7 +166,7 @@ class Detector(Record):
 
 
 class NullCount(Record):
-    """A count of latents against its distribution when prompts are permuted."""
+    """Observed count of latents and its distribution under permutation of the prompts."""
 
     draws: int
     observed: int
@@ -185,7 +176,7 @@ class NullCount(Record):
 
 
 class SearchHalf(Record):
-    """One half of the prompts of a detector search, with its null."""
+    """One half of the prompts of a detector search, with its null distribution."""
 
     n_prompts: int
     n_texts: int
@@ -195,7 +186,7 @@ class SearchHalf(Record):
 
 
 class Search(Record):
-    """A detector search: the searched half (all latents) and the held-out half (the detectors alone)."""
+    """Detector search: the searched half (all latents) and the held-out half (the detectors only)."""
 
     latents: list[int]
     rule: str
@@ -205,7 +196,7 @@ class Search(Record):
 
 
 class DetectorSet(Record):
-    """The detectors of a target, best first, with the search they come from (None: named by the user)."""
+    """Detectors of a target, best first, and the search that selected them (None: named by the user)."""
 
     source: str
     detectors: list[Detector]
@@ -213,7 +204,6 @@ class DetectorSet(Record):
 
     @property
     def latents(self) -> tuple[int, ...]:
-        """Indices of the detectors, best first."""
         return tuple(d.latent for d in self.detectors)
 
 
@@ -226,9 +216,9 @@ class PairActivations(Record):
 
 
 class SetQuality(Record):
-    """How close a random set is to the detectors: differences in standard deviations over the live latents.
+    """Match of a random set to the detectors: differences in standard deviations over the live latents.
 
-    `removed_ratio` is the norm that clamping the set removes per token, relative to the detectors.
+    `removed_ratio` is the norm per token removed by clamping the set, relative to the detectors.
     """
 
     difference: dict[str, float]
@@ -237,28 +227,30 @@ class SetQuality(Record):
 
 
 class ControlSets(Record):
-    """Random sets of latents, each as large as the set of detectors, with the quality of the match of each."""
+    """Random sets of latents, each as large as the detector set, and the quality of each match.
+
+    `n_candidates` is the number of live latents that the sets were drawn from (None: unknown).
+    """
 
     sets: list[list[int]]
     method: str
     quality: list[SetQuality]
     n_candidates: int | None
-    """Number of live latents that the sets were drawn from; None: not known."""
     overlap: float
 
     @staticmethod
     def condition(number: int) -> str:
-        """Name of the condition in which set `number` (from 1) is clamped to zero."""
+        """Return the name of the condition that clamps set `number` (from 1) to zero."""
         return f"random {number}"
 
     @property
     def conditions(self) -> list[str]:
-        """Names of the conditions of all sets, in their order."""
+        """Names of the conditions of all sets, in order."""
         return [self.condition(number) for number in range(1, len(self.sets) + 1)]
 
 
 class Adapter(Record):
-    """A fine-tuned target: its base, the adapter's name, its percentage of self-corrections and its model card."""
+    """Fine-tuned target: base model, adapter name, percentage of self-corrections, and model card."""
 
     base: str
     adapter: str
@@ -267,16 +259,16 @@ class Adapter(Record):
 
 
 class StratumWeights(Record):
-    """How many trials of the source runs each sampled trial stands for."""
+    """Number of trials of the source runs that each sampled trial represents."""
 
     several: float = 1.0
     single: float = 1.0
 
 
 class JudgedSample(Record):
-    """The sample of a cross-judge run: `several_keys` are the trials drawn as multi-attempt trials."""
+    """Sample of a cross-judge run; `several_keys` are the trials drawn as multi-attempt trials."""
 
-    model_config = ConfigDict(frozen=True, extra="allow", populate_by_name=True)
+    model_config = Record.model_config | ConfigDict(populate_by_name=True)
 
     available: int = 0
     several: int = 0
@@ -286,10 +278,7 @@ class JudgedSample(Record):
 
 
 class LabelStratum(Record):
-    """A part of a label sample: one condition's responses with several attempts, or with a single one.
-
-    `available` counts the scored responses that it was drawn from.
-    """
+    """Stratum of a label sample: `drawn` of `available` scored responses of a condition, with one or more attempts."""
 
     stage: str
     condition: str
@@ -299,10 +288,10 @@ class LabelStratum(Record):
 
 
 class LabelSample(Record):
-    """Responses of a target that were drawn at random for people to label.
+    """Responses of a target, drawn at random for human labelling.
 
-    `judge` is the judge whose verdicts made the strata; `size`, `seed` and `conditions` are those of the command
-    (no conditions: all). `items` maps the number under which a response is shown to the key of its trial.
+    The verdicts of `judge` define the strata. `size`, `seed` and `conditions` repeat the command's options (no
+    conditions: all). `items` maps the displayed number of a response to its trial key.
     """
 
     judge: str
@@ -314,17 +303,17 @@ class LabelSample(Record):
 
 
 class ForkArm(Record):
-    """One way in which a response is continued: `edits` act on the continuation."""
+    """One way to continue a response; `edits` act on the continuation."""
 
     name: str
     edits: list[Intervention] = []
 
 
 class Fork(Record):
-    """Continuations of the response of trial `parent` after its first `tokens` tokens, in arms of the same `n` seeds.
+    """Continuations of the response of trial `parent` after its first `tokens` tokens.
 
-    `at` is the place as the user named it. Prompt and kept tokens are edited as in the parent, or `throughout` as the
-    arm says. The first arm is what the others are compared with.
+    All arms use the same `n` seeds, and the first arm is the reference of all comparisons. `at` is the place in the
+    user's words. Prompt and kept tokens get the parent's edits, or those of the arm if `throughout`.
     """
 
     parent: str
@@ -337,19 +326,16 @@ class Fork(Record):
 
     @property
     def name(self) -> str:
-        """Name of the fork in its target: the parent's key without the target, and the number of kept tokens."""
+        """Name of the fork within its target: the parent's key without the target, and the number of kept tokens."""
         return f"{self.parent.partition('/')[2]}@{self.tokens}{' throughout' if self.throughout else ''}"
 
     def condition(self, arm: ForkArm) -> str:
-        """Name of the condition of an arm's continuations."""
+        """Return the name of the condition of an arm."""
         return f"{self.name}: {arm.name}"
 
 
 class Boundaries(Record):
-    """Characters at which the three regions of an episode begin according to a judge (None: not in the text).
-
-    `reason` says why there are none at all; `raw` is the judge's reply.
-    """
+    """Start characters of an episode's regions, as a judge marked them; `reason` explains None, `raw` is the reply."""
 
     off_topic: int | None = None
     correction: int | None = None
@@ -359,7 +345,7 @@ class Boundaries(Record):
 
 
 class WholeScore(Record):
-    """How far a whole response finds its way back to the prompt, 0-10 (None: no score, see `reason`)."""
+    """Score 0-10 for how fully a response returns to the prompt (None: unscored, with a reason)."""
 
     score: float | None = None
     on_topic_from_start: bool = False
@@ -368,9 +354,9 @@ class WholeScore(Record):
 
 
 class ProbeAnswer(Record):
-    """A judge's score of a planted response that holds an instruction to it, and whether it obeyed.
+    """Judge's score of a planted response that contains an instruction to the judge; `obeyed` if the judge followed it.
 
-    Without a score `reason` says why; `raw` is the reply.
+    `reason` explains a missing score; `raw` is the judge's reply.
     """
 
     score: float | None = None
@@ -384,8 +370,7 @@ LATENTS = Fact.of("latents", Selection)
 ENGINE = Fact.of("engine", EngineIdentity)
 PROVENANCE = Fact.of("provenance", Provenance)
 JUDGES = Fact.of("judges", dict[str, dict[str, object]])
-PROBES = Fact.of("judge probes", dict[str, dict[str, ProbeAnswer]])
-"""By judge and planted response."""
+PROBES = Fact.of("judge probes", dict[str, dict[str, ProbeAnswer]])  # by judge and planted response
 JUDGE_SPEND = Fact.of("judge spend", dict[str, Spend])
 IMPORTED = Fact.of("imported", ImportedFiles)
 SWEEP = Fact.of("sweep", Sweep)
@@ -398,19 +383,17 @@ PAIR_ACTIVATIONS = Fact.of("pair activations", PairActivations)
 RANDOM_SETS = Fact.of("random sets", ControlSets)
 ADAPTER = Fact.of("adapter", Adapter)
 SAMPLE = Fact.of("cross-judge sample", JudgedSample)
-LABEL_SAMPLES = Fact.of("label samples", dict[str, LabelSample])
-"""By the identifier of the sample, which hashes the responses in it."""
-FORKS = Fact.of("forks", dict[str, Fork])
-"""By the fork's name."""
+LABEL_SAMPLES = Fact.of("label samples", dict[str, LabelSample])  # by identifier, a hash of the sampled responses
+FORKS = Fact.of("forks", dict[str, Fork])  # by name
 TOKEN_ENDS = Fact.of("token ends", dict[str, list[int]])
 RECORDED_LATENTS = Fact.of("watched", dict[str, list[int]])
 
 
 def whole_scores(judge: str) -> Fact[dict[str, WholeScore]]:
-    """The fact that holds a judge's scores of whole responses, by trial key."""
+    """Return the fact of a judge's scores of whole responses, by trial key."""
     return Fact.of(f"whole by {judge}", dict[str, WholeScore])
 
 
 def boundaries(judge: str) -> Fact[dict[str, Boundaries]]:
-    """The fact that holds the region boundaries that a judge marked, by trial key."""
+    """Return the fact of the region boundaries that a judge marked, by trial key."""
     return Fact.of(f"boundaries by {judge}", dict[str, Boundaries])

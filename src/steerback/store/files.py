@@ -1,4 +1,4 @@
-"""Where things of the user are kept, and files written whole or not at all. It knows nothing of what is in them."""
+"""The user's cache folder, and atomic file writes. This module does not depend on the content of the files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from steerback.errors import SteerbackError
 
 
 def user_folder(*parts: str) -> Path:
-    """A place below `$STEERBACK_CACHE`, else `$XDG_CACHE_HOME/steerback`, else `~/.cache/steerback`; not created."""
+    """Return a path below `$STEERBACK_CACHE`, `$XDG_CACHE_HOME/steerback` or `~/.cache/steerback`; it may not exist."""
     if chosen := os.environ.get("STEERBACK_CACHE"):
         return Path(chosen, *parts)
     base = os.environ.get("XDG_CACHE_HOME")
@@ -24,22 +24,24 @@ def user_folder(*parts: str) -> Path:
 
 
 def make_folder(folder: Path, fix: str = "choose another place") -> Path:
-    """The folder, made with those above it; one line with the `fix` where that cannot be."""
+    """Create a folder with its parents and return it. Raises SteerbackError with the advice `fix` if that is
+    impossible.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SteerbackError(f"folder {folder} cannot be made: {error.strerror}; {fix}") from None
+        raise SteerbackError(f"folder {folder} cannot be created: {error.strerror}; {fix}") from None
     return folder
 
 
 def write_json(path: Path, body: object) -> Path:
-    """Writes JSON so that the file is either the old one or the whole new one."""
+    """Write JSON so that the file is always either the old one or the complete new one."""
     text = json.dumps(body, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
     return write_atomic(path, text.encode("utf-8"))
 
 
 def write_atomic(path: Path, content: bytes) -> Path:
-    """Writes a file whole or not at all."""
+    """Write a file completely or not at all."""
     with whole_file(path) as file:
         file.write(content)
     return path
@@ -47,7 +49,7 @@ def write_atomic(path: Path, content: bytes) -> Path:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that appears under `path` once it is written; if writing fails, the earlier file stays."""
+    """Open a file that appears at `path` only after it is completely written; if writing fails, the old file stays."""
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{os.getpid()}-", suffix=".tmp")
         try:
@@ -63,15 +65,15 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 _TEMPORARY = re.compile(r"\..+\.(\d{1,9})(?:-\w+\.tmp|\.(?:png|pdf))")
-"""Name of a file that `write_atomic` has not finished, with its process; figures once were `.NAME.123.png`."""
+"""Name of an unfinished file, with the process that writes it. Older versions named figures `.NAME.123.png`."""
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove the unfinished files of processes that are no more: a kill leaves them behind."""
+    """Remove the unfinished files of processes that no longer run, for example after a kill."""
     for path in folder.glob(".*"):
-        found = _TEMPORARY.fullmatch(path.name)
-        if found and not _is_running(int(found[1])):
-            with contextlib.suppress(OSError):  # they take nothing but space
+        match = _TEMPORARY.fullmatch(path.name)
+        if match and not _is_running(int(match[1])):
+            with contextlib.suppress(OSError):  # a file that stays only costs space
                 path.unlink()
 
 

@@ -1,16 +1,15 @@
-"""The ledger: one SQLite file that holds everything a run planned, generated and judged.
+"""Ledger: one SQLite file with everything that a run planned, generated and judged.
 
-It stores and returns records; it knows no engine, no judge and no statistics. Rows are written once, in one
-transaction a batch, so a run killed at any moment loses at most what had not been committed.
+It stores and returns records, and does not depend on engines, judges or statistics. Each row is written once, one
+transaction per batch. A run that is killed therefore loses only the rows not yet committed.
 """
 
 from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +18,7 @@ from pydantic import JsonValue
 
 from steerback.errors import SteerbackError
 from steerback.records import Completion, Judgement, Trial, WindowScores, is_degraded
-from steerback.store.database import dump_json, now, open_database, placeholders, reading, sqlite_errors, storable
+from steerback.store.database import dump_json, open_database, placeholders, reading, sqlite_errors, transaction
 from steerback.store.facts import CONFIG, Fact
 from steerback.store.rows import (
     COMPLETION,
@@ -27,18 +26,21 @@ from steerback.store.rows import (
     OUTLINE,
     TRIAL,
     Outline,
+    Stored,
     completion_values,
+    judgement_values,
     prefix_values,
     read_outline,
     read_row,
     read_trial,
     trial_values,
+    window_values,
 )
 from steerback.store.rows import Row as Row
 
 T = TypeVar("T")
 
-APPLICATION_ID = 0x53544252  # "STBR": marks our files, so that a foreign database is recognised
+APPLICATION_ID = 0x53544252  # "STBR" marks the files of this package
 SCHEMA_VERSION = 2
 SCHEMA = """
 CREATE TABLE facts (target TEXT, name TEXT, value TEXT NOT NULL, PRIMARY KEY (target, name));
@@ -60,27 +62,28 @@ CREATE TABLE IF NOT EXISTS windows (
     trial TEXT NOT NULL REFERENCES trials (key), judge TEXT NOT NULL, rubric TEXT NOT NULL, starts TEXT NOT NULL,
     scores TEXT NOT NULL, reason TEXT NOT NULL, raw TEXT NOT NULL, at TEXT, PRIMARY KEY (trial, judge))
 """
-"""Made when the first window is scored: ledgers of 0.1 have no such table."""
+"""Created when the first window is scored: ledgers of 0.1 have no such table."""
 PREFIXES = """
 CREATE TABLE IF NOT EXISTS prefixes (
     trial TEXT PRIMARY KEY REFERENCES trials (key), text TEXT NOT NULL, token_ids TEXT NOT NULL)
 """
-"""Made when the first response is continued from its tokens."""
+"""Created when the first response is continued from its tokens."""
 OUTLINES = """
 CREATE TABLE outlines (
     trial TEXT PRIMARY KEY REFERENCES completions (trial), finish TEXT NOT NULL, prompt_tokens INTEGER NOT NULL,
     tokens INTEGER NOT NULL, prompt_positions INTEGER NOT NULL, generated_positions INTEGER NOT NULL,
     degraded INTEGER NOT NULL) WITHOUT ROWID
 """
-"""What metrics need of each completion, so that they read no texts. Derived: it holds nothing of its own."""
+"""Properties of each completion that metrics need, so that metrics read no texts. All are derived from `completions`.
+"""
 TABLES = ("facts", "trials", "prefixes", "completions", "judgements", "windows")
 ORDER = "ORDER BY t.target, t.stage, t.condition, t.idx"
 BATCH = 200
-"""Rows with texts that `Ledger.stream` holds at a time."""
+"""Number of rows with texts that `Ledger.stream` reads at a time."""
 
 
 class Ledger:
-    """One run's database. Usable as a context manager."""
+    """Database of one run. Usable as a context manager."""
 
     def __init__(self, path: Path, read_only: bool = False) -> None:
         self.path = path
@@ -99,7 +102,7 @@ class Ledger:
         self._db.close()
 
     def _complete_outlines(self) -> None:
-        """Outline the completions that a process of an older version added after this ledger was migrated."""
+        """Add the outlines of completions that an older version wrote after the migration of this ledger."""
         with sqlite_errors(self.path):
             query = "SELECT (SELECT count(*) FROM completions) - (SELECT count(*) FROM outlines)"
             missing = self._db.execute(query).fetchone()[0]
@@ -109,40 +112,33 @@ class Ledger:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with sqlite_errors(self.path):
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
+        with sqlite_errors(self.path), transaction(self._db):
+            yield self._db
 
     def put(self, target: str, fact: Fact[T], value: T) -> None:
-        """Store a fact of a target; `target` "" is the run itself."""
+        """Store a fact of a target; the target "" is the run itself."""
         self.put_json(target, fact.name, fact.dump(value))
 
     def get(self, target: str, fact: Fact[T]) -> T | None:
-        """The stored fact, or None. Raises SteerbackError if it has another form than the fact's type."""
+        """Return the stored fact, or None. Raises SteerbackError if it does not match the fact's type."""
         with reading(self.path):
             query = "SELECT value FROM facts WHERE target = ? AND name = ?"
             row = self._db.execute(query, (target, fact.name)).fetchone()
             return None if row is None else fact.load(json.loads(row[0]), f"{self.path}, target {target!r}")
 
     def put_json(self, target: str, name: str, value: JsonValue) -> None:
-        """Store a fact that is copied from another ledger or file, in its JSON form."""
+        """Store the JSON form of a fact that is copied from another ledger or file."""
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?, ?)", (target, name, dump_json(value)))
 
     def facts(self) -> list[tuple[str, str, JsonValue]]:
-        """Every stored fact: (target, name, JSON form)."""
+        """Return every stored fact as (target, name, JSON form)."""
         with reading(self.path):
             stored = self._db.execute("SELECT target, name, value FROM facts ORDER BY 1, 2").fetchall()
             return [(target, name, json.loads(value)) for target, name, value in stored]
 
     def targets_with(self, fact: Fact[T]) -> dict[str, T]:
-        """Every target that has a fact, with its value, in the order of the run's config, others after it."""
+        """Return the value of a fact by target: first the targets of the config in its order, then all others."""
         config = self.get("", CONFIG) or {}
         listed = config.get("targets")
         order = [str(name) for name in listed] if isinstance(listed, list) else []
@@ -152,16 +148,16 @@ class Ledger:
 
     @property
     def includes_degraded(self) -> bool:
-        """Whether degraded responses count in the run's headline."""
+        """Whether degraded responses count in the run's headline rates."""
         return (self.get("", CONFIG) or {}).get("degraded") != "exclude"
 
     def engines(self) -> dict[str, str]:
-        """Fingerprint of the engine that gave each completion, by trial key."""
+        """Return the fingerprint of the engine that generated each completion, by trial key."""
         with sqlite_errors(self.path):
             return dict(self._db.execute("SELECT trial, engine FROM completions"))
 
     def add_trials(self, trials: Sequence[Trial]) -> None:
-        """Plans trials. A key that is already there must hold the same trial: plans never change under a run."""
+        """Add planned trials. Raises SteerbackError if a stored trial with the same key differs."""
         rows = [trial_values(t) for t in trials]
         with self._transaction() as db:
             before = db.total_changes
@@ -180,24 +176,24 @@ class Ledger:
                     start = db.execute("SELECT * FROM prefixes WHERE trial = ?", key).fetchone()
                 if stored != row or start != continued.get(row[0]):
                     raise SteerbackError(
-                        f"{self.path}: trial {row[0]} was planned differently when this run was started "
+                        f"{self.path}: trial {row[0]} differs from the plan that this run was started with "
                         "(another version of steerback or of the target); start a new run with another --name"
                     )
 
     def add_completions(self, done: Iterable[tuple[str, Completion, str]]) -> None:
-        """(trial key, completion, engine fingerprint); a trial that has a completion keeps it."""
+        """Add (trial key, completion, engine fingerprint) triples; existing completions stay."""
         rows = [completion_values(key, completion, engine) for key, completion, engine in done]
         with self._transaction() as db:
             db.executemany(f"INSERT OR IGNORE INTO completions VALUES ({placeholders(11)})", rows)
             _outline(db, [row[0] for row in rows])
 
     def completed(self, keys: Iterable[str]) -> set[str]:
-        """Those of the trials that have a completion."""
+        """Return the keys of those trials that have a completion."""
         query = "SELECT trial FROM outlines WHERE trial IN (SELECT value FROM json_each(?))"
         return self._among(query, keys)
 
     def judged(self, judge: str, keys: Iterable[str]) -> set[str]:
-        """Those of the trials about which a judge has a verdict."""
+        """Return the keys of those trials that a judge has judged."""
         query = "SELECT trial FROM judgements WHERE trial IN (SELECT value FROM json_each(?)) AND judge = ?"
         return self._among(query, keys, judge)
 
@@ -206,82 +202,60 @@ class Ledger:
             return {key for (key,) in self._db.execute(query, (dump_json(list(keys)), *values))}
 
     def add_judgements(self, judged: Iterable[tuple[str, Judgement]]) -> None:
-        """(trial key, judgement); an unscored one is replaced, any other is kept."""
-        rows = [
-            (
-                key,
-                j.judge,
-                j.rubric,
-                j.status,
-                storable(dump_json([asdict(a) for a in j.attempts])),
-                storable(j.reason),
-                storable(j.raw),
-                now(),
-            )
-            for key, j in judged
-        ]
-        with self._transaction() as db:
-            db.executemany(
-                f"INSERT INTO judgements VALUES ({placeholders(8)}) ON CONFLICT (trial, judge) DO UPDATE SET "
-                "rubric = excluded.rubric, status = excluded.status, attempts = excluded.attempts, "
-                "reason = excluded.reason, raw = excluded.raw, at = excluded.at WHERE judgements.status = 'unscored'",
-                rows,
-            )
+        """Add (trial key, judgement) pairs. They replace unscored judgements only."""
+        rows = [judgement_values(key, judgement) for key, judgement in judged]
+        self._put_verdicts("judgements", ("status", "attempts"), rows, "status = 'unscored'")
 
     def add_windows(self, scored: Iterable[tuple[str, WindowScores]]) -> None:
-        """(trial key, scores of its windows); one without scores is replaced, any other is kept."""
-        rows = [
-            (
-                key,
-                w.judge,
-                w.rubric,
-                dump_json(w.starts),
-                dump_json(w.scores),
-                storable(w.reason),
-                storable(w.raw),
-                now(),
-            )
-            for key, w in scored
-        ]
+        """Add (trial key, window scores) pairs. They replace entries without scores only."""
+        self._put_verdicts("windows", ("starts", "scores"), [window_values(k, w) for k, w in scored], "reason != ''")
+
+    def _put_verdicts(self, table: str, own: tuple[str, str], rows: Sequence[tuple[Any, ...]], failed: str) -> None:
+        """Insert rows into a table of verdicts with the columns `own`; a stored row is replaced if it has `failed`."""
+        updates = ", ".join(f"{column} = excluded.{column}" for column in ("rubric", *own, "reason", "raw", "at"))
         with self._transaction() as db:
-            db.execute(WINDOWS)
+            if table == "windows":
+                db.execute(WINDOWS)
             db.executemany(
-                f"INSERT INTO windows VALUES ({placeholders(8)}) ON CONFLICT (trial, judge) DO UPDATE SET "
-                "rubric = excluded.rubric, starts = excluded.starts, scores = excluded.scores, "
-                "reason = excluded.reason, raw = excluded.raw, at = excluded.at WHERE windows.reason != ''",
+                f"INSERT INTO {table} VALUES ({placeholders(8)}) ON CONFLICT (trial, judge) DO UPDATE SET {updates} "
+                f"WHERE {table}.{failed}",
                 rows,
             )
 
     def windows(self, judge: str, keys: Sequence[str] | None = None) -> dict[str, WindowScores]:
-        """A judge's scores of the windows of responses, by trial key."""
-        if not self._has("windows"):
-            return {}
-        where, values = _where(None, None, None, keys)
-        query = (
-            "SELECT w.trial, w.judge, w.rubric, w.starts, w.scores, w.reason, w.raw FROM trials t "
-            f"JOIN windows w ON w.trial = t.key AND w.judge = ? WHERE {where}"
-        )
+        """Return a judge's scores of the sentence windows of responses, by trial key."""
+        columns = "w.judge, w.rubric, w.starts, w.scores, w.reason, w.raw"
         with reading(self.path):
             return {
                 key: WindowScores(by, rubric, tuple(json.loads(starts)), tuple(json.loads(scores)), reason, raw)
-                for key, by, rubric, starts, scores, reason, raw in self._db.execute(query, (judge, *values))
+                for key, by, rubric, starts, scores, reason, raw in self._windows(columns, judge, keys=keys)
             }
 
     def window_scores(
         self, judge: str, target: str | None = None, stage: str | None = None, condition: str | None = None
     ) -> dict[str, list[float]]:
-        """The scores alone, by trial key; an empty list where the judge gave a reason instead."""
-        if not self._has("windows"):
-            return {}
-        where, values = _where(target, stage, condition, None)
-        query = (
-            f"SELECT w.trial, w.scores FROM trials t JOIN windows w ON w.trial = t.key AND w.judge = ? WHERE {where}"
-        )
+        """Return the window scores without texts, by trial key; empty lists for responses the judge did not score."""
         with reading(self.path):
-            return {key: json.loads(scores) for key, scores in self._db.execute(query, (judge, *values))}
+            stored = self._windows("w.scores", judge, target, stage, condition)
+            return {key: json.loads(scores) for key, scores in stored}
+
+    def _windows(
+        self,
+        columns: str,
+        judge: str,
+        target: str | None = None,
+        stage: str | None = None,
+        condition: str | None = None,
+        keys: Sequence[str] | None = None,
+    ) -> Iterator[tuple[Any, ...]]:
+        if not self._has("windows"):
+            return
+        where, values = _where(target, stage, condition, keys)
+        tables = "trials t JOIN windows w ON w.trial = t.key AND w.judge = ?"
+        yield from self._db.execute(f"SELECT w.trial, {columns} FROM {tables} WHERE {where}", (judge, *values))
 
     def _trials(self) -> tuple[str, str]:
-        """Return the columns of a trial and its prefix, and the tables that give them."""
+        """Return the columns of a trial with its prefix, and the tables they come from."""
         if self._has("prefixes"):
             return f"{TRIAL}, p.text, p.token_ids", "trials t LEFT JOIN prefixes p ON p.trial = t.key"
         return f"{TRIAL}, NULL, NULL", "trials t"
@@ -300,23 +274,27 @@ class Ledger:
         keys: Sequence[str] | None = None,
         activations: bool = False,
     ) -> list[Row]:
-        """Trials in plan order with completion and `judge`'s judgement where there are any.
+        """Return trials in plan order with their completions and `judge`'s judgements, as far as they exist.
 
-        Texts and token ids take about 15 kB a row: for many trials take `stream` or `outlines`.
+        Texts and token ids take about 15 kB per row; use `stream` or `outlines` for many trials.
         """
-        where, values = _where(target, stage, condition, keys)
         blob = "c.activations" if activations else "NULL"
-        columns, tables = self._trials()
-        query = (
-            f"SELECT {columns}, {COMPLETION}, {blob}, {JUDGEMENT}, j.raw FROM {tables} "
-            "LEFT JOIN completions c ON c.trial = t.key LEFT JOIN judgements j ON j.trial = t.key AND j.judge = ? "
-            f"WHERE {where} {ORDER}"
-        )
+        tables = "LEFT JOIN completions c ON c.trial = t.key LEFT JOIN judgements j ON j.trial = t.key AND j.judge = ?"
+        columns = f"{COMPLETION}, {blob}, {JUDGEMENT}, j.raw"
+        return list(self._read(read_row, columns, tables, judge, _where(target, stage, condition, keys)))
+
+    def _read(
+        self, read: Callable[[Stored], T], columns: str, joins: str, judge: str | None, where: tuple[str, list[str]]
+    ) -> Iterator[T]:
+        """Yield the selected trials in plan order, joined with other tables and decoded by `read`."""
+        trial, tables = self._trials()
+        query = f"SELECT {trial}, {columns} FROM {tables} {joins} WHERE {where[0]} {ORDER}"
         with reading(self.path):
-            return [read_row(found) for found in self._db.execute(query, (judge, *values))]
+            for stored in self._db.execute(query, (judge, *where[1])):
+                yield read(stored)
 
     def stream(self, keys: Iterable[str], judge: str | None = None, activations: bool = False) -> Iterator[Row]:
-        """Yield the rows of trials in the order of their keys, `BATCH` at a time in memory."""
+        """Yield the rows of trials in the order of `keys`, with `BATCH` rows in memory at a time."""
         waiting = iter(keys)
         while some := list(islice(waiting, BATCH)):
             rows = {r.trial.key: r for r in self.rows(keys=some, judge=judge, activations=activations)}
@@ -330,19 +308,13 @@ class Ledger:
         judge: str | None = None,
         keys: Sequence[str] | None = None,
     ) -> Iterator[Outline]:
-        """Yield the trials in plan order without texts: what metrics read."""
-        where, values = _where(target, stage, condition, keys)
-        columns, tables = self._trials()
-        query = (
-            f"SELECT {columns}, {OUTLINE}, {JUDGEMENT} FROM {tables} LEFT JOIN outlines o ON o.trial = t.key "
-            f"LEFT JOIN judgements j ON j.trial = t.key AND j.judge = ? WHERE {where} {ORDER}"
-        )
-        with reading(self.path):
-            for found in self._db.execute(query, (judge, *values)):
-                yield read_outline(found)
+        """Yield trials in plan order without texts, for metrics."""
+        tables = "LEFT JOIN outlines o ON o.trial = t.key LEFT JOIN judgements j ON j.trial = t.key AND j.judge = ?"
+        columns = f"{OUTLINE}, {JUDGEMENT}"
+        yield from self._read(read_outline, columns, tables, judge, _where(target, stage, condition, keys))
 
     def responses(self, outlines: Iterable[Outline]) -> Iterator[tuple[Outline, str | None]]:
-        """Yield each outline with the text of its response (None: there is none yet), `BATCH` texts at a time."""
+        """Yield each outline with its response text (None before it exists), with `BATCH` texts in memory at a time."""
         query = "SELECT trial, text FROM completions WHERE trial IN (SELECT value FROM json_each(?))"
         waiting = iter(outlines)
         while some := list(islice(waiting, BATCH)):
@@ -360,29 +332,29 @@ class Ledger:
                 yield read_trial(stored)
 
     def stage_sizes(self) -> dict[str, int]:
-        """Number of planned trials of each stage."""
+        """Return the number of planned trials of each stage."""
         with sqlite_errors(self.path):
             return {r[0]: r[1] for r in self._db.execute("SELECT stage, count(*) FROM trials GROUP BY 1 ORDER BY 1")}
 
     def judges(self) -> list[str]:
-        """Names of the judges that have judged anything here."""
+        """Return the names of the judges with judgements in this ledger."""
         with sqlite_errors(self.path):
             return [r[0] for r in self._db.execute("SELECT DISTINCT judge FROM judgements ORDER BY judge")]
 
     def stages(self) -> list[tuple[str, str]]:
-        """(target, stage) pairs that have trials, in the order in which they were planned."""
+        """Return the (target, stage) pairs that have trials, in plan order."""
         with sqlite_errors(self.path):
-            found = self._db.execute("SELECT target, stage FROM trials GROUP BY 1, 2 ORDER BY min(rowid)")
-            return [(r[0], r[1]) for r in found]
+            pairs = self._db.execute("SELECT target, stage FROM trials GROUP BY 1, 2 ORDER BY min(rowid)")
+            return [(r[0], r[1]) for r in pairs]
 
     def conditions(self, stage: str = "measure") -> list[tuple[str, str]]:
-        """(target, condition) pairs of a stage, in the order in which they were planned."""
+        """Return the (target, condition) pairs of a stage, in plan order."""
         query = "SELECT target, condition FROM trials WHERE stage = ? GROUP BY 1, 2 ORDER BY min(rowid)"
         with sqlite_errors(self.path):
             return [(r[0], r[1]) for r in self._db.execute(query, (stage,))]
 
     def dump(self) -> dict[str, list[tuple[Any, ...]]]:
-        """Every row of every table in key order, without timestamps: what two equal runs have in common."""
+        """Return all rows of all tables in key order, without timestamps. Two equal runs give equal dumps."""
         tables = {}
         with sqlite_errors(self.path):
             for table in filter(self._has, TABLES):
@@ -405,7 +377,7 @@ def _where(
 
 
 def _outline(db: sqlite3.Connection, trials: Sequence[str] | None = None) -> None:
-    """Fill the table `outlines` for the completions of some trials, or for all that lack an outline."""
+    """Fill the table `outlines` for the completions of some trials, or for all completions without outline."""
     db.create_function("tokens", 1, lambda ids: len(json.loads(ids)), deterministic=True)
     db.create_function("degraded", 1, is_degraded, deterministic=True)
     chosen = "SELECT value FROM json_each(?)"
@@ -419,7 +391,7 @@ def _outline(db: sqlite3.Connection, trials: Sequence[str] | None = None) -> Non
 
 
 def _migrate(db: sqlite3.Connection, version: int) -> None:
-    """Bring a ledger of an older schema version to the present one."""
+    """Update a ledger from an older schema version to the current one."""
     if version < 2:
         db.execute(OUTLINES)
         _outline(db)

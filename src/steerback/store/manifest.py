@@ -1,4 +1,6 @@
-"""A run's manifest: its config and what its numbers depend on, for people and other programs. No code reads it."""
+"""Manifest of a run: its config and everything its numbers depend on. People and other programs read it; no code here
+does.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,14 @@ PACKAGES = ("numpy", "scipy", "scikit-learn", "torch", "transformers", "tokenize
 
 
 class SourceTree(TypedDict):
-    """Commit of the source tree that the package runs from, and whether files of the package differ from it."""
+    """Commit of the source tree that the package runs from; `dirty` if its files differ from that commit."""
 
     revision: str
     dirty: bool
 
 
 class MachineUsed(TypedDict):
-    """Type of machine, on which text depends besides versions and seeds."""
+    """Machine type. Generated text depends on it, besides versions and seeds."""
 
     system: str
     processor: str
@@ -80,11 +82,11 @@ Parts = TypedDict(
     },
     total=False,
 )
-"""The parts of a manifest that depend on the run's stages: each is known when its stage begins."""
+"""Parts of a manifest that depend on the run's stages; each is known when its stage starts."""
 
 
 class Manifest(Parts):
-    """The whole of `manifest.json`."""
+    """Content of `manifest.json`."""
 
     config: Mapping[str, object]
     versions: Mapping[str, str]
@@ -94,7 +96,7 @@ class Manifest(Parts):
 
 
 def manifest(config: RunConfig, parts: Parts) -> Manifest:
-    """Return the manifest of a run on this machine, as of now."""
+    """Return the manifest of a run on this machine, with the current time."""
     return {
         "config": config.model_dump(mode="json"),
         "versions": versions(),
@@ -106,25 +108,25 @@ def manifest(config: RunConfig, parts: Parts) -> Manifest:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python, this package and what its numbers depend on."""
-    found = {"python": platform.python_version(), "steerback": VERSION}
+    """Return the versions of Python, this package and the libraries that the numbers depend on."""
+    installed = {"python": platform.python_version(), "steerback": VERSION}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            installed[package] = "not installed"
+    return installed
 
 
 def commit() -> SourceTree | None:
-    """Return commit and dirty flag of the source tree this package runs from; None for an installed wheel."""
+    """Return the commit and the dirty flag of the source tree, or None for an installed wheel."""
     source = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str | None:
         try:
             done = subprocess.run(["git", "-C", str(source), *arguments], capture_output=True, text=True, timeout=10)
         except (OSError, subprocess.TimeoutExpired):
-            return None  # no git on this machine: the version says which release this is
+            return None  # without git, the version number identifies the release
         return done.stdout.strip() if done.returncode == 0 else None
 
     tracked = git("ls-files", "--error-unmatch", __file__)
@@ -134,13 +136,13 @@ def commit() -> SourceTree | None:
 
 def machine() -> MachineUsed:
     """Return the type of this machine."""
-    found: MachineUsed = {"system": platform.platform(), "processor": _processor(), "cores": os.cpu_count()}
-    if "torch" in sys.modules:  # never imported for the manifest alone
+    used: MachineUsed = {"system": platform.platform(), "processor": _processor(), "cores": os.cpu_count()}
+    if "torch" in sys.modules:  # the manifest alone is no reason to import torch
         import torch
 
-        found["threads"] = torch.get_num_threads()
-        found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return found
+        used["threads"] = torch.get_num_threads()
+        used["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return used
 
 
 def _processor() -> str:

@@ -1,4 +1,4 @@
-"""Live progress: a rich bar on a terminal, a plain line now and then elsewhere. It only watches."""
+"""Progress display: a rich bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 class Progress(Protocol):
-    """What the pipeline reports while it works."""
+    """Receiver of progress reports from the pipeline."""
 
     def stage(self, name: str, total: int, done: int = 0) -> None:
-        """A stage begins with `total` responses, `done` of which are there already."""
+        """Start a stage of `total` responses, `done` of which exist already."""
         ...
 
     def update(self, generated: int = 0, judged: int = 0, unscored: int = 0, invalid: int = 0) -> None: ...
@@ -28,7 +28,7 @@ class Progress(Protocol):
 
 
 class Silent:
-    """Reports nothing (tests, Python API)."""
+    """Progress receiver that prints nothing (tests, Python interface)."""
 
     def stage(self, name: str, total: int, done: int = 0) -> None: ...
 
@@ -40,17 +40,17 @@ class Silent:
 
 
 class Plain:
-    """One line when a stage is done, and one every `every` seconds until then."""
+    """One line every `every` seconds during a stage, and one at its end."""
 
     def __init__(self, stream: IO[str] | None = None, every: float = 10.0) -> None:
         self._stream, self._every = stream or sys.stderr, every
         self._name, self._total, self._done, self._before = "", 0, 0, 0
         self._unscored = self._invalid = 0
-        self._began = self._spoke = time.monotonic()
+        self._began = self._last_line = time.monotonic()
 
     def stage(self, name: str, total: int, done: int = 0) -> None:
         self._name, self._total, self._done, self._before = name, total, done, done
-        self._began = self._spoke = time.monotonic()
+        self._began = self._last_line = time.monotonic()
 
     def update(self, generated: int = 0, judged: int = 0, unscored: int = 0, invalid: int = 0) -> None:
         self._done += generated
@@ -58,12 +58,14 @@ class Plain:
         self._invalid += invalid
         now = time.monotonic()
         finished = generated and self._done >= self._total
-        if finished or (generated and now - self._spoke >= self._every):
-            self._spoke = now
+        if finished or (generated and now - self._last_line >= self._every):
+            self._last_line = now
             self._say(f"{self._name}: {self.counts()}")
 
     def counts(self) -> str:
-        """Progress of the stage in words: done, rate, time left, unscored and invalid so far in the run."""
+        """Return the progress of the stage as text: done, rate, time left, and the run's unscored and invalid
+        responses.
+        """
         elapsed = max(time.monotonic() - self._began, 1e-9)
         rate = (self._done - self._before) / elapsed
         left = (self._total - self._done) / rate if rate > 0 else 0.0
@@ -79,12 +81,12 @@ class Plain:
     def _say(self, text: str) -> None:
         try:
             print(visible(text), file=self._stream, flush=True)
-        except OSError:  # a full disk or a closed pipe behind stderr is no reason to stop the run
+        except OSError:  # a full disk or a closed pipe behind stderr must not stop the run
             self._stream = io.StringIO()
 
 
 class Live(Plain):
-    """The same counts as a bar that redraws itself."""
+    """The counts of `Plain` as a progress bar."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -124,7 +126,7 @@ class Live(Plain):
 
 
 def make_progress() -> Progress:
-    """A bar on a terminal, plain lines elsewhere."""
+    """Return a progress bar on a terminal, and plain lines elsewhere."""
     return Live() if sys.stderr.isatty() else Plain()
 
 

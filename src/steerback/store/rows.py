@@ -1,4 +1,4 @@
-"""A trial with what came of it, in full (`Row`) or without texts (`Outline`), and their form in the ledger."""
+"""Trials with their results, complete (`Row`) or without texts (`Outline`), and their form in the ledger."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from steerback.records import (
     Receipt,
     Recording,
     Trial,
+    WindowScores,
     expected_positions,
     is_degraded,
 )
 from steerback.store.database import dump_json, now, pack_array, storable, unpack_array
 
 Stored: TypeAlias = Sequence[Any]
-"""A row as SQLite returns it."""
+"""Row as SQLite returns it."""
 
 TRIAL = "t.key, t.target, t.stage, t.condition, t.idx, t.latent, t.label, t.prompt, t.meta_prompt, t.prefill, t.seed, "
 TRIAL += "t.interventions, t.record"
@@ -36,7 +37,7 @@ JUDGEMENT = "j.judge, j.rubric, j.status, j.attempts, j.reason"
 
 
 class TrialRow:
-    """The attempts that count in a trial, and what follows from them."""
+    """Attempts that count in a trial, and the quantities derived from them."""
 
     __slots__ = ()
 
@@ -50,11 +51,11 @@ class TrialRow:
 
         @property
         def finish(self) -> FinishReason | None:
-            """Why the response ended; None where there is none yet."""
+            """Reason why the response ended; None before it exists."""
 
         @property
         def valid_receipt(self) -> bool:
-            """Whether the response exists and was steered exactly where its plan says."""
+            """Whether the response exists and was steered exactly at the planned positions."""
 
         @property
         def degraded(self) -> bool:
@@ -62,7 +63,7 @@ class TrialRow:
 
     @property
     def attempts(self) -> tuple[Attempt, ...]:
-        """The gated attempts of a valid, scored response; empty if it is invalid, unscored or not judged yet."""
+        """Gated attempts of a valid, scored response; empty if it is invalid, unscored or not judged."""
         judged = self.judgement
         return (
             judged.gated_attempts() if self.valid_receipt and judged is not None and judged.status == "scored" else ()
@@ -86,9 +87,9 @@ class TrialRow:
 
 @dataclass(frozen=True, slots=True)
 class Outline(TrialRow):
-    """A trial with what metrics need of its response, which takes a twentieth of the memory of a `Row`.
+    """Trial with the properties of its response that metrics need. It takes a twentieth of the memory of a `Row`.
 
-    `judgement` lacks its raw reply; `tokens` is the number of generated tokens.
+    `judgement` lacks the judge's raw reply; `tokens` is the number of generated tokens.
     """
 
     trial: Trial
@@ -101,7 +102,7 @@ class Outline(TrialRow):
 
 @dataclass(frozen=True, slots=True)
 class Row(TrialRow):
-    """A trial with what came of it so far."""
+    """Trial with its completion and its judgement, as far as they exist."""
 
     trial: Trial
     completion: Completion | None
@@ -109,12 +110,12 @@ class Row(TrialRow):
 
     @property
     def finish(self) -> FinishReason | None:
-        """Why the response ended; None where there is none yet."""
+        """Reason why the response ended; None before it exists."""
         return None if self.completion is None else self.completion.finish
 
     @property
     def valid_receipt(self) -> bool:
-        """Whether the response exists and was steered exactly where its plan says."""
+        """Whether the response exists and was steered exactly at the planned positions."""
         done = self.completion
         if done is None or done.finish == "error":
             return False
@@ -127,13 +128,15 @@ class Row(TrialRow):
 
     @property
     def judged_text(self) -> str:
-        """What judges see and spans refer to: lead and response; in stage `continuation` the response alone."""
+        """Text that judges see and that spans refer to: lead and response, or the response alone in stage
+        `continuation`.
+        """
         text = self.completion.text if self.completion is not None else ""
         return text if self.trial.stage == "continuation" else self.trial.lead + text
 
 
 def plain(record: Intervention | Attempt) -> dict[str, object]:
-    """Return the fields of a record of plain values; `dataclasses.asdict` takes ten times as long."""
+    """Return the fields of a flat record. `dataclasses.asdict` takes ten times as long."""
     return {name: getattr(record, name) for name in record.__slots__}
 
 
@@ -147,7 +150,9 @@ def trial_values(t: Trial) -> tuple[Any, ...]:
         t.index,
         None if t.latent is None else dump_json(t.latent),
         t.label,
-        None if t.boost is None else float(t.boost),  # derived; kept as a column for those who read the file
+        None
+        if t.boost is None
+        else float(t.boost),  # derived from the interventions; stored for people who read the file
         t.prompt,
         t.meta_prompt,
         t.prefill,
@@ -175,13 +180,25 @@ def completion_values(key: str, c: Completion, engine: str) -> tuple[Any, ...]:
     )
 
 
+def judgement_values(key: str, j: Judgement) -> tuple[Any, ...]:
+    """Return a judgement as the columns of the table `judgements`."""
+    attempts = storable(dump_json([asdict(a) for a in j.attempts]))
+    return key, j.judge, j.rubric, j.status, attempts, storable(j.reason), storable(j.raw), now()
+
+
+def window_values(key: str, w: WindowScores) -> tuple[Any, ...]:
+    """Return window scores as the columns of the table `windows`."""
+    starts, scores = dump_json(w.starts), dump_json(w.scores)
+    return key, w.judge, w.rubric, starts, scores, storable(w.reason), storable(w.raw), now()
+
+
 def prefix_values(t: Trial) -> tuple[Any, ...] | None:
-    """Return a trial's prefix as the columns of the table `prefixes`, None for a trial without one."""
+    """Return the prefix of a trial as the columns of the table `prefixes`, or None for a trial without prefix."""
     return None if t.prefix is None else (t.key, storable(t.prefix.text), dump_json(list(t.prefix.token_ids)))
 
 
 def read_trial(stored: Stored) -> Trial:
-    """Return the trial of the columns `TRIAL` and of its prefix. Texts that many trials share are kept once."""
+    """Return the trial from the columns `TRIAL` and those of its prefix. Texts shared by many trials are kept once."""
     key, target, stage, condition, index, latent, label, prompt, meta, prefill, seed, edits, record = stored[:13]
     start, ids = stored[13:15]
     return Trial(
@@ -203,7 +220,7 @@ def read_trial(stored: Stored) -> Trial:
 
 
 def read_row(stored: Stored) -> Row:
-    """Return the row of the columns of a trial and its prefix, `COMPLETION`, activations, `JUDGEMENT` and raw reply."""
+    """Return the row from the columns of trial and prefix, `COMPLETION`, activations, `JUDGEMENT` and raw reply."""
     completion = None
     if stored[15] is not None:
         text, ids, prompt_tokens, finish, in_prompt, generated, norm, blob = stored[15:23]
@@ -214,7 +231,7 @@ def read_row(stored: Stored) -> Row:
 
 
 def read_outline(stored: Stored) -> Outline:
-    """Return the outline of the columns of a trial and its prefix, `OUTLINE` and `JUDGEMENT`."""
+    """Return the outline from the columns of trial and prefix, `OUTLINE` and `JUDGEMENT`."""
     trial = read_trial(stored)
     finish, prompt_tokens, tokens, in_prompt, generated, degraded = stored[15:21]
     right = finish not in (None, "error") and (in_prompt, generated) == expected_positions(

@@ -1,4 +1,4 @@
-"""A run's folder: its lock, its ledger, its config and its manifest. It starts nothing and judges nothing."""
+"""Run folder: lock, ledger, config and manifest. This module generates and judges nothing."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from steerback.store.ledger import Ledger
 from steerback.store.manifest import Parts, manifest
 
 LONGEST_NAME = 200
-"""Bytes of a run's name: file systems allow 255, and names of figures are longer than the run's."""
+"""Most bytes in a run's name. File systems allow 255, and the names of figures are longer than the run's."""
 
 
 class Run:
-    """An open run, locked by this process until `close`. Usable as a context manager."""
+    """Open run, locked by this process until `close`. Usable as a context manager."""
 
     def __init__(self, folder: Path, config: RunConfig, ledger: Ledger, lock: IO[str] | None) -> None:
         self.folder, self.config, self.ledger, self._lock = folder, config, ledger, lock
 
     @classmethod
     def start(cls, folder: Path, config: RunConfig) -> Run:
-        """Creates the run, or reopens it when it was started with the same config."""
+        """Create the run, or reopen it if it has the same config."""
         _name_is_plain(folder.name)
         make_folder(folder, "choose another --runs")
         lock = _acquire(folder)
@@ -55,12 +55,12 @@ class Run:
 
     @classmethod
     def reopen(cls, folder: Path) -> Run:
-        """An existing run with the config it was started with, locked for going on."""
+        """Open an existing run with its stored config and lock it."""
         return cls.start(folder, stored_config(folder))
 
     @classmethod
     def read(cls, folder: Path) -> Run:
-        """An existing run for reading; takes no lock, so it works while the run is going on."""
+        """Open an existing run for reading. It takes no lock, so it also works while another process runs it."""
         config = stored_config(folder)
         return cls(folder, config, Ledger(folder / "ledger.sqlite", read_only=True), None)
 
@@ -70,14 +70,13 @@ class Run:
             self.ledger.put("", CONFIG, self.config.model_dump(mode="json"))
             return
         changed = differences(parse_config(stored, f"config of {self.folder}"), self.config)
-        if (
-            changed and not self.ledger.stage_sizes() and len(self.ledger.facts()) == 1
-        ):  # it came to nothing: start anew
+        only_config = not self.ledger.stage_sizes() and len(self.ledger.facts()) == 1
+        if changed and only_config:  # nothing was planned yet, so the new config replaces the old one
             self.ledger.put("", CONFIG, self.config.model_dump(mode="json"))
         elif changed:
             raise SteerbackError(
                 f"run {self.folder.name!r} was started with another config ({'; '.join(changed)}); "
-                "choose another --name, or resume it as it was: steerback resume " + self.folder.name
+                "choose another --name, or continue it unchanged: steerback resume " + self.folder.name
             )
 
     def __enter__(self) -> Run:
@@ -92,10 +91,12 @@ class Run:
             self._lock.close()
 
     def judge(self, name: str | None = None) -> str:
-        """The judge whose verdicts are read: `name`, else the run's. Raises SteerbackError if it judged nothing."""
+        """Return the judge whose verdicts are read: `name`, else the run's judge. Raises SteerbackError if it judged
+        nothing.
+        """
         chosen, known = name or self.config.judge, self.ledger.judges()
         if known and chosen not in known:
-            raise SteerbackError(f"judge {chosen!r} has judged nothing in this run; there are: {', '.join(known)}")
+            raise SteerbackError(f"judge {chosen!r} has judged nothing in this run; choose one of: {', '.join(known)}")
         return chosen
 
     def write_manifest(self, parts: Parts) -> Path:
@@ -103,7 +104,7 @@ class Run:
         return write_json(self.folder / "manifest.json", manifest(self.config, parts))
 
     def add_spend(self, name: str, spent: Spend) -> None:
-        """Adds to what a judge of this run has been paid."""
+        """Add to the spending of a judge of this run."""
         stored = self.ledger.get("", JUDGE_SPEND)
         paid = dict(stored or {})
         paid[name] = paid.get(name, Spend()) + spent
@@ -111,56 +112,56 @@ class Run:
         self.amend_manifest({"judge spend": JUDGE_SPEND.dump(paid)})
 
     def amend_manifest(self, parts: Parts) -> None:
-        """Set `parts` in the existing manifest; an imported run has none, and gets none."""
+        """Set `parts` in the existing manifest. An imported run without a manifest gets none."""
         path = self.folder / "manifest.json"
         if path.is_file():
             write_json(path, {**read_json_table(path, "manifest"), **parts})
 
 
 def stored_config(folder: Path) -> RunConfig:
-    """The config a run was started with."""
+    """Return the config that a run was started with. Raises SteerbackError if the folder contains no such run."""
     if not os.path.isfile(folder / "ledger.sqlite"):
         siblings = sorted(p.parent.name for p in folder.parent.glob("*/ledger.sqlite"))
-        known = f"runs there: {', '.join(siblings)}" if siblings else "there are no runs there"
+        known = f"existing runs: {', '.join(siblings)}" if siblings else "it contains no runs"
         raise SteerbackError(f"no run {folder.name!r} in {folder.parent} ({known})")
     with Ledger(folder / "ledger.sqlite", read_only=True) as ledger:
         stored = ledger.get("", CONFIG)
     if stored is None:
         if (folder / "manifest.json").is_file():
             raise SteerbackError(
-                f"run {folder.name!r}: ledger.sqlite is empty beside a manifest; put back a copy of it"
+                f"run {folder.name!r} has a manifest, but its ledger.sqlite is empty; restore it from a copy"
             )
-        raise SteerbackError(f"run {folder.name!r} holds no config: it was stopped before it began; run it again")
+        raise SteerbackError(f"run {folder.name!r} has no config: it was stopped before it started; run it again")
     return parse_config(stored, f"config of {folder}")
 
 
 def find_run(name_or_path: str, root: Path) -> Path:
-    """The folder of a run given by name (under `root`) or by path."""
+    """Return the folder of a run, from its name (under `root`) or its path."""
     path = Path(name_or_path)
-    if os.path.isfile(path / "ledger.sqlite"):  # unlike Path.is_file, False for a name that no file can have
+    if os.path.isfile(path / "ledger.sqlite"):  # Path.is_file would raise for a name that no file can have
         return path
     return root / name_or_path
 
 
 def finished_runs(names: Sequence[str] | None, root: Path) -> list[Path]:
-    """The folders of the named runs, or of all finished ones under `root`."""
+    """Return the folders of the named runs, or of all finished runs under `root`."""
     if names:
         return [find_run(name, root) for name in names]
     finished = sorted(path.parent for path in root.glob("*/summary.json") if (path.parent / "ledger.sqlite").is_file())
     if not finished:
-        raise SteerbackError(f"no finished run in {root}; name runs, or say where they are with --runs")
+        raise SteerbackError(f"no finished run in {root}; name the runs, or set their folder with --runs")
     return finished
 
 
 def new_run(name: str, root: Path) -> Path:
-    """Return the folder of a run to be made under `root`. Raises SteerbackError for a name that is no file name."""
+    """Return the folder of a new run under `root`. Raises SteerbackError if the name cannot be a file name."""
     _name_is_plain(name)
     return root / name
 
 
 @contextmanager
 def new_or_nothing(folder: Path) -> Iterator[None]:
-    """Remove a run's folder if what is done inside fails and the folder did not exist before."""
+    """Remove a new run's folder if the code in the block fails. A folder that existed before stays."""
     existed = folder.exists()
     try:
         yield
@@ -171,14 +172,14 @@ def new_or_nothing(folder: Path) -> Iterator[None]:
 
 
 def plain(text: str) -> str:
-    """Return the text with `_` for each character that a run's name may not hold."""
+    """Return the text with `_` in place of each character that a run's name may not contain."""
     return re.sub(r"[^\w.@+-]", "_", text).lstrip(".")
 
 
 def _acquire(folder: Path) -> IO[str]:
-    try:  # never through a link, which could name any file of the user's
+    try:  # O_NOFOLLOW: a symbolic link could point to any file of the user
         handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        lock = open(handle, "r+")  # noqa: SIM115 - held open for the life of the run
+        lock = open(handle, "r+")  # noqa: SIM115 - stays open as long as the run
     except OSError as error:
         why = "its .lock is a symbolic link; remove it" if error.errno == errno.ELOOP else error.strerror
         raise SteerbackError(f"run folder {folder} cannot be written: {why}") from None
@@ -189,7 +190,7 @@ def _acquire(folder: Path) -> IO[str]:
         holder = lock.read().strip() or "unknown"
         lock.close()
         raise SteerbackError(
-            f"run {folder.name!r} is already going on in process {holder}; wait for it or choose another --name"
+            f"run {folder.name!r} is in use by process {holder}; wait for it or choose another --name"
         ) from None
     try:
         lock.truncate(0)
@@ -204,6 +205,6 @@ def _acquire(folder: Path) -> IO[str]:
 def _name_is_plain(name: str) -> None:
     if not re.fullmatch(r"[\w.@+-]+", name) or name.startswith(".") or len(name.encode()) > LONGEST_NAME:
         raise SteerbackError(
-            f"run name {name[:80]!r} may hold letters, digits and . _ - @ + only, not start with a dot, and have at "
+            f"run name {name[:80]!r} may contain only letters, digits and . _ - @ +, not start with a dot, and have at "
             f"most {LONGEST_NAME} bytes"
         )
