@@ -55,9 +55,7 @@ def test_two_processes_on_one_run_are_one_too_many(tmp_path: Path) -> None:
     )
     with Run.start(tmp_path / "a", CONFIG):
         done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], capture_output=True, text=True)
-        assert done.stdout == (
-            f"run 'a' is in use by process {os.getpid()}; wait for it or choose another --name\n"
-        )
+        assert done.stdout == (f"run 'a' is in use by process {os.getpid()}; wait for it or choose another --name\n")
         with Run.read(tmp_path / "a") as reader:  # looking at a run that goes on is fine
             assert reader.config == CONFIG
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], capture_output=True, text=True)

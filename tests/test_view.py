@@ -184,7 +184,9 @@ def test_keys_that_come_faster_than_the_page_are_all_counted(browser: Browser, f
     page = opened.page
     page.keyboard.press("Enter")
     page.wait_for_selector("#response")
-    press = "keys => keys.forEach(key => document.body.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true})))"
+    press = (
+        "keys => keys.forEach(key => document.body.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true})))"
+    )
     page.evaluate(press, ["j", "j", "k", "j", "Escape"])
     page.wait_for_selector("#rows", state="visible")
     opened.until("document.querySelector('tr.current')?.dataset.trial !== undefined")
