@@ -311,11 +311,45 @@ def test_verbs_import_export_merge_and_figures(runs: Runs, capsys: pytest.Captur
     assert after["targets"]["planted"]["conditions"] == before["targets"]["planted"]["conditions"]
 
 
+def test_two_runs_are_compared_on_the_command_line(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    runs.run("esr", *SMALL, name="first")
+    runs.run("meta-prompts", base="first", name="prompted")
+    runs.run("esr", *SMALL, "seeds.latents=7", "seeds.generation=9000", name="others")
+    runs.run("esr", *SMALL, "sampling.temperature=0.9", name="warm")
+    root = ["--runs", str(runs.root)]
+    verb("compare", "first", "warm", *root, "--out", str(runs.root / "cmp"))
+    shown = capsys.readouterr().out
+    files = runs.root / "cmp"
+    assert (files / "compare.txt").read_text() in shown + "\n"
+    assert "   sampling.temperature: 0.6 -> 0.9" in shown
+    assert "20 pairs" in shown
+    assert max(len(line) for line in (files / "compare.txt").read_text().splitlines()[2:]) <= 80
+    rows = list(csv.DictReader(io.StringIO((files / "compare.csv").read_text())))
+    assert json.loads((files / "compare.json").read_text())[0]["metric"] == rows[0]["metric"] == "multi_attempt_rate"
+    own = json.loads((runs.root / "warm" / "summary.json").read_text())["targets"]["planted"]["conditions"]["steered"]
+    for row in rows:
+        estimate = own["headline"][row["metric"]]
+        assert [row["run_b"], row["run_b_n"]] == [
+            "" if estimate["value"] is None else str(estimate["value"]),
+            str(estimate["n"]),
+        ]
+        assert row["paired"] == "True"
+    verb("compare", "first", "others", *root, "--format", "json")
+    (found, *_) = json.loads(capsys.readouterr().out)
+    assert found["paired"] is False
+    assert found["difference"] == pytest.approx(found["run_b"] - found["run_a"])
+    verb("compare", "first", "warm", "--published", *root)
+    assert "not measured" in capsys.readouterr().out
+    with pytest.raises(SteerbackError, match="in common: first has planted: steered; prompted has planted: baseline"):
+        verb("compare", "first", "prompted", *root)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         ["compare", "--format", "xml"],
         ["compare"],
+        ["compare", "one", "two"],
         ["export", "nothing"],
         ["figures"],
         ["import", "missing.json"],

@@ -7,13 +7,14 @@ run.to_pandas().groupby("label").attempts.mean()
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from steerback.config import RunConfig, build_config
+from steerback.config import RunConfig, build_config, differences
 from steerback.errors import SteerbackError as SteerbackError
 from steerback.errors import unknown
 from steerback.jobs import campaign, execute
@@ -25,6 +26,7 @@ from steerback.jobs.loaded import short
 from steerback.records import Intervention as Intervention
 from steerback.records import LatentKey
 from steerback.report.transcripts import choose, row_html, transcript
+from steerback.store.facts import IMPORTED
 from steerback.store.ledger import Row
 from steerback.store.run import Run, find_run, new_run, plain, stored_config
 
@@ -126,6 +128,13 @@ class StudyRun:
 
         with Run.read(self.folder) as opened:
             return trial_table(opened.ledger, self.judge, stage).infer_objects()
+
+    @property
+    def unknown_settings(self) -> frozenset[str]:
+        """The settings that the files of an imported run do not hold."""
+        with Run.read(self.folder) as opened:
+            files = opened.ledger.get("", IMPORTED)
+        return frozenset() if files is None else frozenset(files.unknown)
 
     @cached_property
     def analysis(self) -> Analysis:
@@ -302,25 +311,48 @@ def carry_out_paper(
 
 @dataclass(frozen=True, repr=False)
 class RunComparison:
-    """Two runs compared: `results` holds all tests, `tables` shows them."""
+    """Two runs compared: `results` holds all rates and tests, `table` shows them."""
 
     a: StudyRun
     b: StudyRun
     results: TwoRuns
-    tables: Mapping[str, Table]
+
+    @property
+    def judge(self) -> str:
+        """The judge of both runs, or of each."""
+        return self.a.judge if self.a.judge == self.b.judge else f"{self.a.judge} (a), {self.b.judge} (b)"
+
+    @property
+    def table(self) -> Table:
+        """One row for each compared condition and metric."""
+        from steerback.figures.two_runs import runs_table
+
+        return runs_table(self.results, self.judge)
+
+    @property
+    def settings(self) -> list[str]:
+        """The settings in which run b differs from run a, as `setting: a -> b`; those of imported runs if known."""
+        unknown = self.a.unknown_settings | self.b.unknown_settings
+        known = [x for x in differences(self.a.config, self.b.config) if not x.startswith(tuple(unknown))]
+        return known + ([f"not in the imported files: {', '.join(sorted(unknown))}"] if unknown else [])
+
+    def text(self, width: int = 80) -> str:
+        """Return the runs, the settings that differ, and the rates and differences of each compared condition."""
+        from steerback.figures.two_runs import runs_text
+
+        lines = [f"{side}  {run.folder} ({run.config.experiment})" for side, run in (("a", self.a), ("b", self.b))]
+        lines += [textwrap.fill(x, width, initial_indent="   ", subsequent_indent="     ") for x in self.settings]
+        return "\n".join([*lines, "", runs_text(self.results, self.judge, width)])
 
     def to_pandas(self) -> pd.DataFrame:
         """Return one line for each comparison and metric, with unrounded numbers."""
-        import pandas as pd
-
-        return pd.concat([table.numbers for table in self.tables.values()], ignore_index=True).infer_objects()
+        return self.table.numbers.infer_objects()
 
     def __repr__(self) -> str:
-        names = ", ".join((*self.results.pairs, *self.results.samples))
-        return f"<comparison of run {self.b.name} with run {self.a.name}: {names}>"
+        return f"<comparison of run {self.b.name} with run {self.a.name}: {', '.join(self.results.rates)}>"
 
     def _repr_html_(self) -> str:
-        return "".join(table._repr_html_() for table in self.tables.values())
+        return self.table._repr_html_()
 
 
 def compare(run_a: StudyRun | str | Path, run_b: StudyRun | str | Path, runs: Path | str = RUNS) -> RunComparison:
@@ -330,15 +362,15 @@ def compare(run_a: StudyRun | str | Path, run_b: StudyRun | str | Path, runs: Pa
     latent. Raises SteerbackError if the runs have no condition in common.
     """
     from steerback.analysis.two_runs import compare_runs
-    from steerback.figures.tables import comparison_table, samples_table
 
     a, b = (r if isinstance(r, StudyRun) else open_run(r, runs=runs) for r in (run_a, run_b))
     with Run.read(a.folder) as first, Run.read(b.folder) as second:
         results = compare_runs(first.ledger, second.ledger, (a.judge, b.judge))
-    if not results.pairs and not results.samples:
-        raise SteerbackError(f"runs {a.name} and {b.name} have no measured target and condition in common")
-    judge = a.judge if a.judge == b.judge else f"{a.judge} (a), {b.judge} (b)"
-    tables = {"pairs": comparison_table(results.pairs, judge)} if results.pairs else {}
-    if results.samples:
-        tables["samples"] = samples_table(results.samples, judge)
-    return RunComparison(a, b, results, tables)
+        if not results.rates:
+            held = (f"{r.name} has {_conditions(opened)}" for r, opened in ((a, first), (b, second)))
+            raise SteerbackError(f"the runs have no measured target and condition in common: {'; '.join(held)}")
+    return RunComparison(a, b, results)
+
+
+def _conditions(run: Run) -> str:
+    return ", ".join(f"{target}: {condition}" for target, condition in run.ledger.conditions()) or "none"

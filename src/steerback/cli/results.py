@@ -92,17 +92,27 @@ def show(
 
 def compare(
     names: RunNames = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for compare.txt, .csv and .md.")] = None,
-    form: Annotated[str, typer.Option("--format", help="Printed form: text, csv or markdown.")] = "text",
+    published: Annotated[
+        bool, typer.Option("--published", help="Compare two runs as well with the published numbers.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for compare.txt, .csv, .json and .md.")] = None,
+    form: Annotated[str, typer.Option("--format", help="Printed form: text, csv, json or markdown.")] = "text",
     runs: RunsFolder = RUNS,
 ) -> None:
-    """Published numbers next to measured ones: interval, verdict, known deviations."""
-    from steerback.jobs.campaign import COMPARED, compared
+    """Compare two runs with each other, or one run or several with the published numbers."""
+    from steerback import api
+    from steerback.jobs.campaign import COMPARED, compared, in_form
     from steerback.store.run import finished_runs
 
     if form not in COMPARED:
         raise unknown("format", form, COMPARED)
-    text, paths = compared(finished_runs(names, runs), form, None if out is None else make_folder(out, OTHER))
+    if names is not None and len(names) == 2 and not published:
+        both = api.compare(names[0], names[1], runs)
+        folder = None if out is None else make_folder(out, OTHER)
+        text, paths = in_form(both.table, both.text(), both.table.markdown(), form, folder)
+    else:
+        found = finished_runs(names, runs)
+        text, paths = compared(found, form, None if out is None else make_folder(out, OTHER))
     say(text)
     for path in paths:
         say(f"  {path}")

@@ -6,6 +6,7 @@ They show estimates and comparisons and know nothing of ledgers or experiments.
 from __future__ import annotations
 
 import html
+import json
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from steerback.errors import visible
-from steerback.metrics import METRICS, VARIANTS, Comparison, Estimate, Summary, TwoSampleTest
+from steerback.metrics import METRICS, VARIANTS, Comparison, Estimate, Summary
 from steerback.readers.tables import csv_text
 
 if TYPE_CHECKING:
@@ -64,6 +65,10 @@ class Table:
     def csv(self) -> str:
         """Return comma-separated values with a header line; a missing value is empty."""
         return csv_text([*self.numbers.columns], self.numbers.to_numpy().tolist())
+
+    def json(self) -> str:
+        """Return a list of objects, one a row, with the columns of the CSV; a missing value is null."""
+        return json.dumps(json.loads(self.numbers.to_json(orient="records")), indent=1, ensure_ascii=False) + "\n"
 
     def markdown(self) -> str:
         """Return a pipe table with the caption below."""
@@ -219,21 +224,6 @@ def comparison_table(comparisons: Mapping[str, Comparison], judge: str, metrics:
         "Paired by prompt, seed and latent; 95 % intervals clustered by latent; p from swaps within latents; "
         f"d over latents. Judge: {judge}."
     )
-    return Table(columns, cells, caption, records, left=2)
-
-
-def samples_table(tests: Mapping[str, Mapping[str, TwoSampleTest]], judge: str) -> Table:
-    """One row per comparison of two samples and metric: both values, difference b - a with interval, p values."""
-    cells, records = [], []
-    for name, own in tests.items():
-        for metric, t in own.items():
-            rate = METRICS[metric].rate
-            gap = show(Estimate(t.difference, t.low, t.high, 0, ""), rate, sign=True)
-            values = (number(t.a, rate), number(t.b, rate), gap, p_value(t.p), p_value(t.p_holm))
-            cells.append((name, HEADINGS[metric], *values))
-            records.append({"comparison": name, "judge": judge, **vars(t)})
-    columns = ("comparison", "metric", "a", "b", "b - a", "p", "p (Holm)")
-    caption = f"Not paired: 95 % intervals from resampling latents, p from exchanging latents. Judge: {judge}."
     return Table(columns, cells, caption, records, left=2)
 
 

@@ -25,6 +25,7 @@ from steerback.study.study import UNJUDGED
 
 if TYPE_CHECKING:
     from steerback.experiments.paper import Step
+    from steerback.figures.tables import Table
     from steerback.jobs.check import PreparedRun
 
 
@@ -163,8 +164,8 @@ def report(analysis: Analysis, folder: Path) -> list[str]:
     return [*analysis.shown.warnings, *tables, *analysis.shown.lines, "", *(f"  {path}" for path in files)]
 
 
-COMPARED = {"text": "txt", "csv": "csv", "markdown": "md"}
-"""Forms of the comparison with published numbers, with the suffixes of their files."""
+COMPARED = {"text": "txt", "csv": "csv", "json": "json", "markdown": "md"}
+"""Forms of a comparison, with the suffixes of their files."""
 
 
 def compared(folders: Sequence[Path], form: str, out: Path | None = None) -> tuple[str, list[Path]]:
@@ -172,10 +173,15 @@ def compared(folders: Sequence[Path], form: str, out: Path | None = None) -> tup
     table, notes = comparison(compare_published(folders))
     listed = "\n".join(["", "Deviations that are known:", *notes, ""]) if notes else ""
     wide = 10_000  # one line a row: the terminal wraps or a pager scrolls
-    forms = {"text": table.text(wide) + listed, "csv": table.csv(), "markdown": table.markdown() + listed}
+    return in_form(table, table.text(wide) + listed, table.markdown() + listed, form, out)
+
+
+def in_form(table: Table, text: str, markdown: str, form: str, out: Path | None) -> tuple[str, list[Path]]:
+    """Return a comparison in one of the forms `COMPARED`, and the files of all forms that were written into `out`."""
+    forms = {"text": text, "csv": table.csv(), "json": table.json(), "markdown": markdown}
     if out is None:
         return forms[form], []
-    return forms[form], [write_atomic(out / f"compare.{COMPARED[f]}", text.encode()) for f, text in forms.items()]
+    return forms[form], [write_atomic(out / f"compare.{COMPARED[f]}", part.encode()) for f, part in forms.items()]
 
 
 def results(folders: Sequence[Path], out: Path) -> list[str]:
