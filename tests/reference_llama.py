@@ -23,18 +23,19 @@ def encode(sae: Sae, h: Tensor) -> Tensor:
 
 
 def edit(h: Tensor, items: Sequence[Intervention], layer: int, in_prompt: bool, sae: Sae, steer: int) -> Tensor:
-    """One residual vector after the interventions of `layer`: each clamp from the arriving h, then the additions."""
+    """One residual vector after the interventions of `layer`: clamps and scales from the arriving h, then additions."""
     here = [
         i
         for i in items
         if i.positions in ("all", "prompt" if in_prompt else "generated")
         and (i.layer if i.layer is not None else (steer if i.mode == "add" else sae.layer)) == layer
     ]
-    z = encode(sae, h) if any(i.mode == "clamp" for i in here) else None
+    z = encode(sae, h) if any(i.mode != "add" for i in here) else torch.zeros(0)
     out = h.clone()
     for i in here:
-        row = sae.W_dec[int(i.latent)].double()
-        out += (i.value - z[int(i.latent)]) * row if z is not None and i.mode == "clamp" else i.value * row
+        k = int(i.latent)
+        changes = {"add": lambda v, _: v, "clamp": lambda v, k: v - z[k], "scale": lambda v, k: v * z[k] - z[k]}
+        out += changes[i.mode](i.value, k) * sae.W_dec[k].double()
     return out
 
 

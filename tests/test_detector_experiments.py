@@ -116,23 +116,29 @@ def test_statistics_equal_scipy_on_pairs_that_were_not_searched(runs: Runs) -> N
 
 
 # -- ablations --------------------------------------------------------------------------------------------------------
-def test_ablation_recovers_the_planted_effect_and_dose(runs: Runs) -> None:
-    _, folder = runs.run("detector-ablation", "options.levels=[0.5]", base="detectors")
+@pytest.mark.parametrize("partial", ["scale", "level"])
+def test_ablation_recovers_the_planted_effect_and_dose(runs: Runs, partial: str) -> None:
+    options = ("options.levels=[0.5]", *([] if partial == "scale" else ["options.partial=level"]))
+    name = f"detector-ablation-{partial}"
+    _, folder = runs.run("detector-ablation", *options, base="detectors", name=name)
     found = json.loads((folder / "summary.json").read_text())["targets"]["planted"]
     rates = {c: s["headline"]["multi_attempt_rate"] for c, s in found["conditions"].items()}
     assert [d["latents"] for d in found["doses"]] == [0, 3, 1, 2, 3]  # 0.75 of three is two, as is 0.5: measured once
     for dose in found["doses"]:
-        assert inside(rates[dose["condition"]], RATE * (1 - EFFECT * dose["share"])), dose
+        kept = dose["level"] if partial == "scale" else 0.0
+        assert inside(rates[dose["condition"]], RATE * (1 - EFFECT * dose["share"] * (1 - kept))), dose
     test = found["comparisons"]["ablated"]["tests"]["multi_attempt_rate"]
     assert test["low"] <= -RATE * EFFECT <= test["high"] < 0
     assert test["p_holm"] < 0.05
     assert found["trends"]["multi_attempt_rate"]["high"] < 0
     assert found["comparisons"]["ablated"]["tests"]["mean_first"]["difference"] == pytest.approx(0)
-    with runs.ledger("detector-ablation") as ledger:
-        held = ledger.rows("planted", "measure", "held at 50%")[0].trial.interventions
-    half = {d.latent: d.level / 2 for d in detectors_in(runs, "detector-ablation").detectors}
-    assert {i.latent: i.value for i in held if i.mode == "clamp"} == half
+    condition, mode = {"scale": ("scaled to 50%", "scale"), "level": ("held at 50%", "clamp")}[partial]
+    with runs.ledger(name) as ledger:
+        held = ledger.rows("planted", "measure", condition)[0].trial.interventions
+    half = {d.latent: 0.5 if partial == "scale" else d.level / 2 for d in detectors_in(runs, name).detectors}
+    assert {i.latent: i.value for i in held if i.mode == mode} == half
     assert set(half) == set(DETECTORS)
+    assert len(held) == 1 + len(half)
 
 
 def test_doses_that_come_to_the_same_number_of_detectors_are_measured_once() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,9 @@ PLANS = {
     "add": (ADD,),
     "clamp": (CLAMP,),
     "clamps and add of one latent": (CLAMP, Intervention("clamp", 9, 0.0), Intervention("add", 7, 3.0)),
+    "scale": tuple(Intervention("scale", k, 0.25) for k in range(64)),
+    "scale, clamp and add": (CLAMP, Intervention("scale", 9, -0.5), Intervention("scale", 3, 0.5), ADD),
+    "scale half of the phases": tuple(Intervention("scale", k, 3.0, "generated") for k in range(64)),
     "ten clamps": tuple(Intervention("clamp", k, 0.1 * k) for k in range(20, 30)),
     "prompt only": (Intervention("add", 3, 4.0, "prompt"), Intervention("clamp", 7, 2.5, "prompt")),
     "generated only": (Intervention("add", 3, 4.0, "generated"), Intervention("clamp", 7, 2.5, "generated")),
@@ -67,6 +72,19 @@ def test_steered_run_equals_float64_by_hand(engines: dict[str, TransformersEngin
     assert done.receipt.added_norm == pytest.approx(sum(wanted) / n if n else 0.0, rel=1e-3)
 
 
+def test_a_latent_scaled_to_nothing_is_clamped_to_zero_and_one_kept_whole_is_left_alone(
+    engines: dict[str, TransformersEngine],
+) -> None:
+    engine, ids = engines["jumprelu"], list(range(5, 25))
+    some = range(0, 64, 2)
+    zero = engine.teacher_forced(ids, tuple(Intervention("clamp", k, 0.0) for k in some), 8)
+    assert torch.equal(engine.teacher_forced(ids, tuple(Intervention("scale", k, 0.0) for k in some), 8), zero)
+    whole = engine.teacher_forced(ids, tuple(Intervention("scale", k, 1.0) for k in some), 8)
+    plain = engine.teacher_forced(ids, (), 8)
+    assert torch.equal(whole, plain)
+    assert not torch.allclose(zero, plain, atol=1e-2)
+
+
 def test_steering_changes_the_text(engines: dict[str, TransformersEngine]) -> None:
     requests = [Request(name, PROMPT, 1, GREEDY, items) for name, items in PLANS.items()]
     texts = {done.token_ids for done in collect(engines["relu"], requests).values()}
@@ -106,6 +124,21 @@ def test_edits_the_residual_after_the_named_block(kind: str) -> None:
     assert torch.allclose(forced, wanted, atol=1e-3 * float(wanted.abs().max()))
     unsteered = engine.teacher_forced(ids[0].tolist(), (), 4)
     assert not torch.allclose(forced, unsteered, atol=1e-2 * float(wanted.abs().max()))
+
+
+def test_activations_are_read_where_clamps_act() -> None:
+    """As the preset `authors` has it: clamps at the steer layer, recording at another."""
+    target = dataclasses.replace(tiny.target(), clamp_layer=1)
+    engine = TransformersEngine(tiny.assemble(target, tiny.model(), tiny.tokenizer(), tiny.sae()), 4)
+    sae, prompter = engine.sae, engine.runner.prompter
+    assert sae is not None
+    head, ids = prompter.tokens("why a stone"), prompter.tokens("why a stone", "how to add numbers")
+    with torch.no_grad():
+        states = tiny.model()(torch.tensor([ids]), output_hidden_states=True).hidden_states
+    for at, layer in (("clamp", 1), ("read", engine.runner.site.read_layer)):
+        found = engine.activations(["why a stone"], ["how to add numbers"], at=at, pool="mean")
+        wanted = sae.encode(states[layer + 1][0][len(head) :]).mean(0)
+        np.testing.assert_allclose(found[0], wanted.numpy(), atol=1e-3)
 
 
 def test_activations_equal_the_residual_encoded(engines: dict[str, TransformersEngine]) -> None:
@@ -186,7 +219,7 @@ def test_named_directions_are_added_and_checked() -> None:
             r"request 'k': interventions\[0\].latent 64",
         ),
         (Request("k", PROMPT, 0, GREEDY, (ADD, Intervention("add", 1, 1.0, layer=4))), r"interventions\[1\].layer 4"),
-        (Request("k", PROMPT, 0, GREEDY, (CLAMP, CLAMP)), r"latent 7 is clamped twice at layer 2"),
+        (Request("k", PROMPT, 0, GREEDY, (CLAMP, CLAMP)), r"latent 7 is clamped or scaled twice at layer 2"),
         (Request("k", PROMPT, 0, GREEDY, record=Recording((99,))), r"record.latents 99"),
         (Request("k", PROMPT, 0, GREEDY, record=Recording((1,), layer=9)), r"record.layer 9"),
         (Request("k", PROMPT, 0, Sampling(max_new_tokens=600)), "exceed the model's context of 512"),

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from steerback.engines.interventions import LayerPlan, Site, check, edit, plan_layers, steer
+from steerback.engines.interventions import Clamp, LayerPlan, Site, check, edit, plan_layers, steer
 from steerback.errors import SteerbackError
 from steerback.records import Intervention, Recording
 
@@ -23,17 +23,25 @@ values = st.floats(-8, 8, allow_nan=False)
 @given(
     kind=st.sampled_from(["relu", "jumprelu", "topk"]),
     clamps=st.dictionaries(latents, values, max_size=12),
+    scales=st.dictionaries(latents, values, max_size=12),
     adds=st.lists(st.tuples(latents, values), max_size=6),
     seed=st.integers(0, 1000),
 )
-def test_edit_is_the_formula(kind: str, clamps: dict[int, float], adds: list[tuple[int, float]], seed: int) -> None:
+def test_edit_is_the_formula(
+    kind: str, clamps: dict[int, float], scales: dict[int, float], adds: list[tuple[int, float]], seed: int
+) -> None:
     sae = tiny.sae(kind)
     h = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(seed))
-    plan = LayerPlan(tuple(adds), tuple(clamps.items()))
+    items = [Intervention("clamp", k, v) for k, v in clamps.items()]
+    items += [Intervention("scale", k, s) for k, s in scales.items() if k not in clamps]
+    items += [Intervention("add", k, b, layer=5) for k, b in adds]
+    plan = plan_layers(items, "prompt", SITE).get(5, LayerPlan())
     z, rows = sae.encode(h.double()), sae.W_dec.double()
     wanted = h.double()
     for k, v in clamps.items():
         wanted = wanted + (v - z[..., k : k + 1]) * rows[k]
+    for k in scales.keys() - clamps.keys():
+        wanted = wanted - z[..., k : k + 1] * rows[k] + scales[k] * z[..., k : k + 1] * rows[k]
     for k, b in adds:
         wanted = wanted + b * rows[k]
     assert torch.allclose(edit(h, plan, sae).double(), wanted, atol=1e-4)
@@ -50,7 +58,7 @@ def test_equals_the_authors_form(kind: str) -> None:
     f[:, 4], f[:, 9] = 0.0, 2.0
     f[:, 4] += 3.0
     f[:, 11] += 5.0
-    plan = LayerPlan(add=((4, 3.0), (11, 5.0)), clamp=((4, 0.0), (9, 2.0)))
+    plan = LayerPlan(add=((4, 3.0), (11, 5.0)), clamp=(Clamp(4), Clamp(9, 2.0)))
     assert torch.allclose(edit(h, plan, sae), sae.decode(f) + error, atol=1e-5)
 
 
@@ -58,14 +66,14 @@ def test_clamping_to_the_present_value_changes_nothing() -> None:
     sae = tiny.sae()
     h = torch.randn(32)
     z = sae.encode(h)
-    plan = LayerPlan(clamp=tuple((k, float(z[k])) for k in range(10)))
+    plan = LayerPlan(clamp=tuple(Clamp(k, float(z[k])) for k in range(10)))
     assert torch.allclose(edit(h, plan, sae), h, atol=1e-6)
 
 
 def test_dtype_is_kept_and_the_sum_is_made_in_float32() -> None:
     sae = tiny.sae()
     h = torch.randn(4, 32)
-    plan = LayerPlan(add=((1, 0.7),), clamp=((2, 0.3),))
+    plan = LayerPlan(add=((1, 0.7),), clamp=(Clamp(2, 0.3),))
     half = edit(h.bfloat16(), plan, sae)
     assert half.dtype == torch.bfloat16
     assert torch.equal(half, edit(h.bfloat16().float(), plan, sae).bfloat16())
@@ -77,14 +85,15 @@ def test_positions_and_layers() -> None:
         Intervention("add", 2, 3.0, "generated", layer=0),
         Intervention("clamp", 4, 0.0, "prompt"),
         Intervention("clamp", 5, 1.0, layer=3),
+        Intervention("scale", 6, 0.25, "prompt"),
     )
     assert plan_layers(items, "prompt", SITE) == {
-        3: LayerPlan(((1, 2.0),), ((5, 1.0),)),
-        5: LayerPlan((), ((4, 0.0),)),
+        3: LayerPlan(((1, 2.0),), (Clamp(5, 1.0),)),
+        5: LayerPlan((), (Clamp(4), Clamp(6, removed=0.75))),
     }
     assert plan_layers(items, "generated", SITE) == {
         0: LayerPlan(((2, 3.0),)),
-        3: LayerPlan(((1, 2.0),), ((5, 1.0),)),
+        3: LayerPlan(((1, 2.0),), (Clamp(5, 1.0),)),
     }
     assert plan_layers((), "prompt", SITE) == {}
 
@@ -108,7 +117,9 @@ def test_steer_splits_at_the_prompt() -> None:
         ((Intervention("add", "south", 1.0),), None, "choose one of: north"),
         ((Intervention("clamp", "north", 1.0),), None, "only SAE latents"),
         ((Intervention("add", 1, 1.0, layer=8),), None, r"layer 8 is outside 0\.\.7"),
-        ((Intervention("clamp", 1, 1.0), Intervention("clamp", 1, 2.0, "prompt")), None, "clamped twice at layer 5"),
+        ((Intervention("clamp", 1, 1.0), Intervention("clamp", 1, 2.0, "prompt")), None, "twice at layer 5"),
+        ((Intervention("clamp", 1, 1.0), Intervention("scale", 1, 0.5)), None, "clamped or scaled twice at layer 5"),
+        ((Intervention("scale", "north", 0.5),), None, "only SAE latents"),
         ((), Recording((3, 70)), "record.latents 70"),
         ((), Recording((3,), layer=-1), "record.layer -1"),
     ],

@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from operator import eq
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from steerback.errors import SteerbackError
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-Mode = Literal["add", "clamp"]
+Mode = Literal["add", "clamp", "scale"]
+MODES = get_args(Mode)
 Positions = Literal["all", "generated", "prompt"]
 FinishReason = Literal["stop", "length", "error", "unknown"]  # unknown: imported, and the file does not say
 Status = Literal["scored", "empty", "unscored"]
@@ -67,7 +68,8 @@ class Intervention:
 
     add:   h <- h + value * d, with d the latent's decoder direction (raw decoder units) or the named direction.
     clamp: h <- h + (value - z_k(h)) * W_dec[k], z_k from the residual as it arrives, before any addition.
-    `layer` None means the target's steer layer for additions and the SAE's own layer for clamps.
+    scale: h <- h + (value - 1) * z_k(h) * W_dec[k]: a clamp of each token to `value` times its own activation.
+    `layer` None means the target's steer layer for additions and the layer of its clamps for the other two.
     """
 
     mode: Mode
@@ -77,8 +79,8 @@ class Intervention:
     layer: int | None = None
 
     def __post_init__(self) -> None:
-        if self.mode not in ("add", "clamp"):
-            raise SteerbackError(f"intervention mode {self.mode!r} is not one of: add, clamp")
+        if self.mode not in MODES:
+            raise SteerbackError(f"intervention mode {self.mode!r} is not one of: {', '.join(MODES)}")
         if self.positions not in ("all", "generated", "prompt"):
             raise SteerbackError(f"intervention positions {self.positions!r} is not one of: all, generated, prompt")
         if not abs(self.value) <= FLOAT32_MAX:  # NaN compares false

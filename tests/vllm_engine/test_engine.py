@@ -23,6 +23,12 @@ CASES: dict[str, tuple[Intervention, ...]] = {
     "two additions": (ADD, Intervention("add", 11, -3.0)),
     "clamp": (Intervention("clamp", 5, 3.0), Intervention("clamp", 9, 0.0), Intervention("clamp", 17, -1.0)),
     "add and clamp": (ADD, Intervention("clamp", 3, 1.0), Intervention("clamp", 7, 2.0, layer=1)),
+    "scale": tuple(Intervention("scale", k, 0.25) for k in range(30)),
+    "scale, clamp and add": (
+        ADD,
+        Intervention("scale", 3, 3.0),
+        *(Intervention("clamp", k, 0.0) for k in range(5, 30)),
+    ),
     "prompt": (Intervention("add", 3, 4.0, "prompt"), Intervention("clamp", 8, 2.0, "prompt")),
     "generated": (Intervention("add", 3, 4.0, "generated"), Intervention("clamp", 8, 2.0, "generated")),
     "each its own": (Intervention("add", 3, 4.0, "prompt"), Intervention("add", 4, 3.0, "generated")),
@@ -95,7 +101,7 @@ def random_request(n: int) -> Request:
         if draw.random() < 0.5:
             edits.append(Intervention("add", draw.randrange(96), draw.uniform(-5, 5), positions, layer))
         for latent in draw.sample(range(96), draw.choice([0, 0, 1, 3])):
-            edits.append(Intervention("clamp", latent, draw.uniform(0, 3), positions, layer))
+            edits.append(Intervention(draw.choice(["clamp", "scale"]), latent, draw.uniform(0, 3), positions, layer))
     record = Recording(tuple(draw.sample(range(96), 3))) if draw.random() < 0.4 else None
     return Request(
         f"r{n}",

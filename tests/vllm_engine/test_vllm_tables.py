@@ -22,7 +22,7 @@ from steerback.targets.sae import Kind, Sae
 from steerback.targets.target import SaeSource
 
 D, N, LENGTH = 16, 40, 24
-SITE = Site(n_layers=3, d_model=D, steer_layer=0, sae_layer=1, read_layer=1, n_latents=N, directions=("north",))
+SITE = Site(n_layers=3, d_model=D, steer_layer=0, sae_layer=0, read_layer=1, n_latents=N, directions=("north",))
 
 
 class Layer(nn.Module):
@@ -40,11 +40,12 @@ class Worker:
         self.north = {"north": torch.linspace(-1, 1, D)}
         sizes = (rows, columns, LENGTH * 4, poolers, LENGTH)
         self.settings = TableSettings(SITE, (0, 1), *sizes, "1", "0", SaeSource(""))
-        shared = Shared.empty(self.settings, 64, torch.float32, torch.device("cpu"))
-        tables = {n: LayerTable.empty(self.settings, torch.device("cpu")) for n in (0, 1)}
+        shared = Shared.empty(self.settings, 64, torch.device("cpu"))
+        cpu, pooled = torch.device("cpu"), self.settings.pooled_layers
+        tables = {n: LayerTable.empty(self.settings, cpu, 64 if n in pooled else 0) for n in (0, 1)}
         self.layers = {n: Layer() for n in (0, 1)}
         for n, layer in self.layers.items():
-            steer_layer(layer, shared, tables[n], self.settings, self.sae, reads=poolers > 0 and n == 1)
+            steer_layer(layer, shared, tables[n], self.settings, self.sae)
         self.slots = Slots(self.settings, shared, tables, self.sae, self.north, self.sae)
 
     def step(self, parts: list[tuple[str, Tensor, int]]) -> dict[tuple[str, int], Tensor]:
@@ -71,7 +72,8 @@ def edits(draw: Any) -> tuple[Intervention, ...]:
         for latent in draw(st.lists(st.one_of(st.integers(0, N - 1), st.just("north")), max_size=2)):
             out.append(Intervention("add", latent, draw(st.floats(-5, 5)), positions, layer))
         for latent in draw(st.lists(st.integers(0, N - 1), max_size=3, unique=True)):
-            out.append(Intervention("clamp", latent, draw(st.floats(-2, 4)), positions, layer))
+            mode = draw(st.sampled_from(["clamp", "scale"]))
+            out.append(Intervention(mode, latent, draw(st.floats(-2, 4)), positions, layer))
     return tuple(out)
 
 
@@ -172,11 +174,12 @@ def test_a_step_that_skips_a_position_shows_in_the_receipt() -> None:
     assert (entry["prompt"], entry["generated"]) == (5, 2)
 
 
+@pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("how", ["max", "mean", "active"])
-def test_pooling_over_the_whole_sae(how: Any) -> None:
-    """In chunks, with part of them computed again after a preemption, beside another request."""
+def test_pooling_over_the_whole_sae(how: Any, layer: int) -> None:
+    """In chunks, with part of them computed again after a preemption, beside another request; clamps act at 0."""
     worker, text = Worker("topk"), torch.randn(20, D)
-    worker.slots.admit([Arrival("t", Ticket("t", pool=((2, 5), (9, 20)), how=how).as_args(), 20, 0)])
+    worker.slots.admit([Arrival("t", Ticket("t", layer=layer, pool=((2, 5), (9, 20)), how=how).as_args(), 20, 0)])
     worker.step([("x", torch.randn(3, D), 0), ("t", text[:11], 0)])
     worker.step([("t", text[8:14], 8)])
     worker.step([("t", text[14:], 14)])
@@ -223,4 +226,4 @@ def test_a_layer_without_positions_is_refused() -> None:
 
     worker = Worker("relu")
     with pytest.raises(SteerbackError, match="Blind"):
-        steer_layer(Blind(), worker.slots.shared, worker.slots.tables[0], worker.settings, None, reads=False)
+        steer_layer(Blind(), worker.slots.shared, worker.slots.tables[0], worker.settings, None)

@@ -19,6 +19,10 @@ Pooling = Literal["max", "mean", "active"]
 """Over tokens: the largest activation, the mean one, or the share of tokens at which a latent is active."""
 
 
+ReadAt = Literal["read", "clamp"]
+"""The layer at which activations are read: the target's read layer, or the one at which its clamps act."""
+
+
 class EngineRecord(TypedDict):
     """Everything but the request that shapes a response, JSON-able: `Engine.describe()`.
 
@@ -93,8 +97,9 @@ class Engine(Protocol):
         latents: Sequence[int] | None = None,
         include_prompt: bool = False,
         pool: Pooling = "max",
+        at: ReadAt = "read",
     ) -> NDArray[np.float32]:
-        """Return unsteered SAE activations at the read layer, pooled over the response tokens: (n texts, n latents).
+        """Return unsteered SAE activations at the layer `at`, pooled over the response tokens: (n texts, n latents).
 
         `latents` None means all latents of the SAE. Special and chat-template tokens are excluded; `include_prompt`
         pools over the user's words as well. A text without such tokens gets zeros.

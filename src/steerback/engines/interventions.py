@@ -1,10 +1,10 @@
 """The arithmetic of steering: the single definition that every engine is tested against.
 
-    h' = h + sum_clamp (v_k - z_k(h)) W_dec[k] + sum_add b d
+    h' = h + sum_clamp (v_k - z_k(h)) W_dec[k] + sum_scale (s_k - 1) z_k(h) W_dec[k] + sum_add b d
 
-z_k(h) is read from the residual as it arrives at the block's end: all clamps of a layer see the same h, additions
-come after, so a latent that is both clamped and added ends at v + b and whatever the SAE does not reconstruct is left
-alone (the authors' `dec(f) + err` arithmetic, rearranged).
+z_k(h) is read from the residual as it arrives at the block's end: all clamps of a layer see the same h (scaling is a
+clamp of each token to a share of its own z), additions come after, so a latent that is both clamped and added ends at
+v + b and whatever the SAE does not reconstruct is left alone (the authors' `dec(f) + err` arithmetic, rearranged).
 Pure tensor arithmetic on (..., d); it knows nothing of models, batches or caches.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from steerback.errors import SteerbackError, unknown
 from steerback.records import Intervention, LatentKey, Recording
@@ -20,6 +20,7 @@ from steerback.records import Intervention, LatentKey, Recording
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from steerback.engines.base import ReadAt
     from steerback.targets.sae import Sae
 
 ARITHMETIC_VERSION = "1"
@@ -28,12 +29,20 @@ ARITHMETIC_VERSION = "1"
 Phase = Literal["prompt", "generated"]
 
 
+class Clamp(NamedTuple):
+    """What is done to a latent's activation z: z becomes value + (1 - removed) z."""
+
+    latent: int
+    value: float = 0.0
+    removed: float = 1.0
+
+
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """The edits of one layer in one phase: clamps (latent, value) first, then additions (latent, boost)."""
+    """The edits of one layer in one phase: clamps first, then additions (latent, boost)."""
 
     add: tuple[tuple[LatentKey, float], ...] = ()
-    clamp: tuple[tuple[int, float], ...] = ()
+    clamp: tuple[Clamp, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +63,14 @@ class Site:
     """Latents whose decoder row is zero: steering with one would change nothing."""
 
     def layer_of(self, intervention: Intervention) -> int:
-        """Return the layer of an edit: its own, else the steer layer for an addition and the SAE's for a clamp."""
+        """Return the layer of an edit: its own, else the steer layer for an addition and that of clamps for others."""
         if intervention.layer is not None:
             return intervention.layer
         return self.steer_layer if intervention.mode == "add" else self.sae_layer
+
+    def layer_named(self, at: ReadAt) -> int:
+        """Return the read layer, or that of clamps."""
+        return self.read_layer if at == "read" else self.sae_layer
 
     def record_layer(self, record: Recording | None) -> int | None:
         """Return the layer at which a recording is made: the read layer, unless it names one."""
@@ -69,7 +82,7 @@ class Site:
 def plan_layers(interventions: Sequence[Intervention], phase: Phase, site: Site) -> dict[int, LayerPlan]:
     """Return the edits of `phase` by layer; layers without an edit are absent."""
     adds: dict[int, list[tuple[LatentKey, float]]] = {}
-    clamps: dict[int, list[tuple[int, float]]] = {}
+    clamps: dict[int, list[Clamp]] = {}
     for item in interventions:
         if item.positions not in ("all", phase):
             continue
@@ -77,16 +90,18 @@ def plan_layers(interventions: Sequence[Intervention], phase: Phase, site: Site)
         if item.mode == "add":
             adds.setdefault(layer, []).append((item.latent, item.value))
         elif isinstance(item.latent, int):  # `check` refuses clamps of named directions
-            clamps.setdefault(layer, []).append((item.latent, item.value))
+            exact = item.mode == "clamp"
+            clamp = Clamp(item.latent, item.value) if exact else Clamp(item.latent, removed=1 - item.value)
+            clamps.setdefault(layer, []).append(clamp)
     return {
         layer: LayerPlan(tuple(adds.get(layer, ())), tuple(clamps.get(layer, ())))
         for layer in sorted(adds.keys() | clamps.keys())
     }
 
 
-def clamp_delta(z: Tensor, values: Tensor, decoder: Tensor) -> Tensor:
-    """Return what clamping adds: z and values (..., k), decoder rows (..., k, d) -> (..., d)."""
-    return (values - z) @ decoder
+def clamp_delta(z: Tensor, values: Tensor, removed: Tensor, decoder: Tensor) -> Tensor:
+    """Return what clamping adds: z, values and removed shares (..., k), decoder rows (..., k, d) -> (..., d)."""
+    return (values - removed * z) @ decoder
 
 
 def added_vector(plan: LayerPlan, sae: Sae | None, directions: Mapping[str, Tensor], like: Tensor) -> Tensor:
@@ -117,10 +132,10 @@ def edit(h: Tensor, plan: LayerPlan, sae: Sae | None, directions: Mapping[str, T
     x = h if h.dtype == torch.float64 else h.float()
     out = x
     if plan.clamp and sae is not None:
-        latents = [k for k, _ in plan.clamp]
-        values = torch.tensor([v for _, v in plan.clamp], dtype=x.dtype, device=x.device)
+        latents = [c.latent for c in plan.clamp]
+        values, removed = torch.tensor([c[1:] for c in plan.clamp], dtype=x.dtype, device=x.device).T
         rows = sae.W_dec[latents].to(x.device, x.dtype)
-        out = out + clamp_delta(sae.encode(x, latents), values, rows)
+        out = out + clamp_delta(sae.encode(x, latents), values, removed, rows)
     if plan.add:
         out = out + added_vector(plan, sae, directions or {}, x).to(x.dtype)
     return out.to(h.dtype)
@@ -155,17 +170,17 @@ def check(where: str, interventions: Sequence[Intervention], record: Recording |
         check_layer(f"{field}.layer", item.layer, site)
         _check_latent(f"{field}.latent", item.latent, site)
         _check_direction(f"{field}.latent", item.latent, site)
-        if item.mode != "clamp":
+        if item.mode == "add":
             continue
         if isinstance(item.latent, str):
             raise SteerbackError(
-                f"{field}.latent {item.latent!r} is a named direction; only SAE latents can be clamped"
+                f"{field}.latent {item.latent!r} is a named direction; only SAE latents can be clamped or scaled"
             )
         for phase in phases:
             slot = (site.layer_of(item), item.latent, phase)
             if item.positions in ("all", phase) and slot in seen:
                 raise SteerbackError(
-                    f"{field}.latent {item.latent} is clamped twice at layer {slot[0]}; keep one value"
+                    f"{field}.latent {item.latent} is clamped or scaled twice at layer {slot[0]}; keep one value"
                 )
             if item.positions in ("all", phase):
                 seen.add(slot)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from steerback.engines.base import Pooling
+    from steerback.engines.base import Pooling, ReadAt
 
 RESTART = "Wait, that is not right."
 """Opens each planted second attempt."""
@@ -70,8 +70,8 @@ class PlantedModel:
         """Return the probability that this request's response restarts; 0 where nothing is added."""
         if all(i.mode != "add" or i.value == 0 for i in request.interventions):
             return 0.0
-        clamped = {i.latent for i in request.interventions if i.mode == "clamp"}
-        share = len(clamped & set(self.detectors)) / len(self.detectors) if self.detectors else 0.0
+        lost = {i.latent: 1 - i.value if i.mode == "scale" else 1.0 for i in request.interventions if i.mode != "add"}
+        share = sum(lost.get(k, 0.0) for k in self.detectors) / len(self.detectors) if self.detectors else 0.0
         rate = self.restart_rate * (1 - self.ablation_effect * share)
         for text, factor in self.prompt_factors.items():
             rate *= factor if text in request.prompt else 1.0
@@ -204,6 +204,7 @@ class ScriptedEngine:
         latents: Sequence[int] | None = None,
         include_prompt: bool = False,
         pool: Pooling = "max",
+        at: ReadAt = "read",
     ) -> NDArray[np.float32]:
         """Return sparse noise that depends on the texts; planted detectors fire where a response is not on its prompt.
 

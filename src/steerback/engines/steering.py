@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from steerback.engines.interventions import LayerPlan, Phase, Site, added_vector, clamp_delta, plan_layers
+from steerback.engines.interventions import Clamp, LayerPlan, Phase, Site, added_vector, clamp_delta, plan_layers
 from steerback.records import Receipt, Request
 from steerback.targets.sae import Sae
 
@@ -30,8 +30,8 @@ class Columns:
         self.sae, self.rows, self.device = sae, rows, device
         self.groups: list[dict[str, Tensor]] = []
 
-    def set(self, row: int, latents: Sequence[int], values: Sequence[float] = ()) -> None:
-        """Give a row its latents (and the values to clamp them to)."""
+    def set(self, row: int, latents: Sequence[int], clamps: Sequence[Clamp] = ()) -> None:
+        """Give a row its latents (and what they are clamped to)."""
         while len(self.groups) * GROUP < len(latents):
             self.groups.append(self._empty())
         for n, group in enumerate(self.groups):
@@ -47,9 +47,11 @@ class Columns:
             group["bias"][row, 0, :size] = self.sae.b_enc[own].to(group["bias"])
             group["threshold"][row, 0, :size] = self.sae.threshold[own].to(group["threshold"])
             group["used"][row, 0, :size] = 1
-            if len(values):
+            if clamps:
                 group["decoder"][row, :size] = self.sae.W_dec[own].to(group["decoder"])
-                group["value"][row, 0, :size] = torch.tensor(values[n * GROUP : n * GROUP + size]).to(group["value"])
+                _, values, removed = torch.tensor(clamps[n * GROUP : n * GROUP + size], dtype=torch.float64).T
+                group["value"][row, 0, :size] = values.to(group["value"])
+                group["removed"][row, 0, :size] = removed.to(group["removed"])
 
     def read(self, x: Tensor, group: dict[str, Tensor], full: Tensor | None) -> Tensor:
         """Return z (rows, Q, GROUP) of one group; `full` is the TopK code of x, which cannot be read by columns."""
@@ -69,6 +71,7 @@ class Columns:
             "bias": (rows, 1, GROUP),
             "threshold": (rows, 1, GROUP),
             "value": (rows, 1, GROUP),
+            "removed": (rows, 1, GROUP),
             "used": (rows, 1, GROUP),
         }
         group = {name: torch.zeros(shape, device=self.device) for name, shape in shapes.items()}
@@ -97,7 +100,7 @@ class LayerEdits:
         self.add[row] = 0 if plan is None else added_vector(plan, sae, directions, self.add)
         clamp = () if plan is None else plan.clamp
         if self._columns is not None and (clamp or row in self._clamped):
-            self._columns.set(row, [k for k, _ in clamp], [v for _, v in clamp])
+            self._columns.set(row, [c.latent for c in clamp], clamp)
             (self._clamped.add if clamp else self._clamped.discard)(row)
 
     def delta(self, h: Tensor) -> Tensor:
@@ -109,7 +112,7 @@ class LayerEdits:
         full = self._columns.full(x)
         for group in self._columns.groups:
             z = self._columns.read(x, group, full)
-            total = clamp_delta(z, group["value"], group["decoder"]) + total
+            total = clamp_delta(z, group["value"], group["removed"], group["decoder"]) + total
         return total
 
 

@@ -1,15 +1,15 @@
 """Experiment 3, second phase: off-topic detectors clamped to zero (Fig. 5).
 
 The baseline's trials are replayed with the same prompts, seeds and boosts, and with the detectors clamped. A dose curve
-clamps the best quarter, half and three quarters of the detectors to zero. Partial clamps hold all of them at a fixed
-part of their level on mismatched pairs.
+clamps the best quarter, half and three quarters of the detectors to zero. Partial clamps leave all of them a part of
+their activity.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -17,7 +17,7 @@ from steerback.config import RunConfig
 from steerback.experiments.base import Experiment
 from steerback.experiments.detectors import AUTHORS, SearchOptions, detectors_of, search_responses
 from steerback.records import Intervention
-from steerback.store.facts import ABLATED, BASELINE, DOSES, Dose
+from steerback.store.facts import ABLATED, BASELINE, DOSES, Detector, Dose
 from steerback.study.study import Study
 
 
@@ -27,7 +27,10 @@ class DetectorAblationOptions(SearchOptions):
     doses: list[Annotated[float, Field(gt=0, lt=1)]] = Field([0.25, 0.5, 0.75])
     """Shares of the detectors, best first."""
     levels: list[Annotated[float, Field(gt=0)]] = Field([0.25, 0.5])
-    """Partial clamps: all detectors held at this part of their level on mismatched pairs."""
+    """Partial clamps: all detectors keep this part of their activity."""
+    partial: Literal["scale", "level"] = "scale"
+    """`scale`: each token keeps that part of its own activation; `level`: every token is held at that part of the
+    detector's mean max-pooled activation on mismatched pairs."""
 
 
 class DetectorAblation(Experiment[DetectorAblationOptions]):
@@ -50,8 +53,14 @@ class DetectorAblation(Experiment[DetectorAblationOptions]):
         return [
             Dose(condition=ABLATED, share=1.0, level=0.0),
             *(Dose(condition=f"{ABLATED} {x:.0%}", share=x, level=0.0) for x in sorted(set(self.options.doses))),
-            *(Dose(condition=f"held at {x:.0%}", share=1.0, level=x) for x in sorted(set(self.options.levels))),
+            *(self._partial(level) for level in sorted(set(self.options.levels))),
         ]
+
+    def _partial(self, level: float) -> Dose:
+        scaled = self.options.partial == "scale"
+        return Dose(
+            condition=f"{'scaled to' if scaled else 'held at'} {level:.0%}", share=1.0, level=level, scaled=scaled
+        )
 
     async def run(self, study: Study) -> None:
         """Measure the baseline, all detectors at zero, then the doses and the partial clamps."""
@@ -61,7 +70,7 @@ class DetectorAblation(Experiment[DetectorAblationOptions]):
         await study.baseline()
         for dose in doses:
             if dose.latents:
-                await ablate(study, dose.condition, {d.latent: dose.level * d.level for d in detectors[: dose.latents]})
+                await clamp(study, dose.condition, clamps_of(dose, detectors[: dose.latents]))
 
 
 def distinct(doses: list[Dose], size: int) -> list[Dose]:
@@ -73,13 +82,24 @@ def distinct(doses: list[Dose], size: int) -> list[Dose]:
     kept: dict[tuple[int, float], Dose] = {}
     for dose in doses:
         number = math.floor(dose.share * size + 0.5)
-        exact = Dose(condition=dose.condition, share=number / size, level=dose.level, latents=number)
+        exact = dose.model_copy(update={"share": number / size, "latents": number})
         key = (number, dose.level)
         kept[key] = kept.pop(key, exact)
     return list(kept.values())
 
 
-async def ablate(study: Study, condition: str, values: Mapping[int, float]) -> None:
-    """Replay every grid point with latents clamped to `values`."""
-    clamps = [Intervention("clamp", k, v) for k, v in values.items()]
+def clamps_of(dose: Dose, detectors: Sequence[Detector]) -> list[Intervention]:
+    """Return what a dose does to its detectors."""
+    if dose.scaled:
+        return [Intervention("scale", d.latent, dose.level) for d in detectors]
+    return [Intervention("clamp", d.latent, dose.level * d.level) for d in detectors]
+
+
+async def ablate(study: Study, condition: str, latents: Sequence[int]) -> None:
+    """Replay every grid point with latents clamped to zero."""
+    await clamp(study, condition, [Intervention("clamp", k, 0.0) for k in latents])
+
+
+async def clamp(study: Study, condition: str, clamps: Sequence[Intervention]) -> None:
+    """Replay every grid point with the clamps besides its own edits."""
     await study.measure(condition, [study.at(cell, condition, clamps=clamps) for cell in await study.cells()])

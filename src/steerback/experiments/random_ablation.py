@@ -52,25 +52,28 @@ class RandomAblation(Experiment[RandomAblationOptions]):
         """Measure the baseline, the detectors clamped to zero, then every random set clamped to zero."""
         latents = (await detectors_of(study, self.options)).latents
         rows = await study.baseline_rows()
-        await ablate(study, ABLATED, dict.fromkeys(latents, 0.0))
+        await ablate(study, ABLATED, latents)
         control = study.run.ledger.get(study.name, RANDOM_SETS)
         if control is None:
             control = self._draw(study, rows, latents)
             study.run.ledger.put(study.name, RANDOM_SETS, control)
         for condition, members in zip(control.conditions, control.sets, strict=True):
-            await ablate(study, condition, dict.fromkeys(members, 0.0))
+            await ablate(study, condition, members)
 
     def _draw(self, study: Study, rows: Sequence[Row], latents: Sequence[int]) -> ControlSets:
         """Draw random sets that are matched on the responses of `rows`; steered latents are never drawn.
 
-        Activities are read on the steered texts without steering, because at the steered layer a clamp acts on these.
+        Activities are read on the steered texts at the layer where clamps act, without steering: where that is the
+        layer that is steered, a clamp acts on just these.
         """
         from steerback.latents.matching import LatentActivity, matched_sets, uniform_sets
 
         number = study.target.random_sets if self.options.sets is None else self.options.sets
         texts = [(r.trial.prompt, r.completion.text) for r in rows if r.completion is not None and r.completion.text]
         prompts, responses = zip(*texts, strict=True)
-        means, frequencies = (study.engine.activations(prompts, responses, pool=p) for p in ("mean", "active"))
+        means, frequencies = (
+            study.engine.activations(prompts, responses, pool=p, at="clamp") for p in ("mean", "active")
+        )
         activity = LatentActivity.measure(means, frequencies, study.engine.decoder_norms())
         steered = {r.trial.latent for r in rows if isinstance(r.trial.latent, int)}
         choose = matched_sets if self.options.draw == "matched" else uniform_sets

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN = ("multi_attempt_rate", "esr_rate", "msi", "mean_first")
+PARTIAL = {
+    True: "all of them, each token at a part of its own activation",
+    False: "all of them held at a part of their mean level on mismatched pairs",
+}
 
 
 def present(results: AblationResults) -> Presentation:
@@ -49,10 +53,11 @@ def _slope(trend: Trend) -> str:
 @style.styled
 def draw(measured: Measured, doses: Mapping[str, Sequence[Dose]], note: str = "") -> Figure:
     """One row of panels a metric: by the share of detectors clamped and, if there are any, by partial clamps."""
-    levels = any(dose.level for points in doses.values() for dose in points)
+    partial = [dose for points in doses.values() for dose in points if dose.level]
+    levels, scaled = bool(partial), all(dose.scaled for dose in partial)
     words = (
         "Left: the best detectors clamped to zero, by the share of them that is clamped"
-        + ("; right: all of them held at a part of their mean level on mismatched pairs" if levels else "")
+        + (f"; right: {PARTIAL[scaled]}" if levels else "")
         + ". Bottom: numbers of responses. "
     )
     by: tuple[Literal["share", "level"], ...] = ("share", "level") if levels else ("share",)
@@ -72,7 +77,12 @@ def draw(measured: Measured, doses: Mapping[str, Sequence[Dose]], note: str = ""
         numbers = {t: {100 * x: s["msi"].n for x, s in _along(measured.of(t), p, kind)} for t, p in doses.items()}
         several = len(numbers) > 1
         panels.counts_below(ax, [(style.plain(t) if several else "n", colours[t], n) for t, n in numbers.items()])
-        ax.set_xlabel({"share": "detectors clamped (%)", "level": "all held at (% of level)"}[kind])
+        ax.set_xlabel(
+            {
+                "share": "detectors clamped (%)",
+                "level": "all keep (% of own activation)" if scaled else "all held at (% of level)",
+            }[kind]
+        )
     from matplotlib.lines import Line2D
 
     dashed = Line2D([], [], color=style.GREY, linewidth=0.8, linestyle=style.DASHED)

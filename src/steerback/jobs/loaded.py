@@ -28,6 +28,8 @@ from steerback.records import (
 from steerback.report.transcripts import Marks, marked_html, print_marked
 from steerback.targets import Target, resolve
 
+EDITED = {"add": "boost", "clamp": "clamped to", "scale": "scaled by"}
+
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
@@ -225,8 +227,7 @@ class LoadedTarget:
         for edit in request.interventions:
             label = labels.get(edit.latent) if isinstance(edit.latent, int) else None
             name = f"latent {one_line(edit.latent)}{f' ({one_line(label)})' if label else ''}"
-            how = f"boost {edit.value:g}" if edit.mode == "add" else f"clamped to {edit.value:g}"
-            edits.append(f"{name} {how}")
+            edits.append(f"{name} {EDITED[edit.mode]} {edit.value:g}")
         if not edits:
             return f"unsteered, seed {request.seed}"
         done = f"{receipt.positions} positions steered, mean norm added {receipt.added_norm:.4g}"

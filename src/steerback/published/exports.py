@@ -31,7 +31,7 @@ def _body(run: Run, target: str, condition: str, judge: str, rows: Sequence[Row]
     for row in rows:
         by_latent.setdefault(row.trial.latent, []).append(row)
     config = run.config.of(target)
-    clamped = {i.latent for row in rows for i in row.trial.interventions if i.mode == "clamp"}
+    clamped = {i.latent for row in rows for i in row.trial.interventions if i.mode == "clamp" and not i.value}
     facts = {name: value for owner, name, value in run.ledger.facts() if owner == target and name in EXPORTED_FACTS}
     return {
         "experiment_config": {

@@ -42,7 +42,7 @@ def _arm(arm: ForkedArm, edits: list[Intervention]) -> dict[str, object]:
     tests = [] if arm.comparison is None else [(NAMES[m], p_value(arm.comparison[m].p_holm)) for m in TESTED]
     return {
         "name": arm.name,
-        "edits": [f"{e.mode} {e.latent} {'to' if e.mode == 'clamp' else 'x'} {e.value:.4g}" for e in edits],
+        "edits": [f"{e.mode} {e.latent} {'x' if e.mode == 'add' else 'to'} {e.value:.4g}" for e in edits],
         "n": rate.n,
         "left": left_out(arm),
         "rate": [rate.value, rate.low, rate.high],

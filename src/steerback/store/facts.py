@@ -144,14 +144,18 @@ class PrefixPairs(Record):
 
 
 class Dose(Record):
-    """Clamp condition: share of the detectors that is clamped (`latents` of them), and the part of their level they
+    """Clamp condition: share of the detectors that is clamped (`latents` of them), and the part of their activity they
     keep.
+
+    `scaled`: each token keeps `level` of its own activation; else every token is held at `level` of the detector's mean
+    activation on mismatched pairs.
     """
 
     condition: str
     share: float
     level: float
     latents: int = 0
+    scaled: bool = False
 
 
 class Detector(Record):

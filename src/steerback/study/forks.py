@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from steerback.errors import SteerbackError, unknown
-from steerback.records import Intervention, LatentKey, Prefix, Trial
+from steerback.records import MODES, Intervention, LatentKey, Prefix, Trial
 from steerback.store.facts import FORK, Fork, ForkArm
 from steerback.store.ledger import Row
 from steerback.study.study import SEED_OFFSETS
 
 ON, OFF, CLAMPED = "steering on", "steering off", "detectors clamped"
 NAME = re.compile(r"[\w][\w .+-]{0,39}")
-EDITS = ("boost:VALUE", "add:LATENT:VALUE", "clamp:LATENT:VALUE")
+EDITS = ("boost:VALUE", *(f"{mode}:LATENT:VALUE" for mode in MODES))
 
 
 def usual_arms(trial: Trial) -> list[ForkArm]:
@@ -59,20 +59,21 @@ def own_arm(trial: Trial, text: str) -> ForkArm:
     for part in described.split(";"):
         kind, *rest = part.strip().split(":")
         number = _number(rest[-1]) if rest else None
-        if number is None or kind not in ("boost", "add", "clamp") or len(rest) != (1 if kind == "boost" else 2):
+        mode = next((mode for mode in MODES if mode == kind), None)
+        if number is None or (mode is None and kind != "boost") or len(rest) != (1 if mode is None else 2):
             raise unknown("edit", part.strip(), EDITS)
-        if kind == "boost":
+        if mode is None:
             edits = boosted(trial, number).edits
         else:
             latent: LatentKey = int(rest[0]) if rest[0].isdecimal() else rest[0]
-            edits = _with(edits, [Intervention("add" if kind == "add" else "clamp", latent, number)])
+            edits = _with(edits, [Intervention(mode, latent, number)])
     return ForkArm(name=name, edits=edits)
 
 
 def _with(edits: Sequence[Intervention], more: Sequence[Intervention]) -> list[Intervention]:
-    """Return edits with more of them; a clamp replaces an earlier one of the same latent."""
-    clamps = {e.latent for e in more if e.mode == "clamp"}
-    return [*(e for e in edits if e.mode != "clamp" or e.latent not in clamps), *more]
+    """Return edits with more of them; a clamp or scale replaces an earlier one of the same latent."""
+    clamps = {e.latent for e in more if e.mode != "add"}
+    return [*(e for e in edits if e.mode == "add" or e.latent not in clamps), *more]
 
 
 def _number(text: str) -> float | None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from steerback.engines.base import Pooling
+    from steerback.engines.base import Pooling, ReadAt
     from steerback.targets import Target
 
 POLL = 1.0
@@ -85,6 +85,7 @@ class RayEngine:
         latents: Sequence[int] | None = None,
         include_prompt: bool = False,
         pool: Pooling = "max",
+        at: ReadAt = "read",
     ) -> NDArray[np.float32]:
         """Return pooled activations, read by all workers; see `Engine.activations`."""
         import numpy as np
@@ -93,7 +94,8 @@ class RayEngine:
         chosen = None if latents is None else list(latents)
         starts = range(0, max(len(prompts), 1), size)  # no text at all: one empty piece, for the checks and the shape
         pieces = [
-            (list(prompts[n : n + size]), list(responses[n : n + size]), chosen, include_prompt, pool) for n in starts
+            (list(prompts[n : n + size]), list(responses[n : n + size]), chosen, include_prompt, pool, at)
+            for n in starts
         ]
         return np.concatenate(self._everywhere("activations", pieces))
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from steerback.engines.base import Pooling
+    from steerback.engines.base import Pooling, ReadAt
     from steerback.targets import Target
 
 QUESTION = "What is the capital of France?"
@@ -264,6 +264,7 @@ class VllmEngine:
         latents: Sequence[int] | None = None,
         include_prompt: bool = False,
         pool: Pooling = "max",
+        at: ReadAt = "read",
     ) -> NDArray[np.float32]:
         """Return unsteered SAE activations, pooled on the device while it reads the texts; see `Engine.activations`."""
         site = self.settings.site
@@ -277,7 +278,7 @@ class VllmEngine:
             positions = sorted([*text.user, *text.response] if include_prompt else text.response)
             if not positions:
                 continue
-            ticket = Ticket(f"activations/{n}", pool=_spans(positions), how=pool)
+            ticket = Ticket(f"activations/{n}", layer=site.layer_named(at), pool=_spans(positions), how=pool)
             job = VllmJob(ticket, text.token_ids, {"max_tokens": 1, "temperature": 0.0, "detokenize": False})
             pending.append((n, self._drivers[n % len(self._drivers)].submit(job)))
         while pending:

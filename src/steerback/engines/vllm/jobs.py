@@ -95,7 +95,7 @@ def steering_fault(
     if not latents:
         return None
     few = range(min(site.n_latents, settings.columns, 3))
-    clamps = [Intervention("clamp", k, 1.5, layer=n) for k in few for n in settings.layers]
+    clamps = [Intervention("scale" if k % 2 else "clamp", k, 1.5, layer=n) for k in few for n in settings.layers]
     mixed = Ticket("check", (Intervention("add", latents[0], 2.0, "generated"), *clamps))
     for error in driver.call("steerback_check", mixed.as_args(), 0):
         if not error < TOLERANCE:  # nor NaN

@@ -56,6 +56,11 @@ class TableSettings:
     sae: SaeSource | None = None
     directions: str | None = None
 
+    @property
+    def pooled_layers(self) -> tuple[int, ...]:
+        """Return the layers at which texts can be pooled."""
+        return tuple(sorted({self.site.read_layer, self.site.sae_layer})) if self.poolers else ()
+
     def as_config(self) -> dict[str, object]:
         """Return the JSON-able form for `additional_config`."""
         return {KEY: asdict(self)}
@@ -71,7 +76,8 @@ class Ticket:
     """A request's instructions to the worker, small enough to be sent with each. `key` is unique in an engine's life.
 
     `prompt` is the first generated position (None: the request's own prompt length); `until` the last position + 1 it
-    can reach; `pool` pairs [first, last + 1) of positions over which all latents are pooled, in the way `how`.
+    can reach; `pool` pairs [first, last + 1) of positions over which all latents are pooled, in the way `how`. `layer`:
+    where is recorded or pooled.
     """
 
     key: str
@@ -89,8 +95,8 @@ class Ticket:
         return not (self.edits or self.record or self.pool)
 
     def latents(self) -> frozenset[int]:
-        """Return the latents that need a column: those clamped and those recorded."""
-        clamped = {i.latent for i in self.edits if i.mode == "clamp" and isinstance(i.latent, int)}
+        """Return the latents that need a column: those clamped or scaled and those recorded."""
+        clamped = {i.latent for i in self.edits if i.mode != "add" and isinstance(i.latent, int)}
         return frozenset(clamped | set(self.record))
 
     def salt(self, prompt_tokens: int) -> str | None:

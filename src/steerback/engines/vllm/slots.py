@@ -192,7 +192,7 @@ class Slots:
         table.active.index_copy_(0, cells, self._send(active))
         additions, which = self._additions([plan for _, plan in plans_flat])
         table.add.index_copy_(0, cells, self._send(additions)[self._send(which)])
-        if table.used.shape[1]:
+        if table.value.shape[1]:
             self._write_clamps(table, cells, plans_flat)
             self._write_records(layer, table, self._send(rows), [slot for slot, _, _ in chosen])
         marks = table.marks.view(-1, self.settings.length)
@@ -216,15 +216,15 @@ class Slots:
         return out, torch.tensor(which)
 
     def _write_clamps(self, table: LayerTable, cells: Tensor, plans: Sequence[tuple[Slot, LayerPlan | None]]) -> None:
-        value = np.zeros((len(plans), table.used.shape[1]), dtype=np.float32)
-        used = np.zeros_like(value)
+        value = np.zeros((len(plans), table.value.shape[1]), dtype=np.float32)
+        removed = np.zeros_like(value)
         for n, (slot, plan) in enumerate(plans):
             if plan is not None and plan.clamp:
-                at = [slot.columns[latent] for latent, _ in plan.clamp]
-                value[n, at] = [wanted for _, wanted in plan.clamp]
-                used[n, at] = 1
+                at = [slot.columns[clamp.latent] for clamp in plan.clamp]
+                value[n, at] = [clamp.value for clamp in plan.clamp]
+                removed[n, at] = [clamp.removed for clamp in plan.clamp]
         table.value.index_copy_(0, cells, self._send(torch.from_numpy(value)))
-        table.used.index_copy_(0, cells, self._send(torch.from_numpy(used)))
+        table.removed.index_copy_(0, cells, self._send(torch.from_numpy(removed)))
 
     def _write_records(self, layer: int, table: LayerTable, rows: Tensor, slots: Sequence[Slot]) -> None:
         place = np.full((len(slots), table.slot.shape[1]), -1, dtype=np.int32)
@@ -289,8 +289,9 @@ class Slots:
         for slot, at in self._pooling:
             assert self.whole is not None
             total = self.pooled[slot.pooler]
+            residual = self.tables[slot.ticket.layer].residual
             for first in range(0, len(at), POOL_CHUNK):
-                z = _encode(self.whole, self.shared.residual[self._send(at[first : first + POOL_CHUNK])].float())
+                z = _encode(self.whole, residual[self._send(at[first : first + POOL_CHUNK])].float())
                 if slot.ticket.how == "max":
                     torch.maximum(total, z.amax(dim=0), out=total)
                 else:

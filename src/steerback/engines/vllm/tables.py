@@ -33,7 +33,6 @@ class Shared:
     row (T,) the row of each token of this step; prompt (R,) its prompt length; encoder (d, U), bias (U,),
     threshold (U,), decoder (U, d) the latents in use; latent (U,) their numbers; start, width, until (R,) where a row
     records; slot (R, U) each column's place in that record, -1 for none; kept (n,) all records, cell 0 for waste.
-    residual (T, d) the residual that arrived at the read layer (T = 0 where no text is pooled).
     """
 
     row: Tensor
@@ -47,10 +46,9 @@ class Shared:
     width: Tensor
     until: Tensor
     kept: Tensor
-    residual: Tensor
 
     @classmethod
-    def empty(cls, settings: TableSettings, tokens: int, dtype: torch.dtype, device: torch.device) -> Shared:
+    def empty(cls, settings: TableSettings, tokens: int, device: torch.device) -> Shared:
         rows, d = settings.rows + 1, settings.site.d_model
         columns = settings.columns if settings.sae else 0
 
@@ -72,36 +70,40 @@ class Shared:
             width=whole(rows),
             until=whole(rows),
             kept=real(1 + (settings.rows * settings.room if columns else 0)),
-            residual=torch.zeros(tokens if settings.poolers else 0, d, dtype=dtype, device=device),
         )
 
 
 @dataclass(frozen=True, eq=False)
 class LayerTable:
-    """One layer's edits: add (2R, d), active (2R,) whether the cell edits; value and used (2R, U) its clamps.
+    """One layer's edits: add (2R, d), active (2R,) whether the cell edits; value and removed (2R, U) its clamps.
 
     marks (R * L,) is what was done: the norm added at each position of each row. slot (R, U) says which columns a row
-    records here.
+    records here. residual (T, d) is what arrived here (T = 0 where no text is pooled).
     """
 
     add: Tensor
     active: Tensor
     value: Tensor
-    used: Tensor
+    removed: Tensor
     slot: Tensor
     marks: Tensor
+    residual: Tensor
 
     @classmethod
-    def empty(cls, settings: TableSettings, device: torch.device) -> LayerTable:
+    def empty(
+        cls, settings: TableSettings, device: torch.device, pooled: int = 0, dtype: torch.dtype = torch.float32
+    ) -> LayerTable:
+        """Return empty tables; `pooled`: the tokens of a step whose residuals are kept, in `dtype`."""
         rows = settings.rows + 1
         columns = settings.columns if settings.sae else 0
         return cls(
             add=torch.zeros(2 * rows, settings.site.d_model, device=device),
             active=torch.zeros(2 * rows, dtype=torch.bool, device=device),
             value=torch.zeros(2 * rows, columns, device=device),
-            used=torch.zeros(2 * rows, columns, device=device),
+            removed=torch.zeros(2 * rows, columns, device=device),
             slot=torch.full((rows, columns), -1, dtype=torch.int32, device=device),
             marks=torch.full((rows * settings.length,), UNEDITED, device=device),
+            residual=torch.zeros(pooled, settings.site.d_model, dtype=dtype, device=device),
         )
 
 
@@ -132,7 +134,7 @@ class Steered(nn.Module):
     steerback_add: Tensor
     steerback_active: Tensor
     steerback_value: Tensor
-    steerback_used: Tensor
+    steerback_removed: Tensor
     steerback_slot: Tensor
     steerback_marks: Tensor
     steerback_whole_encoder: Tensor
@@ -155,7 +157,7 @@ def edit(layer: Steered, positions: Tensor, hidden: Tensor, residual: Tensor | N
     if layer.steerback_kind is not None:
         h = hidden.float() if residual is None else hidden.float() + residual.float()
         z = _read(layer, h)
-        clamped = layer.steerback_used[cell] * (layer.steerback_value[cell] - z)
+        clamped = layer.steerback_value[cell] - layer.steerback_removed[cell] * z
         delta = delta + clamped @ layer.steerback_decoder
         _record(layer, row, positions, z)
         if layer.steerback_reads:
@@ -185,9 +187,7 @@ def _record(layer: Steered, row: Tensor, positions: Tensor, z: Tensor) -> None:
     layer.steerback_kept.index_put_((torch.where(wanted, line[:, None] + slot, 0),), z)
 
 
-def steer_layer(
-    layer: nn.Module, shared: Shared, table: LayerTable, settings: TableSettings, sae: Sae | None, reads: bool
-) -> None:
+def steer_layer(layer: nn.Module, shared: Shared, table: LayerTable, settings: TableSettings, sae: Sae | None) -> None:
     """Turn a loaded decoder layer into a steered one, in place.
 
     The class is swapped rather than the module wrapped: names of weights stay what vLLM's loaders and LoRA expect.
@@ -202,7 +202,7 @@ def steer_layer(
     layer.steerback_length = settings.length
     layer.steerback_kind = None if sae is None else sae.kind
     layer.steerback_k = 0 if sae is None or sae.k is None else sae.k
-    layer.steerback_reads = reads
+    layer.steerback_reads = len(table.residual) > 0
     for source in (shared, table):
         for name, tensor in vars(source).items():
             layer.register_buffer(f"steerback_{name}", tensor, persistent=False)

@@ -86,11 +86,14 @@ def install(runner: ModelRunner, settings: TableSettings, device: torch.device, 
     whole = None
     if sae is not None and (sae.kind == "topk" or settings.poolers):
         whole = replace(sae, W_dec=sae.W_dec[:0]).to(device, torch.float32)  # all of the encoder
-    shared = Shared.empty(settings, token_room(runner), runner.model_config.dtype, device)
-    tables = {layer: LayerTable.empty(settings, device) for layer in settings.layers}
+    tokens, dtype = token_room(runner), runner.model_config.dtype
+    shared = Shared.empty(settings, tokens, device)
+    tables = {
+        layer: LayerTable.empty(settings, device, tokens if layer in settings.pooled_layers else 0, dtype)
+        for layer in settings.layers
+    }
     for layer, table in tables.items():
-        reads = settings.poolers > 0 and layer == settings.site.read_layer
-        steer_layer(layers[layer], shared, table, settings, whole or sae, reads)
+        steer_layer(layers[layer], shared, table, settings, whole or sae)
     slots = Slots(settings, shared, tables, sae, load_directions(settings), whole)
     follow(runner, slots)
     return slots
