@@ -10,8 +10,13 @@ from planted import Runs, thresholds
 from steerback.engines.scripted import PlantedModel
 from steerback.errors import SteerbackError
 from steerback.figures import style
+from steerback.published.authors import import_authors
+from steerback.records import Spend
+from steerback.store.facts import IMPORTED, JUDGE_SPEND
+from steerback.store.ledger import Ledger
 from steerback.store.merge import merge
-from test_authors_files import analysed
+from steerback.store.run import Run
+from test_authors_files import analysed, attempts, feature, result, trial, write
 
 
 @pytest.fixture(autouse=True)
@@ -61,3 +66,47 @@ def test_runs_of_other_plans_are_not_merged(tmp_path: Path, monkeypatch: pytest.
         merge([tmp_path / "a"], tmp_path / "c")
     with pytest.raises(SteerbackError, match="new run"):
         merge([tmp_path / "a", tmp_path / "b"], tmp_path / "b")
+
+
+def test_the_spending_on_judges_is_added_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = Runs(tmp_path, monkeypatch, PlantedModel(thresholds=thresholds()))
+    small = ("n_latents=3", "trials_per_latent=3")
+    for name, spent in (("whole", Spend(10, 200, 30, 0.5)), ("half", Spend(4, 80, 12, 0.25))):
+        _, folder = runs.run("esr", *small, *(["limit=5"] if name == "half" else []), name=name)
+        with Run.reopen(folder) as run:
+            run.add_spend("haiku", spent)
+    merge([tmp_path / "half", tmp_path / "whole"], tmp_path / "joined")
+    assert runs.ledger("joined").get("", JUDGE_SPEND) == {"haiku": Spend(14, 280, 42, 0.75)}
+
+
+def imported(folder: Path, index: int, model: str, **config: object) -> Path:
+    features = [feature(index, [trial(attempts(30)), trial(attempts(20, 60), 2, seed=5)])]
+    file = write(folder.parent / f"{folder.name} results.json", result(features, config={"model_name": model} | config))
+    import_authors([file], folder)
+    return folder
+
+
+def test_imported_runs_are_merged_or_their_clashing_trials_named(tmp_path: Path) -> None:
+    a = imported(tmp_path / "a", 7, "Llama-3.1-8B", n_trials_per_feature=5)
+    b = imported(tmp_path / "b", 9, "gemma-2-2b", n_trials_per_feature=10)
+    merge([a, b], tmp_path / "joined")
+    with Ledger(tmp_path / "joined" / "ledger.sqlite", read_only=True) as ledger:
+        assert len(ledger.rows()) == 4
+        files = ledger.get("", IMPORTED)
+    assert files is not None
+    assert files.files == ["a results.json", "b results.json"]
+    assert files.counts["trials"] == 4
+    assert "trials_per_latent" in files.unknown
+    assert [*analysed(tmp_path / "joined").summary["targets"]] == ["llama-3.1-8b", "gemma-2-2b"]
+    c = imported(tmp_path / "c", 8, "gemma-2-2b")
+    message = (
+        r"2 trials clash: gemma-2-2b/measure/steered/0 is latent 9, seed 123, 'Explain how rainbows form.' in b and "
+        r"latent 8, .* in c; .*steered/1 .*import their files together: steerback import "
+        r"'b results.json' 'c results.json' --name NAME"
+    )
+    with pytest.raises(SteerbackError, match=message):
+        merge([b, c], tmp_path / "no")
+    d = imported(tmp_path / "d", 9, "gemma-2-9b", disable_steering=True)
+    with pytest.raises(SteerbackError, match=r'experiment: "esr" -> "imported"; import their files together'):
+        merge([b, d], tmp_path / "no")
+    assert not (tmp_path / "no").exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +11,29 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from steerback.config import RunConfig, differences
-from steerback.errors import SteerbackError
-from steerback.store.facts import FORKS, JUDGES
+from steerback.errors import SteerbackError, short
+from steerback.records import Spend, digest
+from steerback.store.facts import (
+    CONFIG,
+    FORKS,
+    IMPORTED,
+    JUDGE_SPEND,
+    JUDGES,
+    LABEL_SAMPLES,
+    PROBES,
+    ImportedFiles,
+)
 from steerback.store.ledger import Ledger
 from steerback.store.run import Run, stored_config
 
-ENTRIES = (FORKS.name, JUDGES.name)
-"""Facts that are dicts of named entries: each run may have some of the entries."""
+ENTRIES = (FORKS.name, JUDGES.name, PROBES.name, LABEL_SAMPLES.name)
+"""Facts of named entries: each run may have some of them."""
+OPEN = ("targets", "limit", "from_run")
+"""Settings in which joined runs may differ."""
+PLAN = ("experiment", "judge", "degraded")
+"""Settings in which imported runs must agree; another one that differs is unknown in the joined run."""
+SHOWN = 3
+"""Clashing trials that an error names."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +55,8 @@ def merge(folders: Sequence[Path], into: Path) -> Merged:
     if len(folders) < 2:
         raise SteerbackError("merge needs at least two runs")
     if into.resolve() in {f.resolve() for f in folders}:
-        raise SteerbackError(f"merge writes a new run: choose a --name other than {into.name!r}")
-    config = _common([(folder, stored_config(folder)) for folder in folders])
-    facts = _facts(folders, config)
+        raise SteerbackError(f"merge writes a new run: give it a --name other than {into.name!r}")
+    config, facts = _plan(folders)
     texts: dict[str, str] = {}
     repeated = differing = 0
     with Run.start(into, config) as run:
@@ -53,27 +70,63 @@ def merge(folders: Sequence[Path], into: Path) -> Merged:
     return Merged(len(folders), trials, repeated, differing)
 
 
-def _common(configs: Sequence[tuple[Path, RunConfig]]) -> RunConfig:
-    targets = tuple(dict.fromkeys(t for _, config in configs for t in config.targets))
-    first = configs[0][1]
-    limits = [config.limit for _, config in configs]
-    limit = None if None in limits else max(x for x in limits if x is not None)
-    shared = first.model_copy(update={"targets": targets, "limit": limit})
-    for folder, config in configs:
-        alike = config.model_copy(update={"targets": targets, "limit": limit, "from_run": first.from_run})
-        changed = differences(shared, alike)
-        if changed:
-            raise SteerbackError(f"{folder} has another plan than {configs[0][0]}: {'; '.join(changed)}")
-    return shared
-
-
-def _facts(folders: Sequence[Path], config: RunConfig) -> dict[tuple[str, str], JsonValue]:
-    """Return all stored facts but the configs by (name, target). Raises SteerbackError if two runs differ in one."""
-    facts: dict[tuple[str, str], JsonValue] = {}
+def _plan(folders: Sequence[Path]) -> tuple[RunConfig, dict[tuple[str, str], JsonValue]]:
+    """Return config and facts of the joined run. Raises SteerbackError if plans, facts or trials contradict."""
+    imported: list[ImportedFiles] = []
     for folder in folders:
         with Ledger(folder / "ledger.sqlite", read_only=True) as source:
+            imported += [files] if (files := source.get("", IMPORTED)) is not None else []
+    if len(imported) < len(folders):
+        config, _ = _common(folders, "")
+        facts = _facts(folders)
+        _refuse_clashes(folders, "start both --from the same run")
+        return config, facts
+    names = " ".join(shlex.quote(name) for files in imported for name in files.files)
+    together = f"import their files together: steerback import {names} --name NAME"
+    config, differing = _common(folders, together)
+    _refuse_clashes(folders, together, paired=True)
+    facts = _facts(folders)
+    counts = sum((Counter(files.counts) for files in imported), Counter())
+    unknown = sorted({*differing, *(key for files in imported for key in files.unknown)})
+    listed = [name for files in imported for name in files.files]
+    facts[IMPORTED.name, ""] = IMPORTED.dump(ImportedFiles(files=listed, counts=dict(counts), unknown=unknown))
+    return config, facts
+
+
+def _common(folders: Sequence[Path], together: str) -> tuple[RunConfig, list[str]]:
+    """Return the config of the joined run, and the settings in which it stands for the first run alone.
+
+    Only imported runs have such settings; `together` says how to join what cannot be merged ("" for other runs).
+    """
+    configs = [stored_config(folder) for folder in folders]
+    first = configs[0]
+    limits = [config.limit for config in configs]
+    limit = None if None in limits else max(x for x in limits if x is not None)
+    targets = tuple(dict.fromkeys(t for config in configs for t in config.targets))
+    shared = first.model_copy(update={"targets": targets, "limit": limit})
+    differing: list[str] = []
+    for folder, config in zip(folders, configs, strict=True):
+        alike = config.model_copy(update={key: getattr(shared, key) for key in OPEN})
+        changed = differences(shared, alike)
+        if together:
+            differing += [x.partition(":")[0] for x in changed]
+            changed = [x for x in changed if x.startswith(PLAN)]
+        if changed:
+            hint = f"; {together}" if together else ""
+            raise SteerbackError(f"{folder} is a run of another plan than {folders[0]}: {'; '.join(changed)}{hint}")
+    return shared, differing
+
+
+def _facts(folders: Sequence[Path]) -> dict[tuple[str, str], JsonValue]:
+    """(name, target) -> value of all stored facts but the configs; two runs must agree on each."""
+    facts: dict[tuple[str, str], JsonValue] = {}
+    spent: dict[str, Spend] = {}
+    for folder in folders:
+        with Ledger(folder / "ledger.sqlite", read_only=True) as source:
+            for judge, paid in (source.get("", JUDGE_SPEND) or {}).items():
+                spent[judge] = spent.get(judge, Spend()) + paid
             for target, name, value in source.facts():
-                if (target, name) == ("", "config"):
+                if not target and name in (CONFIG.name, JUDGE_SPEND.name, IMPORTED.name):
                     continue
                 known = facts.get((name, target))
                 if name in ENTRIES and isinstance(known, dict) and isinstance(value, dict):
@@ -82,9 +135,35 @@ def _facts(folders: Sequence[Path], config: RunConfig) -> dict[tuple[str, str], 
                 if facts.setdefault((name, target), value) != value:
                     raise SteerbackError(
                         f"{folder} has other {name} for {target or 'the run'} than the runs before it, so their trials "
-                        "cannot be merged; start both --from the same run"
+                        "do not belong together; start both --from the same run"
                     )
+    if spent:
+        facts[JUDGE_SPEND.name, ""] = JUDGE_SPEND.dump(spent)
     return facts
+
+
+def _refuse_clashes(folders: Sequence[Path], hint: str, paired: bool = False) -> None:
+    """Raise SteerbackError if two runs have different trials of one key, naming the first of them.
+
+    `paired`: trials of one target and number must be of one latent and prompt as well, by which conditions pair.
+    """
+    known: dict[str, tuple[str, str, Path]] = {}
+    clashes: list[str] = []
+    for folder in folders:
+        with Ledger(folder / "ledger.sqlite", read_only=True) as source:
+            for trial in source.trials([*source.stage_sizes()]):
+                shown = f"latent {trial.latent}, seed {trial.seed}, {short(trial.prompt)}"
+                entries = {trial.key: digest(trial)}
+                if paired:
+                    entries[f"{trial.target}/{trial.stage}/{trial.index}"] = digest((trial.latent, trial.prompt))
+                for key, content in entries.items():
+                    before, was, where = known.setdefault(key, (content, shown, folder))
+                    if before != content:
+                        clashes.append(f"{key} is {was} in {where.name} and {shown} in {folder.name}")
+                        break
+    if clashes:
+        listed = "; ".join(clashes[:SHOWN]) + (f"; and {len(clashes) - SHOWN:,} more" if len(clashes) > SHOWN else "")
+        raise SteerbackError(f"{len(clashes):,} trials clash: {listed}. To join these runs, {hint}")
 
 
 def _copy(source: Ledger, into: Ledger, texts: dict[str, str]) -> tuple[int, int]:
