@@ -107,6 +107,6 @@ def test_imported_runs_are_merged_or_their_clashing_trials_named(tmp_path: Path)
     with pytest.raises(SteerbackError, match=message):
         merge([b, c], tmp_path / "no")
     d = imported(tmp_path / "d", 9, "gemma-2-9b", disable_steering=True)
-    with pytest.raises(SteerbackError, match=r'experiment: "esr" -> "imported"; import their files together'):
+    with pytest.raises(SteerbackError, match=r'experiment: "esr" -> "no-steering"; import their files together'):
         merge([b, d], tmp_path / "no")
     assert not (tmp_path / "no").exists()
