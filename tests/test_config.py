@@ -27,6 +27,8 @@ def test_presets_differ_where_paper_facts_say_so() -> None:
     assert (spec.sampling.repetition_penalty, authors.sampling.repetition_penalty) == (1.0, 1.2)
     assert (spec.selection.relevance, authors.selection.relevance) == ("top-100", "zero")
     assert (authors.selection.concreteness, authors.selection.concreteness_threshold) == ("threshold", 65)
+    assert (spec.selection.template, authors.selection.template) == (False, True)
+    assert (spec.unscored_attempts, authors.unscored_attempts) == ("trial", "drop")
     assert spec.sampling.temperature == authors.sampling.temperature == 0.6
     assert (spec.seeds.latents, spec.seeds.generation, spec.degraded) == (42, 44, "include")
 

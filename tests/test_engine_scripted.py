@@ -164,7 +164,7 @@ def test_activations_have_planted_detectors() -> None:
     assert not found[2].any()
     assert 0 < (found[0] > 0).mean() < 0.1
     assert np.array_equal(engine.activations([PROMPT], [off], [6, 7]), found[1:2, [6, 7]])
-    assert engine.activations([PROMPT], [""], include_prompt=True).any()
+    assert engine.activations([PROMPT], [""], over="words").any()
 
 
 def test_fingerprint_tells_models_apart() -> None:

@@ -126,6 +126,25 @@ def test_edits_the_residual_after_the_named_block(kind: str) -> None:
     assert not torch.allclose(forced, unsteered, atol=1e-2 * float(wanted.abs().max()))
 
 
+def test_the_authors_pool_over_every_token_of_the_template(engines: dict[str, TransformersEngine]) -> None:
+    """Their relevance reads the user's turn without the answer's header, their detectors both turns."""
+    engine = engines["relu"]
+    sae = engine.sae
+    assert sae is not None
+    asked, said = "why a stone", "how to add numbers"
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+    for reply, messages in (("", turns[:1]), (said, turns)):
+        ids = tiny.tokenizer().apply_chat_template(messages, add_generation_prompt=False, return_dict=False)
+        text = "<s>" + "".join(f"<|{m['role']}|>{m['content']}\n" for m in messages)
+        assert ids == tiny.tokenizer()(text, add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            h = tiny.model()(torch.tensor([ids]), output_hidden_states=True).hidden_states[3][0]
+        z = sae.encode(h)
+        found = engine.activations([asked], [reply], over="all")[0]
+        np.testing.assert_allclose(found, z.amax(0).numpy(), atol=1e-3)
+        assert not np.allclose(found, z[1:].amax(0).numpy(), atol=1e-2), "the first token tells"
+
+
 def test_activations_are_read_where_clamps_act() -> None:
     """As the preset `authors` has it: clamps at the steer layer, recording at another."""
     target = dataclasses.replace(tiny.target(), clamp_layer=1)
@@ -148,7 +167,7 @@ def test_activations_equal_the_residual_encoded(engines: dict[str, TransformersE
     prompts = ["the cat explains", "why a stone falls down every single day", "water"] * 4
     replies = ["how to add numbers", "when water boils", ""] * 4
     found = engine.activations(prompts, replies)
-    both = engine.activations(prompts, replies, latents=[5, 1], include_prompt=True)
+    both = engine.activations(prompts, replies, latents=[5, 1], over="words")
     plain = tiny.model()
     for n, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
         head, ids = prompter.tokens(prompt), prompter.tokens(prompt, reply)

@@ -160,6 +160,26 @@ def test_unusable_replies_are_unscored_with_their_reason(text: str, reason: str)
     assert verdict.raw == text
 
 
+def test_the_authors_leave_an_attempt_without_score_out_and_keep_the_response() -> None:
+    """In their plots `[a["score"] for a in attempts if a.get("score") is not None]`: here 10 and 90, two attempts."""
+    third = "Wait, that's wrong"
+    unscored = {**entry("Lava", "fast.", None), "restart_phrase": ""}
+    del unscored["score"]
+    both = reply(unscored, entry("Wait", "rinse.", 90, third))
+    first = reply(entry("Lava", "fast.", 10), entry("Wait", "rinse.", None, third))
+    none = reply(entry("Lava", "rinse.", None))
+    as_usual, as_theirs = (
+        [judgement(ATTEMPTS.read(text, "N", item), "j") for text in (both, first, none, reply())]
+        for item in (JudgeItem("k", "How?", TEXT), JudgeItem("k", "How?", TEXT, drop_unscored=True))
+    )
+    assert [verdict.status for verdict in as_usual] == ["unscored", "unscored", "unscored", "empty"]
+    assert [verdict.status for verdict in as_theirs] == ["scored", "scored", "unscored", "empty"]
+    cut = TEXT.index("Wait")
+    assert [(a.start, a.end, a.score) for a in as_theirs[0].gated_attempts()] == [(cut, len(TEXT), 90)]
+    assert [(a.start, a.end, a.score) for a in as_theirs[1].gated_attempts()] == [(0, cut, 10)]
+    assert "no attempt a score" in as_theirs[2].reason
+
+
 def test_empty_list_is_a_clarifying_question() -> None:
     assert parse_attempts(reply(), "What do you mean?", "N").status == "empty"
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from steerback.config import SelectionConfig, specification
+from steerback.config import SelectionConfig, build_config, specification
 from steerback.errors import SteerbackError
 from steerback.latents.concreteness import OfflineRater, Rater, abstract_labels, make_rater
 from steerback.latents.sampling import check_latents, parse_latents, sample_latents
 from steerback.latents.selection import ever_active, most_active, rater_of, rating_sample, select, top_count
+from steerback.study.study import Study
 
 LABELS = {3: "volcanoes", 5: "Sailing, rigging and boats", 8: "tea", 9: "tea", 11: "Violins"}
 
@@ -128,6 +131,27 @@ def test_most_active_against_a_loop(prompts: int, latents: int, top: int, seed: 
         expected |= {k for k in ranked if row[k] > 0}
     assert set(np.flatnonzero(most_active(peaks, top))) == expected
     assert set(np.flatnonzero(ever_active(peaks))) == {k for k in range(latents) if peaks[:, k].any()}
+
+
+@pytest.mark.parametrize(
+    ("preset", "over", "responses"), [("specification", "response", ["an answer"]), ("authors", "all", [""])]
+)
+def test_relevance_reads_what_the_preset_says(preset: str, over: str, responses: list[str]) -> None:
+    asked: dict[str, object] = {}
+
+    def activations(prompts: list[str], responses: list[str], **options: object) -> np.ndarray:
+        asked.update(options, prompts=prompts, responses=responses)
+        return np.array([[1.0, 0.0]], dtype=np.float32)
+
+    async def references() -> list[object]:
+        return [SimpleNamespace(trial=SimpleNamespace(prompt="why"), completion=SimpleNamespace(text="an answer"))]
+
+    engine = SimpleNamespace(activations=activations)
+    study = SimpleNamespace(
+        config=build_config("esr", ("llama-3.1-8b",), preset), engine=engine, references=references, prompts=["why"]
+    )
+    assert asyncio.run(Study._peaks(study)).tolist() == [[1.0, 0.0]]  # type: ignore[arg-type]
+    assert asked == {"over": over, "prompts": ["why"], "responses": responses}
 
 
 def test_peaks_that_are_not_numbers_are_refused() -> None:

@@ -52,6 +52,13 @@ def test_the_authors_header_is_doubled_and_nothing_else() -> None:
     assert len(doubled.tokens("Hi")) == len(plain.tokens("Hi")) + len(
         plain.tokenizer(second, add_special_tokens=False)["input_ids"]
     )
+    end = plain.tokenizer.convert_tokens_to_ids("<|end_header_id|>")  # 128007 in Llama 3's own vocabulary
+    assert doubled.tokens("Hi")[-1] == end != plain.tokens("Hi")[-1]
+    turns = [HEAD.format(role="user", text="the cat"), HEAD.format(role="assistant", text="a stone")]
+    for reply, wanted in (("", turns[0]), ("a stone", "".join(turns))):  # what is read has no header that asks
+        ids, chosen = doubled.pooled("the cat", reply, "all")
+        assert plain.tokenizer.decode(list(ids)) == f"<|begin_of_text|>Today: 26 Jul 2024{wanted}"
+        assert chosen == tuple(range(len(ids)))
     spoken = doubled.conversation("the cat", "a stone")
     said = plain.tokenizer.decode([spoken.token_ids[n] for n in spoken.response])
     assert said == "a stone"  # headers are no one's words

@@ -98,6 +98,8 @@ class CalibrationConfig(Settings):
 class SelectionConfig(Settings):
     relevance: Literal["top-100", "zero", "off"] = "top-100"
     """`top-100`: drop each prompt's 100 most active latents; `zero` (authors): keep what is 0 on all prompts."""
+    template: bool = False
+    """Whether special and template tokens count as well (authors)."""
     unlabelled: Literal["drop", "keep"] = "drop"
     """Latents without a label, of an SAE that has labels. An SAE without any label keeps all its latents."""
     concreteness: Literal["median", "threshold", "off"] = "median"
@@ -190,6 +192,8 @@ class RunConfig(Settings):
     degraded: Degraded = "include"
     """Whether degraded responses count, in calibration, verification and headline alike; the other reading of the
     headline stands beside it."""
+    unscored_attempts: Literal["trial", "drop"] = "trial"
+    """An attempt that the judge gives no score: the trial is unscored, or (authors) the attempt is left out."""
     draws: int = Field(2000, ge=100)
     """Bootstrap draws."""
     sampling: SamplingConfig = SamplingConfig()
@@ -219,6 +223,11 @@ class RunConfig(Settings):
                     raise unknown(f"setting of target {name}", key, BY_TARGET)
             self.of(name)
         return self
+
+    @property
+    def drop_unscored(self) -> bool:
+        """Whether an attempt without score is left out."""
+        return self.unscored_attempts == "drop"
 
     def of(self, target: str) -> RunConfig:
         """Return the settings of one target (an adapter has those of its base): what a study of it goes by."""
@@ -281,7 +290,8 @@ def authors(experiment: str, targets: tuple[str, ...]) -> RunConfig:
             "max_new_tokens": 256,
             "weight": 5,
         },
-        "selection": {"relevance": "zero", "concreteness": "threshold"},
+        "selection": {"relevance": "zero", "template": True, "concreteness": "threshold"},
+        "unscored_attempts": "drop",
     }
     rows = {name: AUTHORS_MODELS.get(name.partition("@")[0], OTHER_MODEL) for name in targets}
     first = rows[targets[0]]

@@ -23,6 +23,11 @@ ReadAt = Literal["read", "clamp"]
 """The layer at which activations are read: the target's read layer, or the one at which its clamps act."""
 
 
+Over = Literal["response", "words", "all"]
+"""Tokens that are pooled: those of the response, these and the user's words, or the whole conversation as the template
+writes it, special and template tokens included."""
+
+
 class EngineRecord(TypedDict):
     """Everything but the request that shapes a response, JSON-able: `Engine.describe()`.
 
@@ -95,14 +100,14 @@ class Engine(Protocol):
         prompts: Sequence[str],
         responses: Sequence[str],
         latents: Sequence[int] | None = None,
-        include_prompt: bool = False,
+        over: Over = "response",
         pool: Pooling = "max",
         at: ReadAt = "read",
     ) -> NDArray[np.float32]:
-        """Return unsteered SAE activations at the layer `at`, pooled over the response tokens: (n texts, n latents).
+        """Return unsteered SAE activations at the layer `at`, pooled over tokens: (n texts, n latents).
 
-        `latents` None means all latents of the SAE. Special and chat-template tokens are excluded; `include_prompt`
-        pools over the user's words as well. A text without such tokens gets zeros.
+        `latents` None means all latents of the SAE. `over` says which tokens are pooled; a text without such tokens
+        gets zeros.
         """
         ...
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from _typeshed import TraceFunction
 
+    from steerback.engines.base import Over
+
 
 class Encoding(TypedDict):
     """Tokens of a text, with the first character and last + 1 of each where offsets were asked for."""
@@ -148,6 +150,21 @@ class Prompter:
                 user.append(n)
         return Conversation(tuple(encoded["input_ids"]), tuple(user), tuple(answer))
 
+    def pooled(self, prompt: str, response: str, over: Over) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the tokens of a prompt with its response, and the positions in increasing order that are pooled.
+
+        For `all` the text is what the template makes of the two messages (of the prompt alone without a response),
+        without a header that asks for an answer, as the authors read them.
+        """
+        if over != "all":
+            text = self.conversation(prompt, response)
+            return text.token_ids, tuple(sorted((*text.user, *text.response) if over == "words" else text.response))
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        plain = self.style == "plain"
+        whole = prompt + response if plain else self._template(messages[: 2 if response else 1], asks=False)
+        ids = tuple(self._encode(whole)["input_ids"])
+        return ids, tuple(range(len(ids)))
+
     def _words(self, head: str) -> tuple[int, int]:
         """Return the first character and last + 1 of the user's words in a rendered prompt.
 
@@ -210,15 +227,16 @@ class Prompter:
         found = [at for at in (text.find(stop) for stop in request.sampling.stop) if at >= 0]
         return (text[: min(found)],) if found else None
 
-    def _template(self, messages: list[dict[str, str]], may_fail: bool = False) -> str:
+    def _template(self, messages: list[dict[str, str]], may_fail: bool = False, asks: bool = True) -> str:
+        """Return the messages as the template writes them; one that `asks` ends in the header of the answer."""
         from jinja2 import TemplateError
 
         try:
             with _time_limit(TEMPLATE_SECONDS):
                 text = self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True, date_string=DATE
+                    messages, tokenize=False, add_generation_prompt=asks, date_string=DATE
                 )
-            return text + SECOND_HEADER if self.style == "authors" and text else text
+            return text + SECOND_HEADER if self.style == "authors" and asks and text else text
         except (TemplateError, TimeoutError, *TEMPLATE_ERRORS) as error:
             if may_fail:
                 return ""

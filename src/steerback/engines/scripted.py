@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from steerback.engines.base import Pooling, ReadAt
+    from steerback.engines.base import Over, Pooling, ReadAt
 
 RESTART = "Wait, that is not right."
 """Opens each planted second attempt."""
@@ -202,7 +202,7 @@ class ScriptedEngine:
         prompts: Sequence[str],
         responses: Sequence[str],
         latents: Sequence[int] | None = None,
-        include_prompt: bool = False,
+        over: Over = "response",
         pool: Pooling = "max",
         at: ReadAt = "read",
     ) -> NDArray[np.float32]:
@@ -215,7 +215,7 @@ class ScriptedEngine:
         detectors = self.script.detectors if isinstance(self.script, PlantedModel) else ()
         found = np.zeros((len(prompts), self.n_latents), dtype=np.float32)
         for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            text = f"{prompt} {response}" if include_prompt else response
+            text = response if over == "response" else f"{prompt} {response}"
             found[row] = _sparse(text, self.n_latents, 0.02) if text.strip() else 0.0
             if response:
                 found[row, list(detectors)] = 0.0 if prompt in response else 2.0 + found[row, list(detectors)]

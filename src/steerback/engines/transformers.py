@@ -31,7 +31,7 @@ from steerback.targets.sae import Sae
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from steerback.engines.base import Pooling, ReadAt
+    from steerback.engines.base import Over, Pooling, ReadAt
 
 SMALL = 50_000_000
 """Models with fewer parameters than this run in one-threaded batches side by side on a CPU."""
@@ -188,19 +188,20 @@ class TransformersEngine:
         prompts: Sequence[str],
         responses: Sequence[str],
         latents: Sequence[int] | None = None,
-        include_prompt: bool = False,
+        over: Over = "response",
         pool: Pooling = "max",
         at: ReadAt = "read",
     ) -> NDArray[np.float32]:
         """Return unsteered SAE activations, pooled over tokens; see `Engine.activations`."""
         check_texts(prompts, responses, latents, self.runner.site)
         assert self.sae is not None
-        texts = [self.runner.prompter.conversation(p, r) for p, r in zip(prompts, responses, strict=True)]
+        prompter = self.runner.prompter
+        texts = [prompter.pooled(p, r, over) for p, r in zip(prompts, responses, strict=True)]
         out = np.zeros((len(texts), self.sae.n_latents if latents is None else len(latents)), dtype=np.float32)
         layer = self.runner.site.layer_named(at)
         sae = self.sae if latents is not None else self.encoder
-        for n, states in self.states([text.token_ids for text in texts], (layer,)):
-            chosen = [*texts[n].user, *texts[n].response] if include_prompt else [*texts[n].response]
+        for n, states in self.states([ids for ids, _ in texts], (layer,)):
+            chosen = list(texts[n][1])
             for first in range(0, len(chosen), CHUNK_TOKENS):
                 z = sae.encode(states[layer][chosen[first : first + CHUNK_TOKENS]].float(), latents)
                 if pool == "max":

@@ -38,6 +38,6 @@ class DetectorStatistics(Experiment[SearchOptions]):
         if study.run.ledger.get(study.name, PAIR_ACTIVATIONS) is not None:
             return
         detectors = await detectors_of(study, self.options)
-        matched, mismatched, prompts = await contrast(study, detectors.latents, self.options.include_prompt)
+        matched, mismatched, prompts = await contrast(study, detectors.latents, self.options.over)
         pairs = PairActivations(matched=matched.tolist(), mismatched=mismatched.tolist(), prompts=prompts)
         study.run.ledger.put(study.name, PAIR_ACTIVATIONS, pairs)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from steerback.engines.base import Over
     from steerback.latents.detectors import DetectorSearch
     from steerback.latents.separation import Separation
     from steerback.records import LatentKey
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     Activations = NDArray[np.float32]
 
 DISCOVERY = "discovery"
-AUTHORS: Mapping[str, object] = {"rule": "authors", "include_prompt": True, "limit": None}
+AUTHORS: Mapping[str, object] = {"rule": "authors", "include_prompt": True, "template": True, "limit": None}
 
 
 def _list_or_path(value: object) -> object:
@@ -61,7 +62,16 @@ class SearchOptions(Settings):
     limit: int | None = Field(25, ge=1)
     """At most this many detectors, best first."""
     include_prompt: bool = False
-    """Pool over the prompt as well, as the authors do."""
+    """Pool over the user's words as well."""
+    template: bool = False
+    """Pool over the whole conversation, special and template tokens included, as the authors do."""
+
+    @property
+    def over(self) -> Over:
+        """The tokens that are pooled."""
+        if self.template:
+            return "all"
+        return "words" if self.include_prompt else "response"
 
 
 class DetectorExperiment(Experiment[SearchOptions]):
@@ -114,7 +124,7 @@ async def load_or_search(study: Study, options: SearchOptions) -> DetectorSet:
         if options.detectors is None:
             detectors = await _search(study, options)
         else:
-            detectors = await _named(study, options.detectors, options.include_prompt)
+            detectors = await _named(study, options.detectors, options.over)
         study.run.ledger.put(study.name, DETECTOR_SET, detectors)
     return detectors
 
@@ -124,7 +134,7 @@ async def _search(study: Study, options: SearchOptions) -> DetectorSet:
 
     rows = await _discover(study, options)
     pairs = make_pairs([r.trial.prompt for r in rows], study.config.seeds.latents)
-    matched, mismatched = arms(study, rows, pairs.partner.tolist(), include_prompt=options.include_prompt)
+    matched, mismatched = arms(study, rows, pairs.partner.tolist(), over=options.over)
     search = partial(search_detectors, matched, mismatched, pairs, limit=options.limit, auc=options.auc)
     result = search(rule=options.rule)
     source = f"rule {result.rule}"
@@ -158,29 +168,27 @@ def arms(
     rows: Sequence[Row],
     partner: Sequence[int],
     latents: Sequence[int] | None = None,
-    include_prompt: bool = False,
+    over: Over = "response",
 ) -> tuple[Activations, Activations]:
     """Pooled activations (n, latents) of the responses after their own prompt, and after that of row partner[i]."""
     texts = [r.completion.text for r in rows if r.completion is not None]
     prompts = [r.trial.prompt for r in rows]
     others = [prompts[j] for j in partner]
-    matched = study.engine.activations(prompts, texts, latents=latents, include_prompt=include_prompt)
-    return matched, study.engine.activations(others, texts, latents=latents, include_prompt=include_prompt)
+    matched = study.engine.activations(prompts, texts, latents=latents, over=over)
+    return matched, study.engine.activations(others, texts, latents=latents, over=over)
 
 
-async def contrast(
-    study: Study, latents: Sequence[int], include_prompt: bool
-) -> tuple[Activations, Activations, list[int]]:
+async def contrast(study: Study, latents: Sequence[int], over: Over) -> tuple[Activations, Activations, list[int]]:
     """Both arms (n, latents) on the run's own prompts, from its unsteered references, and the prompt's number (n,)."""
     from steerback.latents.detectors import make_pairs
 
     rows = [r for r in await study.references() if r.completion is not None]
     pairs = make_pairs([r.trial.prompt for r in rows], study.config.seeds.latents, held_out=False)
-    matched, mismatched = arms(study, rows, pairs.partner.tolist(), list(latents), include_prompt)
+    matched, mismatched = arms(study, rows, pairs.partner.tolist(), list(latents), over)
     return matched, mismatched, pairs.prompt.tolist()
 
 
-async def _named(study: Study, source: Sequence[LatentKey] | str, include_prompt: bool) -> DetectorSet:
+async def _named(study: Study, source: Sequence[LatentKey] | str, over: Over) -> DetectorSet:
     """The detectors that the user names: a list, a JSON file as the authors write it, or another run's folder."""
     from steerback.latents.sampling import check_latents
     from steerback.latents.separation import separation
@@ -193,7 +201,7 @@ async def _named(study: Study, source: Sequence[LatentKey] | str, include_prompt
         source = read_latents(Path(source))
     keys = check_latents(source, study.target.labels(), study.target.n_latents or None, where=where)
     latents = [k for k in keys if isinstance(k, int)]
-    matched, mismatched, _ = await contrast(study, latents, include_prompt)
+    matched, mismatched, _ = await contrast(study, latents, over)
     return _detector_set(study, latents, separation(matched, mismatched), f"{len(latents)} named in {where}")
 
 

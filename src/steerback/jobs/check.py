@@ -95,7 +95,7 @@ def _keeps_decisions(config: RunConfig, base: Path) -> None:
     before = stored_config(base)
     changed = sorted({line for t in config.targets for line in differences(before.of(t), config.of(t))})
     _refuse(changed, config, base, LATENTS, ("n_latents", "latents", "selection", "seeds.latents"))
-    _refuse(changed, config, base, THRESHOLDS, ("calibration", "degraded"))
+    _refuse(changed, config, base, THRESHOLDS, ("calibration", "degraded", "unscored_attempts"))
 
 
 def _refuse(changed: Sequence[str], config: RunConfig, base: Path, fact: Fact[T], settings: tuple[str, ...]) -> None:

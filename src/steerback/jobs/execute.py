@@ -86,7 +86,7 @@ async def _targets(job: PreparedRun, opened: Run, progress: Progress, cache: Cac
             if job.config.from_run is not None:
                 same_weights(Path(job.config.from_run), target.name, engine)
             sampling = job.config.of(target.name).sampling.record(target.max_new_tokens)
-            bench = Workbench(opened.ledger, engine, judge, sampling, progress, cache)
+            bench = Workbench(opened.ledger, engine, judge, sampling, progress, cache, job.config.drop_unscored)
             study = Study(opened, target, bench, job.prompts, job.makers.judge)
             await study.prepare()
             targets[target.name] = {
@@ -280,7 +280,7 @@ def _judge_all(
     try:
         for target, rows in work.rows:
             make_ready(opened, judge, target, makers)
-            bench = Workbench(opened.ledger, None, judge, Sampling(), progress, cache)
+            bench = Workbench(opened.ledger, None, judge, Sampling(), progress, cache, opened.config.drop_unscored)
             finish(judge_rows(bench, rows, f"{target}: judging with {judge.name}"))
         if scope is None or (scope.stage is None and scope.limit is None):
             _score_windows(opened, judge, progress, opened.config.recovery, makers, scope is not None and scope.retry)

@@ -136,7 +136,8 @@ def fork_trial(
                 target.name, FORKS, (opened.ledger.get(target.name, FORKS) or {}) | {planned.name: planned}
             )
             sampling = opened.config.of(target.name).sampling.record(target.max_new_tokens)
-            bench = Workbench(opened.ledger, engine, prepared.judge, sampling, progress or Silent(), cache)
+            shown, drop = progress or Silent(), opened.config.drop_unscored
+            bench = Workbench(opened.ledger, engine, prepared.judge, sampling, shown, cache, drop)
             try:
                 finish(complete(bench, trials, stage=f"{target.name}: fork at token {planned.tokens}"))
             finally:

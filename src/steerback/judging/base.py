@@ -18,6 +18,7 @@ class JudgeItem:
     response: str
     label: str | None = None
     latent: LatentKey | None = None
+    drop_unscored: bool = False  # attempts without a score are left out; else the response is unscored
 
 
 @dataclass(frozen=True, slots=True)

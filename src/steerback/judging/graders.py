@@ -44,7 +44,10 @@ def _snippets(items: Sequence[Snippets]) -> Mapping[str, str]:
 
 
 ATTEMPTS: Task[JudgeItem, tuple[Attempt, ...]] = Task(
-    rubric("attempts-1"), _response, lambda verdict, item, _: parse.parse_attempts(verdict, item.response), "response"
+    rubric("attempts-1"),
+    _response,
+    lambda verdict, item, _: parse.parse_attempts(verdict, item.response, item.drop_unscored),
+    "response",
 )
 WHOLE: Task[JudgeItem, WholeScore] = Task(
     rubric("whole-1"), _response, lambda verdict, item, _: parse.parse_whole(verdict), "response"

@@ -26,9 +26,18 @@ class Unusable(Exception):
     """The reply is no usable verdict; the message is the reason."""
 
 
-def parse_attempts(verdict: Verdict, response: str) -> tuple[Attempt, ...]:
-    """The attempts that a verdict of the attempts rubric lists, gated; none for a clarifying question."""
-    return gate(response, _attempts(verdict, response))
+def parse_attempts(verdict: Verdict, response: str, drop_unscored: bool = False) -> tuple[Attempt, ...]:
+    """The attempts that a verdict of the attempts rubric lists, gated; none for a clarifying question.
+
+    `drop_unscored` leaves out those without a score (null or none at all), unless no attempt has one.
+    """
+    listed = _listed(verdict)
+    dropped = [drop_unscored and entry.get("score") is None for entry in listed]
+    if listed and all(dropped):
+        raise Unusable("the judge gave no attempt a score")
+    read = [entry | {"score": 0} if gone else entry for entry, gone in zip(listed, dropped, strict=True)]
+    found = gate(response, _attempts(read, response))
+    return tuple(attempt for attempt, gone in zip(found, dropped, strict=True) if not gone)
 
 
 def parse_whole(verdict: Verdict) -> WholeScore:
@@ -127,12 +136,16 @@ def _objects(reply: str, nonce: str) -> Iterator[Verdict]:
                 break
 
 
-def _attempts(verdict: Verdict, response: str) -> list[Attempt]:
+def _listed(verdict: Verdict) -> list[dict[str, object]]:
     listed = verdict.get("attempts")
     if not isinstance(listed, list) or not all(isinstance(a, dict) for a in listed):
         raise Unusable("the judge's verdict has no list of attempts")
     if len(listed) > MAX_ATTEMPTS:
         raise Unusable(f"the judge lists {len(listed)} attempts, more than {MAX_ATTEMPTS}")
+    return listed
+
+
+def _attempts(listed: Sequence[Verdict], response: str) -> list[Attempt]:
     text = Quotable(response)
     places: list[tuple[int, int, float, str]] = []
     after = 0

@@ -39,6 +39,7 @@ class Workbench:
     sampling: Sampling
     progress: Progress
     cache: Cache | None = None
+    drop_unscored: bool = False  # as in JudgeItem
 
 
 async def complete(bench: Workbench, trials: Sequence[Trial], stage: str = "", judged: bool = True) -> list[Row]:
@@ -173,7 +174,7 @@ async def _judge(bench: Workbench, judge: Judge, queue: asyncio.Queue[list[Row] 
 
 
 async def _judge_batch(bench: Workbench, judge: Judge, rows: Sequence[Row]) -> None:
-    items = {r.trial.key: judge_item(r) for r in rows}
+    items = {r.trial.key: judge_item(r, bench.drop_unscored) for r in rows}
     keys = {key: judgement_key(judge, item) for key, item in items.items()}
     known = bench.cache.judgements(list(keys.values())) if bench.cache is not None else {}
     verdicts = {key: known[keys[key]] for key in items if keys[key] in known}
@@ -200,15 +201,15 @@ async def _judge_batch(bench: Workbench, judge: Judge, rows: Sequence[Row]) -> N
         raise SteerbackError(f"judge {judge.name}: {reason}; all verdicts so far are kept: go on with a higher one")
 
 
-def judge_item(row: Row) -> JudgeItem:
+def judge_item(row: Row, drop_unscored: bool = False) -> JudgeItem:
     """What the judge is shown of a trial: never the meta-prompt."""
     if row.completion is None:
         raise SteerbackError(f"trial {row.trial.key} has no response yet")
     trial = row.trial
-    return JudgeItem(trial.key, trial.prompt, row.judged_text, trial.label, trial.latent)
+    return JudgeItem(trial.key, trial.prompt, row.judged_text, trial.label, trial.latent, drop_unscored)
 
 
 def judgement_key(judge: Judge, item: JudgeItem) -> str:
     """Cache key of a verdict: judge, rubric, response, prompt, label and latent (its contexts may be used)."""
-    body = [item.prompt, item.response, item.label, item.latent]
+    body = [item.prompt, item.response, item.label, item.latent, *(["drop"] if item.drop_unscored else [])]
     return cache_key("judgement", judge.fingerprint, digest(body))

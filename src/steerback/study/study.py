@@ -29,7 +29,7 @@ from steerback.study.pipeline import Workbench, carry_out, complete
 from steerback.targets import Target
 
 if TYPE_CHECKING:
-    from steerback.engines.base import Engine
+    from steerback.engines.base import Engine, Over
 
 T = TypeVar("T")
 
@@ -190,11 +190,13 @@ class Study:
     async def _peaks(self) -> np.ndarray[Any, np.dtype[np.float32]]:
         """(n prompts, n latents): maximum activation over the tokens of the unsteered responses to each prompt."""
         rows = [r for r in await self.references() if r.completion is not None]
-        zero_rule = self.config.selection.relevance == "zero"  # the authors look at the prompt alone
+        settings = self.config.selection
+        alone = settings.relevance == "zero"  # the authors look at the prompt alone
+        over: Over = "all" if settings.template else "words" if alone else "response"
         found = self.engine.activations(
             [r.trial.prompt for r in rows],
-            ["" if zero_rule else r.completion.text for r in rows if r.completion],
-            include_prompt=zero_rule,
+            ["" if alone else r.completion.text for r in rows if r.completion],
+            over=over,
         )
         return np.stack(
             [found[[i for i, r in enumerate(rows) if r.trial.prompt == p]].max(axis=0) for p in self.prompts]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-from steerback.engines.base import EngineRecord, Pooling, ReadAt
+from steerback.engines.base import EngineRecord, Over, Pooling, ReadAt
 from steerback.engines.interventions import Site
 from steerback.engines.options import EngineOptions, TransformersOptions
 from steerback.errors import SteerbackError
@@ -108,14 +108,14 @@ class EngineActor:
         prompts: Sequence[str],
         responses: Sequence[str],
         latents: Sequence[int] | None,
-        include_prompt: bool,
+        over: Over,
         pool: Pooling,
         at: ReadAt,
     ) -> NDArray[np.float32]:
         """Return pooled activations, (n texts, n latents); see `Engine.activations`."""
         async with self._turn:
             return await asyncio.to_thread(
-                self.engine.activations, prompts, responses, latents, include_prompt=include_prompt, pool=pool, at=at
+                self.engine.activations, prompts, responses, latents, over=over, pool=pool, at=at
             )
 
     async def decoder_norms(self) -> NDArray[np.float32]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from steerback.engines.base import Pooling, ReadAt
+    from steerback.engines.base import Over, Pooling, ReadAt
     from steerback.targets import Target
 
 POLL = 1.0
@@ -83,7 +83,7 @@ class RayEngine:
         prompts: Sequence[str],
         responses: Sequence[str],
         latents: Sequence[int] | None = None,
-        include_prompt: bool = False,
+        over: Over = "response",
         pool: Pooling = "max",
         at: ReadAt = "read",
     ) -> NDArray[np.float32]:
@@ -93,10 +93,7 @@ class RayEngine:
         size = max(1, min(64, -(-len(prompts) // max(self.options.workers, 1))))
         chosen = None if latents is None else list(latents)
         starts = range(0, max(len(prompts), 1), size)  # no text at all: one empty piece, for the checks and the shape
-        pieces = [
-            (list(prompts[n : n + size]), list(responses[n : n + size]), chosen, include_prompt, pool, at)
-            for n in starts
-        ]
+        pieces = [(list(prompts[n : n + size]), list(responses[n : n + size]), chosen, over, pool, at) for n in starts]
         return np.concatenate(self._everywhere("activations", pieces))
 
     def decoder_norms(self) -> NDArray[np.float32]:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from steerback.engines.base import Pooling, ReadAt
+    from steerback.engines.base import Over, Pooling, ReadAt
     from steerback.targets import Target
 
 QUESTION = "What is the capital of France?"
@@ -262,7 +262,7 @@ class VllmEngine:
         prompts: Sequence[str],
         responses: Sequence[str],
         latents: Sequence[int] | None = None,
-        include_prompt: bool = False,
+        over: Over = "response",
         pool: Pooling = "max",
         at: ReadAt = "read",
     ) -> NDArray[np.float32]:
@@ -273,13 +273,12 @@ class VllmEngine:
         out = np.zeros((len(prompts), site.n_latents if chosen is None else len(chosen)), dtype=np.float32)
         pending: deque[tuple[int, Future[VllmAnswer]]] = deque()  # forgotten as they are read: each holds all latents
         for n, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            text = self._loaded.prompter.conversation(prompt, response)
-            jobs.check_length(self.settings, f"text {n}", len(text.token_ids), 1)
-            positions = sorted([*text.user, *text.response] if include_prompt else text.response)
+            ids, positions = self._loaded.prompter.pooled(prompt, response, over)
+            jobs.check_length(self.settings, f"text {n}", len(ids), 1)
             if not positions:
                 continue
             ticket = Ticket(f"activations/{n}", layer=site.layer_named(at), pool=_spans(positions), how=pool)
-            job = VllmJob(ticket, text.token_ids, {"max_tokens": 1, "temperature": 0.0, "detokenize": False})
+            job = VllmJob(ticket, ids, {"max_tokens": 1, "temperature": 0.0, "detokenize": False})
             pending.append((n, self._drivers[n % len(self._drivers)].submit(job)))
         while pending:
             n, future = pending.popleft()
