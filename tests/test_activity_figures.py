@@ -44,7 +44,7 @@ def test_random_ablation_says_the_smallest_p_its_sets_can_reach(sets: int, least
     results = RandomAblationResults(data, {"organism": control}, ranks, {}, [])
     fig = random_ablation.draw(results)
     titles = [ax.get_title("right") for ax in axes_of(fig)]
-    assert all(f"(least {least})" in title for title in titles)
+    assert all(f"(minimum {least})" in title for title in titles)
     labels = [t.get_text() for t in axes_of(fig)[0].get_xticklabels()]
     assert labels[2] == f"{sets} random\nn = 36"
     assert "1 / (k + 1)" in style.caption_of(fig)

@@ -1,4 +1,4 @@
-"""From results to what people look at: drawings, tables and lines of text, under each experiment's name."""
+"""Presentation of results: figures, tables and lines of text for each experiment."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MODULES = {
 
 
 def present(experiment: str, results: Results) -> Presentation:
-    """Tables, drawings and lines of an experiment's results, with those that all measured conditions have."""
+    """Return tables, figures and lines of an experiment's results, with the parts that all experiments share."""
     from steerback.analysis.base import measured_of
     from steerback.figures.base import floor_lines, planted_note
     from steerback.figures.recovery import draw_time_course, recovery_table

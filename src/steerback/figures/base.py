@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 MOST_NAMED = 6
 """Rates that a line names before it counts the others."""
 NO_WINDOWS = (
-    "Recovery without a restart phrase is off: {judge} has scored no sentences (recovery.judge=true, or afterwards: "
+    "Recovery without a restart phrase is off: {judge} has scored no sentences (set recovery.judge=true, or later: "
     "steerback judge RUN --judge {judge} --rubric windows). "
     + docs_page("statistics", "recovery-without-a-restart-phrase")
 )
-PLANTED = "Built-in organisms restart because their training text does (planted): no evidence about other models."
+PLANTED = "Built-in organisms learned restarts from their training text (planted): no evidence about other models."
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ def planted_note(results: Results) -> str:
 
 
 def measured_tables(measured: Measured) -> dict[str, Table]:
-    """`table`: every condition; `comparisons`: every paired test, if there are any."""
+    """Return `table` (all conditions), `comparisons` if there are paired tests, and the tables of human labels."""
     several = len({condition for _, condition in measured.summaries}) > 1
     summaries = measured.summaries if several else {target: s for (target, _), s in measured.summaries.items()}
     corrected: dict[str | tuple[str, str], dict[str, Estimate]] | None = None
@@ -72,10 +72,10 @@ def floor_lines(measured: Measured) -> list[str]:
     """Return for each target with a floor which rates cannot be told from it."""
     lines = []
     for target in measured.targets:
-        own = {c: measured.floors[target, c] for c in measured.conditions(target) if (target, c) in measured.floors}
+        floors = {c: measured.floors[target, c] for c in measured.conditions(target) if (target, c) in measured.floors}
         like = [
             f"{METRICS[metric].label} of {condition} (p = {p_value(floor.p[metric])})"
-            for condition, floor in own.items()
+            for condition, floor in floors.items()
             for metric in RATES
             if not floor.distinguishable(metric)
         ]
@@ -90,17 +90,17 @@ def floor_lines(measured: Measured) -> list[str]:
 
 def floor_warnings(measured: Measured, planted: Sequence[str]) -> list[str]:
     """Return a sentence for each real target on which the judge's floor is not below the multi-attempt rate."""
-    found = []
+    warnings = []
     for (target, condition), floor in measured.floors.items():
         base, rate = floor["multi_attempt_rate"], measured.summaries[target, condition]["multi_attempt_rate"]
         if target not in planted and base.value and rate.value is not None and base.value >= rate.value:
-            found.append(
-                f"{target}: judge {measured.judge} finds restarts in {show(base, rate=True)} % of {base.n:,} unsteered "
-                f"responses, its floor, and in {show(rate, rate=True)} % of those {condition}: this rate says nothing "
-                f"about steering. Take a better judge (steerback judges), or label a sample (steerback label): "
+            warnings.append(
+                f"{target}: judge {measured.judge} marks restarts in {show(base, rate=True)} % of {base.n:,} unsteered "
+                f"responses (its floor) and in {show(rate, rate=True)} % of condition {condition}: this rate says "
+                f"nothing about steering. Use a better judge (steerback judges), or label a sample (steerback label): "
                 + docs_page("judging", "the-judges-floor")
             )
-    return found
+    return warnings
 
 
 def label_tables(measured: Measured) -> dict[str, Table]:
@@ -146,8 +146,9 @@ def _corrected_table(labels: Labelling, against: Mapping[tuple[str, str], str]) 
     columns = ("condition", "rate", "n", "labels", "judged %", "corrected %", "Rogan-Gladen %")
     caption = (
         f"Rates of judge {labels.judge} over the responses of the headline, corrected with the labels of "
-        f"{', '.join(labels.labellers)}: prediction-powered inference; 95 % intervals clustered by latent, with "
-        "the error of the labels. Rogan-Gladen takes the judge's errors as equal in all conditions of a target."
+        f"{', '.join(labels.labellers)} (prediction-powered inference). 95 % intervals are clustered by latent and "
+        "include the error of the labels. Rogan-Gladen assumes that the judge's errors are equal in all conditions of "
+        "a target."
     )
     return Table(columns, cells, caption, left=2)
 
@@ -168,8 +169,9 @@ def _judges_table(labels: Labelling) -> Table:
     ]
     columns = ("target", "judge", "labels", "restarts", "precision %", "recall %", "false positives %")
     caption = (
-        f"Errors of each judge on multi-attempt responses of this run, by the labels of {', '.join(labels.labellers)}, "
-        "weighted back to the strata of the sample; 95 % intervals for what is not labelled."
+        "Errors of each judge on multi-attempt responses of this run, against the labels of "
+        f"{', '.join(labels.labellers)}, weighted by the strata of the sample. 95 % intervals include the uncertainty "
+        "from unlabelled responses."
     )
     return Table(columns, cells, caption, left=2)
 
@@ -191,7 +193,7 @@ def _labellers_table(labels: Labelling) -> Table:
         if e is not None
     ]
     caption = (
-        "Agreement of labellers on whether a response has several attempts, over those that both labelled (the "
+        "Agreement of labellers on whether a response has several attempts, over the responses that both labelled (the "
         f"sample, not weighted). Krippendorff's alpha over all labellers: {', '.join(alphas)}. "
         "95 % intervals clustered by latent."
     )

@@ -1,4 +1,4 @@
-"""Figure 3: restarts, recovery and first score against normalised boost, with the peaks."""
+"""Figure 3: attempts, improvement and scores against normalised boost, with the peaks."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ from typing import TYPE_CHECKING
 from steerback.analysis.boost_sweep import SweepResults
 from steerback.figures import panels, style
 from steerback.figures.base import Presentation, measured_tables, planted_note
-from steerback.figures.conditions import legend
 from steerback.figures.tables import Table, number
 from steerback.metrics import METRICS, Peak, Summary
 from steerback.store.facts import Sweep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, SubFigure
+    from matplotlib.figure import Figure
 
 SHOWN = ("multi_attempt_rate", "improvement_rate", "esr_rate", "msi", "mean_attempts", "mean_first")
 
 
 def present(results: SweepResults) -> Presentation:
-    """Figure 3, the conditions' table and the peaks."""
+    """Return Figure 3, the table of conditions and the table of peaks."""
     return Presentation(
         tables={**measured_tables(results.measured), "peaks": peak_table(results.peaks, results.measured.judge)},
         figures={"figure3": lambda: draw(results)},
@@ -32,7 +31,7 @@ def present(results: SweepResults) -> Presentation:
 
 @style.styled
 def draw(results: SweepResults) -> Figure:
-    """Every metric against the level, one curve a target, its peak marked above; below, the numbers of responses."""
+    """Draw each metric against the level: one curve per target, peaks above, and the numbers of responses below."""
     curves = {target: results.curve(target) for target in results.sweeps}
     strip = 0.26 * max(len(curves), 1) + 0.5
     fig = style.new_figure(3.9 + strip, _caption(results))
@@ -42,7 +41,8 @@ def draw(results: SweepResults) -> Figure:
     for ax, metric in zip(axes.flat, SHOWN, strict=True):
         for i, (target, levels) in enumerate(curves.items()):
             panels.curve(ax, metric, [(x, s[metric]) for x, s in levels.items()], colours[target], target)
-            _mark(ax, results.peaks[target].get(metric), i, colours[target])
+            if not any(panels.few(s[metric]) for s in levels.values()):  # as intervals, peaks need several latents
+                _mark(ax, results.peaks[target].get(metric), i, colours[target])
         ax.axvline(0, color=style.GREY, linewidth=0.8, linestyle=style.DASHED, zorder=0)
         ax.set_ylabel(panels.axis_label(metric), fontsize=6.5)
         ax.grid(axis="y")
@@ -53,36 +53,23 @@ def draw(results: SweepResults) -> Figure:
     for ax in axes[-1]:
         ax.set_xlabel("boost − threshold (sd)")
     _counts(bottom.subplots(), curves, colours)
-    _legend(top, colours)
+    peak = panels.line(style.GREY, marker="v", markersize=4.5, linewidth=1.0)
+    panels.legend(top, colours, [(peak, "peak, 95 %"), (panels.dashed(), "threshold")])
     return fig
 
 
 def _counts(ax: Axes, curves: Mapping[str, Mapping[float, Summary]], colours: Mapping[str, str]) -> None:
-    """Responses at each level, and those of them with several attempts, over which the improvement rate is taken."""
+    """Write the number of responses at each level, and the number of them with several attempts."""
     rows = []
     for target, levels in curves.items():
         name = f"{style.plain(target)}: " if len(curves) > 1 else ""
         rows.append((f"{name}n", colours[target], {x: s["msi"].n for x, s in levels.items()}))
         rows.append((f"{name}multi", colours[target], {x: s["improvement_rate"].n for x, s in levels.items()}))
-    panels.counts_below(ax, rows)
-    ticks = sorted({x for levels in curves.values() for x in levels})
-    ax.set_xticks(ticks, [f"{x:g}" for x in ticks], fontsize=6)
-    if len(ticks) > 1:
-        margin = 0.06 * (ticks[-1] - ticks[0])
-        ax.set_xlim(ticks[0] - margin, ticks[-1] + margin)
-    ax.set_xlabel("numbers of responses (sd from threshold)")
-
-
-def _legend(fig: SubFigure, colours: Mapping[str, str]) -> None:
-    from matplotlib.lines import Line2D
-
-    peak = Line2D([], [], color=style.GREY, marker="v", markersize=4.5, linewidth=1.0)
-    dashed = Line2D([], [], color=style.GREY, linewidth=0.8, linestyle=style.DASHED)
-    legend(fig, colours, [(peak, "peak, 95 %"), (dashed, "threshold")], columns=2)
+    panels.level_counts(ax, rows, "numbers of responses (sd from threshold)")
 
 
 def _mark(ax: Axes, peak: Peak | None, place: int, colour: str) -> None:
-    """The peak's position and interval, above the panel."""
+    """Draw the position and interval of a peak above the panel."""
     if peak is None:
         return
     y = 1.22 + 0.1 * place
@@ -111,7 +98,7 @@ def _caption(results: SweepResults) -> str:
 
 
 def peak_table(peaks: Mapping[str, Mapping[str, Peak | None]], judge: str) -> Table:
-    """One row per target and metric."""
+    """Return one row per target and metric."""
     cells, records = [], []
     for target, by_metric in peaks.items():
         for name, peak in by_metric.items():

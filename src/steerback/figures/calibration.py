@@ -1,4 +1,4 @@
-"""Calibration latent by latent: a table, and the curves as small multiples."""
+"""Calibration of each latent: a table, and the curves as small multiples."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ COLUMNS = 3
 
 
 def calibration_table(latents: Mapping[str, Sequence[CalibratedLatent]]) -> Table:
-    """One row per target and latent: threshold with interval, status, verified mean first score, and why."""
+    """Return one row per target and latent: threshold with interval, status, verified mean first score, and reason."""
     cells, records = [], []
-    for target, own in latents.items():
-        for x in own:
+    for target, calibrated in latents.items():
+        for x in calibrated:
             t, check = x.threshold, x.threshold.verification
             score = "-" if check is None else f"{check.score:.0f} [{check.low:.0f}, {check.high:.0f}]"
             boost = f"{t.boost:.4g} [{t.low:.4g}, {t.high:.4g}]"
             cells.append((target, str(x.latent), x.label, boost, t.status, score, t.reason))
             records.append({"target": target, "latent": x.latent, "label": x.label, **_flat(x)})
     caption = (
-        "Threshold boost of each latent with its 95 % interval; verified: mean first score of fresh trials there, with "
-        "its 95 % interval. Thresholds that are not converged are not used."
+        "Threshold boost of each latent with its 95 % interval. Verified: mean first score of fresh trials at it, with "
+        "its 95 % interval. Only converged thresholds are used."
     )
     columns = ("target", "latent", "label", "threshold", "status", "verified", "why")
     return Table(columns, cells, caption, records, left=3)
@@ -46,12 +46,12 @@ def _flat(x: CalibratedLatent) -> dict[str, object]:
 
 @style.styled
 def draw_calibration(target: str, latents: Sequence[CalibratedLatent], judge: str, note: str = "") -> Figure:
-    """One panel per latent: mean first score at each boost tried, the fitted curve with band, the threshold."""
+    """Draw one panel per latent: mean first score at each tested boost, fitted curve with band, and threshold."""
     rows = max(-(-len(latents) // COLUMNS), 1)
     caption = (
-        f"{target}: calibration of each latent. Points: mean first score at each boost tried, their area by number of "
-        "trials; line and band: fitted curve with 95 % interval; dashed: target score; vertical: threshold with its "
-        f"interval (grey: not used); cross: fresh trials with 95 % interval. Judge: {judge}. {note}"
+        f"{target}: calibration of each latent. Points: mean first score at each tested boost, with areas by number of "
+        "trials. Line and band: fitted curve with 95 % interval. Dashed: target score. Vertical: threshold with its "
+        f"interval (grey: not used). Cross: fresh trials with 95 % interval. Judge: {judge}. {note}"
     ).strip()
     fig = style.new_figure(0.95 * rows + 0.4, caption)
     axes = list(fig.subplots(rows, min(COLUMNS, max(len(latents), 1)), sharey=True, squeeze=False).flat)
@@ -69,9 +69,9 @@ def _panel(ax: Axes, x: CalibratedLatent) -> None:
     colour = style.PALETTE[0] if t.usable else style.GREY
     boosts = sorted({b for b, score in x.tried if score is not None})
     scores = [[s for b, s in x.tried if b == boost and s is not None] for boost in boosts]
-    if found := curve(t, x.tried):
-        ax.plot(found["boost"], found["score"], color=colour, linewidth=0.9)
-        ax.fill_between(found["boost"], found["low"], found["high"], color=colour, alpha=0.16, linewidth=0)
+    if fitted := curve(t, x.tried):
+        ax.plot(fitted["boost"], fitted["score"], color=colour, linewidth=0.9)
+        ax.fill_between(fitted["boost"], fitted["low"], fitted["high"], color=colour, alpha=0.16, linewidth=0)
     ax.scatter(boosts, [np.mean(s) for s in scores], s=[1.2 * len(s) for s in scores], color=style.INK, linewidths=0)
     ax.axhline(t.target_score, color=style.INK, linewidth=0.5, linestyle=(0, (3, 2)))
     ax.axvspan(t.low, t.high, color=colour, alpha=0.12, linewidth=0)

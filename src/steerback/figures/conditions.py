@@ -1,4 +1,4 @@
-"""Conditions side by side: one row each, one pair of panels a metric: the values, and the paired differences."""
+"""Comparison of conditions: one row per condition, and for each metric a panel of values and a panel of differences."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from steerback.metrics.paired import PairedTest
 from steerback.store.facts import BASELINE
 
 if TYPE_CHECKING:
-    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
@@ -22,7 +21,7 @@ USUAL = ("multi_attempt_rate", "esr_rate", "msi", "mean_first")
 
 
 def present(results: ConditionResults) -> Presentation:
-    """One figure of all conditions, and their tables."""
+    """Return one figure of all conditions, and their tables."""
     note = planted_note(results)
     if results.experiment == "held-out":
         note = f"Pairs share latent, boost and seed; the prompts differ. {note}"
@@ -34,9 +33,9 @@ def present(results: ConditionResults) -> Presentation:
 def draw(
     measured: Measured, metrics: Sequence[str] = USUAL, note: str = "", shown: Sequence[str] | None = None
 ) -> Figure:
-    """Every condition's metrics with 95 % intervals, and beside them the paired differences.
+    """Draw each condition's metrics with 95 % intervals, and the paired differences to their right.
 
-    `shown`: these conditions only.
+    `shown` restricts the figure to these conditions.
     """
     conditions = list(shown or dict.fromkeys(condition for _, condition in measured.summaries))
     fig = style.new_figure(rows_height(measured, conditions, len(metrics)), caption(measured, note, shown))
@@ -45,33 +44,33 @@ def draw(
 
 
 def rows_height(measured: Measured, conditions: Sequence[str], metrics: int) -> float:
-    """Inches that `rows_of_conditions` needs."""
+    """Return the height in inches that `rows_of_conditions` needs."""
     rows = max(len(conditions), 1) * max(len(measured.targets), 1)
     return 0.5 + metrics * max(0.85, 0.11 * rows + 0.07 * len(conditions) + 0.4)
 
 
 def caption(measured: Measured, note: str, shown: Sequence[str] | None = None) -> str:
-    """What is shown, by which judge, over how many responses (of the conditions `shown`, default: all)."""
-    beside = (
+    """Return the caption: panels, judge and numbers of responses (of the conditions `shown`, default: all)."""
+    differences = (
         f"Right: differences from {', '.join(sorted(set(measured.against.values())))} over pairs of the same latent, "
-        "prompt and seed, with their own intervals; dashed: none. "
+        "prompt and seed, with intervals from these pairs; dashed: no difference. "
         if measured.comparisons
         else ""
     )
     lines = [
-        "95 % intervals clustered by latent, over valid responses; n beside each row. Dashed: the first condition. "
-        f"{beside}Judge: {measured.judge}. {note}".strip()
+        "95 % intervals clustered by latent, over valid responses; n at the right of each row. Dashed: first "
+        f"condition. {differences}Judge: {measured.judge}. {note}".strip()
     ]
     for target in measured.targets:
-        own = measured.of(target)
-        lines.append(panels.counted(target, [s for c, s in own.items() if shown is None or c in shown]))
+        summaries = measured.of(target)
+        lines.append(panels.counted(target, [s for c, s in summaries.items() if shown is None or c in shown]))
     return "\n".join(lines)
 
 
 def rows_of_conditions(
     fig: Figure | SubFigure, measured: Measured, conditions: Sequence[str], metrics: Sequence[str]
 ) -> None:
-    """Fill a (sub)figure: a row of panels for each metric, conditions from top to bottom, targets within each."""
+    """Fill a (sub)figure with one row of panels per metric; conditions run from top to bottom, targets within each."""
     paired = any(c in conditions for _, c in measured.comparisons)
     axes = fig.subplots(len(metrics), 1 + paired, sharey=True, squeeze=False)
     if not conditions:
@@ -89,14 +88,12 @@ def rows_of_conditions(
     for ax in axes.flat:
         ax.tick_params(axis="y", length=0, labelsize=6)
         ax.grid(axis="x")
-    from matplotlib.lines import Line2D
-
-    line = Line2D([], [], color=style.GREY, linewidth=0.8, linestyle=style.DASHED)
-    legend(fig, colours, [(line, f"{style.plain(conditions[0])}; right: no difference" if paired else conditions[0])])
+    reference = f"{style.plain(conditions[0])}; right: no difference" if paired else conditions[0]
+    panels.legend(fig, colours, [(panels.dashed(), reference)])
 
 
 def _places(measured: Measured, conditions: Sequence[str]) -> list[tuple[str, str, float]]:
-    """(target, condition, height) of every point."""
+    """Return (target, condition, height) of each point."""
     n = len(measured.targets)
     offsets = {t: (i - (n - 1) / 2) * 0.62 / n for i, t in enumerate(measured.targets)}
     return [
@@ -142,30 +139,13 @@ def _differences(
 
 
 def difference(test: PairedTest) -> Estimate:
-    """The difference of a paired test with its interval."""
+    """Return the difference of a paired test with its interval."""
     return Estimate(test.difference, test.low, test.high, 0, test.method, clusters=test.clusters)
 
 
 def _sizes(ax: Axes, measured: Measured, conditions: Sequence[str], metric: str, colours: Mapping[str, str]) -> None:
-    """The number of responses of every row, at the right of the panel."""
+    """Write the number of responses of each row at the right of the panel."""
     for target, condition, y in _places(measured, conditions):
         n = measured.summaries[target, condition][metric].n
         colour = colours[target] if len(colours) > 1 else style.INK
         ax.annotate(f"n = {n:,}", (1.03, y), xycoords=("axes fraction", "data"), fontsize=6, va="center", color=colour)
-
-
-def legend(
-    fig: Figure | SubFigure, colours: Mapping[str, str], more: Sequence[tuple[Artist, str]] = (), columns: int = 2
-) -> None:
-    """Names of the targets in their colours (where there are several) and further entries, above the panels."""
-    from matplotlib.lines import Line2D
-
-    several = colours if len(colours) > 1 else {}
-    entries: list[tuple[Artist, str]] = [
-        *((Line2D([], [], color=c, marker="o", linestyle="none"), style.plain(t)) for t, c in several.items()),
-        *more,
-    ]
-    if entries:
-        handles, names = zip(*entries, strict=True)
-        columns = min(len(entries), columns)
-        fig.legend(handles, names, loc="outside upper center", ncols=columns, columnspacing=1.2, fontsize=6.5)

@@ -1,4 +1,4 @@
-"""Figures A2 to A4: rates by judge, agreement of judges, and their first scores against each other."""
+"""Figures A2 to A4: rates by judge, agreement between judges, and first scores of two judges."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 from steerback.analysis.cross_judge import Compared
 from steerback.figures import panels, style
 from steerback.figures.base import Presentation, planted_note
-from steerback.figures.conditions import legend
 from steerback.figures.tables import Table, number, show
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ NAMES = {"esr_rate": "ESR rate (%)", "multi_attempt_rate": "Multi-attempt rate (
 
 
 def present(results: Compared) -> Presentation:
-    """Figures A2 to A4, agreement and rates as tables, and whether all judges rank the models alike."""
+    """Return Figures A2 to A4, the tables of agreement and rates, and a line about the ranking of the models."""
     return Presentation(
         tables={"agreement": agreement_table(results), "judges": judge_table(results)},
         figures={
@@ -35,10 +34,10 @@ def present(results: Compared) -> Presentation:
 
 @style.styled
 def rates(results: Compared, metric: str) -> Figure:
-    """One group of bars per judge, one bar per model, with 95 % intervals."""
+    """Draw one group of bars per judge and one bar per model, with 95 % intervals."""
     caption = (
         f"{NAMES[metric].removesuffix(' (%)')} by judge over the same {results.n:,} responses, a sample "
-        f"that takes multi-attempt trials first. 95 % intervals clustered by latent. {planted_note(results)}".strip()
+        f"that prefers multi-attempt trials. 95 % intervals clustered by latent. {planted_note(results)}".strip()
     )
     fig = style.new_figure(2.6, caption)
     ax = fig.subplots()
@@ -60,16 +59,18 @@ def rates(results: Compared, metric: str) -> Figure:
     ax.set_ylabel(NAMES[metric])
     ax.grid(axis="y")
     panels.note_few(ax, estimates)
-    legend(fig, colours)
+    panels.legend(fig, colours)
     return fig
 
 
 @style.styled
 def agreement(results: Compared) -> Figure:
-    """Top: share of equal verdicts on several attempts (above) and direction (below). Bottom: first scores."""
+    """Draw the agreement on several attempts and direction as a matrix (top), and first scores as a scatter plot
+    (bottom).
+    """
     caption = (
-        "Top: agreement of judges in per cent; above the diagonal on whether there are several attempts, below it on "
-        "whether the last attempt is better, equal or worse where both see several. Bottom: first scores of the two "
+        "Top: agreement of judges in per cent. Above the diagonal: whether a response has several attempts. Below it: "
+        "whether the last attempt is better, equal or worse, if both see several. Bottom: first scores of the two "
         f"judges that differ most. n = {results.n:,}. {planted_note(results)}".strip()
     )
     fig = style.new_figure(4.6, caption)
@@ -117,7 +118,7 @@ def _scatter(ax: Axes, results: Compared) -> None:
 
 
 def agreement_table(results: Compared) -> Table:
-    """One row per pair of judges, after the pairs of a labeller and a judge where there are human labels."""
+    """Return one row per pair of labeller and judge (if there are human labels), then one per pair of judges."""
     cells = [
         (
             f"{a} / {b}",
@@ -133,7 +134,7 @@ def agreement_table(results: Compared) -> Table:
     ]
     columns = ("judges", "n", "same count %", "kappa", "n multi", "same direction %", "its kappa", "first scores")
     caption = (
-        "Agreement on whether a response has several attempts, on better / same / worse where both see several, and "
+        "Agreement on whether a response has several attempts, on better / same / worse if both see several, and "
         "rank correlation of first scores. Krippendorff's alpha over all judges: several "
         f"{show(results.alpha_several, False)}, first score {show(results.alpha_first, False)}. "
         "95 % intervals clustered by latent."
@@ -142,7 +143,7 @@ def agreement_table(results: Compared) -> Table:
 
 
 def judge_table(results: Compared) -> Table:
-    """One row per judge and target: rates over the sample and weighed back to the runs."""
+    """Return one row per judge and target: rates over the sample, and rates weighted back to the runs."""
     cells = []
     for judge in results.judges:
         for target in results.targets:
@@ -172,14 +173,14 @@ def judge_table(results: Compared) -> Table:
         "MSI (runs)",
     )
     caption = (
-        "Over the sample, which takes multi-attempt trials first, with 95 % intervals; "
-        "(runs): weighed back to the runs it was drawn from."
+        "Over the sample, which prefers multi-attempt trials, with 95 % intervals; "
+        "(runs): weighted back to the runs it was drawn from."
     )
     return Table(columns, cells, caption, left=2)
 
 
 def ranking_line(results: Compared) -> str:
-    """One sentence: do all judges rank the models alike?"""
+    """Return a sentence that says whether all judges rank the models alike."""
     if len(results.targets) < 2:
         return "one model only: there is no order to compare"
     alike = results.same_order("esr_rate")

@@ -1,4 +1,4 @@
-"""Table A1, and the distributions behind it: pooled activation of each detector on matched and on shuffled pairs."""
+"""Table A1 and its distributions: pooled activation of each detector on matched and on shuffled pairs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 from steerback.analysis.detector_statistics import DetectorStatisticsResults, PairStatistics
 from steerback.figures import panels, style
 from steerback.figures.base import Presentation, planted_note
-from steerback.figures.conditions import legend
 from steerback.figures.tables import Table, show
 from steerback.latents.separation import Separation
 
@@ -18,11 +17,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MOST = 30  # rows that stay legible
+MOST = 30  # more rows would not be legible
 
 
 def present(results: DetectorStatisticsResults) -> Presentation:
-    """Table A1 and the figure of the distributions behind it."""
+    """Return Table A1 and the figure of its distributions."""
     return Presentation(
         tables={"tableA1": table(results.statistics)},
         figures={"tableA1": lambda: draw(results.statistics, planted_note(results))},
@@ -31,7 +30,7 @@ def present(results: DetectorStatisticsResults) -> Presentation:
 
 
 def table(results: Mapping[str, PairStatistics]) -> Table:
-    """One row per detector, both arms side by side."""
+    """Return one row per detector, with both arms in each cell."""
     cells, records = [], []
     for target, s in results.items():
         x = s.separation
@@ -53,16 +52,16 @@ def table(results: Mapping[str, PairStatistics]) -> Table:
     return Table(
         ("target", "latent", "label", "mean", "sd", "median", "active", "AUC", "d"),
         cells,
-        "Matched / shuffled pairs: largest activation in a response after its own and after another prompt; active: "
-        "share of responses with any. Responses to prompts that were not searched; AUC with a 95 % interval from "
-        "resampled prompts; d: Cohen's, pooled sd.",
+        "Matched / shuffled pairs: largest activation in a response after its own prompt / another prompt. Active: "
+        "share of responses with any activation. Prompts not used by the search. AUC with a 95 % interval from "
+        "resampled prompts. d: Cohen's d, pooled sd.",
         records,
         left=3,
     )
 
 
 def _record(separation: Separation, i: int) -> dict[str, float | None]:
-    """Every statistic of detector `i`; None where it is infinite."""
+    """Return every statistic of detector `i`; None for infinite values."""
     return {name: values[i] for name, values in separation.to_json().items()}
 
 
@@ -70,21 +69,23 @@ def _line(target: str, s: PairStatistics) -> str:
     high = sum(e.value is not None and e.value >= 0.9 for e in s.auc)
     return (
         f"{target}: {high} of {len(s.latents)} detectors at AUC >= 0.9 on {len(s.matched)} pairs of "
-        f"{s.prompts} prompts that were not searched"
+        f"{s.prompts} prompts not used by the search"
     )
 
 
 @style.styled
 def draw(results: Mapping[str, PairStatistics], note: str = "") -> Figure:
-    """One row a detector: boxes of both arms (quartiles, whiskers to the 5th and 95th percentile), scaled together."""
+    """Draw one row per detector: boxes of both arms (quartiles, whiskers from the 5th to the 95th percentile), scaled
+    alike.
+    """
     rows = [max(min(len(s.latents), MOST), 2) for s in results.values()] or [3]
     lines = [
-        "Largest activation in a response after its own (grey) and after another prompt (colour), relative to the "
-        "detector's largest. Boxes: quartiles; whiskers: 5th to 95th percentile. Right: AUC with 95 % interval from "
-        f"resampled prompts; dashed: chance. Not judged. {note}".strip()
+        "Largest activation in a response after its own prompt (grey) and after another one (colour), relative to the "
+        "detector's maximum. Boxes: quartiles. Whiskers: 5th to 95th percentile. Right: AUC with 95 % interval from "
+        f"resampled prompts. Dashed: chance. No judge is used. {note}".strip()
     ]
     lines += [
-        f"{target}: n = {len(s.matched)} pairs, {s.prompts} prompts that were not searched."
+        f"{target}: n = {len(s.matched)} pairs, {s.prompts} prompts not used by the search."
         for target, s in results.items()
     ]
     fig = style.new_figure(0.2 * sum(rows) + 0.75 * len(rows) + 0.2, "\n".join(lines))
@@ -99,11 +100,9 @@ def draw(results: Mapping[str, PairStatistics], note: str = "") -> Figure:
         for ax in axes.flat:
             style.message(ax, "nothing was read")
         return fig
-    from matplotlib.patches import Patch
-
-    own = Patch(facecolor=style.LIGHT, edgecolor=style.INK, linewidth=0.5)
-    other = Patch(facecolor=style.PALETTE[0], edgecolor=style.INK, linewidth=0.5)
-    legend(fig, {}, [(own, "own prompt"), (other, "another prompt")])
+    faces = {"own prompt": style.LIGHT, "another prompt": style.PALETTE[0]}
+    boxes = {name: panels.patch(facecolor=face, edgecolor=style.INK, linewidth=0.5) for name, face in faces.items()}
+    panels.legend(fig, {}, [(box, name) for name, box in boxes.items()])
     return fig
 
 
@@ -135,6 +134,7 @@ def _boxes(ax: Axes, s: PairStatistics, colour: str) -> None:
 
 def _auc(ax: Axes, s: PairStatistics, colour: str) -> None:
     for y, e in enumerate(s.auc[:MOST]):
+        ax.annotate(f"n = {len(s.matched):,}", (1.03, y), xycoords=("axes fraction", "data"), fontsize=6, va="center")
         if e.value is not None:
             panels.whisker(ax, y, panels.ends(e), colour)
     ax.axvline(0.5, color=style.GREY, linewidth=0.8, linestyle=style.DASHED)

@@ -1,4 +1,4 @@
-"""Detectors of each target: separation on searched and on held-out prompts, against that expected by chance."""
+"""Detectors of each target: separation on searched and held-out prompts, compared with chance."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from steerback.analysis.detectors import DetectorResults
-from steerback.figures import style
+from steerback.figures import panels, style
 from steerback.figures.base import Presentation, planted_note
 from steerback.figures.tables import Table
 from steerback.store.facts import DetectorSet, Search, SearchHalf
@@ -15,14 +15,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MOST = 30  # rows that stay legible
-CHANCE = style.DASHED
+MOST = 30  # more rows would not be legible
 OBSERVED = style.PALETTE[0]
-"""Of points and bars in every panel: the titles name the targets, and the legend holds for all."""
+"""Colour of observed values in all panels: titles name the targets, so one legend serves all."""
 
 
 def present(results: DetectorResults) -> Presentation:
-    """The detectors' table and figure, and a line about each target."""
+    """Return the table and figure of the detectors, and a line about each target."""
     return Presentation(
         tables={"table": detector_table(results.detectors)},
         figures={"detectors": lambda: draw(results.detectors, planted_note(results))},
@@ -31,7 +30,7 @@ def present(results: DetectorResults) -> Presentation:
 
 
 def detector_line(detectors: DetectorSet) -> str:
-    """One line: how many, by which rule, and how many of them separate on prompts that were not searched."""
+    """Return a line with the number of detectors, their source, and how many of them separate held-out prompts."""
     number = len(detectors.detectors)
     line = f"{number} detector{'s' * (number != 1)} ({detectors.source})"
     half = detectors.search.held_out if detectors.search is not None else None
@@ -45,7 +44,7 @@ def detector_line(detectors: DetectorSet) -> str:
 
 
 def detector_table(results: Mapping[str, DetectorSet]) -> Table:
-    """One row per detector: separation on the searched and on the held-out half."""
+    """Return one row per detector: separation on the searched and on the held-out half."""
 
     def shown(value: float | None, digits: int = 3) -> str:
         return "-" if value is None else f"{value:.{digits}f}"
@@ -65,8 +64,8 @@ def detector_table(results: Mapping[str, DetectorSet]) -> Table:
             )
             for target, d in entries
         ],
-        "Detectors, best first. AUC: how often a mismatched response is more active than a matched one; the "
-        "held-out prompts were not searched. Level: mean pooled activation on mismatched pairs of the searched half.",
+        "Detectors, best first. AUC: how often a mismatched response is more active than a matched one, on the "
+        "searched and on the held-out prompts. Level: mean pooled activation on mismatched pairs of the searched half.",
         [{"target": target, **dict(sorted(d.model_dump().items()))} for target, d in entries],
         left=3,
     )
@@ -74,7 +73,7 @@ def detector_table(results: Mapping[str, DetectorSet]) -> Table:
 
 @style.styled
 def draw(results: Mapping[str, DetectorSet], note: str = "") -> Figure:
-    """Per target, AUC of each detector on both halves; below, how many latents separate, against swapped labels."""
+    """Draw for each target the AUC of each detector on both halves and, below, the number of separating latents."""
     rows = [max(min(len(d.latents), MOST), 4) for d in results.values()] or [4]
     heights = [h for n in rows for h in (0.13 * n + 0.5, 1.3)]
     fig = style.new_figure(sum(heights) + 0.6, _caption(results, note))
@@ -101,12 +100,16 @@ def _separation(ax: Axes, detectors: DetectorSet) -> None:
     if held_out:
         ax.plot(*zip(*held_out, strict=True), "o", color=OBSERVED, clip_on=False, zorder=3)
     if held_out and half is not None:
-        ax.axvline(half.max_auc_null, color=style.GREY, linewidth=0.8, linestyle=CHANCE)
+        ax.axvline(half.max_auc_null, color=style.GREY, linewidth=0.8, linestyle=style.DASHED)
     ax.plot(searched, range(len(entries)), "o", color=OBSERVED, mfc="none", markersize=6, clip_on=False, zorder=3)
     names = [f"{d.latent} {(d.label or '')[:34]}".strip() for d in entries]
     ax.set_yticks(range(len(entries)), [style.plain(n) for n in names], fontsize=6)
     ax.set_ylim(len(entries) - 0.4, -0.6)
     ax.tick_params(axis="y", length=0)
+    halves = [] if detectors.search is None else [detectors.search.search, detectors.search.held_out]
+    sizes = " / ".join(f"{half.n_texts:,}" for half in halves if half is not None)
+    for y in range(len(entries) if sizes else 0):
+        ax.annotate(f"n = {sizes}", (1.03, y), xycoords=("axes fraction", "data"), fontsize=6, va="center")
     ax.set_xlabel("AUC, mismatched over matched")
     low, _ = ax.get_xlim()
     ax.set_xlim(low, 1.0)
@@ -114,18 +117,18 @@ def _separation(ax: Axes, detectors: DetectorSet) -> None:
 
 
 def _counts(ax: Axes, search: Search | None) -> None:
-    """Observed counts as bars, next to them the mean count by chance with a whisker to its 95th percentile."""
+    """Draw observed counts as bars, and mean counts by chance as bars with a whisker to their 95th percentile."""
     if search is None:
         style.message(ax, "named by hand, not searched")
         return
     halves = [("searched,\nall latents", search.search), ("held out,\ndetectors", search.held_out)]
-    cells = [
-        (f"{kind}\n{name}", null)
+    levels = [
+        (f"{kind}\n{name}\nn = {half.n_texts:,}", null)
         for name, half in halves
         if half is not None
         for kind, null in (("AUC 1", half.perfect), ("AUC ≥ 0.9", half.high_auc))
     ]
-    for x, null in enumerate(null for _, null in cells):
+    for x, null in enumerate(null for _, null in levels):
         ax.bar(x - 0.18, null.observed, 0.34, color=OBSERVED)
         ax.bar(x + 0.18, null.expected, 0.34, color=style.LIGHT)
         reach = max(null.high - null.expected, 0.0)
@@ -138,7 +141,7 @@ def _counts(ax: Axes, search: Search | None) -> None:
             ha="center",
             fontsize=6.5,
         )
-    ax.set_xticks(range(len(cells)), [name for name, _ in cells], fontsize=6)
+    ax.set_xticks(range(len(levels)), [name for name, _ in levels], fontsize=6)
     ax.tick_params(axis="x", length=0)
     ax.set_ylabel("latents")
     ax.margins(y=0.15)
@@ -146,24 +149,21 @@ def _counts(ax: Axes, search: Search | None) -> None:
 
 
 def _legend(fig: Figure) -> None:
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    handles = [
-        Line2D([], [], color=OBSERVED, ls="none", marker="o", mfc="none", ms=6, label="searched prompts"),
-        Line2D([], [], color=OBSERVED, ls="none", marker="o", label="held-out prompts"),
-        Line2D([], [], color=style.GREY, linestyle=CHANCE, label="largest by chance (95 %)"),
-        Patch(color=OBSERVED, label="observed"),
-        Patch(color=style.LIGHT, label="labels swapped"),
+    entries = [
+        (panels.line(OBSERVED, ls="none", marker="o", mfc="none", ms=6), "searched prompts"),
+        (panels.line(OBSERVED, ls="none", marker="o"), "held-out prompts"),
+        (panels.line(style.GREY, linestyle=style.DASHED), "largest by chance (95 %)"),
+        (panels.patch(color=OBSERVED), "observed"),
+        (panels.patch(color=style.LIGHT), "labels swapped"),
     ]
-    fig.legend(handles=handles, loc="outside upper center", ncols=2, fontsize=6.5, columnspacing=1.2)
+    panels.legend(fig, {}, entries)
 
 
 def _caption(results: Mapping[str, DetectorSet], note: str) -> str:
     lines = [
-        "Top: separation of responses after another prompt from the same responses after their own, pooled by "
-        "maximum. Bottom: latents at each level beside their number when labels are swapped prompt by prompt (mean and "
-        f"95th percentile). Not judged. {note}".strip()
+        "Top: separation of responses after another prompt from the same responses after their own prompt, pooled by "
+        "maximum. Bottom: number of latents at each level, and the number when labels are swapped by prompt (mean and "
+        f"95th percentile). n: responses, searched / held out. No judge is used. {note}".strip()
     ]
     for target, detectors in results.items():
         number = len(detectors.detectors)
@@ -173,7 +173,7 @@ def _caption(results: Mapping[str, DetectorSet], note: str) -> str:
 
 
 def _source(detectors: DetectorSet) -> str:
-    """The rule and the sizes of both halves of the search."""
+    """Return the source of the detectors and the sizes of both halves of the search."""
     if detectors.search is None:
         return "named by hand"
     halves: tuple[tuple[str, SearchHalf | None], ...] = (

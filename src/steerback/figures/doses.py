@@ -1,4 +1,4 @@
-"""Figure 5 and the dose curve: resistance against the share of detectors clamped to zero, and partial clamps."""
+"""Figure 5 and the dose curve: resistance against the share of clamped detectors, and under partial clamps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from steerback.analysis.base import Measured
 from steerback.analysis.detector_ablation import AblationResults
 from steerback.figures import conditions, panels, style
 from steerback.figures.base import Presentation, measured_tables, planted_note
-from steerback.figures.conditions import legend
 from steerback.figures.detectors import detector_line
 from steerback.metrics import Estimate, Summary, Trend
 from steerback.store.facts import ABLATED, BASELINE, Dose
@@ -20,13 +19,13 @@ if TYPE_CHECKING:
 
 SHOWN = ("multi_attempt_rate", "esr_rate", "msi", "mean_first")
 PARTIAL = {
-    True: "all of them, each token at a part of its own activation",
-    False: "all of them held at a part of their mean level on mismatched pairs",
+    True: "all detectors, clamped at each token to a part of their activation there",
+    False: "all detectors clamped to a part of their mean level on mismatched pairs",
 }
 
 
 def present(results: AblationResults) -> Presentation:
-    """Figure 5 (baseline and all detectors at zero), the dose curve, and the conditions' tables."""
+    """Return Figure 5 (baseline and all detectors at zero), the dose curve, and the tables of the conditions."""
     measured, note = results.measured, planted_note(results)
     return Presentation(
         tables=measured_tables(measured),
@@ -42,9 +41,9 @@ def present(results: AblationResults) -> Presentation:
 
 
 def _slope(trend: Trend) -> str:
-    """The dose response of the multi-attempt rate, in words."""
+    """Return the dose response of the multi-attempt rate in words."""
     if trend.slope is None:
-        return "no dose response can be said"
+        return "no dose response can be estimated"
     interval = "" if trend.low is None or trend.high is None else f" [{trend.low:+.1%}, {trend.high:+.1%}]"
     p = "" if trend.p is None else f", p = {trend.p:.2g}"
     return f"multi-attempt rate from no to all detectors clamped: slope {trend.slope:+.1%}{interval}{p}"
@@ -52,19 +51,19 @@ def _slope(trend: Trend) -> str:
 
 @style.styled
 def draw(measured: Measured, doses: Mapping[str, Sequence[Dose]], note: str = "") -> Figure:
-    """One row of panels a metric: by the share of detectors clamped and, if there are any, by partial clamps."""
+    """Draw one row of panels per metric, against the share of clamped detectors and partial clamps, if any."""
     partial = [dose for points in doses.values() for dose in points if dose.level]
     levels, scaled = bool(partial), all(dose.scaled for dose in partial)
     words = (
-        "Left: the best detectors clamped to zero, by the share of them that is clamped"
+        "Left: detectors clamped to zero, best first, by the share that is clamped"
         + (f"; right: {PARTIAL[scaled]}" if levels else "")
         + ". Bottom: numbers of responses. "
     )
     by: tuple[Literal["share", "level"], ...] = ("share", "level") if levels else ("share",)
     strip = 0.14 * max(len(measured.targets), 1) + 0.45
-    lines = [f"{words}95 % intervals clustered by latent. Judge: {measured.judge}. {note}".strip()]
-    lines += [panels.counted(target, measured.of(target).values()) for target in measured.targets]
-    fig = style.new_figure(1.05 * len(SHOWN) + strip + 0.25, "\n".join(lines))
+    counts = [panels.counted(target, measured.of(target).values()) for target in measured.targets]
+    caption = panels.caption(f"{words}95 % intervals clustered by latent.", measured.judge, note, counts)
+    fig = style.new_figure(1.05 * len(SHOWN) + strip + 0.25, caption)
     axes = fig.subplots(len(SHOWN) + 1, len(by), squeeze=False, sharex="col", height_ratios=[1.05] * 4 + [strip])
     colours = style.colours(measured.targets)
     for row, metric in zip(axes, SHOWN, strict=False):
@@ -77,23 +76,16 @@ def draw(measured: Measured, doses: Mapping[str, Sequence[Dose]], note: str = ""
         numbers = {t: {100 * x: s["msi"].n for x, s in _along(measured.of(t), p, kind)} for t, p in doses.items()}
         several = len(numbers) > 1
         panels.counts_below(ax, [(style.plain(t) if several else "n", colours[t], n) for t, n in numbers.items()])
-        ax.set_xlabel(
-            {
-                "share": "detectors clamped (%)",
-                "level": "all keep (% of own activation)" if scaled else "all held at (% of level)",
-            }[kind]
-        )
-    from matplotlib.lines import Line2D
-
-    dashed = Line2D([], [], color=style.GREY, linewidth=0.8, linestyle=style.DASHED)
-    legend(fig, colours, [(dashed, f"{BASELINE}: none clamped")], columns=3)
+        level = "all keep (% of own activation)" if scaled else "all clamped to (% of level)"
+        ax.set_xlabel({"share": "detectors clamped (%)", "level": level}[kind])
+    panels.legend(fig, colours, [(panels.dashed(), f"{BASELINE}: none clamped")], columns=3)
     return fig
 
 
 def _along(
     summaries: Mapping[str, Summary], points: Sequence[Dose], by: Literal["share", "level"]
 ) -> list[tuple[float, Summary]]:
-    """Shares are those at level 0, levels those at share 1 (or, by share, the baseline at share 0)."""
+    """Return (dose, summary) pairs in order: shares at level 0, or levels at share 1."""
     along = [
         (d.share if by == "share" else d.level, summaries[d.condition])
         for d in points

@@ -1,4 +1,4 @@
-"""Figures A5 and A6: activity aligned at the correction, and by region, for episodes and their controls."""
+"""Figures A5 and A6: activity aligned at the correction, and activity by region, for episodes and controls."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import numpy as np
 from steerback.analysis.episode_statistics import REGIONS, AlignedCurve, EpisodeStatisticsResults, RegionActivity
 from steerback.figures import panels, style
 from steerback.figures.base import Presentation, planted_note
-from steerback.figures.conditions import legend
 from steerback.figures.tables import Table, number, p_value, show
 from steerback.figures.traces import count_list, group_sizes
 from steerback.metrics import Estimate
@@ -25,11 +24,11 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 LOOKS = {EPISODES: (style.PALETTE[0], "-"), DRIFTS: (style.PALETTE[4], "--"), UNSTEERED: (style.GREY, ":")}
-"""Colour and line of each curve, in every panel: the titles name the targets, and the legend holds for all."""
+"""Colour and line style of each curve in all panels: titles name the targets, so one legend serves all."""
 
 
 def present(results: EpisodeStatisticsResults) -> Presentation:
-    """Figures A5 and A6, and the tables of the regions and of the tests."""
+    """Return Figures A5 and A6, and the tables of regions and tests."""
     activity, judge, note = results.activity, results.judge, planted_note(results)
     return Presentation(
         tables={"table": region_table(activity, judge), "tests": test_table(activity, judge)},
@@ -42,7 +41,7 @@ def present(results: EpisodeStatisticsResults) -> Presentation:
 
 
 def region_table(activity: Mapping[str, RegionActivity], judge: str) -> Table:
-    """One row per target, group and region: mean activation, and its ratio to the unsteered responses."""
+    """Return one row per target, group and region: mean activation, and its ratio to the unsteered responses."""
     cells, records = [], []
     for target, a in activity.items():
         for group in a.groups:
@@ -57,15 +56,15 @@ def region_table(activity: Mapping[str, RegionActivity], judge: str) -> Table:
     return Table(
         ("target", "group", "region", "n", "latents", "mean activation", "ratio to unsteered"),
         cells,
-        "Mean over the region's tokens of the group's summed activation, episodes of two attempts that improve; 95 % "
-        f"intervals clustered by latent. Judge: {judge}.",
+        "Mean over the region's tokens of the group's summed activation, in episodes of two attempts that improve. 95 "
+        f"% intervals clustered by latent. Judge: {judge}.",
         records,
         left=3,
     )
 
 
 def test_table(activity: Mapping[str, RegionActivity], judge: str) -> Table:
-    """One row per test."""
+    """Return one row per test."""
     cells, records = [], []
     for target, a in activity.items():
         for (group, first, second), t in a.tests.items():
@@ -78,8 +77,8 @@ def test_table(activity: Mapping[str, RegionActivity], judge: str) -> Table:
     return Table(
         ("target", "group", "test", "n", "difference", "p", "Holm", "t, Holm", "Wilcoxon, Holm", "d", "Cliff"),
         cells,
-        "Within episodes paired, else of separate responses. p swaps the two within latents; t and Wilcoxon (signed "
-        "rank or rank sum) take responses as independent; Holm over all tests of a target. d: Cohen's, pooled sd. "
+        "Paired within episodes, otherwise between responses. p: permutation within latents. t and Wilcoxon (signed "
+        "rank or rank sum) treat responses as independent. Holm over all tests of a target. d: Cohen's d, pooled sd. "
         f"Judge: {judge}.",
         records,
         left=3,
@@ -103,11 +102,11 @@ def draw_aligned(
     judge: str,
     note: str = "",
 ) -> Figure:
-    """Figure A5: one panel for each target and group; points are means, lines smoothing splines through them."""
+    """Draw Figure A5: one panel per target and group, with means as points and smoothing splines as lines."""
     words = (
         "Summed activation at each token before and after the first token of the correction: means over episodes "
         "(points), smoothing splines on either side (lines), 95 % intervals clustered by latent (band) where at least "
-        f"{panels.FEWEST} latents have a token. Controls: same positions; n: episodes that have one."
+        f"{panels.FEWEST} latents have a token. Controls: same positions. n: responses that have such a position."
     )
     cells = [(target, group) for target, a in activity.items() for group in a.groups]
     fig = style.new_figure(1.65 * max(len(cells), 1) + 0.3, _caption(words, activity, judge, note))
@@ -119,10 +118,7 @@ def draw_aligned(
         for ax in axes:
             style.message(ax, "no episode with two attempts")
         return fig
-    from matplotlib.lines import Line2D
-
-    handles = [(Line2D([], [], color=c, linestyle=dash), name) for name, (c, dash) in LOOKS.items()]
-    legend(fig, {}, handles, columns=3)
+    panels.legend(fig, {}, [(panels.line(c, linestyle=dash), name) for name, (c, dash) in LOOKS.items()], columns=3)
     return fig
 
 
@@ -135,7 +131,7 @@ def _aligned(ax: Axes, curves: Mapping[str, AlignedCurve]) -> None:
             continue
         x, y = curve.offsets[finite], curve.mean[finite]
         ax.plot(x, y, "o-", color=shade, ms=2.2, linewidth=0.4, alpha=0.55, markeredgewidth=0, clip_on=False)
-        for side in (x < 0, x >= 0):  # what comes to a sudden end at the correction must not be smoothed across it
+        for side in (x < 0, x >= 0):  # smoothing across the correction would hide a sudden change
             ax.plot(x[side], spline(x[side], y[side]), color=shade, linestyle=dash)
         banded = np.isfinite(curve.low) & np.isfinite(curve.high) & (curve.clusters >= panels.FEWEST)
         if name == EPISODES and banded.any():
@@ -151,7 +147,9 @@ def _aligned(ax: Axes, curves: Mapping[str, AlignedCurve]) -> None:
 
 
 def spline(x: NDArray[np.int64], y: Floats) -> Floats:
-    """Cubic smoothing spline, its smoothness chosen by cross-validation; the values where there are too few for one."""
+    """Return a cubic smoothing spline at `x`, its smoothness set by cross-validation; fewer than five values stay as
+    they are.
+    """
     if len(x) < 5 or np.ptp(y) == 0:
         return y
     from scipy.interpolate import make_smoothing_spline
@@ -162,10 +160,10 @@ def spline(x: NDArray[np.int64], y: Floats) -> Floats:
 
 @style.styled
 def draw_regions(activity: Mapping[str, RegionActivity], judge: str, note: str = "") -> Figure:
-    """Figure A6: mean activation by region and of the controls, with the ratio to the unsteered responses."""
+    """Draw Figure A6: mean activation by region and of the controls, with the ratio to the unsteered responses."""
     words = (
-        "Mean activation per token by region of episodes with two attempts (filled) and of controls (open), with 95 % "
-        "intervals clustered by latent; numbers: ratio to the unsteered responses."
+        "Mean activation per token by region, for episodes with two attempts (filled) and controls (open), with 95 % "
+        "intervals clustered by latent. Numbers: ratio to the unsteered responses."
     )
     cells = [(target, group) for target, a in activity.items() for group in a.groups]
     fig = style.new_figure(1.85 * max(len(cells), 1), _caption(words, activity, judge, note))

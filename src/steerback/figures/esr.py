@@ -1,4 +1,4 @@
-"""Figure 2: how much later attempts gain, beside how often there are any. Drawn from outcomes and summaries alone."""
+"""Figure 2: gain of later attempts, and rates of multi-attempt and ESR responses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RATES = (("multi_attempt_rate", "multi-attempt", ""), ("esr_rate", "ESR (improve
 
 
 def present(results: EsrResults) -> Presentation:
-    """Figure 2, the table of rates, and a line about each target's calibration."""
+    """Return Figure 2, the table of rates, the calibration figures, and a line about each target's calibration."""
     conditions = results.measured
     data = {
         target: (conditions.outcomes[target, c], conditions.summaries[target, c]) for target, c in conditions.summaries
@@ -49,18 +49,14 @@ def present(results: EsrResults) -> Presentation:
 
 
 def between_table(tests: Mapping[tuple[str, str], Mapping[str, TwoSampleTest]], judge: str) -> Table:
-    """One row per pair of targets and metric: both values, the difference b - a with its interval, p values."""
+    """Return one row per pair of targets and metric: values, difference b - a with interval, p values."""
     cells, records = [], []
-    for (a, b), own in tests.items():
-        for metric, t in own.items():
+    for (a, b), by_metric in tests.items():
+        for metric, t in by_metric.items():
             rate = METRICS[metric].rate
-            gap = Estimate(t.difference, t.low, t.high, 0, "")
-            cells.append(
-                (
-                    *(a, b, HEADINGS[metric], number(t.a, rate), number(t.b, rate)),
-                    *(show(gap, rate, sign=True), p_value(t.p), p_value(t.p_holm)),
-                )
-            )
+            gap = show(Estimate(t.difference, t.low, t.high, 0, ""), rate, sign=True)
+            values = (number(t.a, rate), number(t.b, rate), gap, p_value(t.p), p_value(t.p_holm))
+            cells.append((a, b, HEADINGS[metric], *values))
             records.append({"target a": a, "target b": b, "judge": judge, **vars(t)})
     caption = (
         "Models compared: 95 % intervals from resampled latents of both; p from exchanging latents between the models "
@@ -71,7 +67,7 @@ def between_table(tests: Mapping[tuple[str, str], Mapping[str, TwoSampleTest]], 
 
 @style.styled
 def draw(data: Mapping[str, tuple[Outcomes, Summary]], judge: str, note: str = "") -> Figure:
-    """Histograms of last - first over multi-attempt trials, and multi-attempt and ESR rates with 95 % intervals.
+    """Draw histograms of last minus first score over multi-attempt trials, and both rates with 95 % intervals.
 
     `data` maps a target to its outcomes and their summary; `judge` and `note` go into the caption.
     """
@@ -98,7 +94,7 @@ def _histograms(fig: SubFigure, data: Mapping[str, tuple[Outcomes, Summary]], co
         ax.hist(np.clip(gain, -100, 100), BINS, color=colours[target], edgecolor="white", linewidth=0.4)
         ax.axvline(0, color=style.INK, linewidth=0.6, linestyle=(0, (3, 2)))
         label = f"{len(gain):,} of {len(trials.cluster):,}\nmean {gain.mean():+.1f}"
-        # the emptier side, so that the text does not cover bars
+        # Write on the emptier side, so that the text does not cover bars.
         right = np.sum(gain > 30) <= np.sum(gain < -30)
         x, side = (0.99, "right") if right else (0.01, "left")
         ax.text(x, 0.97, label, transform=ax.transAxes, ha=side, va="top", fontsize=6.5)
@@ -119,7 +115,7 @@ def _bars(ax: Axes, summaries: Mapping[str, Summary], colours: Mapping[str, str]
             x = i + (j - 0.5) * 0.38
             top = max(top, panels.bar(ax, x, estimate, colours[target], hatch=hatch, crowded=crowded))
     ax.set_ylim(0, min(100, top * 1.18))
-    margin = 0.6 if len(summaries) > 1 else 1.0  # one target's bars need not fill the panel
+    margin = 0.6 if len(summaries) > 1 else 1.0  # two bars would look too wide across the whole panel
     ax.set_xlim(-margin, max(len(summaries), 1) - 1 + margin)
     names = [style.plain(t).replace("-", "-\n") if crowded else style.plain(t) for t in summaries]
     sizes = [f"{name}\nn = {s.headline['msi'].n:,}" for name, s in zip(names, summaries.values(), strict=True)]
@@ -129,15 +125,13 @@ def _bars(ax: Axes, summaries: Mapping[str, Summary], colours: Mapping[str, str]
         style.message(ax, "no target to show")
         return
     panels.note_few(ax, (s.headline[metric] for s in summaries.values() for metric, _, _ in RATES))
-    from matplotlib.patches import Patch
-
-    handles = [Patch(facecolor="white" if h else style.GREY, edgecolor=style.GREY, hatch=h) for _, _, h in RATES]
-    ax.figure.legend(handles, [name for _, name, _ in RATES], loc="outside upper center", ncols=2)
+    fills = [panels.patch(facecolor="white" if h else style.GREY, edgecolor=style.GREY, hatch=h) for _, _, h in RATES]
+    ax.figure.legend(fills, [name for _, name, _ in RATES], loc="outside upper center", ncols=2)
 
 
 def _caption(data: Mapping[str, tuple[Outcomes, Summary]], judge: str, note: str) -> str:
     lines = [
-        "Top: gain of the last attempt over the first, responses with two or more attempts. "
+        "Top: gain of the last attempt over the first, for responses with two or more attempts. "
         f"Bottom: rates over valid responses, 95 % intervals clustered by latent. Judge: {judge}. {note}".strip()
     ]
     return "\n".join([*lines, *(panels.counted(target, [s]) for target, (_, s) in data.items())])
@@ -145,7 +139,7 @@ def _caption(data: Mapping[str, tuple[Outcomes, Summary]], judge: str, note: str
 
 def _calibrated(target: str, report: CalibrationReport) -> str:
     if not report.n:
-        return f"{target}: no calibration in this ledger (imported results hold thresholds alone)"
+        return f"{target}: no calibration in this ledger (imported results contain only thresholds)"
     if report.mean_score is None:
         return f"{target}: no latent has a usable threshold ({report.statuses})"
     interval = "" if report.mean_low is None else f" [{report.mean_low:.1f}, {report.mean_high:.1f}]"
@@ -157,5 +151,5 @@ def _calibrated(target: str, report: CalibrationReport) -> str:
 
 
 def _spread(report: CalibrationReport) -> str:
-    """With few fresh trials a latent, most of what is off is noise; this is what is left of it."""
+    """Return the spread of the verified scores beyond sampling noise: with few trials per latent, noise dominates."""
     return "" if report.spread is None else f", spread beyond noise {report.spread:.0f} points"

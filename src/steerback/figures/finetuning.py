@@ -1,4 +1,4 @@
-"""Figure 6: what fine-tuning on self-corrections does, against their share in the training data; loss curves."""
+"""Figure 6: metrics against the share of self-corrections in the training data; and loss curves."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from steerback.analysis.base import Measured
 from steerback.analysis.finetuning import SHOWN, Ending, FinetuningResults, steered_comparisons
 from steerback.figures import panels, style
 from steerback.figures.base import Presentation, measured_tables, planted_note
-from steerback.figures.conditions import legend
 from steerback.figures.tables import Table, number
 from steerback.metrics import Estimate, Trend
 from steerback.store.facts import HELD_OUT_UNSTEERED, STEERED, UNSTEERED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, SubFigure
+    from matplotlib.figure import Figure
 
 LINES = (
     ("", style.PALETTE[0], "steered"),
@@ -24,13 +23,13 @@ LINES = (
     (" unsteered", style.GREY, "unsteered"),
     (" held-out unsteered", style.PALETTE[3], "unsteered, held-out"),
 )
-"""What each line is: suffix of the conditions' names, colour, words."""
+"""Lines of each panel: suffix of the condition names, colour, legend text."""
 FEWEST = 5
-"""A base's value over fewer responses is not drawn: without an interval a line looks surer than one response is."""
+"""Fewest responses for which a base value is drawn: a line without interval would look more certain than it is."""
 
 
 def present(results: FinetuningResults) -> Presentation:
-    """Figure 6, tables and trends, and lines on restarts without steering and on responses that were cut."""
+    """Return Figure 6, tables and trends, and lines on restarts without steering and on responses cut at the limit."""
     trends = {target: mix.trends for target, mix in results.mixes.items()}
     tables = measured_tables(steered_comparisons(results.measured))
     if any(trends.values()):
@@ -47,16 +46,16 @@ def present(results: FinetuningResults) -> Presentation:
 
 @style.styled
 def draw(results: FinetuningResults) -> Figure:
-    """Six metrics against the mix; dashed: the base, steered on the same prompts. Below, the numbers of responses."""
+    """Draw six metrics against the mix, the base model as dashed lines, and the numbers of responses below."""
     measured, note = results.measured, planted_note(results)
     text = (
-        "Dashed: the model without adapter, at its own thresholds; thresholds are calibrated anew for every adapter. "
-        "Held-out: on prompts that no adapter met in training. "
+        "Dashed: the model without adapter, at its own thresholds; each adapter is calibrated separately. "
+        "Held-out: prompts outside the training data of all adapters. "
     )
-    lines = [f"{text}95 % intervals clustered by latent. Judge: {measured.judge}. {note}".strip()]
-    lines += [panels.counted(target, measured.of(target).values()) for target in measured.targets]
+    counts = [panels.counted(target, measured.of(target).values()) for target in measured.targets]
     strip = 0.14 * len(LINES) + 0.5
-    fig = style.new_figure(4.2 + strip, "\n".join(lines))
+    caption = panels.caption(f"{text}95 % intervals clustered by latent.", measured.judge, note, counts)
+    fig = style.new_figure(4.2 + strip, caption)
     top, bottom = fig.subfigures(2, 1, height_ratios=[4.2, strip], squeeze=False).flat
     axes = top.subplots(3, 2, sharex=True, squeeze=False)
     target = measured.targets[0] if measured.targets else ""
@@ -64,7 +63,7 @@ def draw(results: FinetuningResults) -> Figure:
         shown: list[Estimate] = []
         for suffix, colour, _ in LINES:
             if suffix.endswith("unsteered") and metric in ("improvement_rate", "esr_rate", "msi"):
-                continue  # without restarts these say nothing, with a few they are noise
+                continue  # unsteered responses rarely restart, so these metrics are noise
             levels = results.levels(target, suffix.strip() or STEERED)
             points = [(x, measured.summaries[target, n][metric]) for x, n in levels]
             panels.curve(ax, metric, points, colour)
@@ -78,23 +77,19 @@ def draw(results: FinetuningResults) -> Figure:
         if not measured.summaries:
             style.message(ax, "nothing was measured")
     _counts(bottom.subplots(), results, target)
-    _legend(top)
+    entries = [(panels.line(colour, marker="o"), name) for _, colour, name in LINES]
+    panels.legend(top, {}, [*entries, (panels.line(style.INK, linestyle=style.DASHED), "without adapter")])
     return fig
 
 
 def _counts(ax: Axes, results: FinetuningResults, target: str) -> None:
-    """Numbers of responses of every line at every mix."""
+    """Write the number of responses of each line at each mix."""
     rows = []
     for suffix, colour, words in LINES:
         levels = results.levels(target, suffix.strip() or STEERED)
         if levels:
             rows.append((words, colour, {x: results.measured.summaries[target, n]["msi"].n for x, n in levels}))
-    panels.counts_below(ax, rows)
-    ticks = sorted({x for _, _, numbers in rows for x in numbers})
-    ax.set_xticks(ticks, [f"{x:g}" for x in ticks], fontsize=6)
-    if len(ticks) > 1:
-        ax.set_xlim(ticks[0] - 5, ticks[-1] + 5)
-    ax.set_xlabel("responses; self-corrections in training (%)")
+    panels.level_counts(ax, rows, "responses; self-corrections in training (%)", margin=0.05)
 
 
 def _base(ax: Axes, metric: str, measured: Measured, target: str, suffix: str, colour: str) -> None:
@@ -104,17 +99,10 @@ def _base(ax: Axes, metric: str, measured: Measured, target: str, suffix: str, c
         ax.axhline(span[0], color=colour, linewidth=0.9, linestyle=style.DASHED, zorder=1)
 
 
-def _legend(fig: SubFigure) -> None:
-    from matplotlib.lines import Line2D
-
-    entries = [(Line2D([], [], color=colour, marker="o"), name) for _, colour, name in LINES]
-    legend(fig, {}, [*entries, (Line2D([], [], color=style.INK, linestyle=style.DASHED), "without adapter")])
-
-
 @style.styled
 def draw_losses(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Training and validation losses (trained and masked tokens) by step; one panel per adapter (losses.json)."""
-    text = "Loss per token. Training: trained tokens. Validation: trained tokens, and the tokens that are masked."
+    """Draw training and validation losses (trained and masked tokens) by step, one panel per adapter (losses.json)."""
+    text = "Loss per token. Training: trained tokens. Validation: trained tokens, and masked tokens separately."
     rows = -(-len(curves) // 2)
     fig = style.new_figure(1.5 * rows + 0.3, text)
     axes = fig.subplots(rows, min(2, len(curves)), squeeze=False, sharey=True)
@@ -138,7 +126,7 @@ def draw_losses(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
 
 
 def trend_table(trends: Mapping[str, Mapping[str, Trend]], judge: str) -> Table:
-    """One row per metric and condition: its slope per ten percent more corrections."""
+    """Return one row per metric and condition: the slope per ten percent more self-corrections."""
     rows, records = [], []
     for target, by_metric in trends.items():
         for name, t in by_metric.items():
@@ -157,7 +145,7 @@ def trend_table(trends: Mapping[str, Mapping[str, Trend]], judge: str) -> Table:
 
 
 def restart_lines(results: FinetuningResults, target: str) -> list[str]:
-    """Whether restarts also appear without a reason: one line per mix and kind of prompts that shows any."""
+    """Return lines on restarts of unsteered responses, one per mix and kind of prompts that shows any."""
     lines: list[str] = []
     for condition in (UNSTEERED, HELD_OUT_UNSTEERED):
         along = results.levels(target, condition)
@@ -174,7 +162,7 @@ def restart_lines(results: FinetuningResults, target: str) -> list[str]:
 
 
 def ending_lines(name: str, endings: Mapping[str, Ending]) -> list[str]:
-    """One line where responses were cut at the length limit in the middle of correcting themselves."""
+    """Return a line on responses that were cut at the length limit during a self-correction."""
     if "cut" not in endings:
         return []
     cut, ended = endings["cut"], endings.get("ended")

@@ -1,4 +1,4 @@
-"""Figures A7 and A8: first-attempt scores without steering, and what steering takes from them pair by pair."""
+"""Figures A7 and A8: first scores without steering, and their paired difference to steered ones."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BINS = np.arange(0, 101, 5)
 
 
 def present(results: NoSteeringResults) -> Presentation:
-    """Figure A7; Figure A8 where a steered baseline was measured; the bounds on restarts."""
+    """Return Figure A7, Figure A8 if a steered baseline was measured, and the table of bounds on restarts."""
     measured, note = results.measured, planted_note(results)
     unsteered, steered = results.unsteered(), results.steered()
     figures = {"figureA7": lambda: draw(unsteered, measured.judge, note)}
@@ -38,7 +38,7 @@ def present(results: NoSteeringResults) -> Presentation:
 
 @style.styled
 def draw(unsteered: Mapping[str, Outcomes], judge: str, note: str = "") -> Figure:
-    """Figure A7: shares of responses by first score, without steering."""
+    """Draw Figure A7: shares of unsteered responses by first score."""
     words = "First-attempt scores of responses without steering; line: mean."
     fig, axes = _panels(unsteered, _caption(words, unsteered, judge, note))
     for ax, (target, outcomes) in zip(axes, unsteered.items(), strict=False):
@@ -50,7 +50,7 @@ def draw(unsteered: Mapping[str, Outcomes], judge: str, note: str = "") -> Figur
 
 @style.styled
 def draw_differences(both: Mapping[str, tuple[Outcomes, Outcomes]], judge: str, note: str = "") -> Figure:
-    """Figure A8: what steering at threshold takes from the first score, pair by pair (same prompt and seed)."""
+    """Draw Figure A8: unsteered minus steered first score over pairs of the same prompt and seed."""
     words = (
         "First score without steering minus first score steered at threshold, over pairs of the same latent, prompt "
         "and seed; dashed: no difference; line: mean."
@@ -67,7 +67,9 @@ def draw_differences(both: Mapping[str, tuple[Outcomes, Outcomes]], judge: str, 
 
 
 def paired_gaps(a: Outcomes, b: Outcomes) -> Floats:
-    """First scores of `a` minus those of `b` over the pairs that are valid and not degraded in both, (pairs,)."""
+    """Return first scores of `a` minus those of `b`, (pairs,), over pairs that are valid and not degraded on both
+    sides.
+    """
 
     def sound(x: Outcomes) -> Outcomes:
         return x.take((x.state == VALID) & ~x.degraded)
@@ -79,7 +81,7 @@ def paired_gaps(a: Outcomes, b: Outcomes) -> Floats:
 
 
 def _panels(targets: Mapping[str, Outcomes], caption: str) -> tuple[Figure, Sequence[Axes]]:
-    """An empty panel for each target, named and in its colour."""
+    """Return a figure with an empty panel for each target, titled in the target's colour."""
     rows = max(1, len(targets))
     fig = style.new_figure(0.4 + 1.2 * rows, caption)
     axes = fig.subplots(rows, 1, sharex=True, squeeze=False)[:, 0].tolist()
@@ -116,7 +118,7 @@ def _caption(words: str, unsteered: Mapping[str, Outcomes], judge: str, note: st
 
 
 def bound_table(bounds: Mapping[str, RestartBound], judge: str) -> Table:
-    """One row per target, and one for all together."""
+    """Return one row per target, and one for all together."""
     shown = ("rate", "upper_by_latent", "upper_by_prompt", "upper_clopper_pearson")
     return Table(
         ("target", "n", "multi-attempt", "rate %", "upper % (latents)", "upper % (prompts)", "upper % (independent)"),
@@ -124,7 +126,7 @@ def bound_table(bounds: Mapping[str, RestartBound], judge: str) -> Table:
             (target, f"{b.n:,}", f"{b.multi_attempt:,}", *(number(getattr(b, name), rate=True) for name in shown))
             for target, b in bounds.items()
         ],
-        "Restarts without steering: upper ends of 95 % intervals, clustered by latent, by prompt, and Clopper-Pearson "
-        f"as if all trials were independent. Judge: {judge}.",
+        "Restarts without steering: upper ends of 95 % intervals, clustered by latent, by prompt, and by "
+        f"Clopper-Pearson for independent trials. Judge: {judge}.",
         [{"target": target, "judge": judge, **asdict(b)} for target, b in bounds.items()],
     )

@@ -1,4 +1,4 @@
-"""The table of one fork: each arm's rates over its seeds, and its tests against the first arm."""
+"""Table of one fork: rates of each arm over its seeds, and tests against the first arm."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def left_out(arm: ForkedArm) -> int:
 
 
 def note(forked: Forked) -> str:
-    """Return the sentences that say how the numbers of a fork are to be read."""
-    where = "throughout, the prompt and the kept tokens included" if forked.fork.throughout else "from the fork on"
+    """Return sentences that explain the table of a fork."""
+    where = "everywhere, including prompt and kept tokens" if forked.fork.throughout else "from the fork on"
     return (
         f"{forked.fork.parent}, forked after {forked.fork.tokens} tokens ({forked.fork.at}); arms edit {where}. "
-        "n: seeds of this one response, the same in all arms; 95 % intervals and tests over seeds hold for this "
-        "response alone. Restarts: those that begin after the fork. Score until then: of everything before them. "
+        "n: seeds, the same in all arms; 95 % intervals and tests are over seeds and hold only for this "
+        "response. Restarts: those that begin after the fork. Score until then: score of the text before them. "
         f"p: paired by seed against {forked.arms[0].name!r}, Holm over the arms. Judge: {forked.judge}."
     )

@@ -1,4 +1,4 @@
-"""Matched prefix: how continuations of own corrections and of generic prefixes score under steering."""
+"""Matched prefix: scores of continuations of the model's own corrections and of generic prefixes, under steering."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ SHOWN = ("mean_first", "multi_attempt_rate", "degraded_share")
 
 
 def present(results: MatchedPrefixResults) -> Presentation:
-    """The figure, the tables, and how many pairs of prefixes there were."""
-    note = f"Scores are of the continuation alone, under steering. {planted_note(results)}"
+    """Return the figure, the tables, and the numbers of prefix pairs."""
+    note = f"Scores cover only the continuation, under steering. {planted_note(results)}"
     return Presentation(
         tables=measured_tables(results.measured),
         figures={"matched_prefix": lambda: draw(results.measured, metrics=SHOWN, note=note)},

@@ -1,4 +1,4 @@
-"""Figure 4: meta-prompts against the baseline, and the effect by model size where there are several models."""
+"""Figure 4: meta-prompts against the baseline, and the effect by model size for several models."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-EFFECT = "self-monitor"  # the variant that the paper follows over model sizes
+EFFECT = "self-monitor"  # the variant that the paper compares across model sizes
 
 
 def present(results: MetaPromptResults) -> Presentation:
-    """Figure 4, tables, and a line where cells without a label were left out."""
+    """Return Figure 4, tables, and a line about latents without label."""
     return Presentation(
         tables=measured_tables(results.measured),
         figures={"figure4": lambda: draw(results)},
         lines=[
-            f"{target}: {chosen.cells_without_label} cells without label, left out of the variants that name it"
+            f"{target}: {chosen.cells_without_label} trials without label, excluded from the variants that name the "
+            "label"
             for target, chosen in results.variants.items()
             if chosen.cells_without_label
         ],
@@ -32,11 +33,11 @@ def present(results: MetaPromptResults) -> Presentation:
 
 @style.styled
 def draw(results: MetaPromptResults) -> Figure:
-    """Conditions as rows; below, the effect of self-monitoring on each target, smallest model first."""
+    """Draw conditions as rows and, below, the effect of self-monitoring on each target from small to large."""
     measured = results.measured
     conditions = list(dict.fromkeys(condition for _, condition in measured.summaries))
     by_size = [t for t in measured.targets if (t, EFFECT) in measured.comparisons]
-    by_size.sort(key=lambda t: results.variants[t].parameters or 0)  # where sizes are unknown, the order stays
+    by_size.sort(key=lambda t: results.variants[t].parameters or 0)  # unknown sizes keep their order
     top = rows_height(measured, conditions, len(USUAL))
     several = len(by_size) > 1
     fig = style.new_figure(top + (3.0 if several else 0), caption(measured, planted_note(results)))
@@ -60,7 +61,9 @@ def _effect(ax: Axes, results: MetaPromptResults, targets: list[str], metric: st
         panels.whisker(ax, x, panels.span(metric, gap), colours[target], upright=True)
     ax.axhline(0, color=style.GREY, linewidth=0.8, linestyle=style.DASHED)
     sizes = {t: results.variants[t].parameters for t in targets}
-    short = {t: style.plain(t.rsplit("-", 1)[-1] if len(targets) > 3 else t) for t in targets}  # colours say which
+    short = {
+        t: style.plain(t.rsplit("-", 1)[-1] if len(targets) > 3 else t) for t in targets
+    }  # colours tell them apart
     pairs = {t: measured.comparisons[t, EFFECT].pairs for t in targets}
     names = [f"{short[t]}\n" + (f"{n / 1e6:.3g} M\n" if (n := sizes[t]) else "") + f"n = {pairs[t]:,}" for t in targets]
     ax.set_xticks(range(len(targets)), names, fontsize=6)

@@ -1,48 +1,52 @@
-"""Parts that several figures share: points, bars and curves with intervals, limits of axes, numbers of responses."""
+"""Parts shared by several figures: points, bars and curves with intervals, axis limits, numbers of responses."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from steerback.figures import style
 from steerback.metrics import METRICS, Estimate, Summary
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
 
 LEFT_OUT = ("degraded", "unscored", "invalid", "empty")
 FEWEST = 5
-"""Latents (clusters) below which no interval is drawn: the spread between so few is not known."""
+"""Fewest latents (clusters) for which an interval is drawn: from fewer, the spread cannot be estimated."""
 TOO_FEW = f"< {FEWEST} latents: no intervals"
 Span = tuple[float, float, float]
-"""Value, low end and high end, as axes show them."""
+"""Value, low end and high end in axis units."""
 
 
 def left_out(summaries: Sequence[Summary]) -> tuple[str, ...]:
-    """Return the counts of what the headline of the summaries leaves out."""
+    """Return the names of the counts that the summaries' headline leaves out."""
     return LEFT_OUT[1:] if any(s.include_degraded for s in summaries) else LEFT_OUT
 
 
 def axis_label(metric: str) -> str:
-    """A metric's name with its unit, as axes show it."""
+    """Return a metric's name with its unit."""
     m = METRICS[metric]
     unit = "%" if m.rate else m.unit
     return f"{m.label} ({unit})" if unit else m.label
 
 
 def scaled(metric: str, value: float) -> float:
-    """A value as axes show it: rates in per cent."""
+    """Return a value in axis units: rates in per cent."""
     return 100 * value if METRICS[metric].rate else value
 
 
 def few(estimate: Estimate) -> bool:
-    """Return whether an estimate rests on too few latents for an interval."""
+    """Return whether an estimate has too few latents for an interval."""
     return estimate.value is not None and 0 < estimate.clusters < FEWEST
 
 
 def ends(estimate: Estimate, scale: float = 1.0) -> Span | None:
-    """(value, low, high); ends that are not known, or rest on too few latents, are the value. None without a value."""
+    """Return (value, low, high), or None without a value. Ends that are unknown or from too few latents equal the
+    value.
+    """
     if estimate.value is None:
         return None
     bounds = (None, None) if few(estimate) else (estimate.low, estimate.high)
@@ -51,23 +55,23 @@ def ends(estimate: Estimate, scale: float = 1.0) -> Span | None:
 
 
 def span(metric: str, estimate: Estimate) -> Span | None:
-    """`ends` in the unit of the metric's axis."""
+    """Return `ends` in the units of the metric's axis."""
     return ends(estimate, scaled(metric, 1.0))
 
 
 def note_few(ax: Axes, estimates: Iterable[Estimate]) -> None:
-    """Say in the panel that intervals are missing because there are too few latents."""
+    """Write in the panel that intervals are missing if an estimate has too few latents."""
     if any(few(e) for e in estimates):
         say_few(ax)
 
 
 def say_few(ax: Axes) -> None:
-    """Write above the right end of the panel that it has no intervals."""
+    """Write above the right end of the panel that intervals are missing."""
     ax.annotate(TOO_FEW, (1, 1), (0, 1), "axes fraction", "offset points", ha="right", fontsize=6, color=style.GREY)
 
 
 def bounded(ax: Axes, metric: str, axis: Literal["x", "y"] = "y") -> None:
-    """Keep an axis within what the metric can be; rates start at 0."""
+    """Limit an axis to the metric's possible values; rates start at 0."""
     get, put = (ax.get_ylim, ax.set_ylim) if axis == "y" else (ax.get_xlim, ax.set_xlim)
     least, most = (scaled(metric, end) for end in METRICS[metric].limits)
     low, high = get()
@@ -86,9 +90,9 @@ def curve(
     dashed: bool = False,
     hatch: str = "",
 ) -> None:
-    """Estimates against x as a line with a band for their intervals; points without a value are left out.
+    """Draw estimates against x as a line with an interval band; points without a value are left out.
 
-    `hatch`: the band is hatched instead of filled, so that two bands can be told apart.
+    `hatch` replaces the filled band with a hatched one, so that two bands can be told apart.
     """
     shown = [(x, *s) for x, e in points if (s := span(metric, e)) is not None]
     if not shown:
@@ -104,7 +108,7 @@ def curve(
 def whisker(
     ax: Axes, at: float, shown: Span | None, colour: str, filled: bool = True, upright: bool = False, marker: str = "o"
 ) -> None:
-    """A point with its interval at `at` on the other axis; never clipped, so that a point at 0 is whole."""
+    """Draw a point with its interval at position `at`; it is never clipped, so that a point at 0 is whole."""
     if shown is None:
         place = (at, 0.02) if upright else (0.02, at)
         frame = ("data", "axes fraction") if upright else ("axes fraction", "data")
@@ -132,12 +136,12 @@ def whisker(
 def bar(
     ax: Axes, x: float, estimate: Estimate, colour: str, width: float = 0.34, hatch: str = "", crowded: bool = False
 ) -> float:
-    """One rate as a bar with its interval and its number; returns the height it reaches, in per cent."""
-    found = ends(estimate, 100)
-    if found is None:
+    """Draw a rate as a bar with its interval and value; return the height it reaches, in per cent."""
+    shown = ends(estimate, 100)
+    if shown is None:
         ax.text(x, 0, "no\ndata", ha="center", va="bottom", fontsize=6, color=style.GREY)
         return 0.0
-    value, low, high = found
+    value, low, high = shown
     ax.bar(x, value, width, color="white" if hatch else colour, edgecolor=colour, hatch=hatch, linewidth=0.8)
     if high > low:
         reach = [[value - low], [high - value]]
@@ -149,12 +153,61 @@ def bar(
     return high
 
 
+def legend(
+    fig: Figure | SubFigure, colours: Mapping[str, str], more: Sequence[tuple[Artist, str]] = (), columns: int = 2
+) -> None:
+    """Draw a legend above the panels: the targets in their colours (if several), then further entries."""
+    several = colours if len(colours) > 1 else {}
+    entries = [*((line(c, marker="o", linestyle="none"), style.plain(t)) for t, c in several.items()), *more]
+    if entries:
+        handles, names = zip(*entries, strict=True)
+        columns = min(len(entries), columns)
+        fig.legend(handles, names, loc="outside upper center", ncols=columns, columnspacing=1.2, fontsize=6.5)
+
+
+def line(colour: str, **look: Any) -> Artist:
+    """Return a line or marker for a legend, with matplotlib's Line2D properties."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=colour, **look)
+
+
+def dashed() -> Artist:
+    """Return the legend entry of the dashed reference lines."""
+    return line(style.GREY, linewidth=0.8, linestyle=style.DASHED)
+
+
+def patch(**look: Any) -> Artist:
+    """Return a filled area for a legend, with matplotlib's Patch properties."""
+    from matplotlib.patches import Patch
+
+    return Patch(**look)
+
+
+def caption(words: str, judge: str, note: str, lines: Iterable[str] = ()) -> str:
+    """Return a caption: one paragraph of words with judge and note, then one line per target."""
+    return "\n".join([f"{words} Judge: {judge}. {note}".strip(), *lines])
+
+
+def level_counts(
+    ax: Axes, rows: Sequence[tuple[str, str, Mapping[float, int]]], label: str, margin: float = 0.06
+) -> None:
+    """Write counts with `counts_below` on a shared axis of levels; `margin` is a share of the axis."""
+    counts_below(ax, rows)
+    ticks = sorted({x for _, _, numbers in rows for x in numbers})
+    ax.set_xticks(ticks, [f"{x:g}" for x in ticks], fontsize=6)
+    if len(ticks) > 1:
+        reach = margin * (ticks[-1] - ticks[0])
+        ax.set_xlim(ticks[0] - reach, ticks[-1] + reach)
+    ax.set_xlabel(label)
+
+
 def counts_below(ax: Axes, rows: Sequence[tuple[str, str, Mapping[float, int]]]) -> None:
-    """Write the number of responses at each x, one line a row (name, colour, n by x), into a panel of their own."""
+    """Write the number of responses at each x into a separate panel, one row per (name, colour, n by x)."""
     ax.set_ylim(max(len(rows), 1) - 0.5, -0.5)
     ax.set_yticks(range(len(rows)), [name for name, _, _ in rows], fontsize=6)
     for y, (_, colour, numbers) in enumerate(rows):
-        ax.plot([*numbers], [y] * len(numbers), linestyle="none")  # texts alone would not widen the axis
+        ax.plot([*numbers], [y] * len(numbers), linestyle="none")  # text does not extend the axis limits, a line does
         for x, n in numbers.items():
             ax.text(x, y, f"{n:,}", ha="center", va="center", fontsize=6, color=colour)
     for side in ax.spines.values():
@@ -163,11 +216,11 @@ def counts_below(ax: Axes, rows: Sequence[tuple[str, str, Mapping[float, int]]])
 
 
 def counted(name: str, summaries: Iterable[Summary]) -> str:
-    """`organism: n = 3,840 in 8 conditions, 12 latents; left out: 12 degraded.`"""
-    found = list(summaries)
-    n = sum(s["msi"].n for s in found)
-    clusters = max((s["msi"].clusters for s in found), default=0)
-    out = {key: sum(s.counts[key] for s in found) for key in left_out(found)}
-    said = ", ".join(f"{count:,} {key}" for key, count in out.items() if count) or "none"
-    spread = f" in {len(found)} conditions" if len(found) > 1 else ""
-    return f"{name}: n = {n:,}{spread}, {clusters:,} latents; left out: {said}."
+    """Return the numbers of a target: `organism: n = 3,840 in 8 conditions, 12 latents; left out: 12 degraded.`"""
+    summaries = list(summaries)
+    n = sum(s["msi"].n for s in summaries)
+    clusters = max((s["msi"].clusters for s in summaries), default=0)
+    out = {key: sum(s.counts[key] for s in summaries) for key in left_out(summaries)}
+    excluded = ", ".join(f"{count:,} {key}" for key, count in out.items() if count) or "none"
+    spread = f" in {len(summaries)} conditions" if len(summaries) > 1 else ""
+    return f"{name}: n = {n:,}{spread}, {clusters:,} latents; left out: {excluded}."

@@ -1,4 +1,4 @@
-"""A plan of a study: its table, the lines that say what it assumes, and power against the number of latents."""
+"""Study plan: its table, its assumptions, and power against the number of latents."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from steerback.metrics.power import Effect
 
 Curve = tuple[str, int, int, float]
-"""(question, trials per latent, latents, power)."""
+"""Point of a power curve: (question, trials per latent, latents, power)."""
 
 
 @style.styled
 def draw(curves: Sequence[Curve], effect: Effect, power: float, target: str) -> Figure:
-    """One panel per question, one curve per number of trials."""
+    """Draw one panel per question and one curve per number of trials."""
     caption = (
         f"Simulated power for {target}: multi-attempt rate {effect.rate:.2%}, floor {effect.floor:.2%}, drop "
         f"{effect.drop:.0%}, ICC {effect.icc:.3f}; latents are clusters. Dotted: power {power:g}."
@@ -49,7 +49,7 @@ def draw(curves: Sequence[Curve], effect: Effect, power: float, target: str) -> 
 
 
 def curve_table(curves: Sequence[Curve], effect: Effect) -> Table:
-    """The numbers behind the figure."""
+    """Return the numbers behind the figure."""
     columns = ("question", "trials per latent", "latents", "power")
     records = [dict(zip(columns, curve, strict=True)) | asdict(effect) for curve in curves]
     cells = [(q, str(trials), str(latents), number(power)) for q, trials, latents, power in curves]

@@ -1,4 +1,4 @@
-"""Prefill control: what follows a drifted prefix, by its length, with steering off and on."""
+"""Prefill control: continuations of a drifted prefix, by prefix length, with steering off and on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from steerback.analysis.base import Measured
 from steerback.analysis.prefill_control import PrefillResults
 from steerback.figures import panels, style
 from steerback.figures.base import Presentation, measured_tables, planted_note
-from steerback.figures.conditions import legend
 from steerback.metrics import Estimate
 from steerback.store.facts import PREFILL_ARMS, PrefixCounts
 
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 SHOWN = ("multi_attempt_rate", "improvement_rate", "mean_first")
 LOOKS = dict(zip(PREFILL_ARMS, ((style.GREY, "o", "-", ""), (style.PALETTE[1], "s", "--", "//////")), strict=True))
-"""Colour, marker, line and hatching of each arm, which overlap."""
+"""Colour, marker, line and hatching of each arm; the bands overlap."""
 LABELS = {
     "multi_attempt_rate": "restarts after\nthe cut (%)",
     "improvement_rate": "restarts that\nimprove (%)",
@@ -26,7 +25,7 @@ LABELS = {
 
 
 def present(results: PrefillResults) -> Presentation:
-    """The figure, the tables, and how many prefixes of each length there were."""
+    """Return the figure, the tables, and the numbers of prefixes of each length."""
     return Presentation(
         tables=measured_tables(results.measured),
         figures={"prefill_control": lambda: draw(results)},
@@ -36,7 +35,7 @@ def present(results: PrefillResults) -> Presentation:
 
 @style.styled
 def draw(results: PrefillResults) -> Figure:
-    """A block of panels for each target: unsteered and steered continuations against the length of the prefix."""
+    """Draw a block of panels for each target: unsteered and steered continuations against prefix length."""
     targets = results.measured.targets or [""]
     fig = style.new_figure(2.7 * len(targets) + 0.5, _caption(results))
     blocks = fig.subfigures(len(targets), 1, squeeze=False)[:, 0]
@@ -44,18 +43,15 @@ def draw(results: PrefillResults) -> Figure:
         _block(block, results, target)
         if len(targets) > 1:
             block.suptitle(style.plain(target), x=0.02, ha="left", fontsize=8, fontweight="bold")
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    legend(
+    panels.legend(
         fig,
         {},
         [
             entry
             for name, (colour, marker, line, hatch) in LOOKS.items()
             for entry in (
-                (Line2D([], [], color=colour, marker=marker, linestyle=line), f"continued {name}"),
-                (Patch(facecolor="none" if hatch else colour, edgecolor=colour, hatch=hatch, alpha=0.4), "95 %"),
+                (panels.line(colour, marker=marker, linestyle=line), f"continued {name}"),
+                (panels.patch(facecolor="none" if hatch else colour, edgecolor=colour, hatch=hatch, alpha=0.4), "95 %"),
             )
         ],
     )
@@ -89,7 +85,7 @@ def _block(block: SubFigure, results: PrefillResults, target: str) -> None:
 
 
 def _points(measured: Measured, target: str, arm: str, metric: str, characters: int) -> list[tuple[float, Estimate]]:
-    """(prefix length, estimate) for each multiple of n that was measured."""
+    """Return (prefix length, estimate) for each measured multiple of n."""
     points = []
     for condition, summary in measured.of(target).items():
         name, _, length = condition.partition(" ")
@@ -100,7 +96,7 @@ def _points(measured: Measured, target: str, arm: str, metric: str, characters: 
 
 def _caption(results: PrefillResults) -> str:
     lines = [
-        "Continuations of the first characters of steered responses that had not restarted there; prefix and "
+        "Continuations of prefixes of steered responses, cut before any restart; prefix and "
         "continuation judged together. Bands: 95 % intervals clustered by latent. "
         f"Judge: {results.measured.judge}. {planted_note(results)}".strip()
     ]

@@ -1,4 +1,4 @@
-"""Figure A9: baseline, detectors clamped to zero, and random sets clamped to zero, every set a point."""
+"""Figure A9: baseline, detectors clamped to zero, and random sets clamped to zero (one point per set)."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ SHOWN = ("multi_attempt_rate", "esr_rate", "msi", "mean_first")
 
 
 def present(results: RandomAblationResults) -> Presentation:
-    """Figure A9; tables of the conditions, the control's comparisons, the ranks and the match of the sets."""
+    """Return Figure A9, and tables of conditions, comparisons, ranks and match of the sets."""
     judge = results.measured.judge
-    # summary.json has every set against the baseline as well; the table holds the comparisons of the control
+    # The table shows only the comparisons of the control; summary.json also compares every set with the baseline.
     pairs = {f"{t}: {c} − {BASELINE}": x for (t, c), x in results.measured.comparisons.items() if c == ABLATED}
     pairs |= {f"{t}: {ABLATED} − {c}": x for (t, c), x in results.against_sets.items()}
     return Presentation(
@@ -42,7 +42,7 @@ def present(results: RandomAblationResults) -> Presentation:
 
 
 def rank_table(ranks: Mapping[str, Mapping[str, Rank | None]]) -> Table:
-    """One row per target and metric: baseline, detectors, and the values of the random sets."""
+    """Return one row per target and metric: baseline, detectors, and the values of the random sets."""
     cells, records = [], []
     for target, by_metric in ranks.items():
         for metric, r in by_metric.items():
@@ -55,15 +55,15 @@ def rank_table(ranks: Mapping[str, Mapping[str, Rank | None]]) -> Table:
     return Table(
         ("target", "metric", "baseline", "detectors", "sets: mean", "least", "most", "below / above", "p (rank)"),
         cells,
-        "Detectors clamped to zero among random sets clamped to zero. Below / above: sets with a smaller / larger "
-        "value than the detectors; p: two-sided, from the rank of the distance to the mean of the other sets.",
+        "Detectors clamped to zero, and random sets clamped to zero. Below / above: sets with a smaller / larger "
+        "value than the detectors. p: two-sided, from the rank of the distance to the mean of the other sets.",
         records,
         left=2,
     )
 
 
 def match_table(sets: Mapping[str, ControlSets]) -> Table:
-    """One row per random set: its distance from the detectors."""
+    """Return one row per random set: its distance from the detectors."""
 
     def shown(value: float | None, sign: str = "") -> str:
         return "-" if value is None else f"{value:{sign}.2f}"
@@ -71,7 +71,7 @@ def match_table(sets: Mapping[str, ControlSets]) -> Table:
     rows = [
         (target, i, members, quality)
         for target, control in sets.items()
-        if control.quality  # an imported run has none
+        if control.quality  # imported runs have no qualities
         for i, (members, quality) in enumerate(zip(control.sets, control.quality, strict=True), 1)
     ]
     return Table(
@@ -86,8 +86,8 @@ def match_table(sets: Mapping[str, ControlSets]) -> Table:
             )
             for target, i, _, q in rows
         ],
-        "Random sets minus detectors, in logarithms and units of the sd over live latents; distance: mean over members "
-        "to the detector each stands for; ratio: norm that the clamp removes per token, relative to the detectors.",
+        "Log ratio of random sets to detectors, in sd over live latents. Distance: mean distance of each member "
+        "to its detector. Ratio: norm that the clamp removes per token, relative to the detectors.",
         [
             {
                 "target": target,
@@ -104,7 +104,7 @@ def match_table(sets: Mapping[str, ControlSets]) -> Table:
 
 
 def _line(target: str, ranks: Mapping[str, Rank | None], control: ControlSets) -> str:
-    """One line: how far the ablation of the detectors lies from those of the sets."""
+    """Return a line that compares the ablation of the detectors with those of the random sets."""
     kind = f"{len(control.sets)} {control.method} sets of {len(control.sets[0])}" + (
         "" if control.n_candidates is None else f" from {control.n_candidates} live latents"
     )
@@ -114,19 +114,19 @@ def _line(target: str, ranks: Mapping[str, Rank | None], control: ControlSets) -
         return f"{target}: {kind}{overlap}; nothing to compare"
     return (
         f"{target}: {kind}{overlap}; multi-attempt rate {r.value:.1%} without the detectors, {r.mean:.1%} "
-        f"[{r.low:.1%}, {r.high:.1%}] without a random set (rank p = {r.p:.3f}; the least that {r.sets} sets allow is "
+        f"[{r.low:.1%}, {r.high:.1%}] without a random set (rank p = {r.p:.3f}; the minimum for {r.sets} sets is "
         f"{1 / (r.sets + 1):.3f})"
     )
 
 
 @style.styled
 def draw(results: RandomAblationResults) -> Figure:
-    """A block of panels for each target, one panel a metric; the detectors' rank among the sets is in its title."""
+    """Draw a block of panels for each target, one panel per metric, with the detectors' rank p in the title."""
     measured = results.measured
     targets = measured.targets or [""]
     words = (
-        "Random sets: one point each, their mean as a bar; p: two-sided, from the rank of the detectors among the "
-        "sets; k sets cannot give a p below 1 / (k + 1). 95 % intervals clustered by latent. "
+        "Random sets: one point each, their mean as a bar. p: two-sided, from the rank of the detectors among the "
+        "sets; its minimum for k sets is 1 / (k + 1). 95 % intervals clustered by latent. "
     )
     lines = [f"{words}Judge: {measured.judge}. {planted_note(results)}".strip()]
     lines += [panels.counted(target, measured.of(target).values()) for target in measured.targets]
@@ -151,7 +151,7 @@ def _block(block: SubFigure, axes: Iterable[Axes], results: RandomAblationResult
         _panel(ax, metric, summaries, random, colour)
         rank = ranks.get(metric)
         if rank is not None:
-            ax.set_title(f"p = {rank.p:.2f} (least {1 / (rank.sets + 1):.2f})", loc="right", fontsize=6, pad=2)
+            ax.set_title(f"p = {rank.p:.2f} (minimum {1 / (rank.sets + 1):.2f})", loc="right", fontsize=6, pad=2)
     block.suptitle(style.plain(target), x=0.02, ha="left", color=colour, fontsize=8, fontweight="bold")
 
 
@@ -181,9 +181,9 @@ def _panel(ax: Axes, metric: str, summaries: Mapping[str, Summary], random: Sequ
 
 
 def _match(control: ControlSets) -> str:
-    """Number and kind of the sets, and the norm that they remove relative to the detectors."""
+    """Return the number and kind of the sets, and the norm that they remove relative to the detectors."""
     ratios = [q.removed_ratio for q in control.quality if q.removed_ratio is not None]
-    norm = f"; they remove {np.mean(ratios):.2f} times the norm that the detectors' clamp removes" if ratios else ""
+    norm = f"; they remove {np.mean(ratios):.2f} times the norm removed by clamping the detectors" if ratios else ""
     overlap = f", sharing {control.overlap:.0%} of their latents" if control.overlap else ""
     size = len(control.sets[0])
     return f"{len(control.sets)} {control.method} sets of {size} latent{'s' * (size != 1)}{overlap}{norm}."

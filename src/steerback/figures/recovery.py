@@ -1,4 +1,4 @@
-"""Recovery without a restart phrase: its table, and the mean relevance of the windows against their position."""
+"""Recovery without a restart phrase: its table, and mean relevance of sentences against position."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ RATES = ("recovered", "silent", "shuffled", "above")
 
 
 def recovery_table(measured: Measured) -> Table:
-    """One row per condition: recovered, of these without a restart, and both false-positive floors."""
-    found, rule = measured.recovery, measured.recovery.rule
+    """Return one row per condition: recovered, recovered without restart, and both false-positive floors."""
+    recovery, rule = measured.recovery, measured.recovery.rule
     cells, records = [], []
-    for (target, condition), r in found.conditions.items():
-        floor = found.floors.get((target, condition))
+    for (target, condition), r in recovery.conditions.items():
+        floor = recovery.floors.get((target, condition))
         cells.append(
             (
                 target,
@@ -47,11 +47,11 @@ def recovery_table(measured: Measured) -> Table:
         )
     columns = ("recovered %", "without restart %", "shuffled %", "above shuffled", "floor %", "floor shuffled %")
     caption = (
-        f"Recovery without regard to restart phrases: of the sentences that judge {measured.judge} scored, one in the "
-        f"first {rule.early:.0%} is at most {rule.low:g} and all later ones are at least {rule.high:g}. Without "
-        "restart: in a single attempt. Shuffled: the same sentences in every order. Floor: unsteered responses, "
+        f"Recovery, whether or not there is a restart phrase: of the sentences that judge {measured.judge} scored, one "
+        f"in the first {rule.early:.0%} scores at most {rule.low:g} and all later ones at least {rule.high:g}. Without "
+        "restart: in a single attempt. Shuffled: the same sentences in all orders. Floor: unsteered responses, "
         "clustered by prompt. 95 % intervals clustered by latent; "
-        f"short: fewer than {rule.least} sentences. It enters no other rate."
+        f"short: fewer than {rule.least} sentences. No other rate uses it."
     )
     return Table(("target", "condition", "n", *columns, "short"), cells, caption, records, left=2)
 
@@ -66,33 +66,33 @@ def _numbers(prefix: str, recovery: Recovery) -> dict[str, object]:
 
 @style.styled
 def draw_time_course(measured: Measured, note: str = "") -> Figure:
-    """Mean relevance of the windows from first to last with 95 % bands: a panel a target, a line a condition."""
-    found = measured.recovery
-    targets = list(dict.fromkeys(target for target, _ in found.conditions)) or [""]
-    most = max((sum(t == target for t, _ in found.conditions) for target in targets), default=1)
+    """Draw mean relevance of the sentences by position with 95 % bands: a panel per target, a line per condition."""
+    recovery = measured.recovery
+    targets = list(dict.fromkeys(target for target, _ in recovery.conditions)) or [""]
+    most = max((sum(t == target for t, _ in recovery.conditions) for target in targets), default=1)
     caption = (
-        "Mean relevance to the prompt of the sentences of a response, by their position in it; bands: 95 %, clustered "
+        "Mean relevance of a response's sentences to the prompt, by position. Bands: 95 % intervals, clustered "
         f"by latent (unsteered: by prompt). Judge: {measured.judge}. {note}"
     )
     below = 0.14 * (most + 1)  # the legend of each panel
     fig = style.new_figure(len(targets) * (1.7 + below), caption.strip())
     axes = fig.subplots(len(targets), 1, squeeze=False)[:, 0]
     for ax, target in zip(axes, targets, strict=True):
-        own = {c: r for (t, c), r in found.conditions.items() if t == target}
-        floor = next((r for (t, _), r in found.floors.items() if t == target), None)
-        _panel(ax, target, own, floor, several=len(targets) > 1)
+        conditions = {c: r for (t, c), r in recovery.conditions.items() if t == target}
+        floor = next((r for (t, _), r in recovery.floors.items() if t == target), None)
+        _panel(ax, target, conditions, floor, several=len(targets) > 1)
     return fig
 
 
-def _panel(ax: Axes, target: str, own: Mapping[str, Recovery], floor: Recovery | None, several: bool) -> None:
+def _panel(ax: Axes, target: str, shown: Mapping[str, Recovery], floor: Recovery | None, several: bool) -> None:
     if several:
         ax.set_title(style.plain(target), loc="left", pad=2)
     if floor is not None:
         _line(ax, floor, style.GREY, f"unsteered (n = {floor.n:,})", dashed=True)
-    alpha = 0.14 if len(own) <= 3 else 0.06  # of many bands only the rough extent can be seen
-    for (condition, found), colour in zip(own.items(), _colours(len(own)), strict=True):
-        _line(ax, found, colour, f"{style.plain(condition)} (n = {found.n:,})", alpha=alpha)
-    if not any(r.n for r in own.values()):
+    alpha = 0.14 if len(shown) <= 3 else 0.06  # many overlapping bands must stay transparent
+    for (condition, r), colour in zip(shown.items(), _colours(len(shown)), strict=True):
+        _line(ax, r, colour, f"{style.plain(condition)} (n = {r.n:,})", alpha=alpha)
+    if not any(r.n for r in shown.values()):
         style.message(ax, "no response with enough sentences")
         return
     ax.set_ylim(0, 100)
@@ -115,7 +115,7 @@ def _line(ax: Axes, recovery: Recovery, colour: str, label: str, dashed: bool = 
 
 
 def _colours(count: int) -> Sequence[str]:
-    """Return colours that can be told apart; of more than the palette has, a scale in the order of the conditions."""
+    """Return distinguishable colours; more than the palette has come from a scale in the order of the conditions."""
     if count <= len(style.PALETTE):
         return style.PALETTE[:count]
     from matplotlib import colormaps

@@ -1,6 +1,6 @@
-"""How every figure looks and how it is written; knows nothing of experiments or metrics.
+"""Style and output of all figures. This module does not depend on experiments or metrics.
 
-Figures are built on matplotlib's Figure with the Agg canvas, never through pyplot, so nothing global changes.
+Figures use matplotlib's Figure with the Agg canvas and never pyplot, so no global state changes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Callable, Iterable
 from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec
 from urllib.parse import quote
 
 from steerback.errors import visible
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 85 / 25.4
-"""Inches of every figure: one column of a paper, so that no figure has to be made smaller there."""
+"""Width of every figure in inches: one column of a paper, so that no figure has to be scaled down."""
 GREY, LIGHT, INK = "#6b6b6b", "#d9d9d9", "#222222"
 CAPTION_SIZE, DPI = 6.5, 300
 DASHED, DOTTED = (0, (3, 2)), (0, (1, 1.5))
 
-# Okabe and Ito (2008), distinguishable with every common colour vision deficiency; yellow is left out (too pale).
+# Okabe and Ito (2008): distinguishable with all common colour vision deficiencies. Yellow is left out (too pale).
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A4B00")
 _FIXED = {
     "organism": PALETTE[0],
@@ -72,7 +72,7 @@ P = ParamSpec("P")
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Runs a drawing function with the style's settings and leaves matplotlib's own as they were."""
+    """Run a drawing function with the style's settings, and restore matplotlib's settings afterwards."""
 
     @wraps(draw)
     def inside(*args: P.args, **kwargs: P.kwargs) -> Figure:
@@ -85,35 +85,40 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 def new_figure(height: float, caption: str) -> Figure:
-    """Return an empty figure, one column wide and `height` inches high, that carries its caption (`caption_of`)."""
+    """Return an empty figure, one column wide and `height` inches high, with its caption (see `caption_of`)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(fig)
     fig.set_label(visible(caption))
-    # Notebooks show a figure that was made without pyplot only through this method.
+    # Notebooks display a figure made without pyplot only through this method.
     fig._repr_png_ = partial(_notebook_image, fig)  # type: ignore[attr-defined]
     return fig
 
 
 def _notebook_image(fig: Figure) -> tuple[bytes, dict[str, int]]:
-    """Return a figure as PNG, and the width in pixels at which a notebook shows it."""
+    """Return a figure as PNG, and its display width in pixels."""
+    return _rendered(fig, "png", {"Software": None}), {"width": 420}
+
+
+def _rendered(fig: Figure, kind: str, metadata: dict[str, Any], dpi: float | Literal["figure"] = "figure") -> bytes:
+    """Return the content of an image file."""
     from matplotlib import rc_context
 
     out = io.BytesIO()
     with rc_context(_RC):
-        fig.savefig(out, format="png", metadata={"Software": None})
-    return out.getvalue(), {"width": 420}
+        fig.savefig(out, format=kind, metadata=metadata, dpi=dpi)
+    return out.getvalue()
 
 
 def caption_of(fig: Figure) -> str:
-    """Return the caption, one paragraph a line."""
+    """Return the caption, one paragraph per line."""
     return str(fig.get_label())
 
 
 def burn_in(fig: Figure) -> None:
-    """Write the caption into the figure, below the drawing, for places where nothing can stand beside an image."""
+    """Write the caption into the figure, below the drawing, for places that show only the image."""
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     lines = _wrap(caption_of(fig), WIDTH * 72 * 0.975)
@@ -128,12 +133,12 @@ def burn_in(fig: Figure) -> None:
 
 
 def _wrap(text: str, points: float) -> list[str]:
-    """Lines no wider than `points` at the caption's size, measured with the font itself."""
+    """Return lines no wider than `points` at the caption's font size, measured with the font."""
     from matplotlib.backends.backend_agg import RendererAgg
     from matplotlib.font_manager import FontProperties
 
     font = FontProperties(family=[str(_RC["font.family"])], size=CAPTION_SIZE)
-    ruler = RendererAgg(1, 1, 720)  # ten dots to the point
+    ruler = RendererAgg(1, 1, 720)  # ten dots per point
 
     def wide(word: str) -> float:
         return float(ruler.get_text_width_height_descent(word, font, ismath=False)[0]) / 10
@@ -154,10 +159,10 @@ def _wrap(text: str, points: float) -> list[str]:
 
 
 def colours(targets: Iterable[str]) -> dict[str, str]:
-    """One colour per target: the same in every figure, from the name alone.
+    """Return one colour per target, derived from the name, so that it is the same in every figure.
 
-    Targets of the registry have fixed colours; other names are hashed into the palette, moving on only where two
-    names of one figure would collide.
+    Targets of the registry have fixed colours. Other names are hashed into the palette; a collision within one figure
+    moves to the next free colour.
     """
     names = list(dict.fromkeys(targets))
     out = {name: _FIXED[name] for name in names if name in _FIXED}
@@ -169,12 +174,12 @@ def colours(targets: Iterable[str]) -> dict[str, str]:
 
 
 def plain(text: str) -> str:
-    """Text from outside, safe to draw: control characters are written out, a dollar sign starts no formula."""
+    """Return text that is safe to draw: control characters are visible, and dollar signs start no formula."""
     return visible(text).replace("$", r"\$")
 
 
 def message(ax: Axes, text: str) -> None:
-    """A panel that has nothing to show says so, without a scale that means nothing."""
+    """Write a message into a panel that has nothing to show, and remove its meaningless y scale."""
     ax.set_yticks([])
     width = max(12, int(ax.get_window_extent().width / ax.figure.dpi * 15))
     ax.text(
@@ -192,10 +197,9 @@ def message(ax: Axes, text: str) -> None:
 def save(fig: Figure, folder: Path, name: str, captions_inside: bool = False) -> list[Path]:
     """Write `name`.png and .pdf, the caption as `name`.caption.txt, and both together as `name`.html.
 
-    Each file is written whole or not at all, with the same bytes every time. `captions_inside` burns the caption in.
+    Each file is written completely or not at all, and equal figures give equal bytes. `captions_inside` burns the
+    caption into the image.
     """
-    from matplotlib import rc_context
-
     make_folder(folder)
     metadata: dict[str, dict[str, Any]] = {
         "png": {"Software": None},
@@ -203,12 +207,7 @@ def save(fig: Figure, folder: Path, name: str, captions_inside: bool = False) ->
     }
     if captions_inside:
         burn_in(fig)
-    paths = []
-    for kind, fields in metadata.items():
-        out = io.BytesIO()
-        with rc_context(_RC):
-            fig.savefig(out, format=kind, metadata=fields)
-        paths.append(write_atomic(folder / f"{name}.{kind}", out.getvalue()))
+    paths = [write_atomic(folder / f"{name}.{kind}", _rendered(fig, kind, fields)) for kind, fields in metadata.items()]
     caption = caption_of(fig)
     page = _PAGE.format(
         name=html.escape(name),
@@ -229,10 +228,5 @@ color: #222 }} figure {{ margin: 0 }} img {{ width: 100% }} figcaption p {{ marg
 
 
 def png(fig: Figure, dpi: int = 150) -> bytes:
-    """Return the figure as a PNG image, for pages that hold their figures."""
-    from matplotlib import rc_context
-
-    out = io.BytesIO()
-    with rc_context(_RC):
-        fig.savefig(out, format="png", dpi=dpi, metadata={"Software": None})
-    return out.getvalue()
+    """Return the figure as a PNG image, for pages with embedded figures."""
+    return _rendered(fig, "png", {"Software": None}, dpi)

@@ -1,6 +1,6 @@
-"""Tables as aligned text for the terminal, CSV with every number, Markdown, and LaTeX for papers.
+"""Tables as aligned text for the terminal, CSV with all numbers, Markdown, and LaTeX for papers.
 
-They show estimates and comparisons and know nothing of ledgers or experiments.
+Tables show estimates and comparisons, and do not depend on ledgers or experiments.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ HEADINGS = {
     "floor": "floor %",
 }
 RATE = "multi_attempt_rate"
-"""The rate that the floor stands beside."""
+"""Rate whose column the floor's column follows."""
 
 
 class Table:
-    """A table in two forms: `shown` holds the text that people read, `numbers` the unrounded values of the CSV.
+    """Table in two forms: `shown` with the text for people, `numbers` with the unrounded values of the CSV.
 
-    Both are DataFrames of objects. The first `left` columns of `shown` are names and are aligned to the left, the
-    numbers to the right. Without `records`, the CSV holds the text.
+    Both are DataFrames of objects. The first `left` columns of `shown` are names, aligned to the left; the others are
+    numbers, aligned to the right. Without `records`, the CSV contains the text.
     """
 
     def __init__(
@@ -56,18 +56,20 @@ class Table:
         self.caption, self.left = caption, left
 
     def text(self, width: int = 110) -> str:
-        """Return aligned columns with the caption below, transposed if only that fits into `width` characters."""
+        """Return aligned columns with the caption below; the table is transposed if only that fits into `width`
+        characters.
+        """
         rows = [[*self.shown.columns], *self.shown.to_numpy().tolist()]
         upright, side = _align(rows, self.left), _align([*zip(*rows, strict=True)], 1)
         lines = side if len(rows) > 1 and len(upright[1]) > max(width, len(side[1])) else upright
         return "\n".join([*lines, *textwrap.wrap(visible(self.caption), width)]) + "\n"
 
     def csv(self) -> str:
-        """Return comma-separated values with a header line; a missing value is empty."""
+        """Return comma-separated values with a header line; missing values are empty."""
         return csv_text([*self.numbers.columns], self.numbers.to_numpy().tolist())
 
     def json(self) -> str:
-        """Return a list of objects, one a row, with the columns of the CSV; a missing value is null."""
+        """Return a JSON list with one object per row and the columns of the CSV; missing values are null."""
         return json.dumps(json.loads(self.numbers.to_json(orient="records")), indent=1, ensure_ascii=False) + "\n"
 
     def markdown(self) -> str:
@@ -81,7 +83,7 @@ class Table:
         return f"<table of {len(self.shown)} rows: {', '.join(map(str, self.shown.columns))}>"
 
     def _repr_html_(self) -> str:
-        """Return the table for notebooks; names, cells and caption are escaped."""
+        """Return HTML for notebooks; names, cells and caption are escaped."""
         return f"{self.shown.to_html(index=False)}<p><small>{html.escape(self.caption)}</small></p>"
 
     def latex(self) -> str:
@@ -104,10 +106,10 @@ def summary_table(
     floors: Mapping[str | tuple[str, str], Floor] | None = None,
     note: str = "",
 ) -> Table:
-    """One row per target, or per (target, condition); headline metrics shown, all variants in the CSV.
+    """Return one row per target, or per (target, condition): headline metrics as text, all variants in the CSV.
 
-    `corrected`: rates corrected with human labels, by the same keys and metric. `floors`: the judge's floor, by the
-    same keys (empty: not measured, which the caption says). `note` ends the caption.
+    `corrected` contains rates corrected with human labels, and `floors` the judge's floor, both with the keys of
+    `summaries`. Empty `floors` mean that the floor was not measured, which the caption says. `note` ends the caption.
     """
     named = {(key,) if isinstance(key, str) else tuple(key): s for key, s in summaries.items()}
     left = max((len(key) for key in named), default=1)
@@ -153,8 +155,8 @@ def summary_table(
     caption = (
         f"Gated, {degraded_reading(named.values())}; 95 % intervals clustered by latent. Judge: {judge}. "
         "MSI: mean gain in points of the last attempt over the first, 0 for single attempts."
-        + (" cut: of n, stopped by the length limit, so that the last attempt may be unfinished." * ("cut" in counted))
-        + (" Corrected: by human labels, for the judge's errors." * bool(known))
+        + (" cut: stopped by the length limit, so the last attempt may be incomplete." * ("cut" in counted))
+        + (" Corrected: for the judge's errors, with human labels." * bool(known))
         + _floor_note(below, floors is None)
         + (f" {note}" if note else "")
     )
@@ -163,7 +165,7 @@ def summary_table(
 
 
 def degraded_reading(summaries: Iterable[Summary]) -> str:
-    """Return `with degraded responses` or `without` them, as the summaries count them in their headline."""
+    """Return `with degraded responses` or `without degraded responses`, as the summaries' headline counts them."""
     included = {s.include_degraded for s in summaries}
     return "without degraded responses" if included == {False} else "with degraded responses"
 
@@ -173,7 +175,7 @@ def _floor(floor: Floor | None) -> str:
 
 
 def _floor_numbers(floor: Floor | None, measured: bool) -> dict[str, object]:
-    """Return the floor's columns of the CSV, which exist where a floor was measured at all."""
+    """Return the floor's columns of the CSV, or none if no floor was measured."""
     if not measured:
         return {}
     ends = ("value", "low", "high", "n", "events")
@@ -192,13 +194,13 @@ def _floor_note(floors: Mapping[tuple[str, ...], Floor], unasked: bool) -> str:
     sizes = sorted({floor[RATE].n for floor in floors.values()})
     counted = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
     return (
-        f" floor: multi-attempt verdicts of this judge among {counted} unsteered responses of the same target, "
-        "interval clustered by prompt."
+        f" floor: share of multi-attempt verdicts of this judge among {counted} unsteered responses of the same "
+        "target, interval clustered by prompt."
     )
 
 
 def comparison_table(comparisons: Mapping[str, Comparison], judge: str, metrics: Sequence[str] = SHOWN) -> Table:
-    """One row per comparison and metric: both values, difference b - a with interval, p values, effect sizes."""
+    """Return one row per comparison and metric: both values, difference b - a with interval, p values, effect sizes."""
     cells, records = [], []
     for name, comparison in comparisons.items():
         for metric in (m for m in metrics if m in comparison.tests):
@@ -221,14 +223,14 @@ def comparison_table(comparisons: Mapping[str, Comparison], judge: str, metrics:
             records.append({"comparison": name, "judge": judge, "pairs": comparison.pairs, **dropped, **vars(t)})
     columns = ("comparison", "metric", "pairs", "a", "b", "b - a", "p", "p (Holm)", "d", "odds ratio")
     caption = (
-        "Paired by prompt, seed and latent; 95 % intervals clustered by latent; p from swaps within latents; "
+        "Paired by prompt, seed and latent. 95 % intervals clustered by latent. p from swaps within latents; "
         f"d over latents. Judge: {judge}."
     )
     return Table(columns, cells, caption, records, left=2)
 
 
 def show(estimate: Estimate, rate: bool, sign: bool = False) -> str:
-    """`7.4 [5.1, 9.9]`, rates in per cent; `-` where there is no value, `?` for an end that is not known."""
+    """Return an estimate as `7.4 [5.1, 9.9]`, rates in per cent; `-` without a value, `?` for an unknown end."""
     if estimate.value is None:
         return "-"
     digits = _digits(estimate.value, rate)
@@ -237,7 +239,7 @@ def show(estimate: Estimate, rate: bool, sign: bool = False) -> str:
 
 
 def number(value: float | None, rate: bool = False, sign: bool = False, digits: int | None = None) -> str:
-    """A number as tables show it, rates in per cent; `?` for None."""
+    """Return a number as text, rates in per cent; `?` for None."""
     if value is None:
         return "?"
     digits = _digits(value, rate) if digits is None else digits
@@ -250,7 +252,7 @@ def p_value(value: float | None) -> str:
 
 
 def _align(table: Sequence[Sequence[str]], left: int) -> list[str]:
-    """Return the lines of a table with a rule below the first; all but the first `left` columns are right-aligned."""
+    """Return aligned lines with a rule below the first; all but the first `left` columns are right-aligned."""
     table = [[visible(cell) for cell in row] for row in table]
     widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
     lines = []

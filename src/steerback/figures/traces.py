@@ -13,23 +13,21 @@ from steerback.analysis.episodes import Recorded, Trace
 from steerback.analysis.traces import ARMS, Leads, TraceResults, onset, smoothed
 from steerback.figures import panels, style
 from steerback.figures.base import Presentation, planted_note
-from steerback.figures.conditions import legend
 from steerback.figures.tables import Table, show
 from steerback.metrics import Estimate
 from steerback.store.facts import BACKTRACKING, DETECTORS, STEERED
 
 if TYPE_CHECKING:
-    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 LINES = {DETECTORS: style.PALETTE[1], BACKTRACKING: style.PALETTE[2], STEERED: style.GREY}
 SHADES = {"off topic": "#fbd9c4", "correction": "#fff3bf", "on topic": "#cfe4f5", "unscored": "#ffffff"}
-TOKENS, BEFORE = 34, 14  # of the strip under a trace (more would not be legible), and of them before the correction
+TOKENS, BEFORE = 34, 14  # tokens under a trace (more would not be legible), and how many of them precede the correction
 
 
 def present(results: TraceResults) -> Presentation:
-    """Figure 7, the distribution of the lead times, and their table."""
+    """Return Figure 7, the distribution of the lead times, and their table."""
     return Presentation(
         tables={"table": lead_table(results.estimates, results.judge, results.rule)},
         figures={"figure7": lambda: draw(results), "lead_times": lambda: draw_leads(results)},
@@ -38,7 +36,7 @@ def present(results: TraceResults) -> Presentation:
 
 
 def lead_table(estimates: Mapping[str, Mapping[str, Estimate]], judge: str, rule: str) -> Table:
-    """One row per target and quantity."""
+    """Return one row per target and quantity."""
     cells, records = [], []
     for target, quantities in estimates.items():
         for name, e in quantities.items():
@@ -47,7 +45,7 @@ def lead_table(estimates: Mapping[str, Mapping[str, Estimate]], judge: str, rule
             records.append({"target": target, "quantity": name, "judge": judge, **asdict(e)})
     caption = (
         f"Tokens from detector onset to the first token of the correction ({rule}); shares of responses with an onset "
-        "before that position, and above the threshold at the last token before it. 95 % intervals clustered by "
+        "before the correction, and above the threshold at the last token before it. 95 % intervals clustered by "
         f"latent. Judge: {judge}."
     )
     return Table(("target", "quantity", "episodes", "value"), cells, caption, records, left=2)
@@ -60,7 +58,7 @@ def _line(target: str, recorded: Recorded, estimates: Mapping[str, Estimate]) ->
 
 
 def group_sizes(recorded: Recorded) -> str:
-    """Numbers of detectors and of backtracking latents, in words."""
+    """Return the numbers of detectors and of backtracking latents in words."""
     detectors, backtracking = (len(recorded.groups[name]) for name in (DETECTORS, BACKTRACKING))
     return (
         f"{detectors} detector{'s' * (detectors != 1)}, "
@@ -69,25 +67,25 @@ def group_sizes(recorded: Recorded) -> str:
 
 
 def count_list(recorded: Recorded) -> str:
-    """Numbers of responses by kind, in words; replays that went differently only if there are any."""
+    """Return the numbers of responses by kind in words; replays that differ are named only if there are any."""
     return ", ".join(f"{n:,} {name}" for name, n in recorded.counts.items() if n or not name.startswith("replays"))
 
 
 @style.styled
 def draw(results: TraceResults) -> Figure:
-    """Chosen episodes: smoothed sums over the strip of tokens, attempts shaded by their scores, the onset marked."""
+    """Draw chosen episodes: smoothed sums above the tokens, attempts shaded by their scores, and the onset."""
     chosen = [(target, trace) for target, traces in results.examples.items() for trace in traces]
     caption = (
         f"Summed activations of the groups, averaged over the last {results.window} tokens and scaled to their "
-        "largest value in the panel; recorded before anything is added. Shading: attempts by the score the judge gave "
-        f"them (on topic from {results.drift_below:g}), and the restart phrase. Triangle: onset of the detectors, "
+        "largest value in the panel; recorded before additions and clamps. Shading: attempts by the score of the judge "
+        f"(on topic from {results.drift_below:g}), and the restart phrase. Triangle: onset of the detectors, "
         f"unless it lies before the panel; dotted: its threshold. Judge: {results.judge}. {planted_note(results)}"
     )
     counts = [f"{t}: {group_sizes(r)}; {len(r.episodes):,} episodes." for t, r in results.recorded.items()]
     fig = style.new_figure(1.85 * max(len(chosen), 1) + 0.4, "\n".join([caption.strip(), *counts]))
     axes = fig.subplots(max(len(chosen), 1), 1, squeeze=False)[:, 0]
     if not chosen:
-        style.message(axes[0], "no response stopped itself")
+        style.message(axes[0], "no response with a restart")
         return fig
     for ax, (target, trace) in zip(axes, chosen, strict=True):
         _episode(ax, target, trace, results)
@@ -97,7 +95,7 @@ def draw(results: TraceResults) -> Figure:
 
 
 def shades(trace: Trace, on_topic: float) -> dict[str, str]:
-    """The shade of each region of an episode: of the attempts by their scores, of the correction its own."""
+    """Return the shade of each region of an episode; an attempt's shade depends on its score."""
 
     def of(score: float | None) -> str:
         return "unscored" if score is None else "on topic" if score >= on_topic else "off topic"
@@ -140,7 +138,7 @@ def _episode(ax: Axes, target: str, trace: Trace, results: TraceResults) -> None
 
 
 def _name(ax: Axes, target: str, trace: Trace) -> None:
-    """The panel's title: which response it is, what it was asked, steered towards, and how its attempts scored."""
+    """Set the panel's title: target, trial, steering label, prompt, and scores of the attempts."""
     scores = " → ".join("unscored" if a.score is None else f"{a.score:.0f}" for a in trace.row.attempts)
     trial = trace.row.trial
     lines = (
@@ -159,31 +157,28 @@ def _token(piece: str) -> str:
 
 
 def _legend(fig: Figure, shown: set[str], on_topic: float) -> None:
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
     names = {DETECTORS: "detectors", BACKTRACKING: "backtracking latents", STEERED: "steered latent"}
-    handles: list[Artist] = [Line2D([], [], color=LINES[g], label=label) for g, label in names.items() if g in shown]
-    handles.append(Line2D([], [], color=style.INK, marker="v", markersize=4.5, linestyle="none", label="onset"))
+    entries = [(panels.line(LINES[g]), label) for g, label in names.items() if g in shown]
+    entries.append((panels.line(style.INK, marker="v", markersize=4.5, linestyle="none"), "onset"))
     words = {
         "off topic": f"off topic (< {on_topic:g})",
         "correction": "restart phrase",
         "on topic": f"on topic (≥ {on_topic:g})",
     }
-    handles += [Patch(color=SHADES[kind], label=label) for kind, label in words.items()]
-    fig.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=6.5, columnspacing=1.0)
+    entries += [(panels.patch(color=SHADES[kind]), label) for kind, label in words.items()]
+    panels.legend(fig, {}, entries, columns=3)
 
 
 @style.styled
 def draw_leads(results: TraceResults) -> Figure:
-    """Per target the lead times of all episodes; below, shares with an onset before the correction's position."""
+    """Draw for each target the lead times of all episodes and, below, shares with an onset before the correction."""
     recorded, rule = results.recorded, results.rule
     targets = list(recorded) or [""]
     lines = [
-        f"{rule[0].upper()}{rule[1:]}. Top: line and band are the median and its 95 % interval. Bottom: responses with "
-        "an onset before the correction's position (filled), and above the threshold at the last token before it "
-        "(open); controls at the same positions, n: episodes that have one. 95 % intervals clustered by latent. "
-        f"Judge: {results.judge}. {planted_note(results)}".strip()
+        f"{rule[0].upper()}{rule[1:]}. Top: line and band show the median and its 95 % interval. Bottom: responses "
+        "with an onset before the correction's position (filled), and above the threshold at the last token before it "
+        "(open); controls at the same positions. n: responses that reach this position. 95 % intervals clustered by "
+        f"latent. Judge: {results.judge}. {planted_note(results)}".strip()
     ]
     lines += [f"{target}: {group_sizes(r)}; {count_list(r)}." for target, r in recorded.items()]
     fig = style.new_figure(2.9 * len(targets) + 0.2, "\n".join(lines))
@@ -197,11 +192,8 @@ def draw_leads(results: TraceResults) -> Figure:
         above.set_title(style.plain(target), loc="left", color=colours[target], fontweight="bold", pad=2)
         _histogram(above, results.leads[target], results.estimates[target]["median lead"], colours[target])
         _shares(below, results.estimates[target], colours[target])
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    median = (Line2D([], [], color=style.INK, linewidth=0.9), "median lead")
-    legend(fig, {}, [median, (Patch(color=style.INK, alpha=0.15, linewidth=0), "its 95 % interval")])
+    median = (panels.line(style.INK, linewidth=0.9), "median lead")
+    panels.legend(fig, {}, [median, (panels.patch(color=style.INK, alpha=0.15, linewidth=0), "its 95 % interval")])
     return fig
 
 
@@ -234,7 +226,7 @@ def _histogram(ax: Axes, leads: Leads, median: Estimate, colour: str) -> None:
 
 
 def _shares(ax: Axes, estimates: Mapping[str, Estimate], colour: str) -> None:
-    """Filled: any onset before the correction's position; open: above the threshold at the last token before it."""
+    """Draw responses with an onset before the correction (filled), and active at the last token before it (open)."""
     for kind, offset, filled in (("onset", -0.16, True), ("active at last token", 0.16, False)):
         for y, arm in enumerate(ARMS):
             panels.whisker(ax, y + offset, panels.ends(estimates[f"{kind}, {arm}"], 100), colour, filled)
