@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steerback.metrics.recovery import Recovery, Rule, Series, by_chance, course, has_recovered, recovery
+from steerback.metrics.recovery import Recovery, Rule, Series, by_chance, course, recovered, recovery
 
 HALF = Rule(early=0.5)
 scores = st.lists(st.sampled_from([0.0, 25.0, 30.0, 50.0, 70.0, 100.0]), min_size=4, max_size=6)
@@ -35,21 +35,21 @@ def of(*series: list[float], single: bool = True, rule: Rule = HALF) -> Recovery
     ],
 )
 def test_recovered_is_low_early_and_high_in_every_later_window(series: list[float], recovers: bool) -> None:
-    assert has_recovered(np.array(series, dtype=np.float64), HALF) is recovers
+    assert recovered([np.array(series, dtype=np.float64)], HALF).tolist() == [recovers]
 
 
 @given(scores, st.sampled_from([0.3, 0.5, 0.67]))
 def test_chance_is_the_share_of_all_orders_that_recover(series: list[float], early: float) -> None:
     rule = Rule(early=early)
-    orders = [has_recovered(np.array(order), rule) for order in permutations(series)]
-    assert by_chance(np.array(series), rule) == pytest.approx(np.mean(orders))
+    orders = recovered([np.array(order) for order in permutations(series)], rule)
+    assert by_chance([np.array(series)], rule)[0] == pytest.approx(np.mean(orders))
 
 
 @given(st.lists(st.floats(0, 100), min_size=4, max_size=60), st.floats(0.01, 0.99))
 def test_some_windows_are_early_and_some_late_whatever_the_share(series: list[float], early: float) -> None:
     rule = Rule(early=early)
     assert 1 <= rule.first_late(len(series)) < len(series)
-    assert 0 <= by_chance(np.array(series), rule) <= 1
+    assert 0 <= by_chance([np.array(series)], rule)[0] <= 1
 
 
 def test_shares_chance_and_silence() -> None:

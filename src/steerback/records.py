@@ -161,18 +161,29 @@ class Receipt:
         return self.prompt_positions + self.generated_positions
 
 
-def expected_positions(
-    interventions: tuple[Intervention, ...], prompt: int, generated: int, continued: bool = False
+def touched(interventions: tuple[Intervention, ...]) -> tuple[bool, bool]:
+    """Whether `interventions` edit positions of the prompt, and generated ones."""
+    kinds = {i.positions for i in interventions}
+    return bool(kinds & {"all", "prompt"}), bool(kinds & {"all", "generated"})
+
+
+def touched_positions(
+    phases: tuple[bool, bool], prompt: int, generated: int, continued: bool = False
 ) -> tuple[int, int]:
-    """Prompt and generated positions that `interventions` must have touched.
+    """Prompt and generated positions that edits of these phases (`touched`) must have reached.
 
     The last generated token is never fed back, so `all` expects prompt + generated - 1 positions in total. In a
     response that was `continued` from a prefix, the last position of the prompt counts as generated.
     """
-    kinds = {i.positions for i in interventions}
-    in_prompt = prompt - continued if kinds & {"all", "prompt"} else 0
-    in_generated = max(generated - 1 + continued, 0) if kinds & {"all", "generated"} else 0
-    return in_prompt, in_generated
+    in_prompt, in_generated = phases
+    return (prompt - continued if in_prompt else 0, max(generated - 1 + continued, 0) if in_generated else 0)
+
+
+def expected_positions(
+    interventions: tuple[Intervention, ...], prompt: int, generated: int, continued: bool = False
+) -> tuple[int, int]:
+    """Prompt and generated positions that `interventions` must have touched (`touched_positions`)."""
+    return touched_positions(touched(interventions), prompt, generated, continued)
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,8 +71,7 @@ def recovery(series: Series, rule: Rule) -> Recovery:
     long = np.array([len(s) >= rule.least for s in series.scores], dtype=bool)
     scores = [s for s, kept in zip(series.scores, long, strict=True) if kept]
     cluster, single = series.cluster[long], series.single[long]
-    yes = np.array([has_recovered(s, rule) for s in scores], dtype=np.float64)
-    chance = np.array([by_chance(s, rule) for s in scores], dtype=np.float64)
+    yes, chance = recovered(scores, rule).astype(np.float64), by_chance(scores, rule)
     return Recovery(
         n=len(scores),
         short=int(np.sum(~long)),
@@ -84,24 +83,42 @@ def recovery(series: Series, rule: Rule) -> Recovery:
     )
 
 
-def has_recovered(scores: Floats, rule: Rule) -> bool:
-    """Return whether an early window is at most `low` and every later one at least `high`."""
-    late = rule.first_late(len(scores))
-    return bool(scores[:late].min() <= rule.low and scores[late:].min() >= rule.high)
+def recovered(scores: Sequence[Floats], rule: Rule) -> Flags:
+    """Return of each response whether an early window is at most `low` and every later one at least `high`."""
+    if not scores:
+        return np.zeros(0, dtype=bool)
+    lengths, flat, starts = _flat(scores)
+    late = starts + np.array([rule.first_late(n) for n in lengths])
+    lowest = np.minimum.reduceat(flat, np.stack([starts, late], axis=1).ravel()).reshape(-1, 2)
+    found: Flags = (lowest[:, 0] <= rule.low) & (lowest[:, 1] >= rule.high)
+    return found
 
 
-def by_chance(scores: Floats, rule: Rule) -> float:
-    """Return the share of all orders of these windows in which the response has recovered.
+def by_chance(scores: Sequence[Floats], rule: Rule) -> Floats:
+    """Return of each response the share of all orders of its windows in which it has recovered.
 
     All late windows have to be high; then every low one is early, so it is enough that there is one.
     """
-    n, late = len(scores), len(scores) - rule.first_late(len(scores))
-    high = int(np.sum(scores >= rule.high))
-    return comb(high, late) / comb(n, late) if scores.min() <= rule.low else 0.0
+    if not scores:
+        return np.zeros(0)
+    lengths, flat, starts = _flat(scores)
+    high = np.add.reduceat((flat >= rule.high).astype(np.int64), starts)
+    low = np.minimum.reduceat(flat, starts) <= rule.low
+    late = [n - rule.first_late(n) for n in lengths]
+    return np.where(low, [comb(h, k) / comb(n, k) for h, k, n in zip(high.tolist(), late, lengths, strict=True)], 0.0)
+
+
+def _flat(scores: Sequence[Floats]) -> tuple[list[int], Floats, Codes]:
+    """Return the number of windows of each response, all windows one after the other, and where each begins."""
+    lengths = [len(s) for s in scores]
+    return lengths, np.concatenate(scores), np.cumsum([0, *lengths[:-1]])
 
 
 def course(scores: Sequence[Floats], cluster: Codes, bins: int = BINS) -> list[Estimate]:
     """Return the mean score at `bins` relative positions, each response having the score of the window there."""
     positions = (np.arange(bins) + 0.5) / bins
-    at = np.array([s[(positions * len(s)).astype(np.int64)] for s in scores], dtype=np.float64).reshape(-1, bins)
+    at = np.zeros((0, bins))
+    if scores:
+        lengths, flat, starts = _flat(scores)
+        at = flat[starts[:, None] + (positions * np.array(lengths)[:, None]).astype(np.int64)]
     return [mean_of(at[:, k], cluster, (0.0, 100.0)) for k in range(bins)]

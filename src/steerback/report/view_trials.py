@@ -18,7 +18,7 @@ from steerback.analysis.forks import Forked
 from steerback.analysis.recovery import rule_of
 from steerback.figures.tables import Table
 from steerback.metrics.outcomes import STATES, VALID, outcome_of
-from steerback.metrics.recovery import Rule, has_recovered
+from steerback.metrics.recovery import Rule, recovered
 from steerback.records import BoostPrior, Judgement, LatentKey, Trial, WindowScores, expected_positions
 from steerback.report import pages
 from steerback.store.facts import (
@@ -261,7 +261,7 @@ def _recovery(row: Row, windows: WindowScores | None, rule: Rule) -> dict[str, o
         return {"recovery": "not counted", **shown}
     if len(scores) < rule.least:
         return {"recovery": "too short", **shown}
-    return {"recovery": "recovered" if has_recovered(scores, rule) else "not recovered", **shown}
+    return {"recovery": "recovered" if recovered([scores], rule)[0] else "not recovered", **shown}
 
 
 def _recorded(row: Row, ends: Sequence[int] | None) -> Reading | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import JsonValue
+from pydantic_core import from_json
 
 from steerback.errors import SteerbackError
 from steerback.records import Completion, Judgement, Trial, WindowScores, is_degraded
@@ -227,7 +228,7 @@ class Ledger:
         columns = "w.judge, w.rubric, w.starts, w.scores, w.reason, w.raw"
         with reading(self.path):
             return {
-                key: WindowScores(by, rubric, tuple(json.loads(starts)), tuple(json.loads(scores)), reason, raw)
+                key: WindowScores(by, rubric, tuple(from_json(starts)), tuple(from_json(scores)), reason, raw)
                 for key, by, rubric, starts, scores, reason, raw in self._windows(columns, judge, keys=keys)
             }
 
@@ -237,7 +238,7 @@ class Ledger:
         """Return the window scores without texts, by trial key; empty lists for responses the judge did not score."""
         with reading(self.path):
             stored = self._windows("w.scores", judge, target, stage, condition)
-            return {key: json.loads(scores) for key, scores in stored}
+            return {key: from_json(scores) for key, scores in stored}
 
     def _windows(
         self,
@@ -378,7 +379,7 @@ def _where(
 
 def _outline(db: sqlite3.Connection, trials: Sequence[str] | None = None) -> None:
     """Fill the table `outlines` for the completions of some trials, or for all completions without outline."""
-    db.create_function("tokens", 1, lambda ids: len(json.loads(ids)), deterministic=True)
+    db.create_function("tokens", 1, lambda ids: len(from_json(ids)), deterministic=True)
     db.create_function("degraded", 1, is_degraded, deterministic=True)
     chosen = "SELECT value FROM json_each(?)"
     if trials is None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from pydantic_core import from_json
 
 from steerback.records import (
     Attempt,
@@ -21,8 +22,9 @@ from steerback.records import (
     Recording,
     Trial,
     WindowScores,
-    expected_positions,
     is_degraded,
+    touched,
+    touched_positions,
 )
 from steerback.store.database import dump_json, now, pack_array, storable, unpack_array
 
@@ -215,7 +217,7 @@ def read_trial(stored: Stored) -> Trial:
         prefill=prefill,
         interventions=_interventions(edits),
         record=_recording(record) if record else None,
-        prefix=None if ids is None else Prefix(start, tuple(json.loads(ids))),
+        prefix=None if ids is None else Prefix(start, tuple(from_json(ids))),
     )
 
 
@@ -225,7 +227,7 @@ def read_row(stored: Stored) -> Row:
     if stored[15] is not None:
         text, ids, prompt_tokens, finish, in_prompt, generated, norm, blob = stored[15:23]
         receipt = Receipt(in_prompt, generated, norm)
-        tokens = tuple(json.loads(ids))
+        tokens = tuple(from_json(ids))
         completion = Completion(text, tokens, prompt_tokens, finish, receipt, unpack_array(blob))
     return Row(read_trial(stored), completion, _judgement(stored[23:28], stored[28]))
 
@@ -234,8 +236,8 @@ def read_outline(stored: Stored) -> Outline:
     """Return the outline from the columns of trial and prefix, `OUTLINE` and `JUDGEMENT`."""
     trial = read_trial(stored)
     finish, prompt_tokens, tokens, in_prompt, generated, degraded = stored[15:21]
-    right = finish not in (None, "error") and (in_prompt, generated) == expected_positions(
-        trial.interventions, prompt_tokens, tokens, trial.prefix is not None
+    right = finish not in (None, "error") and (in_prompt, generated) == touched_positions(
+        _touched(stored[11]), prompt_tokens, tokens, trial.prefix is not None
     )
     return Outline(trial, finish, right, bool(degraded), tokens or 0, _judgement(stored[21:26]))
 
@@ -244,22 +246,27 @@ def _judgement(stored: Stored, raw: str = "") -> Judgement | None:
     judge, rubric, status, attempts, reason = stored
     if judge is None:
         return None
-    spans = tuple([Attempt(**a) for a in json.loads(attempts)])
+    spans = tuple([Attempt(a["start"], a["end"], a["score"], a["phrase"], a["gated"]) for a in from_json(attempts)])
     return Judgement(sys.intern(judge), sys.intern(rubric), status, spans, reason, raw)
 
 
 @lru_cache(4096)
 def _latent(text: str) -> LatentKey:
-    key: LatentKey = json.loads(text)
+    key: LatentKey = from_json(text)
     return key
 
 
 @lru_cache(4096)
 def _interventions(text: str) -> tuple[Intervention, ...]:
-    return tuple(Intervention(**i) for i in json.loads(text))
+    return tuple(Intervention(**i) for i in from_json(text))
+
+
+@lru_cache(4096)
+def _touched(text: str) -> tuple[bool, bool]:
+    return touched(_interventions(text))
 
 
 @lru_cache(64)
 def _recording(text: str) -> Recording:
-    recording = json.loads(text)
+    recording = from_json(text)
     return Recording(tuple(recording["latents"]), recording["layer"])
