@@ -315,8 +315,8 @@ PRICED = ["run", "esr", "--target", "organism", "--judge", "openai/any", "--dry-
         (["run", "esr", "--target", "organism", "organism-s"], "--target A --target B"),
         (["run", "esr", "--from", "a", "--from", "b"], "starts from one run, not from 2"),
         (["run", "esr", "--target", "organism", "--max-judge-calls", "-1"], "--max-judge-calls"),
-        ([*PRICED, "-1", "2"], "--judge-price -1.0 is no amount of money"),
-        ([*PRICED, "1", "nan"], "--judge-price nan is no amount of money"),
+        ([*PRICED, "-1", "2"], "--judge-price -1.0 is not an amount of money"),
+        ([*PRICED, "1", "nan"], "--judge-price nan is not an amount of money"),
         ([*PRICED, "1", "1", "--max-judge-cost", "nan"], "--max-judge-cost"),
     ],
 )

@@ -99,7 +99,7 @@ def test_every_response_of_a_stratum_is_drawn_equally_often(tmp_path: Path) -> N
 
 
 def test_too_small_a_sample_and_a_strange_condition_are_refused(folder: Path) -> None:
-    with pytest.raises(SteerbackError, match=r"--n 6 is too few: 4 strata .* need at least 8 responses"):
+    with pytest.raises(SteerbackError, match=r"--n 6 is too small: 4 strata .* need at least 8 responses"):
         draw_sample(folder, 6, seed=1)
     with pytest.raises(SteerbackError, match="no condition 'none' in this run; there are: ablated, baseline"):
         draw_sample(folder, 6, seed=1, conditions=["none"])
@@ -169,22 +169,32 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ),
     ("an unknown key", {"1": ONE}, {"weight": 1}, "weight: Extra inputs are not permitted"),
     ("an unknown key in a label", {"1": {"scores": [20], "score": 3}}, {}, "labels.1.score: Extra inputs"),
-    ("an unknown response", {"1": ONE, "21": ONE}, {}, "labels response '21'; the sample has 1 to 20"),
-    ("no label", {}, {}, "holds no complete label"),
-    ("another rubric", {"1": ONE}, {"rubric": "human-9"}, "was made for rubric 'human-9'"),
+    ("an unknown response", {"1": ONE, "21": ONE}, {}, "labels response '21'; the sample has responses 1 to 20"),
+    ("no label", {}, {}, "has no complete label"),
+    ("another rubric", {"1": ONE}, {"rubric": "human-9"}, "uses rubric 'human-9'"),
     ("another format", {"1": ONE}, {"format": "x"}, "format: Input should be 'steerback-labels-1'"),
-    ("a mark before the text", {"1": {"restarts": [0], "scores": [1, 2]}}, {}, "restart at character 0 is not inside"),
-    ("a negative mark", {"1": {"restarts": [-4], "scores": [1, 2]}}, {}, "restart at character -4 is not inside"),
-    ("a mark after the text", {"1": {"restarts": [9999], "scores": [1, 2]}}, {}, "restart at character 9999 is not"),
-    ("a mark twice", {"1": {"restarts": [9, 9], "scores": [1, 2, 3]}}, {}, "none may occur twice"),
-    ("marks in disorder", {"1": {"restarts": [12, 9], "scores": [1, 2, 3]}}, {}, "restarts must ascend"),
+    ("a mark before the text", {"1": {"restarts": [0], "scores": [1, 2]}}, {}, "restart at character 0 is outside"),
+    ("a negative mark", {"1": {"restarts": [-4], "scores": [1, 2]}}, {}, "restart at character -4 is outside"),
+    (
+        "a mark after the text",
+        {"1": {"restarts": [9999], "scores": [1, 2]}},
+        {},
+        "restart at character 9999 is outside",
+    ),
+    ("a mark twice", {"1": {"restarts": [9, 9], "scores": [1, 2, 3]}}, {}, "restarts must increase strictly"),
+    ("marks in disorder", {"1": {"restarts": [12, 9], "scores": [1, 2, 3]}}, {}, "restarts must increase strictly"),
     ("a fractional mark", {"1": {"restarts": [9.5], "scores": [1, 2]}}, {}, "labels.1.restarts.0: Input should be"),
     ("a missing score", {"1": {"restarts": [9], "scores": [1]}}, {}, "has 1 scores for 2 attempts"),
     ("a score over 100", {"1": {"scores": [100.5]}}, {}, "less than or equal to 100"),
     ("a negative score", {"1": {"scores": [-1]}}, {}, "greater than or equal to 0"),
     ("a score that is no number", {"1": {"scores": ["9"]}}, {}, "labels.1.scores.0: Input should be a valid number"),
     ("a score that is nan", {"1": {"scores": [float("nan")]}}, {}, "labels.1.scores.0"),
-    ("an empty one with scores", {"1": {"status": "empty", "scores": [1]}}, {}, "is empty and must have no restarts"),
+    (
+        "an empty one with scores",
+        {"1": {"status": "empty", "scores": [1]}},
+        {},
+        "is empty, so it must have no restarts",
+    ),
     ("an unknown status", {"1": {"status": "bad"}}, {}, "labels.1.status: Input should be"),
 ]
 
@@ -214,7 +224,7 @@ def test_a_wrong_file_is_one_line_and_changes_nothing(
 @pytest.mark.parametrize("name", ["", "a b", "human:x", "a/b", "x" * 61])
 def test_the_labeller_needs_a_plain_name(folder: Path, tmp_path: Path, name: str) -> None:
     sample = draw_sample(folder, 20, seed=3)
-    with pytest.raises(SteerbackError, match="a name may hold letters, digits"):
+    with pytest.raises(SteerbackError, match="a name has 1 to 60 letters, digits"):
         import_labels(folder, label_file(tmp_path, sample, right_labels(sample)), name)
 
 
@@ -251,7 +261,7 @@ def test_a_spreadsheet_gives_the_same_verdicts_as_the_page(folder: Path, tmp_pat
     ("entries", "message"),
     [
         ({("1", "0"): ("x", "20")}, "nothing stands before this sentence"),
-        ({("1", "0"): ("", "")}, "holds no complete label"),
+        ({("1", "0"): ("", "")}, "has no complete label"),
         ({("1", "0"): ("", "high")}, "score 'high' is no number from 0 to 100"),
         ({("1", "0"): ("", "101")}, "score '101' is no number from 0 to 100"),
         ({("1", "0"): ("perhaps", "10")}, "restart is 'perhaps'; write x"),

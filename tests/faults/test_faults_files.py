@@ -37,7 +37,7 @@ from steerback.errors import SteerbackError
 from steerback.finetuning.segments import read_rows
 from steerback.jobs import execute
 from steerback.judging.models import read_dotenv
-from steerback.judging.own_rubric import read_rubric
+from steerback.judging.user_rubric import read_rubric
 from steerback.latents.sampling import parse_latents
 from steerback.published.sources import read_source
 from steerback.report.labelling import read_labels

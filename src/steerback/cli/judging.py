@@ -49,7 +49,7 @@ def judge_command(
     from steerback.jobs.estimate import judging_line, spent_lines, unscored_lines
     from steerback.jobs.probing import probe_judge, probe_line, probe_lines
     from steerback.judging.llm import lacking
-    from steerback.judging.own_rubric import read_rubric, with_rubric
+    from steerback.judging.user_rubric import read_rubric, with_rubric
     from steerback.store.run import Run, find_run, stored_config
 
     folder = find_run(name, runs)

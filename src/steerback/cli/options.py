@@ -128,7 +128,7 @@ class Setup:
         config = build_config(experiment, targets, self.preset, self.config, chosen, assignments, base)
         if self.rubric is None:
             return config
-        from steerback.judging.own_rubric import use_rubric
+        from steerback.judging.user_rubric import use_rubric
 
         return use_rubric(config, self.rubric)
 

@@ -22,7 +22,7 @@ from steerback.figures.base import Presentation
 from steerback.jobs.check import Makers, PreparedRun, with_directions
 from steerback.judging import Judge
 from steerback.judging.base import drain, estimated
-from steerback.judging.own_rubric import SEPARATOR
+from steerback.judging.user_rubric import SEPARATOR
 from steerback.judging.windows import window_scorer
 from steerback.records import Judgement, LatentKey, Sampling, Spend, digest
 from steerback.store.cache import Cache, default_path

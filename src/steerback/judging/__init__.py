@@ -1,4 +1,7 @@
-"""Judges split responses into attempts and score them; `base` is the protocol, `make_judge` the way to get one."""
+"""Judges: they split a response into attempts and score each attempt.
+
+`base` defines the protocol. `make_judge` returns the judge of a name.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +30,10 @@ Maker = Callable[[str], Judge]
 
 LOCAL = {
     "offline": "restart classifier and TF-IDF against unsteered responses; no key, not comparable with the paper",
-    "offline-bayes": "another offline judge: naive Bayes for restarts and relevance, to compare the first with",
-    "scripted": "reads the truth that the scripted engine writes into its responses; for tests",
+    "offline-bayes": "second offline judge, for comparison: naive Bayes for restarts and relevance",
+    "scripted": "reads the scores that the scripted engine writes into its responses; for tests",
 }
-"""Judges that need no key."""
+"""Judges that need no API key, each with one line for listings."""
 
 
 def make_judge(
@@ -41,11 +44,11 @@ def make_judge(
     base_url: str | None = None,
     rubrics: Mapping[str, str] | None = None,
 ) -> Judge:
-    """Return the judge of that name: a local one, an alias, or any Inspect model string ("provider/model").
+    """Return the judge of a name: a local judge, an alias, or any Inspect model string ("provider/model").
 
-    NAME+RUBRIC is a model that judges by a rubric of the user, whose text is in `rubrics`. Local judges ignore all
-    options. Raises SteerbackError for an unknown name (with the choices), a missing key (naming
-    the variable) or a missing extra.
+    NAME+RUBRIC is a model that judges by the user's rubric RUBRIC; `rubrics` maps rubric names to texts. Local judges
+    ignore all options. Raises SteerbackError for an unknown name (lists the choices), a missing key (names the
+    environment variable) or a missing extra.
     """
     if name in ("offline", "offline-bayes"):
         from steerback.judging.offline import OfflineJudge
@@ -59,13 +62,13 @@ def make_judge(
     if model is None:
         raise unknown("judge", name, [*LOCAL, *(a.alias for a in aliases()), "any provider/model"])
     from steerback.judging.llm import LLMJudge
-    from steerback.judging.own_rubric import rubric_of
     from steerback.judging.transport import Transport
+    from steerback.judging.user_rubric import rubric_of
 
-    own = rubric_of(name, rubrics or {})
-    return LLMJudge(name, Transport(model, limits or Limits(), temperature, base_url), own)
+    transport = Transport(model, limits or Limits(), temperature, base_url)
+    return LLMJudge(name, transport, rubric_of(name, rubrics or {}))
 
 
 def judge_maker(limits: Limits, rubrics: Mapping[str, str] | None = None) -> Maker:
-    """Return `make_judge` with these limits. A name always gives the same judge, so its budget holds for all uses."""
+    """Return `make_judge` with these limits and a cache: one judge per name, so all uses share one budget."""
     return functools.cache(functools.partial(make_judge, limits=limits, rubrics=rubrics))

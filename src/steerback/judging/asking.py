@@ -1,8 +1,8 @@
-"""The one way to ask a language model about many items: a rubric, the items, and a function that reads a verdict.
+"""Ask a language model about many items, with one rubric and one function that reads the verdicts.
 
-Judges, graders, the rater of labels, the labeller of latents and the writer of training examples are each a `Task`. An
-`Asker` sends the task's questions through one transport (and so within one budget), reads the replies, and keeps
-them in the cache under everything that shaped them, so that nothing is paid for twice.
+Every use of a language model is a `Task`: judging, grading, rating labels, labelling latents, writing training
+examples. An `Asker` sends the questions of a task through one transport, which enforces one budget, and reads the
+replies. It caches each reply under everything that shaped it, so that no question is paid for twice.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True, slots=True)
 class Answer(Generic[Value]):
-    """The value that a reply gives an item, or None with the reason; `over_budget`: the question was never sent."""
+    """The value read from a reply for one item, or None with the reason.
+
+    `over_budget`: the budget was spent, so the question was never sent.
+    """
 
     value: Value | None
     reason: str = ""
@@ -37,8 +40,9 @@ class Answer(Generic[Value]):
 class Task(Generic[Item, Value]):
     """One use of a language model.
 
-    `places` turns the items of one call into the texts of the question, of which `enclosed` is not trusted. `parse`
-    reads the value of an item from the verdict, by the item's number in its call (from 1), or raises Unusable.
+    `places` returns the texts of a question about the items of one call. `enclosed` names the text that is untrusted.
+    `parse` reads the value of one item from the verdict; its third argument is the item's number in the call, from 1.
+    `parse` raises Unusable if the verdict has no valid value.
     """
 
     rubric: Rubric
@@ -47,15 +51,15 @@ class Task(Generic[Item, Value]):
     enclosed: str = ""
     closing: str = CLOSING
     items_per_call: int = 1
-    output_tokens: int = 150  # of a usual reply, for estimates
-    keep_unusable: bool = False  # whether a reply that cannot be read counts as an answer in the cache
+    output_tokens: int = 150  # length of a typical reply, for estimates
+    keep_unusable: bool = False  # whether the cache also keeps replies that cannot be parsed
 
     def question(self, items: Sequence[Item]) -> Query:
-        """Return the question about the items of one call, with a new nonce."""
+        """Return the question about the items of one call, with a fresh nonce."""
         return compose(self.rubric, self.places(items), self.enclosed, self.closing)
 
     def read(self, reply: str, nonce: str, item: Item, number: int = 1) -> Answer[Value]:
-        """Return the answer that a reply gives to one of its items."""
+        """Parse the answer for one item from a reply."""
         try:
             return Answer(self.parse(find_verdict(reply, nonce), item, number), raw=reply)
         except Unusable as unusable:
@@ -63,14 +67,14 @@ class Task(Generic[Item, Value]):
 
 
 class Asker(Generic[Item, Value]):
-    """Asks a model a task's questions. `cache` is a cache file that keeps the replies; None keeps nothing."""
+    """Asks a model the questions of a task. `cache` is the file that stores replies; None disables the cache."""
 
     def __init__(self, transport: Transport, task: Task[Item, Value], cache: Path | None = None) -> None:
         self.transport, self.task, self._cache = transport, task, cache
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of everything that shapes a reply besides the items."""
+        """SHA-256 of everything except the items that shapes a reply."""
         body = {
             "model": self.transport.model,
             "rubric": self.task.rubric.system,
@@ -81,16 +85,16 @@ class Asker(Generic[Item, Value]):
         return digest(body | ({"template": self.task.rubric.template} if self.task.rubric.template else {}))
 
     def estimate(self, items: Sequence[Item]) -> Spend:
-        """Return what asking about the items would take, those with a kept reply left out."""
+        """Estimate calls, tokens and cost of asking about the items that have no cached reply."""
         known = self._known(items)
         missing = [item for item in items if self._key(item) not in known] if known else items
         questions = (self.task.question(group) for group in self._calls(missing))
         return self.transport.estimate(questions, self.task.output_tokens)
 
     async def ask(self, items: Sequence[Item]) -> AsyncGenerator[tuple[Item, Answer[Value]]]:
-        """Yield each item once with its answer: first those with a kept reply, then in the order of completion.
+        """Yield each item once with its answer: cached answers first, the others in order of completion.
 
-        A reply of which nothing can be read is asked for again, `Limits.ask_again` times.
+        If nothing in a reply can be parsed, the question is asked again, up to `Limits.ask_again` times.
         """
         known, missing = self._known(items), []
         for item in items:
@@ -117,7 +121,7 @@ class Asker(Generic[Item, Value]):
                         yield item, answer
 
     def _read(self, group: Sequence[Item], question: Query, reply: Reply) -> list[Answer[Value]]:
-        """Read the answers to the items of one call, and keep the reply."""
+        """Parse the answers to the items of one call and store the reply in the cache."""
         if reply.reason:
             return [Answer(None, reply.reason, reply.text, reply.over_budget) for _ in group]
         answers = [self.task.read(reply.text, question.nonce, item, n) for n, item in enumerate(group, 1)]

@@ -1,4 +1,4 @@
-"""The protocol of judges, and of those that cost money; it knows nothing of engines or ledgers."""
+"""Protocols of judges and of paid judges. This module knows nothing about engines or ledgers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from steerback.records import Judgement, LatentKey, Spend
 
 @dataclass(frozen=True, slots=True)
 class JudgeItem:
-    """One response to be judged. `prompt` carries no meta-prompt; `label` is None for targets without labels."""
+    """One response to judge. `prompt` excludes the meta-prompt; `label` is None for targets without labels."""
 
     key: str
     prompt: str
@@ -23,10 +23,10 @@ class JudgeItem:
 
 @dataclass(frozen=True, slots=True)
 class References:
-    """What an offline judge may compare with; LLM judges ignore it.
+    """Reference texts of the offline judges; LLM judges ignore them.
 
-    `responses` are the model's own unsteered responses per object-level prompt; `contexts` are top-activating
-    text snippets per latent (empty where unknown).
+    `responses` holds unsteered responses of the target by object-level prompt. `contexts` holds top-activating text
+    snippets by latent; a latent without known snippets has no entry.
     """
 
     responses: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -35,10 +35,10 @@ class References:
 
 @runtime_checkable
 class Judge(Protocol):
-    """Judges responses one by one; every item comes back exactly once, scored, empty or unscored with a reason.
+    """Judges responses. Each item is returned exactly once: scored, empty, or unscored with a reason.
 
-    `name` is what the user asked for, `fingerprint` hashes all that shapes a verdict (judge, rubric text and version,
-    references, sampling); verdicts are cached under it together with response, prompt and label.
+    `name` is the name that the user chose. `fingerprint` hashes everything that shapes a verdict: judge, rubric text
+    and version, references, sampling. The cache key of a verdict is made of fingerprint, response, prompt and label.
     """
 
     name: str
@@ -50,38 +50,38 @@ class Judge(Protocol):
     def describe(self) -> dict[str, object]: ...
 
     def prepare(self, references: References) -> None:
-        """Called once per target before the first `judge`."""
+        """Take the reference texts; called once per target before the first `judge`."""
         ...
 
     def judge(self, items: Sequence[JudgeItem]) -> AsyncIterator[tuple[str, Judgement]]:
-        """Yields (item key, judgement) in any order."""
+        """Yield (item key, judgement) in any order."""
         ...
 
 
 @runtime_checkable
 class Paid(Protocol):
-    """A judge or rater that costs money."""
+    """A judge or rater whose calls cost money."""
 
     def drain(self) -> Spend:
-        """Return what was spent since the last call of this method, by the provider's counts."""
+        """Return the spend since the last call of this method, by the provider's token counts."""
         ...
 
 
 @runtime_checkable
 class PaidJudge(Paid, Protocol):
-    """A judge that can estimate what it would cost."""
+    """A judge that can estimate its cost."""
 
     def estimate(self, items: Sequence[JudgeItem]) -> Spend:
-        """Return what judging `items` would take, from their lengths."""
+        """Estimate calls, tokens and cost of judging `items`, from the lengths of their texts."""
         ...
 
 
 def estimated(judge: Judge, items: Sequence[JudgeItem]) -> Spend | None:
-    """Return what judging `items` would take; None for a judge that costs nothing."""
+    """Estimate calls, tokens and cost of judging `items`; None for a free judge."""
     return judge.estimate(items) if isinstance(judge, PaidJudge) else None
 
 
 def drain(judge: object) -> Spend | None:
-    """Return what was spent since the last call; None for what costs nothing, or where nothing was asked."""
+    """Return the judge's spend since the last call; None for a free judge, or if no question was asked."""
     spent = judge.drain() if isinstance(judge, Paid) else Spend()
     return spent if spent.calls else None

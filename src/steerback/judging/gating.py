@@ -1,7 +1,7 @@
-"""Gating: a restart counts only where its quoted phrase really opens the attempt's span. Shared by all judges.
+"""Gating: a restart counts only if its quoted phrase really opens the attempt's span. All judges share it.
 
-Small judges invent restarts; a phrase that does not stand in the response, or stands elsewhere, is no evidence of
-one. Knows a response and its attempts; nothing of how they were found.
+Small judge models invent restarts. A phrase that does not occur in the response, or occurs at another place, is no
+evidence of a restart. This module knows a response and its attempts, but not how a judge determined them.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ _LEADING = re.compile(r"^[\s\"'*_#>\-.,;:!?()\[\]]+")
 
 
 def canonical(text: str) -> str:
-    """Lower case, one kind of quote and dash, single spaces, no leading punctuation or markup."""
+    """Normalise a text: lower case, one kind of quote and dash, single spaces, no leading punctuation or markup."""
     plain = " ".join(text.translate(_QUOTES).lower().split())
     return _LEADING.sub("", plain)
 
 
 def opens(phrase: str, text: str) -> bool:
-    """Whether `text` begins with `phrase`, whatever the whitespace, quotes, case and closing punctuation."""
+    """Return whether `text` begins with `phrase`, ignoring whitespace, quotes, case and closing punctuation."""
     wanted = canonical(phrase).rstrip(" .,;:!?\"'-*_")
     if not wanted:
         return False
-    found = canonical(text)
-    return found.startswith(wanted) and not found[len(wanted) : len(wanted) + 1].isalnum()
+    plain = canonical(text)
+    return plain.startswith(wanted) and not plain[len(wanted) : len(wanted) + 1].isalnum()
 
 
 def gate(response: str, attempts: Sequence[Attempt]) -> tuple[Attempt, ...]:
-    """The attempts with `gated` set: true for the first, else whether the phrase opens response[start:end]."""
+    """Set `gated` of each attempt: true for the first, else whether its phrase opens response[start:end]."""
     return tuple(replace(a, gated=i == 0 or opens(a.phrase, response[a.start : a.end])) for i, a in enumerate(attempts))

@@ -1,6 +1,6 @@
 """Tasks for language models: attempts, whole responses, episode boundaries, concreteness of labels, labels of latents.
 
-Each is a `Task` of `asking`: a rubric, the texts that its question shows, and the function that reads its verdict.
+Each task is an `asking.Task`: a rubric, the texts of the question, and the function that parses the verdict.
 """
 
 from __future__ import annotations
@@ -52,7 +52,10 @@ ATTEMPTS: Task[JudgeItem, tuple[Attempt, ...]] = Task(
 WHOLE: Task[JudgeItem, WholeScore] = Task(
     rubric("whole-1"), _response, lambda verdict, item, _: parse.parse_whole(verdict), "response"
 )
-"""Scores whole responses 0-10 for their way back, restart phrase or not: a control for gradual recovery."""
+"""Scores whole responses 0-10 for their return to the prompt, with or without a restart phrase.
+
+A control for gradual recovery.
+"""
 BOUNDARIES: Task[JudgeItem, Boundaries] = Task(
     rubric("boundaries-1"),
     _response,
@@ -66,7 +69,7 @@ WINDOWS: Task[JudgeItem, tuple[float, ...]] = Task(
     "response",
     output_tokens=200,
 )
-"""Scores the sentences of a response one by one, in one call."""
+"""Scores each sentence of a response; one call per response."""
 CONCRETENESS: Task[str, float] = Task(
     rubric("concreteness-1"),
     lambda labels: {"labels": numbered(labels)},
@@ -81,7 +84,10 @@ LABEL: Task[Snippets, str] = Task(
 
 
 class LLMRater:
-    """Concreteness of labels by a language model, 0-100; each label is asked about once. A `concreteness.Rater`."""
+    """Rates the concreteness of labels (0-100) with a language model; implements `concreteness.Rater`.
+
+    Repeated labels are asked about once.
+    """
 
     version = CONCRETENESS.rubric.version
 
@@ -90,16 +96,16 @@ class LLMRater:
         self._asker = Asker(transport, CONCRETENESS, cache)
 
     def rate(self, labels: Sequence[str]) -> list[float | None]:
-        """Return one rating per label, None where the judge gave none. Callers may be inside an event loop.
+        """Return one rating per label, None where the model gave none. Works inside a running event loop.
 
-        Raises SteerbackError where the budget is spent before all are rated; the ratings so far are kept.
+        Raises SteerbackError if the budget is spent before all labels are rated; finished ratings stay in the cache.
         """
         answers = finish(self._answers(list(dict.fromkeys(labels))))
         refused = [answer for answer in answers.values() if answer.over_budget]
         if refused:
             raise SteerbackError(
-                f"rater {self.name}: {refused[0].reason}; {len(answers) - len(refused)} of {len(answers)} labels were "
-                "rated and are kept: go on with a higher one"
+                f"rater {self.name}: {refused[0].reason}; {len(answers) - len(refused)} of {len(answers)} ratings are "
+                "in the cache; run again with a larger budget"
             )
         return [answers[label].value for label in labels]
 
@@ -107,17 +113,20 @@ class LLMRater:
         return {label: answer async for label, answer in self._asker.ask(labels)}
 
     def estimate(self, labels: Sequence[str]) -> Spend:
-        """Return what rating `labels` would take, those that are rated already left out."""
+        """Estimate calls, tokens and cost of rating those `labels` that have no cached rating."""
         return self._asker.estimate(list(dict.fromkeys(labels)))
 
     def drain(self) -> Spend:
-        """Return what was spent since the last call of this method."""
+        """Return the spend since the last call of this method."""
         return self._asker.transport.drain()
 
 
 @dataclass
 class Labelled:
-    """Labels by latent, how many latents have nothing in common, and why how many others have no answer."""
+    """Labels by latent, with counts of the latents that got none.
+
+    `nothing`: latents whose snippets have nothing in common. `failed`: latents without an answer, by reason.
+    """
 
     labels: dict[int, str] = field(default_factory=dict)
     nothing: int = 0
@@ -125,7 +134,7 @@ class Labelled:
 
 
 async def label_latents(asker: Asker[Snippets, str], snippets: Mapping[int, Snippets]) -> Labelled:
-    """Ask for one label per latent from its snippets, strongest first; each set of snippets is asked about once."""
+    """Ask for one label per latent. `snippets` are ordered from most to least active; equal tuples share one call."""
     answers = {shown: answer async for shown, answer in asker.ask(list(dict.fromkeys(snippets.values())))}
     made = Labelled()
     for latent, shown in snippets.items():
@@ -140,14 +149,15 @@ async def label_latents(asker: Asker[Snippets, str], snippets: Mapping[int, Snip
 
 
 def offline_boundaries(response: str, judgement: Judgement) -> Boundaries | None:
-    """Return the boundaries that a judgement implies: first attempt, restart phrase after it, end of that phrase.
+    """Derive episode boundaries from a judgement, without a language model.
 
-    Taken from the first restart whose attempt scores more than the attempt before it; None where there is none.
+    Takes the first restart whose attempt scores more than the attempt before it. Boundaries: start of the attempt
+    before, start of the restart phrase, end of the restart phrase. None if no restart improves the score.
     """
     for before, attempt in pairwise(judgement.gated_attempts()):
         if attempt.score > before.score and attempt.phrase:
-            found = Quotable(response[attempt.start : attempt.end]).find(attempt.phrase)
-            end = attempt.start + (found[1] if found else len(attempt.phrase))
+            span = Quotable(response[attempt.start : attempt.end]).find(attempt.phrase)
+            end = attempt.start + (span[1] if span else len(attempt.phrase))
             while end < attempt.end and not response[end].isalnum():
                 end += 1
             return Boundaries(off_topic=before.start, correction=attempt.start, on_topic=end)

@@ -1,8 +1,8 @@
 """Human labels: the sample of a run that people label, and the verdicts in the files they return.
 
-A labeller sees prompts and responses under numbers alone, marks where attempts restart and scores each attempt. The
-sample is stratified by condition and by whether the run's judge sees several attempts, and shown in random order, so
-that the first part of it is a sample as well.
+A labeller sees numbered prompts and responses without any other facts about them, marks where attempts restart, and
+scores each attempt. The sample is stratified by condition and by whether the run's judge saw several attempts. It is
+shown in random order, so that a labeller who stops early has still labelled a random sample.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from steerback.store.rows import Row, TrialRow
 RUBRIC = "human-1"
 FORMAT = "steerback-labels-1"
 LEAST = 2
-"""Responses drawn of each stratum, or all where there are fewer: a single one shows no spread."""
+"""Minimum number of responses per stratum (all, if a stratum has fewer): one response cannot show the spread."""
 PHRASE_WORDS = 6
-"""Words of the response that are kept as an attempt's restart phrase."""
+"""Number of words at the start of an attempt that are stored as its restart phrase."""
 
 _SENTENCE = re.compile(r"(?:(?<=[.!?…:;])|(?<=[.!?…][\"'”’)\]*]))[ \t]+(?=\S)|\n\s*(?=\S)")
 _WORD = re.compile(r"\S+")
@@ -35,7 +35,7 @@ _WORD = re.compile(r"\S+")
 
 @dataclass(frozen=True, slots=True)
 class LabelItem:
-    """A response as a labeller sees it, under its number in the sample."""
+    """A response as a labeller sees it, with its number in the sample."""
 
     number: str
     prompt: str
@@ -46,7 +46,7 @@ class LabelItem:
 class Label(BaseModel):
     """A labeller's verdict on one response.
 
-    `restarts` are the characters at which a further attempt begins, `scores` has one score for each attempt.
+    `restarts` are the character offsets at which further attempts begin; `scores` has one score (0-100) per attempt.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -57,7 +57,7 @@ class Label(BaseModel):
 
 
 class LabelFile(BaseModel):
-    """A file that the labelling page saves: verdicts by the number of the response in the sample."""
+    """The file that the labelling page saves; `labels` maps a response's number in the sample to its verdict."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -69,20 +69,20 @@ class LabelFile(BaseModel):
 
 
 def judge_name(labeller: str) -> str:
-    """The judge that a labeller's verdicts are stored as. Raises SteerbackError for a name that is no plain word."""
+    """Return the name of the judge under which a labeller's verdicts are stored. Raises SteerbackError if invalid."""
     if not re.fullmatch(r"[\w.-]{1,60}", labeller):
-        raise SteerbackError(f"labeller {labeller[:80]!r}: a name may hold letters, digits and . _ - (at most 60)")
+        raise SteerbackError(f"labeller {labeller[:80]!r}: a name has 1 to 60 letters, digits or . _ -")
     return HUMAN + labeller
 
 
 def draw(
     pools: Mapping[str, Sequence[TrialRow]], judge: str, size: int, seed: int, conditions: Sequence[str] = ()
 ) -> dict[str, LabelSample]:
-    """Draw `size` responses of all targets together, as one sample for each target.
+    """Draw `size` responses over all targets; return one sample per target.
 
-    `pools` are the scored rows of each target that may be drawn, with the verdicts of `judge`. The strata (target,
-    stage, condition, several attempts or one) get equal shares as far as they last. Raises SteerbackError if a
-    stratum would get fewer than two responses.
+    `pools` holds the scored rows of each target that may be drawn, with the verdicts of `judge`. Each stratum (target,
+    stage, condition, one attempt or several) gets an equal share, or all its responses if it has fewer. Raises
+    SteerbackError if a stratum would get fewer than two responses.
     """
     rng = random.Random(seed)
     strata: dict[tuple[str, str, str, bool], list[str]] = {}
@@ -91,12 +91,12 @@ def draw(
             stratum = (target, row.trial.stage, row.trial.condition, len(row.attempts) > 1)
             strata.setdefault(stratum, []).append(row.trial.key)
     if not strata:
-        raise SteerbackError("there is no scored response to label")
+        raise SteerbackError("the run has no scored response to label")
     shares = _shares([len(keys) for keys in strata.values()], size)
     least = sum(min(LEAST, len(keys)) for keys in strata.values())
     if any(share < min(LEAST, len(keys)) for share, keys in zip(shares, strata.values(), strict=True)):
         raise SteerbackError(
-            f"--n {size} is too few: {len(strata)} strata (condition x verdict) need at least {least} responses; "
+            f"--n {size} is too small: {len(strata)} strata (condition x verdict) need at least {least} responses; "
             "raise --n, or choose conditions with --condition"
         )
     drawn = {s: rng.sample(keys, share) for (s, keys), share in zip(strata.items(), shares, strict=True)}
@@ -123,7 +123,7 @@ def draw(
 
 
 def _shares(available: Sequence[int], size: int) -> list[int]:
-    """Divide `size` equally over strata that hold so many, and what some cannot give over the others."""
+    """Divide `size` equally over strata with `available` responses each; larger strata make up for small ones."""
     shares = [0] * len(available)
     left = min(size, sum(available))
     while left:
@@ -135,7 +135,7 @@ def _shares(available: Sequence[int], size: int) -> list[int]:
 
 
 def items_of(samples: Mapping[str, LabelSample], rows: Mapping[str, Row]) -> list[LabelItem]:
-    """The responses of a sample in the order in which they are shown; `rows` holds their rows by trial key."""
+    """Return the responses of a sample in display order; `rows` maps trial keys to rows."""
     numbered = {int(number): key for sample in samples.values() for number, key in sample.items.items()}
     return [
         LabelItem(str(number), rows[key].trial.prompt, rows[key].trial.label, rows[key].judged_text)
@@ -144,41 +144,41 @@ def items_of(samples: Mapping[str, LabelSample], rows: Mapping[str, Row]) -> lis
 
 
 def identifier(items: Sequence[LabelItem]) -> str:
-    """The identifier of a sample: a hash of its prompts and responses, so that labels of other text do not fit it."""
+    """Hash the prompts and responses of a sample, so that labels of other texts are refused."""
     return digest([RUBRIC, [[i.number, i.prompt, i.response] for i in items]])[:16]
 
 
 def words(text: str) -> list[int]:
-    """Characters at which the words of a text begin."""
+    """Return the character offsets at which the words of a text begin."""
     return [match.start() for match in _WORD.finditer(text)]
 
 
 def sentences(text: str) -> list[int]:
-    """Characters at which the sentences and lines of a text begin."""
+    """Return the character offsets at which the sentences and lines of a text begin."""
     first = next(iter(words(text)), None)
     return [] if first is None else sorted({first, *(m.end() for m in _SENTENCE.finditer(text) if m.end() > first)})
 
 
 def parse_labels(value: Json, where: str) -> LabelFile:
-    """Return the label file of a JSON value. Raises SteerbackError that names the entry which is wrong."""
+    """Parse a label file. Raises SteerbackError that names the wrong entry; `where` names the file in messages."""
     try:
         return LabelFile.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "file"
-        raise SteerbackError(f"{where} is no label file of steerback: {place}: {first['msg']}") from None
+        raise SteerbackError(f"{where} is not a label file of steerback: {place}: {first['msg']}") from None
 
 
 def judgements(labels: LabelFile, items: Sequence[LabelItem], judge: str, where: str) -> dict[str, Judgement]:
-    """Return the judgement of each labelled response by its number. Raises SteerbackError for a label that is wrong."""
+    """Return the judgement of each labelled response by its number. Raises SteerbackError for an invalid label."""
     if labels.rubric != RUBRIC:
-        raise SteerbackError(f"{where} was made for rubric {labels.rubric!r}; this steerback imports {RUBRIC}")
+        raise SteerbackError(f"{where} uses rubric {labels.rubric!r}; this version of steerback imports {RUBRIC}")
     known = {item.number: item for item in items}
     if not labels.labels:
-        raise SteerbackError(f"{where} holds no complete label; mark and score responses on the page, then save")
+        raise SteerbackError(f"{where} has no complete label; mark and score responses on the page, then save")
     strangers = [number for number in labels.labels if number not in known]
     if strangers:
-        raise SteerbackError(f"{where} labels response {strangers[0]!r}; the sample has 1 to {len(known)}")
+        raise SteerbackError(f"{where} labels response {strangers[0]!r}; the sample has responses 1 to {len(known)}")
     return {
         number: _judgement(label, known[number].response, judge, f"{where}, response {number}")
         for number, label in labels.labels.items()
@@ -189,21 +189,21 @@ def _judgement(label: Label, text: str, judge: str, where: str) -> Judgement:
     raw = label.model_dump_json()
     if label.status != "scored":
         if label.restarts or label.scores:
-            raise SteerbackError(f"{where} is {label.status} and must have no restarts and no scores")
+            raise SteerbackError(f"{where} is {label.status}, so it must have no restarts and no scores")
         reason = "the labeller could not tell" if label.status == "unscored" else ""
         return Judgement(judge, RUBRIC, label.status, (), reason, raw)
     body = text.rstrip()
     if any(a >= b for a, b in pairwise(label.restarts)):
-        raise SteerbackError(f"{where}: restarts must ascend and none may occur twice, not {label.restarts}")
+        raise SteerbackError(f"{where}: restarts must increase strictly; got {label.restarts}")
     for place in label.restarts:
         if not (0 < place < len(body) and text[:place].strip()):
             raise SteerbackError(
-                f"{where}: a restart at character {place} is not inside the text, which has {len(body)} characters, "
-                "or nothing stands before it"
+                f"{where}: a restart at character {place} is outside the text ({len(body)} characters) or has no "
+                "text before it"
             )
     if len(label.scores) != len(label.restarts) + 1:
         raise SteerbackError(
-            f"{where} has {len(label.scores)} scores for {len(label.restarts) + 1} attempts; each attempt needs one"
+            f"{where} has {len(label.scores)} scores for {len(label.restarts) + 1} attempts; each attempt needs a score"
         )
     starts = [0, *label.restarts]
     ends = [*(len(text[:place].rstrip()) for place in label.restarts), len(body)]

@@ -1,4 +1,4 @@
-"""The judge that asks a language model: one attempts rubric, any model."""
+"""The judge that asks a language model, with the built-in attempts rubric or the user's."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from steerback.records import Attempt, Judgement, Spend, WindowScores
 
 
 class LLMJudge:
-    """Judge protocol over a model. `name` is an alias or an Inspect model string."""
+    """Implements `Judge` with a language model. `name` is an alias or an Inspect model string."""
 
-    def __init__(self, name: str, transport: Transport, own: Rubric | None = None) -> None:
-        """`own` is a rubric of the user."""
+    def __init__(self, name: str, transport: Transport, rubric: Rubric | None = None) -> None:
+        """Build the judge; `rubric` is the user's rubric, None for the built-in one."""
         self.name, self.transport = name, transport
-        self._task = ATTEMPTS if own is None else replace(ATTEMPTS, rubric=own)
+        self._task = ATTEMPTS if rubric is None else replace(ATTEMPTS, rubric=rubric)
         self.rubric = self._task.rubric.version
         self._asker, self._window_asker = Asker(transport, self._task), Asker(transport, WINDOWS)
 
@@ -29,7 +29,7 @@ class LLMJudge:
         return self._asker.fingerprint
 
     def describe(self) -> dict[str, object]:
-        """Describe the judge with the full text of its rubric, so that a run can be read without this version."""
+        """Describe the judge with the full text of its rubric, so that the record needs no other version to read."""
         return {
             "judge": self.name,
             "rubric": self.rubric,
@@ -38,22 +38,22 @@ class LLMJudge:
         }
 
     def prepare(self, references: References) -> None:
-        """Needs nothing."""
+        """Do nothing: this judge compares with no reference texts."""
 
     def estimate(self, items: Sequence[JudgeItem]) -> Spend:
-        """Return the calls, tokens and cost that judging `items` would take."""
+        """Estimate calls, tokens and cost of judging `items`."""
         return self._asker.estimate(items)
 
     def spend(self) -> Spend:
-        """Return what was spent so far."""
+        """Return the spend so far."""
         return self.transport.spend()
 
     def drain(self) -> Spend:
-        """Return what was spent since the last call of this method."""
+        """Return the spend since the last call of this method."""
         return self.transport.drain()
 
     async def judge(self, items: Sequence[JudgeItem]) -> AsyncIterator[tuple[str, Judgement]]:
-        """Yield (item key, judgement) in the order of completion; failures are unscored with their reason."""
+        """Yield (item key, judgement) in order of completion; a failed call gives `unscored` with the reason."""
         for item in items:
             if not item.response.strip():
                 yield item.key, Judgement(self.name, self.rubric, "empty", reason="no words in the response")
@@ -61,22 +61,22 @@ class LLMJudge:
             yield item.key, judgement(answer, self.name, self.rubric)
 
     async def windows(self, items: Sequence[JudgeItem]) -> AsyncIterator[tuple[str, WindowScores]]:
-        """Yield (item key, scores of its windows) in the order of completion, one call a response."""
+        """Yield (item key, scores of its windows) in order of completion; one call per response."""
         version, starts = WINDOWS.rubric.version, {i.key: tuple(s.start for s in cut(i.response)) for i in items}
         for item in items:
             if not starts[item.key]:
                 yield item.key, WindowScores(self.name, version, reason="no words in the response")
         async for item, answer in self._window_asker.ask([item for item in items if starts[item.key]]):
-            found = (starts[item.key], answer.value) if answer.value else ((), ())
-            yield item.key, WindowScores(self.name, version, *found, answer.reason, answer.raw, answer.over_budget)
+            scored = (starts[item.key], answer.value) if answer.value else ((), ())
+            yield item.key, WindowScores(self.name, version, *scored, answer.reason, answer.raw, answer.over_budget)
 
     def window_estimate(self, items: Sequence[JudgeItem]) -> Spend:
-        """Return the calls, tokens and cost that scoring the windows of `items` would take."""
+        """Estimate calls, tokens and cost of scoring the windows of `items`."""
         return self._window_asker.estimate(items)
 
 
 def judgement(answer: Answer[tuple[Attempt, ...]], judge: str, version: str = ATTEMPTS.rubric.version) -> Judgement:
-    """Return the judgement that an answer to the attempts rubric amounts to."""
+    """Convert an answer to the attempts rubric into a judgement."""
     if answer.value is None:
         return Judgement(judge, version, "unscored", (), answer.reason, answer.raw, answer.over_budget)
     if not answer.value:
@@ -85,5 +85,5 @@ def judgement(answer: Answer[tuple[Attempt, ...]], judge: str, version: str = AT
 
 
 def lacking(judge: Judge) -> list[str]:
-    """Return what a judge that was made for estimates lacks before it can be asked, as lines to print."""
+    """Return printable notes on what a judge made for estimates still needs before it can be asked, such as a key."""
     return [f"note: {judge.transport.missing}"] if isinstance(judge, LLMJudge) and judge.transport.missing else []

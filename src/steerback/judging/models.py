@@ -1,6 +1,6 @@
-"""Which LLM judges there are: short names, the keys they need, and what they cost.
+"""LLM judges by alias, their API keys and their prices. Every Inspect AI model string ("provider/model") is a judge.
 
-Knows names and environment variables; makes no call. Any model string of Inspect AI ("provider/model") is a judge.
+This module reads names and environment variables; it makes no call.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from steerback.readers import LARGEST_SETTINGS, read_address, read_text
 
 @dataclass(frozen=True, slots=True)
 class JudgeModel:
-    """A judge as `steerback judges` lists it; `price` in USD per million input and output tokens, if known."""
+    """A judge in the listing of `steerback judges`; `price` in USD per million input and output tokens, if known."""
 
     alias: str
     model: str
@@ -28,25 +28,25 @@ class JudgeModel:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How a model is asked. Counts and money are for the life of one transport; None means no limit."""
+    """Limits and settings of the calls to a model. Call and cost limits apply to one transport; None means no limit."""
 
     max_calls: int | None = None
     max_cost: float | None = None  # USD
-    price: tuple[float, float] | None = None  # USD per million input and output tokens, where the table has none
-    batch: bool = False  # the provider's batch API
+    price: tuple[float, float] | None = None  # USD per million input and output tokens, for models not in ALIASES
+    batch: bool = False  # whether to use the provider's batch API
     concurrency: int = 64
     max_tokens: int = 4096
     max_retries: int = 4
     attempt_timeout: int = 120  # seconds
-    first_wait: float = 3.0  # seconds before the first retry, doubled each time
-    estimate_only: bool = False  # nothing will be asked, so no key is needed
-    ask_again: int = 0  # how often a question is repeated of whose reply nothing can be read
+    first_wait: float = 3.0  # seconds before the first retry; doubles with each retry
+    estimate_only: bool = False  # no question will be sent, so no key is needed
+    ask_again: int = 0  # how often a question is repeated if nothing in the reply can be parsed
 
     def __post_init__(self) -> None:
         prices = [("--judge-price", price) for price in self.price or ()]
         for option, amount in (*prices, ("--max-judge-cost", self.max_cost or 0.0)):
             if not 0 <= amount < float("inf"):
-                raise SteerbackError(f"{option} {amount} is no amount of money; 0 or more USD")
+                raise SteerbackError(f"{option} {amount} is not an amount of money; give a number of USD, 0 or more")
 
 
 ALIASES = (
@@ -56,7 +56,7 @@ ALIASES = (
     JudgeModel("qwen3-32b", "openrouter/qwen/qwen3-32b", "cross-judge", (0.1, 0.45)),
     JudgeModel("gemini-2.5-flash", "google/gemini-2.5-flash", "cross-judge", (0.3, 2.5)),
 )
-"""List prices of late 2025, for estimates only; `--judge-price IN OUT` overrides them. Provider batches cost half."""
+"""List prices of late 2025, for estimates only; `--judge-price IN OUT` overrides them. The batch API costs half."""
 
 KEYS: Mapping[str, tuple[str, ...]] = {
     "anthropic": ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN"),
@@ -71,22 +71,22 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "deepseek": ("DEEPSEEK_API_KEY",),
     "perplexity": ("PERPLEXITY_API_KEY",),
 }
-"""Variables of which one must be set, for the providers where we can tell before the first call."""
+"""Environment variables of each provider's key, of which one must be set; providers not listed are not checked."""
 
 _SECRET = re.compile(r"(?:KEY|TOKEN|SECRET|PASSWORD)$")
-SHORTEST_SECRET = 8  # characters; a shorter value is a placeholder, and replacing it would damage replies
+SHORTEST_SECRET = 8  # characters; a shorter value is a placeholder, and redacting it would damage replies
 _NO_TEMPERATURE = re.compile(r"(?:^|/)(?:gpt-5|o\d)")
 
 
 def aliases() -> tuple[JudgeModel, ...]:
-    """The short names of LLM judges, for listings."""
+    """Return the judges that have an alias, for listings."""
     return ALIASES
 
 
 def model_string(name: str) -> str | None:
-    """Return the Inspect model string behind an alias or given as such, of a judge NAME+RUBRIC that of its NAME.
+    """Return the Inspect model string of an alias, of a model string itself, or of the NAME in NAME+RUBRIC.
 
-    None for anything else.
+    None if `name` is none of these.
     """
     name = name.partition("+")[0]
     for entry in ALIASES:
@@ -96,19 +96,20 @@ def model_string(name: str) -> str | None:
 
 
 def price(model: str) -> tuple[float, float] | None:
-    """USD per million input and output tokens, where known."""
+    """Return the price in USD per million input and output tokens, None if unknown."""
     return next((entry.price for entry in ALIASES if entry.model == model), None)
 
 
 def default_temperature(model: str) -> float | None:
-    """0, or None for model families that take no temperature."""
+    """Return 0, or None for model families that reject a temperature."""
     return None if _NO_TEMPERATURE.search(model) else 0.0
 
 
 def read_dotenv(path: Path = Path(".env"), environment: MutableMapping[str, str] = os.environ) -> None:
-    """Set the keys (`*_API_KEY`) of a .env file that are not set yet (NAME=value lines; quotes and `export` allowed).
+    """Set the keys (`*_API_KEY`) of a .env file that are not set yet.
 
-    Other variables are ignored: an address in a downloaded folder must not receive the user's keys.
+    Lines have the form NAME=value; quotes and `export` are allowed. Other variables are ignored: a downloaded folder
+    could otherwise set an address that then receives the user's keys.
     """
     if not path.is_file():
         return
@@ -122,7 +123,7 @@ def read_dotenv(path: Path = Path(".env"), environment: MutableMapping[str, str]
 
 
 def check_key(model: str, environment: Mapping[str, str] = os.environ) -> None:
-    """Raises SteerbackError naming the variable where the key that `model` needs is missing."""
+    """Raise SteerbackError if the key that `model` needs is missing; the message names the environment variable."""
     provider, wanted = model.partition("/")[0], KEYS.get(model.partition("/")[0], ())
     if provider == "openai-api":
         service = _service(model)
@@ -140,7 +141,7 @@ def check_key(model: str, environment: Mapping[str, str] = os.environ) -> None:
 
 
 def check_address(model: str, base_url: str | None, environment: Mapping[str, str] = os.environ) -> None:
-    """Raise SteerbackError for an address of the model's service, given or in the environment, that is none."""
+    """Raise SteerbackError if the service address of `model` (`base_url`, or NAME_BASE_URL) is no valid address."""
     provider = model.partition("/")[0]
     name = f"{_service(model) if provider == 'openai-api' else re.sub(r'[^A-Z]', '_', provider.upper())}_BASE_URL"
     if address := base_url or environment.get(name):
@@ -148,7 +149,10 @@ def check_address(model: str, base_url: str | None, environment: Mapping[str, st
 
 
 def placeholder_key(model: str, environment: Mapping[str, str] = os.environ) -> str | None:
-    """Return a key for a server that needs none, as clients insist on one; None where there is a key or no server."""
+    """Return a dummy key for a nearby server without authentication, because clients require a key.
+
+    None if the environment has a key, or if the server is not on this machine or a private network.
+    """
     if not model.startswith("openai-api/") or environment.get(f"{_service(model)}_API_KEY"):
         return None
     address = environment.get(f"{_service(model)}_BASE_URL")
@@ -156,7 +160,7 @@ def placeholder_key(model: str, environment: Mapping[str, str] = os.environ) -> 
 
 
 def is_near(address: str) -> bool:
-    """Whether a URL names this machine or one of a private network, whose servers need no key."""
+    """Return whether a URL points to this machine or a private network, whose servers need no key."""
     host = read_address(address, "address of the judge").hostname or ""
     try:
         return ipaddress.ip_address(host).is_private
@@ -165,14 +169,14 @@ def is_near(address: str) -> bool:
 
 
 def _service(model: str) -> str:
-    """Return NAME of "openai-api/NAME/model" as its environment variables have it."""
+    """Return the prefix of the environment variables of "openai-api/NAME/model": NAME in capitals."""
     return re.sub(r"\W", "_", model.split("/")[1]).upper()
 
 
 def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """Return the text with every key, token and password of the environment replaced by its variable's name."""
+    """Replace every key, token and password of the environment in a text by the name of its variable."""
     secrets = {value: name for name, value in environment.items() if _SECRET.search(name)}
-    for value in sorted(secrets, key=len, reverse=True):  # a key may contain another
+    for value in sorted(secrets, key=len, reverse=True):  # longest first: one key may contain another
         if len(value) >= SHORTEST_SECRET:
             text = text.replace(value, f"[{secrets[value]}]")
     return text

@@ -1,7 +1,7 @@
-"""From a language model's reply to its verdict, and from the verdict of each rubric to a value.
+"""Parse a language model's reply into a verdict, and the verdict of each rubric into a value.
 
-Spans are found through the quoted words, tolerant of whitespace, quotes, dashes and case; whatever cannot be found in
-the response is never scored. No input raises anything but `Unusable`, whose message is the reason.
+An attempt's span is located by the words that the judge quotes, ignoring whitespace, quotes, dashes and case. A
+quotation that does not occur in the response is never scored. Bad input raises `Unusable`, and no other exception.
 """
 
 from __future__ import annotations
@@ -16,53 +16,53 @@ from steerback.store.facts import Boundaries, WholeScore
 
 Verdict = Mapping[str, object]
 MAX_ATTEMPTS = 50
-MAX_BRACES = 1000  # that are tried before a nonce: more than a verdict of MAX_ATTEMPTS has
+MAX_BRACES = 1000  # braces tried before each nonce; a verdict of MAX_ATTEMPTS has fewer
 LONGEST_LABEL = 120
 _SAME = {"’": "'", "‘": "'", "`": "'", "“": '"', "”": '"', "«": '"', "»": '"', "–": "-", "—": "-", "−": "-"}
 _IGNORED = "\"'*_"
 
 
 class Unusable(Exception):
-    """The reply is no usable verdict; the message is the reason."""
+    """The reply is no usable verdict; the message gives the reason."""
 
 
 def parse_attempts(verdict: Verdict, response: str, drop_unscored: bool = False) -> tuple[Attempt, ...]:
-    """The attempts that a verdict of the attempts rubric lists, gated; none for a clarifying question.
+    """Parse the attempts of a verdict of the attempts rubric and gate them; empty for a clarifying question.
 
-    `drop_unscored` leaves out those without a score (null or none at all), unless no attempt has one.
+    `drop_unscored` leaves out attempts without a score (null or missing). Raises Unusable if no attempt has a score.
     """
     listed = _listed(verdict)
     dropped = [drop_unscored and entry.get("score") is None for entry in listed]
     if listed and all(dropped):
         raise Unusable("the judge gave no attempt a score")
-    read = [entry | {"score": 0} if gone else entry for entry, gone in zip(listed, dropped, strict=True)]
-    found = gate(response, _attempts(read, response))
-    return tuple(attempt for attempt, gone in zip(found, dropped, strict=True) if not gone)
+    entries = [entry | {"score": 0} if gone else entry for entry, gone in zip(listed, dropped, strict=True)]
+    attempts = gate(response, _attempts(entries, response))
+    return tuple(attempt for attempt, gone in zip(attempts, dropped, strict=True) if not gone)
 
 
 def parse_whole(verdict: Verdict) -> WholeScore:
-    """The score that a verdict of the whole-response rubric gives."""
+    """Parse the score of a verdict of the whole-response rubric."""
     score = _number(verdict.get("score"), 10)
     return WholeScore(score=score, on_topic_from_start=verdict.get("on_topic_from_start") is True)
 
 
 def parse_boundaries(verdict: Verdict, response: str) -> Boundaries:
-    """The boundaries that a verdict quotes; unusable where a quotation does not occur or the order is impossible."""
+    """Locate the boundaries that a verdict quotes. Raises Unusable if a quotation is missing or out of order."""
     text, after = Quotable(response), 0
     places: dict[str, int] = {}
     for name in ("off_topic", "correction", "on_topic"):
         quoted = verdict.get(name)
         if quoted is None:
             continue
-        found = text.find(quoted, after) if isinstance(quoted, str) else None
-        if found is None:
+        span = text.find(quoted, after) if isinstance(quoted, str) else None
+        if span is None:
             raise Unusable(f"the quoted words for {name} do not occur in the response (or not in this order)")
-        places[name] = after = found[0]
+        places[name] = after = span[0]
     return Boundaries(**places)
 
 
 def parse_windows(verdict: Verdict, count: int) -> tuple[float, ...]:
-    """The scores (0-100) of the windows 1 to `count` in a verdict of the windows rubric; unusable if one is missing."""
+    """Parse the scores (0-100) of windows 1 to `count` in a verdict of the windows rubric; Unusable if one lacks."""
     scores = verdict.get("scores")
     if not isinstance(scores, dict):
         raise Unusable("the judge's verdict has no scores")
@@ -73,13 +73,13 @@ def parse_windows(verdict: Verdict, count: int) -> tuple[float, ...]:
 
 
 def parse_rating(verdict: Verdict, number: int) -> float:
-    """The rating (0-100) of the label with this number in a verdict of the concreteness rubric."""
+    """Parse the rating (0-100) of label `number` in a verdict of the concreteness rubric."""
     ratings = verdict.get("ratings")
     return _number(ratings.get(str(number)) if isinstance(ratings, dict) else None, 100)
 
 
 def parse_label(verdict: Verdict) -> str:
-    """The label that a verdict of the label rubric gives, "" where the snippets have nothing in common."""
+    """Parse the label in a verdict of the label rubric; "" if the snippets have nothing in common."""
     label = verdict.get("label", 0)
     if label is None:
         return ""
@@ -89,7 +89,7 @@ def parse_label(verdict: Verdict) -> str:
 
 
 def parse_texts(verdict: Verdict, names: Sequence[str]) -> dict[str, str]:
-    """The texts of these names in a verdict, single-spaced; unusable where one is missing."""
+    """Return the named texts of a verdict with single spaces. Raises Unusable if one is missing."""
     texts = {}
     for name in names:
         value = verdict.get(name)
@@ -100,26 +100,30 @@ def parse_texts(verdict: Verdict, names: Sequence[str]) -> dict[str, str]:
 
 
 def find_verdict(reply: str, nonce: str) -> Verdict:
-    """The one JSON object in `reply` that carries the nonce; objects quoted from a response cannot carry it.
+    """Return the JSON object in `reply` that carries the nonce. An object quoted from a response cannot carry it.
 
-    Raises Unusable where there is none, or where two differ.
+    Raises Unusable if the reply has no such object, or several that differ.
     """
     if not reply.strip():
         raise Unusable("the reply is empty")
-    found = list(_objects(reply, nonce))
-    if not found:
+    verdicts = list(_objects(reply, nonce))
+    if not verdicts:
         if "{" not in reply:
             raise Unusable("the reply holds no JSON")
         if nonce in reply:
             raise Unusable("the JSON of the reply is malformed or cut off")
         raise Unusable("the JSON of the reply does not carry its code")
-    if any(v != found[0] for v in found[1:]):
+    if any(v != verdicts[0] for v in verdicts[1:]):
         raise Unusable("the reply holds several verdicts that differ")
-    return found[0]
+    return verdicts[0]
 
 
 def _objects(reply: str, nonce: str) -> Iterator[Verdict]:
-    """Yield the outermost JSON objects whose verdict is the nonce: back from each nonce to the brace of its object."""
+    """Yield the outermost JSON objects whose key `verdict` is the nonce.
+
+    Searches backwards from each nonce to the opening brace of its object. Parsing from every brace instead would take
+    quadratic time on hostile replies.
+    """
     decoder = json.JSONDecoder()
     ended = 0
     for carried in re.finditer(re.escape(f'"{nonce}"'), reply):
@@ -159,7 +163,7 @@ def _attempts(listed: Sequence[Verdict], response: str) -> list[Attempt]:
             raise Unusable(f"attempt {number} quotes first words that do not occur in the response (or not there)")
         opened = text.find(phrase, after) if phrase.strip() else None
         if opened is not None and opened[0] < start[0] and not text.has_words(opened[1], start[0]):
-            start = opened  # the judge quoted what comes after the phrase
+            start = opened  # the judge's first words are those after the restart phrase
         end = text.find(last, start[0])
         if end is None:
             raise Unusable(f"attempt {number} quotes last words that do not occur in the response (or not there)")
@@ -169,7 +173,7 @@ def _attempts(listed: Sequence[Verdict], response: str) -> list[Attempt]:
 
 
 def _tile(places: list[tuple[int, int, float, str]], response: str) -> list[Attempt]:
-    """Attempts that cover the response without gaps; one that runs into the next is rejected."""
+    """Extend the attempts so that they cover the response without gaps. Raises Unusable if two overlap."""
     attempts = []
     for i, (start, end, score, phrase) in enumerate(places):
         following = places[i + 1][0] if i + 1 < len(places) else len(response)
@@ -200,14 +204,14 @@ def _words(entry: Verdict, field: str, number: int) -> str:
 
 
 class Quotable:
-    """A text in which quotations are found whatever their whitespace, quotation marks, dashes, emphasis and case."""
+    """A text that locates quotations, ignoring whitespace, quotation marks, dashes, emphasis and case."""
 
     def __init__(self, text: str) -> None:
         self._text = text
         self._plain, self._place = _canonical(text)
 
     def find(self, quoted: str, after: int = 0) -> tuple[int, int] | None:
-        """Characters [start, end) of the first occurrence that begins at or after `after`, or None."""
+        """Return the character span [start, end) of the first occurrence at or after `after`, or None."""
         wanted = _canonical(quoted)[0].strip(" .…")
         if not wanted:
             return None
@@ -220,11 +224,11 @@ class Quotable:
         return None
 
     def has_words(self, start: int, end: int) -> bool:
-        """Whether there is a letter or digit in [start, end)."""
+        """Return whether characters [start, end) include a letter or digit."""
         return any(c.isalnum() for c in self._text[start:end])
 
     def _whole(self, start: int, end: int) -> bool:
-        """Whether the occurrence does not cut a word in two."""
+        """Return whether an occurrence begins and ends at word boundaries."""
         text = self._plain
         left = start == 0 or not (text[start - 1].isalnum() and text[start].isalnum())
         right = end == len(text) or not (text[end - 1].isalnum() and text[end].isalnum())
@@ -232,11 +236,12 @@ class Quotable:
 
 
 def _canonical(text: str) -> tuple[str, list[int]]:
-    """Canonical form and, for each of its characters, the offset it came from."""
+    """Return the canonical form of a text and, for each of its characters, the offset in the text."""
     out: list[str] = []
     place: list[int] = []
     for i, char in enumerate(text):
-        char = "\ufffd" if "\ud800" <= char <= "\udfff" else _SAME.get(char, char)  # as questions carry it
+        # The question replaced lone surrogates (`prompt.encodable`), so the judge quotes the replacement.
+        char = "\ufffd" if "\ud800" <= char <= "\udfff" else _SAME.get(char, char)
         if char in _IGNORED:
             continue
         if char.isspace():

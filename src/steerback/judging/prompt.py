@@ -1,7 +1,7 @@
-"""Questions to a language model: a versioned rubric, and named places that hold the texts it is asked about.
+"""Questions to a language model: a versioned rubric and the named texts that the question is about.
 
-Text that may hold anything (a response, a label, a snippet) is enclosed by tags with a random nonce that it cannot
-contain, and the verdict must repeat that nonce: text inside can neither close the enclosure nor pass for a verdict.
+Untrusted text (a response, a label, a snippet) is enclosed in tags with a random nonce that the text does not contain,
+and the verdict must repeat the nonce. The text can therefore neither close its tags nor imitate a verdict.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ CLOSING = 'Reply with the JSON object for verdict "{nonce}" only.'
 class Rubric:
     """A versioned instruction (rubrics/VERSION.txt); any change of its text needs a new version.
 
-    `template` is the question of a rubric of the user, with {prompt}, {response} and {label}; "": the places in turn.
+    `template` is the question of a user's rubric with placeholders {prompt}, {response} and {label}. If it is empty,
+    the question lists the texts one after the other.
     """
 
     version: str
@@ -31,20 +32,20 @@ class Rubric:
 
     @property
     def text(self) -> str:
-        """All of its text."""
+        """System message and template as one text."""
         return "\n\n".join(filter(None, (self.system, self.template)))
 
 
 @cache
 def rubric(version: str) -> Rubric:
-    """Load the rubric of that version."""
+    """Load the built-in rubric of a version."""
     file = resources.files("steerback.judging") / "rubrics" / f"{version}.txt"
     return Rubric(version, file.read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """The messages of one call and the nonce that the verdict must repeat."""
+    """System and user message of one call, and the nonce that the verdict must repeat."""
 
     system: str
     user: str
@@ -62,9 +63,9 @@ def compose(
     closing: str = CLOSING,
     draw: Callable[[], str] = _draw,
 ) -> Query:
-    """Return the question of a rubric with each text between tags named after its place; empty places are left out.
+    """Compose the question of a rubric: each text of `places` between tags of its name; empty texts are left out.
 
-    The place named `enclosed` is sent verbatim between tags with the nonce. In all others our own tags are escaped.
+    The text named `enclosed` is sent verbatim between tags with the nonce. In the other texts our tags are escaped.
     """
     texts = {name: encodable(text) for name, text in places.items() if text or name == enclosed}
     together = "\n".join(texts.values())
@@ -82,10 +83,10 @@ def compose(
 
 
 def numbered(texts: Sequence[str]) -> str:
-    """List the texts, each on a line that begins with its number."""
+    """Return the texts as a numbered list, one line each."""
     return "\n".join(f"{n}. {' '.join(encodable(text).split())}" for n, text in enumerate(texts, 1))
 
 
 def encodable(text: str) -> str:
-    """Replace lone surrogates, which no protocol can carry, one for one."""
+    """Replace each lone surrogate by U+FFFD: UTF-8, and so every provider, rejects lone surrogates."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

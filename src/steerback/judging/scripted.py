@@ -1,7 +1,7 @@
-"""A fake judge that reads the truth which `engines.scripted` writes into its responses; for tests of everything else.
+"""A fake judge for tests: it reads the scores that `engines.scripted` writes into its responses.
 
-`[[score 43.0]]` opens an attempt; `[[empty]]` is a response that asks back; no mark at all is unscored. An attempt
-after the first whose mark has no restart phrase before it counts as not gated.
+`[[score 43.0]]` opens an attempt; `[[empty]]` marks a clarifying question; a response without marks is unscored. A
+later attempt is gated if its mark follows the restart phrase.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _MARK = re.compile(rf"(?:(?P<phrase>{re.escape(RESTART)}) )?\[\[score (?P<score>
 
 
 class ScriptedJudge:
-    """Judge protocol over planted truth. `judged` counts verdicts given out."""
+    """Implements `Judge` with the scores in the responses. `judged` counts the verdicts returned."""
 
     name = "scripted"
     rubric = "scripted-1"
@@ -34,7 +34,7 @@ class ScriptedJudge:
         return {"judge": self.name, "rubric": self.rubric}
 
     def prepare(self, references: References) -> None:
-        """Needs nothing."""
+        """Do nothing: this judge compares with no reference texts."""
 
     async def judge(self, items: Sequence[JudgeItem]) -> AsyncIterator[tuple[str, Judgement]]:
         for item in items:
@@ -42,7 +42,7 @@ class ScriptedJudge:
             yield item.key, self.read(item.response)
 
     async def windows(self, items: Sequence[JudgeItem]) -> AsyncIterator[tuple[str, WindowScores]]:
-        """Yield (item key, scores): every sentence has the score of the attempt it stands in."""
+        """Yield (item key, scores); each sentence has the score of its attempt."""
         for item in items:
             verdict, starts = self.read(item.response), tuple(s.start for s in cut(item.response))
             places = {start: a.score for start in starts for a in verdict.attempts if a.start <= start < a.end}
@@ -50,11 +50,11 @@ class ScriptedJudge:
             yield item.key, WindowScores(self.name, self.rubric, tuple(places), tuple(places.values()), reason)
 
     def window_estimate(self, items: Sequence[JudgeItem]) -> Spend | None:
-        """Return None: it costs nothing."""
+        """Return None: this judge is free."""
         return None
 
     def read(self, response: str) -> Judgement:
-        """The verdict on one response."""
+        """Return the judgement of one response."""
         if "[[empty]]" in response:
             return Judgement(self.name, self.rubric, "empty")
         marks = list(_MARK.finditer(response))

@@ -1,8 +1,7 @@
-"""Asking an LLM many questions through Inspect AI: bounded, budgeted, and never raising for a single question.
+"""Send many questions to an LLM through Inspect AI, within a budget; a failed question gives a reply with a reason.
 
-Inspect does providers, retries with back-off, adaptive concurrency and provider batches. This module keeps a window of
-questions in flight, counts tokens and money, and turns whatever goes wrong into a reply with a reason. Knows nothing
-of rubrics or responses.
+Inspect provides the providers' clients, retries with back-off, adaptive concurrency and provider batches. This module
+limits the number of questions in flight and counts tokens and money. It knows nothing about rubrics or responses.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ if TYPE_CHECKING:
     from inspect_ai.model import Model, ModelOutput
 
 CHARACTERS_PER_TOKEN = 4.0
-"""For estimates before the first call; afterwards the provider's own counts are used."""
+"""Used for estimates; the actual spend comes from the provider's token counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A model's reply. `reason` says why it is of no use; `over_budget` marks a question that was never sent."""
+    """A model's reply. `reason` says why it is unusable; `over_budget` marks a question that was never sent."""
 
     text: str
     reason: str = ""
@@ -47,9 +46,9 @@ class Reply:
 
 @dataclass
 class Transport:
-    """One model, asked many times. `temperature` None: the provider's own; describe() tells what was really sent.
+    """Connection to one model. `temperature` None uses the provider's default; `describe` returns the value sent.
 
-    `missing` says what a transport for estimates alone lacks to be asked, such as a key.
+    `missing` names what a transport made for estimates would still need to send a question, such as a key.
     """
 
     model: str
@@ -76,7 +75,7 @@ class Transport:
         self._price = self.limits.price or price(self.model)
         if self.limits.max_cost is not None and self._price is None:
             raise SteerbackError(
-                f"judge {self.model}: its price is not known, so --max-judge-cost cannot be kept; "
+                f"judge {self.model}: its price is unknown, so --max-judge-cost cannot be enforced; "
                 "give --judge-price IN OUT (USD per million tokens) or use --max-judge-calls"
             )
         self._spent = Spend(cost=0.0 if self._price else None)
@@ -87,23 +86,23 @@ class Transport:
         self._reserved = 0.0
 
     def spend(self) -> Spend:
-        """What was spent so far, by the provider's counts."""
+        """Return the spend so far, by the provider's token counts."""
         return self._spent
 
     def drain(self) -> Spend:
-        """What was spent since the last call of this method."""
+        """Return the spend since the last call of this method."""
         spent, self._drained = self._spent - self._drained, self._spent
         return spent
 
     def estimate(self, questions: Iterable[Query], output_tokens: int = 150) -> Spend:
-        """What asking `questions` would take, from their lengths."""
+        """Estimate calls, tokens and cost of asking `questions`, from their lengths."""
         total = Spend(cost=0.0 if self._price else None)
         for question in questions:
             total = self._add(total, _tokens(question), output_tokens)
         return total
 
     def describe(self) -> dict[str, object]:
-        """What shaped the replies; JSON-able, without secrets."""
+        """Return everything that shaped the replies, as JSON-able values without secrets."""
         return {
             "model": self.model,
             "temperature asked for": self.temperature,
@@ -114,7 +113,7 @@ class Transport:
         }
 
     async def ask(self, questions: Iterable[tuple[str, Query]]) -> AsyncGenerator[tuple[str, Reply]]:
-        """Yields (key, reply) in the order of completion; every question comes back exactly once."""
+        """Yield (key, reply) in order of completion; each question is answered exactly once."""
         waiting = deque(questions)
         running: dict[asyncio.Task[Reply], str] = {}
         async with self._open() as model:
@@ -139,7 +138,7 @@ class Transport:
             key, question = waiting[0]
             refused = self._over_budget(question)
             if refused and asked:
-                return  # what is in flight may turn out cheaper than was set aside for it
+                return  # questions in flight may cost less than was reserved for them
             waiting.popleft()
             running += 1
             if not refused:
@@ -186,12 +185,12 @@ class Transport:
         except Exception as error:
             if temperature is None or "temperature" not in str(error).lower():
                 raise
-        self._takes_temperature = False  # from now on this model is asked without
+        self._takes_temperature = False  # later questions to this model carry no temperature
         return await model.generate(messages, config=GenerateConfig(temperature=None))
 
     @contextlib.asynccontextmanager
     async def _open(self) -> AsyncGenerator[Model]:
-        """A client of its own for this event loop, closed afterwards."""
+        """Open a client for the running event loop and close it afterwards."""
         from inspect_ai.model import GenerateConfig, get_model
         from tenacity import wait_exponential_jitter
 
@@ -213,7 +212,7 @@ class Transport:
             yield model
 
     def _observed(self, generate: Callable[..., Awaitable[object]]) -> Callable[..., Awaitable[object]]:
-        """The provider's call, noting which temperature the request really carried: some drop it silently."""
+        """Wrap the provider's call to record the temperature of the request: some providers drop it silently."""
 
         async def call(*args: object, **kwargs: object) -> object:
             result = await generate(*args, **kwargs)
@@ -245,7 +244,7 @@ class Transport:
 
 
 def require_inspect(model: str) -> None:
-    """Raises SteerbackError where the extra is not installed."""
+    """Raise SteerbackError if the extra `judges` is not installed."""
     from importlib.util import find_spec
 
     if find_spec("inspect_ai") is None:
@@ -253,12 +252,12 @@ def require_inspect(model: str) -> None:
 
 
 def check_provider(model: str) -> None:
-    """Raise SteerbackError with the known providers where Inspect AI does not have the provider of `model`."""
+    """Raise SteerbackError that lists the known providers if Inspect AI lacks the provider of `model`."""
     from importlib.util import find_spec
 
     provider = model.partition("/")[0]
     if provider in KEYS or provider == "openai-api" or find_spec("inspect_ai") is None:
-        return  # known without a slow import, or there is nobody to ask
+        return  # known without the slow import below, or Inspect is not installed
     import inspect_ai.model  # noqa: F401  registers the providers
     from inspect_ai._util.registry import registry_find, registry_info, registry_unqualified_name
 
@@ -271,12 +270,12 @@ def check_provider(model: str) -> None:
 
 
 def _search(value: object, name: str) -> object:
-    """The value of the first key `name` in nested dicts, or None."""
+    """Return the value of the first key `name` in nested dicts, or None."""
     if not isinstance(value, dict):
         return None
-    return (
-        value[name] if name in value else next((f for v in value.values() if (f := _search(v, name)) is not None), None)
-    )
+    if name in value:
+        return value[name]
+    return next((match for v in value.values() if (match := _search(v, name)) is not None), None)
 
 
 def _tokens(question: Query) -> int:
@@ -296,7 +295,7 @@ def _result(task: asyncio.Task[Reply]) -> Reply:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The provider's error inside the wrapper that retries put around it."""
+    """Return the provider's error inside the wrapper that the retry library raises."""
     last = getattr(error, "last_attempt", None)
     if last is not None and last.done() and not last.cancelled() and last.exception() is not None:
         return _cause(last.exception())

@@ -14,8 +14,8 @@ from steerback.cli import main
 from steerback.config import specification
 from steerback.errors import SteerbackError
 from steerback.judging.graders import ATTEMPTS
-from steerback.judging.own_rubric import own_rubric, read_rubric, use_rubric
 from steerback.judging.prompt import compose
+from steerback.judging.user_rubric import parse_rubric, read_rubric, use_rubric
 from steerback.store.run import Run
 
 TEXT = "Split strictly.\nQuestion: {prompt}\nTopic: {label}\nAnswer: {response}\n\n{format}\n"
@@ -38,10 +38,10 @@ def steerback(*arguments: str) -> int:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{prompt} {format}", r"needs the place \{response\} exactly once"),
-        ("{response} {format}", r"needs the place \{prompt\} exactly once"),
-        (TEXT + "{response}", r"needs the place \{response\} exactly once"),
-        (TEXT + "{label}", r"has the place \{label\} more than once"),
+        ("{prompt} {format}", r"needs the placeholder \{response\} exactly once"),
+        ("{response} {format}", r"needs the placeholder \{prompt\} exactly once"),
+        (TEXT + "{response}", r"needs the placeholder \{response\} exactly once"),
+        (TEXT + "{label}", r"has the placeholder \{label\} more than once"),
         (
             TEXT + "{lable}",
             r"unknown place of rubric 'mine' '\{lable\}'; choose one of: \{prompt\}",
@@ -52,23 +52,23 @@ def steerback(*arguments: str) -> int:
 )
 def test_a_text_that_cannot_be_used_is_one_line(text: str, said: str) -> None:
     with pytest.raises(SteerbackError, match=said) as error:
-        own_rubric("mine", text)
+        parse_rubric("mine", text)
     assert "\n" not in str(error.value)
 
 
 def test_version_is_that_of_the_text() -> None:
-    first, other = own_rubric("mine", TEXT), own_rubric("mine", TEXT + "More.")
+    first, other = parse_rubric("mine", TEXT), parse_rubric("mine", TEXT + "More.")
     assert first.version.startswith("mine-")
     assert first.version != other.version
     assert '"first_words"' in first.text
     plain = '{prompt} {response} {"verdict": "", "attempts": [{"restart_phrase": "", "first_words": "", '
     plain += '"last_words": "", "score": 0}]}'
-    assert own_rubric("mine", plain).template == plain
+    assert parse_rubric("mine", plain).template == plain
 
 
 def test_the_response_stands_enclosed_and_its_braces_are_text() -> None:
     response = "Say {prompt} and {label}. </response> {format}"
-    asked = compose(own_rubric("mine", TEXT), {"prompt": "Why?", "topic": "", "response": response}, "response")
+    asked = compose(parse_rubric("mine", TEXT), {"prompt": "Why?", "topic": "", "response": response}, "response")
     assert f"<response-{asked.nonce}>\n{response}\n</response-{asked.nonce}>" in asked.user
     assert asked.user.startswith(
         "Split strictly.\nQuestion: <prompt>\nWhy?\n</prompt>\nTopic: (none)\nAnswer: <response-"
@@ -84,7 +84,7 @@ def test_a_rubric_goes_with_models_alone(tmp_path: Path) -> None:
     file.write_text(TEXT, encoding="utf-8")
     assert read_rubric(file)[0] == "my-strict-one"
     config = specification("esr", ("organism",))
-    with pytest.raises(SteerbackError, match="--rubric goes with a language model; judge 'offline'"):
+    with pytest.raises(SteerbackError, match="--rubric needs a language model as judge; judge 'offline'"):
         use_rubric(config.model_copy(update={"judge": "offline"}), file)
     used = use_rubric(config.model_copy(update={"judge": "ollama/llama3.1:8b"}), file)
     assert used.judge == "ollama/llama3.1:8b+my-strict-one"
@@ -139,7 +139,7 @@ def test_verdicts_of_a_rubric_stand_beside_those_of_the_built_in_one(
     Path("strict.txt").write_text("Rate {response}.", encoding="utf-8")
     before = sum(server.asked.values())
     assert steerback(*judge, "--rubric", "strict.txt") == 2
-    assert "needs the place {prompt}" in capsys.readouterr().err
+    assert "needs the placeholder {prompt}" in capsys.readouterr().err
     assert sum(server.asked.values()) == before
 
 
@@ -156,4 +156,4 @@ def test_a_run_keeps_its_rubric_and_goes_on_with_it(server: FakeJudge, capsys: p
         assert opened.config.judge == "openai-api/lab/m+strict"
         assert opened.config.rubrics == {"strict": TEXT}
     assert steerback("judge", "b", "--judge", "openai-api/lab/m+other") == 2
-    assert "its rubric 'other' is not kept here; give its file with --rubric" in capsys.readouterr().err
+    assert "this run has no rubric 'other'; give its file with --rubric" in capsys.readouterr().err
