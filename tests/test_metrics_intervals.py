@@ -153,13 +153,14 @@ def test_equal_latents_of_one_trial_give_the_ordinary_t_interval() -> None:
     assert (bounds.low, bounds.high) == pytest.approx((expected.low, expected.high))
 
 
-def test_resampled_sums_equal_a_loop_and_do_not_depend_on_the_block_size() -> None:
+def test_resampled_sums_equal_a_loop_and_do_not_depend_on_the_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
     sums = np.random.default_rng(0).normal(size=(7, 3))
     whole = iv.resample_sums(sums, 50, np.random.default_rng(9))
     rng = np.random.default_rng(9)
     by_hand = np.array([sum(sums[i] for i in draw) for draw in rng.integers(0, 7, size=(50, 7))])
     assert whole == pytest.approx(by_hand)
-    blocks = iv.resample_sums(sums, 50, np.random.default_rng(9), cells=21)
+    monkeypatch.setattr(iv, "BLOCK", 21)
+    blocks = iv.resample_sums(sums, 50, np.random.default_rng(9))
     assert blocks == pytest.approx(by_hand)
 
 

@@ -1,7 +1,7 @@
 """Statistics over judged trials: rates, MSI, intervals clustered by latent, paired tests.
 
-It works on numpy arrays, takes distributions, intervals and corrections from scipy and statsmodels where they have
-them, and knows nothing of ledgers, engines or files.
+The functions take numpy arrays. Distributions, intervals and corrections come from scipy and statsmodels where these
+have them. This package knows nothing about ledgers, engines or files.
 """
 
 from steerback.metrics.agreement import agreement, alpha, rank_correlation

@@ -1,7 +1,7 @@
 """Agreement of judges: shares, Cohen's kappa, Krippendorff's alpha, rank correlation.
 
-Intervals are clustered by latent and never a point: complete agreement on n responses does not prove that the judges
-never disagree.
+Intervals are clustered by latent and always have a width: complete agreement on n responses does not prove that the
+judges never disagree.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Agreement:
 
 
 def agreement(a: ArrayLike, b: ArrayLike, cluster: ArrayLike, draws: int = 2000, seed: int = 0) -> Agreement:
-    """Agreement of two judges' labels (numbers; nan where a judge gave none, such responses are left out)."""
+    """Return the agreement of two judges' labels (numbers); responses with a nan label are left out."""
     table, codes = _complete([a, b], cluster)
     equal = (table[0] == table[1]).astype(np.float64)
     chance = _chance_disagreement(table)
@@ -39,7 +39,7 @@ def agreement(a: ArrayLike, b: ArrayLike, cluster: ArrayLike, draws: int = 2000,
 
 
 def alpha(ratings: ArrayLike, cluster: ArrayLike, level: Level, draws: int = 2000, seed: int = 0) -> Estimate:
-    """Krippendorff's alpha of `ratings` (judges, responses), nan where missing, with its interval."""
+    """Return Krippendorff's alpha of `ratings` (judges, responses), nan where missing, with its interval."""
     table = np.asarray(ratings, dtype=np.float64)
     rated = np.isfinite(table).sum(axis=0) >= 2
     codes = np.unique(np.asarray(cluster)[rated], return_inverse=True)[1]
@@ -48,13 +48,13 @@ def alpha(ratings: ArrayLike, cluster: ArrayLike, level: Level, draws: int = 200
 
 
 def rank_correlation(a: ArrayLike, b: ArrayLike, cluster: ArrayLike, draws: int = 2000, seed: int = 0) -> Estimate:
-    """Spearman's rank correlation of two judges' scores with its interval (responses with a nan are left out)."""
+    """Return Spearman's rank correlation of two judges' scores with its interval; responses with a nan are left out."""
     table, codes = _complete([a, b], cluster)
     return _estimate(lambda t: spearman(t[0], t[1]), table, codes, draws, seed)
 
 
 def cohens_kappa(a: NDArray[np.generic], b: NDArray[np.generic]) -> float | None:
-    """Cohen (1960); None where both judges always gave one and the same label, as chance then explains everything."""
+    """Return Cohen's kappa (1960); None if both judges gave a single label, where kappa is undefined."""
     from statsmodels.stats.inter_rater import cohens_kappa as kappa_of_table
 
     values, codes = np.unique(np.concatenate([a, b]), return_inverse=True)
@@ -66,10 +66,10 @@ def cohens_kappa(a: NDArray[np.generic], b: NDArray[np.generic]) -> float | None
 
 
 def krippendorff_alpha(ratings: Floats, level: Level) -> float | None:
-    """Krippendorff's alpha, 1 - observed / expected disagreement, over responses with at least two ratings.
+    """Return Krippendorff's alpha, 1 - observed / expected disagreement, over responses with at least two ratings.
 
     `ratings`: (judges, responses), nan where missing. The disagreement of two ratings is 1 if they differ (nominal),
-    or their squared difference (interval). None where all ratings are the same.
+    or their squared difference (interval). None if all ratings are equal.
     """
     known = np.isfinite(ratings)
     counts = known.sum(axis=0)
@@ -79,7 +79,7 @@ def krippendorff_alpha(ratings: Floats, level: Level) -> float | None:
     values = table[known]
     n = len(values)
     if level == "interval":
-        x = np.where(known, table - values.mean(), 0.0)  # centred: sums of squares lose no digits
+        x = np.where(known, table - values.mean(), 0.0)  # centred, so that sums of squares lose no digits
         within = 2 * (m * np.sum(x**2, axis=0) - np.sum(x, axis=0) ** 2)
         total = 2 * (n * np.sum((values - values.mean()) ** 2))
     else:
@@ -93,7 +93,7 @@ def krippendorff_alpha(ratings: Floats, level: Level) -> float | None:
 
 
 def spearman(a: Floats, b: Floats) -> float | None:
-    """Rank correlation, ties at their mean rank; None where a judge gave a single score."""
+    """Return the rank correlation, ties at their mean rank; None if a judge gave a single score."""
     from scipy.stats import rankdata
 
     if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
@@ -115,10 +115,11 @@ def _estimate(
     seed: int,
     expected: float | None = None,
 ) -> Estimate:
-    """A statistic in [-1, 1] of (judges, responses) with its interval from resampled latents.
+    """Return a statistic in [-1, 1] of `table` (judges, responses), with its interval from resampled latents.
 
-    t interval on Fisher's scale (atanh) with the bootstrap's standard error. Without any disagreement, the share that
-    could differ is bounded as for rates and set against the `expected` disagreement, where that is known.
+    The interval is a t interval on Fisher's scale (atanh) with the bootstrap's standard error. If the judges never
+    disagree, the share of responses that could differ is bounded as for rates, and divided by the `expected`
+    disagreement if that is known.
     """
     n, clusters = table.shape[1], int(codes.max()) + 1 if table.shape[1] else 0
     value = statistic(table) if n else None
@@ -145,7 +146,7 @@ def _estimate(
 
 
 def _chance_disagreement(table: Floats) -> float:
-    """Share of pairs of ratings that would differ if both were drawn from all ratings."""
+    """Return the probability that two ratings drawn at random from all ratings differ."""
     values = table[np.isfinite(table)]
     shares = np.unique(values, return_counts=True)[1] / max(len(values), 1)
     return float(1 - np.sum(shares**2))

@@ -1,13 +1,13 @@
-"""Rates corrected for the judge's error with human labels of a stratified random sample. Knows arrays only.
+"""Rates corrected for the judge's error with human labels of a stratified random sample.
 
-Two sources of error are kept apart. *Labels*: the run's trials are fixed, the truth is known of the labelled alone,
-and in each cell (stratum x verdict of the judge) the labelled trials are a random part of all. *Trials*: the run's
-latents and trials are a sample themselves, clustered by latent, as for every rate. Deviations from both are added as
-squares, separately below and above (MOVER, Zou and Donner 2008).
+The interval combines two sources of error. *Labels*: the truth is known only of the labelled trials, which are a random
+part of each group (stratum x verdict of the judge). *Trials*: the run's latents and trials are a sample themselves,
+clustered by latent, as for every rate. Deviations from both sources are added as squares, separately below and above
+the estimate (MOVER, Zou and Donner 2008).
 
-Neither `ppi-python` nor statsmodels serves here. The intervals of ppi-python are normal approximations for independent
-trials without clusters or finite strata. They are far too narrow where no labelled response contradicts the judge, the
-usual case at rates of a few per cent. statsmodels has no such estimator. docs/statistics.md compares the coverage.
+Why this is not `ppi-python` or statsmodels: ppi-python's intervals are normal approximations for independent trials,
+without clusters or finite strata. They are far too narrow if no labelled response contradicts the judge, the usual case
+at rates of a few per cent. statsmodels has no such estimator. docs/statistics.md compares the coverage.
 """
 
 from __future__ import annotations
@@ -25,35 +25,35 @@ from steerback.metrics.rates import Estimate
 
 DRAWS = 4000
 JEFFREYS = 0.5
-"""Prior events and non-events of each cell."""
+"""Prior number of events, and of non-events, in each group."""
 
 
 @dataclass(frozen=True, eq=False)
 class LabelledTrials:
-    """The trials of one condition, of which some are labelled; every array of shape (n,).
+    """The trials of one condition, some of them labelled; every array of shape (n,).
 
-    `cluster` is a code of the latent, `stratum` that of the stratum the labels were drawn from, `verdict` the judge's
-    yes or no. `truth` is the label, 0 to 1 (between: labellers differ), nan where there is none. `cell` divides the
-    strata further, by anything that is known of all trials, such as another verdict of the judge.
+    `cluster` is a code of the latent, `stratum` a code of the stratum that the labels were drawn from, `verdict` the
+    judge's yes or no. `truth` is the label from 0 to 1 (a fraction if labellers differ), nan for an unlabelled trial.
+    `split` divides the strata further by any fact that is known of all trials, such as another verdict of the judge.
     """
 
     cluster: Codes
     stratum: Codes
     verdict: Flags
     truth: Floats
-    cell: Codes
+    split: Codes
 
     @staticmethod
     def of(
-        cluster: ArrayLike, stratum: ArrayLike, verdict: ArrayLike, truth: ArrayLike, cell: ArrayLike | None = None
+        cluster: ArrayLike, stratum: ArrayLike, verdict: ArrayLike, truth: ArrayLike, split: ArrayLike | None = None
     ) -> LabelledTrials:
-        """Labelled trials from any array-like columns; without `cell`, strata are divided by the verdict alone."""
+        """Build labelled trials from array-like columns; `split` defaults to the verdict."""
         return LabelledTrials(
             np.asarray(cluster, dtype=np.int64),
             np.asarray(stratum, dtype=np.int64),
             np.asarray(verdict, dtype=np.bool_),
             np.asarray(truth, dtype=np.float64),
-            np.asarray(verdict if cell is None else cell, dtype=np.int64),
+            np.asarray(verdict if split is None else split, dtype=np.int64),
         )
 
     def __len__(self) -> int:
@@ -61,7 +61,7 @@ class LabelledTrials:
 
     @cached_property
     def latents(self) -> Codes:
-        """The cluster of each trial, counted from 0."""
+        """The cluster of each trial, numbered from 0."""
         return np.unique(self.cluster, return_inverse=True)[1].astype(np.int64)
 
     @cached_property
@@ -71,19 +71,19 @@ class LabelledTrials:
 
     @cached_property
     def unlabelled_strata(self) -> int:
-        """Number of strata without a label."""
+        """Number of strata without labels."""
         known = np.isfinite(self.truth)
         return len(np.setdiff1d(self.stratum, self.stratum[known]))
 
     @cached_property
-    def cells(self) -> Cells:
-        """The trials counted by stratum, cell and verdict."""
-        columns = np.stack([self.stratum, self.cell, self.verdict.astype(np.int64)], axis=1)
+    def groups(self) -> Groups:
+        """Counts of the trials by group: stratum, split and verdict."""
+        columns = np.stack([self.stratum, self.split, self.verdict.astype(np.int64)], axis=1)
         kinds, code = np.unique(columns, axis=0, return_inverse=True)
         code = code.reshape(-1)
         known = np.isfinite(self.truth)
         k = len(kinds)
-        return Cells(
+        return Groups(
             verdict=kinds[:, 2].astype(np.bool_),
             size=np.bincount(code, minlength=k).astype(np.float64),
             labelled=np.bincount(code[known], minlength=k).astype(np.float64),
@@ -93,10 +93,10 @@ class LabelledTrials:
 
 
 @dataclass(frozen=True, eq=False)
-class Cells:
-    """Numbers of trials, labelled and true ones by stratum, cell and verdict, every array of shape (k,).
+class Groups:
+    """Counts of all, labelled and true trials in k groups (stratum, split and verdict); every array of shape (k,).
 
-    `of_trial` is the cell of each trial.
+    `of_trial` (n,) is the group of each trial.
     """
 
     verdict: Flags
@@ -107,14 +107,15 @@ class Cells:
 
     @cached_property
     def share(self) -> Floats:
-        """Share of true trials in each cell; a cell without labels is taken as the judge sees it."""
+        """Share of true trials in each group; a group without labels takes the judge's verdict."""
         known = self.labelled > 0
         return np.where(known, self.true / np.where(known, self.labelled, 1.0), self.verdict.astype(np.float64))
 
     def draw(self, draws: int, rng: np.random.Generator) -> Floats:
-        """Draw the number of true trials of each cell, shape (draws, k): the labelled ones, and the others drawn.
+        """Draw the number of true trials of each group, shape (draws, k).
 
-        The others are binomial with a share drawn from Beta(true + 1/2, false + 1/2), Jeffreys' posterior.
+        Labelled trials keep their label. The number of true unlabelled trials is binomial; its share is drawn from
+        Jeffreys' posterior Beta(true + 1/2, false + 1/2).
         """
         share = rng.beta(self.true + JEFFREYS, self.labelled - self.true + JEFFREYS, size=(draws, len(self.size)))
         rest = (self.size - self.labelled).astype(np.int64)
@@ -124,9 +125,10 @@ class Cells:
 
 @dataclass(frozen=True)
 class JudgeQuality:
-    """Errors of a judge over all trials of a run: `labels` of them are labelled, `restarts` of these true.
+    """Errors of a judge over all trials of a run.
 
-    `false_positives` is the share of false trials that the judge takes for true.
+    `labels` is the number of labelled trials, `restarts` the number of true ones among them. `false_positives` is the
+    share of false trials that the judge calls true.
     """
 
     precision: Estimate
@@ -137,9 +139,9 @@ class JudgeQuality:
 
 
 def judge_quality(conditions: Sequence[LabelledTrials], draws: int = DRAWS, seed: int = 0) -> JudgeQuality:
-    """Precision, recall and false-positive rate of a judge, weighted back to the strata, over all conditions.
+    """Return precision, recall and false-positive rate of a judge over all conditions, weighted back to the strata.
 
-    Intervals describe these trials: they come from the labels that are missing, and have no width where none is.
+    The intervals describe these trials alone: they express missing labels, and have no width if none is missing.
     """
     usable = [c for c in conditions if len(c) and not c.unlabelled_strata]
     labels, restarts = sum(c.labels for c in usable), float(sum(np.nansum(c.truth) for c in usable))
@@ -162,16 +164,16 @@ def judge_quality(conditions: Sequence[LabelledTrials], draws: int = DRAWS, seed
 def corrected_rate(
     trials: LabelledTrials, draws: int = DRAWS, seed: int = 0, icc: float = iv.ICC, alpha: float = iv.ALPHA
 ) -> Estimate:
-    """Prediction-powered estimate of the true rate, clustered by latent.
+    """Return the prediction-powered estimate of the true rate, clustered by latent.
 
-    The mean of the judge's verdicts plus the mean error seen in the labels, within each stratum and verdict: stratified
+    Within each stratum and verdict, the estimate is the mean verdict plus the mean error in the labels: stratified
     prediction-powered inference with the best prediction (Angelopoulos et al. 2023, Fisch et al. 2024).
     """
     if why := _uncorrectable(trials):
         return Estimate(None, None, None, len(trials), why)
-    cells, n = trials.cells, len(trials)
-    value = float(cells.size @ cells.share) / n
-    counts = cells.draw(draws, np.random.default_rng(seed)).sum(axis=1) / n
+    groups, n = trials.groups, len(trials)
+    value = float(groups.size @ groups.share) / n
+    counts = groups.draw(draws, np.random.default_rng(seed)).sum(axis=1) / n
     from_labels = _quantiles(counts, value, alpha)
     from_trials = _trials_interval(value, trials, icc, alpha)
     low, high = _added(value, from_labels, (from_trials.low, from_trials.high), (0.0, 1.0))
@@ -189,9 +191,10 @@ def rogan_gladen(
     icc: float = iv.ICC,
     alpha: float = iv.ALPHA,
 ) -> Estimate:
-    """Rogan and Gladen's (1978) estimate: (rate + Sp - 1) / (Se + Sp - 1), errors taken as equal in all `conditions`.
+    """Return Rogan and Gladen's (1978) estimate (rate + Sp - 1) / (Se + Sp - 1).
 
-    `trials` need no labels. With a single condition whose strata are the judge's verdicts it equals `corrected_rate`.
+    Assumes that sensitivity Se and specificity Sp are equal in all `conditions`; `trials` need no labels. For a single
+    condition whose strata are the judge's verdicts, it equals `corrected_rate`.
     """
     usable = [c for c in conditions if len(c) and not c.unlabelled_strata]
     if not len(trials) or not usable:
@@ -216,24 +219,24 @@ def rogan_gladen(
 def corrected_difference(
     a: LabelledTrials, b: LabelledTrials, draws: int = DRAWS, seed: int = 0, icc: float = iv.ICC
 ) -> Estimate:
-    """Difference b - a of two prediction-powered rates, clustered by latent; cluster codes must agree in a and b."""
+    """Return the difference b - a of two prediction-powered rates, clustered by latent; a and b share cluster codes."""
     if why := _uncorrectable(a) or _uncorrectable(b):
         return Estimate(None, None, None, len(a) + len(b), why)
     rng = np.random.default_rng(seed)
     rates, labels, influences, spread = [], [], [], 0.0
     for trials in (a, b):
-        cells, n = trials.cells, len(trials)
-        rate = float(cells.size @ cells.share) / n
+        groups, n = trials.groups, len(trials)
+        rate = float(groups.size @ groups.share) / n
         rates.append(rate)
-        labels.append(cells.draw(draws, rng).sum(axis=1) / n)
-        influences.append((cells.share[cells.of_trial] - rate) / n)
+        labels.append(groups.draw(draws, rng).sum(axis=1) / n)
+        influences.append((groups.share[groups.of_trial] - rate) / n)
         spread += rate * (1 - rate) / n
     value = rates[1] - rates[0]
     cluster = np.unique(np.concatenate([a.cluster, b.cluster]), return_inverse=True)[1].astype(np.int64)
     predicted = iv.influence_variance(
         np.concatenate([-influences[0], influences[1]]), cluster, np.ones(len(cluster), dtype=np.bool_)
     )
-    # predictions vary less than what they predict: scaled up to the variance of yes and no
+    # predicted shares vary less than 0/1 truths, so scale the variance up to that of 0/1 values
     scale = max(spread / predicted.independent, 1.0) if predicted.independent > 0 else None
     variance = (
         iv.Influence(spread, float("nan"), predicted.clusters)
@@ -250,14 +253,14 @@ def corrected_difference(
 
 
 def normal_interval(trials: LabelledTrials, alpha: float = iv.ALPHA) -> tuple[float, float]:
-    """The usual normal interval of prediction-powered inference, clustered by latent; for comparison.
+    """Return the usual normal interval of prediction-powered inference, clustered by latent; for comparison.
 
-    Each trial's influence is its prediction plus, where it is labelled, its weighted error.
+    The influence of a trial is its prediction plus, if it is labelled, its weighted error.
     """
-    cells, n = trials.cells, len(trials)
-    predicted = cells.share[cells.of_trial]
+    groups, n = trials.groups, len(trials)
+    predicted = groups.share[groups.of_trial]
     value = float(predicted.mean())
-    weight = (cells.size / np.maximum(cells.labelled, 1.0))[cells.of_trial]
+    weight = (groups.size / np.maximum(groups.labelled, 1.0))[groups.of_trial]
     error = np.where(np.isfinite(trials.truth), weight * (np.nan_to_num(trials.truth) - predicted), 0.0)
     variance = iv.influence_variance((predicted + error - value) / n, trials.latents, np.ones(n, dtype=np.bool_))
     half = iv.t_quantile(np.inf, alpha) * float(np.sqrt(np.nan_to_num(variance.clustered)))
@@ -265,7 +268,7 @@ def normal_interval(trials: LabelledTrials, alpha: float = iv.ALPHA) -> tuple[fl
 
 
 def _uncorrectable(trials: LabelledTrials) -> str:
-    """Return why there can be no corrected rate, or an empty text."""
+    """Return the reason why the rate cannot be corrected, "" if it can."""
     if not len(trials):
         return "no trials"
     if not trials.labels:
@@ -274,51 +277,51 @@ def _uncorrectable(trials: LabelledTrials) -> str:
 
 
 def _trials_interval(value: float, trials: LabelledTrials, icc: float, alpha: float) -> Bounds:
-    """Interval of a rate of these trials if the truth of each were known; its events count as many as were labelled."""
-    predicted = trials.cells.share[trials.cells.of_trial]
+    """Return the interval of the rate as if the truth of each trial were known, with the events seen in the labels."""
+    predicted = trials.groups.share[trials.groups.of_trial]
     return _rate_bounds(value, predicted, trials, float(np.nansum(trials.truth)), icc, alpha)
 
 
 def _rate_bounds(rate: float, values: Floats, trials: LabelledTrials, seen: float, icc: float, alpha: float) -> Bounds:
-    """Clustered interval of a rate; `values` show how far trials of one latent are alike, with `seen` events."""
+    """Return the clustered interval of a rate; `values` give the correlation within latents, `seen` the events seen."""
     n = len(trials)
     sizes = np.bincount(trials.latents).astype(np.float64)
     variance = iv.influence_variance((values - values.mean()) / n, trials.latents, np.ones(n, dtype=np.bool_))
     events = rate * n
-    if 0 < events < n:  # the design effect rests on the events that were seen, not on those that are estimated
+    if 0 < events < n:  # the design effect depends on the observed events, not on the estimated ones
         effect = iv.design_effect(variance, sizes[sizes > 0], min(seen, events, n - events), icc)
         variance = iv.Influence(1.0, effect, variance.clusters)
     return iv.rate_interval(events, sizes, variance, icc, alpha)
 
 
 def _confusion(conditions: Sequence[LabelledTrials]) -> dict[str, Floats]:
-    """True and false positives and negatives over all trials, estimated from the labels of each cell."""
-    return _summed([(c.cells, c.cells.share * c.cells.size) for c in conditions])
+    """Estimate true and false positives and negatives over all trials, from the labels of each group."""
+    return _summed([(c.groups, c.groups.share * c.groups.size) for c in conditions])
 
 
 def _drawn_confusion(conditions: Sequence[LabelledTrials], draws: int, rng: np.random.Generator) -> dict[str, Floats]:
-    """Draws of the same, each of shape (draws,)."""
-    return _summed([(c.cells, c.cells.draw(draws, rng)) for c in conditions])
+    """Draw true and false positives and negatives over all trials, each of shape (draws,)."""
+    return _summed([(c.groups, c.groups.draw(draws, rng)) for c in conditions])
 
 
-def _summed(true_counts: Sequence[tuple[Cells, Floats]]) -> dict[str, Floats]:
+def _summed(true_counts: Sequence[tuple[Groups, Floats]]) -> dict[str, Floats]:
     out: dict[str, Floats] = {name: np.zeros(1) for name in ("tp", "fp", "fn", "tn")}
-    for cells, true in true_counts:
-        yes = cells.verdict
+    for groups, true in true_counts:
+        yes = groups.verdict
         for name, values in (
             ("tp", true[..., yes]),
             ("fn", true[..., ~yes]),
-            ("fp", (cells.size - true)[..., yes]),
-            ("tn", (cells.size - true)[..., ~yes]),
+            ("fp", (groups.size - true)[..., yes]),
+            ("tn", (groups.size - true)[..., ~yes]),
         ):
             out[name] = out[name] + values.sum(axis=-1)
     return out
 
 
 def _solved(rate: float, confusion: dict[str, Floats]) -> Floats:
-    """(rate + Sp - 1) / (Se + Sp - 1), nan where the judge is no better than chance."""
+    """Return (rate + Sp - 1) / (Se + Sp - 1), nan if the judge is no better than chance."""
     false = confusion["fp"] / (confusion["fp"] + confusion["tn"])
-    # without a true trial the sensitivity is unknown, and the corrected rate is 0 whatever it is
+    # without true trials the sensitivity is unknown, but the corrected rate is 0 for any sensitivity
     true = confusion["tp"] + confusion["fn"]
     sensitivity = np.where(true > 0, confusion["tp"] / np.where(true > 0, true, 1.0), 1.0)
     better = sensitivity - false
@@ -327,7 +330,7 @@ def _solved(rate: float, confusion: dict[str, Floats]) -> Floats:
 
 
 def _quantiles(drawn: Floats, value: float, alpha: float = iv.ALPHA) -> tuple[float, float]:
-    """Percentile interval of draws that holds the estimate itself."""
+    """Return the percentile interval of draws, extended to include the estimate."""
     low, high = iv.percentile(drawn, alpha) or (value, value)
     return min(low, value), max(high, value)
 
@@ -338,7 +341,7 @@ def _added(
     second: tuple[float | None, float | None],
     limits: tuple[float, float],
 ) -> tuple[float, float]:
-    """Add the deviations of two independent intervals as squares, within `limits`; an open end is the limit."""
+    """Add the deviations of two independent intervals as squares, cut to `limits`; None in `second` is the limit."""
     low, high = (limit if end is None else end for end, limit in zip(second, limits, strict=True))
     below = float(np.hypot(value - first[0], max(value - low, 0.0)))
     above = float(np.hypot(first[1] - value, max(high - value, 0.0)))

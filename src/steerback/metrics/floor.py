@@ -1,11 +1,11 @@
-"""Whether a rate lies above the judge's floor: a one-sided permutation test of two clustered samples."""
+"""Test whether a rate is above the judge's floor: a one-sided permutation test of two clustered samples."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from steerback.metrics import intervals as iv
-from steerback.metrics.intervals import CELLS, Codes, Floats
+from steerback.metrics.intervals import Codes, Floats
 from steerback.metrics.rates import METRICS, View
 
 FLOOR_TEST = "one-sided two-sample permutation test of whole clusters"
@@ -13,7 +13,7 @@ DRAWS = 10_000
 
 
 def above_floor(measured: View, floor: View, metric: str, draws: int = DRAWS, seed: int = 0) -> float | None:
-    """Return the p-value of "the rate of `measured` is not larger than that of `floor`"; None if one has no trials."""
+    """Return the p-value of the null "the rate of `measured` is not above that of `floor`"; None without trials."""
     samples = [(v.cluster, *METRICS[metric].parts(v)) for v in (measured, floor)]
     if not all(den.sum() for _, _, den in samples):
         return None
@@ -23,11 +23,11 @@ def above_floor(measured: View, floor: View, metric: str, draws: int = DRAWS, se
 
 
 def above(a: Floats, b: Floats, draws: int = DRAWS, seed: int = 0) -> float:
-    """Return the p-value of "the ratio of a is not larger than that of b"; both (clusters, 2): numerator, denominator.
+    """Return the p-value of the null "the ratio of a is not above that of b"; both (clusters, 2).
 
-    Whole clusters are exchanged between the samples. Clusters have to be of a kind for that, so those of the sample
-    with the smaller clusters (prompts) are first joined until they are about as large as the others (latents); this
-    keeps the size of the test at 5 % where trials are hardly correlated (docs/statistics.md).
+    The columns are sums of numerator and denominator. Whole clusters are exchanged between the samples, so clusters of both samples must have similar sizes. Therefore
+    the smaller clusters (prompts) are first joined until they are about as large as the others (latents). This keeps
+    the size of the test at 5 % if trials are hardly correlated (docs/statistics.md).
     """
     sizes = [float(s[:, 1].sum()) / len(s) for s in (a, b)]
     a, b = joined(a, max(sizes)), joined(b, max(sizes))
@@ -36,9 +36,8 @@ def above(a: Floats, b: Floats, draws: int = DRAWS, seed: int = 0) -> float:
     if not 0 < total[0] < total[1]:
         return 1.0
     observed = a[:, 0].sum() / a[:, 1].sum() - b[:, 0].sum() / b[:, 1].sum()
-    rng, hits, block = np.random.default_rng(seed), 0, max(1, CELLS // len(together))
-    for start in range(0, draws, block):
-        rows = min(block, draws - start)
+    rng, hits = np.random.default_rng(seed), 0
+    for rows in iv.blocks(draws, len(together)):
         chosen: Codes = np.argsort(rng.random((rows, len(together))), axis=1)[:, :first]
         sums = together[chosen].sum(axis=1)
         others = total - sums
@@ -47,7 +46,7 @@ def above(a: Floats, b: Floats, draws: int = DRAWS, seed: int = 0) -> float:
 
 
 def joined(sums: Floats, size: float) -> Floats:
-    """Join clusters, (clusters, 2) sums, in turn until they have about `size` trials each."""
+    """Join clusters with sums (clusters, 2) in turn until each has about `size` trials."""
     count = max(round(float(sums[:, 1].sum()) / size), 1)
     if count >= len(sums):
         return sums

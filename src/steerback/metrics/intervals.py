@@ -1,11 +1,12 @@
-"""Intervals for rates and means of clustered trials, from arrays; knows nothing of trials, judges or metrics.
+"""Two-sided intervals, with total error `alpha`, for rates and means of clustered trials.
 
-Which interval is used where, and the coverage that was simulated for each: docs/statistics.md.
-All are two-sided with total error `alpha`. A cluster is a latent; trials of one latent are correlated.
+A cluster is a latent, because trials of one latent are correlated. docs/statistics.md says which interval is used
+where, and gives the simulated coverage of each. This module takes arrays and knows nothing about judges or metrics.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -13,19 +14,19 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Codes = NDArray[np.int64]
-"""The cluster of each trial: counted from 0, or a code of its latent."""
+"""Cluster of each trial: a number from 0, or a code of its latent."""
 Flags = NDArray[np.bool_]
 
 
 ALPHA = 0.05
-ICC = 0.1  # correlation within a latent that is assumed where events are too few to estimate it
-OPEN_REACH = 2.0  # how far above its resting value an unseen trial is taken to lie where a metric has no upper limit
-CELLS = 4_000_000  # resampling weights held at a time, so that memory does not grow with draws x clusters
-PRIOR_EVENTS = 5.0  # the assumed ICC weighs as much as this many observed events
+ICC = 0.1  # assumed correlation within a latent if there are too few events to estimate it
+OPEN_REACH = 2.0  # assumed reach of an unobserved trial above the resting value of a metric without upper limit
+BLOCK = 4_000_000  # largest number of resampled values in memory, whatever draws x clusters is
+PRIOR_EVENTS = 5.0  # weight of the assumed ICC, as a number of observed events
 
 
 class Bounds(NamedTuple):
-    """An interval and how it was made; None where nothing can be said."""
+    """An interval and its method; a bound is None if it cannot be computed."""
 
     low: float | None
     high: float | None
@@ -33,12 +34,12 @@ class Bounds(NamedTuple):
 
 
 def wilson(events: float, n: float, alpha: float = ALPHA) -> tuple[float, float]:
-    """Wilson (1927) score interval of independent trials; `n` must be positive."""
+    """Return the Wilson (1927) score interval of independent trials; `n` must be positive."""
     return _proportion(events, n, alpha, "wilson")
 
 
 def clopper_pearson(events: float, n: float, alpha: float = ALPHA) -> tuple[float, float]:
-    """Exact binomial interval of independent trials; `events` and `n` may be fractional (effective sizes)."""
+    """Return the exact binomial interval of independent trials; `events` and `n` may be fractional (effective size)."""
     return _proportion(events, n, alpha, "beta")
 
 
@@ -48,16 +49,16 @@ def _proportion(events: float, n: float, alpha: float, method: str) -> tuple[flo
     if n <= 0:
         raise ValueError(f"a proportion needs at least one trial, not {n:g}")
     low, high = proportion_confint(events, n, alpha, method)
-    # the exact ends, which rounding can miss by 1e-17
+    # return the exact ends, which rounding can miss by 1e-17
     return 0.0 if events <= 0 else float(low), 1.0 if events >= n else float(high)
 
 
 def no_event_bound(sizes: Floats, icc: float = ICC, alpha: float = ALPHA) -> float:
-    """Largest rate p under which no event in clusters of these sizes still has probability alpha / 2.
+    """Return the largest rate p for which clusters of these sizes have no event with probability alpha / 2.
 
     Cluster rates are Beta with mean p and intra-cluster correlation `icc` (beta-binomial counts), so
     P(no event) = prod_c B(a, b + n_c) / B(a, b) with a = p (1 - icc) / icc and b = (1 - p) (1 - icc) / icc.
-    icc 0 is Clopper-Pearson; icc 1 counts each cluster as one trial and holds whatever the clusters are like.
+    icc 0 is Clopper-Pearson; icc 1 counts each cluster as one trial, which is valid for any correlation.
     """
     from scipy.optimize import brentq
     from scipy.special import betaln
@@ -80,12 +81,12 @@ def no_event_bound(sizes: Floats, icc: float = ICC, alpha: float = ALPHA) -> flo
 
 
 def cluster_sums(cluster: Codes, values: Floats, clusters: int = 0) -> Floats:
-    """Sum of `values` per cluster code, shape (clusters,)."""
+    """Return the sum of `values` per cluster code, shape (clusters,)."""
     return np.bincount(cluster, weights=values, minlength=clusters).astype(np.float64, copy=False)
 
 
 class Influence(NamedTuple):
-    """Variance of an estimate from its influence values: as if trials were independent, and over clusters."""
+    """Variance of an estimate from its influence values, for independent trials and for clustered ones."""
 
     independent: float
     clustered: float
@@ -93,7 +94,7 @@ class Influence(NamedTuple):
 
 
 def influence_variance(values: Floats, cluster: Codes, member: Flags) -> Influence:
-    """Linearised variances of an estimate whose trial i contributes `values[i]` (they sum to 0).
+    """Return the linearised variances of an estimate to which trial i contributes `values[i]` (they sum to 0).
 
     independent = n / (n - 1) sum_i v_i^2, clustered = C / (C - 1) sum_c (sum_{i in c} v_i)^2, over the trials in
     `member`; nan with fewer than two trials or clusters. `cluster` holds small non-negative codes.
@@ -108,11 +109,11 @@ def influence_variance(values: Floats, cluster: Codes, member: Flags) -> Influen
 
 
 def design_effect(variance: Influence, sizes: Floats, events: float, icc: float = ICC) -> float:
-    """How many times clustering inflates the variance, at least 1.
+    """Return the factor, at least 1, by which clustering inflates the variance.
 
-    The estimate (clustered over independent variance) is shrunk towards that of the assumed `icc`,
-    1 + (m - 1) icc with m the mean size of the cluster of a random trial, because with few events the estimate
-    is near 1 whatever the truth (one event alone always gives 1). Events weigh against PRIOR_EVENTS.
+    The estimated factor is clustered / independent variance. With few events it is near 1 whatever the truth (a single
+    event always gives 1). It is therefore shrunk towards the factor of the assumed `icc`, 1 + (m - 1) icc, where m is
+    the mean cluster size over trials. The weights are `events` and PRIOR_EVENTS.
     """
     m = float(np.sum(sizes**2) / np.sum(sizes))
     assumed = 1 + max(m - 1, 0.0) * icc
@@ -123,18 +124,18 @@ def design_effect(variance: Influence, sizes: Floats, events: float, icc: float 
 
 
 def t_quantile(df: float, alpha: float = ALPHA) -> float:
-    """Two-sided t quantile; at least one degree of freedom, the normal quantile for infinitely many."""
+    """Return the two-sided t quantile: `df` is raised to at least 1; infinite `df` gives the normal quantile."""
     from scipy.special import stdtrit
 
     return float(stdtrit(max(df, 1), 1 - alpha / 2))
 
 
 def rate_interval(events: float, sizes: Floats, variance: Influence, icc: float = ICC, alpha: float = ALPHA) -> Bounds:
-    """Interval for a rate of clustered trials; `sizes` are the denominators of the clusters.
+    """Return the interval of a rate of clustered trials; `sizes` are the denominators of the clusters.
 
-    With events on both sides: Korn and Graubard (1998), Clopper-Pearson at the effective sample size
-    n / design effect x (z / t_{C-1})^2. Without events (or without non-events): `no_event_bound`. The bound of
-    "no event" is a floor for the upper limit as well, since seeing an event cannot lower it.
+    With events and non-events: Clopper-Pearson at the effective sample size n / design effect x (z / t_{C-1})^2 (Korn
+    and Graubard 1998). Without events, or with events only: `no_event_bound`. The upper limit is never below that of
+    "no event", because observing an event cannot lower it.
     """
     sizes = sizes[sizes > 0]
     n, clusters = float(np.sum(sizes)), len(sizes)
@@ -165,12 +166,12 @@ def mean_interval(
     icc: float = ICC,
     alpha: float = ALPHA,
 ) -> Bounds:
-    """Interval for a mean or a ratio of clustered trials, kept within `limits`.
+    """Return the interval of a mean or a ratio of clustered trials, cut to `limits`.
 
-    t interval with the shrunk design effect; its degrees of freedom count only the `informative` clusters, those
-    with a trial away from the resting value (for MSI: with a second attempt), because clusters that are all at
-    rest say nothing about the spread. Where nothing varies at all, the share of trials that could differ is
-    bounded by `no_event_bound`, and each of them could lie anywhere within `limits`.
+    A t interval with the shrunk design effect. Its degrees of freedom count only the `informative` clusters: those
+    with a trial away from the resting value (for MSI, with a second attempt), because the others say nothing about the
+    spread. If all values are equal, `no_event_bound` bounds the share of trials that could differ, and each of these
+    could have any value within `limits`.
     """
     sizes = sizes[sizes > 0]
     if not len(sizes):
@@ -178,7 +179,7 @@ def mean_interval(
     if len(sizes) == 1:
         return Bounds(None, None, "one latent: the spread between latents is unknown")
     spread = max(variance.independent, variance.clustered)
-    if not spread > (1e-9 * max(1.0, abs(value))) ** 2:  # nothing but rounding
+    if not spread > (1e-9 * max(1.0, abs(value))) ** 2:  # no spread except rounding errors
         share = no_event_bound(sizes, icc, alpha)
         low, high = (v if np.isfinite(v) else value + np.sign(v) * OPEN_REACH for v in limits)
         low, high = float(value + share * (low - value)), float(value + share * (high - value))
@@ -190,16 +191,18 @@ def mean_interval(
     return Bounds(float(low), float(high), "t, clustered by latent")
 
 
-def resample_sums(sums: Floats, draws: int, rng: np.random.Generator, cells: int = CELLS) -> Floats:
-    """Totals of `sums` (clusters, columns) under `draws` resamples of whole clusters, shape (draws, columns).
+def blocks(draws: int, width: int) -> Iterator[int]:
+    """Yield the sizes of blocks that add up to `draws`; each block has at most BLOCK values at `width` per draw."""
+    most = max(1, BLOCK // max(width, 1))
+    for start in range(0, draws, most):
+        yield min(most, draws - start)
 
-    Work is cut into blocks of at most `cells` weights, so memory does not grow with draws x clusters.
-    """
+
+def resample_sums(sums: Floats, draws: int, rng: np.random.Generator) -> Floats:
+    """Return totals of `sums` (clusters, columns) in `draws` resamples of whole clusters, shape (draws, columns)."""
     n = len(sums)
-    block = max(1, min(draws, cells // max(n, 1)))
     parts = []
-    for start in range(0, draws, block):
-        rows = min(block, draws - start)
+    for rows in blocks(draws, n):
         drawn = rng.integers(0, n, size=(rows, n)) + n * np.arange(rows)[:, None]
         weights = np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n)
         parts.append(weights.astype(np.float64) @ sums)
@@ -207,10 +210,10 @@ def resample_sums(sums: Floats, draws: int, rng: np.random.Generator, cells: int
 
 
 def percentile(draws: Floats, alpha: float = ALPHA, clusters: int | None = None) -> tuple[float, float] | None:
-    """Percentile interval of bootstrap draws; undefined draws (nan) are left out, None if all are.
+    """Return the percentile interval of bootstrap draws; undefined draws (nan) are left out. None if all are undefined.
 
-    With `clusters`, the number of resampled units C, its tails are expanded to Phi(-t sqrt(C / (C - 1))), t with C - 1
-    degrees of freedom: the plain interval is too narrow for few units (Hesterberg 2015).
+    With `clusters`, the number C of resampled units, the tails are expanded to Phi(-t sqrt(C / (C - 1))), where t has
+    C - 1 degrees of freedom: the plain interval is too narrow for few units (Hesterberg 2015).
     """
     from scipy.special import ndtr
 

@@ -1,6 +1,6 @@
-"""A metric along ordered conditions (boosts, doses, mixes): where it peaks, and whether it rises or falls.
+"""Peak and trend of a metric over ordered conditions, such as boosts, doses or mixes.
 
-One condition per level with the same latents in all; intervals and tests are clustered by latent.
+Each level is one condition, and all conditions have the same latents. Intervals and tests are clustered by latent.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from steerback.metrics.outcomes import Outcomes
 from steerback.metrics.rates import METRICS, View, influence, view
 
 LEAST = 10
-"""Trials that a level needs in a metric's denominator to take part in the search for the peak."""
+"""Levels with fewer trials in a metric's denominator are left out of the search for the peak."""
 
 
 @dataclass(frozen=True)
 class Peak:
     """Position and height of a metric's maximum; [low, high] is the expanded percentile interval over latents.
 
-    `edge` is the share of resamples whose highest level is the first or the last one: where it is large, the peak may
-    lie outside the levels that were measured. `undefined` resamples had the metric at no level.
+    `edge` is the share of resamples whose highest level is the first or the last one; if it is large, the peak may be
+    outside the measured levels. `undefined` counts the resamples in which no level defines the metric.
     """
 
     metric: str
@@ -39,9 +39,9 @@ class Peak:
 
 @dataclass(frozen=True)
 class Trend:
-    """Least-squares slope of a metric's values over the levels (each level weighs the same), per unit of the level.
+    """Least-squares slope of a metric over the levels, per unit of the level; all levels have equal weight.
 
-    `p` is two-sided, from permuting the levels within latents. None where a level has no trial of the metric.
+    `p` is two-sided, from permuting the levels within latents. Slope and p are None if a level has no trials.
     """
 
     metric: str
@@ -56,20 +56,20 @@ class Trend:
     clusters: int
 
     def to_json(self) -> dict[str, JsonValue]:
-        """Plain dicts, lists and numbers."""
+        """Return the JSON-able form."""
         return asdict(self)
 
 
 def find_peak(
     levels: Sequence[float], outcomes: Sequence[Outcomes], metric: str, draws: int = 2000, seed: int = 0
 ) -> Peak | None:
-    """Find the peak of `metric` over increasing `levels`, one condition per level, clustered by latent.
+    """Return the peak of `metric` over increasing `levels`, one condition per level, clustered by latent.
 
-    Each curve's maximum is refined by the parabola through the highest level and its two neighbours. All levels of a
-    latent are resampled together, since they share prompts and seeds; equally high levels are drawn from at random,
-    so that the interval spans a plateau. Levels with fewer than LEAST trials in the metric's denominator take no part:
-    an improvement rate of 1 out of 1 is no peak. None where the metric is the same at all levels (such as no event
-    anywhere) or known at fewer than two.
+    The maximum is refined by the parabola through the highest level and its two neighbours. All levels of a latent are
+    resampled together, because they share prompts and seeds. Of equally high levels one is drawn at random, so that
+    the interval covers a plateau. Levels with fewer than LEAST trials in the metric's denominator are left out: an
+    improvement rate of 1 out of 1 is no peak. Returns None if the metric is equal at all levels or known at fewer than
+    two.
     """
     sums = _sums(metric, [view(x) for x in outcomes])
     enough = sums[..., 1].sum(axis=0) >= LEAST
@@ -101,14 +101,14 @@ def trend(
     include_degraded: bool | None = None,
     icc: float = iv.ICC,
 ) -> Trend:
-    """Trend of `metric` over conditions measured at `levels`.
+    """Return the trend of `metric` over conditions measured at `levels`.
 
-    Under the null the conditions of one latent are exchangeable. Raises ValueError unless there are at least two
-    different levels.
+    Under the null hypothesis, the conditions of one latent are exchangeable. Raises ValueError unless there are at
+    least two different levels and one condition per level.
     """
     x = np.asarray(levels, dtype=np.float64)
     if len(x) != len(outcomes) or len(np.unique(x)) < 2:
-        raise ValueError(f"a trend needs one condition a level and two different levels, got {list(levels)}")
+        raise ValueError(f"a trend needs one condition per level and two different levels, got {list(levels)}")
     m = METRICS[metric]
     views = [view(o, gated=gated, include_degraded=include_degraded) for o in outcomes]
     sums = _sums(metric, views)
@@ -139,13 +139,13 @@ def trend(
 
 
 def _places(views: Sequence[View]) -> list[Codes]:
-    """Clusters of each view's trials, counted over the latents of all views."""
+    """Return the cluster of each view's trials, numbered over the latents of all views."""
     latents = np.unique(np.concatenate([v.latents for v in views]))
     return [np.searchsorted(latents, v.latents)[v.cluster] for v in views]
 
 
 def _sums(metric: str, views: Sequence[View]) -> Floats:
-    """Sums of numerator and denominator, shape (latents, levels, 2)."""
+    """Return the sums of numerator and denominator, shape (latents, levels, 2)."""
     places = _places(views)
     n = max((int(p.max()) + 1 for p in places if len(p)), default=0)
     parts = [METRICS[metric].parts(v) for v in views]
@@ -157,13 +157,13 @@ def _sums(metric: str, views: Sequence[View]) -> Floats:
 
 
 def _ratio(totals: Floats) -> Floats:
-    """(draws, levels) from (draws, levels, 2); nan where there is nothing to divide by."""
+    """Return ratios (draws, levels) of totals (draws, levels, 2); nan where the denominator is 0."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(totals[..., 1] > 0, totals[..., 0] / totals[..., 1], np.nan)
 
 
 def _highest(curves: Floats, choice: Floats) -> Codes:
-    """Index of each curve's highest level; among n equal ones number floor(n x choice), choice in [0, 1)."""
+    """Return the index of each curve's highest level; of n equal levels, number floor(n x choice), choice in [0, 1)."""
     filled = np.where(np.isfinite(curves), curves, -np.inf)
     top = filled.max(axis=1, keepdims=True)
     ties = filled >= top - 1e-12 * np.abs(top)
@@ -173,7 +173,7 @@ def _highest(curves: Floats, choice: Floats) -> Codes:
 
 
 def _vertex(grid: Floats, curves: Floats, best: Codes) -> tuple[Floats, Floats]:
-    """Position and height of each curve's maximum, refined by a parabola where both neighbours are known."""
+    """Return position and height of each curve's maximum, refined by a parabola if both neighbours are known."""
     rows = np.arange(len(curves))
     at, value = grid[best].copy(), curves[rows, best].copy()
     inner = (best > 0) & (best < len(grid) - 1)
@@ -191,16 +191,13 @@ def _vertex(grid: Floats, curves: Floats, best: Codes) -> tuple[Floats, Floats]:
 
 
 def _permute(sums: Floats, weights: Floats, slope: float, draws: int, seed: int) -> tuple[float, str]:
-    """(1 + hits) / (1 + draws) over random orders of each latent's conditions; an undefined slope is a hit."""
+    """Return (1 + hits) / (1 + draws) over random orders of each latent's conditions; an undefined slope is a hit."""
     moving = np.any(sums != sums[:, :1], axis=(1, 2))
     if not np.any(moving):
         return 1.0, "no latent differs between levels"
     still, sums = sums[~moving].sum(axis=0), sums[moving]
-    rng = np.random.default_rng(seed)
-    block = max(1, iv.CELLS // (2 * sums.shape[0] * sums.shape[1]))
-    hits = 0
-    for start in range(0, draws, block):
-        rows = min(block, draws - start)
+    rng, hits = np.random.default_rng(seed), 0
+    for rows in iv.blocks(draws, 2 * sums.shape[0] * sums.shape[1]):
         order = np.argsort(rng.random((rows, *sums.shape[:2])), axis=2)
         totals = still + np.take_along_axis(sums[None], order[..., None], axis=2).sum(axis=1)
         with np.errstate(invalid="ignore", divide="ignore"):

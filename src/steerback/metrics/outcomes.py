@@ -1,6 +1,6 @@
-"""The outcomes of one condition, trial by trial, as plain arrays: the input of every statistic.
+"""Outcomes of one condition, one entry per trial, as plain arrays: the input of every statistic.
 
-Knows the judgement record, and nothing of ledgers, engines or files. Missing numbers are nan, never 0.
+Missing numbers are nan, never 0. This module knows the judgement record, but no ledgers, engines or files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NAN = float("nan")
 
 
 class Outcome(NamedTuple):
-    """One trial's row: state, gated and ungated attempts with first and last score (0-100), degradation."""
+    """Outcome of one trial: state, gated and ungated attempts with first and last score (0-100), degradation."""
 
     state: int
     attempts: int
@@ -40,10 +40,10 @@ class Outcome(NamedTuple):
 class Outcomes:
     """All trials of one condition, every array of shape (n_trials,).
 
-    `cluster` is a code of the latent (trials of one latent are correlated), `pair` the trial's index in the plan:
-    equal pair means same prompt, seed and latent in the conditions that are compared. Scores are gated unless
-    named otherwise, 0-100, nan (and 0 attempts) where the trial is not VALID. `cut`: 1 where the length limit
-    stopped the response, so that its last attempt may be unfinished, nan where that is not known.
+    `cluster` is a code of the latent (trials of one latent are correlated). `pair` is the trial's index in the plan:
+    trials of two conditions with equal `pair` share prompt, seed and latent. Scores (0-100) are gated unless named
+    otherwise; a trial that is not VALID has score nan and 0 attempts. `cut` is 1 if the length limit stopped the
+    response, so that its last attempt may be unfinished, and nan if that is unknown.
     """
 
     cluster: Codes
@@ -79,12 +79,12 @@ class Outcomes:
         return len(self.state)
 
     def take(self, index: Flags | Codes) -> Outcomes:
-        """The trials at `index` (positions or a mask), in that order."""
+        """Return the trials at `index` (positions or a mask), in that order."""
         return Outcomes(*(getattr(self, name)[index] for name in _DTYPES), include_degraded=self.include_degraded)
 
     @staticmethod
     def concat(parts: Iterable[Outcomes]) -> Outcomes:
-        """Several conditions one after the other (pairs may then repeat)."""
+        """Concatenate several conditions; pairs may then repeat."""
         parts = list(parts)
         if not parts:
             return Outcomes.from_rows([])
@@ -97,9 +97,9 @@ class Outcomes:
         cut: Sequence[float] = (),
         include_degraded: bool = True,
     ) -> Outcomes:
-        """Build outcomes from (latent key, pair, trial ok, judgement, degraded), and `cut` if it is known.
+        """Build outcomes from rows (latent key, pair, trial ok, judgement, degraded), with `cut` if it is known.
 
-        Trial ok: generated without an error and the receipt matches the plan.
+        Trial ok: the response was generated without an error and its receipt matches the plan.
         """
         table = [(cluster_code(key), pair, *outcome_of(ok, judged, worn)) for key, pair, ok, judged, worn in rows]
         columns = [*zip(*table, strict=True)] if table else [()] * (len(_DTYPES) - 1)
@@ -123,7 +123,7 @@ _DTYPES: dict[str, type[np.generic]] = {
 
 
 def outcome_of(trial_ok: bool, judgement: Judgement | None, degraded: bool) -> Outcome:
-    """One trial's row. Not ok: INVALID, whatever the judge said; no judgement yet: UNSCORED."""
+    """Return the outcome of one trial: INVALID if it is not ok, whatever the judge said; UNSCORED if not judged yet."""
     if not trial_ok:
         state = INVALID
     elif judgement is None or judgement.status == "unscored":
@@ -140,11 +140,11 @@ def outcome_of(trial_ok: bool, judgement: Judgement | None, degraded: bool) -> O
 
 
 def cluster_code(key: LatentKey | None) -> int:
-    """A code that is the same in every run: an SAE index is itself, a name a negative hash, no latent -1."""
+    """Return a code that is equal in all runs: an SAE index itself, a negative hash of a name, -1 for no latent."""
     if key is None:
         return -1
     if isinstance(key, int):
         if key < 0:
-            raise SteerbackError(f"latent index {key} is negative; SAE latents count from 0")
+            raise SteerbackError(f"latent index {key} is negative; indices of SAE latents start at 0")
         return key
     return -2 - int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "big")

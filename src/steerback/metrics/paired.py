@@ -1,8 +1,6 @@
-"""Two conditions that replay the same prompts and seeds: differences, tests over latents, effect sizes, Holm.
+"""Compare two conditions that share prompts and seeds: differences, tests over latents, effect sizes, Holm.
 
-A pair is dropped if either side is invalid, unscored or empty (or degraded, where these are left out); what was
-dropped is counted.
-Knows arrays only.
+A pair is dropped, and counted, if either side is invalid, unscored or empty, or degraded if these are excluded.
 """
 
 from __future__ import annotations
@@ -19,17 +17,17 @@ from steerback.metrics.outcomes import STATES, VALID, Outcomes
 from steerback.metrics.rates import METRICS, Metric, View, influence, view
 
 COMPARED = ("multi_attempt_rate", "esr_rate", "improvement_rate", "msi", "mean_attempts", "mean_first")
-EXACT_CLUSTERS = 12  # up to this many informative latents all 2^k swaps are enumerated
+EXACT_CLUSTERS = 12  # with at most this many informative latents, all 2^k swaps are enumerated
 
 
 @dataclass(frozen=True)
 class PairedTest:
     """One metric in two conditions: `difference` is b - a with its interval clustered by latent.
 
-    `p` is two-sided, from swapping a and b within latents; `informative` latents differ at all, so the smallest
-    p that could have been reached is 2 / 2^informative. `cohens_d` is the mean over latents of their mean
-    difference, divided by its standard deviation. `odds_ratio` (rates) is (b only + 1/2) / (a only + 1/2) over
-    pairs, for the improvement rate the odds ratio of the two tables, with 1/2 added to each cell.
+    `p` is two-sided, from swapping a and b within latents. `informative` counts the latents that differ, so the
+    smallest possible p is 2 / 2^informative. `cohens_d` is the mean over latents of their mean difference, divided by
+    its standard deviation. `odds_ratio` (rates) is (b only + 1/2) / (a only + 1/2) over pairs; for the improvement
+    rate it is the odds ratio of the two tables, with 1/2 added to each count.
     """
 
     metric: str
@@ -50,14 +48,14 @@ class PairedTest:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All tests of one pair of conditions. `dropped` counts pairs by the first reason that applied."""
+    """All tests of one pair of conditions. `dropped` counts the dropped pairs by the first reason that applies."""
 
     pairs: int
     dropped: dict[str, int]
     tests: dict[str, PairedTest]
 
     def to_json(self) -> dict[str, JsonValue]:
-        """Plain dicts, lists and numbers."""
+        """Return the JSON-able form."""
         return asdict(self)
 
     def __getitem__(self, metric: str) -> PairedTest:
@@ -74,9 +72,9 @@ def compare(
     include_degraded: bool | None = None,
     icc: float = iv.ICC,
 ) -> Comparison:
-    """Compares condition b with a, paired by `pair`, clustered by latent.
+    """Compare condition b with a, paired by `pair`, clustered by latent.
 
-    Raises ValueError if a pair index repeats within a condition or names different latents in the two.
+    Raises ValueError if a pair index occurs twice in a condition or has different latents in the two conditions.
     """
     both_a, both_b, dropped = _match(a, b, include_degraded)
     v, w = (view(x, gated=gated, include_degraded=True) for x in (both_a, both_b))
@@ -92,7 +90,7 @@ def _match(a: Outcomes, b: Outcomes, include_degraded: bool | None) -> tuple[Out
     unpaired = len(a) + len(b) - 2 * len(in_a)
     a, b = a.take(in_a), b.take(in_b)
     if np.any(a.cluster != b.cluster):
-        raise ValueError("a pair names different latents in the two conditions")
+        raise ValueError("a pair index has different latents in the two conditions")
     keep = np.ones(len(a), dtype=bool)
     dropped = {"unpaired": unpaired}
     for code in range(len(STATES) - 1, VALID, -1):
@@ -139,7 +137,7 @@ def _ratio(pair: Floats) -> float | None:
 def _difference_interval(
     metric: Metric, cluster: Codes, parts: tuple[Floats, Floats, Floats, Floats], value: float, icc: float
 ) -> iv.Bounds:
-    """t interval of the difference from each pair's influence on it; bounded where no pair differs."""
+    """Return the t interval of the difference from each pair's influence on it; a bound if no pair differs."""
     num_a, den_a, num_b, den_b = parts
     member = (den_a > 0) | (den_b > 0)
     differs = member & ((num_a != num_b) | (den_a != den_b))
@@ -153,19 +151,20 @@ def _difference_interval(
 def swap_test(
     a: Floats, b: Floats, draws: int = 10_000, seed: int = 0, exact_clusters: int = EXACT_CLUSTERS
 ) -> tuple[float, str]:
-    """Two-sided permutation test of equal ratios in two paired conditions, swapping them within whole clusters.
+    """Test two paired conditions for equal ratios (two-sided) by swapping them within whole clusters.
 
-    `a`, `b`: (clusters, 2) sums of numerator and denominator, with totals A and B of the denominators above 0. With r
-    the ratio of both together, a cluster speaks for b by e = (num_b - r den_b) / B - (num_a - r den_a) / A, which has
-    mean 0 where the ratios are equal, however much the denominators differ; e sums to the difference of the ratios, and
-    a swap flips its sign. (Where denominators agree, e is the cluster's summed difference. Swapping the sums themselves
-    would test whether the denominators differ as well.) Clusters with e = 0 are left out. Exact over all 2^k swaps for
-    k <= exact_clusters, else Monte Carlo with (1 + hits) / (1 + draws).
+    `a`, `b`: (clusters, 2) sums of numerator and denominator, with totals A and B of the denominators above 0. Let r be
+    the ratio of both conditions together. The evidence of a cluster for b is
+    e = (num_b - r den_b) / B - (num_a - r den_a) / A. It has mean 0 if the ratios are equal, whatever the denominators;
+    its sum is the difference of the ratios; a swap flips its sign. (If the denominators agree, e is the cluster's
+    summed difference. Swapping the sums themselves would also test whether the denominators differ.) Clusters with
+    e = 0 are left out. The test is exact over all 2^k swaps for k <= exact_clusters, else Monte Carlo with
+    p = (1 + hits) / (1 + draws). Returns p and the method.
     """
     total_a, total_b = a.sum(axis=0), b.sum(axis=0)
     ratio = (total_a[0] + total_b[0]) / (total_a[1] + total_b[1])
-    spoken = (b[:, 0] - ratio * b[:, 1]) / total_b[1] - (a[:, 0] - ratio * a[:, 1]) / total_a[1]
-    moving = spoken[np.abs(spoken) > 1e-12 * max(np.abs(spoken).max(initial=0.0), abs(ratio) / len(a))]
+    evidence = (b[:, 0] - ratio * b[:, 1]) / total_b[1] - (a[:, 0] - ratio * a[:, 1]) / total_a[1]
+    moving = evidence[np.abs(evidence) > 1e-12 * max(np.abs(evidence).max(initial=0.0), abs(ratio) / len(a))]
     k = len(moving)
     if k == 0:
         return 1.0, "no latent differs"
@@ -198,7 +197,7 @@ def _odds_ratio(num_a: Floats, den_a: Floats, num_b: Floats, den_b: Floats) -> f
 
 
 def holm(pvalues: Iterable[float | None]) -> list[float | None]:
-    """Holm (1979) step-down adjusted p values; None (a test that could not be made) stays None and does not count."""
+    """Return p values adjusted by Holm's (1979) step-down method; None (no test) stays None and does not count."""
     from statsmodels.stats.multitest import multipletests
 
     values = list(pvalues)
@@ -208,7 +207,7 @@ def holm(pvalues: Iterable[float | None]) -> list[float | None]:
 
 
 def correct(comparisons: dict[str, Comparison]) -> dict[str, Comparison]:
-    """Fills `p_holm`: Holm over the comparisons of one experiment, within each metric."""
+    """Fill `p_holm`: Holm's correction over the comparisons of one experiment, within each metric."""
     names = list(comparisons)
     out = {name: dict(c.tests) for name, c in comparisons.items()}
     for metric in {m for c in comparisons.values() for m in c.tests}:

@@ -1,9 +1,8 @@
-"""Power by simulation: how often a study of a given size detects a rate above the judge's floor, or a drop of it.
+"""Power by simulation: how often a study of some size detects a rate above the judge's floor, or a drop of the rate.
 
-Latents are clusters: their rates are Beta with the stated mean and intra-cluster correlation (ICC). The tests are those
-of the package in forms that are fast where every latent has equally many trials: `sign_flip_p` is the exact limit of
-`paired.swap_test`, `exchange_p` the one-sided exchange of whole clusters between steered and unsteered responses.
-Knows arrays only.
+Latents are clusters; their rates are Beta with a chosen mean and intra-cluster correlation (ICC). The tests are those
+of the package, in faster forms for equal numbers of trials per latent: `sign_flip_p` is the exact limit of
+`paired.swap_test`; `exchange_p` is the one-sided exchange of whole clusters between steered and unsteered responses.
 """
 
 from __future__ import annotations
@@ -21,16 +20,17 @@ Item = TypeVar("Item")
 SIMULATIONS = 1000
 EXCHANGES = 999
 LATENTS = tuple(sorted({int(round(n, -1 if n > 100 else 0)) for n in np.geomspace(5, 3000, 60).tolist()}))
-"""Numbers of latents that a search goes through."""
+"""Numbers of latents that `smallest_size` searches."""
 RATES = tuple(round(float(x), 4) for x in np.geomspace(0.002, 0.5, 25))
 DROPS = tuple(round(x / 20, 2) for x in range(1, 21))
 
 
 @dataclass(frozen=True)
 class Effect:
-    """Effects to be detected: a multi-attempt `rate` above `floor`, or a relative `drop` of it in a paired condition.
+    """Effect to detect: a multi-attempt `rate` above `floor`, or a relative `drop` of the rate in a paired condition.
 
-    A pair shares its latent's rate and is independent otherwise. Unsteered responses are taken as independent.
+    The two responses of a pair share their latent's rate and are otherwise independent. Unsteered responses are
+    independent.
     """
 
     rate: float
@@ -41,7 +41,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class Design:
-    """Size of a study; `floor_responses` unsteered responses are judged beside the steered ones."""
+    """Size of a study: latents, trials per latent, and unsteered responses judged for the floor."""
 
     latents: int
     trials: int
@@ -49,16 +49,16 @@ class Design:
 
     @property
     def measured(self) -> int:
-        """Measured responses of one condition."""
+        """Number of measured responses per condition."""
         return self.latents * self.trials
 
 
 Question = Callable[[Design, Effect, int, int], float]
-"""(design, effect, simulations, seed) -> power."""
+"""Maps (design, effect, simulations, seed) to the power."""
 
 
 def power_of_rate(design: Design, effect: Effect, simulations: int = SIMULATIONS, seed: int = 0) -> float:
-    """Return how often the rate is found to be above the judge's floor (one-sided p <= 0.05)."""
+    """Return how often the test finds the rate above the judge's floor (one-sided p <= 0.05)."""
     rng = np.random.default_rng(seed)
     steered = rng.binomial(design.trials, _rates(rng, effect, (simulations, design.latents)))
     groups = max(round(design.floor_responses / design.trials), 1)
@@ -67,7 +67,7 @@ def power_of_rate(design: Design, effect: Effect, simulations: int = SIMULATIONS
 
 
 def power_of_drop(design: Design, effect: Effect, simulations: int = SIMULATIONS, seed: int = 0) -> float:
-    """Return how often the drop is found in a paired comparison (two-sided p <= 0.05)."""
+    """Return how often a paired comparison detects the drop (two-sided p <= 0.05)."""
     rng = np.random.default_rng(seed)
     rates = _rates(rng, effect, (simulations, design.latents))
     before, after = rng.binomial(design.trials, rates), rng.binomial(design.trials, rates * (1 - effect.drop))
@@ -82,7 +82,7 @@ def smallest_size(
     floor_responses: Callable[[int], int] = lambda measured: 0,
     simulations: int = SIMULATIONS,
 ) -> tuple[Design, float] | None:
-    """Return the smallest design of `LATENTS` that reaches `power`, and its power; None if none does."""
+    """Return the design with fewest latents (of `LATENTS`) that reaches `power`, and its power; None if none does."""
     designs = [Design(n, trials, floor_responses(n * trials)) for n in LATENTS]
     return _first(designs, power, lambda design: question(design, effect, simulations, 0))
 
@@ -90,18 +90,18 @@ def smallest_size(
 def smallest_rate(design: Design, effect: Effect, power: float, simulations: int = SIMULATIONS) -> float | None:
     """Return the smallest of `RATES` that this design detects with `power`; None if it detects none."""
     rates = [rate for rate in RATES if rate > effect.floor]
-    found = _first(rates, power, lambda rate: power_of_rate(design, replace(effect, rate=rate), simulations, 0))
-    return None if found is None else found[0]
+    reached = _first(rates, power, lambda rate: power_of_rate(design, replace(effect, rate=rate), simulations, 0))
+    return None if reached is None else reached[0]
 
 
 def smallest_drop(design: Design, effect: Effect, power: float, simulations: int = SIMULATIONS) -> float | None:
     """Return the smallest of `DROPS` of the rate that this design detects with `power`; None if it detects none."""
-    found = _first(DROPS, power, lambda drop: power_of_drop(design, replace(effect, drop=drop), simulations, 0))
-    return None if found is None else found[0]
+    reached = _first(DROPS, power, lambda drop: power_of_drop(design, replace(effect, drop=drop), simulations, 0))
+    return None if reached is None else reached[0]
 
 
 def sign_flip_p(differences: Codes) -> float:
-    """Return the exact two-sided p of one difference of counts per cluster, over all swaps of the two conditions."""
+    """Return the exact two-sided p over all swaps of two conditions; `differences` of counts, one per cluster."""
     values, counts = np.unique(np.abs(differences[differences != 0]), return_counts=True)
     sizes = tuple(zip(values.tolist(), counts.tolist(), strict=True))
     return _flips(sizes)[abs(int(differences.sum()))]
@@ -109,10 +109,10 @@ def sign_flip_p(differences: Codes) -> float:
 
 @lru_cache(maxsize=20_000)
 def _flips(sizes: tuple[tuple[int, int], ...]) -> list[float]:
-    """P(|sum| >= s) for s = 0, 1, ... of the sum of randomly signed values; `sizes` has (value, how often)."""
+    """Return P(|sum| >= s), s = 0, 1, ..., of the sum of randomly signed values; `sizes` lists (value, count)."""
     from scipy.stats import binom
 
-    positive = np.ones(1)  # distribution of the sum of the values that are positive
+    positive = np.ones(1)  # distribution of the sum of the values with a positive sign
     for value, count in sizes:
         part = np.zeros(value * count + 1)
         part[::value] = binom.pmf(np.arange(count + 1), count, 0.5)
@@ -124,7 +124,7 @@ def _flips(sizes: tuple[tuple[int, int], ...]) -> list[float]:
 
 
 def exchange_p(steered: Codes, unsteered: Codes, rng: np.random.Generator, draws: int = EXCHANGES) -> float:
-    """Return the one-sided p of "steered responses have no higher rate"; counts of clusters of one size."""
+    """Return the one-sided p of the null "steered responses have no higher rate", counts of equal-sized clusters."""
     together = np.concatenate([steered, unsteered])
     histogram = np.bincount(together)
     dealt = rng.multivariate_hypergeometric(histogram, len(unsteered), size=draws) @ np.arange(len(histogram))
@@ -134,7 +134,8 @@ def exchange_p(steered: Codes, unsteered: Codes, rng: np.random.Generator, draws
 def beta_binomial(events: Codes, trials: Codes) -> tuple[float, float, bool]:
     """Return mean and ICC of clustered rates by maximum likelihood, and whether the ICC could be estimated.
 
-    With fewer than five events or three clusters with several trials the ICC is the assumed one.
+    The assumed ICC is returned if there are fewer than five events or non-events, or fewer than three clusters with
+    several trials.
     """
     from scipy.optimize import minimize_scalar
     from scipy.stats import betabinom
@@ -147,8 +148,8 @@ def beta_binomial(events: Codes, trials: Codes) -> tuple[float, float, bool]:
         scale = np.expm1(-log_icc)  # (1 - icc) / icc
         return -float(np.sum(betabinom.logpmf(events, trials, mean * scale, (1 - mean) * scale)))
 
-    found = minimize_scalar(cost, bounds=(np.log(1e-4), np.log(0.9)), method="bounded")
-    return mean, float(np.exp(found.x)), True
+    best = minimize_scalar(cost, bounds=(np.log(1e-4), np.log(0.9)), method="bounded")
+    return mean, float(np.exp(best.x)), True
 
 
 def _rates(rng: np.random.Generator, effect: Effect, shape: tuple[int, int]) -> Floats:
@@ -159,7 +160,7 @@ def _rates(rng: np.random.Generator, effect: Effect, shape: tuple[int, int]) -> 
 
 
 def _first(items: Sequence[Item], power: float, of: Callable[[Item], float]) -> tuple[Item, float] | None:
-    """Return the first item whose power is enough, by bisection: power grows along the items."""
+    """Return the first item that reaches `power`, with its power, by bisection; power must grow along the items."""
     low, high, best = 0, len(items), None
     while low < high:
         middle = (low + high) // 2

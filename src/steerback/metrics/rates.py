@@ -1,9 +1,12 @@
-"""The metrics of one condition with their intervals: what `summary.json` holds.
+"""The metrics of one condition with their intervals: the contents of `summary.json`.
 
-Definitions (over valid trials N): multi-attempt rate #(>= 2 attempts) / N; ESR rate #(>= 2 attempts and
-last > first) / N; improvement rate #(last > first) / #(>= 2 attempts); MSI mean(last - first), single attempts
-count 0; MSI over multi-attempt trials; mean attempts; mean first score; degraded share. The headline is gated
-and counts degraded trials or leaves them out, as the outcomes say; the other variants are reported as well.
+Definitions, over N valid trials:
+    multi-attempt rate    #(>= 2 attempts) / N
+    ESR rate              #(>= 2 attempts and last > first) / N
+    improvement rate      #(last > first) / #(>= 2 attempts)
+    MSI                   mean(last - first), 0 for a single attempt; also reported over multi-attempt trials
+    mean attempts, mean first score, degraded share
+The headline variant is gated. The outcomes say whether it counts degraded trials; all other variants are reported too.
 """
 
 from __future__ import annotations
@@ -22,9 +25,9 @@ from steerback.metrics.outcomes import STATES, UNSCORED, VALID, Outcomes
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """The valid trials of one variant, every array of shape (n_valid,); `cluster` counts from 0.
+    """The valid trials of one variant; arrays of shape (n_valid,), scores 0-100.
 
-    `latents` holds the code of each cluster's latent.
+    `cluster` numbers the latents from 0; `latents` (clusters,) holds the code of each cluster's latent.
     """
 
     cluster: Codes
@@ -40,7 +43,7 @@ class View:
 
     @cached_property
     def gain(self) -> Floats:
-        """last - first in points; 0 for single attempts."""
+        """Last minus first score in points; 0 for single attempts."""
         return np.where(self.multi, self.last - self.first, 0.0)
 
     @property
@@ -49,7 +52,10 @@ class View:
 
 
 def view(outcomes: Outcomes, gated: bool = True, include_degraded: bool | None = None) -> View:
-    """The valid trials of a variant: gated or ungated attempts, with degraded responses or not (None: as they say)."""
+    """Return the valid trials of a variant: gated or ungated, with degraded responses or without.
+
+    `include_degraded` None takes the setting of `outcomes`.
+    """
     keep = outcomes.state == VALID
     if not _counted(outcomes, include_degraded):
         keep = keep & ~outcomes.degraded
@@ -67,7 +73,7 @@ def _counted(outcomes: Outcomes, include_degraded: bool | None) -> bool:
 class Metric:
     """A ratio sum(numerator) / sum(denominator) over trials.
 
-    `limits` is the range of a single trial's value, `rest` the value at which a trial carries no event.
+    `limits` is the range of a single trial's value. `rest` is the value of a trial without an event.
     """
 
     name: str
@@ -114,12 +120,12 @@ METRICS: dict[str, Metric] = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric's value with its interval; None where it cannot be said.
+    """A metric's value with its interval; None if undefined.
 
-    `n` is the denominator (valid trials, or multi-attempt trials), `events` the trials away from rest, `clusters`
-    the latents with a trial in the denominator. `beside` holds other intervals for comparison: `bootstrap`
-    (percentile, over latents), and for rates `wilson`, `clopper_pearson` (trials taken as independent) and
-    `latents_as_trials` (no event: the bound that holds for any correlation).
+    `n` is the denominator (valid trials, or multi-attempt trials), `events` the number of trials away from rest,
+    `clusters` the number of latents with a trial in the denominator. `beside` holds further intervals for comparison:
+    `bootstrap` (percentile, over latents); for rates also `wilson` and `clopper_pearson`, which treat trials as
+    independent; without events `latents_as_trials`, a bound that is valid for any correlation.
     """
 
     value: float | None
@@ -136,9 +142,8 @@ class Estimate:
 class Summary:
     """All metrics of one condition, in the variants `headline` (gated), `with_degraded`, `without_degraded`, `ungated`.
 
-    `include_degraded`: whether headline and ungated count degraded responses.
-    `worst_case` is, per variant and metric, the range of the value over everything the unscored trials could
-    have been (None: open).
+    `include_degraded`: whether `headline` and `ungated` count degraded responses. `worst_case`: by variant and metric,
+    the range of the value over all possible verdicts on the unscored trials (None: no limit).
     """
 
     counts: dict[str, int]
@@ -154,11 +159,11 @@ class Summary:
 
     @property
     def other(self) -> dict[str, Estimate]:
-        """The headline's metrics by the other reading of degraded responses."""
+        """The gated metrics with the opposite treatment of degraded responses."""
         return self.without_degraded if self.include_degraded else self.with_degraded
 
     def to_json(self) -> dict[str, JsonValue]:
-        """Plain dicts, lists and numbers (None for what is unknown; no nan)."""
+        """Return the JSON-able form; unknown values are None, never nan."""
         return asdict(self)
 
     def __getitem__(self, metric: str) -> Estimate:
@@ -171,22 +176,21 @@ VARIANTS: dict[str, tuple[bool, bool | None]] = {
     "without_degraded": (True, False),
     "ungated": (False, None),
 }
-"""Whether attempts are gated, and whether degraded responses count (None: as the outcomes say)."""
+"""By variant: whether attempts are gated, and whether degraded responses count (None: the outcomes' setting)."""
 
 
 def summarize(outcomes: Outcomes, draws: int = 2000, seed: int = 0, icc: float = iv.ICC) -> Summary:
-    """Every metric of a condition with intervals clustered by latent.
+    """Return every metric of a condition with intervals clustered by latent.
 
-    `draws` resamples of latents give the bootstrap interval, which is reported as well; `icc` is assumed where events
-    are too few to estimate it.
-    The degraded share is over all valid trials in every variant.
+    `draws` is the number of resamples for the additional bootstrap interval. `icc` is assumed if there are too few
+    events to estimate it. In every variant, the degraded share is over all valid trials.
     """
     by_variant: dict[str, dict[str, Estimate]] = {}
     worst: dict[str, dict[str, tuple[float | None, float | None]]] = {}
     done: dict[tuple[bool, bool], str] = {}
     for variant, (gated, included) in VARIANTS.items():
         same = done.setdefault((gated, _counted(outcomes, included)), variant)
-        if same != variant:
+        if same != variant:  # the headline equals one of the later variants
             by_variant[variant], worst[variant] = by_variant[same], worst[same]
             continue
         names = [m for m in METRICS if m != "degraded_share"]
@@ -207,9 +211,9 @@ def summarize(outcomes: Outcomes, draws: int = 2000, seed: int = 0, icc: float =
 
 
 def counts(outcomes: Outcomes) -> dict[str, int]:
-    """Planned trials by state; `degraded` counts those among the valid, `cut` those of the headline.
+    """Count the trials by state; `degraded` is counted over the valid trials, `cut` over those of the headline.
 
-    No `cut` where it is not known of all of them.
+    `cut` is left out unless it is known of all these trials.
     """
     by_state = np.bincount(outcomes.state, minlength=len(STATES))
     out = {"planned": len(outcomes)} | {name: int(by_state[i]) for i, name in enumerate(STATES)}
@@ -222,7 +226,7 @@ def counts(outcomes: Outcomes) -> dict[str, int]:
 def estimates(
     v: View, names: Sequence[str], draws: int, rng: np.random.Generator, icc: float = iv.ICC
 ) -> dict[str, Estimate]:
-    """The named metrics of a view with their intervals (no bootstrap interval where `draws` is 0)."""
+    """Return the named metrics of a view with their intervals; without a bootstrap interval if `draws` is 0."""
     parts = {name: METRICS[name].parts(v) for name in names}
     columns = [iv.cluster_sums(v.cluster, x, v.clusters) for pair in parts.values() for x in pair]
     totals = iv.resample_sums(np.stack(columns, axis=1), draws, rng) if v.clusters > 1 and draws else None
@@ -238,7 +242,7 @@ def estimates(
 
 
 def influence(num: Floats, den: Floats) -> Floats:
-    """Contribution of each trial to sum(num) / sum(den) - value, to first order."""
+    """Return the first-order contribution of each trial to the ratio sum(num) / sum(den)."""
     total = float(den.sum())
     return (num - float(num.sum()) / total * den) / total
 
@@ -260,7 +264,7 @@ def _estimate(
     events, clusters = int(event.sum()), int(np.count_nonzero(sizes))
     value = float(num.sum()) / n
     variance = iv.influence_variance(influence(num, den), cluster, member)
-    # where no resample differs the percentile bootstrap is a point, which is no interval
+    # if all resamples are equal, the percentile bootstrap is a point and not an interval
     beside = {"bootstrap": resampled} if resampled and resampled[0] < resampled[1] else {}
     if metric.rate:
         bounds = iv.rate_interval(events, sizes, variance, icc)
@@ -277,13 +281,13 @@ def _estimate(
 def _worst_case(
     outcomes: Outcomes, gated: bool, include_degraded: bool
 ) -> dict[str, tuple[float | None, float | None]]:
-    """Range of each metric if the unscored trials had been judged in the most unfavourable ways."""
+    """Return the range of each metric over the extreme verdicts on the unscored trials."""
     v = view(outcomes, gated, include_degraded)
     lost = outcomes.state == UNSCORED
     unscored = int(np.sum(lost if include_degraded else lost & ~outcomes.degraded))
     out: dict[str, tuple[float | None, float | None]] = {}
     for name, metric in METRICS.items():
-        if name == "degraded_share":  # degradation is read off the text, so it needs no judge
+        if name == "degraded_share":  # degradation follows from the text alone, so unscored trials cannot change it
             continue
         num, den = metric.parts(v)
         total, n = float(num.sum()), float(den.sum()) + unscored

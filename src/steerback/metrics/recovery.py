@@ -1,7 +1,7 @@
-"""Recovery without regard to restart phrases: from the relevance of a response's windows, one after the other.
+"""Recovery without a restart phrase, from the relevance scores of a response's windows in order.
 
-A response has recovered if one of its early windows is off the prompt and every later one is on it. How often that
-happens by chance is known exactly: it is the share of all orders of the same windows in which it is so.
+A response has recovered if an early window is off topic and every late window is on topic. The probability of this by
+chance is exact: the share of all orders of the same windows that satisfy the rule.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ from steerback.metrics.rates import Estimate
 from steerback.metrics.regions import mean_of, rate_of
 
 BINS = 20
-"""Positions of the time course."""
+"""Number of positions of the time course."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Thresholds of recovery: `early` is the share of the windows that are early, `least` the fewest windows."""
+    """Thresholds of recovery.
+
+    A window with a score of at most `low` is off topic, one of at least `high` is on topic. `early` is the share of
+    windows that count as early. Responses with fewer than `least` windows are left out.
+    """
 
     low: float = 30.0
     high: float = 70.0
@@ -31,13 +35,13 @@ class Rule:
     least: int = 4
 
     def first_late(self, windows: int) -> int:
-        """Return the number of early windows: at least one, and not all."""
+        """Return the number of early windows: at least one, and fewer than all."""
         return min(max(int(self.early * windows), 1), windows - 1)
 
 
 @dataclass(frozen=True, eq=False)
 class Series:
-    """Window scores (0-100) of n responses with their clusters; `single`: those with one attempt."""
+    """Window scores (0-100) and clusters of n responses; `single` marks the responses with one attempt."""
 
     scores: Sequence[Floats]
     cluster: Codes
@@ -46,11 +50,11 @@ class Series:
 
 @dataclass(frozen=True)
 class Recovery:
-    """Recovery in one condition, over the `n` responses with enough windows; `short` ones are left out.
+    """Recovery in one condition, over the `n` responses with enough windows; `short` counts the others.
 
-    `silent`: recovered in a single attempt, so without a restart phrase. `shuffled`: the share that windows in random
-    order would show; `above` is `recovered` minus that. `course` is the mean score at BINS positions from the first
-    window to the last.
+    `silent`: share that recovered within a single attempt, so without a restart phrase. `shuffled`: expected share for
+    windows in random order; `above` is `recovered` minus `shuffled`. `course`: mean score at BINS positions from the
+    first window to the last.
     """
 
     n: int
@@ -62,7 +66,7 @@ class Recovery:
     course: Sequence[Estimate]
 
     def to_json(self) -> dict[str, JsonValue]:
-        """Plain dicts, lists and numbers."""
+        """Return the JSON-able form."""
         return asdict(self)
 
 
@@ -97,7 +101,7 @@ def recovered(scores: Sequence[Floats], rule: Rule) -> Flags:
 def by_chance(scores: Sequence[Floats], rule: Rule) -> Floats:
     """Return of each response the share of all orders of its windows in which it has recovered.
 
-    All late windows have to be high; then every low one is early, so it is enough that there is one.
+    In such an order all late windows are high. Every low window is then early, so one low window is enough.
     """
     if not scores:
         return np.zeros(0)
@@ -115,7 +119,7 @@ def _flat(scores: Sequence[Floats]) -> tuple[list[int], Floats, Codes]:
 
 
 def course(scores: Sequence[Floats], cluster: Codes, bins: int = BINS) -> list[Estimate]:
-    """Return the mean score at `bins` relative positions, each response having the score of the window there."""
+    """Return the mean score at `bins` relative positions; each response contributes the score of its window there."""
     positions = (np.arange(bins) + 0.5) / bins
     at = np.zeros((0, bins))
     if scores:

@@ -1,7 +1,7 @@
 """Measurements of responses and of their regions: means, medians and ratios with intervals, and two-sided tests.
 
-Values belong to clusters (latents), whose members are correlated. Intervals and the headline p respect that; the t and
-rank tests of the paper's appendix A.7, which are reported as well, take every value as independent.
+Values belong to clusters (latents) and are correlated within a cluster. Intervals and the headline p account for that.
+The t and rank tests of the paper's appendix A.7, which are also reported, treat every value as independent.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from steerback.metrics.rates import Estimate, influence
 
 INFINITE = (-np.inf, np.inf)
 Sample = tuple[Floats, Codes]
-"""Values and the cluster of each."""
+"""Values and the cluster of each value, both (n,)."""
 
 
 def mean_of(values: Floats, cluster: Codes, limits: tuple[float, float] = INFINITE) -> Estimate:
-    """Mean of clustered values with the interval of `intervals.mean_interval`; nan values are left out."""
+    """Return the mean of clustered values with the interval of `intervals.mean_interval`; nan values are left out."""
     values, codes = _present(values, cluster)
     n = len(values)
     if not n:
@@ -33,7 +33,7 @@ def mean_of(values: Floats, cluster: Codes, limits: tuple[float, float] = INFINI
 
 
 def rate_of(yes: Floats, cluster: Codes) -> Estimate:
-    """Share of clustered 0/1 values with the interval of `intervals.rate_interval`; nan values are left out."""
+    """Return the share of clustered 0/1 values with the interval of `intervals.rate_interval`; nan is left out."""
     yes, codes = _present(yes, cluster)
     if not len(yes):
         return Estimate(None, None, None, 0, "no values")
@@ -43,14 +43,14 @@ def rate_of(yes: Floats, cluster: Codes) -> Estimate:
 
 
 def _spread(values: Floats, codes: Codes) -> tuple[Floats, iv.Influence]:
-    """Sizes of the clusters, and the variance of the mean."""
+    """Return the sizes of the clusters and the variance of the mean."""
     ones = np.ones(len(values))
     variance = iv.influence_variance(influence(values, ones), codes, np.ones(len(values), dtype=bool))
     return iv.cluster_sums(codes, ones), variance
 
 
 def median_of(values: Floats, cluster: Codes, draws: int, seed: int = 0) -> Estimate:
-    """Median of clustered values; nan values are left out."""
+    """Return the median of clustered values with a bootstrap interval; nan values are left out."""
     values, codes = _present(values, cluster)
     if not len(values):
         return Estimate(None, None, None, 0, "no values")
@@ -61,10 +61,10 @@ def median_of(values: Floats, cluster: Codes, draws: int, seed: int = 0) -> Esti
 
 
 def of_means(samples: Sequence[Sample], statistic: Callable[[Floats], Floats], draws: int, seed: int = 0) -> Estimate:
-    """A statistic of the means of clustered samples; nan values are left out.
+    """Return a statistic of the means of clustered samples; nan values are left out.
 
-    `statistic` maps means of shape (..., samples) to (...,). A cluster that occurs in several samples is drawn for all
-    of them together; draws in which it is undefined (nan) are left out.
+    `statistic` maps means of shape (..., samples) to (...,). A cluster that occurs in several samples is resampled for
+    all of them together. Draws with an undefined statistic (nan) are left out.
     """
     clean = [_finite(values, cluster) for values, cluster in samples]
     n = min(len(values) for values, _ in clean)
@@ -84,18 +84,18 @@ def of_means(samples: Sequence[Sample], statistic: Callable[[Floats], Floats], d
 
 
 def _bootstrapped(value: float, drawn: Floats, n: int, clusters: int) -> Estimate:
-    """An estimate with the expanded percentile interval; none with fewer than two clusters."""
+    """Return an estimate with the expanded percentile interval; without an interval for fewer than two clusters."""
     shown = value if np.isfinite(value) else None
-    found = iv.percentile(drawn, clusters=clusters) if clusters > 1 else None
-    if found is None:
+    bounds = iv.percentile(drawn, clusters=clusters) if clusters > 1 else None
+    if bounds is None:
         return Estimate(shown, None, None, n, "one latent: its spread is unknown", n, clusters)
-    return Estimate(shown, *found, n, f"expanded percentile bootstrap over latents, {len(drawn)} draws", n, clusters)
+    return Estimate(shown, *bounds, n, f"expanded percentile bootstrap over latents, {len(drawn)} draws", n, clusters)
 
 
 def ratio_of(
     above: Floats, above_cluster: Codes, below: Floats, below_cluster: Codes, draws: int, seed: int = 0
 ) -> Estimate:
-    """Mean of one sample over the mean of another; None where the latter is 0."""
+    """Return the mean of one sample divided by the mean of another; None if the latter is 0."""
 
     def ratio(means: Floats) -> Floats:
         quotient: Floats = np.where(means[..., 1] != 0, means[..., 0] / means[..., 1], np.nan)
@@ -105,10 +105,10 @@ def ratio_of(
 
 
 def auc_of(low: Floats, high: Floats, cluster: Codes, draws: int, seed: int = 0) -> Estimate:
-    """P(high > low), ties one half, of two arms that share clusters, both (n,); interval from resampled clusters.
+    """Return P(high > low), ties one half, of two arms (n,) that share clusters; interval from resampled clusters.
 
-    Complete separation resamples to itself; then the share of clusters that could cross is bounded (`no_event_bound`,
-    each cluster as one trial), and those that do may in both arms.
+    Every resample of completely separated arms is completely separated. In that case the interval comes from a bound
+    on the share of clusters that could overlap: `no_event_bound`, each cluster as one trial, in both arms.
     """
     if not len(low):
         return Estimate(None, None, None, 0, "no values")
@@ -133,11 +133,11 @@ def auc_of(low: Floats, high: Floats, cluster: Codes, draws: int, seed: int = 0)
 
 @dataclass(frozen=True)
 class RegionTest:
-    """Two samples of clustered values, two-sided. `difference` is mean(b) - mean(a), its interval clustered.
+    """Two-sided test of two samples of clustered values. `difference` is mean(b) - mean(a), its interval clustered.
 
-    `p` swaps a and b within latents; `t_p` (paired or Welch) and `rank_p` (Wilcoxon signed rank or rank sum) take every
-    value as independent. Cohen's d uses the pooled sd; Cliff's delta is P(b > a) - P(b < a). `holm` corrects p,
-    `t_holm` and `rank_holm` the others, each over the tests given to `correct_regions`.
+    `p` swaps a and b within latents. `t_p` (paired or Welch) and `rank_p` (Wilcoxon signed rank or rank sum) treat
+    every value as independent. Cohen's d uses the pooled sd; Cliff's delta is P(b > a) - P(b < a). `holm`, `t_holm`
+    and `rank_holm` are p, t_p and rank_p corrected over the tests passed to `correct_regions`.
     """
 
     paired: bool
@@ -160,7 +160,7 @@ class RegionTest:
 
 
 def paired_regions(a: Floats, b: Floats, cluster: Codes, draws: int = 10_000, seed: int = 0) -> RegionTest:
-    """Two regions of the same responses, all (n,); responses in which either is nan are left out."""
+    """Compare two regions of the same responses; all arrays (n,). Responses with a nan in either are left out."""
     both = np.isfinite(a) & np.isfinite(b)
     a, b, cluster = a[both], b[both], cluster[both]
     gap = mean_of(b - a, cluster)
@@ -176,7 +176,7 @@ def paired_regions(a: Floats, b: Floats, cluster: Codes, draws: int = 10_000, se
 def separate_regions(
     a: Floats, a_cluster: Codes, b: Floats, b_cluster: Codes, draws: int = 10_000, seed: int = 0
 ) -> RegionTest:
-    """Regions of different responses, (n,) and (m,); nan values are left out."""
+    """Compare regions of different responses, (n,) and (m,); nan values are left out."""
     a, a_cluster = _finite(a, a_cluster)
     b, b_cluster = _finite(b, b_cluster)
     gap = of_means(
@@ -192,7 +192,7 @@ def separate_regions(
 
 
 def correct_regions(tests: Mapping[str, RegionTest]) -> dict[str, RegionTest]:
-    """Holm over all the tests, for each kind of p on its own."""
+    """Fill the Holm-corrected p values over all tests, separately for each kind of p."""
     kinds = (holm(getattr(t, kind) for t in tests.values()) for kind in ("p", "t_p", "rank_p"))
     return {
         name: replace(test, holm=p, t_holm=t, rank_holm=r)
@@ -201,7 +201,7 @@ def correct_regions(tests: Mapping[str, RegionTest]) -> dict[str, RegionTest]:
 
 
 def cohens_d(a: Floats, b: Floats) -> float | None:
-    """(mean(b) - mean(a)) / pooled sd; None where it is not defined."""
+    """Return Cohen's d, (mean(b) - mean(a)) / pooled sd; None if undefined."""
     n, m = len(a), len(b)
     if n < 2 or m < 2:
         return None
@@ -210,7 +210,7 @@ def cohens_d(a: Floats, b: Floats) -> float | None:
 
 
 def cliffs_delta(a: Floats, b: Floats) -> float | None:
-    """P(b > a) - P(b < a) over all pairs."""
+    """Return Cliff's delta, P(b > a) - P(b < a) over all pairs; None for an empty sample."""
     from scipy.stats import mannwhitneyu
 
     if not len(a) or not len(b):
@@ -227,7 +227,7 @@ def _test(
     draws: int,
     seed: int,
 ) -> RegionTest:
-    """The test of two samples; `p` are those of the t and of the rank test."""
+    """Assemble the test of two samples; `p` holds the p values of the t test and the rank test."""
     names = np.unique(np.concatenate([first[1], second[1]]))
 
     def sums(values: Floats, cluster: Codes) -> Floats:
@@ -264,6 +264,6 @@ def _finite(values: Floats, cluster: Codes) -> tuple[Floats, Codes]:
 
 
 def _present(values: Floats, cluster: Codes) -> tuple[Floats, Codes]:
-    """Values that are there, with clusters counted from 0."""
+    """Return the finite values with their clusters numbered from 0."""
     values, cluster = _finite(values, cluster)
     return values, np.unique(cluster, return_inverse=True)[1].astype(np.int64)
