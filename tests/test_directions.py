@@ -203,7 +203,7 @@ def test_making_refuses_what_makes_no_sense(engine: TransformersEngine, tmp_path
     with pytest.raises(SteerbackError, match="does not exist"):
         read_texts(tmp_path / "nothing.txt")
     (tmp_path / "empty.txt").write_text("# nothing\n\n")
-    with pytest.raises(SteerbackError, match="holds no text"):
+    with pytest.raises(SteerbackError, match="has no text"):
         read_texts(tmp_path / "empty.txt")
 
 

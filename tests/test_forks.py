@@ -29,7 +29,7 @@ from steerback.report.export import export_flat
 from steerback.store.facts import DETECTOR_SET, FORK, FORKS, Detector, DetectorSet
 from steerback.store.merge import merge
 from steerback.store.run import Run, stored_config
-from steerback.study.forks import edits_of, own_arm
+from steerback.study.forks import edits_of, parse_arm
 
 ADD, OTHER, CLAMP = Intervention("add", 3, 9.0), Intervention("add", 3, 5.0), Intervention("clamp", 7, 0.0)
 
@@ -238,25 +238,25 @@ def test_edits_of_a_continuation_are_those_of_the_past_before_it_and_of_the_arm_
 def test_own_arms_are_read(runs: Runs) -> None:
     trial = runs.ledger("esr").rows(stage="measure")[0].trial
     (add,) = trial.interventions
-    assert own_arm(trial, "calm = clamp:7:2.5; add:9:-1").edits == [
+    assert parse_arm(trial, "calm = clamp:7:2.5; add:9:-1").edits == [
         add,
         Intervention("clamp", 7, 2.5),
         Intervention("add", 9, -1.0),
     ]
-    assert own_arm(trial, "x=boost:0;clamp:7:1;clamp:7:2").edits == [Intervention("clamp", 7, 2.0)]
+    assert parse_arm(trial, "x=boost:0;clamp:7:1;clamp:7:2").edits == [Intervention("clamp", 7, 2.0)]
     for wrong in ("nothing", "=add:1:2", "a/b=add:1:2", "x=add:1", "x=push:1:2", "x=add:1:two", "x=boost:1:2"):
         with pytest.raises(SteerbackError):
-            own_arm(trial, wrong)
+            parse_arm(trial, wrong)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ([], "say where to fork with --at"),
-        (["--at", "400"], "of which 0 to"),
+        (["--at", "400"], "choose a token from 0 to"),
         (["--at", "3", "--ablate", "x"], "give `detectors`, or latents"),
         (["--at", "3", "--detectors", "other"], "goes with --ablate detectors"),
-        (["--at", "3", "--arm", "broken"], "has to read NAME=EDIT"),
+        (["--at", "3", "--arm", "broken"], "must have the form NAME=EDIT"),
         (["--at", "3", "--arm", "steering off=boost:3"], "two arms are called 'steering off'"),
     ],
 )

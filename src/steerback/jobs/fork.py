@@ -42,7 +42,7 @@ class ForkSettings:
     `at`: number of tokens that are kept, `attempt:N` (before the N-th attempt), or `drift` (before the first sentence
     of the first attempt that the judge scores below the run's `recovery.low`). `ablate`: `detectors`, or latents
     separated by commas; `detectors` names the run whose detectors are meant, if not this one. `boosts`: the trial's
-    latent with other boosts. `arms`: own ones (`study.forks.own_arm`). `throughout`: arms also edit the prompt and the
+    latent with other boosts. `arms`: texts for `study.forks.parse_arm`. `throughout`: arms also edit the prompt and the
     kept tokens. `judge`: the run's own unless named.
     """
 
@@ -223,7 +223,7 @@ def _arms(opened: Run, row: Row, settings: ForkSettings) -> list[ForkArm]:
         if not all(part.isdecimal() for part in parts):
             raise SteerbackError(f"--ablate {settings.ablate[:80]!r}: give `detectors`, or latents such as 12,40")
         arms.append(plan.clamped(trial, [int(part) for part in parts], f"{', '.join(parts)} clamped"))
-    arms += [plan.own_arm(trial, text) for text in settings.arms]
+    arms += [plan.parse_arm(trial, text) for text in settings.arms]
     kept: dict[str, ForkArm] = {}
     for arm in arms:
         if kept.setdefault(arm.name, arm) != arm:

@@ -1,1 +1,1 @@
-"""Choosing latents: sampling, relevance, concreteness, matching, detectors."""
+"""Choose latents: sampling, relevance, concreteness, matching, detectors."""

@@ -1,7 +1,8 @@
-"""Residuals of texts as shuffled batches within a bound of memory, and what replacing them by an SAE's output costs.
+"""Residuals of texts as shuffled batches in bounded memory, and the loss when an SAE's output replaces them.
 
-Read are the words of prompt and answer: special and template tokens are the same in every text, and the first position
-is left out, since its norm is many times that of the others (an attention sink) and would be most of the variance.
+Only the words of prompt and answer are read. Special and template tokens are left out because they are equal in every
+text. The first position is left out because it is an attention sink: its norm is many times that of the others, so it
+would be most of the variance.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ if TYPE_CHECKING:
     from steerback.engines.transformers import TransformersEngine
 
 OUTLIER = 10.0
-"""A position whose norm is so many times the median gives way to another: a few would be all of the variance."""
+"""Positions with a norm above this multiple of the median are replaced: a few of them would be most of the variance."""
 
 Batch = dict[int, Tensor]
-"""Residuals (n, d) of the same positions by layer."""
+"""Residuals (n, d) by layer, of the same positions."""
 
 
 class ActivationStream:
-    """Residuals of `layers` at all words of some texts, in random order, `memory` bytes of them at a time at most.
+    """Residuals of `layers` at all words of some texts, in random order, with at most `memory` bytes at a time.
 
-    What fits is computed once and kept; else each pass computes part after part anew. The same seed gives the same
-    batches, so a stopped training goes on where it was.
+    If all residuals fit, they are computed once; else each pass computes them again, part by part. The same seed gives
+    the same batches, so that an interrupted training can resume.
     """
 
     def __init__(
@@ -62,37 +63,37 @@ class ActivationStream:
 
     @property
     def positions(self) -> int:
-        """How many residuals a pass has."""
+        """Number of residuals per pass."""
         return sum(self.sizes)
 
     def steps(self, size: int, passes: int) -> int:
-        """Return the number of batches of `size` in some passes."""
+        """Return the number of batches of `size` in `passes` passes."""
         return passes * sum(n // size for n in self.sizes)
 
     def batches(self, size: int, passes: int, skip: int = 0) -> Iterator[Batch]:
-        """Yield the batches of some passes; the first `skip` are left out without being computed."""
+        """Yield the batches of `passes` passes; the first `skip` batches are skipped without computing them."""
         for number in range(passes):
             for part, positions in enumerate(self.sizes):
                 count = positions // size
                 if skip >= count:
                     skip -= count
                     continue
-                held = self.part(part)
+                states = self.part(part)
                 seed = 1 + number * len(self.parts) + part
                 order = torch.randperm(positions, generator=self._generator(seed))
                 for n in range(skip, count):
                     rows = order[n * size : (n + 1) * size]
-                    yield {layer: h[rows.to(h.device)] for layer, h in held.items()}
+                    yield {layer: h[rows.to(h.device)] for layer, h in states.items()}
                 skip = 0
 
     def part(self, part: int) -> Batch:
-        """Return the residuals of one part; the last one that was asked for is kept."""
+        """Return the residuals of one part; the latest part stays in memory."""
         if self._kept is not None and self._kept[0] == part:
             return self._kept[1]
-        self._kept = None  # first, so that never two are held
-        found = collect(self.engine, [self._texts[n] for n in self.parts[part]], self.layers, self.sizes[part])
-        self._kept = part, found
-        return found
+        self._kept = None  # release the old part first, so that memory never contains two
+        states = collect(self.engine, [self._texts[n] for n in self.parts[part]], self.layers, self.sizes[part])
+        self._kept = part, states
+        return states
 
     def _generator(self, number: int) -> torch.Generator:
         return torch.Generator().manual_seed(1_000_003 * self.seed + number)
@@ -102,32 +103,32 @@ class ActivationStream:
 def collect(
     engine: TransformersEngine, texts: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], layers: Sequence[int], n: int
 ) -> Batch:
-    """Return the residuals of texts given as (token ids, positions to keep), `n` positions in all, in any order.
+    """Return the residuals of texts, given as (token ids, positions to keep), in any order; `n` positions in all.
 
-    Outliers give way to other positions, so that the number stays.
+    Outliers are replaced by other positions, so that the number of residuals stays `n`.
     """
     device, dtype, width = engine.runner.device, engine.runner.dtype, engine.runner.site.d_model
-    found = {layer: torch.empty(n, width, dtype=dtype, device=device) for layer in layers}
+    residuals = {layer: torch.empty(n, width, dtype=dtype, device=device) for layer in layers}
     at = 0
     for number, states in engine.states([ids for ids, _ in texts], layers):
         chosen = torch.tensor(texts[number][1], device=device)
         for layer, h in states.items():
-            found[layer][at : at + len(chosen)] = h[chosen]
+            residuals[layer][at : at + len(chosen)] = h[chosen]
         at += len(chosen)
     generator = torch.Generator().manual_seed(n)
-    for h in found.values():
+    for h in residuals.values():
         norms = torch.cat([part.float().norm(dim=1) for part in torch.split(h, 65_536)])
         usual = norms <= OUTLIER * norms.median()
         if not usual.all():
             odd, even = (~usual).nonzero().flatten(), usual.nonzero().flatten()
             h[odd] = h[even[torch.randint(len(even), (len(odd),), generator=generator).to(device)]]
-    return found
+    return residuals
 
 
 @dataclass(frozen=True, slots=True)
 class LossRecovered:
-    """Mean next-token loss at the words of texts, in nats: as it is, with the SAE's output in place of the residual,
-    and with zeros in its place. The first position and template tokens are always left as they are."""
+    """Mean next-token loss at the words of texts, in nats: unchanged, with the SAE's output in place of the residual,
+    and with zeros in place of the residual. The first position and template tokens are never replaced."""
 
     plain: float
     replaced: float
@@ -135,13 +136,13 @@ class LossRecovered:
 
     @property
     def share(self) -> float:
-        """Share of the loss between zeros and the model's own that the SAE recovers."""
+        """Share of the loss difference between zeros and the unchanged model that the SAE recovers."""
         return (self.zero - self.replaced) / (self.zero - self.plain)
 
 
 @torch.inference_mode()
 def loss_recovered(engine: TransformersEngine, sae: Sae, texts: Sequence[TrainingText]) -> LossRecovered:
-    """Return the next-token loss of texts with and without an SAE in the model's way, at the SAE's own layer."""
+    """Return the next-token loss of texts with and without the SAE's output in place of its layer's residual."""
     runner, sums, count = engine.runner, [0.0, 0.0, 0.0], 0
     sae = sae.to(runner.device)
     block = runner.decoder.layers[sae.layer]
@@ -152,7 +153,7 @@ def loss_recovered(engine: TransformersEngine, sae: Sae, texts: Sequence[Trainin
         tokens = torch.tensor([ids], device=runner.device)
         where = torch.zeros(len(ids), dtype=torch.bool, device=runner.device)
         where[list(words)] = True
-        told = where[1:].clone()  # the loss counts where a word is predicted
+        predicted = where[1:].clone()  # the loss counts only positions whose next token is a word
         for n, replace in enumerate((None, sae, 0.0)):
             handle = block.register_forward_hook(_replacing(replace, where))
             try:
@@ -160,19 +161,19 @@ def loss_recovered(engine: TransformersEngine, sae: Sae, texts: Sequence[Trainin
             finally:
                 handle.remove()
             losses = torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none")
-            sums[n] += float(losses[told].double().sum())
-        count += int(told.sum())
+            sums[n] += float(losses[predicted].double().sum())
+        count += int(predicted.sum())
     return LossRecovered(*(total / max(count, 1) for total in sums))
 
 
 def _positions(tokens: Tensor) -> tuple[Tensor, int, None, Pass]:
-    """Return what `Runner.hidden` needs beside tokens (1, T) that are read in one unsteered pass."""
+    """Return the other arguments of `Runner.hidden` for one unsteered pass over tokens (1, T)."""
     positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
     return positions, tokens.shape[1], None, Pass(positions, [])
 
 
 def _replacing(by: Sae | float | None, where: Tensor) -> Hook:
-    """Return a hook that puts an SAE's output, or a number, in the place of a block's residual (1, T, d) at `where`."""
+    """Return a hook that replaces a block's residual (1, T, d) at `where` by the SAE's output or a number."""
 
     def hook(_module: torch.nn.Module, _inputs: object, output: BlockOutput) -> BlockOutput | None:
         h = output[0] if isinstance(output, tuple) else output

@@ -1,9 +1,9 @@
-"""Leave out latents with abstract labels: it is hard to judge whether text is off topic if the topic is "emphasis".
+"""Leave out latents with abstract labels: no judge can tell whether a text is off topic if the topic is "emphasis".
 
-A `Rater` gives each label 0 (abstract, conversational, grammatical) to 100 (a thing one can see or touch). The
-specification drops labels below the median rating, the authors' code keeps ratings of 65 and more. The offline rater
-here goes by word lists and word endings; it needs no model, and it is a stand-in: its numbers are no measurements of
-concreteness, and they are not comparable with a language model's.
+A `Rater` rates each label from 0 (abstract, conversational, grammatical) to 100 (visible or tangible). The
+specification drops labels below the median rating; the authors' code keeps ratings of 65 and more. The offline rater
+uses word lists and word endings and needs no model. Its ratings are a rough substitute and not comparable with those of
+a language model.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from steerback.store.cache import default_path
 
 @runtime_checkable
 class Rater(Protocol):
-    """Rates labels. `name` and `version` go into caches and manifests."""
+    """Rates labels. `name` and `version` are recorded in caches and manifests."""
 
     name: str
     version: str
 
     def rate(self, labels: Sequence[str]) -> list[float | None]:
-        """Return one rating (0-100) per label, None if it could not be rated."""
+        """Return one rating (0-100) per label, None for a label that could not be rated."""
         ...
 
 
 def abstract_labels(ratings: Mapping[int, float], threshold: float | None = None) -> frozenset[int]:
-    """Return the latents rated below `threshold`, or below the median of all ratings if it is None."""
+    """Return the latents rated below `threshold`; None takes the median of all ratings."""
     if not ratings:
         return frozenset()
     cut = median(ratings.values()) if threshold is None else threshold
@@ -41,10 +41,10 @@ def abstract_labels(ratings: Mapping[int, float], threshold: float | None = None
 
 
 class OfflineRater:
-    """Rates labels by word lists and endings.
+    """Rates labels by word lists and word endings.
 
-    A word counts for or against, words it does not know lean on their ending; the label's rating is a squashed mean
-    over its content words. Words for a mention ("descriptions", "references") do not count where the rest is concrete.
+    Each content word votes for concrete or abstract; unknown words vote by their ending. The rating is the logistic
+    function of the mean vote. Words such as "descriptions" or "references" do not vote if the other words are concrete.
     """
 
     name = "offline"
@@ -59,7 +59,7 @@ class OfflineRater:
             return None
         votes = [_vote(word, first=i == 0) for i, word in enumerate(words)]
         about = [vote for word, vote in zip(words, votes, strict=True) if not _stems(word) & _CARRIERS]
-        if about and sum(about) >= len(about):  # plainly about a thing; other labels stay as they are
+        if about and sum(about) >= len(about):  # the other words are clearly concrete
             votes = about
         framed = -1.5 if _FRAME.search(label) else 0.0
         return round(100.0 / (1.0 + math.exp(-1.6 * (sum(votes) / len(votes) + framed))), 1)
@@ -71,7 +71,7 @@ LOCAL_RATERS: dict[str, Callable[[], Rater]] = {"offline": OfflineRater}
 def make_rater(name: str, judges: Maker = make_judge) -> Rater:
     """Return the rater of a name: `offline`, or a language model by alias or "provider/model" as for judges.
 
-    A language model is asked through the judge of that name, so that the budget of `judges` holds for both.
+    A language model is asked through the judge of that name, so that both share the budget of `judges`.
     """
     if name in LOCAL_RATERS:
         return LOCAL_RATERS[name]()
@@ -83,12 +83,12 @@ def make_rater(name: str, judges: Maker = make_judge) -> Rater:
     from steerback.judging.llm import LLMJudge
 
     judge = judges(name)
-    assert isinstance(judge, LLMJudge)  # the names of judges that are none are known, and no model's
+    assert isinstance(judge, LLMJudge)  # `name` is a model string, so the judge is a language model
     return LLMRater(name, judge.transport, default_path())
 
 
 def _vote(word: str, first: bool) -> float:
-    """-2 (abstract) to 2 (concrete) for one word; its capital letter tells a name unless it opens the label."""
+    """Return the vote of one word, -2 (abstract) to 2 (concrete); a capital letter marks a name unless `first`."""
     lower = word.casefold()
     stems = _stems(word)
     if stems & _ABSTRACT:
@@ -106,14 +106,14 @@ def _vote(word: str, first: bool) -> float:
 
 
 def _stems(word: str) -> set[str]:
-    """Return the word in lower case and what may be its singular."""
+    """Return the word in lower case and its possible singular forms."""
     lower = word.casefold()
     stems = {lower, lower.removesuffix("s"), lower.removesuffix("es"), lower.removesuffix("'s")}
     return stems | ({lower[:-3] + "y"} if lower.endswith("ies") else set())
 
 
 def _places(lower: str) -> set[str]:
-    """Return the places that a word may be derived from: "brazilians", "japanese", "himalayan", "californian"."""
+    """Return the possible place names behind a word such as "brazilians", "japanese", "himalayan", "californian"."""
     word = lower.removesuffix("'s").removesuffix("s")
     cut = {word.removesuffix(ending) for ending in ("n", "an", "ian", "ese", "ish", "i", "ean")}
     return {lower, word} | cut | {stem + end for stem in cut for end in ("a", "o", "y", "e")}
@@ -121,7 +121,7 @@ def _places(lower: str) -> set[str]:
 
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
 _STOP = word_list("function")
-# Labels that describe what the text does rather than what it is about.
+# Labels that describe the function of a text and not its subject.
 _FRAME = re.compile(
     r"\b(?:the (?:assistant|user|model|speaker|author)|should|must|phrases? (?:that|for)|words? (?:that|indicating)"
     r"|(?:beginning|start|end) of|references? to|introduc\w+|explaining|descriptions? of (?:an?|the) )\b",

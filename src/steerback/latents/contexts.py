@@ -1,9 +1,9 @@
-"""Top contexts of latents: a snippet around each peak in a list of texts, the word at the peak, and the activation.
+"""Top contexts of latents: the snippet around each activation peak, the word at the peak, and the activation.
 
-    found = top_contexts(engine, texts, n=8)
-    found.of(17)     # [Context(before="The lava ", word="flows", after=" into the sea.", activation=12.3), ...]
+    contexts = top_contexts(engine, texts, n=8)
+    contexts.of(17)     # [Context(before="The lava ", word="flows", after=" into the sea.", activation=12.3), ...]
 
-Each text gives a latent at most one context.
+A latent gets at most one context per text.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from steerback.engines.transformers import TransformersEngine
 
 AROUND = 60
-"""Characters of a snippet on either side of the word."""
+"""Characters of a snippet on each side of the word."""
 CHUNK_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """A latent's peak in one text."""
+    """The peak of a latent in one text."""
 
     before: str
     word: str
@@ -37,18 +37,22 @@ class Context:
 
     @property
     def text(self) -> str:
-        """The snippet."""
+        """The snippet as one text."""
         return f"{self.before}{self.word}{self.after}".strip()
 
     @property
     def marked(self) -> str:
-        """The snippet with its peak between « and »."""
+        """The snippet with the peak word between « and »."""
         return f"{self.before}«{self.word}»{self.after}".strip()
 
 
 @dataclass
 class Contexts:
-    """Top contexts of all latents: `values` (n_latents, n) descending, 0 for contexts that are missing."""
+    """Top contexts of all latents.
+
+    `values` (n_latents, n) are activations in descending order, 0 for a missing context. `text` and `token` of the
+    same shape are the text's number and the position in it. `tokens` maps a text's number to its token ids.
+    """
 
     values: NDArray[np.float32]
     text: NDArray[np.int64]
@@ -58,12 +62,12 @@ class Contexts:
     _ends: dict[int, tuple[str, list[int]]] = field(default_factory=dict)
 
     def of(self, latent: int) -> list[Context]:
-        """Return the contexts of a latent, most active first; none if it was never active."""
+        """Return the contexts of a latent, most active first; an empty list if it was never active."""
         row = zip(self.values[latent], self.text[latent], self.token[latent], strict=True)
         return [self._at(int(text), int(token), float(value)) for value, text, token in row if value > 0]
 
     def active(self) -> NDArray[np.int64]:
-        """Return the latents that were active anywhere, most active first."""
+        """Return the latents that were active in any text, most active first."""
         peaks = self.values[:, 0]
         order = np.argsort(-peaks, kind="stable")
         return order[: int((peaks > 0).sum())]
@@ -74,7 +78,7 @@ class Contexts:
         whole, ends = self._ends[text]
         start, end = ends[token - 1] if token else 0, ends[token]
         start += len(whole[start:end]) - len(whole[start:end].lstrip())
-        if re.search(r"\w", whole[start:end]):  # the whole word that the token is a piece of
+        if re.search(r"\w", whole[start:end]):  # extend the token to the whole word
             while start and re.match(r"\w", whole[start - 1]):
                 start -= 1
             while end < len(whole) and re.match(r"\w", whole[end]):
@@ -88,7 +92,7 @@ class Contexts:
 
 
 class TextOf:
-    """Decodes tokens to a text and the character at which each token ends."""
+    """Decodes token ids to a text and the character offset at which each token ends."""
 
     def __init__(self, engine: TransformersEngine) -> None:
         self._prompter = engine.runner.prompter
@@ -99,15 +103,16 @@ class TextOf:
 
 
 def top_contexts(engine: TransformersEngine, texts: Sequence[str], n: int = 8, layer: int | None = None) -> Contexts:
-    """Return the `n` texts in which each latent peaks highest; a `layer` other than the SAE's is for diagnosis.
+    """Return the contexts of the `n` highest peaks of each latent, each in another text.
 
-    Memory is n_latents x n and one chunk of tokens x n_latents, whatever the number of texts.
+    `layer` reads another layer than the SAE's, for diagnosis. Memory is n_latents x n plus one chunk of tokens x
+    n_latents; it does not grow with the number of texts.
     """
     import torch
 
     sae = engine.sae
     if sae is None:
-        raise SteerbackError("contexts need an SAE and this target has none")
+        raise SteerbackError("contexts of latents need an SAE, but this target has none")
     at = sae.layer if layer is None else layer
     values = torch.zeros(sae.n_latents, n)
     where = torch.zeros(2, sae.n_latents, n, dtype=torch.long)

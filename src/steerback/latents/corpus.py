@@ -1,7 +1,7 @@
-"""Texts for the training of an SAE, written by the model itself: every kind of text about every topic, in random order.
+"""Training texts of an SAE, written by the model itself: every kind of text about every topic, in random order.
 
-Topics and kinds are data of the package (`data/corpus`). A text is read as the answer to its prompt, and once more in
-pieces that stand alone, because labels, directions and the doctor read texts that follow no prompt.
+Topics and kinds of text are data of the package (`data/corpus`). The SAE is trained on each text as the answer to its
+prompt, and again on its pieces without a prompt, because labels, directions and the doctor use texts without a prompt.
 """
 
 from __future__ import annotations
@@ -18,66 +18,66 @@ from steerback.readers import content_lines, read_json_lines
 from steerback.records import Request, Sampling
 
 SEED = 5_000_000
-"""First seed of the corpus, far from those of all stages of a study."""
+"""First seed of the corpus; no stage of a study uses seeds in this range."""
 PIECE = 320
-"""Characters after which a piece ends, at the end of a sentence."""
+"""Number of characters after which a piece ends at the next end of a sentence."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingText:
-    """What the model is given to read: a prompt, maybe empty, and a text as its answer."""
+    """A text as the answer to a prompt; the prompt may be empty."""
 
     prompt: str
     text: str
 
 
 def corpus_requests(n: int, new_tokens: int, plain: bool) -> list[Request]:
-    """Return the first `n` requests of the corpus; a `plain` model without a chat format gets headings to go on from.
+    """Return the first `n` requests of the corpus; a `plain` model without a chat format gets headings to continue.
 
-    The same number always means the same request, so that a stopped corpus goes on.
+    A number always stands for the same request, so that interrupted writing can resume.
     """
     topics, kinds = _lines("topics"), _lines("kinds")
     pairs = [(topic, kind) for topic in topics for kind in kinds]
     random.Random(0).shuffle(pairs)
     sampling = Sampling(temperature=1.0, max_new_tokens=new_tokens)
-    found = []
+    requests = []
     for i in range(n):
         topic, kind = pairs[i % len(pairs)]
         prompt = kind.replace("{topic}", topic)
-        found.append(Request(str(i), f"{prompt}\n\n" if plain else prompt, SEED + i, sampling))
-    return found
+        requests.append(Request(str(i), f"{prompt}\n\n" if plain else prompt, SEED + i, sampling))
+    return requests
 
 
 def read_corpus(path: Path) -> dict[str, TrainingText]:
-    """Return the texts that a file holds already by key; a last line that was cut off is left out."""
-    found: dict[str, TrainingText] = {}
+    """Return the texts in a corpus file by key; an incomplete last line is removed from the file."""
+    texts: dict[str, TrainingText] = {}
     if path.is_file():
         whole = path.read_bytes()
-        if not whole.endswith(b"\n"):  # stopped while it was written
+        if not whole.endswith(b"\n"):  # writing was interrupted
             path.write_bytes(whole[: whole.rfind(b"\n") + 1])
         for _, row in read_json_lines(path, "corpus"):
             if isinstance(row, dict):
-                found[str(row.get("key"))] = TrainingText(str(row.get("prompt")), str(row.get("text")))
-    return found
+                texts[str(row.get("key"))] = TrainingText(str(row.get("prompt")), str(row.get("text")))
+    return texts
 
 
 def corpus_line(key: str, reading: TrainingText) -> str:
-    """Return the line of a corpus file for a text."""
+    """Return the line of a text in a corpus file."""
     return json.dumps({"key": key, "prompt": reading.prompt, "text": reading.text}, ensure_ascii=False) + "\n"
 
 
 def readings(texts: Sequence[TrainingText]) -> list[TrainingText]:
-    """Return each text as the answer to its prompt, and its pieces alone; a text without a prompt in pieces only."""
-    found = []
+    """Return each text with its prompt, and its pieces without a prompt; without a prompt, its pieces only."""
+    parts = []
     for reading in texts:
         if reading.prompt:
-            found.append(reading)
-        found.extend(TrainingText("", piece) for piece in pieces(reading.text))
-    return found
+            parts.append(reading)
+        parts.extend(TrainingText("", piece) for piece in pieces(reading.text))
+    return parts
 
 
 def pieces(text: str) -> Iterator[str]:
-    """Yield parts of a text of a few sentences each."""
+    """Yield consecutive parts of a text, a few sentences each."""
     part = ""
     for sentence in re.split(r"(?<=[.!?。])\s+|\n\n+", text):
         part = f"{part} {sentence}".strip()

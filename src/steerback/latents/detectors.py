@@ -1,16 +1,16 @@
 """Off-topic detectors: latents that are more active when a response does not belong to its prompt.
 
-Each response is read twice, after its own prompt (matched) and after another one (mismatched), so that both arms hold
-the same texts and nothing but the mismatch can tell them apart. Works on arrays of pooled activations.
+Each response is read twice: after the prompt it answers (matched) and after another prompt (mismatched). Both arms
+contain the same texts, so they differ in the mismatch alone. The functions take arrays of pooled activations.
 
     pairs = make_pairs([t.prompt for t in texts], seed=42)
     matched = engine.activations(prompts, responses)                                   # (n, latents)
     mismatched = engine.activations([prompts[j] for j in pairs.partner], responses)    # the same responses
-    found = search_detectors(matched, mismatched, pairs)            # AUC 1 on one half of the prompts, ranked
-    found.latents, found.null.expected, found.held_out.auc          # and how they do on the other half
-    json.dump(list(found.latents), file)                            # the authors' format
+    result = search_detectors(matched, mismatched, pairs)           # AUC 1 on one half of the prompts, ranked
+    result.latents, result.search.perfect, result.held_out          # and their separation on the other half
+    json.dump(list(result.latents), file)                           # the authors' format
 
-Perfect separability (AUC 1) means that the least active mismatched text is above the most active matched one.
+Perfect separability (AUC 1): the least active mismatched text is more active than the most active matched text.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ HIGH_AUC = 0.9
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pairs:
-    """The prompt that each text is mismatched with. Prompts are numbered in order of first appearance."""
+    """The mismatched prompt of each text. Prompts are numbered in order of first appearance."""
 
     partner: NDArray[np.int64]  # (n,): text i is mismatched with the prompt of text partner[i]
-    prompt: NDArray[np.int64]  # (n,): number of the own prompt
-    search: NDArray[np.bool_]  # (n,): in the half of the prompts that is searched
+    prompt: NDArray[np.int64]  # (n,): number of the prompt that the text answers
+    search: NDArray[np.bool_]  # (n,): whether the prompt is in the search half
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Half:
-    """One half of the prompts: separation per detector, and counts against the null."""
+    """One half of the prompts: separation of each detector, and counts compared with the null distribution."""
 
     n_prompts: int
     n_texts: int
     separation: Separation
-    """Of the detectors, in their order."""
+    """Separation of the detectors, in their order."""
     perfect: NullCount
-    """Of latents at AUC 1."""
+    """Number of latents with AUC 1."""
     high_auc: NullCount
-    """Of latents at AUC >= `HIGH_AUC`."""
+    """Number of latents with AUC >= `HIGH_AUC`."""
     max_auc: float
-    """95th percentile over draws of the largest AUC of any latent counted; an AUC above it is no accident of many."""
+    """95th percentile, over null draws, of the largest AUC of all counted latents."""
 
     def record(self) -> SearchHalf:
-        """Return the record that the ledger keeps."""
+        """Return the record for the ledger."""
         return SearchHalf(
             n_prompts=self.n_prompts,
             n_texts=self.n_texts,
@@ -69,20 +69,20 @@ class Half:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DetectorSearch:
-    """Detectors, most separating first, with the null of the search half (over all latents) and the held-out half
-    (over the detectors alone)."""
+    """Detectors, best separation first; null counts are over all latents on the search half, and over the detectors
+    alone on the held-out half."""
 
     latents: tuple[int, ...]
     rule: Rule
     search: Half
     held_out: Half | None
     n_passed: int
-    """Number of latents that met the rule, before `limit`."""
+    """Number of latents that meet the rule, before `limit`."""
     overall: Separation
-    """Of every latent, on the search half, for tables."""
+    """Separation of every latent on the search half, for tables."""
 
     def record(self) -> Search:
-        """Return the record that the ledger keeps; its `latents` is the authors' format."""
+        """Return the record for the ledger; its `latents` has the authors' format."""
         return Search(
             latents=list(self.latents),
             rule=self.rule,
@@ -93,29 +93,29 @@ class DetectorSearch:
 
 
 def make_pairs(prompts: Sequence[str], seed: int = 42, held_out: bool = True) -> Pairs:
-    """Mismatch every text with another text's prompt, at random, so that no pair keeps its prompt.
+    """Mismatch every text with the prompt of another text, at random; no text keeps its prompt.
 
-    `prompts`: the prompt of each text, shape (n,); several texts may share one. Each prompt is used as a mismatch
-    exactly as often as it has texts. With `held_out` the prompts are first split in two halves at random and
-    mismatched within their half, so that the halves share neither texts nor prompts. Raises SteerbackError if no
-    derangement exists (one prompt has more than half of the texts).
+    `prompts` (n,): the prompt of each text; several texts may share one. Each prompt is the mismatch exactly as often
+    as it has texts. With `held_out`, the prompts are first split in two random halves and mismatched within a half, so
+    that the halves share neither texts nor prompts. Raises SteerbackError if no derangement exists: one prompt has
+    more than half of the texts.
     """
     numbers = {p: i for i, p in enumerate(dict.fromkeys(prompts))}
-    own = np.array([numbers[p] for p in prompts], dtype=np.int64)
+    prompt = np.array([numbers[p] for p in prompts], dtype=np.int64)
     if len(numbers) < (4 if held_out else 2):
         need, why = (4, " (two halves)") if held_out else (2, "")
-        raise SteerbackError(f"detector search needs at least {need} different prompts{why}, there are {len(numbers)}")
+        raise SteerbackError(f"detector search needs at least {need} different prompts{why}; got {len(numbers)}")
     generator = np.random.default_rng(seed)
     searched = np.ones(len(numbers), dtype=bool)
     if held_out:
         searched[generator.permutation(len(numbers))[: len(numbers) // 2]] = False
-    search = searched[own]
-    partner = np.zeros(len(own), dtype=np.int64)
+    search = searched[prompt]
+    partner = np.zeros(len(prompt), dtype=np.int64)
     for half in (search, ~search):
         places = np.flatnonzero(half)
         if places.size:
-            partner[places] = places[derange(own[places], generator)]
-    return Pairs(partner, own, search)
+            partner[places] = places[derange(prompt[places], generator)]
+    return Pairs(partner, prompt, search)
 
 
 def derange(groups: NDArray[np.int64], generator: np.random.Generator) -> NDArray[np.int64]:
@@ -123,7 +123,7 @@ def derange(groups: NDArray[np.int64], generator: np.random.Generator) -> NDArra
     n = len(groups)
     largest = int(np.bincount(groups).max())
     if 2 * largest > n:
-        raise SteerbackError(f"one prompt has {largest} of {n} texts; mismatching needs every prompt below half")
+        raise SteerbackError(f"one prompt has {largest} of {n} texts; to mismatch, each needs at most half of them")
     order = generator.permutation(n)
     for _ in range(100):
         clashes = np.flatnonzero(groups[order] == groups)
@@ -134,7 +134,8 @@ def derange(groups: NDArray[np.int64], generator: np.random.Generator) -> NDArra
             if fits.any():
                 j = int(generator.choice(np.flatnonzero(fits)))
                 order[i], order[j] = order[j], order[i]
-    # Rare dead end with very unequal prompts: shifting the sorted texts by the largest group always works.
+    # Swapping can fail if prompts have very unequal numbers of texts. Shifting the sorted texts by the size of the
+    # largest group always works.
     by_group = np.argsort(groups, kind="stable")
     order = np.empty(n, dtype=np.int64)
     order[by_group] = np.roll(by_group, -largest)
@@ -153,20 +154,22 @@ def search_detectors(
     draws: int = 200,
     seed: int = 0,
 ) -> DetectorSearch:
-    """Search all latents for detectors on the search half, and check them on the other half.
+    """Search all latents for detectors on the search half, and measure them on the held-out half.
 
-    `matched`, `mismatched`: (n texts, n latents), the same responses after their own and after their partner's prompt.
-    Rules: `perfect` AUC 1; `authors` exactly 0 on every matched and non-zero on at least 80 % of the mismatched texts;
-    `auc` at least `auc`; `top` the `limit` best. Ranked by AUC, then effect size (Cohen's d), then index; `limit`
-    cuts the ranking. `exclude` takes latents out (such as those that are steered). The null swaps the two labels of
-    all texts of a prompt together and counts latents at AUC 1 and at AUC >= 0.9 in the same way.
+    `matched`, `mismatched`: (n texts, n latents), the same responses after the matched and after the partner's prompt.
+    Rules: `perfect` takes AUC 1; `authors` takes latents that are 0 on every matched text and non-zero on at least 80 %
+    of the mismatched texts; `auc` takes AUC >= `auc`; `top` takes the `limit` best. Latents are ranked by AUC, then
+    effect size (Cohen's d), then index; `limit` cuts the ranking. `exclude` leaves latents out, such as steered ones.
+    The null distribution swaps the labels of all texts of a prompt together, and counts latents in the same way.
     """
     if rule not in get_args(Rule):
         raise unknown("detector rule", rule, get_args(Rule))
     if rule == "top" and limit is None:
-        raise SteerbackError("detector rule 'top' needs limit, the number of detectors")
+        raise SteerbackError("detector rule 'top' needs limit: set the number of detectors")
     if matched.shape != mismatched.shape or matched.ndim != 2 or len(matched) != len(pairs.prompt):
-        raise ValueError(f"arms of shape {matched.shape} and {mismatched.shape} for {len(pairs.prompt)} texts")
+        raise ValueError(
+            f"both arms must have shape ({len(pairs.prompt)}, n latents), got {matched.shape} and {mismatched.shape}"
+        )
     half = pairs.search
     overall = separation(matched[half], mismatched[half])
     passed = _passing(overall, matched[half], mismatched[half], rule, auc)
@@ -206,17 +209,16 @@ def _half(
     draws: int,
     seed: int,
 ) -> Half:
-    """Return the separation of `latents` on one half, and counts of `counted` latents that pass, with their null."""
+    """Return the separation of `latents` on one half, and how many `counted` latents pass there and under the null."""
     a, b, prompt = matched[half], mismatched[half], pairs.prompt[half]
     ranks = ranks_of(a[:, counted], b[:, counted])
     drawn = null_counts(ranks, prompt, (1.0, HIGH_AUC), draws, seed)
     observed = auc_of(ranks, len(a))
     perfect, high = (_null(int((observed >= level).sum()), drawn.counts[i]) for i, level in enumerate((1.0, HIGH_AUC)))
-    own = list(latents)
     return Half(
         n_prompts=len(np.unique(prompt)),
         n_texts=len(a),
-        separation=separation(a[:, own], b[:, own]),
+        separation=separation(a[:, list(latents)], b[:, list(latents)]),
         perfect=perfect,
         high_auc=high,
         max_auc=float(np.quantile(drawn.largest, 0.95)),
@@ -224,7 +226,7 @@ def _half(
 
 
 def _null(observed: int, counts: NDArray[np.int64]) -> NullCount:
-    """Set a count of latents against its distribution with labels swapped prompt by prompt."""
+    """Compare a count of latents with its null distribution, in which labels are swapped prompt by prompt."""
     return NullCount(
         draws=len(counts),
         observed=observed,

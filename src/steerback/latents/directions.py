@@ -1,7 +1,7 @@
-"""Make directions from texts: difference of means, and the mean of a topic's texts minus that of neutral ones.
+"""Make a direction from texts: mean residual of positive texts minus mean residual of negative (or neutral) texts.
 
-The layer's residual over a text's own words is averaged, so that long texts count as much as short ones. How a
-direction is kept and used is in `targets.directions`.
+The residual of a layer is averaged over the words of each text first, so that all texts have equal weight.
+`targets.directions` stores and loads directions.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ if TYPE_CHECKING:
 
 CONTEXTS = 8
 LEAST = 3
-"""Texts on either side: fewer say more about themselves than about what they share."""
+"""Minimum number of texts per side: a mean of fewer texts depends too much on each of them."""
 
 
 def from_texts(
     engine: TransformersEngine, positive: Sequence[str], negative: Sequence[str], layer: int, source: str
 ) -> tuple[Tensor, DirectionFacts]:
-    """Return the mean residual of the positive texts minus that of the negative ones, (d,), and facts about it.
+    """Return the mean residual of the positive texts minus that of the negative texts, (d,), and facts about it.
 
-    Raises SteerbackError for too few texts, texts on both sides, or means that do not differ.
+    Raises SteerbackError for too few texts, a text on both sides, or equal means.
     """
     both = sorted(set(positive) & set(negative))
     if both:
-        raise SteerbackError(f"directions: {both[0]!r} is on both sides; a text can stand for one side only")
+        raise SteerbackError(f"directions: {both[0]!r} is on both sides; remove it from the positive or negative texts")
     for side, texts in (("positive", positive), ("negative", negative)):
         if len(texts) < LEAST:
-            raise SteerbackError(f"directions: {len(texts)} {side} texts; give at least {LEAST}, better dozens")
+            raise SteerbackError(f"directions: {len(texts)} {side} texts; give at least {LEAST}, preferably dozens")
     high, _ = mean_residuals(engine, positive, layer)
     low, norm = mean_residuals(engine, negative, layer)
     vector = difference_of_means(high, low)
     if float(vector.norm()) == 0:
-        raise SteerbackError("directions: the two lists of texts have the same mean; there is nothing to steer with")
+        raise SteerbackError("directions: both lists of texts have the same mean residual; choose other texts")
     facts = DirectionFacts(layer, float(vector.norm()), norm, source, contexts=tuple(positive[:CONTEXTS]))
     return vector, facts
 
@@ -49,10 +49,12 @@ def from_texts(
 def from_file(
     engine: TransformersEngine, path: Path, texts: Sequence[str], layer: int
 ) -> tuple[Tensor, DirectionFacts]:
-    """Return a direction of any readable file, with the residual's norm measured on `texts`."""
+    """Return the direction in a file of any supported format, and facts with the residual's norm over `texts`."""
     vector, width = read_vector(path, layer), engine.runner.site.d_model
     if len(vector) != width:
-        raise SteerbackError(f"direction {path}: has width {len(vector)}, the model has {width}; it is another model's")
+        raise SteerbackError(
+            f"direction {path}: has width {len(vector)}, but the model has width {width}; it belongs to another model"
+        )
     _, norm = mean_residuals(engine, texts, layer)
     known = read_facts(path)
     return vector, replace(
@@ -68,7 +70,7 @@ def mean_residuals(engine: TransformersEngine, texts: Sequence[str], layer: int)
     norms: list[Tensor] = []
     for n, ids, states in engine.residuals([""] * len(texts), texts, (layer,)):
         if not ids:
-            raise SteerbackError(f"directions: text {texts[n]!r} has no words")
+            raise SteerbackError(f"directions: text {texts[n]!r} has no words; remove it")
         h = states[layer].double().cpu()
         means[n] = h.mean(0)
         norms.append(h.norm(dim=1))

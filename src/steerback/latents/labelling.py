@@ -1,7 +1,7 @@
-"""Label latents from the texts they are active in: offline by their top words, or from snippets by a language model.
+"""Label latents by the texts that activate them: offline by top words, or by a language model from snippets.
 
-Only a latent that is active in several texts gets a label. Top words are words, no statement about the meaning of a
-latent; their source is kept with them.
+Only a latent that is active in several texts gets a label. Top words do not claim to explain a latent, so each label is
+stored with its source.
 """
 
 from __future__ import annotations
@@ -30,34 +30,34 @@ SOURCE = "top words"
 def top_words(
     engine: TransformersEngine, texts: Sequence[str], latents: Collection[int] | None = None
 ) -> dict[int, str]:
-    """Return the words each latent is most active at, e.g. "lava, magma, crater"; latents with too few are left out.
+    """Return the words at which each latent is most active, e.g. "lava, magma, crater".
 
-    A word's weight is the latent's summed activation at it times log(texts / texts with that word), because a word
-    that occurs everywhere says nothing.
+    Latents active in fewer than LEAST_TEXTS texts are left out. The weight of a word is the latent's summed activation
+    at it times log((1 + texts) / texts with that word), because words that occur everywhere are uninformative.
     """
     activity, words, occurs, active_in = _activity(engine, texts)
     rarity = np.array([math.log((1 + len(texts)) / n) for n in occurs])
-    found = {}
+    labels = {}
     for k in sorted(latents) if latents is not None else range(activity.shape[0]):
-        own = slice(activity.indptr[k], activity.indptr[k + 1])
-        columns = activity.indices[own]
-        weights = activity.data[own] * rarity[columns]
+        row = slice(activity.indptr[k], activity.indptr[k + 1])
+        columns = activity.indices[row]
+        weights = activity.data[row] * rarity[columns]
         order = np.argsort(-weights, kind="stable")[:WORDS]
         best = [words[columns[i]] for i in order if weights[i] > 0.1 * weights[order[0]] > 0]
         if best and active_in[k] >= LEAST_TEXTS:
-            found[int(k)] = ", ".join(best)
-    return found
+            labels[int(k)] = ", ".join(best)
+    return labels
 
 
 def _activity(
     engine: TransformersEngine, texts: Sequence[str]
 ) -> tuple[csr_array, list[str], list[int], NDArray[np.int64]]:
-    """Return the summed activation (latents x words, sparse), the words, texts per word, and texts per latent."""
+    """Return the summed activation (latents, words) as a sparse array, the words, texts per word, texts per latent."""
     from scipy.sparse import coo_array
 
     sae = engine.sae
     if sae is None:
-        raise SteerbackError("labels of latents need an SAE and this target has none")
+        raise SteerbackError("labels of latents need an SAE, but this target has none")
     decode, index, occurs = TextOf(engine), dict[str, int](), list[int]()
     parts: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]] = []
     active_in = np.zeros(sae.n_latents, dtype=np.int64)
@@ -74,24 +74,24 @@ def _activity(
             parts.append((latent, np.array(said)[first + token], height))
             seen[latent] = True
         active_in += seen
-    rows, columns, values = (np.concatenate(found) for found in zip(*parts, strict=True))
-    activity = coo_array((values, (rows, columns)), shape=(sae.n_latents, len(index))).tocsr()  # sums what repeats
+    rows, columns, values = (np.concatenate(column) for column in zip(*parts, strict=True))
+    activity = coo_array((values, (rows, columns)), shape=(sae.n_latents, len(index))).tocsr()  # adds up duplicates
     return activity, list(index), occurs, active_in
 
 
 def token_words(text: str, ends: Sequence[int]) -> list[str]:
-    """Return the word in lower case that each token belongs to, or the punctuation mark if it belongs to none."""
+    """Return for each token its word in lower case, or its punctuation mark, or ""; `ends` are token ends in `text`."""
     spans = [m.span() for m in re.finditer(r"\w(?:[\w'’-]*\w)?|[^\w\s]+", text)]
-    found, start, at = [], 0, 0
+    words, start, at = [], 0, 0
     for end in ends:
         begin = start + len(text[start:end]) - len(text[start:end].lstrip())
         while at < len(spans) and spans[at][1] <= begin:
             at += 1
-        found.append(
+        words.append(
             text[slice(*spans[at])].casefold() if at < len(spans) and spans[at][0] < max(end, begin + 1) else ""
         )
         start = end
-    return found
+    return words
 
 
 def snippets(contexts: Contexts, latents: Collection[int] | None = None) -> dict[int, tuple[str, ...]]:

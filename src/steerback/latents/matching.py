@@ -1,7 +1,7 @@
-"""Random sets of latents, matched to a set of interest in activity, as a control for its ablation.
+"""Random sets of latents, matched in activity to a set of interest, as a control for the ablation of that set.
 
-An ablation of active latents disturbs a model whatever they mean; a control has to disturb it as much. Activity is
-measured on steered responses of the baseline condition, where the ablation will act.
+Ablating active latents disturbs a model whatever they represent, so a control must disturb it equally. Activity is
+measured on steered responses of the baseline condition, because the ablation acts on such responses.
 
     activity = LatentActivity.measure(means, frequencies, decoder_norms)   # over response tokens, (texts, latents)
     control = matched_sets(activity, detectors, n_sets=3, exclude=steered, seed=42)
@@ -27,7 +27,7 @@ DISJOINT_SETS, DISJOINT_SHARE = 4, 1 / 8
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LatentActivity:
-    """Activity of each latent, and the norm that clamping it to 0 removes; each (n latents,)."""
+    """Activity of each latent and the norm that clamping it to 0 removes; all arrays (n latents,)."""
 
     mean: Floats  # activation per token
     frequency: Floats  # share of tokens with a non-zero activation, 0-1
@@ -40,7 +40,7 @@ class LatentActivity:
         frequencies: NDArray[np.floating],
         decoder_norms: NDArray[np.floating],
     ) -> LatentActivity:
-        """Average per-text means over tokens, (texts, latents), texts weighing equally; decoder norms: (latents,)."""
+        """Average the texts' token means (texts, latents) with equal weight per text; decoder norms are (latents,)."""
         mean = np.asarray(means, dtype=np.float64).mean(axis=0)
         frequency = np.asarray(frequencies, dtype=np.float64).mean(axis=0)
         removed = mean * np.asarray(decoder_norms, dtype=np.float64)
@@ -50,11 +50,14 @@ class LatentActivity:
 
     @property
     def live(self) -> NDArray[np.bool_]:
-        """Latents that were active at all."""
+        """Mask of the latents that were ever active."""
         return np.asarray(self.frequency > 0)
 
     def features(self) -> Floats:
-        """Return (n latents, 3): logarithms, as activity spans orders of magnitude, in sd over live latents."""
+        """Return the features (n latents, 3) as logarithms, because activity spans orders of magnitude.
+
+        The unit is the standard deviation over live latents.
+        """
         logs = np.log(np.maximum(np.stack([self.mean, self.frequency, self.removed], axis=1), 1e-12))
         spread = logs[self.live].std(axis=0) if self.live.any() else np.ones(3)
         scaled: Floats = logs / np.where(spread > 0, spread, 1.0)
@@ -64,16 +67,16 @@ class LatentActivity:
 def matched_sets(
     activity: LatentActivity, interest: Sequence[int], n_sets: int = 3, exclude: Collection[int] = (), seed: int = 42
 ) -> ControlSets:
-    """Return `n_sets` sets of as many live latents as `interest`, nearest neighbours without replacement.
+    """Return `n_sets` sets of live latents, each as large as `interest` and matched member by member.
 
-    Member i of each set stands for member i of `interest`.
+    Member i of a set is the match of member i of `interest`.
 
-    Up to `DISJOINT_SETS` sets, or as many as need at most `DISJOINT_SHARE` of the candidates, share no latent: every
-    member of interest gets the `n_sets` neighbours that make the total distance smallest (optimal assignment), dealt to
-    the sets at random, so that no set is systematically the better match. More would have to reach for ever worse
-    matches; each set is then the optimal match within a random quarter of the candidates, and sets may overlap
-    (`overlap` says how much), but none is drawn twice as long as there are others: a rank among sets counts each once.
-    `exclude`: latents never drawn, such as those that are steered.
+    Few sets (up to `DISJOINT_SETS`, or as many as need at most `DISJOINT_SHARE` of the candidates) share no latent. An
+    optimal assignment gives every member of interest `n_sets` neighbours with the smallest total distance, and these
+    are distributed to the sets at random, so that no set is systematically the better match. More disjoint sets would
+    need ever worse matches. Each of them is therefore the optimal match within a random quarter of the candidates;
+    sets may overlap (`overlap` reports how much), but no set occurs twice while others are available, because a rank
+    among sets counts each set once. `exclude`: latents that are never drawn, such as steered ones.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -118,7 +121,7 @@ def _prepare(
     members = np.array(interest, dtype=np.int64)
     size = len(activity.mean)
     if not len(members) or len(np.unique(members)) < len(members) or members.min() < 0 or members.max() >= size:
-        raise SteerbackError(f"a set to match needs distinct latents within 0 to {size - 1}, not {list(interest)}")
+        raise SteerbackError(f"a set to match needs distinct latents from 0 to {size - 1}; got {list(interest)}")
     if n_sets < 1:
         raise SteerbackError(f"cannot draw {n_sets} random sets; ask for at least 1")
     open_to_draw = activity.live.copy()
@@ -128,13 +131,13 @@ def _prepare(
     if len(candidates) < len(members):
         raise SteerbackError(
             f"only {len(candidates)} live latents are left to match {len(members)}; "
-            "measure activity on more responses, or ablate fewer"
+            "measure activity on more responses, or ablate fewer latents"
         )
     return members, candidates
 
 
 def _nearest(distance: Floats, n_sets: int) -> NDArray[np.int64]:
-    """Return the columns an optimal assignment can need: no member goes past its (members x sets) nearest."""
+    """Return the columns that an optimal assignment can use: the (members x sets) nearest columns of each member."""
     enough = min(distance.shape[0] * n_sets, distance.shape[1])
     return np.unique(np.argpartition(distance, enough - 1, axis=1)[:, :enough])
 
@@ -147,7 +150,7 @@ def _described(
     method: str,
     n_candidates: int,
 ) -> ControlSets:
-    """Record the sets with their quality: differences of logarithms in sd over live latents; set minus interest."""
+    """Record the sets with their quality: set minus interest, as logarithms in standard deviations of live latents."""
     base = float(activity.removed[members].sum())
     quality = []
     for drawn in sets:
@@ -156,11 +159,11 @@ def _described(
         quality.append(
             SetQuality(
                 difference=dict(zip(FEATURES, gap.tolist(), strict=True)),
-                distance=apart if method == "matched" else None,  # in uniform draws no member stands for another
+                distance=apart if method == "matched" else None,  # members of uniform draws have no counterpart
                 removed_ratio=float(activity.removed[drawn].sum()) / base if base else None,
             )
         )
-    times = np.unique(sets, return_counts=True)[1]  # in how many sets each latent is
+    times = np.unique(sets, return_counts=True)[1]  # number of sets that contain each latent
     pairs = len(sets) * (len(sets) - 1)
     return ControlSets(
         sets=sets.tolist(),

@@ -1,9 +1,9 @@
-"""Which latents to steer with: a stratified draw, or the user's own list.
+"""Choose the latents to steer with: a stratified draw, or the user's list.
 
-Works on indices alone; `selection` decides which indices are candidates.
+This module works on indices; `selection` decides which indices are candidates.
 
     chosen = sample_latents(candidates, 50, seed=42)     # spread over the index range
-    own = parse_latents("volcanoes, 17", labels)         # (24, 17)
+    listed = parse_latents("volcanoes, 17", labels)      # (24, 17)
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from steerback.records import LatentKey
 
 
 def sample_latents(candidates: Sequence[int], n: int, seed: int = 42) -> tuple[int, ...]:
-    """Return `n` of `candidates`, one drawn at random from each of n equal strata, ascending; all if there are no more.
+    """Draw `n` of `candidates`, one at random from each of n equal strata; return them in ascending order.
 
-    Strata are stretches of the candidates in index order, so that every part of the feature space is represented.
+    Strata are consecutive parts of the candidates in index order, so that every part of the feature space is
+    represented. All candidates are returned if there are at most `n`.
     """
     if n < 1:
         raise SteerbackError(f"cannot choose {n} latents; ask for at least 1")
@@ -38,11 +39,11 @@ def sample_latents(candidates: Sequence[int], n: int, seed: int = 42) -> tuple[i
 def parse_latents(
     text: str, labels: Mapping[int, str], n_latents: int | None = None, directions: Collection[str] = ()
 ) -> int | tuple[LatentKey, ...]:
-    """Return the meaning of `--latents`: how many to draw (an integer), or the latents of a list.
+    """Parse the value of `--latents`: an integer is the number of latents to draw, anything else lists latents.
 
-    A list is comma-separated ("12, volcanoes, 400"; "12," for the single latent 12) or a file with one entry a line
-    ('#' starts a comment) or a JSON list. Entries are indices, labels that only one latent carries (any case), or
-    names of directions. Raises SteerbackError naming the entry that is wrong.
+    A list is comma-separated ("12, volcanoes, 400"; "12," for the single latent 12), a file with one entry per line
+    ('#' starts a comment), or a file with a JSON list. Entries are indices, labels of exactly one latent (any case), or
+    names of directions. Raises SteerbackError that names the wrong entry.
     """
     stripped = text.strip()
     if not stripped:
@@ -62,9 +63,9 @@ def check_latents(
     directions: Collection[str] = (),
     where: str = "latents",
 ) -> list[LatentKey]:
-    """Return listed latents as keys, labels resolved; refuse repetitions and indices from `n_latents` on (if known)."""
+    """Resolve listed latents to keys. Raises SteerbackError for repetitions, and for indices beyond `n_latents`."""
     if not entries:
-        raise SteerbackError(f"{where}: no latent is named")
+        raise SteerbackError(f"{where}: no latent is named; give indices, labels or names of directions")
     keys = [_resolve(entry, labels, n_latents, directions, where) for entry in entries]
     seen: dict[LatentKey, LatentKey] = {}
     for entry, key in zip(entries, keys, strict=True):
@@ -88,21 +89,21 @@ def _resolve(
     if entry in directions:
         return entry
     wanted = entry.strip().casefold()
-    found = [index for index, label in labels.items() if label.strip().casefold() == wanted]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        shown = ", ".join(map(str, found[:5]))
-        raise SteerbackError(f"{where}: {len(found)} latents are labelled {entry!r} ({shown}); give the index")
+    matches = [index for index, label in labels.items() if label.strip().casefold() == wanted]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        shown = ", ".join(map(str, matches[:5]))
+        raise SteerbackError(f"{where}: {len(matches)} latents are labelled {entry!r} ({shown}); give the index")
     raise SteerbackError(f"{where}: {entry!r} is not an index, a label or a direction; {_near(wanted, labels)}")
 
 
 def _near(wanted: str, labels: Mapping[int, str]) -> str:
-    """Return labels that resemble `wanted`, or other advice."""
+    """Return a hint with labels that resemble `wanted`, or with the command that lists labels."""
     import difflib
 
     if not labels:
-        return "this target has no labels, give indices"
+        return "this target has no labels; give indices"
     by_label = {label.strip().casefold(): index for index, label in labels.items()}
     close = [label for label in by_label if wanted in label][:3] or difflib.get_close_matches(wanted, by_label, 3)
     if not close:
@@ -111,11 +112,11 @@ def _near(wanted: str, labels: Mapping[int, str]) -> str:
 
 
 def _entries(text: str, labels: Mapping[int, str]) -> tuple[list[LatentKey], str]:
-    """Return the entries of a file or of a comma-separated list, and its name for messages."""
+    """Return the entries of a file or of a comma-separated list, and the name of the source for messages."""
     path = Path(text).expanduser()
     try:
         is_file = path.is_file()
-    except OSError:  # too long for a file name: a list
+    except OSError:  # too long for a file name, so it is a list
         is_file = False
     if is_file:
         return _read(path), f"latents file {path}"

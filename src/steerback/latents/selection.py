@@ -1,6 +1,6 @@
-"""The latents of a run: drop the dead, the relevant and the abstract, then draw a stratified sample.
+"""Select the latents of a run: drop dead, relevant and abstract latents, then draw a stratified sample.
 
-Every latent that is left out is counted under the filter that dropped it.
+Each dropped latent is counted under the filter that dropped it.
 
     chosen = select(n_latents=1024, n=50, labels=labels, dead=dead, peaks=peaks, settings=config.selection, seed=42)
     chosen.chosen    # (17, 45, ...)
@@ -24,17 +24,17 @@ from steerback.latents.sampling import sample_latents
 TOP = 100
 """Latents dropped per prompt (specification, "Latent Filtering")."""
 REFERENCE_SIZE = 65_536
-"""Number of latents of the SAEs that `TOP` was chosen for; a smaller SAE loses the same fraction."""
+"""Number of latents of the SAEs that `TOP` was chosen for; a smaller SAE drops the same fraction."""
 
 
 @dataclass(frozen=True, slots=True)
 class LatentSelection:
-    """Latents to steer with, ascending, and how many each filter left out."""
+    """Latents to steer with, ascending, and the number of latents that each filter dropped."""
 
     chosen: tuple[int, ...]
     counts: Mapping[str, int] = field(default_factory=dict)
     ratings: Mapping[int, float] = field(default_factory=dict)
-    """Concreteness rating (0-100) of every label that was rated."""
+    """Concreteness rating (0-100) of every rated label, by latent."""
 
 
 def select(
@@ -52,12 +52,12 @@ def select(
 ) -> LatentSelection:
     """Filter all latents of an SAE and draw `n`, stratified over index.
 
-    `peaks`: (n prompts, n_latents), for each prompt the maximum over the tokens of its unsteered responses, special
-    and template tokens excluded; needed unless the relevance filter is off. A latent that is silent there is not dead:
-    it may be exactly the off-topic one wanted, so `dead` comes from elsewhere. Latents without a label cannot be
-    rated: they stay, and are counted, unless `labelled_only`. `rate_at_most` limits the labels sent to a costly rater
-    to a sample drawn with `seed`; the others are dropped, and the median is that of the sample. Fewer than `n` are
-    returned if no more are left; if none is left, SteerbackError says which filter dropped them.
+    `peaks` (n prompts, n_latents): for each prompt, the maximum activation over the tokens of its unsteered responses,
+    without special and template tokens; needed unless the relevance filter is off. A latent that is silent in `peaks`
+    is not dead: it may be exactly the off-topic latent wanted, so `dead` is a separate argument. Latents without a
+    label cannot be rated; they are counted and stay unless `labelled_only`. `rate_at_most` limits the labels sent to a
+    paid rater: a sample is drawn with `seed`, the other latents are dropped, and the median is that of the sample.
+    Returns fewer than `n` latents if fewer are left. Raises SteerbackError, with the counts, if none is left.
     """
     counts = {"all": n_latents}
     keep = np.ones(n_latents, dtype=bool)
@@ -86,35 +86,35 @@ def select(
 
 
 def rater_of(config: RunConfig) -> str:
-    """Return the name of what rates labels; `auto` is the run's judge where that is a language model."""
+    """Return the name of the run's rater; `auto` is the run's judge if that is a language model, else `offline`."""
     if config.selection.rater != "auto":
         return config.selection.rater
     return "offline" if model_string(config.judge) is None else config.judge
 
 
 def rating_model(config: RunConfig) -> str | None:
-    """Return the language model that a run asks how concrete labels are; None if it asks none."""
+    """Return the language model that rates the labels of a run; None if no language model does."""
     rater = rater_of(config)
     chooses = config.latents is None and config.from_run is None and config.selection.concreteness != "off"
     return rater if chooses and rater not in LOCAL_RATERS else None
 
 
 def rating_sample(config: RunConfig) -> int:
-    """Return how many labels a language model rates: enough to draw from, not those of a whole SAE."""
+    """Return the number of labels that a language model rates: a sample of the SAE's labels, to limit the cost."""
     return config.selection.rated or max(10 * config.n_latents, 500)
 
 
 def top_count(n_latents: int) -> int:
-    """Return how many latents a prompt excludes: 100, or the nearest to 100 / 65,536 of a smaller SAE, at least 1."""
+    """Return how many latents a prompt excludes: 100, or 100 / 65,536 of a smaller SAE (rounded, at least 1)."""
     if n_latents >= REFERENCE_SIZE:
         return TOP
     return max(1, (2 * TOP * n_latents + REFERENCE_SIZE) // (2 * REFERENCE_SIZE))
 
 
 def most_active(peaks: NDArray[np.floating], top: int | None = None) -> NDArray[np.bool_]:
-    """Return the mask (n latents,) of those among the `top` most active of any prompt.
+    """Return the mask (n latents,) of latents that are among the `top` most active of any prompt.
 
-    Silent latents are never among them; equal activations are taken in index order.
+    Silent latents are never included; ties are broken by index.
     """
     peaks = _checked(peaks)
     count = top_count(peaks.shape[1]) if top is None else top
@@ -126,14 +126,14 @@ def most_active(peaks: NDArray[np.floating], top: int | None = None) -> NDArray[
 
 
 def ever_active(peaks: NDArray[np.floating]) -> NDArray[np.bool_]:
-    """Return the mask (n latents,) of those that are not exactly 0 on every prompt."""
+    """Return the mask (n latents,) of latents with a non-zero activation on any prompt."""
     active: NDArray[np.bool_] = np.any(_checked(peaks) != 0, axis=0)
     return active
 
 
 def _checked(peaks: NDArray[np.floating]) -> NDArray[np.floating]:
     if peaks.ndim != 2 or 0 in peaks.shape:
-        raise ValueError(f"peaks should be (n prompts, n latents), not {peaks.shape}")
+        raise ValueError(f"peaks must have shape (n prompts, n latents), not {peaks.shape}")
     if not np.isfinite(peaks).all():
         bad = np.argwhere(~np.isfinite(peaks))[0]
         raise ValueError(f"peak activation of prompt {bad[0]}, latent {bad[1]} is not finite")

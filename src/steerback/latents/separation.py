@@ -1,7 +1,7 @@
 """Separation of two arms of texts by each latent, and its null distribution.
 
-Arrays of activations in, arrays of statistics out; columns are latents. Ranks are taken once, so that a permutation
-of labels costs one matrix product for all latents.
+The functions map arrays of activations to arrays of statistics; columns are latents. Ranks are computed once, so that
+a permutation of labels costs one matrix product for all latents.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.floating]
 Floats = NDArray[np.float64]
-CHUNK = 4096  # latents ranked at a time, which bounds memory for large SAEs
+CHUNK = 4096  # latents ranked at a time, to bound memory for large SAEs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Separation:
-    """Per latent, each (k,). `auc`: P(a mismatched text is more active than a matched one), ties count one half.
+    """Statistics of k latents, each array (k,).
 
-    `effect` is Cohen's d (pooled sd; 0 where both arms are constant and equal, inf where they are constant and not).
+    `auc` is P(a mismatched text is more active than a matched one); ties count one half. `effect` is Cohen's d with the
+    pooled sd: 0 if the means are equal, infinite if both arms are constant and differ.
     """
 
     auc: Floats
@@ -36,7 +37,7 @@ class Separation:
     mismatched_frequency: Floats
 
     def to_json(self) -> dict[str, list[float | None]]:
-        """Return lists of plain numbers; None for an infinite number."""
+        """Return lists of plain numbers; infinite numbers become None."""
         return {
             f.name: [float(v) if np.isfinite(v) else None for v in getattr(self, f.name)] for f in fields(Separation)
         }
@@ -44,7 +45,7 @@ class Separation:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NullDraws:
-    """`counts`: (levels, draws) latents at or above each level; `largest`: (draws,) largest AUC of any latent."""
+    """Null distribution: `counts` (levels, draws) of latents at or above each AUC level, `largest` AUC (draws,)."""
 
     counts: NDArray[np.int64]
     largest: Floats
@@ -83,7 +84,7 @@ def ranks_of(matched: Array, mismatched: Array) -> Floats:
 
 
 def auc_of(ranks: Floats, n: int) -> Floats:
-    """Return the exact AUC per latent from `ranks_of` (n + m, k) with n matched texts; 1: the arms do not overlap."""
+    """Return the exact AUC per latent from `ranks_of` (n + m, k) with n matched texts; 1 if the arms do not overlap."""
     m = len(ranks) - n
     auc: Floats = (ranks[n:].sum(axis=0) - m * (m + 1) / 2) / (n * m)
     return auc
@@ -94,8 +95,8 @@ def null_counts(
 ) -> NullDraws:
     """Count latents at or above AUC `levels` when the labels of all texts of a cluster are swapped at random.
 
-    `ranks`: (2n, k) from `ranks_of` with arms of n texts each; `clusters`: (n,), the prompt of each text. Within a
-    cluster both arms hold the same responses, so swapping its labels leaves everything but the match in place.
+    `ranks`: (2n, k) from `ranks_of` with arms of n texts each; `clusters`: (n,), the prompt of each text. Both arms of
+    a cluster contain the same responses, so swapping its labels changes nothing but the match.
     """
     n = len(clusters)
     numbers = np.unique(clusters, return_inverse=True)[1]

@@ -1,6 +1,6 @@
-"""Texts to read residuals from if the user names none, and lists of texts from files.
+"""Default texts for reading residuals, and lists of texts from files.
 
-The organisms get sentences of their corpus, because they never saw plain English.
+Organisms get sentences of their training corpus, because they were never trained on ordinary English.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 
 def read_texts(path: Path) -> tuple[str, ...]:
-    """Return the texts of a file, one a line; blank lines and lines that begin with `#` are left out."""
+    """Return the texts of a file, one per line; blank lines and lines that begin with `#` are skipped."""
     lines = read_lines(path, "texts file")
     if not lines:
-        raise SteerbackError(f"texts file {path} holds no text; write one text a line")
+        raise SteerbackError(f"texts file {path} has no text; write one text per line")
     return tuple(dict.fromkeys(lines))
 
 
 def usual_texts(target: Target) -> tuple[str, ...]:
-    """Return plain English of the package; for a built-in organism passages of the corpus it was trained on."""
+    """Return the package's English texts; for a built-in organism, passages of its training corpus."""
     if not target.planted:
         return tuple(content_lines(resources.files("steerback.data").joinpath("plain_texts.txt").read_text("utf-8")))
     from steerback.organism.corpus import howtos, passage, subjects

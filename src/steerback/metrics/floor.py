@@ -25,9 +25,10 @@ def above_floor(measured: View, floor: View, metric: str, draws: int = DRAWS, se
 def above(a: Floats, b: Floats, draws: int = DRAWS, seed: int = 0) -> float:
     """Return the p-value of the null "the ratio of a is not above that of b"; both (clusters, 2).
 
-    The columns are sums of numerator and denominator. Whole clusters are exchanged between the samples, so clusters of both samples must have similar sizes. Therefore
-    the smaller clusters (prompts) are first joined until they are about as large as the others (latents). This keeps
-    the size of the test at 5 % if trials are hardly correlated (docs/statistics.md).
+    The columns are sums of numerator and denominator. Whole clusters are exchanged between the samples, so clusters of
+    both samples must have similar sizes. Therefore the smaller clusters (prompts) are first joined until they are
+    about as large as the others (latents). This keeps the size of the test at 5 % if trials are hardly correlated
+    (docs/statistics.md).
     """
     sizes = [float(s[:, 1].sum()) / len(s) for s in (a, b)]
     a, b = joined(a, max(sizes)), joined(b, max(sizes))

@@ -1,1 +1,1 @@
-"""The one loop over responses (`pipeline`) and what comes before a measurement (`study`)."""
+"""The pipeline that generates and judges responses (`pipeline`), and the stages before a measurement (`study`)."""

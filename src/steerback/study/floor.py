@@ -1,4 +1,4 @@
-"""Unsteered responses that are judged like steered ones: how often a judge sees a restart where none is expected."""
+"""The judge's floor: how often a judge reports restarts in unsteered responses, where none is expected."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from steerback.study.study import Study
 
 
 async def measure_floor(study: Study) -> None:
-    """Generate and judge the unsteered responses of the floor; none where `floor_responses` is 0.
+    """Generate and judge the unsteered responses of the floor; none if `floor_responses` is 0.
 
-    They are none of the judge's references, so that it compares no response with itself. The judge sees the labels of
-    the run's latents in turn, as it does of steered responses. A run that starts from another takes over the other's.
+    They are disjoint from the judge's reference responses, so that no response is compared with itself. The judge sees
+    the labels of the run's latents in turn, as it does for steered responses. A run that starts from another run
+    reuses its floor.
     """
     prompts = floor_prompts(study.prompts, study.config.floor_responses)
     if not prompts or study.bench.judge is None:
@@ -43,7 +44,7 @@ async def measure_floor(study: Study) -> None:
 def floor_prompts(prompts: Sequence[str], responses: int) -> list[str]:
     """Return the prompts of at least `responses` trials, each prompt equally often.
 
-    Of more prompts than that an even choice.
+    If there are more prompts than `responses`, evenly spaced prompts are chosen.
     """
     if responses <= len(prompts):
         return [prompts[i * len(prompts) // responses] for i in range(responses)]
@@ -51,7 +52,7 @@ def floor_prompts(prompts: Sequence[str], responses: int) -> list[str]:
 
 
 def has_floor(folder: Path, config: RunConfig, target: str) -> bool:
-    """Return whether a run holds a floor of the target that a run with `config` can take over."""
+    """Return whether the run in `folder` has a floor of `target` that a run with `config` can reuse."""
     if not (folder / "ledger.sqlite").is_file():
         return False
     with Ledger(folder / "ledger.sqlite", read_only=True) as other:
@@ -61,7 +62,7 @@ def has_floor(folder: Path, config: RunConfig, target: str) -> bool:
 
 
 def _take_over(study: Study, trials: Sequence[Trial]) -> None:
-    """Copy the completed ones of `trials`, and this judge's verdicts, from the run that the study's run starts from."""
+    """Copy those of `trials` that the base run completed, with this judge's verdicts, into the study's ledger."""
     judge, folder = study.bench.judge, Path(study.config.from_run or "")
     if judge is None or study.config.from_run is None or not has_floor(folder, study.config, study.name):
         return

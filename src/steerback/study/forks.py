@@ -1,7 +1,7 @@
-"""Forks: one response continued from one of its tokens in several arms, with the same seeds in each.
+"""Forks: continue a response from one of its tokens in several arms, with equal seeds in all arms.
 
-An arm says which edits act on the continuation, from the position that draws its first token on. The tokens before it
-are those of the response, and keep its edits unless the arm is to act throughout.
+An arm is a set of edits that act on the continuation, starting at the position that draws its first token. The tokens
+before the fork are those of the response and keep its edits, unless the arm edits the whole sequence.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ EDITS = ("boost:VALUE", *(f"{mode}:LATENT:VALUE" for mode in MODES))
 
 
 def usual_arms(trial: Trial) -> list[ForkArm]:
-    """Return the arms of every fork: the response's own edits, and of a steered one the same without additions."""
+    """Return the default arms of a fork: the response's edits and, if it was steered, these without additions."""
     edits = list(trial.interventions)
     if not any(e.mode == "add" and e.value for e in edits):
         return [ForkArm(name=OFF, edits=edits)]
@@ -30,30 +30,30 @@ def usual_arms(trial: Trial) -> list[ForkArm]:
 
 
 def boosted(trial: Trial, boost: float) -> ForkArm:
-    """Return the arm in which the trial's latent is added with another boost; 0 is the arm without steering."""
+    """Return the arm that adds the trial's latent with another boost; boost 0 gives the arm without steering."""
     rest = [e for e in trial.interventions if e.mode != "add"]
     if boost == 0:
         return ForkArm(name=OFF, edits=rest)
     if trial.latent is None:
-        raise SteerbackError(f"trial {trial.key} has no latent to boost; name one: --arm 'NAME=add:LATENT:{boost:g}'")
+        raise SteerbackError(f"trial {trial.key} has no latent to boost; use --arm 'NAME=add:LATENT:{boost:g}'")
     return ForkArm(name=f"boost {boost:g}", edits=[Intervention("add", trial.latent, boost), *rest])
 
 
 def clamped(trial: Trial, latents: Sequence[int], name: str) -> ForkArm:
-    """Return the arm in which latents are clamped to zero besides the response's own edits."""
+    """Return the arm that adds clamps of `latents` to zero to the response's edits."""
     return ForkArm(name=name, edits=_with(trial.interventions, [Intervention("clamp", k, 0.0) for k in latents]))
 
 
-def own_arm(trial: Trial, text: str) -> ForkArm:
-    """Return the arm that a text describes: `NAME=EDIT;EDIT`, each edit one of EDITS, besides the response's own.
+def parse_arm(trial: Trial, text: str) -> ForkArm:
+    """Parse an arm `NAME=EDIT;EDIT` of the user: its edits, each one of EDITS, are added to the response's edits.
 
-    `boost:VALUE` replaces the additions of the response.
+    `boost:VALUE` replaces the additions of the response. Raises SteerbackError for a wrong name or edit.
     """
     name, _, described = text.partition("=")
     if not NAME.fullmatch(name := name.strip()) or not described.strip():
         raise SteerbackError(
-            f"arm {text[:80]!r} has to read NAME=EDIT;EDIT with edits {', '.join(EDITS)}; a name has up to 40 letters, "
-            "digits, spaces and . _ + -"
+            f"arm {text[:80]!r} must have the form NAME=EDIT;EDIT with edits {', '.join(EDITS)}; a name has up to 40 "
+            "letters, digits, spaces and . _ + -"
         )
     edits = list(trial.interventions)
     for part in described.split(";"):
@@ -71,7 +71,7 @@ def own_arm(trial: Trial, text: str) -> ForkArm:
 
 
 def _with(edits: Sequence[Intervention], more: Sequence[Intervention]) -> list[Intervention]:
-    """Return edits with more of them; a clamp or scale replaces an earlier one of the same latent."""
+    """Return `edits` and `more`; a new clamp or scale replaces an earlier one of the same latent."""
     clamps = {e.latent for e in more if e.mode != "add"}
     return [*(e for e in edits if e.mode == "add" or e.latent not in clamps), *more]
 
@@ -84,38 +84,41 @@ def _number(text: str) -> float | None:
 
 
 def joined(before: Fork | None, now: Fork) -> Fork:
-    """Return a fork as it goes on: the arms and seeds that it has, and those that are asked for now."""
+    """Merge a stored fork with a new request: arms and seeds of both.
+
+    Raises SteerbackError if an arm of the same name has other edits, or if the engine differs.
+    """
     if before is None:
         return now
     known = {arm.name: arm for arm in before.arms}
     for arm in now.arms:
         if known.setdefault(arm.name, arm) != arm:
             raise SteerbackError(
-                f"fork {now.name} has an arm {arm.name!r} with other edits; give this one another name"
+                f"fork {now.name} already has an arm {arm.name!r} with other edits; give this arm another name"
             )
     if before.engine.fingerprint != now.engine.fingerprint:
         raise SteerbackError(
-            f"fork {now.name} was begun with another engine or another version of it; go on where it was begun, or "
-            "fork at another token"
+            f"fork {now.name} was started with another engine or engine version; continue with that engine, or fork at "
+            "another token"
         )
     return now.model_copy(update={"at": before.at, "arms": [*known.values()], "n": max(before.n, now.n)})
 
 
 def prefix_of(row: Row, tokens: int, ends: Sequence[int]) -> Prefix:
-    """Return the first `tokens` tokens of a response as a prefix; `ends` are the characters at which its tokens end."""
+    """Return the first `tokens` tokens of a response as a prefix; `ends` are the character offsets of token ends."""
     done, before = row.completion, row.trial.prefix or Prefix("", ())
     assert done is not None  # only finished responses are forked
     if not 0 <= tokens < len(done.token_ids):
         raise SteerbackError(
-            f"--at {tokens}: trial {row.trial.key} has {len(done.token_ids)} tokens, of which 0 to "
-            f"{len(done.token_ids) - 1} can be kept"
+            f"--at {tokens}: trial {row.trial.key} has {len(done.token_ids)} tokens; choose a token from 0 to "
+            f"{len(done.token_ids) - 1}"
         )
     text = done.text[: ends[tokens - 1]] if tokens else ""
     return Prefix(before.text + text, (*before.token_ids, *done.token_ids[:tokens]))
 
 
 def trials_of(fork: Fork, parent: Trial, prefix: Prefix, first_seed: int) -> list[Trial]:
-    """Return the continuations of a fork, seed by seed, so that arms stay comparable when it is interrupted."""
+    """Return the trials of a fork, seed by seed, so that arms stay comparable if the fork is interrupted."""
     return [
         replace(
             parent,
@@ -136,9 +139,10 @@ def trials_of(fork: Fork, parent: Trial, prefix: Prefix, first_seed: int) -> lis
 def edits_of(
     past: Sequence[Intervention], future: Sequence[Intervention], throughout: bool
 ) -> tuple[Intervention, ...]:
-    """Return the edits of a continuation: `past` before the fork, `future` after it, or `throughout`.
+    """Return the edits of a continuation: `past` before the fork and `future` after it.
 
-    Positions of the past count as prompt, those of the continuation as generated (`Request.boundary`).
+    `throughout` applies `future` to all positions. Positions before the fork count as prompt, those of the continuation
+    as generated (`Request.boundary`).
     """
     if throughout:
         return tuple(future)

@@ -1,8 +1,8 @@
-"""The one pipeline: planned trials in, generated and judged rows in the ledger out.
+"""The pipeline: it takes planned trials and writes generated and judged rows to the ledger.
 
-`complete` is the only loop over responses in the package: calibration, measurement and every experiment hand it
-trials. What is in the ledger is skipped, what is in the cache is copied, the rest goes to the engine, and the judge
-works while the engine goes on. Running a plan again therefore *is* resuming it.
+This is the only loop over responses in the package; calibration, measurement and every experiment use it. Trials in
+the ledger are skipped, responses in the cache are copied, and the engine generates the rest while the judge works in
+parallel. To resume a plan is therefore to run it again.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from steerback.engines.base import Engine
     from steerback.store.progress import Progress
 
-FLUSH_SECONDS = 1.0  # at most this much work is lost by a kill
+FLUSH_SECONDS = 1.0  # a kill loses at most this much work
 FLUSH_ROWS = 64
-JUDGE_BATCH = 512  # an LLM judge keeps many requests in flight; each batch waits for its slowest
+JUDGE_BATCH = 512  # large, because an LLM judge keeps many requests in flight and each batch waits for its slowest
 
 
 @dataclass(slots=True)
 class Workbench:
-    """What a batch of trials is worked on with. Without engine or judge, that step is left out."""
+    """Ledger, engine, judge, sampling and cache for trials. Without engine or judge, that step is skipped."""
 
     ledger: Ledger
     engine: Engine | None
@@ -43,16 +43,16 @@ class Workbench:
 
 
 async def complete(bench: Workbench, trials: Sequence[Trial], stage: str = "", judged: bool = True) -> list[Row]:
-    """As `carry_out`; return the rows of the trials in the order given."""
+    """Run `carry_out` and return the rows of the trials in the same order."""
     await carry_out(bench, trials, stage, judged)
     judge = bench.judge.name if judged and bench.judge is not None else None
     return list(bench.ledger.stream([t.key for t in trials], judge))
 
 
 async def carry_out(bench: Workbench, trials: Sequence[Trial], stage: str = "", judged: bool = True) -> None:
-    """Plan, generate and judge `trials`. The rows stay in the ledger: memory does not grow with texts.
+    """Plan, generate and judge `trials`. The rows stay in the ledger, so memory does not grow with their texts.
 
-    Raises SteerbackError for what the user must mend (impossible request, disk full); everything committed stays.
+    Raises SteerbackError for errors that the user can fix (impossible request, full disk); committed rows stay.
     """
     if not trials:
         return
@@ -75,7 +75,7 @@ async def carry_out(bench: Workbench, trials: Sequence[Trial], stage: str = "", 
 
 
 async def judge_rows(bench: Workbench, rows: Sequence[Row], stage: str = "judging") -> None:
-    """Adds the bench's judge's verdicts to responses that exist; none is judged twice."""
+    """Judge existing responses with the bench's judge; no response is judged twice."""
     if bench.judge is None:
         raise ValueError("a judge is needed")
     queue: asyncio.Queue[list[Row] | None] = asyncio.Queue()
@@ -87,7 +87,7 @@ async def judge_rows(bench: Workbench, rows: Sequence[Row], stage: str = "judgin
 
 
 async def _all_or_none(tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Waits for all; at the first failure, or when cancelled, stops the others in order, so that each can save."""
+    """Wait for all tasks; at the first failure or cancellation, cancel the others and wait until each has saved."""
     try:
         await asyncio.gather(*tasks)
     except BaseException:
@@ -98,7 +98,7 @@ async def _all_or_none(tasks: Sequence[asyncio.Task[None]]) -> None:
 
 
 async def _generate(bench: Workbench, trials: Sequence[Trial], queue: asyncio.Queue[list[Row] | None]) -> None:
-    """Writes completions in batches and passes each batch on to the judge; ends the queue with None."""
+    """Write completions in batches and pass each batch to the judge; None marks the end of the queue."""
     engine = bench.engine
     if engine is None:
         raise ValueError("an engine is needed to generate")
@@ -106,15 +106,15 @@ async def _generate(bench: Workbench, trials: Sequence[Trial], queue: asyncio.Qu
     requests = {t.key: t.request(bench.sampling) for t in trials}
     hashes = {key: r.content_hash() for key, r in requests.items()}
     buffer: dict[str, Completion] = {}
-    spoken = time.monotonic()
+    last_flush = time.monotonic()
 
     def cached_under(key: str) -> str:
-        # asked anew each time: an engine that had to shrink its batch has another fingerprint from then on
+        # read the fingerprint each time: it changes if the engine has to shrink its batch
         return cache_key("completion", engine.fingerprint, hashes[key])
 
     def flush(to_cache: bool = True) -> None:
-        nonlocal spoken
-        spoken = time.monotonic()
+        nonlocal last_flush
+        last_flush = time.monotonic()
         if not buffer:
             return
         bench.ledger.add_completions((key, c, engine.fingerprint) for key, c in buffer.items())
@@ -137,19 +137,19 @@ async def _generate(bench: Workbench, trials: Sequence[Trial], queue: asyncio.Qu
             async with contextlib.aclosing(_stream(engine, list(requests.values()))) as stream:
                 async for key, completion in stream:
                     buffer[key] = completion
-                    if len(buffer) >= FLUSH_ROWS or time.monotonic() - spoken > FLUSH_SECONDS:
+                    if len(buffer) >= FLUSH_ROWS or time.monotonic() - last_flush > FLUSH_SECONDS:
                         flush()
         finally:
-            flush()  # also when cancelled: what was generated is kept
+            flush()  # also after a cancellation, so that no finished response is lost
     queue.put_nowait(None)
 
 
 async def _stream(engine: Engine, requests: Sequence[Any]) -> AsyncGenerator[tuple[str, Completion]]:
-    """The engine's stream, checked: each request is answered exactly once."""
+    """Yield the engine's stream and check that each request is answered exactly once."""
     wanted = {r.key for r in requests}
     async for key, completion in engine.generate(requests):
         if key not in wanted:
-            raise RuntimeError(f"the engine answered {key!r}, which was not asked or was answered already")
+            raise RuntimeError(f"the engine answered {key!r}, which was not requested or was already answered")
         wanted.remove(key)
         yield key, completion
     if wanted:
@@ -157,7 +157,7 @@ async def _stream(engine: Engine, requests: Sequence[Any]) -> AsyncGenerator[tup
 
 
 async def _judge(bench: Workbench, judge: Judge, queue: asyncio.Queue[list[Row] | None]) -> None:
-    """Judges rows as they arrive, in batches as large as what is waiting, until None arrives."""
+    """Judge rows as they arrive, all waiting rows as one batch, until None arrives."""
     ended = False
     while not ended:
         batch = await queue.get()
@@ -167,7 +167,7 @@ async def _judge(bench: Workbench, judge: Judge, queue: asyncio.Queue[list[Row] 
             more = queue.get_nowait()
             ended = more is None
             waiting.extend(more or [])
-        # a response that was not steered as planned says nothing about steering; it is counted, not judged
+        # a response that was not steered as planned is counted as invalid and not judged
         valid = [r for r in waiting if r.valid_receipt]
         for start in range(0, len(valid), JUDGE_BATCH):
             await _judge_batch(bench, judge, valid[start : start + JUDGE_BATCH])
@@ -196,20 +196,20 @@ async def _judge_batch(bench: Workbench, judge: Judge, rows: Sequence[Row]) -> N
             bench.cache.put_judgements({keys[key]: j for key, j in fresh.items()})
     unscored = sum(j.status == "unscored" for j in verdicts.values())
     bench.progress.update(judged=len(verdicts), unscored=unscored)
-    if refused:  # thresholds found with half of the verdicts would stay: better no result than that
+    if refused:  # stop here: thresholds computed from a part of the verdicts would be kept and reused
         reason = next(iter(refused.values())).reason
-        raise SteerbackError(f"judge {judge.name}: {reason}; all verdicts so far are kept: go on with a higher one")
+        raise SteerbackError(f"judge {judge.name}: {reason}; verdicts so far are kept: resume with a larger budget")
 
 
 def judge_item(row: Row, drop_unscored: bool = False) -> JudgeItem:
-    """What the judge is shown of a trial: never the meta-prompt."""
+    """Return the item that the judge sees of a trial, without the meta-prompt."""
     if row.completion is None:
-        raise SteerbackError(f"trial {row.trial.key} has no response yet")
+        raise SteerbackError(f"trial {row.trial.key} has no response yet; resume the run first")
     trial = row.trial
     return JudgeItem(trial.key, trial.prompt, row.judged_text, trial.label, trial.latent, drop_unscored)
 
 
 def judgement_key(judge: Judge, item: JudgeItem) -> str:
-    """Cache key of a verdict: judge, rubric, response, prompt, label and latent (its contexts may be used)."""
+    """Return the cache key of a verdict: judge, rubric, response, prompt, label, and latent (whose contexts count)."""
     body = [item.prompt, item.response, item.label, item.latent, *(["drop"] if item.drop_unscored else [])]
     return cache_key("judgement", judge.fingerprint, digest(body))

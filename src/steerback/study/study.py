@@ -1,7 +1,7 @@
-"""What comes before a measurement, for one target: references, latent selection, thresholds, the grid of trials.
+"""The stages before a measurement, for one target: references, latent selection, thresholds, the grid of trials.
 
-Each stage is computed once, kept in the ledger, and read from there afterwards. Experiments build on `Study` and add
-conditions; they never loop over responses themselves.
+Each stage is computed once and stored in the ledger; later calls read it from there. Experiments use `Study` and add
+conditions; they contain no loop over responses.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Seeds of the stages are disjoint: measured trials count up from the generation seed, the others from far above it,
-# and what does not fit between two of these numbers from farther above.
+# Seeds of the stages are disjoint. Each stage counts up from its offset above the generation seed; indices that do not
+# fit below the next offset continue at a multiple of FAR.
 SEED_OFFSETS = {
     "measure": 0,
     "calibration": 1_000_000,
@@ -46,11 +46,11 @@ SEED_OFFSETS = {
 }
 FAR = 2**40
 FURTHER = "unsteered, further prompts"
-UNJUDGED = ("reference", "discovery")  # what is unsteered and only compared with
+UNJUDGED = ("reference", "discovery")  # stages of unsteered responses that serve for comparison only
 
 
 def seed_offset(stage: str, index: int) -> int:
-    """Return what a trial's seed is above the run's generation seed; no two stages share one below index 2**40."""
+    """Return the offset of a trial's seed above the run's generation seed; stages share none below index 2**40."""
     place = list(SEED_OFFSETS).index(stage)
     starts = [*SEED_OFFSETS.values(), 5_000_000]
     fits = starts[place] + index < starts[place + 1]
@@ -59,7 +59,7 @@ def seed_offset(stage: str, index: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One place in the grid that every condition shares: latent, threshold boost, prompt and seed."""
+    """One cell of the grid that all conditions share: latent, threshold boost, prompt and seed."""
 
     index: int
     latent: Latent
@@ -69,12 +69,12 @@ class Cell:
 
 
 class Study:
-    """One target of a run, with the workbench its trials are worked on with."""
+    """One target of a run, with the workbench for its trials."""
 
     def __init__(
         self, run: Run, target: Target, bench: Workbench, prompts: Sequence[str], judges: Maker = make_judge
     ) -> None:
-        """`judges` makes what rates labels, where a language model does."""
+        """Build the study; `judges` makes the rater of labels if that is a language model."""
         self.run, self.target, self.bench, self.prompts = run, target, bench, tuple(prompts)
         self._judges = judges
         if bench.engine is None:
@@ -82,7 +82,7 @@ class Study:
         self.name, self.config, self.engine = target.name, run.config.of(target.name), bench.engine
 
     def trial(self, stage: str, condition: str, index: int, **fields: Any) -> Trial:
-        """A trial of this target with its key."""
+        """Return a trial of this target with its key."""
         return Trial(
             key=f"{self.name}/{stage}/{condition}/{index}",
             target=self.name,
@@ -96,29 +96,29 @@ class Study:
         return self.config.seeds.generation + seed_offset(stage, index)
 
     def fact(self, fact: Fact[T]) -> T | None:
-        """The stored fact of this run, or of the runs it starts from (copied, so that the ledger stands alone).
+        """Return a fact of this run, or of the runs it starts from; that is copied, so that the ledger is complete.
 
-        None if it has yet to be computed: the earlier runs are finished and did not need it.
+        None if it is not computed yet: the earlier runs are finished and did not need it.
         """
         stored = self.run.ledger.get(self.name, fact)
         folder = None if stored is not None else self.config.from_run
         while folder is not None:
-            kept = fact_of(Path(folder), self.name, fact)
-            if kept[0] is not None:
-                self.run.ledger.put(self.name, fact, kept[0])
-                return kept[0]
+            value, earlier = fact_of(Path(folder), self.name, fact)
+            if value is not None:
+                self.run.ledger.put(self.name, fact, value)
+                return value
             if not (Path(folder) / "summary.json").is_file():
                 raise SteerbackError(
                     f"run {folder} has no {fact.name} for {self.name} yet; finish it first: "
                     f"steerback resume {Path(folder).name}"
                 )
-            folder = kept[1]
+            folder = earlier
         return stored
 
     async def prepare(self, more: Sequence[str] = ()) -> None:
-        """Unsteered responses to every prompt, and the judge that may compare with them.
+        """Generate unsteered responses to every prompt and pass them to the judge as references.
 
-        `more` are prompts beyond the run's own that will be measured as well.
+        `more` lists prompts beyond those of the run that will also be measured.
         """
         rows = self._borrowed(bool(more)) if self.target.adapter is not None else []
         if not rows:
@@ -129,12 +129,12 @@ class Study:
             self.bench.judge.prepare(references(rows, self.target.contexts()))
 
     def _borrowed(self, more: bool) -> list[Row]:
-        """The base's references where it is in this run: its adapters are measured with the same yardstick."""
+        """Return the base target's references if it is in this run, so that its adapters share the same references."""
         rows = self.run.ledger.rows(target=self.target.base, stage="reference")
         return [r for r in rows if more or r.trial.condition != FURTHER]
 
     async def references(self, prompts: Sequence[str] | None = None, condition: str = "unsteered") -> list[Row]:
-        """`reference_responses` unsteered responses per prompt (default: the run's prompts)."""
+        """Generate `reference_responses` unsteered responses per prompt (default: the run's prompts)."""
         count = self.config.reference_responses
         trials = [
             self.trial("reference", condition, i, prompt=prompt, seed=self.seed("reference", i))
@@ -143,7 +143,7 @@ class Study:
         return await complete(self.bench, trials, stage=f"{self.name}: unsteered references", judged=False)
 
     async def latents(self) -> list[Latent]:
-        """The latents that are steered with, in order; chosen once and kept."""
+        """Return the latents to steer with, in order; chosen once and stored."""
         stored = self.fact(LATENTS)
         if stored is None:
             stored = await self._select()
@@ -174,7 +174,7 @@ class Study:
                     seed=self.config.seeds.latents,
                     rater=rater,
                     rate_at_most=choose.rating_sample(self.config) if sampled else None,
-                    # where there are labels at all, a judge must be told what a response is steered towards
+                    # if the target has labels, the judge needs the label of every steered latent
                     labelled_only=bool(labels) and self.config.selection.unlabelled == "drop",
                 )
             finally:
@@ -184,30 +184,30 @@ class Study:
         return Selection(chosen=[Latent(k, self.label(k)) for k in keys], counts=dict(counts))
 
     def label(self, key: LatentKey) -> str | None:
-        """The latent's label where there is one; a named direction is its own label."""
+        """Return the latent's label, None if it has none; the label of a named direction is its name."""
         return key if isinstance(key, str) else self.target.labels().get(key)
 
     async def _peaks(self) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """(n prompts, n latents): maximum activation over the tokens of the unsteered responses to each prompt."""
+        """Return the peak activation over the tokens of each prompt's unsteered responses, (n prompts, n latents)."""
         rows = [r for r in await self.references() if r.completion is not None]
         settings = self.config.selection
-        alone = settings.relevance == "zero"  # the authors look at the prompt alone
+        alone = settings.relevance == "zero"  # the authors read the prompt alone
         over: Over = "all" if settings.template else "words" if alone else "response"
-        found = self.engine.activations(
+        peaks = self.engine.activations(
             [r.trial.prompt for r in rows],
             ["" if alone else r.completion.text for r in rows if r.completion],
             over=over,
         )
         return np.stack(
-            [found[[i for i, r in enumerate(rows) if r.trial.prompt == p]].max(axis=0) for p in self.prompts]
+            [peaks[[i for i, r in enumerate(rows) if r.trial.prompt == p]].max(axis=0) for p in self.prompts]
         )
 
     async def thresholds(self) -> dict[LatentKey, Threshold]:
-        """Calibrated boost per latent, searched for all latents in lockstep, verified on fresh trials."""
+        """Return the threshold boost per latent, calibrated for all in lockstep and verified on fresh trials."""
         stored = self.fact(THRESHOLDS)
         if stored is None:
-            found = await self._verify(await self._calibrate())
-            stored = [LatentThreshold.of(key, t) for key, t in found.items()]
+            thresholds = await self._verify(await self._calibrate())
+            stored = [LatentThreshold.of(key, t) for key, t in thresholds.items()]
             self.run.ledger.put(self.name, THRESHOLDS, stored)
         return {entry.latent: entry.threshold for entry in stored}
 
@@ -244,7 +244,10 @@ class Study:
         count: int,
         title: str,
     ) -> dict[LatentKey, list[float | None]]:
-        """First-attempt scores of `count` trials per latent at its boost; None where unscored, invalid or left out."""
+        """Return the first-attempt scores of `count` trials per latent at its boost.
+
+        A score is None if the trial is unscored, invalid, or degraded while these are excluded.
+        """
         settings, trials = self.config.calibration, []
         room = max(10_000, settings.max_iterations * settings.trials_per_iteration, settings.verify_trials)
         for position, latent in enumerate(latents):
@@ -267,7 +270,7 @@ class Study:
         return scores
 
     def steered(self, stage: str, condition: str, latent: Latent, boost: float, index: int, prompt: str) -> Trial:
-        """A trial with `boost` times the latent's decoder direction added at every position."""
+        """Return a trial that adds `boost` times the latent's decoder direction at every position."""
         return self.trial(
             stage,
             condition,
@@ -280,13 +283,16 @@ class Study:
         )
 
     def prompt(self, position: int, i: int) -> str:
-        """Prompts take turns, each latent starting elsewhere, so that all occur equally often."""
+        """Return the prompt of trial `i` of the latent at `position`.
+
+        Prompts are used in turn, and each latent starts at another prompt, so that all occur equally often.
+        """
         return self.prompts[(position * self.config.trials_per_latent + i) % len(self.prompts)]
 
     async def cells(self, calibrated: bool = True) -> list[Cell]:
-        """Latents with a usable threshold x trials per latent: the grid that every condition shares.
+        """Return the grid that all conditions share: latents with a usable threshold x trials per latent.
 
-        Not calibrated: all chosen latents, at boost 0.
+        With `calibrated` false: all chosen latents, at boost 0. Raises SteerbackError if no latent has a threshold.
         """
         latents = await self.latents()
         boosts = {x.key: 0.0 for x in latents}
@@ -304,7 +310,7 @@ class Study:
         return self.grid(latents, boosts)
 
     def grid(self, latents: Sequence[Latent], boosts: Mapping[LatentKey, float]) -> list[Cell]:
-        """Cells of the latents that have a boost; prompts and seeds are those of a latent's place in `latents`."""
+        """Return the cells of the latents that have a boost; prompts and seeds depend on the position in `latents`."""
         per_latent = self.config.trials_per_latent
         grid = [
             Cell(i, latent, boosts[latent.key], self.prompt(n, t), self.seed("measure", i))
@@ -315,7 +321,7 @@ class Study:
         ]
         if self.config.limit is None:
             return grid
-        by_turn = sorted(grid, key=lambda cell: (cell.index % per_latent, cell.index))  # all latents take part
+        by_turn = sorted(grid, key=lambda cell: (cell.index % per_latent, cell.index))  # so that no latent is left out
         return sorted(by_turn[: self.config.limit], key=lambda cell: cell.index)
 
     def at(
@@ -329,16 +335,16 @@ class Study:
         prefill: str = "",
         clamps: Sequence[Intervention] = (),
     ) -> Trial:
-        """The cell's trial in a condition, at its threshold unless `boost` says otherwise (0: not steered)."""
+        """Return the cell's trial in a condition, at its threshold boost or at `boost` (0: not steered)."""
         value = cell.boost if boost is None else boost
         trial = self.steered("measure", condition, cell.latent, value, cell.index, prompt or cell.prompt)
         edits = (*(trial.interventions if boost != 0 else ()), *clamps)
         return replace(trial, meta_prompt=meta_prompt, prefill=prefill, interventions=edits)
 
     async def baseline(self, condition: str = BASELINE) -> list[Trial]:
-        """Measure every cell at its threshold and nothing else: what other conditions are compared with.
+        """Measure every cell at its threshold without other changes, as the reference for other conditions.
 
-        In a run that starts from another these are the other's trials, so they come from the cache.
+        In a run that starts from another run, these are the trials of that run, so they come from the cache.
         """
         trials = [self.at(cell, condition) for cell in await self.cells()]
         await self.measure(condition, trials)
@@ -355,7 +361,7 @@ class Study:
 
 
 def references(rows: Sequence[Row], contexts: Mapping[LatentKey, Sequence[str]]) -> References:
-    """What an offline judge compares with: the unsteered responses among `rows`, and the latents' contexts."""
+    """Return the references of an offline judge: the unsteered responses among `rows`, and the latents' contexts."""
     responses: dict[str, list[str]] = {}
     for row in rows:
         if row.trial.stage == "reference" and row.completion is not None:
@@ -364,26 +370,26 @@ def references(rows: Sequence[Row], contexts: Mapping[LatentKey, Sequence[str]])
 
 
 def fact_of(folder: Path, target: str, fact: Fact[T]) -> tuple[T | None, str | None]:
-    """A fact of another run (None if it has none), and the folder of the run which that one starts from, if any."""
+    """Return a fact of another run (None if absent), and the folder of the run that it starts from (None if none)."""
     with Ledger(folder / "ledger.sqlite", read_only=True) as other:
         earlier = (other.get("", CONFIG) or {}).get("from_run")
         return other.get(target, fact), earlier if isinstance(earlier, str) else None
 
 
-IDENTITY = ("model", "revision", "files", "sae", "layers", "lora")  # what findings belong to, in any engine
+IDENTITY = ("model", "revision", "files", "sae", "layers", "lora")  # keys of a model and SAE, equal in all engines
 
 
 def same_weights(folder: Path, target: str, engine: Engine) -> None:
-    """Raises SteerbackError unless a run was made with the very model and SAE that `engine` has."""
+    """Raise SteerbackError unless a run used the same model and SAE as `engine`."""
     stored = fact_of(folder, target, ENGINE)[0]
     now: Mapping[str, object] = engine.describe()
-    if stored is None and now.get("lora"):  # the run may have been made with the base, without this adapter
+    if stored is None and now.get("lora"):  # the run may have used the base model without this adapter
         stored = fact_of(folder, target.rpartition("+")[0], ENGINE)[0]
         now = {key: value for key, value in now.items() if key != "lora"}
     before: Mapping[str, object] = stored.engine if stored is not None else {}
     changed = [key for key in IDENTITY if key in before and key in now and before[key] != now[key]]
     if changed:
         raise SteerbackError(
-            f"run {folder} was made with another {target}: {', '.join(changed)} differ, so what it found does not "
-            f"hold; calibrate anew: steerback run esr --target {target}"
+            f"run {folder} used another {target}: {', '.join(changed)} differ, so its results do not apply; "
+            f"calibrate again: steerback run esr --target {target}"
         )

@@ -1,4 +1,4 @@
-"""Scores of the windows of measured responses and of the floor's: the input of recovery without a restart phrase."""
+"""Window scores of measured responses and of the floor: the input of recovery without a restart phrase."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from steerback.store.ledger import Ledger, Row
 from steerback.study.pipeline import JUDGE_BATCH, Workbench, judge_item
 
 STAGES = ("measure", CONTINUATION, FLOOR)
-"""Stages whose responses are cut into windows."""
+"""Stages whose responses are scored by window."""
 
 
 def without_windows(ledger: Ledger, judge: str, target: str | None = None, retry: bool = False) -> list[Row]:
-    """Return the rows whose windows the judge has not scored; with `retry` also those that it gave no scores."""
+    """Return the rows whose windows the judge has not scored; `retry` includes those that it failed to score."""
     known = {key for key, scores in ledger.window_scores(judge, target).items() if scores or not retry}
     keys = [
         row.trial.key
@@ -29,9 +29,9 @@ def without_windows(ledger: Ledger, judge: str, target: str | None = None, retry
 
 
 async def score_windows(bench: Workbench, settings: RecoveryConfig, target: str, retry: bool = False) -> None:
-    """Score the windows of a target's responses that have no scores yet, in batches that are kept as they come.
+    """Score the windows of a target's responses that have no scores yet; each batch is saved when it is done.
 
-    Nothing happens with a judge that is not to score windows (`window_scorer`).
+    Does nothing if the judge should not score windows (`window_scorer`).
     """
     judge = window_scorer(bench.judge, settings)
     if judge is None:
@@ -57,4 +57,4 @@ async def _score_batch(bench: Workbench, judge: WindowScorer, rows: Sequence[Row
             bench.ledger.add_windows(scored.items())
     bench.progress.update(judged=len(scored), unscored=sum(bool(s.reason) for s in scored.values()))
     if refused:
-        raise SteerbackError(f"judge {judge.name}: {refused}; all scores so far are kept: go on with a higher one")
+        raise SteerbackError(f"judge {judge.name}: {refused}; scores so far are kept: resume with a larger budget")
