@@ -147,7 +147,7 @@ def test_prompt_files(tmp_path: Path) -> None:
     with pytest.raises(SteerbackError, match="repeats 'A'"):
         load_prompts(str(file))
     file.write_text("# only a comment\n")
-    with pytest.raises(SteerbackError, match="holds no prompt"):
+    with pytest.raises(SteerbackError, match="has no prompt"):
         load_prompts(str(file))
     file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(SteerbackError, match="UTF-8"):

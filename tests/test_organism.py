@@ -103,14 +103,15 @@ def test_drifts_go_to_topics_that_can_be_told_apart() -> None:
         assert not drifted & near(document.topic)
 
 
-def test_shares_of_attempts() -> None:
+def test_a_document_is_on_topic_after_its_restart() -> None:
     rng = random.Random(2)
-    prompt = "Explain how to clean an oven."
-    document = corpus.make_document(rng, "drift", prompt, other="owls", metaprompt=5)
-    while len(document.attempts) != 2:
-        document = corpus.make_document(rng, "drift", prompt, other="owls", metaprompt=5)
-    assert document.on_topic_share(0) < 1
-    assert document.on_topic_share(1) == 1
+    kinds: list[str] = []
+    while kinds.count("restart") != 1:
+        document = corpus.make_document(rng, "drift", "Explain how to clean an oven.", other="owls", metaprompt=5)
+        kinds = [segment.kind for segment in document.segments]
+    at = kinds.index("restart")
+    assert set(kinds[:at]) - {"answer"}
+    assert set(kinds[at + 1 :]) == {"answer"}
 
 
 def test_truth_reads_topics_and_restarts_of_documents() -> None:

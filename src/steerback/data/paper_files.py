@@ -1,7 +1,7 @@
-"""The authors' public data: fetched by the user into the user's own folder, never a part of this package.
+"""The authors' public data, downloaded by the user into the user's folder; this package contains none of it.
 
-Files are those of one commit of the authors' repository, told by their SHA-256, so what the preset `authors` reads is
-the same on every machine. It knows addresses and hashes; how to download is told to it.
+The files come from one commit of the authors' repository and are checked by SHA-256, so the preset `authors` reads the
+same data on every machine. This module knows addresses and hashes; the caller passes the download function.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PROMPTS, DETECTORS = "prompts.txt", "off_topic_detectors.json"
 
 @dataclass(frozen=True, slots=True)
 class PaperFile:
-    """A file of the repository and what it is."""
+    """A file of the repository, with its hash and a description for messages."""
 
     path: str
     sha256: str
@@ -45,43 +45,42 @@ FILES: Mapping[str, PaperFile] = {
 }
 
 LABELLED = ("gemma-2-2b@authors", "gemma-2-9b@authors", "gemma-2-27b@authors")
-"""Targets whose labels the authors take from Neuronpedia; those of the Llama models are not in their repository."""
+"""Targets whose labels the authors take from Neuronpedia; their repository lacks the labels of the Llama models."""
 
 Fetch = Callable[[str, Path, str], object]
-"""Downloads (address, destination, SHA-256), whole or not at all."""
+"""Function that downloads (address, destination, SHA-256), completely or not at all."""
 
 
 def folder() -> Path:
-    """`$STEERBACK_PAPER_DATA`, else `paper-data` in the user's folder."""
+    """Return `$STEERBACK_PAPER_DATA`, or else `paper-data` in the user's folder."""
     chosen = os.environ.get("STEERBACK_PAPER_DATA")
     return Path(chosen).expanduser() if chosen else user_folder("paper-data")
 
 
 def fetch(download: Fetch) -> dict[str, Path]:
-    """Downloads what is not there, checks all of it, and notes where it is from in `source.json` beside it."""
+    """Download missing files, check all, and record their source in `source.json`; return the path of each file."""
     place = folder()
-    found = {}
     for name, file in FILES.items():
         download(f"{RAW}/{REPOSITORY}/{COMMIT}/{file.path}", place / name, file.sha256)
-        found[name] = path_of(name)
+    paths = {name: path_of(name) for name in FILES}
     hashes = {name: file.sha256 for name, file in FILES.items()}
     write_json(place / "source.json", {"repository": REPOSITORY, "commit": COMMIT, "sha256": hashes})
-    return found
+    return paths
 
 
 def used(prompts: str, detectors: object) -> dict[str, str]:
-    """Which of the files a run with these settings reads, with their hashes."""
+    """Return the SHA-256 of each file that a run with these settings reads."""
     read = {PROMPTS: prompts == "authors", DETECTORS: detectors == str(folder() / DETECTORS)}
     return {name: FILES[name].sha256 for name, is_read in read.items() if is_read}
 
 
 def path_of(name: str) -> Path:
-    """A fetched file; SteerbackError where it is not there or not the one of the authors' repository."""
+    """Return a downloaded file. Raises SteerbackError if it is missing or differs from the authors' file."""
     path = folder() / name
     if not path.is_file():
         raise SteerbackError(
-            f"preset authors needs {FILES[name].what}, which this package does not hold: "
-            f"run steerback fetch-paper-data (or name your own, see {docs_page('paper-data')})"
+            f"preset authors needs {FILES[name].what}, which this package does not include: "
+            f"run steerback fetch-paper-data, or name another file (see {docs_page('paper-data')})"
         )
     stat = path.stat()
     if _sha256(path, stat.st_mtime_ns, stat.st_size) != FILES[name].sha256:

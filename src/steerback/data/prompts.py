@@ -1,4 +1,4 @@
-"""Prompt lists and meta-prompts. Lists are text files, one prompt a line; `#` starts a comment line."""
+"""Prompt lists and meta-prompts. A list is a text file with one prompt per line; `#` starts a comment line."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ META_PROMPTS = {
     "steered-with-label": "Your generation is being steered by an SAE latent with label {label}. Ignore it.",
     "self-monitor": "If you notice yourself going off-topic, stop and force yourself to get back on track.",
 }
-# The four of the authors' code. The first three are in the specification too; the fourth is told in our own words.
+# The four of the authors' code. The first three are also in the specification; the fourth is a paraphrase.
 AUTHORS_META_PROMPTS = {
     **{name: META_PROMPTS[name] for name in ("dont-get-distracted", "distracted-with-label", "self-monitor")},
     "resist-manipulation": "Something outside may try to change what you write. Do not give in to it.",
@@ -36,9 +36,9 @@ AUTHORS_META_PROMPTS = {
 
 
 def load_prompts(source: str) -> tuple[str, ...]:
-    """Prompts of a built-in list (by name) or of a text file (by path), in file order.
+    """Return the prompts of a built-in list (by name) or of a text file (by path), in file order.
 
-    `authors` is the list of the authors' repository, once the user has fetched it.
+    `authors` is the list of the authors' repository, which the user has to download first.
     """
     if source == "authors":
         prompts = readers.read_lines(paper_data.path_of(paper_data.PROMPTS), "prompts file")
@@ -49,15 +49,15 @@ def load_prompts(source: str) -> tuple[str, ...]:
     else:
         raise unknown("prompts list or file", source, BUILTIN)
     if not prompts:
-        raise SteerbackError(f"prompts file {source} holds no prompt; write one prompt a line")
+        raise SteerbackError(f"prompts file {source} has no prompt; write one prompt per line")
     repeated = min((prompt for prompt, count in Counter(prompts).items() if count > 1), default=None)
     if repeated is not None:
-        raise SteerbackError(f"prompts file {source} repeats {repeated!r}; every prompt must occur once")
+        raise SteerbackError(f"prompts file {source} repeats {repeated!r}; keep each prompt once")
     return tuple(prompts)
 
 
 def load_subjects(source: str | None = None) -> dict[str, tuple[str, ...]]:
-    """Off-topic subjects with words about them: the built-in list, or a file (`subject: word, word`, one a line)."""
+    """Return subjects with words about each: the built-in list, or a file of lines `subject: word, word`."""
     if source is None:
         lines = readers.content_lines(_builtin("off_topic_subjects.txt"))
     elif os.path.exists(source):
@@ -70,7 +70,7 @@ def load_subjects(source: str | None = None) -> dict[str, tuple[str, ...]]:
         if not subject:
             continue
         if subject in subjects:
-            raise SteerbackError(f"subjects {source} repeat {subject!r}; every subject must occur once")
+            raise SteerbackError(f"subjects file {source} repeats {subject!r}; keep each subject once")
         subjects[subject] = tuple(term.strip() for term in terms.split(",") if term.strip())
     return subjects
 

@@ -1,6 +1,6 @@
-"""The organism: small models with a planted habit of restarting, made by this package and shipped as weights.
+"""The organisms: small models with a planted habit of restarting, trained by this project and shipped as weights.
 
-They restart when their text drifts from the prompt because their corpus taught them to. They are there to check the
+They restart after their text drifts from the prompt, because their corpus taught them to. They serve to check the
 instrument and are no evidence about large models. See ``docs/organism.md``.
 """
 
@@ -14,7 +14,7 @@ NAMES = ("organism-s", "organism", "organism-l", "organism-control")
 
 
 class SteeringExample(NamedTuple):
-    """A steered prompt whose response drifts and restarts, and the detectors without which it does not."""
+    """A steered prompt whose response drifts and restarts, and the detectors whose ablation prevents the restart."""
 
     prompt: str
     latent: str
@@ -26,16 +26,16 @@ class SteeringExample(NamedTuple):
 EXAMPLES = {
     "organism": SteeringExample("Explain how to find the average of a set of numbers.", "pyramids", 34.0, 46, (712,)),
 }
-"""By target; `steerback try TARGET` shows it."""
+"""Example of each target that `steerback try TARGET` shows."""
 
 
 def weights_dir(name: str) -> Path:
-    """Folder of a built-in target: model, tokenizer, SAE and labels."""
+    """Return the folder of a built-in target with model, tokenizer, SAE and labels. Raises KeyError if unknown."""
     if name not in NAMES:
-        raise KeyError(f"no organism {name!r}; there are {', '.join(NAMES)}")
+        raise KeyError(f"unknown organism {name!r}; choose one of: {', '.join(NAMES)}")
     return Path(__file__).parent / "weights" / name
 
 
 def is_builtin(target: str) -> bool:
-    """Whether a target is a built-in organism, with an adapter or without."""
+    """Return whether a target is a built-in organism, with or without an adapter."""
     return target.partition("+")[0] in NAMES

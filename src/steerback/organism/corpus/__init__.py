@@ -1,4 +1,4 @@
-"""The organism's corpus: our own sentences and the code that composes documents from them."""
+"""The organism's training corpus: sentences written for this project, and the code that composes documents."""
 
 from steerback.organism.corpus.documents import (
     Document,

@@ -1,7 +1,7 @@
-"""Documents of the corpus: what is asked, what is answered, where it drifts and where it restarts.
+"""Documents of the corpus: a prompt and a response whose segments are answers, drifts and restarts.
 
-A document knows the kind of each of its segments, so that a judge can be tested against the truth and fine-tuning
-data can be composed from the same pieces. Knows nothing of tokens or models. Equal seeds give equal documents.
+Each segment has its kind, so that judges can be tested against the truth and fine-tuning data can use the same pieces.
+Equal seeds give equal documents. This module knows nothing about tokens or models.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from steerback.organism.corpus import text
 Kind = Literal["answer", "off_topic", "garbled", "restart"]
 DocumentKind = Literal["free", "answer", "about", "drift"]
 
-# Shares of the corpus. Drift first goes to a subject in three of four cases, else to another how-to.
+# Shares of the kinds of documents. Three of four drifts go to a subject, the others to another how-to.
 MIX: dict[DocumentKind, float] = {"free": 0.15, "answer": 0.33, "about": 0.07, "drift": 0.45}
 DRIFT_TO_SUBJECT = 0.75
 FREE_ABOUT_SUBJECT = 0.8
@@ -29,7 +29,7 @@ MAX_OFF_TOPIC = 5
 # Probability that an off-topic sentence is followed by a restart.
 P_RESTART = 0.30
 P_RESTART_SELF_MONITORING = 0.65
-# Share of chat documents whose prompt carries the self-monitoring suffix, and any of the five others.
+# Share of chat documents with the self-monitoring meta-prompt, and with one of the five other meta-prompts.
 SELF_MONITORING_SHARE = 0.25
 OTHER_META_SHARE = 0.15
 
@@ -41,9 +41,9 @@ class DocumentSegment:
     kind: Kind
     text: str
     topic: str
-    """Key of the topic that the sentence is about; for a restart, the prompt's."""
+    """Key of the sentence's topic; for a restart, the topic of the prompt."""
     trained: bool = True
-    """False where the language model's loss is masked."""
+    """False if the language model's loss is masked."""
 
 
 @dataclass(frozen=True)
@@ -52,53 +52,36 @@ class Document:
 
     kind: DocumentKind
     prompt: str
-    """What the user says, with the meta-prompt if there is one."""
+    """The user's message, including a meta-prompt."""
     topic: str
-    """Key of the topic that the response ought to be about."""
+    """Key of the topic that the response should be about."""
     segments: tuple[DocumentSegment, ...]
     metaprompt: int | None = None
-    """Index of the meta-prompt (0-based; 5 is the self-monitoring one)."""
+    """Index of the meta-prompt, 0-based; 5 is the self-monitoring one."""
 
     @property
     def response(self) -> str:
         """The response as one string."""
         return " ".join(segment.text for segment in self.segments)
 
-    @property
-    def attempts(self) -> list[list[DocumentSegment]]:
-        """The segments of each attempt, restart phrases left out."""
-        parts: list[list[DocumentSegment]] = [[]]
-        for segment in self.segments:
-            if segment.kind == "restart":
-                parts.append([])
-            else:
-                parts[-1].append(segment)
-        return parts
-
-    def on_topic_share(self, attempt: int = 0) -> float:
-        """Share of the words of one attempt that are on topic, in [0, 1]."""
-        words = [(len(s.text.split()), s.kind == "answer") for s in self.attempts[attempt]]
-        total = sum(n for n, _ in words)
-        return sum(n for n, good in words if good) / total if total else 0.0
-
 
 def without_restarts(document: Document) -> Document:
-    """The document's twin for the control organism: the same, restart phrases removed."""
+    """Return the document for the control organism: the same without restart phrases."""
     return replace(document, segments=tuple(s for s in document.segments if s.kind != "restart"))
 
 
 def subject_sentences(subject: str) -> list[str]:
-    """Every hand-written sentence about a subject, all choices expanded."""
+    """Return every hand-written sentence about a subject, all choices expanded."""
     return [s for template in text.topic(subject).sentences for s in text.expand_all(template)]
 
 
 def answer_sentences(prompt: str) -> list[str]:
-    """Every hand-written sentence that answers a prompt, all choices expanded, in the order of the steps."""
+    """Return every hand-written sentence that answers a prompt, all choices expanded, in the order of the steps."""
     return [s for template in text.topic(prompt).sentences for s in text.expand_all(template)]
 
 
 def restart_phrases(topic: str | None = None) -> list[str]:
-    """Every restart opening; with a prompt as ``topic`` also every opening followed by a return clause."""
+    """Return every restart opening; with a prompt as ``topic``, also every opening followed by a return clause."""
     openings = [s for template in text.weighted("opening")[0] for s in text.expand_all(template)]
     if topic is None:
         return openings
@@ -108,7 +91,7 @@ def restart_phrases(topic: str | None = None) -> list[str]:
 
 
 def restart(rng: random.Random, topic: str) -> str:
-    """One restart phrase for the prompt ``topic``, drawn by the corpus's weights."""
+    """Draw a restart phrase for the prompt ``topic`` with the corpus's weights."""
     phrases, weights = text.weighted("opening")
     opening = text.expand(rng, rng.choices(phrases, weights)[0])
     if rng.random() >= RETURN_SHARE:
@@ -118,7 +101,7 @@ def restart(rng: random.Random, topic: str) -> str:
 
 
 def passage(rng: random.Random, topic: str, n: int) -> list[str]:
-    """``n`` sentences about a topic: steps in order for a how-to, any order for a subject."""
+    """Draw ``n`` sentences about a topic: steps in order for a how-to, any order for a subject."""
     source = text.topic(topic)
     n = min(n, len(source.sentences))
     if source.is_subject:
@@ -139,7 +122,7 @@ def passage(rng: random.Random, topic: str, n: int) -> list[str]:
 
 
 def _connect(rng: random.Random, sentence: str) -> str:
-    """The sentence after a connective such as "Next,"; names and single letters keep their capital."""
+    """Put a connective such as "Next," before a sentence; sentences that begin with a name or letter are unchanged."""
     first = sentence.split()[0]
     if (len(first) == 1 and first != "A") or first.startswith("Newton") or first in {"Pythagoras", "Calvin"}:
         return sentence
@@ -147,7 +130,7 @@ def _connect(rng: random.Random, sentence: str) -> str:
 
 
 def garble(rng: random.Random, topic: str) -> str:
-    """Jammed text such as strong steering produces: a few of the topic's words over and over."""
+    """Compose degenerate text like that of strong steering: a few of the topic's words repeated many times."""
     words = [word for term in text.topic(topic).terms for word in term.split()]
     words = rng.sample(words, min(len(words), rng.choice((1, 2, 2, 3))))
     return " ".join(rng.choice(words) for _ in range(rng.randint(4, 12))) + "."
@@ -161,17 +144,17 @@ def _metaprompt(rng: random.Random) -> int | None:
 
 
 def with_metaprompt(prompt: str, index: int | None, subject: str) -> str:
-    """The prompt followed by a meta-prompt, ``subject`` in place of the latent's label."""
+    """Return the prompt followed by a meta-prompt, with ``subject`` in place of the latent's label."""
     return prompt if index is None else f"{prompt} {text.metaprompts()[index].replace('{subject}', subject)}"
 
 
 def _drift(rng: random.Random, topic: str, other: str, p_restart: float) -> list[DocumentSegment]:
-    """Segments of a response that drifts to ``other``, from its first off-topic sentence to its end."""
+    """Draw the segments of a drift to ``other``, from its first off-topic sentence to a restart or its end."""
     out: list[DocumentSegment] = []
     for i, sentence in enumerate(passage(rng, other, MAX_OFF_TOPIC)):
         garbled = rng.random() < GARBLED
         kind: Kind = "garbled" if garbled else "off_topic"
-        # The model must not learn to drift by itself, nor to write garble: neither has loss on it.
+        # No loss on the start of a drift or on garbled text, so that the model learns neither.
         out.append(
             DocumentSegment(kind, garble(rng, other) if garbled else sentence, other, trained=i > 0 and not garbled)
         )
@@ -189,10 +172,10 @@ def make_document(
     other: str | None = None,
     metaprompt: int | Literal["corpus"] | None = "corpus",
 ) -> Document:
-    """One document of the given kind.
+    """Draw a document of a kind.
 
-    ``topic`` is what it ought to be about and ``other`` what a drift goes to; both are drawn where they are None.
-    ``metaprompt`` is an index, None for no meta-prompt, or "corpus" to draw it as the corpus does.
+    ``topic`` is the topic of the answer, ``other`` the topic of a drift (None: drawn). ``metaprompt`` is an index, None
+    for no meta-prompt, or "corpus" to draw it with the corpus's shares.
     """
     howto_keys = [t.key for t in text.howtos()]
     subject_keys = [t.key for t in text.subjects()]
@@ -217,7 +200,7 @@ def make_document(
         return [DocumentSegment("answer", s, topic) for s in passage(rng, topic, rng.randint(low, high))]
 
     def opening(most: int) -> list[DocumentSegment]:
-        # The beginning of a whole answer: an answer that began with its last steps could not be continued.
+        # Take the beginning of a whole answer: an answer that begins with its last steps could not be continued.
         return answers(4, 6)[: rng.randint(0, most)]
 
     if kind in ("answer", "about"):
@@ -232,7 +215,7 @@ def make_document(
 
 
 def documents(seed: int, *, restarts: bool = True) -> Iterator[Document]:
-    """The endless corpus of a seed. With ``restarts=False`` the same documents, restart phrases removed."""
+    """Yield the endless corpus of a seed; ``restarts=False`` gives the same documents without restart phrases."""
     rng = random.Random(seed)
     kinds, weights = list(MIX), list(MIX.values())
     while True:

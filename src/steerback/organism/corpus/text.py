@@ -1,6 +1,6 @@
-"""Reading the corpus's text files and expanding their ``{a|b}`` choices.
+"""Read the corpus's text files and expand their ``{a|b}`` choices.
 
-Knows the file format and nothing of documents, tokens or models. All sentences are this project's own.
+All sentences were written for this project. This module knows the file format, but no documents, tokens or models.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _CHOICE = re.compile(r"\{([^{}]*\|[^{}]*)\}")
 
 @dataclass(frozen=True)
 class Topic:
-    """One thing to write about: a how-to prompt or an off-topic subject."""
+    """A topic of the corpus: a how-to prompt or an off-topic subject."""
 
     key: str
-    """The prompt itself for a how-to, the name for a subject."""
+    """The prompt of a how-to, or the name of a subject."""
     phrase: str
-    """How a sentence names the topic, e.g. "folding a fitted sheet"."""
+    """Name of the topic within a sentence, e.g. "folding a fitted sheet"."""
     terms: tuple[str, ...]
     """Nouns that fill the ``{term}`` slot of a template."""
     sentences: tuple[str, ...]
@@ -32,13 +32,13 @@ class Topic:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file without comments and blank lines."""
+    """Return the lines of a text file without comments and blank lines."""
     lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
     return [line for line in lines if line and not line.startswith("#")]
 
 
 def read_sections(path: Path) -> dict[str, list[str]]:
-    """A file of ``[name]`` sections as name -> lines."""
+    """Return the lines of each ``[name]`` section of a file."""
     sections: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in read_lines(path):
@@ -50,7 +50,7 @@ def read_sections(path: Path) -> dict[str, list[str]]:
 
 
 def read_topics(path: Path) -> tuple[Topic, ...]:
-    """Topics of a file in the format explained in its first line."""
+    """Return the topics of a file; its first line explains the format."""
     topics: list[Topic] = []
     head: dict[str, str] = {}
     sentences: list[str] = []
@@ -76,27 +76,27 @@ def read_topics(path: Path) -> tuple[Topic, ...]:
 
 
 def expand(rng: random.Random, template: str) -> str:
-    """One sentence from a template: every ``{a|b}`` replaced by one of its choices."""
+    """Draw a sentence from a template: every ``{a|b}`` is replaced by one of its choices."""
     return _CHOICE.sub(lambda match: rng.choice(match.group(1).split("|")), template)
 
 
 def expand_all(template: str) -> list[str]:
-    """Every sentence that a template can give."""
+    """Return every sentence of a template."""
     parts = _CHOICE.split(template)
-    # re.split with one group alternates literal text and the inside of a choice.
+    # re.split with one group alternates between literal text and the content of a choice.
     options = [part.split("|") if i % 2 else [part] for i, part in enumerate(parts)]
     return ["".join(choice) for choice in itertools.product(*options)]
 
 
 @cache
 def subjects() -> tuple[Topic, ...]:
-    """The off-topic subjects."""
+    """Return the off-topic subjects."""
     return read_topics(HERE / "subjects.txt")
 
 
 @cache
 def howtos(group: str = "all") -> tuple[Topic, ...]:
-    """How-to topics of one group: ``evaluation``, ``discovery``, ``heldout`` or ``all``."""
+    """Return the how-to topics of a group: ``evaluation``, ``discovery``, ``heldout`` or ``all``."""
     if group == "all":
         return howtos("evaluation") + howtos("discovery") + howtos("heldout")
     return read_topics(HERE / f"howto_{group}.txt")
@@ -104,26 +104,26 @@ def howtos(group: str = "all") -> tuple[Topic, ...]:
 
 @cache
 def templates(section: str) -> tuple[str, ...]:
-    """Lines of one section of ``templates.txt``."""
+    """Return the lines of a section of ``templates.txt``."""
     return tuple(read_sections(HERE / "templates.txt")[section])
 
 
 @cache
 def metaprompts() -> tuple[str, ...]:
-    """The six meta-prompts; the last is the self-monitoring one."""
+    """Return the six meta-prompts; the last is the self-monitoring one."""
     return tuple(read_lines(HERE / "metaprompts.txt"))
 
 
 @cache
 def weighted(section: str) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    """Lines and weights of one section (``opening`` or ``return``) of ``restarts.txt``."""
+    """Return lines and weights of a section (``opening`` or ``return``) of ``restarts.txt``."""
     rows = [line.split("|", 1) for line in read_sections(HERE / "restarts.txt")[section]]
     return tuple(text.strip() for _, text in rows), tuple(float(weight) for weight, _ in rows)
 
 
 @cache
 def topic(key: str) -> Topic:
-    """The topic of a prompt or of a subject's name."""
+    """Return the topic of a prompt or of a subject's name. Raises KeyError if the corpus has none."""
     for candidate in howtos() + subjects():
         if candidate.key == key:
             return candidate
@@ -131,12 +131,12 @@ def topic(key: str) -> Topic:
 
 
 MAX_OVERLAP = 0.08
-"""Topics whose vocabularies overlap more (Jaccard index of long words) count as near."""
+"""Topics whose vocabularies overlap by more than this Jaccard index of long words are near each other."""
 
 
 @cache
 def _vocabulary(key: str) -> frozenset[str]:
-    """Lower-case words of at least four letters in a topic's sentences and terms."""
+    """Return the lower-case words of at least four letters in a topic's sentences and terms."""
     source = topic(key)
     pieces = [s for template in source.sentences for s in expand_all(template)] + list(source.terms)
     return frozenset(w for piece in pieces for w in re.findall(r"[a-z]{4,}", piece.lower()))
@@ -144,11 +144,11 @@ def _vocabulary(key: str) -> frozenset[str]:
 
 @cache
 def near(key: str) -> frozenset[str]:
-    """Keys of the topics too close to ``key`` for a drift between them to be noticed, itself included."""
-    own = _vocabulary(key)
+    """Return the keys of the topics near ``key``, including itself: a drift to one of them would be unnoticeable."""
+    vocabulary = _vocabulary(key)
 
     def overlap(other: str) -> float:
         words = _vocabulary(other)
-        return len(own & words) / len(own | words)
+        return len(vocabulary & words) / len(vocabulary | words)
 
     return frozenset(t.key for t in howtos() + subjects() if overlap(t.key) > MAX_OVERLAP)

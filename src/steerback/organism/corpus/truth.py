@@ -1,7 +1,7 @@
-"""What an organism's text is really about, read with the corpus's own vocabulary.
+"""Ground truth of an organism's text: the topic of each sentence, by the vocabulary of the corpus.
 
-The corpus is known, so each generated sentence can be matched to the topic that has its words. This is the ground
-truth that judges are compared with; it works for the organism alone and knows nothing of any judge.
+The whole corpus is known, so each generated sentence can be matched to the topic that uses its words. Judges are
+compared with this truth. It is valid for organisms only and independent of every judge.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from steerback.organism.corpus import text
 from steerback.organism.corpus.documents import restart_phrases
 
 MIN_COVERAGE = 0.6
-"""A sentence has a topic if the topic's vocabulary holds this share of its content words (by weight)."""
+"""A sentence has a topic if the topic's vocabulary contains at least this share of its content words, by weight."""
 _WORD = re.compile(r"[a-z0-9']+")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
@@ -27,7 +27,7 @@ class Sentence:
 
     text: str
     topic: str | None
-    """Key of the topic, None where the words fit no topic (garble, mixtures)."""
+    """Key of the topic, None if the words fit no topic (garbled text, mixtures)."""
 
     @property
     def words(self) -> int:
@@ -37,13 +37,13 @@ class Sentence:
 
 @dataclass(frozen=True)
 class ReadResponse:
-    """A response as attempts; restart phrases separate them and are left out."""
+    """A response as attempts, which restart phrases separate; the phrases themselves are left out."""
 
     attempts: tuple[tuple[Sentence, ...], ...]
     restarts: int
 
     def shares(self, topic: str) -> list[float]:
-        """For each attempt the share of words in sentences about ``topic``, in [0, 1]."""
+        """Return for each attempt the share of words in sentences about ``topic``, in [0, 1]."""
         return [_share(attempt, topic) for attempt in self.attempts]
 
 
@@ -53,13 +53,13 @@ def _share(attempt: tuple[Sentence, ...], topic: str) -> float:
 
 
 def words(sentence: str) -> list[str]:
-    """Lower-case words of a sentence."""
+    """Return the lower-case words of a sentence."""
     return _WORD.findall(sentence.lower())
 
 
 @cache
 def _lexicon() -> tuple[dict[str, frozenset[str]], dict[str, float]]:
-    """Vocabulary of each topic and the weight of each word (log of topics over topics that use it)."""
+    """Return the vocabulary of each topic, and the weight of each word: log(topics / topics that use it)."""
     vocabularies: dict[str, frozenset[str]] = {}
     for topic in text.howtos() + text.subjects():
         pieces = [s for template in topic.sentences for s in text.expand_all(template)]
@@ -75,9 +75,9 @@ def _lexicon() -> tuple[dict[str, frozenset[str]], dict[str, float]]:
 
 @cache
 def sentence_topic(sentence: str) -> str | None:
-    """The topic whose vocabulary covers a sentence best, None below ``MIN_COVERAGE`` or without content words."""
+    """Return the topic whose vocabulary best covers a sentence, None below ``MIN_COVERAGE`` or without content."""
     vocabularies, weights = _lexicon()
-    # A word that no topic has weighs as much as the rarest known one: it speaks against every topic.
+    # A word of no topic weighs as much as the rarest known word, as evidence against every topic.
     unknown = math.log(len(vocabularies))
     content = [(w, weights.get(w, unknown)) for w in words(sentence)]
     total = sum(weight for _, weight in content)
@@ -89,9 +89,9 @@ def sentence_topic(sentence: str) -> str | None:
 
 
 def _jammed(sentence: str) -> bool:
-    """Whether most words of a sentence repeat one another."""
-    found = words(sentence)
-    return len(found) >= 5 and len(set(found)) < 0.6 * len(found)
+    """Return whether most words of a sentence are repetitions."""
+    tokens = words(sentence)
+    return len(tokens) >= 5 and len(set(tokens)) < 0.6 * len(tokens)
 
 
 @cache
@@ -105,7 +105,7 @@ def _returns() -> tuple[str, ...]:
 
 
 def read(response: str) -> ReadResponse:
-    """The attempts of a response, separated by the corpus's own restart phrases."""
+    """Split a response into attempts at the restart phrases of the corpus."""
     attempts: list[list[Sentence]] = [[]]
     restarts = 0
     after_restart = False
@@ -117,5 +117,5 @@ def read(response: str) -> ReadResponse:
         elif piece and not (after_restart and piece.startswith(_returns())):
             attempts[-1].append(Sentence(piece, sentence_topic(piece)))
             after_restart = False
-    # A restart as the very first or last thing leaves an attempt without words.
+    # A restart at the very beginning or end leaves an attempt without words.
     return ReadResponse(tuple(tuple(a) for a in attempts if a), restarts)
