@@ -64,7 +64,7 @@ def test_estimate_budget_spend_and_going_on(server: FakeJudge, capsys: pytest.Ca
 
     assert steerback(*judge, "--max-judge-calls", "5") == 2
     said = capsys.readouterr().err
-    assert "judge qwen3-32b: budget spent: --max-judge-calls 5; all verdicts so far are kept" in said
+    assert "judge qwen3-32b: budget spent: --max-judge-calls 5; verdicts so far are kept" in said
     assert sum(server.asked.values()) == 5
     with Run.read(Path("runs/a")) as run:
         assert sum(r.judgement is not None for r in run.ledger.rows(judge="qwen3-32b")) == 5

@@ -86,7 +86,7 @@ def test_a_spent_budget_stops_rating_and_keeps_what_was_rated(tmp_path: Path) ->
     labels, calls = [f"label {i}" for i in range(100)], list[str]()
     poor = LLMRater("mock", mock(lengths, calls, Limits(max_calls=1)), tmp_path / "cache.sqlite")
     assert poor.estimate(labels).calls == 3
-    with pytest.raises(SteerbackError, match="budget spent: --max-judge-calls 1; 40 of 100 labels were rated"):
+    with pytest.raises(SteerbackError, match="budget spent: --max-judge-calls 1; 40 of 100 ratings are in the cache"):
         poor.rate(labels)
     rich = LLMRater("mock", mock(lengths, calls), tmp_path / "cache.sqlite")
     assert rich.estimate(labels).calls == 2

@@ -147,7 +147,7 @@ def test_uniform_sets_are_uniform() -> None:
 
 @pytest.mark.parametrize("interest", [[], [3, 3], [-1], [200]])
 def test_a_set_that_makes_no_sense_is_refused(interest: list[int]) -> None:
-    with pytest.raises(SteerbackError, match="distinct latents within 0 to 199"):
+    with pytest.raises(SteerbackError, match="distinct latents from 0 to 199"):
         matched_sets(activity(), interest)
 
 

@@ -108,7 +108,7 @@ def test_own_list_from_files(tmp_path: Path) -> None:
 
 
 def test_own_list_without_labels_says_so() -> None:
-    with pytest.raises(SteerbackError, match="has no labels, give indices"):
+    with pytest.raises(SteerbackError, match="has no labels; give indices"):
         check_latents(["volcanoes"], {}, 10)
     assert check_latents([3, "mood"], {}, 10, ["mood"]) == [3, "mood"]
 
