@@ -103,16 +103,16 @@ class Study:
         stored = self.run.ledger.get(self.name, fact)
         folder = None if stored is not None else self.config.from_run
         while folder is not None:
-            value, earlier = fact_of(Path(folder), self.name, fact)
-            if value is not None:
-                self.run.ledger.put(self.name, fact, value)
-                return value
+            kept = fact_of(Path(folder), self.name, fact)
+            if kept[0] is not None:
+                self.run.ledger.put(self.name, fact, kept[0])
+                return kept[0]
             if not (Path(folder) / "summary.json").is_file():
                 raise SteerbackError(
                     f"run {folder} has no {fact.name} for {self.name} yet; finish it first: "
                     f"steerback resume {Path(folder).name}"
                 )
-            folder = earlier
+            folder = kept[1]
         return stored
 
     async def prepare(self, more: Sequence[str] = ()) -> None:
