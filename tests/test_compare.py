@@ -5,18 +5,23 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from planted import Runs, thresholds
+from planted import SIZES, Runs, thresholds
+from planted_detectors import MODEL
 from steerback import cli
-from steerback.config import RunConfig, authors, quick, specification
+from steerback.config import RunConfig, authors, build_config, quick, specification
+from steerback.engines import EngineOptions
+from steerback.engines.base import Engine
 from steerback.engines.scripted import PlantedModel
 from steerback.errors import SteerbackError
 from steerback.experiments import REGISTRY, paper
 from steerback.jobs import campaign
+from steerback.jobs.check import Makers
 from steerback.published.comparison import (
     Ours,
     Published,
@@ -30,7 +35,8 @@ from steerback.published.comparison import (
 )
 from steerback.store.facts import CONFIG
 from steerback.store.ledger import Ledger
-from steerback.store.run import write_json
+from steerback.store.run import Run, write_json
+from steerback.targets import Target
 
 SMALL = ("n_latents=4", "trials_per_latent=5")
 
@@ -240,17 +246,7 @@ def verb(*arguments: str) -> None:
 
 
 def steps_of(runs: Runs, *only: str) -> list[paper.Step]:
-    from planted import SIZES
-    from steerback.config import build_config
-
-    first = build_config(
-        "esr",
-        ("planted",),
-        "quick",
-        overrides={"engine": "scripted", "judge": "scripted"},
-        assignments=(*SIZES, *SMALL),
-    )
-    return paper.plan(campaign.resolved(first, runs.makers), runs.root, "p", only)
+    return paper.plan(campaign.resolved(first_of("planted"), runs.makers), runs.root, "p", only)
 
 
 def test_a_paper_is_run_resumed_compared_and_drawn(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
@@ -292,6 +288,90 @@ def test_a_step_that_fails_stops_only_what_needs_it(runs: Runs, monkeypatch: pyt
         "p-detector-ablation": "needs p-detectors",
     }
     assert campaign.is_done(steps[1])
+
+
+def first_of(*targets: str) -> RunConfig:
+    """The config of a small campaign's first run on the scripted engine."""
+    return build_config(
+        "esr",
+        targets,
+        "quick",
+        overrides={"engine": "scripted", "judge": "scripted"},
+        assignments=(*SIZES, *SMALL, "draws=100"),
+    )
+
+
+def counted(runs: Runs, log: list[str]) -> Makers:
+    """The makers of `runs`, with a line in `log` for each engine that starts or is closed."""
+    make = runs.makers.engine
+
+    def started(target: Target, options: EngineOptions) -> Engine:
+        engine = make(target, options)
+        log.append(f"start {target.name}")
+        engine.close = lambda: log.append(f"close {target.name}")  # type: ignore[method-assign]
+        return engine
+
+    return replace(runs.makers, engine=started)
+
+
+def test_a_campaign_of_all_experiments_starts_one_engine(runs: Runs) -> None:
+    runs.scripts["planted"] = MODEL
+    log: list[str] = []
+    makers = counted(runs, log)
+    few = {"detectors": ["responses=60"], "random-ablation": ["sets=2"], "boost-sweep": ["levels=3"]}
+    steps = paper.plan(campaign.resolved(first_of("planted"), makers), runs.root, "p", options=few)
+    assert campaign.run(steps, cached=False, say=lambda _: None, makers=makers) == {}
+    assert len(steps) == len(paper.STEPS)
+    assert all(campaign.is_done(step) for step in steps)
+    assert log == ["start planted", "close planted"]
+    campaign.run(campaign.stored_steps([s.folder for s in steps]), cached=False, say=lambda _: None, makers=makers)
+    assert len(log) == 2  # nothing is left to do
+
+
+def test_a_campaign_on_two_targets_holds_one_engine_at_a_time(runs: Runs) -> None:
+    runs.scripts["other"] = runs.scripts["planted"]
+    log: list[str] = []
+    makers = counted(runs, log)
+    steps = paper.plan(campaign.resolved(first_of("planted", "other"), makers), runs.root, "p", only=["no-steering"])
+    assert campaign.run(steps, cached=False, say=lambda _: None, makers=makers) == {}
+    assert log == ["start planted", "close planted", "start other", "close other"]
+    for step in steps:
+        summary = json.loads((step.folder / "summary.json").read_text())
+        assert {*summary["targets"]} == {"planted", "other"}
+        manifest = json.loads((step.folder / "manifest.json").read_text())
+        assert {*manifest["targets"]} == {"planted", "other"}
+
+
+def test_several_experiments_start_from_one_another(runs: Runs) -> None:
+    """The nearest one that is named, else the first: all share its latents and thresholds."""
+    names = ["meta-prompts", "detector-ablation", "esr", "held-out"]
+
+    def config_of(name: str, base: paper.Base | None) -> RunConfig:
+        return build_config(name, ("planted",), None if base else "quick", base=base)
+
+    def order(*names: str, base: paper.Base | None = None) -> dict[str, str | None]:
+        steps = paper.in_order(names, config_of, lambda config: runs.root / config.experiment, base)
+        return {s.config.experiment: s.config.from_run and Path(s.config.from_run).name for s in steps}
+
+    after_esr = dict.fromkeys(("meta-prompts", "held-out", "detector-ablation"), "esr")
+    assert list(order(*names).items()) == [("esr", None), *after_esr.items()]
+    assert order("held-out", "boost-sweep") == {"boost-sweep": None, "held-out": "boost-sweep"}
+    base = ("runs/mine", first_of("planted"))
+    assert order("boost-sweep", "held-out", base=base) == {"boost-sweep": "mine", "held-out": "mine"}
+
+
+def test_run_and_resume_take_several(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    root = ["--runs", str(runs.root)]
+    settings = ["--set", "n_latents=2", "--set", "boost-sweep.levels=4"]
+    verb("run", "boost-sweep", "esr", "--target", "organism", "--preset", "quick", *settings, "--dry-run", *root)
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in printed] == ["esr-organism", "boost-sweep-organism", "to do"]
+    with pytest.raises(SteerbackError, match="unknown experiment 'no-such'"):
+        verb("run", "esr", "no-such", "--target", "organism", *root)
+    steps = paper.plan(campaign.resolved(first_of("planted"), runs.makers), runs.root, "p", ["no-steering"])
+    for step in reversed(steps):
+        Run.start(step.folder, step.config).close()
+    assert campaign.stored_steps([s.folder for s in reversed(steps)]) == steps
 
 
 def test_verbs_import_export_merge_and_figures(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:

@@ -301,11 +301,7 @@ def carry_out_paper(
     done = [step.folder for step in steps if campaign.is_done(step)]
     for line in campaign.results(done, out):
         say(line)
-    if failed:
-        raise SteerbackError(
-            f"{len(failed)} of {len(steps)} experiments could not be done: "
-            + "; ".join(f"{folder.name}: {why}" for folder, why in failed.items())
-        )
+    campaign.refuse(failed, len(steps))
     return [open_run(folder) for folder in done]
 
 

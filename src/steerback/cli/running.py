@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -16,7 +16,6 @@ from steerback.cli.options import (
     DryRun,
     NewName,
     NoCache,
-    RunName,
     RunsFolder,
     Setup,
     Targets,
@@ -27,7 +26,8 @@ from steerback.errors import SteerbackError
 
 if TYPE_CHECKING:
     from steerback.config import RunConfig
-    from steerback.jobs.check import PreparedRun
+    from steerback.experiments.paper import Base, Step
+    from steerback.jobs.check import Makers, PreparedRun
 
 CROSS_JUDGE = "cross-judge is a command of its own; type: steerback cross-judge RUN RUN ... --judges A,B"
 
@@ -45,7 +45,9 @@ def register(app: typer.Typer) -> None:
 
 
 def run_command(
-    experiment: Annotated[str, typer.Argument(help="Which experiment, e.g. esr.")],
+    experiments: Annotated[
+        list[str], typer.Argument(metavar="EXPERIMENT...", help="Which experiment, e.g. esr; several share one engine.")
+    ],
     setup: Setup,
     budget: Budget,
     target: Targets = None,
@@ -67,11 +69,12 @@ def run_command(
     no_cache: NoCache = False,
     runs: RunsFolder = RUNS,
 ) -> None:
-    """Run an experiment: calibrate, generate, judge, measure, draw."""
+    """Run experiments: calibrate, generate, judge, measure, draw."""
     from steerback.api import chosen_latents, run_folder
+    from steerback.jobs.campaign import resolved
     from steerback.jobs.check import check
 
-    if experiment == "cross-judge":
+    if "cross-judge" in experiments:
         raise SteerbackError(CROSS_JUDGE)
     base = _base(from_run or (), runs)
     targets = tuple(target or (base[1].targets if base else ()))
@@ -86,8 +89,64 @@ def run_command(
         overrides["engine_options"] = {"replicas": replicas}
     if concreteness_threshold is not None:
         overrides["selection"] = {"concreteness": "threshold", "concreteness_threshold": concreteness_threshold}
-    config = setup.build(experiment, targets, overrides, base)
+    if len(experiments) > 1:
+
+        def first(experiment: str, settings: tuple[str, ...]) -> RunConfig:
+            built = setup.build(experiment, targets, overrides, base, settings)
+            return resolved(built, budget.makers(dry_run, built.rubrics))
+
+        def folder_of(config: RunConfig) -> Path:
+            return run_folder(config, None if name is None else f"{name}-{config.experiment}", runs)
+
+        steps = _several(experiments, setup.settings or (), first, folder_of, base)
+        _go_through(steps, budget.makers(dry_run, steps[0].config.rubrics), dry_run, no_cache)
+        return
+    config = setup.build(experiments[0], targets, overrides, base)
     _go(check(config, budget.makers(dry_run, config.rubrics)), run_folder(config, name, runs), dry_run, no_cache)
+
+
+def _several(
+    experiments: Sequence[str],
+    settings: Sequence[str],
+    first: Callable[[str, tuple[str, ...]], RunConfig],
+    folder_of: Callable[[RunConfig], Path],
+    base: Base | None,
+) -> list[Step]:
+    """Return the runs of several experiments; those that build on another named one take its settings."""
+    from steerback.config import build_config
+    from steerback.experiments import experiment_type
+    from steerback.experiments.paper import in_order, own_options
+
+    for name in experiments:
+        experiment_type(name)
+    common, options = own_options(settings, experiments)
+
+    def config_of(name: str, start: Base | None) -> RunConfig:
+        own = tuple(f"options.{text}" for text in options.get(name, ()))
+        if start is None or start == base:
+            return first(name, (*common, *own))
+        return build_config(name, start[1].targets, assignments=own, base=start)
+
+    return in_order(experiments, config_of, folder_of, base)
+
+
+def _go_through(steps: Sequence[Step], makers: Makers, dry_run: bool, no_cache: bool) -> None:
+    from steerback.jobs import campaign
+
+    for line in campaign.plan_lines(steps, makers):
+        say(line)
+    if dry_run:
+        return
+    try:
+        campaign.carry_out(steps, not no_cache, say, makers)
+    except KeyboardInterrupt:
+        stopped("the same command goes on")
+
+
+def stopped(how: str) -> NoReturn:
+    """Say that everything done is kept and how to go on, and end as an interrupted program does."""
+    say(f"steerback: stopped; what was done is kept: {how}", file=sys.stderr)
+    sys.exit(130)
 
 
 def _base(names: Sequence[str], runs: Path) -> tuple[str, RunConfig] | None:
@@ -161,16 +220,25 @@ def paper(
     try:
         carry_out_paper(steps, runs / f"{name}-results", not no_cache, say, makers)
     except KeyboardInterrupt:
-        say("steerback: stopped; what was done is kept: the same command goes on", file=sys.stderr)
-        sys.exit(130)
+        stopped("the same command goes on")
 
 
-def resume(name: RunName, budget: Budget, no_cache: NoCache = False, runs: RunsFolder = RUNS) -> None:
-    """Go on with a run that was stopped."""
+def resume(
+    names: Annotated[list[str], typer.Argument(metavar="RUN...", help="Names of runs, or paths of their folders.")],
+    budget: Budget,
+    no_cache: NoCache = False,
+    runs: RunsFolder = RUNS,
+) -> None:
+    """Go on with runs that were stopped."""
+    from steerback.jobs.campaign import stored_steps
     from steerback.jobs.check import check
     from steerback.store.run import find_run, stored_config
 
-    folder = find_run(name, runs)
+    if len(names) > 1:
+        steps = stored_steps([find_run(name, runs) for name in names])
+        _go_through(steps, budget.makers(rubrics=steps[0].config.rubrics), False, no_cache)
+        return
+    folder = find_run(names[0], runs)
     config = stored_config(folder)
     _go(check(config, budget.makers(rubrics=config.rubrics)), folder, False, no_cache)
 

@@ -1,4 +1,4 @@
-"""The whole paper: which experiments there are, and which one each starts from. A plan; it runs nothing."""
+"""Several experiments: the paper's, and which one each starts from. A plan; it runs nothing."""
 
 from __future__ import annotations
 
@@ -62,19 +62,43 @@ def plan(
     wanted -= {n for n in names if _chain(n, origin.get) & set(skip)}
     if "esr" not in wanted:
         raise SteerbackError("the paper starts with esr; it cannot be skipped")
-    folders = {name: root / f"{prefix}-{name}" for name in names}
-    steps: list[Step] = []
-    configs: dict[str, RunConfig] = {"esr": first}
-    for name, after in STEPS:
-        if name not in wanted:
-            continue
-        if after is not None:
-            base = (str(folders[after]), configs[after])
-            own = tuple(f"options.{text}" for text in (options or {}).get(name, ()))
-            given = _judged_again(first.judge, folders["esr"]) if name == "cross-judge" else {}
-            configs[name] = build_config(name, first.targets, overrides=given, base=base, assignments=own)
-        steps.append(Step(folders[name], configs[name], None if after is None else folders[after]))
-    return steps
+
+    def config_of(name: str, base: Base | None) -> RunConfig:
+        if base is None:
+            return first
+        own = tuple(f"options.{text}" for text in (options or {}).get(name, ()))
+        given = _judged_again(first.judge, root / f"{prefix}-esr") if name == "cross-judge" else {}
+        return build_config(name, first.targets, overrides=given, base=base, assignments=own)
+
+    return in_order([*wanted], config_of, lambda config: root / f"{prefix}-{config.experiment}")
+
+
+Base = tuple[str, RunConfig]
+"""Folder and config of the run that another one starts from."""
+
+
+def in_order(
+    names: Sequence[str],
+    config_of: Callable[[str, Base | None], RunConfig],
+    folder_of: Callable[[RunConfig], Path],
+    base: Base | None = None,
+) -> list[Step]:
+    """Return the runs of several experiments in order of dependency.
+
+    Each starts from the nearest named one that it builds on, else from `base`, else from the first.
+    """
+    order, origin = [name for name, _ in STEPS], dict(STEPS)
+    steps: dict[str, Step] = {}
+    for name in sorted(dict.fromkeys(names), key=lambda n: order.index(n) if n in order else len(order)):
+        before = origin.get(name)
+        while before is not None and before not in steps:
+            before = origin.get(before)
+        if before is None and base is None:
+            before = next(iter(steps), None)
+        step = None if before is None else steps[before]
+        config = config_of(name, base if step is None else (str(step.folder), step.config))
+        steps[name] = Step(folder_of(config), config, None if step is None else step.folder)
+    return [*steps.values()]
 
 
 def _judged_again(judge: str, source: Path) -> dict[str, object]:
@@ -83,9 +107,12 @@ def _judged_again(judge: str, source: Path) -> dict[str, object]:
     return {"options": {"sources": [str(source)], "judges": list(dict.fromkeys((judge, *others)))}}
 
 
-def own_options(settings: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """(settings of all steps, options per step) from `key=value` texts; `boost-sweep.high=6` is one of boost-sweep."""
-    names = {name for name, _ in STEPS}
+def own_options(settings: Sequence[str], more: Sequence[str] = ()) -> tuple[list[str], dict[str, list[str]]]:
+    """(settings of all steps, options per step) from `key=value` texts; `boost-sweep.high=6` is one of boost-sweep.
+
+    `more` are experiments beside the paper's.
+    """
+    names = {name for name, _ in STEPS} | {*more}
     common: list[str] = []
     options: dict[str, list[str]] = {}
     for text in settings:

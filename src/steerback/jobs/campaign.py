@@ -1,12 +1,13 @@
 """Many runs: the steps of a plan one after the other, all their figures in one folder, analyses made again.
 
-Each step is one `execute.run`, so that it can be stopped and resumed like any other.
+Each step is a run like any other, so it can be stopped and resumed; an engine is started once for each target.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from steerback.errors import SteerbackError
 from steerback.jobs import execute
 from steerback.jobs.check import Makers, check
 from steerback.jobs.estimate import judge_estimate, of_experiment, response_tokens, window_spend
-from steerback.jobs.execute import Analysis
+from steerback.jobs.execute import Analysis, KeptEngine
 from steerback.judging.llm import lacking
 from steerback.published.comparison import compare_published, comparison
 from steerback.records import Spend
@@ -112,28 +113,73 @@ def run(
 ) -> dict[Path, str]:
     """Run the steps that are not done; a step that fails does not stop those that do not need it.
 
-    Return the folders of the steps that failed, with the reason.
+    All steps of a target follow one another, so that its engine is started once. Return the folders of the steps that
+    failed, with the reason.
     """
     failed: dict[Path, str] = {}
-    for number, step in enumerate(steps, 1):
-        head = f"[{number}/{len(steps)}] {step.folder.name}"
-        if is_done(step):
-            say(f"{head}: done before")
-        elif step.after in failed:
-            failed[step.folder] = f"needs {step.after.name}" if step.after else ""
-        else:
-            say(head)
-            try:
-                _one(step, cached, say, makers)
-            except SteerbackError as error:
-                failed[step.folder] = str(error)
-                say(f"{head}: not done: {error}")
+    targets = list(dict.fromkeys(name for step in steps for name in step.config.targets))
+    with closing(KeptEngine()) as engines:
+        for target in targets:
+            for number, step in enumerate(steps, 1):
+                head = f"[{number}/{len(steps)}] {step.folder.name}" + (f": {target}" if len(targets) > 1 else "")
+                if target not in step.config.targets or step.folder in failed:
+                    continue
+                if is_done(step):
+                    say(f"{head}: done before")
+                    continue
+                if step.after in failed:
+                    failed[step.folder] = f"needs {step.after.name}" if step.after else ""
+                    continue
+                say(head)
+                try:
+                    _one(step, target, engines, cached, say, makers)
+                except SteerbackError as error:
+                    failed[step.folder] = str(error)
+                    say(f"{head}: not done: {error}")
     return failed
 
 
-def _one(step: Step, cached: bool, say: Callable[[str], None], makers: Makers | None) -> None:
-    with execute.tools(cached) as (progress, cache):
-        analysis = execute.run(_checked(step, makers), step.folder, progress, cache)
+def carry_out(steps: Sequence[Step], cached: bool, say: Callable[[str], None], makers: Makers | None = None) -> None:
+    """As `run`, and raise SteerbackError if a step failed."""
+    refuse(run(steps, cached, say, makers), len(steps))
+
+
+def refuse(failed: Mapping[Path, str], of: int) -> None:
+    """Raise SteerbackError that names the steps that failed, if any."""
+    if failed:
+        reasons = "; ".join(f"{folder.name}: {why}" for folder, why in failed.items())
+        raise SteerbackError(f"{len(failed)} of {of} experiments could not be done: {reasons}")
+
+
+def stored_steps(folders: Sequence[Path]) -> list[Step]:
+    """Return existing runs as steps, each after the one that it starts from."""
+    from steerback.experiments.paper import Step
+
+    configs = {folder.resolve(): (folder, stored_config(folder)) for folder in folders}
+    steps: dict[Path, Step] = {}
+    while len(steps) < len(configs):
+        for place, (folder, config) in configs.items():
+            base = Path(config.from_run).resolve() if config.from_run is not None else None
+            if place not in steps and (base not in configs or base in steps):
+                steps[place] = Step(folder, config, steps[base].folder if base in steps else None)
+    return [*steps.values()]
+
+
+def _one(
+    step: Step, name: str, engines: KeptEngine, cached: bool, say: Callable[[str], None], makers: Makers | None
+) -> None:
+    """Measure a step's target, and analyse the step after its last one."""
+    job = _checked(step, makers)
+    position = step.config.targets.index(name)
+    last = position == len(step.config.targets) - 1
+    if not last and not job.experiment.generates:
+        return
+    targets = job.targets[position:] if last else job.targets[position : position + 1]  # adapters follow their base
+    with execute.tools(cached) as (progress, cache), Run.start(step.folder, job.config) as opened:
+        execute.measure(job, opened, targets, engines, progress, cache)
+        if not last:
+            return
+        analysis = execute.analyse(opened, job.config.judge, job.experiment)
     for line in analysis.shown.warnings:
         say(line)
     for table in list(analysis.shown.tables.values())[:1]:

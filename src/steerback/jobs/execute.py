@@ -13,6 +13,7 @@ from steerback.analysis import analyse as analyse_ledger
 from steerback.analysis.base import Results
 from steerback.config import RecoveryConfig, RunConfig, Settings
 from steerback.data import paper_files
+from steerback.engines import EngineOptions
 from steerback.engines.base import finish
 from steerback.errors import SteerbackError, unknown
 from steerback.experiments import make_experiment
@@ -26,7 +27,7 @@ from steerback.judging.user_rubric import SEPARATOR
 from steerback.judging.windows import window_scorer
 from steerback.records import Judgement, LatentKey, Sampling, Spend, digest
 from steerback.store.cache import Cache, default_path
-from steerback.store.facts import ENGINE, FLOOR, JUDGES, PROVENANCE, EngineIdentity, Provenance
+from steerback.store.facts import ENGINE, FLOOR, JUDGES, MEASURED, PROVENANCE, EngineIdentity, Provenance
 from steerback.store.files import clear_leftovers
 from steerback.store.ledger import Row
 from steerback.store.manifest import Parts, TargetUsed
@@ -51,6 +52,27 @@ def tools(cached: bool = True, quiet: bool = False) -> Iterator[tuple[Progress, 
             yield progress, cache
 
 
+class KeptEngine:
+    """Starts engines and keeps the last one, so that several runs on one target start its engine once."""
+
+    def __init__(self) -> None:
+        self._engine: Engine | None = None
+        self._made_with: tuple[Target, EngineOptions] | None = None
+
+    def of(self, target: Target, options: EngineOptions, makers: Makers) -> Engine:
+        """Return the target's engine: the kept one, or a new one after the kept one is closed."""
+        if self._engine is None or self._made_with != (target, options):
+            self.close()  # two engines would not fit on one GPU
+            self._engine, self._made_with = makers.engine(target, options), (target, options)
+        return self._engine
+
+    def close(self) -> None:
+        """Release the kept engine, if any."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
+
+
 def run(
     job: PreparedRun,
     folder: Path,
@@ -61,51 +83,91 @@ def run(
 
     Raises SteerbackError for what the user must mend. KeyboardInterrupt leaves all committed work in the ledger.
     """
-    with Run.start(folder, job.config) as opened:
-        if job.experiment.generates:
-            finish(_targets(job, opened, progress or Silent(), cache))
-        else:
-            _collected(job, opened, progress or Silent(), cache)
+    with closing(KeptEngine()) as engines, Run.start(folder, job.config) as opened:
+        measure(job, opened, job.targets, engines, progress or Silent(), cache)
         return analyse(opened, job.config.judge, job.experiment)
 
 
-async def _targets(job: PreparedRun, opened: Run, progress: Progress, cache: Cache | None) -> None:
-    targets: dict[str, TargetUsed] = {}
+def measure(
+    job: PreparedRun,
+    opened: Run,
+    targets: Sequence[Target],
+    engines: KeptEngine,
+    progress: Progress,
+    cache: Cache | None,
+) -> None:
+    """Fill a run's ledger for some of the job's targets; an experiment that generates nothing is done for all."""
+    if job.experiment.generates:
+        finish(_targets(job, opened, targets, engines, progress, cache))
+    else:
+        _collected(job, opened, progress, cache)
+
+
+async def _targets(
+    job: PreparedRun,
+    opened: Run,
+    chosen: Sequence[Target],
+    engines: KeptEngine,
+    progress: Progress,
+    cache: Cache | None,
+) -> None:
     parts: Parts = {
-        "targets": targets,
         "prompts": {"source": job.config.prompts, "count": len(job.prompts), "hash": digest(list(job.prompts))},
     }
     if used := paper_files.used(job.config.prompts, job.experiment.own_detectors()):
         parts["paper data"] = {"repository": paper_files.REPOSITORY, "commit": paper_files.COMMIT, "sha256": used}
-    for target in job.targets:
-        engine = job.makers.engine(target, job.engine)
+    for target in chosen:
         try:
-            judge = job.makers.judge(job.config.judge)
-            _same_engine(opened, target, engine)
-            opened.ledger.put(target.name, PROVENANCE, Provenance(planted=target.planted))
-            if job.config.from_run is not None:
-                same_weights(Path(job.config.from_run), target.name, engine)
-            sampling = job.config.of(target.name).sampling.record(target.max_new_tokens)
-            bench = Workbench(opened.ledger, engine, judge, sampling, progress, cache, job.config.drop_unscored)
-            study = Study(opened, target, bench, job.prompts, job.makers.judge)
-            await study.prepare()
-            targets[target.name] = {
-                "target": target.describe(),
-                "labels": {"count": len(labels := target.labels()), "hash": digest(sorted(labels.items()))},
-                "engine": engine.describe(),
-            }
-            parts["judge"] = judge.describe()
-            opened.write_manifest(parts)
-            try:
-                if job.experiment.reports_rates:
-                    await measure_floor(study)
-                await job.experiment.run(study)
-                if job.experiment.reports_rates:
-                    await score_windows(bench, job.config.recovery, target.name)
-            finally:
-                note_judge(opened, judge)
-        finally:
-            engine.close()
+            await _target(job, opened, target, engines, progress, cache, parts)
+        except BaseException:
+            engines.close()  # whatever failed may have left it in a state that nobody tested
+            raise
+
+
+async def _target(
+    job: PreparedRun,
+    opened: Run,
+    target: Target,
+    engines: KeptEngine,
+    progress: Progress,
+    cache: Cache | None,
+    parts: Parts,
+) -> None:
+    engine = engines.of(target, job.engine, job.makers)
+    judge = job.makers.judge(job.config.judge)
+    _same_engine(opened, target, engine)
+    opened.ledger.put(target.name, PROVENANCE, Provenance(planted=target.planted))
+    if job.config.from_run is not None:
+        same_weights(Path(job.config.from_run), target.name, engine)
+    sampling = job.config.of(target.name).sampling.record(target.max_new_tokens)
+    bench = Workbench(opened.ledger, engine, judge, sampling, progress, cache, job.config.drop_unscored)
+    study = Study(opened, target, bench, job.prompts, job.makers.judge)
+    await study.prepare()
+    parts["targets"] = _targets_used(job, opened)
+    parts["judge"] = judge.describe()
+    opened.write_manifest(parts)
+    try:
+        if job.experiment.reports_rates:
+            await measure_floor(study)
+        await job.experiment.run(study)
+        if job.experiment.reports_rates:
+            await score_windows(bench, job.config.recovery, target.name)
+        opened.ledger.put(target.name, MEASURED, True)
+    finally:
+        note_judge(opened, judge)
+
+
+def _targets_used(job: PreparedRun, opened: Run) -> dict[str, TargetUsed]:
+    """Return the manifest's record of the targets that an engine was started for."""
+    known = [(t, identity) for t in job.targets if (identity := opened.ledger.get(t.name, ENGINE)) is not None]
+    return {
+        target.name: {
+            "target": target.describe(),
+            "labels": {"count": len(labels := target.labels()), "hash": digest(sorted(labels.items()))},
+            "engine": identity.engine,
+        }
+        for target, identity in known
+    }
 
 
 def _collected(job: PreparedRun, opened: Run, progress: Progress, cache: Cache | None) -> None:

@@ -373,6 +373,8 @@ CONFIG = Fact.of("config", dict[str, JsonValue])
 LATENTS = Fact.of("latents", Selection)
 ENGINE = Fact.of("engine", EngineIdentity)
 PROVENANCE = Fact.of("provenance", Provenance)
+MEASURED = Fact.of("measured", bool)
+"""Whether all trials of a target are done."""
 JUDGES = Fact.of("judges", dict[str, dict[str, object]])
 PROBES = Fact.of("judge probes", dict[str, dict[str, ProbeAnswer]])  # by judge and planted response
 JUDGE_SPEND = Fact.of("judge spend", dict[str, Spend])

@@ -22,7 +22,7 @@ from steerback.latents import selection as choose
 from steerback.latents.concreteness import make_rater
 from steerback.latents.sampling import check_latents
 from steerback.records import Intervention, Latent, LatentKey, Trial
-from steerback.store.facts import BASELINE, CONFIG, ENGINE, LATENTS, Fact, Selection
+from steerback.store.facts import BASELINE, CONFIG, ENGINE, LATENTS, MEASURED, Fact, Selection
 from steerback.store.ledger import Ledger, Row
 from steerback.store.run import Run
 from steerback.study.pipeline import Workbench, carry_out, complete
@@ -107,7 +107,7 @@ class Study:
             if kept[0] is not None:
                 self.run.ledger.put(self.name, fact, kept[0])
                 return kept[0]
-            if not (Path(folder) / "summary.json").is_file():
+            if not (Path(folder) / "summary.json").is_file() and not fact_of(Path(folder), self.name, MEASURED)[0]:
                 raise SteerbackError(
                     f"run {folder} has no {fact.name} for {self.name} yet; finish it first: "
                     f"steerback resume {Path(folder).name}"
