@@ -426,15 +426,41 @@ def test_baseline_detectors_and_random_sets_become_a_random_ablation(tmp_path: P
 
 
 def test_settings_come_from_the_file_or_are_unknown(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.json", result([feature(7, [trial(attempts(30))])], config={"n_trials_per_feature": 5}))
-    import_authors([path], tmp_path / "run")
+    own = {"n_trials_per_feature": 5, "threshold_n_trials": 10, "threshold_samples_per_trial": 1}
+    own |= {"min_feature_concreteness": 65, "prompts_file": "data/prompts.txt"}
+    path = write(tmp_path / "a.json", result([feature(7, [trial(attempts(30))])], config=own))
+    smaller = {"model_name": "gemma-2-2b", "n_trials_per_feature": 10, "max_completion_tokens": 256}
+    latents = [feature(k, [trial(attempts(30))]) for k in (1, 2)]
+    other = write(tmp_path / "b.json", result(latents, config=own | smaller))
+    import_authors([path, other], tmp_path / "run")
     with Run.read(tmp_path / "run") as run:
-        assert (run.config.calibration.target_score, run.config.trials_per_latent) == (30, 5)
+        big, small = run.config.of("llama-3.3-70b"), run.config.of("gemma-2-2b")
         files = run.ledger.get("", IMPORTED)
+    assert (big.n_latents, big.trials_per_latent, big.sampling.max_new_tokens) == (1, 5, 512)
+    assert (small.n_latents, small.trials_per_latent, small.sampling.max_new_tokens) == (2, 10, 256)
+    assert (big.calibration.target_score, big.calibration.max_iterations, big.prompts) == (30, 10, "authors")
     analysed(tmp_path / "run")
     assert files is not None
-    assert {"sampling.temperature", "sampling.repetition_penalty", "calibration.max_iterations"} <= set(files.unknown)
+    assert {"sampling.temperature", "sampling.repetition_penalty", "seeds.latents", "selection.rater"} <= set(
+        files.unknown
+    )
+    assert "judge" not in files.unknown
     settings = table_of_numbers().settings
-    notes = deviations(run.config, "authors", settings, files.unknown)
-    assert notes[0].startswith("not in the imported files: calibration rounds")
-    assert not any("temperature" in note or "filter" in note for note in notes[1:])
+    notes = deviations(big, "authors", settings, files.unknown)
+    assert notes == (
+        "not in the imported files: temperature, repetition penalty, relevance filter, concreteness rater",
+        "latents 1, not 25 to 500",  # true of this file
+    )
+
+
+def test_files_without_settings_deviate_in_nothing(tmp_path: Path) -> None:
+    body = {"experiment_config": {"model_name": MODEL}, "results_by_feature": [feature(7, [trial(attempts(30))])]}
+    import_authors([write(tmp_path / "a.json", body)], tmp_path / "run")
+    with Run.read(tmp_path / "run") as run:
+        files = run.ledger.get("", IMPORTED)
+    assert files is not None
+    for column in ("specification", "authors"):
+        (note, size) = deviations(run.config, column, table_of_numbers().settings, files.unknown)  # type: ignore[arg-type]
+        assert note.startswith("not in the imported files: target first score, ")
+        assert note.endswith("concreteness rater, judge, prompts")
+        assert size.startswith("latents 1, not ")

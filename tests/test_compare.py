@@ -190,6 +190,19 @@ def test_deviations_name_what_differs() -> None:
     assert not any(d.startswith("judge") for d in deviations(named, "specification", settings))
 
 
+@pytest.mark.parametrize("model", ["llama-3.3-70b", "llama-3.1-8b", "gemma-2-2b", "gemma-2-9b", "gemma-2-27b"])
+def test_a_preset_deviates_from_its_source_in_nothing_but_what_is_ours(model: str) -> None:
+    settings = table_of_numbers().settings
+    for preset, column, judge in (
+        (authors, "authors", "claude-haiku-4-5-20251001"),
+        (specification, "specification", "claude-sonnet-4-5-20250929"),
+    ):
+        config = preset("esr", (model,))
+        chosen = {"judge": judge, "selection": config.selection.model_copy(update={"rater": judge})}
+        found = deviations(config.model_copy(update=chosen).of(config.targets[0]), column, settings)  # type: ignore[arg-type]
+        assert [x for x in found if not x.startswith("our 38 prompts")] == []
+
+
 def test_a_run_without_summary_is_refused(tmp_path: Path) -> None:
     folder = finished(tmp_path / "r", specification("esr", ("x",)), {})
     (folder / "summary.json").unlink()

@@ -327,10 +327,10 @@ class RunComparison:
 
     @property
     def settings(self) -> list[str]:
-        """The settings in which run b differs from run a, as `setting: a -> b`; those of imported runs if known."""
+        """The settings in which run b differs from run a, as `setting: a -> b`; not those that an import left open."""
         unknown = self.a.unknown_settings | self.b.unknown_settings
-        known = [x for x in differences(self.a.config, self.b.config) if not x.startswith(tuple(unknown))]
-        return known + ([f"not in the imported files: {', '.join(sorted(unknown))}"] if unknown else [])
+        known = [x for x in differences(self.a.config, self.b.config) if x.partition(":")[0] not in unknown]
+        return known + (["settings that the imported files do not hold are not compared"] if unknown else [])
 
     def text(self, width: int = 80) -> str:
         """Return the runs, the settings that differ, and the rates and differences of each compared condition."""

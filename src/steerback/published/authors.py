@@ -17,11 +17,12 @@ import numpy as np
 from pydantic import JsonValue
 
 from steerback.config import RunConfig, authors, parse_config
+from steerback.data.paper_files import PROMPTS
 from steerback.errors import SteerbackError
 from steerback.published.exports import EXPORTED_FACTS
 from steerback.published.pairing import TrialNumbers
 from steerback.published.schema import AuthorsFeature, AuthorsTrial, OwnTrial, judgement_of, split_prompt
-from steerback.published.sources import Ablations, Source, ablations, named, read_source
+from steerback.published.sources import NO_JUDGE, Ablations, Source, ablations, named, read_source
 from steerback.readers import read_json_table
 from steerback.records import Completion, Intervention, Judgement, Latent, LatentKey, Receipt, Trial
 from steerback.store.facts import (
@@ -73,8 +74,8 @@ KNOWN: Mapping[str, tuple[str, float]] = {
     "selection.concreteness_threshold": ("min_feature_concreteness", 1),
 }
 """Setting of ours: the field of the authors' settings that holds it, and the factor between the two."""
-UNKNOWN = ("sampling.temperature", "sampling.repetition_penalty", "selection.relevance", "selection.rater")
-"""Settings that no file holds."""
+GENERATED = ("sampling", "calibration", "selection", "seeds")
+"""Groups of settings that shaped the responses: those that the files do not hold are unknown."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def import_authors(
     result = Imported(experiment, list(dict.fromkeys(target or s.model for s in sources)), judges.pop())
     result.experiment = _analysable(result, sources, target)
     _same_files(folder, sources)
-    config, unknown = _config(result, sources)
+    config, unknown = _config(result, sources, target)
     with new_or_nothing(folder), Run.start(folder, config) as run:
         pairs = TrialNumbers()
         for source in sources:
@@ -219,33 +220,55 @@ def _analysable(result: Imported, sources: Sequence[Source], target: str | None)
     return result.experiment
 
 
-def _config(result: Imported, sources: Sequence[Source]) -> tuple[RunConfig, list[str]]:
-    """Return the settings of the files on top of the preset `authors`, and those that are not known from the files."""
-    base = authors(result.experiment, ("imported",))
-    values: dict[str, object] = base.model_dump(mode="json")
+def _config(result: Imported, sources: Sequence[Source], target: str | None) -> tuple[RunConfig, list[str]]:
+    """Return the settings of the files, each target's own, and the names of those that are not known from the files.
+
+    The config's value of an unknown setting is the preset's and means nothing.
+    """
+    values: dict[str, object] = authors(result.experiment, ("imported",)).model_dump(mode="json")
     values |= {"targets": result.targets, "engine": ENGINE, "judge": result.judge}
-    values["n_latents"] = max(len({key for s in sources for key in s.labels}), 1)
-    unknown = list(UNKNOWN)
+    unknown = {f"{group}.{key}" for group in GENERATED for key in _group(values, group)} - KNOWN.keys()
+    unknown |= {"reference_responses", "floor_responses"} | ({"judge"} if result.judge == NO_JUDGE else set())
     prompts = {s.file.experiment_config.prompts_file for s in sources}
     if len(prompts) > 1 or not all(prompts):
-        unknown.append("prompts")
+        unknown.add("prompts")
     else:
-        values["prompts"] = prompts.pop()
+        (name,) = prompts
+        values["prompts"] = "authors" if Path(name).name == PROMPTS else name
+    rows: dict[str, dict[str, object]] = {}
+    for owner in result.targets:
+        own = [s for s in sources if (target or s.model) == owner]
+        row = rows[owner] = {"n_latents": max(len({key for s in own for key in s.labels}), 1)}
+        for key, value in _settings(own).items():
+            group, _, name = key.rpartition(".")
+            if value is None:
+                unknown.add(key)
+            elif group:
+                row[group] = {**_group(row, group), name: value}
+            else:
+                row[name] = value
+    if "selection.concreteness_threshold" not in unknown:
+        unknown.discard("selection.concreteness")
+    first = rows[result.targets[0]]
+    values |= {key: {**_group(values, key), **x} if isinstance(x, dict) else x for key, x in first.items()}
+    values["by_target"] = {owner: row for owner, row in rows.items() if row != first}
+    return parse_config(values, "settings of the files"), sorted(unknown)
+
+
+def _group(values: Mapping[str, object], name: str) -> dict[str, object]:
+    group = values.get(name)
+    return group if isinstance(group, dict) else {}
+
+
+def _settings(sources: Sequence[Source]) -> dict[str, float | None]:
+    """Return the settings `KNOWN` on which all files of a target agree; None: unknown."""
+    found: dict[str, float | None] = {}
     for key, (name, factor) in KNOWN.items():
         given = {getattr(s.file.experiment_config, name) for s in sources}
         value = given.pop() if len(given) == 1 else None
-        if value is None or value <= 0 or (factor == 100 and value >= 1):
-            unknown.append(key)
-            continue
-        place: object = values
-        *path, last = key.split(".")
-        for part in path:
-            place = place[part] if isinstance(place, dict) else None
-        if isinstance(place, dict):
-            place[last] = value * factor
-    if "selection.concreteness_threshold" in unknown:
-        unknown.append("selection.concreteness")
-    return parse_config(values, "settings of the files"), sorted(unknown)
+        usable = value is not None and value > 0 and (factor == 1 or value < 1)
+        found[key] = value * factor if value is not None and usable else None
+    return found
 
 
 def _trials(source: Source, target: str, condition: str, result: Imported, pairs: TrialNumbers) -> Iterator[Entry]:

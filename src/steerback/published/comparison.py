@@ -75,8 +75,9 @@ class Setting(_Entry):
     key: str
     specification: SettingValue = None
     authors: SettingValue = None
+    ours: SettingValue = None
+    """Our value in place of the published one, which `note` describes."""
     note: str | None = None
-    """A remark on runs that use the published value."""
 
 
 class PublishedTable(_Entry):
@@ -273,10 +274,10 @@ def deviations(
             same, text = isinstance(ours, int | float) and low <= ours <= high, f"{low} to {high}"
         else:  # judges may be named provider/model
             same, text = ours == wanted or (isinstance(ours, str) and ours.rsplit("/", 1)[-1] == wanted), f"{wanted}"
-        if wanted is not None and not same:
-            differing.append(f"{setting.topic} {ours}, not {text}")
-        if setting.note is not None and same:
+        if setting.note is not None and ours == setting.ours:
             differing.append(setting.note)
+        elif wanted is not None and not same:
+            differing.append(f"{setting.topic} {ours}, not {text}")
     if config.limit is not None:
         differing.append(f"at most {config.limit} trials a condition")
     if config.degraded == "exclude":

@@ -19,6 +19,8 @@ from steerback.store.facts import ABLATED, ControlSets
 MODELS = ("llama-3.3-70b", "llama-3.1-8b", "gemma-2-2b", "gemma-2-9b", "gemma-2-27b")
 M = TypeVar("M", bound=BaseModel)
 FEATURES = "results_by_feature"
+NO_JUDGE = "imported"
+"""Name of the judge of files that do not name it."""
 RANDOM = "random"
 """Part of the names of files in which random latents are ablated; the authors' files say it nowhere else."""
 
@@ -50,7 +52,7 @@ class Source:
     @property
     def judge(self) -> str:
         """Name of the model that judged the responses."""
-        return self.file.experiment_config.judge_model_name or "imported"
+        return self.file.experiment_config.judge_model_name or NO_JUDGE
 
     @property
     def ablated(self) -> tuple[int, ...]:
