@@ -6,6 +6,8 @@ AUDIT := .venv-audit
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 RUNS ?= runs
+# Without compiled files every process would compile every module that it imports.
+export PYTHONDONTWRITEBYTECODE :=
 DEMO_TARGETS := --target organism --target organism-control
 
 .PHONY: help docs docs-figures demo demo-all demo-all-small demo-finetune demo-finetune-small test test-vllm test-vllm-first test-vllm-second test-ray check audit faults clean
@@ -90,7 +92,7 @@ demo-finetune-small:
 	else echo "chromium is missing, so the tests of the labelling page are skipped: sudo apt install chromium"; fi
 
 test: $(VENV)/.installed-dev | /usr/bin/chromium
-	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/ray_engine
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/ray_engine
 
 # A cluster of three Ray nodes on this machine, with workers, nodes and drivers that are killed.
 test-ray: $(VENV)/.installed-dev

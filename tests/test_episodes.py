@@ -157,6 +157,7 @@ def test_a_run_again_changes_nothing(runs: Runs, recorded: ep.Recorded) -> None:
     assert content() == before
 
 
+@pytest.mark.rendered
 def test_figures_are_drawn_with_and_without_anything_to_show(runs: Runs, recorded: ep.Recorded, tmp_path: Path) -> None:
     blank = without_restarts(runs)
     for name in ("traces", "episode-statistics"):

@@ -121,6 +121,7 @@ def test_figure_2_shows_the_numbers_of_the_summary() -> None:
     assert sum(p.get_height() for p in histogram.patches) == multi
 
 
+@pytest.mark.rendered
 def test_saved_files_are_whole_and_the_same_every_time(tmp_path: Path) -> None:
     first = style.save(esr.draw(CASES["usual"], judge="offline"), tmp_path / "a", "figure2")
     second = style.save(esr.draw(CASES["usual"], judge="offline"), tmp_path / "b", "figure2")

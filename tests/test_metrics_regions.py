@@ -78,7 +78,7 @@ def test_repeats_within_a_latent_do_not_make_evidence() -> None:
     assert found.p == paired_regions(a, b, np.arange(6)).p
 
 
-def test_holm_over_regions_equals_statsmodels() -> None:
+def test_holm_over_regions_equals_its_definition() -> None:
     tests = {str(i): paired_regions(*two_samples(i)) for i in range(3)}
     done = correct_regions(tests).values()
     for kind, corrected in (("p", "holm"), ("t_p", "t_holm"), ("rank_p", "rank_holm")):

@@ -7,6 +7,7 @@ It runs whole pipelines in milliseconds, its true rates are known, and it can be
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import math
 import random
@@ -239,6 +240,7 @@ class ScriptedEngine:
         """Do nothing: there is no model to release."""
 
 
+@functools.lru_cache(100_000)
 def _seed(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 

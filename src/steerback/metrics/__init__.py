@@ -1,6 +1,6 @@
 """Statistics over judged trials: rates, MSI, intervals clustered by latent, paired tests.
 
-The functions take numpy arrays. Distributions, intervals and corrections come from scipy and statsmodels where these
+The functions take numpy arrays. Distributions and intervals come from scipy and statsmodels where these
 have them. This package knows nothing about ledgers, engines or files.
 """
 

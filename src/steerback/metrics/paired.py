@@ -198,11 +198,11 @@ def _odds_ratio(num_a: Floats, den_a: Floats, num_b: Floats, den_b: Floats) -> f
 
 def holm(pvalues: Iterable[float | None]) -> list[float | None]:
     """Return p values adjusted by Holm's (1979) step-down method; None (no test) stays None and does not count."""
-    from statsmodels.stats.multitest import multipletests
-
     values = list(pvalues)
-    known = [p for p in values if p is not None]
-    adjusted = iter(multipletests(known, method="holm")[1].tolist() if known else [])
+    known = np.array([p for p in values if p is not None], dtype=float)
+    order = np.argsort(known)
+    stepped = np.maximum.accumulate(known[order] * np.arange(len(known), 0, -1)).clip(max=1.0)
+    adjusted = iter(stepped[np.argsort(order)].tolist())
     return [None if p is None else next(adjusted) for p in values]
 
 

@@ -1,0 +1,54 @@
+"""What makes the suite quick: figures are rendered only where a test is marked `rendered`, garbage is collected less.
+
+Rendering takes about a second a figure, most of it for the fonts of the PDF. In tests without the mark every figure is
+built, captioned and written, with a blank image in its place.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import io
+from collections.abc import Iterator
+from typing import IO, Any
+
+import pytest
+from matplotlib.figure import Figure
+
+render = Figure.savefig
+rendered = False
+
+
+@functools.cache
+def blank(kind: str) -> bytes:
+    """An empty image of 240 x 240 points."""
+    out = io.BytesIO()
+    render(Figure(figsize=(240 / 72, 240 / 72), dpi=72), out, format=kind)
+    return out.getvalue()
+
+
+def savefig(fig: Figure, out: IO[bytes], *, format: str, **options: Any) -> None:
+    """`Figure.savefig` as this package calls it."""
+    if rendered:
+        render(fig, out, format=format, **options)
+    else:
+        out.write(blank(format))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    Figure.savefig = savefig  # type: ignore[method-assign]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Render figures in a marked test and in the fixtures that are made for it."""
+    global rendered
+    rendered = item.get_closest_marker("rendered") is not None
+    return (yield)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _freeze_imports() -> None:
+    """Keep what was imported out of garbage collections, which take 0.1 s each in a process with every library."""
+    gc.collect()
+    gc.freeze()
