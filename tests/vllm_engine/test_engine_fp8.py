@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small
-from conftest import Pair
 from small import EFFECT
 from test_engine import CASES, collect, tokens, words
 
+from conftest import Pair
 from steerback.records import Recording, Request, Sampling
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import small
 import torch
-from conftest import Pair
 from safetensors.torch import load_file, save_file
 from small import EFFECT
 from test_engine import CASES, check_all_edits, tokens
 
+from conftest import Pair
 from steerback.targets import from_folder
 
 RANK, ALPHA = 32, 16
