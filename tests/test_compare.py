@@ -129,7 +129,7 @@ def test_what_facts_say_is_what_the_table_holds() -> None:
     assert held["MSI, detectors ablated", big, "specification"] == 0.24
     assert held["multi-attempt rate, detectors ablated", big, "specification"] == 0.0078
     assert held["multi-attempt rate, random latents ablated", big, "paper"] == 0.079
-    assert held["detector activity, off topic / baseline", big, "specification"] == 7.7
+    assert held["detector activity, off topic / steered on-topic texts re-read unsteered", big, "specification"] == 7.7
     assert held["first score without steering", "all", "paper"] == (87.8, 91.8)
     assert held["restarts after a steered prefix, continued unsteered", big, "reader"] == (0.07, 0.135)
 

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from planted import Runs, inside
 from planted_detectors import BACKTRACKER, DETECTORS, FEW_RESPONSES, LEAD, detector_runs, without_restarts
 from steerback.analysis import episodes as ep
 from steerback.analysis.episode_statistics import aligned, region_values
+from steerback.analysis.latent_regions import latent_regions
 from steerback.analysis.traces import lead_times, onset, smoothed
 from steerback.engines.scripted import RESTART
 from steerback.figures import style
@@ -135,6 +137,61 @@ def test_episode_statistics_find_detectors_before_and_backtracking_in_the_correc
     assert tests["detectors", "off-topic", "correction"]["holm"] < 0.05
     assert tests["detectors", "unsteered", "steered, no restart"]["holm"] > 0.05
     assert tests["detectors", "off-topic", "on-topic"]["cliffs_delta"] < -0.9
+    assert {b for _, a, b in tests if a == "re-read unsteered"} == {"off-topic", "correction", "on-topic"}
+
+
+def test_the_authors_baseline_is_single_attempts_of_at_least_fifty_read_without_steering(
+    runs: Runs, recorded: ep.Recorded
+) -> None:
+    _, folder = runs.run("episode-statistics", WITH_BACKTRACKER, "options.max_episodes=1000", base="traces", name="all")
+    found = json.loads((folder / "summary.json").read_text())["targets"]["planted"]
+    with runs.ledger("all") as ledger:
+        rows = [r for r in ledger.rows("planted", "measure", "baseline", judge="scripted") if r.judgement is not None]
+    chosen = [r for r in rows if len(r.judgement.attempts) == 1 and r.judgement.attempts[0].score >= 50]
+    engine = runs.makers.engine(runs.makers.target("planted", {}), None)
+    read = engine.activations(
+        [r.trial.prompt for r in chosen], [r.completion.text for r in chosen], [BACKTRACKER], pool="mean"
+    ).astype(float)
+    mean = found["means"]["backtracking"]["re-read unsteered"]
+    assert (mean["value"], mean["n"]) == (pytest.approx(read.sum(axis=1).mean()), len(chosen))
+    off = found["means"]["backtracking"]["off-topic"]["value"]
+    ratio = found["ratios"]["backtracking"]["off-topic / re-read unsteered"]
+    assert ratio["value"] == pytest.approx(off / read.sum(axis=1).mean())
+    assert found["means"]["detectors"]["re-read unsteered"]["value"] == 0  # planted: the texts fit their prompts
+    assert found["ratios"]["detectors"]["off-topic / re-read unsteered"]["value"] is None
+    assert "authors' baseline" in (folder / "table.txt").read_text()
+
+
+def test_regions_of_each_latent_equal_numpy_and_scipy(runs: Runs, recorded: ep.Recorded) -> None:
+    found = latent_regions(recorded)
+    assert {(x.group, x.latent) for x in found} == {
+        *(("detectors", k) for k in DETECTORS),
+        ("backtracking", BACKTRACKER),
+    }
+    for x in found:
+        assert x.label == f"concrete thing {x.latent}"
+        off, correction, on = [], [], []
+        for trace in recorded.twice:
+            row = trace.row
+            z = row.completion.activations[row.completion.prompt_tokens :, row.trial.record.latents.index(x.latent)]
+            text, words = row.completion.text, row.completion.text.split()
+            first = len(text[: text.index(RESTART)].split())
+            restart = len(RESTART.split())
+            off.append(z[:first].mean(dtype=float))
+            correction.append(z[first : first + restart].mean(dtype=float))
+            on.append(z[first + restart : len(words)].mean(dtype=float))
+        for name, values in (("off-topic", off), ("correction", correction), ("on-topic", on)):
+            region = x.regions[name]
+            assert (region.mean, region.sd) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
+            assert region.active == np.mean(np.array(values) > 0)
+        pooled = np.sqrt((np.var(off, ddof=1) + np.var(on, ddof=1)) / 2)
+        assert x.test.cohens_d == pytest.approx((np.mean(off) - np.mean(on)) / pooled)
+        pairs = np.sign(np.subtract.outer(off, on))
+        assert x.test.cliffs_delta == pytest.approx(pairs.mean())
+        assert x.test.rank_p == pytest.approx(stats.wilcoxon(np.subtract(off, on)).pvalue)
+    effects = [x.test.cohens_d for x in found if x.group == "detectors"]
+    assert effects == sorted(effects, reverse=True)
+    assert effects[-1] > 1
 
 
 def test_aligned_curves_peak_at_the_planted_offsets(recorded: ep.Recorded) -> None:

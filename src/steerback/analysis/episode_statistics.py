@@ -1,7 +1,8 @@
 """Appendix A.7: activity of detectors and backtracking latents before, in and after corrections (Figs. A5, A6).
 
-Episodes of exactly two attempts that improve, against two controls: unsteered responses, and steered ones that drift
-and never restart. The value of a region is the mean over its tokens of the group's summed activation.
+Episodes of exactly two attempts that improve, against controls: unsteered responses, steered ones that drift and never
+restart, and steered ones that keep to the topic, read again without steering (the authors' baseline). The value of a
+region is the mean over its tokens of the group's summed activation.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 
 from steerback.analysis.base import Results, planted
 from steerback.analysis.episodes import Recorded, Trace, controls_of, recorded_targets
+from steerback.analysis.latent_regions import REGIONS, LatentRegions, latent_regions
 from steerback.metrics import Estimate
 from steerback.metrics.regions import (
     RegionTest,
@@ -23,7 +25,7 @@ from steerback.metrics.regions import (
     ratio_of,
     separate_regions,
 )
-from steerback.store.facts import BACKTRACKING, DETECTORS, DRIFTS, EPISODES, UNSTEERED
+from steerback.store.facts import BACKTRACKING, DETECTORS, DRIFTS, EPISODES, REREAD, UNSTEERED
 from steerback.store.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
     Codes = NDArray[np.int64]
 
-REGIONS = ("off-topic", "correction", "on-topic")
 PAIRED = (("off-topic", "correction"), ("off-topic", "on-topic"), ("correction", "on-topic"))
 SEPARATE = (
     (UNSTEERED, "off-topic"),
@@ -41,6 +42,7 @@ SEPARATE = (
     (UNSTEERED, DRIFTS),
     (DRIFTS, "off-topic"),
 )
+AGAINST_REREAD = tuple((REREAD, region) for region in REGIONS)
 
 
 class ActivityOptions(Protocol):
@@ -50,13 +52,16 @@ class ActivityOptions(Protocol):
     def drift_below(self) -> float: ...
     @property
     def reach(self) -> int: ...
+    @property
+    def baseline_from(self) -> float: ...
 
 
 @dataclass(frozen=True, eq=False)
 class RegionActivity:
     """Activity of one target's recorded episodes; all mappings by group, then by region or (a, b) of a test.
 
-    `ratios` are those of each region to the unsteered responses, and of off-topic to steered without restart.
+    `ratios` are those of each region to the unsteered responses and to those that were read again, and of off-topic to
+    steered without restart. `latents` has the regions of every single latent.
     """
 
     recorded: Recorded
@@ -64,6 +69,7 @@ class RegionActivity:
     means: Mapping[str, Mapping[str, Estimate]]
     ratios: Mapping[str, Mapping[str, Estimate]]
     tests: Mapping[tuple[str, str, str], RegionTest]
+    latents: Sequence[LatentRegions]
 
     def to_json(self) -> dict[str, object]:
         """The part of summary.json about one target."""
@@ -73,6 +79,7 @@ class RegionActivity:
             "means": {g: {r: asdict(e) for r, e in regions.items()} for g, regions in self.means.items()},
             "ratios": {g: {r: asdict(e) for r, e in regions.items()} for g, regions in self.ratios.items()},
             "tests": [{"group": g, "a": a, "b": b, **asdict(t)} for (g, a, b), t in self.tests.items()],
+            "by latent": [asdict(x) for x in self.latents],
         }
 
 
@@ -111,7 +118,7 @@ class EpisodeStatisticsResults(Results):
 
 def analyse(ledger: Ledger, judge: str, draws: int, options: ActivityOptions) -> EpisodeStatisticsResults:
     """Means, ratios to the unsteered responses and tests by region; curves aligned at the correction."""
-    recorded = recorded_targets(ledger, judge, options.drift_below)
+    recorded = recorded_targets(ledger, judge, options.drift_below, options.baseline_from)
     activity = {target: activity_of(r, draws) for target, r in recorded.items()}
     curves = {target: {g: aligned(a.recorded, g, options.reach) for g in a.groups} for target, a in activity.items()}
     return EpisodeStatisticsResults(judge, activity, curves, planted(ledger, activity))
@@ -127,13 +134,15 @@ def activity_of(recorded: Recorded, draws: int) -> RegionActivity:
         values = region_values(recorded, group)
         means[group] = {name: mean_of(*v, (0.0, np.inf)) for name, v in values.items()}
         pairs = [(r, UNSTEERED) for r in (*REGIONS, DRIFTS)] + [("off-topic", DRIFTS)]
+        pairs += [(r, REREAD) for r in REGIONS if REREAD in values]
         ratios[group] = {f"{a} / {b}": ratio_of(*values[a], *values[b], draws) for a, b in pairs}
         for a, b in PAIRED:
             tests[group, a, b] = paired_regions(values[a][0], values[b][0], values[a][1])
-        for a, b in SEPARATE:
+        for a, b in (*SEPARATE, *(AGAINST_REREAD if REREAD in values else ())):
             tests[group, a, b] = separate_regions(*values[a], *values[b])
     corrected = correct_regions({"\n".join(key): test for key, test in tests.items()})
-    return RegionActivity(recorded, groups, means, ratios, {key: corrected["\n".join(key)] for key in tests})
+    tests = {key: corrected["\n".join(key)] for key in tests}
+    return RegionActivity(recorded, groups, means, ratios, tests, latent_regions(recorded))
 
 
 def region_values(recorded: Recorded, group: str) -> dict[str, tuple[Floats, Codes]]:
@@ -152,6 +161,7 @@ def region_values(recorded: Recorded, group: str) -> dict[str, tuple[Floats, Cod
     return {
         UNSTEERED: collect(recorded.unsteered, lambda t: mean(t.sums[group])),
         DRIFTS: collect(recorded.drifts, lambda t: mean(t.sums[group])),
+        **({REREAD: recorded.reread[group]} if group in recorded.reread else {}),
         **regions,
     }
 

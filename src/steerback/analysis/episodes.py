@@ -9,19 +9,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from steerback.errors import SteerbackError
 from steerback.metrics import cluster_code
+from steerback.metrics.regions import Sample
 from steerback.records import LatentKey
 from steerback.store.facts import (
     DRIFTS,
     EPISODES,
+    RECORDED_LABELS,
     RECORDED_LATENTS,
     REPLAY,
+    REREAD,
+    REREAD_ACTIVITY,
     STEERED,
     TOKEN_ENDS,
     UNSTEERED,
@@ -93,6 +97,9 @@ class Recorded:
     changed: int
     lost: int
     unmarked: int = 0
+    reread: Mapping[str, Sample] = field(default_factory=dict)
+    """By group, the summed activation per token of steered responses that were read again without steering."""
+    labels: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -102,6 +109,7 @@ class Recorded:
             "episodes with two attempts": len(self.twice),
             "steered without restart": len(self.drifts),
             "unsteered": len(self.unsteered),
+            **({REREAD: len(next(iter(self.reread.values()))[0])} if self.reread else {}),
             "latents": len({t.cluster for t in self.episodes}),
             "replays with another text": self.changed,
             "replays that are no episode": self.lost,
@@ -114,15 +122,15 @@ class Recorded:
         return [t for t in self.episodes if len(t.row.attempts) == 2]
 
 
-def recorded_targets(ledger: Ledger, judge: str, below: float) -> dict[str, Recorded]:
+def recorded_targets(ledger: Ledger, judge: str, below: float, least: float = 0.0) -> dict[str, Recorded]:
     """Recorded responses of every target that has any."""
-    return {target: recorded(ledger, target, judge, below) for target in ledger.targets_with(TOKEN_ENDS)}
+    return {target: recorded(ledger, target, judge, below, least) for target in ledger.targets_with(TOKEN_ENDS)}
 
 
-def recorded(ledger: Ledger, target: str, judge: str, below: float) -> Recorded:
+def recorded(ledger: Ledger, target: str, judge: str, below: float, least: float = 0.0) -> Recorded:
     """Read the recorded responses of a target; controls that turned out to restart are left out.
 
-    A drift is a single attempt that scores less than `below`.
+    A drift is a single attempt that scores less than `below`; one that was read again scores at least `least`.
     """
     groups, ends = ledger.get(target, RECORDED_LATENTS), ledger.get(target, TOKEN_ENDS)
     if groups is None or ends is None:
@@ -131,6 +139,7 @@ def recorded(ledger: Ledger, target: str, judge: str, below: float) -> Recorded:
     texts = _texts(ledger, target, {row.trial.index for row in replays})
     traces: dict[str, list[Trace]] = {EPISODES: [], DRIFTS: [], UNSTEERED: []}
     marks = ledger.get(target, boundaries(judge))
+    labels = ledger.get(target, RECORDED_LABELS)
     changed = lost = unmarked = 0
     for row in replays:
         condition, key = row.trial.condition, row.trial.key
@@ -151,7 +160,34 @@ def recorded(ledger: Ledger, target: str, judge: str, below: float) -> Recorded:
             unmarked += 1
         else:
             traces[EPISODES].append(episode)
-    return Recorded(traces[EPISODES], traces[DRIFTS], traces[UNSTEERED], groups, changed, lost, unmarked)
+    return Recorded(
+        traces[EPISODES],
+        traces[DRIFTS],
+        traces[UNSTEERED],
+        groups,
+        changed,
+        lost,
+        unmarked,
+        _reread(ledger, target, judge, groups, least),
+        labels or {},
+    )
+
+
+def _reread(
+    ledger: Ledger, target: str, judge: str, groups: Mapping[str, Sequence[int]], least: float
+) -> dict[str, Sample]:
+    """Return the activity of each group in the responses that were read again, as far as the judge finds them so."""
+    stored = ledger.get(target, REREAD_ACTIVITY)
+    if stored is None:
+        return {}
+    outlines = ledger.outlines(target, judge=judge, keys=list(stored.means))
+    rows = [row for row in outlines if row.is_on_topic(least)]
+    if not rows:
+        return {}
+    column = {latent: i for i, latent in enumerate(stored.latents)}
+    means = np.array([stored.means[row.trial.key] for row in rows], dtype=np.float64)
+    codes = np.array([cluster_code(row.trial.latent) for row in rows], dtype=np.int64)
+    return {name: (means[:, [column[k] for k in latents]].sum(axis=1), codes) for name, latents in groups.items()}
 
 
 def _texts(ledger: Ledger, target: str, indices: AbstractSet[int]) -> dict[int, str]:

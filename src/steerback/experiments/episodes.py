@@ -23,6 +23,7 @@ from steerback.store.facts import (
     DETECTORS,
     DRIFTS,
     EPISODES,
+    RECORDED_LABELS,
     RECORDED_LATENTS,
     REPLAY,
     TOKEN_ENDS,
@@ -88,6 +89,8 @@ async def recorded_latents(study: Study, options: EpisodeOptions) -> dict[str, l
             backtracking = [match.latent for match in matches]
         groups = {DETECTORS: list(detectors.latents), BACKTRACKING: backtracking}
         study.run.ledger.put(study.name, RECORDED_LATENTS, groups)
+        labels = {k: label for latents in groups.values() for k in latents if (label := study.label(k)) is not None}
+        study.run.ledger.put(study.name, RECORDED_LABELS, labels)
     return groups
 
 

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from steerback.analysis.episode_statistics import REGIONS, AlignedCurve, EpisodeStatisticsResults, RegionActivity
+from steerback.analysis.episode_statistics import AlignedCurve, EpisodeStatisticsResults, RegionActivity
+from steerback.analysis.latent_regions import REGIONS
 from steerback.figures import panels, style
 from steerback.figures.base import Presentation, planted_note
 from steerback.figures.tables import Table, number, p_value, show
 from steerback.figures.traces import count_list, group_sizes
 from steerback.metrics import Estimate
-from steerback.store.facts import DETECTORS, DRIFTS, EPISODES, UNSTEERED
+from steerback.store.facts import DETECTORS, DRIFTS, EPISODES, REREAD, UNSTEERED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +32,11 @@ def present(results: EpisodeStatisticsResults) -> Presentation:
     """Return Figures A5 and A6, and the tables of regions and tests."""
     activity, judge, note = results.activity, results.judge, planted_note(results)
     return Presentation(
-        tables={"table": region_table(activity, judge), "tests": test_table(activity, judge)},
+        tables={
+            "table": region_table(activity, judge),
+            "tests": test_table(activity, judge),
+            "latents": latent_table(activity, judge),
+        },
         figures={
             "figureA5": lambda: draw_aligned(activity, results.curves, judge, note),
             "figureA6": lambda: draw_regions(activity, judge, note),
@@ -50,14 +55,16 @@ def region_table(activity: Mapping[str, RegionActivity], judge: str) -> Table:
                 shown = "1" if ratio is None else show(ratio, False)
                 cells.append((target, group, region, f"{e.n:,}", f"{e.clusters}", show(e, False), shown))
                 record = {"target": target, "group": group, "region": region, "judge": judge, **asdict(e)}
-                if ratio is not None:
-                    record |= {"ratio_value": ratio.value, "ratio_low": ratio.low, "ratio_high": ratio.high}
+                for prefix, control in (("ratio", UNSTEERED), ("ratio_reread", REREAD)):
+                    if (x := a.ratios[group].get(f"{region} / {control}")) is not None:
+                        record |= {f"{prefix}_value": x.value, f"{prefix}_low": x.low, f"{prefix}_high": x.high}
                 records.append(record)
     return Table(
         ("target", "group", "region", "n", "latents", "mean activation", "ratio to unsteered"),
         cells,
-        "Mean over the region's tokens of the group's summed activation, in episodes of two attempts that improve. 95 "
-        f"% intervals clustered by latent. Judge: {judge}.",
+        "Mean over the region's tokens of the group's summed activation, in episodes of two attempts that improve. "
+        f"95 % intervals clustered by latent. {REREAD.capitalize()}: steered responses of one attempt on the topic, "
+        f"read again without steering, the authors' baseline. Judge: {judge}.",
         records,
         left=3,
     )
@@ -85,13 +92,39 @@ def test_table(activity: Mapping[str, RegionActivity], judge: str) -> Table:
     )
 
 
+def latent_table(activity: Mapping[str, RegionActivity], judge: str) -> Table:
+    """One row per latent, as the paper's appendix has them."""
+    cells, records = [], []
+    for target, a in activity.items():
+        for x in a.latents:
+            means = [f"{number(v.mean)} ({number(v.sd)})" for v in x.regions.values()]
+            effects = ("-" if v is None else f"{v:+.2f}" for v in (x.test.cohens_d, x.test.cliffs_delta))
+            ps = (p_value(v) for v in (x.test.p, x.test.holm, x.test.rank_holm))
+            cells.append((target, x.group, str(x.latent), x.label or "-", *means, *ps, *effects))
+            flat = {f"{region} {name}": v for region, of in x.regions.items() for name, v in asdict(of).items()}
+            record = {"target": target, "group": x.group, "latent": x.latent, "label": x.label, "judge": judge}
+            records.append(record | flat | asdict(x.test))
+    return Table(
+        ("target", "group", "latent", "label", *REGIONS, "p", "Holm", "Wilcoxon, Holm", "d", "Cliff"),
+        cells,
+        "Mean (sd over episodes) of each latent's mean activation in a region, episodes of two attempts that improve. "
+        "Tests and effect sizes are of off-topic minus on-topic: p swaps the two within steered latents, Wilcoxon's "
+        "signed rank takes responses as independent; Holm over the latents of a target. d: Cohen's, pooled sd. "
+        f"Judge: {judge}.",
+        records,
+        left=4,
+    )
+
+
 def _line(target: str, a: RegionActivity) -> str:
     if DETECTORS not in a.ratios:
         return f"{target}: {count_list(a.recorded)}"
     unsteered, drifts = (a.ratios[DETECTORS][f"off-topic / {control}"] for control in (UNSTEERED, DRIFTS))
+    reread = a.ratios[DETECTORS].get(f"off-topic / {REREAD}")
+    theirs = "" if reread is None else f", {number(reread.value)} times as in on-topic ones re-read unsteered"
     return (
         f"{target}: detectors off topic {number(unsteered.value)} times as active as in unsteered responses, "
-        f"{number(drifts.value)} times as in steered ones without restart; {count_list(a.recorded)}"
+        f"{number(drifts.value)} times as in steered ones without restart{theirs}; {count_list(a.recorded)}"
     )
 
 
@@ -179,7 +212,7 @@ def draw_regions(activity: Mapping[str, RegionActivity], judge: str, note: str =
 
 
 def _regions(ax: Axes, a: RegionActivity, group: str, colour: str) -> None:
-    names = (UNSTEERED, DRIFTS, *REGIONS)
+    names = [name for name in (UNSTEERED, REREAD, DRIFTS, *REGIONS) if name in a.means[group]]
     for y, name in enumerate(names):
         e = a.means[group][name]
         panels.whisker(ax, y, panels.ends(e), colour, filled=name in REGIONS)

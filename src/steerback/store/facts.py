@@ -20,6 +20,8 @@ T = TypeVar("T")
 BASELINE, ABLATED = "baseline", "ablated"
 # Conditions of the recorded trials.
 EPISODES, DRIFTS, UNSTEERED = "episodes", "steered, no restart", "unsteered"
+# The authors' baseline of activity: steered responses of a single attempt on the topic, read again without steering.
+REREAD = "re-read unsteered"
 # Groups of recorded latents.
 DETECTORS, BACKTRACKING, STEERED = "detectors", "backtracking", "steered"
 # Conditions on prompts that neither calibration nor detector search has used.
@@ -348,6 +350,13 @@ class Boundaries(Record):
     raw: str = ""
 
 
+class RereadActivity(Record):
+    """Mean activation per token of `latents` (k,) over responses read again without steering, (k,) by trial key."""
+
+    latents: list[int]
+    means: dict[str, list[float]]
+
+
 class WholeScore(Record):
     """Score 0-10 for how fully a response returns to the prompt (None: unscored, with a reason)."""
 
@@ -393,6 +402,8 @@ LABEL_SAMPLES = Fact.of("label samples", dict[str, LabelSample])  # by identifie
 FORKS = Fact.of("forks", dict[str, Fork])  # by name
 TOKEN_ENDS = Fact.of("token ends", dict[str, list[int]])
 RECORDED_LATENTS = Fact.of("watched", dict[str, list[int]])
+RECORDED_LABELS = Fact.of("watched labels", dict[int, str])
+REREAD_ACTIVITY = Fact.of("re-read", RereadActivity)
 
 
 def whole_scores(judge: str) -> Fact[dict[str, WholeScore]]:

@@ -86,6 +86,10 @@ class TrialRow:
         """Whether the response is a single attempt that scores less than `below`."""
         return len(self.attempts) == 1 and self.attempts[0].score < below
 
+    def is_on_topic(self, least: float) -> bool:
+        """Whether the response is a single attempt that scores at least `least`."""
+        return len(self.attempts) == 1 and self.attempts[0].score >= least
+
 
 @dataclass(frozen=True, slots=True)
 class Outline(TrialRow):
