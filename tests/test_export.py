@@ -44,6 +44,12 @@ def test_flat_exports_hold_every_trial(runs: Runs, tmp_path: Path, form: str) ->
         if scored and row.judgement:
             assert float(record["first"]) == row.judgement.attempts[0].score
         assert record["response"] == row.completion.text  # type: ignore[union-attr]
+        trial, lead = row.trial, row.trial.lead or (None if form == "csv" else "")
+        assert (record["label"], record["prompt"], record["prefill"]) == (trial.label, trial.prompt, lead)
+        assert {str(record[name]) for name in ("index", "latent", "boost", "seed")} == {
+            str(value) for value in (trial.index, trial.latent, trial.boost, trial.seed)
+        }
+        assert str(record["latent"]) == str(trial.latent)
 
 
 def test_an_unknown_form_names_the_choices(runs: Runs, tmp_path: Path) -> None:

@@ -218,6 +218,15 @@ def test_cells_of_a_table_are_no_formulas_and_are_read_back_unchanged(rows: list
             assert cell[:1] not in ("+", "-") or cell == "-" or float(cell) is not None
 
 
+@given(st.lists(st.one_of(cells, st.integers(), st.floats(), st.booleans(), st.none()), min_size=1, max_size=4))
+def test_cells_are_quoted_as_by_the_csv_module(row: list[object]) -> None:
+    plain = csv_text(["x"], [row]).removeprefix("x\n")
+    (read,) = csv.reader(io.StringIO(plain, newline=""))
+    out = io.StringIO(newline="")
+    csv.writer(out, lineterminator="\r\n").writerow(read)
+    assert plain == out.getvalue().removesuffix("\r\n") + "\n"
+
+
 def test_numbers_and_missing_values_of_a_table() -> None:
     text = csv_text(["a", "b"], [[-1.5, float("nan")], [None, "-2"], ["+3e5", True], ["--1", "-inf"]])
     assert text == "a,b\n-1.5,\n,-2\n+3e5,True\n'--1,'-inf\n"

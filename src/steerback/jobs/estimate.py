@@ -158,10 +158,10 @@ def windows_line(opened: Run, judge: Judge, retry: bool) -> str:
     scorer = window_scorer(judge, RecoveryConfig(judge=True))
     if scorer is None:
         raise SteerbackError(f"judge {judge.name} scores no windows; take another (see steerback judges)")
-    rows = without_windows(opened.ledger, judge.name, retry=retry)
-    asked = scorer.window_estimate([judge_item(r) for r in rows])
+    keys = [key for _, key in without_windows(opened.ledger, judge.name, retry=retry)]
+    asked = scorer.window_estimate([judge_item(row) for row in opened.ledger.stream(keys)])
     return (
-        f"{len(rows)} responses whose sentences {judge.name} is to score{'' if asked is None else f': about {asked}'}"
+        f"{len(keys)} responses whose sentences {judge.name} is to score{'' if asked is None else f': about {asked}'}"
     )
 
 

@@ -369,7 +369,7 @@ def _score_windows(
 ) -> None:
     if window_scorer(judge, settings) is None:
         return
-    for target in dict.fromkeys(r.trial.target for r in without_windows(opened.ledger, judge.name, retry=retry)):
+    for target in dict.fromkeys(target for target, _ in without_windows(opened.ledger, judge.name, retry=retry)):
         make_ready(opened, judge, target, makers)
         finish(score_windows(Workbench(opened.ledger, None, judge, Sampling(), progress), settings, target, retry))
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from steerback.records import LatentKey, Trial, digest
 from steerback.store.facts import META_PROMPTS, SWEEP
 from steerback.store.files import make_folder
-from steerback.store.ledger import Row
+from steerback.store.rows import Outline
 from steerback.store.run import Run, write_json
 
+Response: TypeAlias = tuple[Outline, str | None]
+"""A trial with the text of its response."""
 EXPORTED_FACTS = (SWEEP.name, META_PROMPTS.name)
 
 
@@ -19,26 +22,26 @@ def export_authors(run: Run, folder: Path, judge: str) -> list[Path]:
     make_folder(folder)
     paths = []
     for target, condition in run.ledger.conditions():
-        rows = run.ledger.rows(target, "measure", condition, judge)
-        body = _body(run, target, condition, judge, rows)
+        outlines = run.ledger.outlines(target, "measure", condition, judge)
+        body = _body(run, target, condition, judge, list(run.ledger.responses(outlines)))
         safe = "".join(c if c.isalnum() or c in "+-." else "_" for c in f"{target}_{condition}")
         paths.append(write_json(folder / f"experiment_results_{safe}.json", body))
     return paths
 
 
-def _body(run: Run, target: str, condition: str, judge: str, rows: Sequence[Row]) -> dict[str, object]:
-    by_latent: dict[LatentKey | None, list[Row]] = {}
+def _body(run: Run, target: str, condition: str, judge: str, rows: Sequence[Response]) -> dict[str, object]:
+    by_latent: dict[LatentKey | None, list[Response]] = {}
     for row in rows:
-        by_latent.setdefault(row.trial.latent, []).append(row)
+        by_latent.setdefault(row[0].trial.latent, []).append(row)
     config = run.config.of(target)
-    clamped = {i.latent for row in rows for i in row.trial.interventions if i.mode == "clamp" and not i.value}
+    clamped = {i.latent for row, _ in rows for i in row.trial.interventions if i.mode == "clamp" and not i.value}
     facts = {name: value for owner, name, value in run.ledger.facts() if owner == target and name in EXPORTED_FACTS}
     return {
         "experiment_config": {
             "model_name": target,
             "prompts_file": config.prompts,
             "judge_model_name": judge,
-            "disable_steering": not any(row.trial.interventions for row in rows),
+            "disable_steering": not any(row.trial.interventions for row, _ in rows),
             "target_score_normalized": config.calibration.target_score / 100,
             "max_completion_tokens": config.sampling.max_new_tokens,
             "n_trials_per_feature": config.trials_per_latent,
@@ -55,17 +58,17 @@ def _body(run: Run, target: str, condition: str, judge: str, rows: Sequence[Row]
     }
 
 
-def _feature(rows: Sequence[Row]) -> dict[str, object]:
-    first = rows[0].trial
-    return {**_named(first), "threshold": first.boost, "trials": [_entry(row) for row in rows], "error": None}
+def _feature(rows: Sequence[Response]) -> dict[str, object]:
+    first = rows[0][0].trial
+    return {**_named(first), "threshold": first.boost, "trials": [_entry(*row) for row in rows], "error": None}
 
 
 def _named(trial: Trial) -> dict[str, object]:
     return {"feature_index_in_sae": trial.latent, "feature_label": trial.label or f"feature_{trial.latent}"}
 
 
-def _entry(row: Row) -> dict[str, object]:
-    trial, judged, text = row.trial, row.judgement, row.judged_text
+def _entry(row: Outline, response: str | None) -> dict[str, object]:
+    trial, judged, text = row.trial, row.judgement, row.trial.lead + (response or "")
     if judged is None or judged.status == "unscored":
         score: dict[str, object] = {"error": judged.reason if judged else "not judged"}
     else:
@@ -86,6 +89,6 @@ def _entry(row: Row) -> dict[str, object]:
         "steerback": {
             "index": trial.index,
             "meta_prompt": trial.meta_prompt,
-            "finish": row.completion.finish if row.completion else "unknown",
+            "finish": row.finish or "unknown",
         },
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 from steerback.errors import SteerbackError, unknown
 from steerback.metrics import VALID, outcome_of
 from steerback.readers.tables import csv_lines
+from steerback.records import Intervention
 from steerback.store.files import whole_file
 from steerback.store.ledger import Ledger
 from steerback.store.rows import Outline, plain
@@ -30,6 +32,8 @@ COLUMNS = (
 WHOLE = ("index", "seed", "tokens", "attempts", "ungated_attempts")
 REAL = ("boost", "first", "last", "ungated_first", "ungated_last")
 TRUTH = ("valid_receipt", "degraded")
+UNKNOWN = (None,) * len(SCORES)
+as_json = json.JSONEncoder(ensure_ascii=False).encode
 ROWS_PER_GROUP = 5_000
 """Rows of a parquet file that are held in memory at a time."""
 
@@ -46,7 +50,7 @@ def export_flat(ledger: Ledger, path: Path, judge: str, form: str) -> Path:
     if form == "parquet":
         return write_parquet(path, rows, judge)
     with whole_file(path) as file:
-        for line in csv_lines(COLUMNS, (record.values() for record in _records(rows, judge))):
+        for line in csv_lines(COLUMNS, _records(rows, judge)):
             file.write(line.encode("utf-8"))
     return path
 
@@ -59,26 +63,24 @@ def trial_table(ledger: Ledger, judge: str, stage: str | None = None) -> pd.Data
     return pd.DataFrame([*_records(rows, judge)], columns=[*COLUMNS], dtype=object)
 
 
-def _records(rows: Iterable[tuple[Outline, str | None]], judge: str) -> Iterator[dict[str, object]]:
+def _records(rows: Iterable[tuple[Outline, str | None]], judge: str) -> Iterator[tuple[object, ...]]:
+    """Yield the values of COLUMNS for each row with its response."""
     for row, response in rows:
-        trial, judged = row.trial, row.judgement
+        t, judged = row.trial, row.judgement
         outcome = outcome_of(row.valid_receipt, judged, row.degraded)
-        yield {
-            **{name: getattr(trial, name) for name in TRIAL if name != "latent"},
-            "latent": None if trial.latent is None else str(trial.latent),
-            "prefill": trial.lead,
-            "seed": trial.seed,
-            "interventions": json.dumps([plain(i) for i in trial.interventions], ensure_ascii=False),
-            "response": response,
-            "finish": row.finish,
-            "tokens": row.tokens if row.finish else None,
-            "valid_receipt": row.valid_receipt,
-            "judge": judge,
-            "status": judged.status if judged else None,
-            **{name: getattr(outcome, name) if outcome.state == VALID else None for name in SCORES},
-            "degraded": outcome.degraded,
-            "spans": json.dumps([plain(a) for a in judged.attempts], ensure_ascii=False) if judged else None,
-        }
+        yield (
+            *(t.key, t.target, t.stage, t.condition, t.index),
+            *(None if t.latent is None else str(t.latent), t.label, t.boost, t.prompt, t.meta_prompt, t.lead, t.seed),
+            *(_interventions(t.interventions), response, row.finish, row.tokens if row.finish else None),
+            *(row.valid_receipt, judge, judged.status if judged else None),
+            *(outcome[1:7] if outcome.state == VALID else UNKNOWN),
+            *(outcome.degraded, as_json([plain(a) for a in judged.attempts]) if judged else None),
+        )
+
+
+@lru_cache(4096)
+def _interventions(edits: tuple[Intervention, ...]) -> str:
+    return as_json([plain(i) for i in edits])
 
 
 def write_parquet(path: Path, rows: Iterable[tuple[Outline, str | None]], judge: str) -> Path:
@@ -91,7 +93,9 @@ def write_parquet(path: Path, rows: Iterable[tuple[Outline, str | None]], judge:
     kinds = dict.fromkeys(COLUMNS, pa.string()) | dict.fromkeys(WHOLE, pa.int64())
     kinds |= dict.fromkeys(REAL, pa.float64()) | dict.fromkeys(TRUTH, pa.bool_())
     schema, records = pa.schema([*kinds.items()]), _records(rows, judge)
+    types = [*kinds.values()]
     with whole_file(path) as file, parquet.ParquetWriter(file, schema) as writer:
         while group := list(islice(records, ROWS_PER_GROUP)):
-            writer.write_table(pa.Table.from_pylist(group, schema))
+            columns = [pa.array(c, kind) for c, kind in zip(zip(*group, strict=True), types, strict=True)]
+            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
     return path

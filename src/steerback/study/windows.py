@@ -16,16 +16,20 @@ STAGES = ("measure", CONTINUATION, FLOOR)
 """Stages whose responses are scored by window."""
 
 
-def without_windows(ledger: Ledger, judge: str, target: str | None = None, retry: bool = False) -> list[Row]:
-    """Return the rows whose windows the judge has not scored; `retry` includes those that it failed to score."""
+def without_windows(
+    ledger: Ledger, judge: str, target: str | None = None, retry: bool = False
+) -> list[tuple[str, str]]:
+    """Return (target, trial key) of the responses whose windows the judge has not scored.
+
+    With `retry` also of those to which it gave no scores.
+    """
     known = {key for key, scores in ledger.window_scores(judge, target).items() if scores or not retry}
-    keys = [
-        row.trial.key
+    return [
+        (row.trial.target, row.trial.key)
         for stage in STAGES
         for row in ledger.outlines(target, stage)
         if row.valid_receipt and row.trial.key not in known
     ]
-    return list(ledger.stream(keys))
 
 
 async def score_windows(bench: Workbench, settings: RecoveryConfig, target: str, retry: bool = False) -> None:
@@ -36,11 +40,11 @@ async def score_windows(bench: Workbench, settings: RecoveryConfig, target: str,
     judge = window_scorer(bench.judge, settings)
     if judge is None:
         return
-    rows = without_windows(bench.ledger, judge.name, target, retry)
-    if rows:
-        bench.progress.stage(f"{target}: relevance of sentences", len(rows))
-    for start in range(0, len(rows), JUDGE_BATCH):
-        await _score_batch(bench, judge, rows[start : start + JUDGE_BATCH])
+    keys = [key for _, key in without_windows(bench.ledger, judge.name, target, retry)]
+    if keys:
+        bench.progress.stage(f"{target}: relevance of sentences", len(keys))
+    for start in range(0, len(keys), JUDGE_BATCH):
+        await _score_batch(bench, judge, list(bench.ledger.stream(keys[start : start + JUDGE_BATCH])))
 
 
 async def _score_batch(bench: Workbench, judge: WindowScorer, rows: Sequence[Row]) -> None:
