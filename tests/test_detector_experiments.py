@@ -19,6 +19,7 @@ from steerback.errors import SteerbackError
 from steerback.experiments import make_experiment
 from steerback.experiments.detector_ablation import distinct
 from steerback.jobs import execute
+from steerback.published.comparison import our_number, table_of_numbers
 from steerback.store.facts import DETECTOR_SET, PAIR_ACTIVATIONS, DetectorSet, Dose
 
 
@@ -42,6 +43,11 @@ def test_search_finds_the_planted_detectors_on_both_halves_and_never_judges(runs
     stored = detectors_in(runs, "detectors")
     assert all(d.auc == d.held_out_auc == 1 for d in stored.detectors)
     assert stored.search is not None
+    (row,) = [r for r in table_of_numbers().rows if r.quantity == "number of off-topic detectors, before the cap"]
+    summary = json.loads((folder / "summary.json").read_text())["targets"]["planted"]
+    counted = our_number(summary, row)
+    assert counted is not None
+    assert counted.value == stored.search.n_passed == 3
     null = stored.search.search.perfect
     assert (null.draws, null.observed) == (200, 3)
     assert null.expected < 0.1
