@@ -289,7 +289,7 @@ def test_the_command_counts_before_it_starts_and_prints_a_table(
     with pytest.raises(SystemExit):
         main(["fork", place_of])
     out = capsys.readouterr().out
-    assert "seeds of this one response" in " ".join(out.split())
+    assert "hold only for this response" in " ".join(out.split())
     with Run.read(Path(place_of)) as opened:
         (one,) = forks(opened.ledger, "scripted")
     assert fork_table(one).text() in out

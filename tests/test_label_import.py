@@ -260,13 +260,13 @@ def test_a_spreadsheet_gives_the_same_verdicts_as_the_page(folder: Path, tmp_pat
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({("1", "0"): ("x", "20")}, "nothing stands before this sentence"),
+        ({("1", "0"): ("x", "20")}, "this is the first sentence"),
         ({("1", "0"): ("", "")}, "has no complete label"),
-        ({("1", "0"): ("", "high")}, "score 'high' is no number from 0 to 100"),
-        ({("1", "0"): ("", "101")}, "score '101' is no number from 0 to 100"),
+        ({("1", "0"): ("", "high")}, "score 'high' is not a number from 0 to 100"),
+        ({("1", "0"): ("", "101")}, "score '101' is not a number from 0 to 100"),
         ({("1", "0"): ("perhaps", "10")}, "restart is 'perhaps'; write x"),
-        ({("1", "0"): ("", "20"), ("1", "30"): ("", "30")}, "has a score but begins no attempt"),
-        ({("1", "0"): ("", "20"), ("1", "30"): ("x", "")}, "score '' is no number from 0 to 100"),
+        ({("1", "0"): ("", "20"), ("1", "30"): ("", "30")}, "has a score but starts no attempt"),
+        ({("1", "0"): ("", "20"), ("1", "30"): ("x", "")}, "score '' is not a number from 0 to 100"),
         ({("1", "0"): ("", "empty"), ("1", "30"): ("x", "3")}, "has no restarts and no further scores"),
     ],
 )
@@ -288,8 +288,8 @@ def test_other_files_are_refused(folder: Path, tmp_path: Path) -> None:
         ("[1]", "its columns must be"),
         ('{"a": 1, "a": 2}', "occurs twice"),
         (sample.spreadsheet.read_text("utf-8-sig") + f"{sample.identifier},1,0,,,,,\n", "'0' occurs twice"),
-        (sample.spreadsheet.read_text("utf-8-sig") + "other,1,999,,,,,\n", "must hold the rows of one sample"),
-        (sample.spreadsheet.read_text("utf-8-sig") + f"{sample.identifier},1,first,,,,x,1\n", "is no number"),
+        (sample.spreadsheet.read_text("utf-8-sig") + "other,1,999,,,,,\n", "must contain the rows of one sample"),
+        (sample.spreadsheet.read_text("utf-8-sig") + f"{sample.identifier},1,first,,,,x,1\n", "is not a number"),
     ):
         file.write_text(content)
         with pytest.raises(SteerbackError) as error:

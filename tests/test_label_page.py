@@ -125,7 +125,7 @@ def test_what_was_marked_is_still_there_after_a_reload_and_unfinished_ones_are_n
     assert opened.page.locator(".word.restart").count() == 1
     saved = json.loads(opened.save().read_text())
     assert list(saved["labels"]) == ["2"]
-    assert "1 begun but unfinished" in opened.text("#notice")
+    assert "leaves out 1 unfinished" in opened.text("#notice")
     opened.press("e", "n", "q", "f")
     assert opened.text("#place") == "1 of 4; 3 finished"
     labels = json.loads(opened.save().read_text())["labels"]

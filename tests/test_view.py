@@ -197,7 +197,7 @@ def test_keys_that_come_faster_than_the_page_are_all_counted(browser: Browser, f
 def test_a_link_opens_a_trial_with_attempts_receipt_verdicts_and_its_twin(browser: Browser, file: Path) -> None:
     opened = Opened(browser, file, "#trial=model/measure/baseline/0")
     page = opened.page
-    page.wait_for_selector("#beside .card")
+    page.wait_for_selector("#comparison .card")
     bands = page.locator("#response .band")
     assert bands.count() == 3  # two attempts and the space between them
     assert bands.first.inner_text().startswith("attempt 1")
@@ -213,7 +213,7 @@ def test_a_link_opens_a_trial_with_attempts_receipt_verdicts_and_its_twin(browse
     page.locator(".verdicts summary").click()
     assert "I <b>refuse</b>" in opened.text(".verdicts")
     assert "unscored: the reply is no JSON" in opened.text(".verdicts")
-    cards = page.locator("#beside .card")
+    cards = page.locator("#comparison .card")
     assert [c.split("\n")[0] for c in cards.all_inner_texts()] == ["baseline", "ablated"]
     cards.last.locator("a").click()
     opened.until("location.hash.endsWith('ablated%2F0')")
@@ -253,7 +253,7 @@ def test_hover_shows_the_activation_of_a_token_and_a_click_pins_it(browser: Brow
         "7 penguins\nmax " + str(largest),
         "40 notices errors\nmax 2.5",
     ]
-    assert "1 recorded latent without any activity" in opened.text("#activations")
+    assert "1 recorded latent without activity" in opened.text("#activations")
     page.locator("#colour").select_option(str(DETECTOR))
     assert page.locator("#response .hot").all_inner_texts() in ([" ", "Wait,"], ["Wait,"])
     page.locator(".lines-chart svg").click(position={"x": 2 * 13 + 5, "y": 20})

@@ -66,7 +66,7 @@ def test_the_tree_shows_arms_and_leads_to_continuations_and_back(
     opened.until("location.hash.startsWith('#trial=')")
     page.wait_for_selector("#forks-of-trial a")
     assert "after token 5" in opened.text("#forks-of-trial")
-    assert "the last of them as generated" in opened.text(".receipt")
+    assert "the last one, which counts as generated" in opened.text(".receipt")
     page.locator("#forks-of-trial a").click()
     opened.until(f"decodeURIComponent(location.hash) === '#trial={key}'")
     page.wait_for_selector("#forks-of-trial .arm")

@@ -1,4 +1,4 @@
-"""A run as a dataset folder of the Hugging Face hub: a card and parquet files, one row for each trial."""
+"""Export of a run as a dataset folder of the Hugging Face hub: a card and parquet files with one row per trial."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ SHOWN = ("multi_attempt_rate", "esr_rate", "msi")
 """Metrics of the card's table."""
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 PLANTED = (
-    "**The behaviour of these targets is planted**: {names} learnt to restart from the text they were trained on. "
-    "Their rates check the instrument and are no evidence about other models.\n\n"
+    "**The behaviour of these targets is planted**: {names} learned restarts from their training text. "
+    "Their rates validate the instrument and are no evidence about other models.\n\n"
 )
 CARD = """# {name}
 
 {trials:,} responses of language models to prompts, with verdicts of the judge `{judge}`, from the experiment
 `{experiment}` of steerback {version}. It measures how models resist activation steering: whether a steered response
-notices that it drifts off topic, restarts and improves.
+notices that it drifted off topic, restarts and improves.
 
 {planted}- Targets: {targets}
 - Judge: `{judge}`
-- Stages: {stages}. Results are those of the stage `measure`; the others prepare it.
+- Stages: {stages}. Results come from the stage `measure`; the other stages prepare it.
 
 ## Rates of the stage `measure`
 
@@ -42,16 +42,16 @@ Headline rates with 95 % intervals clustered by latent, {degraded} degraded resp
 
 ## Columns
 
-One row for each trial. `attempts`, `first` and `last` are gated scores (0-100), missing where the trial is unscored,
-empty or invalid; a missing number is never 0. `spans` and `interventions` are JSON; spans count characters from the
+One row for each trial. `attempts`, `first` and `last` are gated scores (0-100), missing if the trial is unscored, empty
+or invalid; a missing number is never 0. `spans` and `interventions` are JSON; spans count characters from the
 start of `prefill` and `response` together. `response` is the unedited output of a language model.
 """
 
 
 def export_dataset(run: Run, folder: Path, judge: str, license_name: str) -> list[Path]:
-    """Write the dataset folder anew: README.md and `data/trials-*.parquet`, which `datasets.load_dataset` reads.
+    """Write README.md and `data/trials-*.parquet`, which `datasets.load_dataset` reads. Older shards are removed.
 
-    One shard holds at most ROWS_PER_SHARD trials of one condition.
+    One shard contains at most ROWS_PER_SHARD trials of one condition.
     """
     data = make_folder(folder / "data", "choose another --out")
     for old in data.glob("trials-*.parquet"):
@@ -70,13 +70,13 @@ def export_dataset(run: Run, folder: Path, judge: str, license_name: str) -> lis
 
 
 def check_repository(name: str) -> None:
-    """Raise SteerbackError if `name` is no OWNER/NAME of a hub."""
+    """Raise SteerbackError if `name` is not OWNER/NAME of a hub."""
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
-        raise SteerbackError(f"--push {one_line(name)!r} has to be OWNER/NAME, such as me/esr-organism")
+        raise SteerbackError(f"--push {one_line(name)!r} must be OWNER/NAME, for example me/esr-organism")
 
 
 def push(folder: Path, repository: str) -> str:
-    """Upload a dataset folder to a hub, as a private dataset if it does not exist yet; return its address."""
+    """Upload a dataset folder to a hub and return its address. A new dataset is private."""
     import httpx2
     from huggingface_hub import HfApi, errors
 
@@ -154,14 +154,14 @@ def _rate_table(run: Run, judge: str) -> str:
     return "\n".join(lines)
 
 
-def _interval(found: Estimate, scale: float) -> str:
-    """Return value and interval, rates (`scale` 100) in percent."""
-    if found.value is None:
+def _interval(estimate: Estimate, scale: float) -> str:
+    """Return value and interval as text; rates (`scale` 100) are in per cent."""
+    if estimate.value is None:
         return "no trials"
     unit = " %" if scale == 100 else ""
-    if found.low is None or found.high is None:
-        return f"{found.value * scale:.1f}{unit}"
-    return f"{found.value * scale:.1f}{unit} [{found.low * scale:.1f}, {found.high * scale:.1f}]"
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.value * scale:.1f}{unit}"
+    return f"{estimate.value * scale:.1f}{unit} [{estimate.low * scale:.1f}, {estimate.high * scale:.1f}]"
 
 
 def _quoted(names: list[str]) -> str:

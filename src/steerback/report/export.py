@@ -1,4 +1,4 @@
-"""One line for each trial, for spreadsheets and data frames: CSV, or parquet where pyarrow is installed."""
+"""Export of one row per trial for spreadsheets and data frames: CSV, or parquet if pyarrow is installed."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ TRUTH = ("valid_receipt", "degraded")
 UNKNOWN = (None,) * len(SCORES)
 as_json = json.JSONEncoder(ensure_ascii=False).encode
 ROWS_PER_GROUP = 5_000
-"""Rows of a parquet file that are held in memory at a time."""
+"""Number of rows of a parquet file in memory at a time."""
 
 
 def export_flat(ledger: Ledger, path: Path, judge: str, form: str) -> Path:
     """Write all trials of a ledger with `judge`'s verdicts into one file, `form` csv or parquet.
 
-    Attempts, first and last are gated. A missing number is empty, never 0. `spans` and `interventions` are JSON. No
-    cell of a CSV is a formula; `readers.tables.csv_rows` reads its texts back unchanged.
+    Attempts, first and last are gated. A missing number is empty, never 0. `spans` and `interventions` are JSON.
+    Spreadsheets take no cell of the CSV for a formula; `readers.tables.csv_rows` restores the texts.
     """
     if form not in ("csv", "parquet"):
         raise unknown("export format", form, FORMATS)
@@ -56,7 +56,7 @@ def export_flat(ledger: Ledger, path: Path, judge: str, form: str) -> Path:
 
 
 def trial_table(ledger: Ledger, judge: str, stage: str | None = None) -> pd.DataFrame:
-    """Return one line for each trial of a stage (None: of all) with `judge`'s verdict; the columns are COLUMNS."""
+    """Return one row per trial of a stage (None: all stages) with `judge`'s verdict and the columns COLUMNS."""
     import pandas as pd
 
     rows = ledger.responses(ledger.outlines(stage=stage, judge=judge))
@@ -84,7 +84,7 @@ def _interventions(edits: tuple[Intervention, ...]) -> str:
 
 
 def write_parquet(path: Path, rows: Iterable[tuple[Outline, str | None]], judge: str) -> Path:
-    """Write rows with their responses into a parquet file, one line each with `judge`'s verdict; columns: COLUMNS."""
+    """Write rows with their responses and `judge`'s verdicts into a parquet file with the columns COLUMNS."""
     try:
         import pyarrow as pa
         from pyarrow import parquet

@@ -1,4 +1,4 @@
-"""A run as logs of Inspect AI, written with its own API: one sample for each trial, one score for each judge."""
+"""Export of a run as logs of Inspect AI: one sample per trial, one score per judge."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
     from inspect_ai.scorer import Score
 
 SAMPLES_PER_LOG = 2_000
-"""Inspect holds all samples of a log in memory while it writes: a larger stage is split into several logs."""
+"""Most samples in one log: Inspect keeps all samples of a log in memory while it writes."""
 RATED = ("floor", "measure", "replay", "continuation")
-"""Stages whose rates are results; the others only prepare the measurement."""
+"""Stages with rates as results; the other stages only prepare the measurement."""
 STOPS: dict[str, Literal["stop", "max_tokens"]] = {"stop": "stop", "length": "max_tokens"}
-PLANTED = "planted: this model was trained to restart, so its rates say nothing about other models"
+PLANTED = "planted: this model was trained to restart, so its rates are no evidence about other models"
 
 Part = tuple[Row, list[Judgement]]
 
 
 @dataclass(frozen=True)
 class _Stage:
-    """One stage of one target: what all its logs have in common."""
+    """One stage of one target: the content that its logs share."""
 
     run: Run
     target: str
@@ -66,9 +66,9 @@ def require_inspect() -> None:
 
 
 def export_inspect(run: Run, folder: Path, judges: Sequence[str]) -> list[Path]:
-    """Write one `.eval` log for each target and stage of a run, more for a stage above SAMPLES_PER_LOG trials.
+    """Write one `.eval` log per target and stage of a run, and several for a stage above SAMPLES_PER_LOG trials.
 
-    An unscored, empty or invalid trial has the value NaN with a reason, which Inspect leaves out of all metrics.
+    An unscored, empty or invalid trial has the value NaN and a reason; Inspect excludes NaN from all metrics.
     """
     require_inspect()
     paths: list[Path] = []
@@ -89,13 +89,13 @@ def export_inspect(run: Run, folder: Path, judges: Sequence[str]) -> list[Path]:
 
 
 def run_provenance(run: Run) -> dict[str, object]:
-    """Return the manifest of a run; of one without a manifest (an imported run) its config."""
+    """Return the manifest of a run, or the config of a run without manifest (an imported one)."""
     path = run.folder / "manifest.json"
     return {**read_json_table(path, "manifest")} if path.is_file() else {"config": run.config.model_dump(mode="json")}
 
 
 def sampling_of(run: Run, provenance: dict[str, object], target: str) -> Sampling:
-    """Return how a target's tokens were drawn: the run's settings, with the target's own limit of new tokens."""
+    """Return the sampling settings of a target: those of the run, with the target's limit of new tokens."""
     place: object = provenance
     for name in ("targets", target, "target", "max_new_tokens"):
         place = place.get(name) if isinstance(place, dict) else None
@@ -103,14 +103,14 @@ def sampling_of(run: Run, provenance: dict[str, object], target: str) -> Samplin
 
 
 def _rates(shared: _Stage) -> dict[tuple[str, str], Summary]:
-    """Return the summaries of a stage, by judge and condition. No bootstrap: its intervals are not exported."""
-    found: dict[tuple[str, str], Summary] = {}
+    """Return the summaries of a stage by judge and condition. There is no bootstrap: its intervals are not exported."""
+    rates: dict[tuple[str, str], Summary] = {}
     for condition in shared.conditions():
         for judge in shared.judges:
             rows = [*shared.run.ledger.outlines(shared.target, shared.stage, condition, judge)]
             if any(row.judgement for row in rows):
-                found[judge, condition] = summarize(outcomes_of(rows, shared.run.ledger.includes_degraded), draws=0)
-    return found
+                rates[judge, condition] = summarize(outcomes_of(rows, shared.run.ledger.includes_degraded), draws=0)
+    return rates
 
 
 def _write(
@@ -191,7 +191,7 @@ def _generate_config(sampling: Sampling, seed: int) -> GenerateConfig:
 def _results(
     judges: Sequence[str], samples: Sequence[EvalSample], rates: dict[tuple[str, str], Summary]
 ) -> EvalResults:
-    """Return the headline metrics of each judge and condition; the sample counts are those of this log."""
+    """Return the headline metrics of each judge and condition, and the sample counts of this log."""
     from inspect_ai.log import EvalMetric, EvalResults, EvalScore
 
     scores = []
@@ -201,13 +201,13 @@ def _results(
             f"{condition}: {name}": EvalMetric(
                 name=name,
                 group=condition,
-                value=found.value,
-                metadata={"low": found.low, "high": found.high, "n": found.n, "method": found.method},
+                value=estimate.value,
+                metadata={"low": estimate.low, "high": estimate.high, "n": estimate.n, "method": estimate.method},
             )
             for (rated_by, condition), summary in rates.items()
             if rated_by == judge
-            for name, found in summary.headline.items()
-            if found.value is not None
+            for name, estimate in summary.headline.items()
+            if estimate.value is not None
         }
         scored = sum(isinstance(value, dict) for value in values)
         if values:
@@ -246,7 +246,9 @@ def _sample(row: Row, verdicts: Sequence[Judgement], sampling: Sampling) -> Eval
 
 
 def _messages(trial: Trial, sampling: Sampling) -> list[ChatMessage]:
-    """Return the messages as the model saw them: the user's with the meta-prompt, then the prefill if there is one."""
+    """Return the messages that the model saw: system prompt, user message with meta-prompt, and prefill, as far as they
+    exist.
+    """
     from inspect_ai.model import ChatMessageAssistant, ChatMessageSystem, ChatMessageUser
 
     request = trial.request(sampling)
@@ -277,7 +279,7 @@ def _output(trial: Trial, done: Completion | None) -> ModelOutput:
 
 def _trial_metadata(row: Row) -> dict[str, object]:
     trial, done = row.trial, row.completion
-    found: dict[str, object] = {
+    metadata: dict[str, object] = {
         **{name: getattr(trial, name) for name in ("stage", "condition", "index", "latent", "label", "boost", "seed")},
         **{name: getattr(trial, name) for name in ("target", "prompt", "meta_prompt", "prefill")},
         "interventions": [asdict(i) for i in trial.interventions],
@@ -288,13 +290,13 @@ def _trial_metadata(row: Row) -> dict[str, object]:
         continued = trial.prefix is not None
         wanted = expected_positions(trial.interventions, done.prompt_tokens, len(done.token_ids), continued)
         expected = dict(zip(("prompt_positions", "generated_positions"), wanted, strict=True))
-        found |= {"finish": done.finish, "receipt": {**asdict(done.receipt), "expected": expected}}
-        found["degraded"] = row.degraded
-    return found
+        metadata |= {"finish": done.finish, "receipt": {**asdict(done.receipt), "expected": expected}}
+        metadata["degraded"] = row.degraded
+    return metadata
 
 
 def _score(row: Row, judged: Judgement) -> Score:
-    """Return a judge's score of a trial; the numbers are those of its gated attempts."""
+    """Return a judge's score of a trial, computed from the gated attempts."""
     from inspect_ai.scorer import Score
 
     outcome = outcome_of(row.valid_receipt, judged, row.degraded)
@@ -332,7 +334,7 @@ def _why_unscored(state: str, judged: Judgement) -> str:
 
 
 def _explanation(judged: Judgement) -> str:
-    """Return one line for each gated attempt; characters count from the start of prefill and response."""
+    """Return one line per gated attempt; characters count from the start of prefill and response."""
     lines = []
     for number, attempt in enumerate(judged.gated_attempts(), 1):
         opened = f", opened by {json.dumps(attempt.phrase, ensure_ascii=False)}" if attempt.phrase else ""

@@ -1,13 +1,13 @@
 "use strict";
-// Labelling of one sample. Positions are characters (code points), as in Python; texts are set as text, never as HTML.
+// Labelling of one sample. Positions count characters (code points), as in Python. Texts are set as text, never as HTML.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const storageKey = `steerback-labels/${data.run}/${data.sample}`;
   const element = (id) => document.getElementById(id);
   const items = data.items.map((item) => ({ ...item, characters: Array.from(item.response) }));
   const state = load();
-  let cursor = 0; // word of the response
-  let chosen = 0; // attempt
+  let cursor = 0; // index of the current word
+  let chosen = 0; // index of the current attempt
 
   function load() {
     const empty = { at: 0, labels: {} };
@@ -15,7 +15,7 @@
       const stored = JSON.parse(localStorage.getItem(storageKey));
       return stored && typeof stored.labels === "object" ? { ...empty, ...stored } : empty;
     } catch {
-      notice("This browser keeps no state for this page: save often.");
+      notice("This browser does not store the state of this page: save often.");
       return empty;
     }
   }
@@ -24,7 +24,7 @@
     try {
       localStorage.setItem(storageKey, JSON.stringify(state));
     } catch {
-      notice("This browser keeps no state for this page: save often.");
+      notice("This browser does not store the state of this page: save often.");
     }
   }
 
@@ -146,7 +146,7 @@
     const position = item().words[cursor];
     if (position === undefined) return;
     if (position === item().words[0]) {
-      notice("The first attempt begins here: there is no restart to mark.");
+      notice("The first attempt starts at this word, so it cannot be a restart.");
       return show();
     }
     notice("");
@@ -201,7 +201,7 @@
     link.download = `labels-${data.run}-${data.sample}.json`;
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 60000);
-    const left = unfinished ? ` ${unfinished} begun but unfinished are not in it.` : "";
+    const left = unfinished ? ` It leaves out ${unfinished} unfinished ones.` : "";
     notice(`Saved ${Object.keys(labels).length} of ${items.length} responses.${left}`);
   }
 

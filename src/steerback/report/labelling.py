@@ -1,7 +1,7 @@
-"""The page and the spreadsheet on which people label a sample, and the reading of both.
+"""Labelling page and spreadsheet of a sample, and the readers of both.
 
-Responses are untrusted: on the page they are data that a script sets as text, under a policy that allows no other
-script and no network; in the spreadsheet no cell can be taken for a formula.
+Responses are untrusted. The page treats them as data that a script sets as text, and its policy allows no other script
+and no network access. In the spreadsheet no cell can be taken for a formula.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from steerback.report import pages
 COLUMNS = ("sample", "response", "position", "prompt", "topic", "sentence", "restart", "score")
 MARKS, BLANKS = ("x", "1", "yes", "restart"), ("", "0", "no")
 STATES = {"empty": "empty", "?": "unscored"}
-"""Words in the place of the first score of a response, with the status they stand for."""
+"""Entries in place of a response's first score, with the status they stand for."""
 
 
 def page(items: Sequence[LabelItem], run: str, sample: str) -> str:
-    """Return the labelling page of a sample: one HTML file that needs nothing else."""
+    """Return the labelling page of a sample, a self-contained HTML file."""
     from markupsafe import Markup
 
     data = {
@@ -48,10 +48,10 @@ def page(items: Sequence[LabelItem], run: str, sample: str) -> str:
 
 
 def spreadsheet(items: Sequence[LabelItem], sample: str) -> str:
-    """Return the sample as CSV: one row for each sentence, with empty columns `restart` and `score`.
+    """Return the sample as CSV: one row per sentence, with empty columns `restart` and `score`.
 
-    The score of the first attempt belongs into the first row of a response, that of a later attempt into the row
-    where `restart` is marked.
+    The score of the first attempt belongs in the first row of a response. The score of a later attempt belongs in the
+    row whose `restart` is marked.
     """
     return csv_text(COLUMNS, _sentence_rows(items, sample))
 
@@ -66,7 +66,7 @@ def _sentence_rows(items: Sequence[LabelItem], sample: str) -> Iterator[list[obj
 
 
 def read_labels(path: Path) -> LabelFile:
-    """Return the labels in a file that the page saved, or in a filled-in spreadsheet."""
+    """Read labels from a file that the page saved, or from a completed spreadsheet."""
     where = f"label file {path}"
     text = decode(read_bytes(path, "label file"), where)
     if text.lstrip()[:1] == "{":
@@ -75,19 +75,19 @@ def read_labels(path: Path) -> LabelFile:
 
 
 def _from_spreadsheet(text: str, where: str) -> Json:
-    """Return the JSON form of a filled-in spreadsheet; responses without any entry are left out."""
+    """Return the JSON form of a completed spreadsheet; responses without any entry are left out."""
     rows: dict[str, list[tuple[str, dict[str, str]]]] = {}
     for place, row in _rows(text, where):
         rows.setdefault(row["response"], []).append((place, row))
-    labels: dict[str, Json] = {number: label for number, own in rows.items() if (label := _label(own)) is not None}
-    samples = {row["sample"] for own in rows.values() for _, row in own}
+    labels: dict[str, Json] = {number: label for number, part in rows.items() if (label := _label(part)) is not None}
+    samples = {row["sample"] for part in rows.values() for _, row in part}
     if len(samples) != 1:
-        raise SteerbackError(f"{where} must hold the rows of one sample, not of {len(samples)}")
+        raise SteerbackError(f"{where} must contain the rows of one sample, not of {len(samples)}")
     return {"format": FORMAT, "sample": samples.pop(), "rubric": RUBRIC, "labels": labels}
 
 
 def _rows(text: str, where: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield (place in the file, cells by column); the separator may be a comma, a semicolon or a tab."""
+    """Yield (place in the file, cells by column). The separator is a comma, a semicolon or a tab."""
     header = text.partition("\n")[0]
     separator = max(",;\t", key=header.count)
     read = csv_cells(text, where, separator)
@@ -113,7 +113,7 @@ def _rows(text: str, where: str) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def _label(rows: Sequence[tuple[str, dict[str, str]]]) -> Json:
-    """Return the label in the rows of one response, None where nothing is filled in."""
+    """Return the label from the rows of one response, or None if no row has an entry."""
     ordered = sorted(((_position(at, row), at, row) for at, row in rows), key=lambda entry: entry[0])
     if not any(row["restart"] or row["score"] for _, _, row in ordered):
         return None
@@ -122,10 +122,12 @@ def _label(rows: Sequence[tuple[str, dict[str, str]]]) -> Json:
     for nth, (position, at, row) in enumerate(ordered):
         mark, score = row["restart"].lower(), row["score"].lower()
         if mark not in (*MARKS, *BLANKS):
-            raise SteerbackError(f"{at}: restart is {short(mark)}; write x where a new attempt begins, else nothing")
+            raise SteerbackError(
+                f"{at}: restart is {short(mark)}; write x where a new attempt begins, and leave it empty elsewhere"
+            )
         begins = mark in MARKS
         if nth == 0 and begins:
-            raise SteerbackError(f"{at}: nothing stands before this sentence, so it cannot be a restart")
+            raise SteerbackError(f"{at}: this is the first sentence, so it cannot be a restart")
         if nth == 0 and score in STATES:
             if any(row["restart"] or row["score"] for _, _, row in ordered[1:]):
                 raise SteerbackError(f"{at}: a response that is {score!r} has no restarts and no further scores")
@@ -135,13 +137,15 @@ def _label(rows: Sequence[tuple[str, dict[str, str]]]) -> Json:
         if begins or nth == 0:
             scores.append(_score(score, at))
         elif score:
-            raise SteerbackError(f"{at} has a score but begins no attempt; mark its restart with x, or clear the score")
+            raise SteerbackError(
+                f"{at} has a score but starts no attempt; mark its restart with x, or remove the score"
+            )
     return {"status": "scored", "restarts": restarts, "scores": scores}
 
 
 def _position(at: str, row: dict[str, str]) -> int:
     if not (row["position"].isascii() and row["position"].isdigit() and len(row["position"]) < 10):
-        raise SteerbackError(f"{at}: position {short(row['position'])} is no number; leave that column as it was")
+        raise SteerbackError(f"{at}: position {short(row['position'])} is not a number; restore that column as it was")
     return int(row["position"])
 
 
@@ -151,5 +155,5 @@ def _score(text: str, at: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 <= value <= 100:
-        raise SteerbackError(f"{at}: score {short(text)} is no number from 0 to 100; each attempt needs one")
+        raise SteerbackError(f"{at}: score {short(text)} is not a number from 0 to 100; each attempt needs one")
     return value

@@ -1,7 +1,7 @@
-"""Parts that all self-contained HTML pages share: template, content security policy, embedded data.
+"""Shared parts of all self-contained HTML pages: template, content security policy, embedded data.
 
-A page is one file that needs no network. Untrusted text reaches it as data alone: JSON without characters that mean
-something in HTML, or compressed bytes in base64. Scripts of the page set it as text.
+A page is one file that needs no network. Untrusted text is embedded only as data: JSON without HTML's special
+characters, or compressed bytes in base64. The page's scripts set it as text.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ HERE = Path(__file__).parent
 
 
 def render(template: str, styles: Sequence[str], scripts: Sequence[str], values: dict[str, object], images: str) -> str:
-    """Return a page from its template and the files of its styles and scripts.
+    """Return a page from a template and the files of its styles and scripts.
 
-    `values` are escaped unless they are Markup. The policy allows these styles and scripts, images from `images`
-    (a source of the policy such as "data:", or "'none'") and nothing else.
+    `values` are escaped unless they are Markup. The policy allows only these styles and scripts, and images from
+    `images` (a policy source such as "data:", or "'none'").
     """
     from jinja2 import Environment, FileSystemLoader
     from markupsafe import Markup
@@ -37,12 +37,12 @@ def render(template: str, styles: Sequence[str], scripts: Sequence[str], values:
 
 
 def _hash(source: str) -> str:
-    """Return the expression by which a content security policy names an inline script or style."""
+    """Return the source expression of an inline script or style for a content security policy."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode('utf-8')).digest()).decode('ascii')}'"
 
 
 def json_in_html(value: object) -> str:
-    """Return JSON in ASCII without characters that mean something in HTML."""
+    """Return JSON in ASCII without HTML's special characters."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -50,6 +50,6 @@ def json_in_html(value: object) -> str:
 
 
 def packed(value: object) -> str:
-    """Return JSON compressed (zlib) and in base64; the page's script unpacks it when it is needed."""
+    """Return JSON as compressed bytes (zlib) in base64; the page's script unpacks it on demand."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return base64.b64encode(zlib.compress(text.encode("ascii"), 6)).decode("ascii")

@@ -1,6 +1,6 @@
-"""The page about a trained SAE: quality by layer, the doctor's verdict, and labels with the passages they come from.
+"""Page about a trained SAE: quality by layer, the verdict of `doctor`, and labels with their example passages.
 
-One file that needs no network and no script. Texts of models are escaped.
+The page is one file without network access or scripts. Model text is escaped.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from steerback.report import pages
 from steerback.store.files import write_atomic
 
 SHOWN = 60
-"""Labels on the page."""
+"""Number of labels on the page."""
 BAR = 160
-"""Width of a full bar, in pixels."""
+"""Width of a full bar in pixels."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerRow:
-    """Numbers of one layer: explained variance, L0 and share of the loss recovered, on foreign and on own texts."""
+    """Quality of one layer: explained variance, L0 and recovered loss, each on (unrelated texts, the model's
+    responses).
+    """
 
     layer: int
     best: bool
@@ -31,12 +33,12 @@ class LayerRow:
     dead: float
     recovered: tuple[float, float]
     nats: tuple[float, float, float]
-    """Loss on foreign texts: the model's own, with the SAE, with zeros."""
+    """Loss on unrelated texts: of the unchanged model, with the SAE's output, and with zeros."""
 
 
 @dataclass(frozen=True, slots=True)
 class SaePage:
-    """What the page shows."""
+    """Content of the page."""
 
     name: str
     summary: str
@@ -46,7 +48,7 @@ class SaePage:
     measured: int
     labels: Mapping[int, str]
     contexts: Mapping[int, tuple[str, ...]]
-    """Snippets by latent, the word at the peak between « and »."""
+    """Passages by latent, with the word at the peak between « and »."""
     verdict: str
     doctor: Sequence[str]
     facts: Sequence[tuple[str, str]]
@@ -54,7 +56,7 @@ class SaePage:
 
 
 def write_sae_page(path: Path, page: SaePage) -> Path:
-    """Write the page."""
+    """Write the page to `path`."""
     drawn = sorted(random.Random(0).sample(sorted(page.labels), min(SHOWN, len(page.labels))))
     labels = [
         {
@@ -96,7 +98,7 @@ def _layer(row: LayerRow) -> dict[str, object]:
         "dead": f"{row.dead:.2%}",
         "loss_foreign": f"{row.recovered[0]:.3f}",
         "loss_own": f"{row.recovered[1]:.3f}",
-        "nats": f"{plain:.3f} its own, {replaced:.3f} with the SAE, {zero:.3f} with zeros",
+        "nats": f"{plain:.3f} unchanged, {replaced:.3f} with the SAE, {zero:.3f} with zeros",
     }
 
 

@@ -1,5 +1,5 @@
-// Append text to a node as text, never as HTML. Characters that are invisible or turn the order of writing are shown
-// by their number.
+// Append text to a node as text, never as HTML. Invisible characters and those that change the writing direction are
+// shown as code points.
 const HIDDEN =
   /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060\u2066-\u2069\ufeff\u{e0000}-\u{e007f}]/u;
 

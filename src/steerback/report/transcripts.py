@@ -1,4 +1,4 @@
-"""Responses as people read them: attempts with scores and spans. Model text is untrusted and printed as text."""
+"""Responses for people: attempts with scores and spans. Model text is untrusted and printed as text."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ STYLES: dict[Mark, str] = {"drift": "background:#fde7c4", "restart": "background
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Which measured trials are shown: the one of a `key`, else up to `count` of those that fit.
+    """Selection of measured trials: the trial of a `key`, or up to `count` of those that match.
 
-    `latent` is an index, a label or a direction; `attempts` is "2" (exactly) or "2+" (at least). `order`: `random`
-    draws with `seed`; `best` and `worst` take the largest and smallest gains, each latent once before twice.
+    `latent` is an index, a label or a direction; `attempts` is "2" (exactly) or "2+" (at least). `order` `random` draws
+    with `seed`; `best` and `worst` take the largest and smallest gains, one trial per latent before a second one.
     """
 
     key: str | None = None
@@ -43,7 +43,9 @@ class Choice:
 
     def __post_init__(self) -> None:
         if self.attempts is not None and not re.fullmatch(r"\d+\+?", self.attempts):
-            raise SteerbackError(f"attempts {self.attempts!r}: give a number (2), or a number and more (2+)")
+            raise SteerbackError(
+                f"attempts {self.attempts!r} must be a number (2), or a number with + for at least that many (2+)"
+            )
 
     def fits(self, row: Outline) -> bool:
         """Return whether a trial has the latent and the number of attempts."""
@@ -56,12 +58,12 @@ class Choice:
 
 
 def choose(ledger: Ledger, judge: str, choice: Choice) -> list[Row]:
-    """Return the trials that a choice names. Raises SteerbackError if there are none, with what there is."""
+    """Return the selected trials. Raises SteerbackError, with the existing values, if there are none."""
     if choice.key is not None:
-        found = ledger.rows(keys=[choice.key], judge=judge)
-        if not found:
+        rows_of_key = ledger.rows(keys=[choice.key], judge=judge)
+        if not rows_of_key:
             raise SteerbackError(f"no trial {choice.key!r} in {ledger.path}; keys look like {_example(ledger)!r}")
-        return found
+        return rows_of_key
     measured = measured_rows(ledger, judge, choice.condition)
     rows = [row for row in measured if choice.fits(row)]
     if not rows:
@@ -83,7 +85,7 @@ def choose(ledger: Ledger, judge: str, choice: Choice) -> list[Row]:
 
 
 def measured_rows(ledger: Ledger, judge: str, condition: str | None = None) -> list[Outline]:
-    """Return the measured trials that have a response, without their texts."""
+    """Return the measured trials with a response, without their texts."""
     rows = [r for r in ledger.outlines(stage="measure", condition=condition, judge=judge) if r.finish is not None]
     if not rows:
         known = ", ".join(sorted({c for _, c in ledger.conditions()})) or "none yet"
@@ -98,7 +100,7 @@ def _there_are(rows: Sequence[Outline]) -> str:
 
 
 def how_often(rows: Sequence[Outline]) -> list[str]:
-    """Return for each target a line that says how often its responses restart, and how often that helps."""
+    """Return one line per target: how often its responses restart, and how often the score rises or falls."""
     lines = []
     for target in dict.fromkeys(r.trial.target for r in rows):
         scored = [r for r in rows if r.trial.target == target and r.attempts]
@@ -113,7 +115,7 @@ def how_often(rows: Sequence[Outline]) -> list[str]:
 
 
 def transcript(row: Row, colour: bool = False) -> str:
-    """Header, then each attempt with its score, restart phrase and character span."""
+    """Return a trial as text: header, then each attempt with score, restart phrase and character span."""
     bold, dim, reset = (BOLD, DIM, RESET) if colour else ("", "", "")
     trial, done = row.trial, row.completion
     lines = [f"{bold}{visible(trial.key)}{reset}", f"{dim}prompt  {reset} {visible(trial.prompt)}"]
@@ -127,7 +129,7 @@ def transcript(row: Row, colour: bool = False) -> str:
         return "\n".join([*lines, "(not generated yet)", ""])
     receipt = done.receipt
     steered = f"{receipt.prompt_positions} prompt + {receipt.generated_positions} generated positions steered"
-    right = "" if row.valid_receipt else ", NOT AS PLANNED: the trial is invalid"
+    right = "" if row.valid_receipt else ", which differs from the plan: the trial is INVALID"
     lines.append(f"{dim}receipt {reset} {steered}, mean norm added {receipt.added_norm:.4g}{right}; {done.finish}")
     text = row.judged_text
     judged = row.judgement
@@ -136,7 +138,7 @@ def transcript(row: Row, colour: bool = False) -> str:
         return "\n".join([*lines, f"{dim}{state}{reset}", _wrap(text), ""])
     for number, span in enumerate(judged.attempts, 1):
         phrase = f", restarts with {visible(span.phrase)!r}" if span.phrase else ""
-        gated = "" if span.gated else " (phrase does not open it: not counted)"
+        gated = "" if span.gated else " (not counted: it does not start with the phrase)"
         where = f"characters {span.start}-{span.end}"
         lines.append(f"{bold}attempt {number}: {span.score:.0f}/100{reset} {dim}[{where}{phrase}{gated}]{reset}")
         lines.append(_wrap(text[span.start : span.end]))
@@ -155,14 +157,14 @@ def _example(ledger: Ledger) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """A text with its drift (off-topic sentences) and the restart phrases in it."""
+    """Text with the spans of its drift (off-topic sentences) and its restart phrases."""
 
     text: str
     drift: Sequence[Span] = ()
     restarts: Sequence[Span] = ()
 
     def pieces(self) -> list[tuple[str, Mark | None]]:
-        """Return the text in pieces, each with what it is; a restart within a drift is a restart."""
+        """Return the text in pieces, each with its mark; a restart within a drift counts as restart."""
         kinds: list[Mark | None] = [None] * len(self.text)
         for mark, spans in (("drift", self.drift), ("restart", self.restarts)):
             for span in spans:
@@ -172,9 +174,9 @@ class Marks:
 
 
 def print_marked(prompt: str, columns: Sequence[tuple[str, Marks]]) -> None:
-    """Print responses to one prompt side by side, or one above the other where the terminal is narrow.
+    """Print responses to one prompt side by side, or one below the other on a narrow terminal.
 
-    Colours only where the output is a terminal and NO_COLOR is not set.
+    Colours appear only on a terminal without NO_COLOR.
     """
     from rich.console import Console
     from rich.table import Table
@@ -189,17 +191,17 @@ def print_marked(prompt: str, columns: Sequence[tuple[str, Marks]]) -> None:
             cell.append(visible(piece), COLOURS[mark] if mark else "")
         cell.rstrip()
         cells.append(cell)
-    beside = console.is_terminal and console.width >= 40 * len(cells)
+    side_by_side = console.is_terminal and console.width >= 40 * len(cells)
     grid = Table.grid(padding=(1, 3, 0, 0))
-    for _ in cells if beside else [0]:
+    for _ in cells if side_by_side else [0]:
         grid.add_column(ratio=1)
-    for row in [cells] if beside else [[cell] for cell in cells]:
+    for row in [cells] if side_by_side else [[cell] for cell in cells]:
         grid.add_row(*row)
     console.print(grid)
 
 
 def marked_html(prompt: str, title: str, marks: Marks) -> str:
-    """Return a response as HTML for notebooks; everything in it is escaped."""
+    """Return a response as escaped HTML for notebooks."""
     body = "".join(
         f'<mark style="{STYLES[mark]}">{escape(visible(piece))}</mark>' if mark else escape(visible(piece))
         for piece, mark in marks.pieces()
@@ -209,7 +211,7 @@ def marked_html(prompt: str, title: str, marks: Marks) -> str:
 
 
 def row_html(row: Row) -> str:
-    """Return a trial as HTML for notebooks: its attempts with their scores; everything in it is escaped."""
+    """Return a trial as escaped HTML for notebooks: its attempts with their scores."""
     trial, text = row.trial, row.judged_text
     what = f"{trial.key}, latent {trial.latent} ({trial.label}), boost {trial.boost}, seed {trial.seed}"
     if not row.attempts:

@@ -1,11 +1,11 @@
-// Shared by all views: making nodes, unpacking data, addresses, keys. Texts are set as text, never as HTML.
+// Functions shared by all views: nodes, compressed data, addresses, keys. Texts are set as text, never as HTML.
 const data = JSON.parse(document.getElementById("data").textContent);
 const element = (id) => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
 const VIEWS = ["overview", "trials", "trial", "calibration", "forks"];
 const parsed = new Map(); // part of the page -> promise of its content
 
-// A node with attributes; a function is a listener, null is left out. Strings among the children are written as text.
+// Return a node with attributes. Functions become listeners, null is skipped, and child strings are written as text.
 function make(name, attributes = {}, ...children) {
   const svg = ["svg", "g", "path", "line", "rect", "circle", "text", "polyline", "polygon", "title"].includes(name);
   const node = svg ? document.createElementNS(SVG, name) : document.createElement(name);
@@ -22,7 +22,7 @@ function make(name, attributes = {}, ...children) {
   return node;
 }
 
-// Content of a compressed part of the page; it may not have been read yet.
+// Return a promise of the content of a compressed part; it is read at the first call.
 function unpack(id) {
   if (!parsed.has(id)) parsed.set(id, read(id));
   return parsed.get(id);
@@ -129,7 +129,7 @@ function step(view, by) {
   return true;
 }
 
-// -- the tip beside the pointer ------------------------------------------------------------------------------------
+// -- the tooltip at the pointer ------------------------------------------------------------------------------------
 
 function showTip(x, y, ...lines) {
   const tip = element("tip");
@@ -148,7 +148,7 @@ function start() {
   const { shown, total, why } = data.sample;
   if (shown < total) {
     const note = `A sample: ${count(shown)} of ${plural(total, "trial")} (${why}). It was drawn at random within each ` +
-      `target and latent, seed ${data.sample.seed}; rates, figures and tables are of all trials.`;
+      `target and latent, seed ${data.sample.seed}; rates, figures and tables cover all trials.`;
     element("sampled").textContent = note;
     element("sampled").hidden = false;
   }

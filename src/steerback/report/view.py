@@ -1,7 +1,7 @@
-"""The viewer of runs: one HTML file with overview, trials, single responses and calibration.
+"""Viewer of runs: one HTML file with overview, trials, single responses and calibration.
 
-Python writes the data, the scripts in this folder show them. Light data of all trials is there when the page opens;
-texts, verdicts and activations of some trials at a time are compressed, and read when they are shown.
+Python writes the data, and the scripts in this folder display them. The columns of the trial table are available when
+the page opens. Texts, verdicts and activations are stored in compressed chunks, which are read on demand.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from steerback.store.facts import FORK, LATENTS
 from steerback.store.ledger import Ledger
 
 MOST_TRIALS = 5000
-MOST_BYTES, LEAST_BYTES = 22_000_000, 2_000_000
-"""Size of the file without the table of trials (about 1 MB), and what the responses may take in any case."""
+MOST_BYTES = 22_000_000  # size of the file without the table of trials (about 1 MB)
+LEAST_BYTES = 2_000_000  # room for the responses even if overview and figures exceed that size
 STYLES = ("view.css",)
 SCRIPTS = (
     "text.js",
@@ -68,7 +68,7 @@ def page(runs: Sequence[ShownRun], stages: Sequence[str] = STAGES, limit: int = 
 
 
 def _parents(shown: ShownRun) -> dict[str, tuple[str, int]]:
-    """Return the trial that the continuations of each condition continue, and the number of its tokens kept."""
+    """Return, for each fork condition, the key of the continued trial and the number of its kept tokens."""
     forks = [forked.fork for forked in shown.forks]
     return {fork.condition(arm): (fork.parent, fork.tokens) for fork in forks for arm in fork.arms}
 
@@ -101,11 +101,13 @@ def _table(name: str, table: Table) -> dict[str, object]:
 
 
 def _counts(ledger: Ledger, judge: str, stages: Sequence[str]) -> list[dict[str, object]]:
-    """Return for each target, stage and condition the trials by state, and why trials were left out."""
+    """Return the trials by state for each target, stage and condition, with the most frequent reasons for exclusion."""
     counts: dict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)
     reasons: dict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)
     for row in ledger.outlines(judge=judge):
-        if row.trial.stage not in stages or row.trial.stage == FORK:  # the arms of forks say it themselves
+        if (
+            row.trial.stage not in stages or row.trial.stage == FORK
+        ):  # the page of forks shows these counts for each arm
             continue
         place = (row.trial.target, row.trial.stage, row.trial.condition)
         counts[place]["planned"] += 1
@@ -125,7 +127,7 @@ def _counts(ledger: Ledger, judge: str, stages: Sequence[str]) -> list[dict[str,
 
 
 def _left_out(ledger: Ledger) -> list[dict[str, object]]:
-    """Return what the selection and the calibration left of the latents of each target."""
+    """Return the counts of latents after selection and calibration of each target."""
     left: dict[str, dict[str, object]] = {}
     for target, selection in ledger.targets_with(LATENTS).items():
         left.setdefault(target, {})["selection"] = dict(selection.counts)

@@ -1,4 +1,4 @@
-// Calibration: per latent the boosts that were tried with their scores, the fitted curve, the threshold.
+// Calibration: tested boosts with scores, fitted curve and threshold of each latent.
 let calibrationShown = false;
 
 async function showCalibration() {
@@ -14,7 +14,7 @@ async function showCalibration() {
 function calibrationOf(run, { target, latents }) {
   const usable = latents.filter((l) => l.status === "converged").length;
   const from = run.source === run.run ? "" : ` Calibrated in run ${run.source}.`;
-  const tried = latents.some((l) => l.tried.length) ? "" : " The trials of the calibration are not in this run.";
+  const tried = latents.some((l) => l.tried.length) ? "" : " This run does not contain the calibration trials.";
   return make(
     "article",
     { class: "run" },
@@ -50,7 +50,7 @@ function triedTable({ tried }) {
   if (!tried.length) return null;
   const rows = tried.map((t) => make("tr", {}, make("td", { class: "number" }, short(t.boost)), make("td", { class: "number" }, short(t.mean)), make("td", { class: "number" }, t.scores.length), make("td", { class: "number" }, t.unscored)));
   const head = ["boost", "mean score", "trials", "unscored"].map((name) => make("th", { scope: "col", class: "number" }, name));
-  return make("details", {}, make("summary", {}, `${plural(tried.length, "boost")} tried`), make("table", {}, make("thead", {}, make("tr", {}, head)), make("tbody", {}, rows)));
+  return make("details", {}, make("summary", {}, `${plural(tried.length, "boost")} tested`), make("table", {}, make("thead", {}, make("tr", {}, head)), make("tbody", {}, rows)));
 }
 
 function calibrationChart(latent) {

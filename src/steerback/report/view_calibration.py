@@ -1,4 +1,4 @@
-"""The calibration as the viewer shows it: per latent the boosts that were tried, the fitted curve, the threshold."""
+"""Calibration data of the viewer: tested boosts, fitted curve and threshold of each latent."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from steerback.store.facts import LATENTS
 
 
 def calibration(shown: ShownRun) -> dict[str, object]:
-    """Return the thresholds of each target with the scores they come from.
+    """Return the thresholds of each target with the scores behind them.
 
-    The scores are those of the run's judge: the thresholds were found with it. `source` is the run that they stand in.
+    The scores come from the run's judge, which also determined the thresholds. `source` is the run that calibrated
+    them.
     """
     targets = []
     with calibrated(shown.run.ledger) as (ledger, earlier):
         for target, thresholds in shown.run.ledger.targets_with(THRESHOLDS).items():
-            found = tried(ledger, target, shown.run.config.judge)
+            scores = tried(ledger, target, shown.run.config.judge)
             chosen = shown.run.ledger.get(target, LATENTS)
             labels = {x.key: x.label or "" for x in chosen.chosen} if chosen else {}
             latents = [
@@ -29,8 +30,8 @@ def calibration(shown: ShownRun) -> dict[str, object]:
                     "latent": str(e.latent),
                     "label": labels.get(e.latent, ""),
                     **asdict(e.threshold),
-                    "tried": _means(found.get(e.latent, [])),
-                    "curve": curve(e.threshold, found.get(e.latent, []), shown.priors(target, e.latent)),
+                    "tried": _means(scores.get(e.latent, [])),
+                    "curve": curve(e.threshold, scores.get(e.latent, []), shown.priors(target, e.latent)),
                 }
                 for e in thresholds
             ]
@@ -39,7 +40,7 @@ def calibration(shown: ShownRun) -> dict[str, object]:
 
 
 def _means(tried: Scores) -> list[dict[str, object]]:
-    """Return every boost tried, in the order of the search, with its mean score and single scores."""
+    """Return the tested boosts in order of the search, each with its mean score and single scores."""
     scores: dict[float, list[float]] = {}
     missing: dict[float, int] = defaultdict(int)
     for boost, score in tried:

@@ -1,4 +1,4 @@
-// Forks as trees: a response, the tokens at which it was forked, the arms of each fork, their continuations.
+// Forks as trees: response, forked tokens, arms of each fork, and their continuations.
 const forkedTrials = new Set(data.forks.map(([run, key]) => `${run} ${key}`));
 let places = null; // "run key" -> number of the trial on this page
 
@@ -17,11 +17,11 @@ async function showForks() {
   element("view-forks").replaceChildren(make("h2", {}, "Forks"), make("ul", { class: "tree" }, trees));
 }
 
-// The forks of one trial as nested lists; a continuation that was forked itself holds the next tree.
+// Return the forks of one trial as nested lists; the tree of a forked continuation is nested in it.
 function forkTree(forks, run, key) {
-  const own = forks.filter((f) => f.run === run && f.parent === key);
-  if (!own.length) return null;
-  return make("ul", {}, own.map((fork) => make("li", {}, forkNode(forks, fork))));
+  const children = forks.filter((f) => f.run === run && f.parent === key);
+  if (!children.length) return null;
+  return make("ul", {}, children.map((fork) => make("li", {}, forkNode(forks, fork))));
 }
 
 function forkNode(forks, fork) {
@@ -70,7 +70,7 @@ function trialName(run, key, text) {
   return i < 0 ? make("span", {}, text) : make("a", { href: hashOf(linkKey(i)) }, text);
 }
 
-// On the page of a trial: what it continues, and its own forks.
+// Show on the page of a trial which trial it continues, and its forks.
 async function drawForks(i) {
   const [run, key, box] = [column.run[i], column.key[i], element("forks-of-trial")];
   const parent = data.parents[run]?.[textOf("condition")(i)];
@@ -86,7 +86,7 @@ async function drawForks(i) {
   );
 }
 
-// Closed parts are printed as well.
+// Open all parts for printing, and close them again afterwards.
 let closed = [];
 window.addEventListener("beforeprint", () => {
   closed = [...document.querySelectorAll(".tree details:not([open])")];

@@ -1,4 +1,4 @@
-"""The forks of the viewer: for each fork its place in the parent's response, and its arms with rates and trials."""
+"""Fork data of the viewer: the position of each fork in the parent's response, and its arms with rates and trials."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from steerback.records import Intervention
 from steerback.report.view_trials import ShownRun
 
 AROUND = 120
-"""Characters of the response that are shown before and after the fork."""
+"""Number of response characters shown before and after the fork."""
 
 
 def forks_of(number: int, shown: ShownRun) -> list[dict[str, object]]:
-    """Return the forks of a run, the `number`-th of the page."""
+    """Return the forks of run `number` on the page."""
     return [_fork(number, shown, forked) for forked in shown.forks]
 
 

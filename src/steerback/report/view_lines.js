@@ -1,8 +1,8 @@
-// Lines of several latents under a response, aligned to its tokens: one strip each, all with the same token axis.
+// Activation lines of several latents along a response: one strip per latent, all on the same token axis.
 const STEP = 13; // width of a token in pixels
 const STRIP = 44;
 const GAP = 10;
-const WORDS = 76; // height of the tokens' text
+const WORDS = 76; // height of the token labels in pixels
 
 function linesChart(tokens, attempts, chosen) {
   const width = tokens.length * STEP;
@@ -25,10 +25,10 @@ function linesChart(tokens, attempts, chosen) {
   return make("div", { class: "lines-chart" }, names, make("div", { class: "scroll", id: "lines-scroll", tabindex: "0", role: "region", "aria-label": "Lines of latents; arrow keys move the pin" }, svg));
 }
 
-// SVG text cannot hold the boxes of hidden characters, so they are left out there.
+// Replace hidden characters by dots: SVG text cannot show their boxes.
 const visible = (text) => Array.from(text).map((c) => (HIDDEN.test(c) ? "\u00b7" : c)).join("");
 
-// [from, to, attempt] of equal neighbours, without what lies between attempts.
+// Return [from, to, attempt] of consecutive tokens of one attempt; tokens between attempts are skipped.
 function runsOf(attempts) {
   const runs = [];
   attempts.forEach((attempt, t) => {

@@ -1,4 +1,4 @@
-// The overview: tables with intervals, figures, what was left out and why, provenance.
+// Overview: tables with intervals, figures, excluded trials with reasons, provenance.
 let overviewShown = false;
 
 function showOverview() {
@@ -8,9 +8,9 @@ function showOverview() {
   for (const run of data.runs) box.append(runSummary(run));
   unpack("figures").then((figures) => {
     data.runs.forEach((run, number) => {
-      const own = figures.splice(0, run.figures.length);
+      const shown = figures.splice(0, run.figures.length);
       const place = element(`figures-${number}`);
-      for (const { name, src, caption } of own) {
+      for (const { name, src, caption } of shown) {
         const words = caption.split("\n").map((line) => make("p", {}, line));
         place.append(make("figure", {}, make("img", { src, alt: `Figure ${name}` }), make("figcaption", {}, words)));
       }
@@ -35,7 +35,7 @@ function runSummary(run) {
     run.tables.map(dataTable),
     run.lines.length ? make("ul", { class: "lines" }, run.lines.map((line) => make("li", {}, line))) : null,
     make("div", { id: `figures-${number}`, class: "figures" }),
-    make("h3", {}, "What was left out"),
+    make("h3", {}, "Excluded trials"),
     leftOut(run),
     make("h3", {}, "Provenance"),
     provenance(run),
@@ -78,13 +78,13 @@ function leftOut(run) {
       make("td", {}, reasons.map(([why, n]) => make("div", {}, `${count(n)} ${why}`))),
     ),
   );
-  const head = ["target", ...(several ? ["stage"] : []), "condition", ...states, "why they do not count"];
+  const head = ["target", ...(several ? ["stage"] : []), "condition", ...states, "reason"];
   return make(
     "div",
     { class: "table" },
     make(
       "div",
-      { class: "scroll", tabindex: "0", role: "region", "aria-label": "What was left out" },
+      { class: "scroll", tabindex: "0", role: "region", "aria-label": "Excluded trials" },
       make(
         "table",
         {},
@@ -96,7 +96,7 @@ function leftOut(run) {
       "p",
       { class: "caption" },
       "A response can be degraded (five or more identical words in a row) and cut by the length limit at once. " +
-        "Degraded responses are left out of the headline; cut ones count, and may lack the end of their last attempt.",
+        "The result tables say whether degraded responses count; cut responses count, and their last attempt may be incomplete.",
     ),
     run.latents.map(latentsLeft),
   );

@@ -1,8 +1,8 @@
-// A response as text: attempts as bands, restart phrases, tokens coloured by the activation of a latent.
+// Response text: attempts as bands, restart phrases, and tokens coloured by the activation of a latent.
 
 const SINGLE = { steered: "steered latent", detectors: "detector", backtracking: "backtracking latent" };
 
-// Series of a response: every active latent, and the sums of the groups that have several.
+// Return the series of a response: each active latent, and the sum of each group with several latents.
 function seriesOf(detail) {
   const { acts } = detail;
   if (!acts) return [];
@@ -27,7 +27,7 @@ function seriesOf(detail) {
   return [...sums, ...latents];
 }
 
-// Bands of a response: [from, to) with the attempt that a judge saw there, or null. They cover all of the text.
+// Return bands [from, to) that cover the whole text, each with the attempt of a judge, or null.
 function bandsOf(length, verdict) {
   const spans = verdict && verdict.status === "scored" ? [...verdict.attempts].sort((a, b) => a[0] - b[0]) : [];
   const bands = [];
@@ -43,18 +43,18 @@ function bandsOf(length, verdict) {
   return bands;
 }
 
-// Index of the attempt (from 0) at each token, -1 between attempts.
+// Return the index of the attempt (from 0) at each token, -1 between attempts.
 function attemptsOfTokens(detail, verdict) {
   const bands = bandsOf(Array.from(detail.text).length, verdict).filter((b) => b.attempt);
   let start = detail.lead;
   return (detail.ends ?? []).map((end) => {
-    const found = bands.findIndex((b) => start >= b.from && start < b.to);
+    const index = bands.findIndex((b) => start >= b.from && start < b.to);
     start = detail.lead + end;
-    return found;
+    return index;
   });
 }
 
-// The response as nodes. `series` (or null) gives the colour of each token, scaled to `peak`.
+// Return the response as nodes. `series` (or null) sets the colour of each token, scaled to `peak`.
 function responseNodes(detail, verdict, series, peak) {
   const characters = Array.from(detail.text);
   const { lead, ends = [] } = detail;
@@ -72,7 +72,7 @@ function responseNodes(detail, verdict, series, peak) {
       while (token < ends.length && lead + ends[token] <= at) token += 1;
       const isToken = at >= lead && token < ends.length;
       const classes = [isToken ? "token" : "", at < phraseEnd ? "phrase" : "", at < lead ? "prefill" : ""];
-      // where the ends of the tokens are not known, the whole response is marked
+      // If the token ends are unknown, the whole response is marked.
       if (isToken ? token < steered : steered > 0 && !ends.length && at >= lead) classes.push("steered");
       const piece = make("span", { class: classes.filter(Boolean).join(" ") || null, "data-token": isToken ? token : null }, characters.slice(at, to).join(""));
       if (isToken && series && token < series.values.length) heat(piece, series.values[token] / peak);
@@ -89,12 +89,12 @@ function heat(piece, share) {
   piece.style.setProperty("--share", `${(100 * Math.min(share, 1)).toFixed(1)}%`);
 }
 
-// First character after the restart phrase that opens a band, where it really does.
+// Return the first character after the restart phrase, or -1 if the band does not start with it.
 function phraseAt(characters, { from, attempt }) {
   if (!attempt || !attempt.phrase) return -1;
   const phrase = Array.from(attempt.phrase);
-  const there = characters.slice(from, from + phrase.length).join("");
-  return there.toLowerCase() === attempt.phrase.toLowerCase() ? from + phrase.length : -1;
+  const start = characters.slice(from, from + phrase.length).join("");
+  return start.toLowerCase() === attempt.phrase.toLowerCase() ? from + phrase.length : -1;
 }
 
 function bandNode(band, text) {
@@ -106,12 +106,12 @@ function bandNode(band, text) {
     make("span", {}, `attempt ${attempt.number}`),
     make("span", { class: "score" }, `${short(attempt.score)}`, make("span", { class: "of" }, "/100")),
     attempt.phrase ? make("span", {}, "restarts with ", make("q", {}, attempt.phrase)) : null,
-    attempt.gated ? null : make("span", { class: "warning" }, "not counted: the phrase does not open it"),
+    attempt.gated ? null : make("span", { class: "warning" }, "not counted: it does not start with the phrase"),
   );
   return make("div", { class: `band attempt a${(attempt.number - 1) % 4}${attempt.gated ? "" : " ungated"}` }, head, text);
 }
 
-// Number of leading tokens that were steered while the response was generated: all or none, as the receipt says.
+// Return the number of leading tokens that were steered during generation: all or none, according to the receipt.
 function steeredTokens({ receipt }) {
   if (!receipt || !receipt.valid) return 0;
   return receipt.generated[1] ? receipt.generated[0] - receipt.continued : 0;

@@ -1,6 +1,6 @@
-// One trial: prompt, response, activations, verdicts, and the same latent, prompt and seed under other conditions.
+// One trial: prompt, response, activations, verdicts, and the same latent, prompt and seed in other conditions.
 const open = { i: -1, detail: null, series: [], coloured: null, lines: new Set(), judge: null, pinned: null, pieces: [] };
-const MOST_BESIDE = 6;
+const MOST_COMPARED = 6;
 
 async function detailOf(i) {
   return (await unpack(`chunk-${Math.floor(i / data.chunk)}`))[i % data.chunk];
@@ -11,15 +11,15 @@ async function showTrial(key) {
   const i = trialOf(key);
   if (i < 0) {
     open.i = -1;
-    const why = data.sample.shown < data.sample.total ? "It may not be in the sample that this page holds." : "";
+    const why = data.sample.shown < data.sample.total ? "This page contains only a sample of the trials." : "";
     box.replaceChildren(make("p", { class: "notice" }, `There is no trial ${key} on this page. ${why}`));
     return;
   }
   open.i = i;
   const place = table.order.indexOf(i);
-  if (place >= 0) table.current = place; // before the wait: whoever goes back at once finds this row marked
+  if (place >= 0) table.current = place; // set before the wait, so that going back at once marks this row
   const detail = await detailOf(i);
-  if (open.i !== i) return; // the user has gone on
+  if (open.i !== i) return; // the user opened another trial in the meantime
   const before = open.coloured;
   open.detail = detail;
   open.series = seriesOf(detail);
@@ -28,10 +28,10 @@ async function showTrial(key) {
   open.coloured = (open.series.find((s) => s.id === before) ?? open.series[0])?.id ?? null;
   open.lines = new Set(open.series.slice(0, 4).map((s) => s.id));
   open.judge = detail.verdicts.find((v) => v.judge === data.runs[column.run[i]].judge) ?? detail.verdicts[0] ?? null;
-  box.replaceChildren(trialHead(i, place), promptNode(i, detail), responsePart(), make("section", { id: "forks-of-trial" }), make("section", { id: "activations" }), make("section", { id: "beside" }), verdictsNode(detail), windowsNode(detail));
+  box.replaceChildren(trialHead(i, place), promptNode(i, detail), responsePart(), make("section", { id: "forks-of-trial" }), make("section", { id: "activations" }), make("section", { id: "comparison" }), verdictsNode(detail), windowsNode(detail));
   drawResponse();
   drawActivations();
-  drawBeside(i);
+  drawComparison(i);
   drawForks(i);
 }
 
@@ -74,7 +74,7 @@ function receiptNode({ receipt, interventions }) {
   if (receipt) {
     const part = ([done, wanted, all], name) => `${count(done)} of ${plural(all, name)}` + (done === wanted ? "" : `, planned ${count(wanted)}`);
     const words = `edited ${part(receipt.prompt, "prompt position")}, ${part(receipt.generated, "generated token")}; mean norm ${short(receipt.norm)}`;
-    const kept = receipt.continued ? "; the kept tokens count as prompt, the last of them as generated" : "";
+    const kept = receipt.continued ? "; kept tokens count as prompt, except the last one, which counts as generated" : "";
     const last = receipt.generated[1] || kept ? ` (the last token is never fed back${kept})` : "";
     lines.push(make("p", { class: receipt.valid ? null : "warning" }, make("strong", {}, "Receipt: "), words + last));
   }
@@ -99,7 +99,7 @@ function responsePart() {
   const pick = (event) => {
     open.coloured = event.target.value || null;
     drawResponse();
-    drawBeside(open.i);
+    drawComparison(open.i);
   };
   const rejudge = (event) => {
     open.judge = detail.verdicts[Number(event.target.value)];
@@ -130,7 +130,7 @@ function drawResponse() {
 
 function hoverToken(event) {
   const piece = event.target.closest("[data-token]");
-  if (!piece || piece.closest("#beside")) return unhover();
+  if (!piece || piece.closest("#comparison")) return unhover();
   return describeToken(Number(piece.dataset.token), event);
 }
 
@@ -194,7 +194,7 @@ function drawActivations() {
   const { detail, series } = open;
   const box = element("activations");
   if (!series.length) {
-    const why = detail.acts ? "None of the recorded latents is active." : "No activations were recorded for this response; steerback view RUN --record reads them again.";
+    const why = detail.acts ? "No recorded latent is active." : "No activations were recorded for this response; steerback view RUN --record records them.";
     box.replaceChildren(make("h3", {}, "Activations"), make("p", { class: "quiet" }, why));
     return;
   }
@@ -221,32 +221,32 @@ function drawActivations() {
     make("h3", {}, "Activations along the response"),
     make("div", { class: "chips", role: "group", "aria-label": "Lines shown" }, chips),
     chart,
-    make("p", { class: "caption" }, `Each strip is scaled to its maximum. Recorded before anything is added. Click to pin a token.${silent ? ` ${plural(silent, "recorded latent")} without any activity.` : ""}`),
+    make("p", { class: "caption" }, `Each strip is scaled to its maximum. Activations are recorded before additions and clamps. Click to pin a token.${silent ? ` ${plural(silent, "recorded latent")} without activity.` : ""}`),
   );
   element("lines-scroll").scrollLeft = kept;
   markPinned();
 }
 
-async function drawBeside(i) {
+async function drawComparison(i) {
   const mates = [];
   for (let n = 0; n < total; n += 1) if (n !== i && column.group[n] === column.group[i]) mates.push(n);
-  const box = element("beside");
-  if (!mates.length) return box.replaceChildren(make("h3", {}, "Side by side"), make("p", { class: "quiet" }, "No other condition with this latent, prompt and seed is on this page."));
-  const shown = [i, ...mates.slice(0, MOST_BESIDE)];
+  const box = element("comparison");
+  if (!mates.length) return box.replaceChildren(make("h3", {}, "Side by side"), make("p", { class: "quiet" }, "This page has no other condition with this latent, prompt and seed."));
+  const shown = [i, ...mates.slice(0, MOST_COMPARED)];
   const details = await Promise.all(shown.map(detailOf));
   if (open.i !== i) return undefined;
   const series = details.map((d) => seriesOf(d).find((s) => s.id === open.coloured) ?? null);
   const peak = Math.max(...series.map((s) => s?.peak ?? 0));
-  const cards = shown.map((n, place) => besideCard(n, details[place], series[place], peak, n === i));
-  const rest = mates.length - MOST_BESIDE;
+  const cards = shown.map((n, place) => comparisonCard(n, details[place], series[place], peak, n === i));
+  const rest = mates.length - MOST_COMPARED;
   return box.replaceChildren(
     make("h3", {}, "Side by side: the same latent, prompt and seed"),
-    make("div", { class: "beside scroll", tabindex: "0", role: "region", "aria-label": "Conditions side by side" }, cards),
+    make("div", { class: "comparison scroll", tabindex: "0", role: "region", "aria-label": "Conditions side by side" }, cards),
     make("p", { class: "caption" }, (peak > 0 ? `Colours share one scale, 0 to ${short(peak)}. ` : "") + (rest > 0 ? `${plural(rest, "more condition")} in the table of trials.` : "")),
   );
 }
 
-function besideCard(n, detail, series, peak, here) {
+function comparisonCard(n, detail, series, peak, here) {
   const judge = data.runs[column.run[n]].judge;
   const verdict = detail.verdicts.find((v) => v.judge === judge) ?? null;
   const name = [several ? data.runs[column.run[n]].name : "", textOf("stage")(n) === "measure" ? "" : textOf("stage")(n), textOf("condition")(n)].filter(Boolean).join(", ");
@@ -273,11 +273,11 @@ function verdictsNode({ verdicts }) {
     ),
   );
   const head = ["judge", "rubric", "status", "attempts", "raw reply"].map((name) => make("th", { scope: "col" }, name));
-  const content = verdicts.length ? make("div", { class: "scroll" }, make("table", { class: "verdicts" }, make("thead", {}, make("tr", {}, head)), make("tbody", {}, rows))) : make("p", { class: "quiet" }, "Nobody has judged this response.");
+  const content = verdicts.length ? make("div", { class: "scroll" }, make("table", { class: "verdicts" }, make("thead", {}, make("tr", {}, head)), make("tbody", {}, rows))) : make("p", { class: "quiet" }, "No judge has judged this response.");
   return make("section", {}, make("h3", {}, "Verdicts"), content);
 }
 
-// Relevance of the windows (sentences) of the response, by which recovery is judged.
+// Relevance of the windows (sentences) of the response, which recovery is computed from.
 function windowsNode({ text, windows, "windows reason": reason }) {
   if (!windows) return make("section");
   const characters = Array.from(text);
@@ -297,7 +297,7 @@ function stepTrial(by) {
   const place = table.order.indexOf(open.i);
   const next = place < 0 ? 0 : place + by;
   if (!(next in table.order)) return;
-  open.i = table.order[next]; // the next key may come before the page has followed this one
+  open.i = table.order[next]; // set now: the next key may arrive before the page shows this trial
   table.current = next;
   goTo(hashOf(linkKey(open.i)));
 }

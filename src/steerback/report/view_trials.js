@@ -1,4 +1,4 @@
-// The table of trials: filters, sorting, search. Only the rows in sight are in the document.
+// Table of trials: filters, sorting, search. Only the visible rows are in the document.
 const { columns: column, texts } = data.trials;
 const total = (column.key ?? []).length;
 const several = data.runs.length > 1;
@@ -24,10 +24,10 @@ const COLUMNS = [
   { id: "activations", name: "activations", kind: "choice", of: textOf("activations"), hidden: (texts.activations ?? []).length < 2 },
 ].filter((c) => !c.hidden);
 
-const table = { filters: {}, search: "", found: null, sort: null, down: false, order: [], current: 0, built: false };
-let bodies = null; // lower-case texts of all responses, once a search has needed them
+const table = { filters: {}, search: "", matches: null, sort: null, down: false, order: [], current: 0, built: false };
+let bodies = null; // lower-case texts of all responses; read at the first search
 
-// The key of a trial in addresses; with several runs the run's name comes first.
+// Return the key of a trial for addresses; with several runs, the run's name comes first.
 const linkKey = (i) => (several ? `${data.runs[column.run[i]].name}:${column.key[i]}` : column.key[i]);
 
 function trialOf(key) {
@@ -103,7 +103,7 @@ function clearFilters() {
   search("");
 }
 
-// `>= 2`, `< 40`, `20..30`, `7`: a test of a number. A filter that is not understood keeps everything.
+// Return the test of a number filter: `>= 2`, `< 40`, `20..30`, `7`. An invalid filter keeps all trials.
 function numberTest(text) {
   const range = /^\s*(-?[\d.]+)\s*\.\.\s*(-?[\d.]+)\s*$/.exec(text);
   if (range) return (x) => x !== null && x >= Number(range[1]) && x <= Number(range[2]);
@@ -132,7 +132,7 @@ function arrange() {
   const checks = tests();
   const order = [];
   for (let i = 0; i < total; i += 1) {
-    if ((table.found === null || table.found.has(i)) && checks.every((test) => test(i))) order.push(i);
+    if ((table.matches === null || table.matches.has(i)) && checks.every((test) => test(i))) order.push(i);
   }
   const by = COLUMNS.find((c) => c.id === table.sort);
   if (by) order.sort((a, b) => compare(by.of(a), by.of(b)) || a - b);
@@ -175,7 +175,7 @@ function drawRows({ all = false } = {}) {
     return make("tr", { class: "space", "aria-hidden": "true" }, cell);
   };
   const rows = order.slice(first, last).map((i, n) => trialRow(i, first + n));
-  if (!order.length) rows.push(make("tr", {}, make("td", { colspan: COLUMNS.length, class: "nothing" }, "No trial fits these filters.")));
+  if (!order.length) rows.push(make("tr", {}, make("td", { colspan: COLUMNS.length, class: "nothing" }, "No trial matches these filters.")));
   element("body").replaceChildren(space(first), ...rows, ...(all ? [] : [space(order.length - last)]));
 }
 
@@ -223,31 +223,31 @@ async function search(text = table.search) {
   const wanted = text.trim().toLowerCase();
   const turn = (searches += 1);
   if (!wanted) {
-    table.found = null;
+    table.matches = null;
     return arrange();
   }
   const hits = new Set();
   for (let i = 0; i < total; i += 1) {
     if (`${textOf("prompt")(i)}\n${latentOf(i)}\n${column.key[i]}`.toLowerCase().includes(wanted)) hits.add(i);
   }
-  table.found = hits;
+  table.matches = hits;
   arrange();
   if (!bodies) {
     element("shown").textContent = "reading all responses …";
     const texts = await allTexts();
     bodies = texts;
   }
-  if (turn !== searches) return undefined; // the user has typed on
+  if (turn !== searches) return undefined; // a newer search has started
   bodies.forEach((body, i) => body.includes(wanted) && hits.add(i));
   return arrange();
 }
 
 async function allTexts() {
-  const found = [];
+  const bodies = [];
   for (let n = 0; n * data.chunk < total; n += 1) {
-    const chunk = await read(`chunk-${n}`); // not kept: only their texts stay in memory
-    for (const trial of chunk) found.push((trial.text ?? "").toLowerCase());
+    const chunk = await read(`chunk-${n}`); // `read` does not cache: only the texts stay in memory
+    for (const trial of chunk) bodies.push((trial.text ?? "").toLowerCase());
   }
-  return found;
+  return bodies;
 }
 

@@ -1,6 +1,6 @@
-"""The trials of the viewer: which ones are shown, what their table holds, and what the page of each holds.
+"""Trial data of the viewer: the sample of trials, the columns of their table, and the content of each trial's page.
 
-Rows are read in batches, so memory does not grow with the number of responses of a run.
+Rows are read in batches, so memory does not grow with the number of responses.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
 
 STAGES = ("measure", REPLAY, CONTINUATION, FLOOR, FORK)
-"""Stages whose trials are shown unless others are named."""
+"""Stages whose trials are shown by default."""
 CHUNK = 25
 SEED = 42
 
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """Activations along a response: `values` (fed-back tokens, latents), and the character at which each token ends."""
+    """Activations along a response: `values` (fed-back tokens, latents) and `ends`, the end character of each token."""
 
     ends: Sequence[int]
     latents: Sequence[int]
@@ -58,10 +58,10 @@ class Reading:
 
 @dataclass(frozen=True, eq=False)
 class ShownRun:
-    """One run with what the page shows besides its ledger.
+    """One run and the content that the page shows besides its ledger.
 
-    `readings` are activations that were read for the page, by trial key; `forks` the results of its forks; `problem`
-    says why there is no analysis.
+    `readings` are activations that were recorded for the page, by trial key; `forks` are the results of its forks;
+    `problem` explains a missing analysis.
     """
 
     run: Run
@@ -83,7 +83,7 @@ class ShownRun:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The trials that the page holds: (number of the run, trial key), and of how many they were drawn."""
+    """Trials on the page as (number of the run, trial key), and the total number they were drawn from."""
 
     keys: Sequence[tuple[int, str]]
     total: int
@@ -91,7 +91,7 @@ class Sample:
 
 
 def flags_of(row: TrialRow) -> list[str]:
-    """Return what is the matter with a trial; nothing for a sound one."""
+    """Return the reasons why a trial is not sound, or an empty list."""
     if row.finish is None:
         return ["missing"]
     outcome = outcome_of(row.valid_receipt, row.judgement, row.degraded)
@@ -101,7 +101,7 @@ def flags_of(row: TrialRow) -> list[str]:
 
 
 def reason_of(row: TrialRow) -> str:
-    """Return why a trial does not count, "" where it does."""
+    """Return the reason why a trial does not count, or ""."""
     if row.finish is None:
         return "not generated yet"
     if row.finish == "error":
@@ -119,15 +119,15 @@ Group = tuple[str, str, str, int]
 
 
 def group_of(trial: Trial) -> Group:
-    """Return what trials share that differ in their condition alone: target, latent, prompt and seed."""
+    """Return target, latent, prompt and seed, which the trials of different conditions share."""
     return trial.target, repr(trial.latent), trial.prompt, trial.seed
 
 
 def draw(runs: Sequence[ShownRun], stages: Sequence[str], limit: int, why: str) -> Sample:
     """Draw at most `limit` trials of the runs, or take all.
 
-    Trials of one latent, prompt and seed stay together. Each target and latent gives the same share of its groups.
-    Trials whose activations were read for the page come first, and forks with the trials that they continue.
+    Trials of one latent, prompt and seed stay together. Each target and latent contributes the same share of its
+    groups. Trials with activations recorded for the page come first, and so do forks and their parents.
     """
     groups: dict[Group, list[tuple[int, str]]] = defaultdict(list)
     order: dict[tuple[int, str], int] = {}
@@ -158,7 +158,7 @@ def draw(runs: Sequence[ShownRun], stages: Sequence[str], limit: int, why: str) 
 
 
 def _of_forks(shown: ShownRun) -> Iterator[str]:
-    """Yield the keys of the trials that take part in a run's forks."""
+    """Yield the keys of a run's forked trials and of their continuations."""
     for forked in shown.forks:
         yield forked.fork.parent
         yield from (row.trial.key for arm in forked.arms for row in arm.rows)
@@ -167,7 +167,7 @@ def _of_forks(shown: ShownRun) -> Iterator[str]:
 def sampled(
     runs: Sequence[ShownRun], stages: Sequence[str], limit: int, room: int
 ) -> tuple[Sample, dict[str, object], list[str]]:
-    """Return a sample with its light data and its chunks; it shrinks until the chunks have at most `room` bytes."""
+    """Return a sample, its table columns and its chunks; the sample shrinks until the chunks fit into `room` bytes."""
     why = f"the page holds at most {limit:,} trials"
     while True:
         sample = draw(runs, stages, limit, why)
@@ -190,7 +190,7 @@ def sampled(
 
 
 class Light:
-    """The columns of the trials' table: what is needed to filter and sort."""
+    """Columns of the trial table, which filters and sorting need."""
 
     def __init__(self) -> None:
         self._texts: dict[str, dict[str, int]] = {}
@@ -198,7 +198,7 @@ class Light:
         self._groups: dict[Group, int] = {}
 
     def add(self, run: int, row: Row, detail: Mapping[str, object]) -> None:
-        """Add a trial with what its own page shows."""
+        """Add a trial with the content of its page."""
         trial, attempts = row.trial, row.attempts
         for name, text in (
             ("target", trial.target),
@@ -225,12 +225,12 @@ class Light:
         columns["group"].append(self._groups.setdefault(group_of(trial), len(self._groups)))
 
     def columns(self) -> dict[str, object]:
-        """Return the columns; texts that repeat are numbers into `texts`."""
+        """Return the columns; repeated texts are indices into `texts`."""
         return {"columns": dict(self._columns), "texts": {name: [*known] for name, known in self._texts.items()}}
 
 
 def _details(runs: Sequence[ShownRun], sample: Sample) -> Iterator[tuple[int, Row, dict[str, object]]]:
-    """Yield every sampled trial with the number of its run and what its own page shows."""
+    """Yield each sampled trial with the number of its run and the content of its page."""
     for number, shown in enumerate(runs):
         ledger, keys = shown.run.ledger, [key for n, key in sample.keys if n == number]
         ends = ledger.targets_with(TOKEN_ENDS)
@@ -252,7 +252,7 @@ def _details(runs: Sequence[ShownRun], sample: Sample) -> Iterator[tuple[int, Ro
 
 
 def _recovery(row: Row, windows: WindowScores | None, rule: Rule) -> dict[str, object]:
-    """Return whether the response has recovered, with the scores of its windows; nothing where there are none."""
+    """Return whether the response recovered, with the scores of its windows; empty without windows."""
     if windows is None:
         return {}
     shown = {"windows": [list(windows.starts), list(windows.scores)], "windows reason": windows.reason}
@@ -265,7 +265,7 @@ def _recovery(row: Row, windows: WindowScores | None, rule: Rule) -> dict[str, o
 
 
 def _recorded(row: Row, ends: Sequence[int] | None) -> Reading | None:
-    """Return the activations that the run itself has recorded."""
+    """Return the activations that the run recorded during generation."""
     done, record = row.completion, row.trial.record
     if done is None or done.activations is None or record is None or ends is None:
         return None
@@ -273,15 +273,15 @@ def _recorded(row: Row, ends: Sequence[int] | None) -> Reading | None:
 
 
 class _Labels:
-    """Labels of recorded latents, and the group each belongs to."""
+    """Labels and groups of recorded latents."""
 
     def __init__(self, shown: ShownRun) -> None:
         ledger = shown.run.ledger
         self._labels: dict[str, dict[int, str]] = {name: dict(labels) for name, labels in shown.labels.items()}
         self._groups: dict[str, dict[int, str]] = defaultdict(dict)
-        for target, found in ledger.targets_with(DETECTOR_SET).items():
+        for target, detector_set in ledger.targets_with(DETECTOR_SET).items():
             known = self._labels.setdefault(target, {})
-            for detector in found.detectors:
+            for detector in detector_set.detectors:
                 self._groups[target][detector.latent] = DETECTORS
                 if detector.label:
                     known.setdefault(detector.latent, detector.label)
@@ -340,7 +340,7 @@ def _verdict(judged: Judgement) -> dict[str, object]:
 
 
 def _activations(trial: Trial, reading: Reading, labels: _Labels) -> dict[str, object]:
-    """Return the latents that are active somewhere, each value in 16 bits of the latent's peak, and the silent ones."""
+    """Return the active latents, with values as 16-bit shares of the latent's peak, and the silent ones."""
     values = np.maximum(np.nan_to_num(np.asarray(reading.values, dtype=np.float64)), 0.0)
     peaks = values.max(axis=0, initial=0.0)
     active = np.flatnonzero(peaks > 0)
