@@ -6,6 +6,8 @@ import csv
 import io
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from steerback.figures.tables import Table, comparison_table, escape, number, show, summary_table
 from steerback.metrics import METRICS, VARIANTS, Estimate, compare, correct
@@ -34,6 +36,41 @@ def test_text_fits_or_is_turned_on_its_side_and_keeps_every_cell() -> None:
         assert max(map(len, text.splitlines())) <= max(width, 60)
         assert all(cell in text for row in table.shown.to_numpy() for cell in row)
     assert table.text(400).splitlines()[0].startswith("target")
+
+
+WORD = st.text("abcdefghij", min_size=1, max_size=10)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_text_never_exceeds_the_width_and_loses_only_minor_columns(data: st.DataObject) -> None:
+    columns = data.draw(st.lists(WORD, min_size=2, max_size=9, unique=True))
+    cell = st.lists(WORD, min_size=1, max_size=4).map(" ".join)
+    rows = data.draw(st.lists(st.tuples(*[cell] * len(columns)), min_size=1, max_size=12))
+    minor = data.draw(st.lists(st.sampled_from(columns[1:]), max_size=3, unique=True))
+    width = data.draw(st.integers(40, 120))
+    text = Table(columns, rows, "A caption.", left=data.draw(st.integers(1, 2)), minor=minor).text(width)
+    assert max(map(len, text.splitlines())) <= width
+    dropped = text.replace("\n", " ").partition("Not shown here: ")[2].removesuffix(". ").split("; ")
+    assert set(dropped) - {""} <= set(minor)
+    letters = "".join(text.split())
+    for row in rows:
+        for name, value in zip(columns, row, strict=True):
+            assert name in dropped or all(word in letters for word in value.split())
+
+
+def test_what_does_not_fit_is_grouped_then_loses_minor_columns() -> None:
+    rows = [("the first comparison", m, "1.00 [0.50, 1.50]", "0.5") for m in ("rate", "gain")] * 3
+    table = Table(("comparison", "metric", "difference", "d"), rows, left=2, minor=("d",))
+    assert table.text(60).splitlines()[0].split() == ["comparison", "metric", "difference", "d"]
+    assert table.text(34).splitlines()[2:4] == ["the first comparison", "  rate    1.00 [0.50, 1.50]  0.5"]
+    assert table.text(30).splitlines()[3] == "  rate    1.00 [0.50, 1.50]"
+    assert "Not shown here: d." in table.text(30)
+
+
+def test_an_interval_stays_on_one_line_when_cells_are_broken() -> None:
+    table = Table(("quantity", "value"), [("a rate with a very long name of its own", "36.7 [13.6, 65.4]")])
+    assert "36.7 [13.6, 65.4]" in table.text(40)
 
 
 def test_conditions_get_a_column_of_their_own() -> None:

@@ -6,14 +6,11 @@ A hook of MkDocs (`hooks` in mkdocs.yml); each function returns Markdown and nee
 from __future__ import annotations
 
 import ast
-import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 if TYPE_CHECKING:
@@ -117,68 +114,11 @@ def output_block(output: NotebookNode) -> str:
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------
-def field_docs(model: type[BaseModel]) -> dict[str, str]:
-    """Return the text under each field of a model and of the models it extends."""
-    found: dict[str, str] = {}
-    for cls in reversed(model.__mro__):
-        if not (isinstance(cls, type) and issubclass(cls, BaseModel)) or cls is BaseModel:
-            continue
-        body = ast.parse(inspect.getsource(cls)).body[0]
-        assert isinstance(body, ast.ClassDef)
-        for field, text in zip(body.body, body.body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-                found[ast.unparse(field.target)] = " ".join(str(text.value.value).split())
-    return found
-
-
-def inner_model(annotation: object) -> type[BaseModel] | None:
-    """Return the model that a field holds, itself or None beside it."""
-    for kind in (annotation, *get_args(annotation)):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-    return None
-
-
-def plain_type(kind: Any) -> str:
-    """Return a type as a reader wants it: `int`, `list of int`, `'a' | 'b' | None`, without constraints."""
-    inner = get_args(kind)
-    if isinstance(kind, type) and not inner:
-        return "None" if kind is type(None) else kind.__name__
-    origin = get_origin(kind)
-    if origin is Annotated:
-        return plain_type(inner[0])
-    if origin is Literal:
-        return " | ".join(f"'{value}'" for value in inner)
-    if origin in (Union, UnionType):
-        return " | ".join(dict.fromkeys(plain_type(part) for part in inner))
-    if origin in (list, tuple):
-        item = plain_type(inner[0])
-        return f"list of ({item})" if "|" in item else f"list of {item}"
-    return f"{origin.__name__} of {' to '.join(plain_type(part) for part in inner)}" if origin else str(kind)
-
-
-def setting_rows(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, object, str]]:
-    """(key, type, default, text) of every setting, those of nested tables under their dotted keys."""
-    texts = field_docs(model)
-    for name, info in model.model_fields.items():
-        inner = inner_model(info.annotation)
-        if inner is not None and isinstance(info.default, BaseModel):
-            yield from setting_rows(inner, f"{prefix}{name}.")
-            continue
-        bounds = ", ".join(
-            f"{sign} {getattr(rule, name):g}"
-            for rule in info.metadata
-            for name, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
-            if getattr(rule, name, None) is not None
-        )
-        kind = plain_type(info.annotation) + (f", {bounds}" if bounds else "")
-        yield f"{prefix}{name}", kind, info.get_default(call_default_factory=True), texts.get(name, "")
-
-
 def settings_page() -> str:
     """Return the reference of all settings: of a run, and of each experiment."""
     from steerback.config import PRESETS, RunConfig
-    from steerback.experiments import REGISTRY, experiment_type
+    from steerback.experiments import REGISTRY
+    from steerback.experiments.settings import experiment_rows, setting_rows
 
     runs = {name: make("esr", ("organism",)).model_dump() for name, make in PRESETS.items() if name != "specification"}
     lines = [
@@ -200,10 +140,9 @@ def settings_page() -> str:
         ]
         lines.append(_row(key, kind, default, text, others))
     for name in REGISTRY:
-        rows = [*setting_rows(experiment_type(name).options_type)]
-        if rows:
+        if rows := experiment_rows(name):
             lines += ["", f"## Of experiment `{name}`", "", *_header()]
-            lines += [_row(f"options.{key}", kind, default, text, []) for key, kind, default, text in rows]
+            lines += [_row(*row, []) for row in rows]
     return "\n".join(lines) + "\n"
 
 

@@ -6,7 +6,7 @@ A config names things (target, judge, engine); it does not load them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar, get_args
@@ -14,7 +14,7 @@ from typing import Annotated, Literal, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from steerback import readers
-from steerback.errors import SteerbackError, unknown
+from steerback.errors import SteerbackError, did_you_mean, unknown
 from steerback.records import LEAST_TEMPERATURE, BoostPrior, LatentKey, Sampling, is_temperature
 
 
@@ -395,8 +395,9 @@ def parse(model: type[S], values: Mapping[str, object], where: str) -> S:
         if first["msg"].startswith("Input should") and isinstance(first["input"], str | int | float):
             message += f", not {repr(first['input'])[:80]}"
         if first["type"] == "extra_forbidden":
-            known = ", ".join(_choices(model, first["loc"]))
-            message = f"{where}: unknown setting {field!r}; {f'choose one of: {known}' if known else 'there are none'}"
+            known = _choices(model, first["loc"])
+            choices = f"choose one of: {', '.join(known)}" if known else "there are none"
+            message = f"{where}: unknown setting {field!r};{_similar(model, field)} {choices}"
         raise SteerbackError(message) from None
 
 
@@ -455,6 +456,21 @@ def _choices(model: type[BaseModel], location: tuple[int | str, ...]) -> list[st
             if isinstance(inner, type) and issubclass(inner, BaseModel):
                 model = inner
     return sorted(model.model_fields)
+
+
+def _similar(model: type[BaseModel], key: str) -> str:
+    """Return ` did you mean KEY?` for a misspelt setting, also for one written without its table."""
+    keys = list(_keys(model))
+    same_end = [known for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]]
+    return did_you_mean(same_end[0] if same_end else key, keys)
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from _keys(info.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name
 
 
 def _flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:

@@ -19,8 +19,18 @@ class SteerbackError(Exception):
 
 
 def unknown(what: str, value: object, choices: Iterable[object]) -> SteerbackError:
-    """Error for a name that does not exist, with the names that do."""
-    return SteerbackError(f"unknown {what} {value!r}; choose one of: {', '.join(str(c) for c in choices)}")
+    """Return the error for a name that does not exist: a similar name if there is one, and all valid names."""
+    names = [str(choice) for choice in choices]
+    return SteerbackError(f"unknown {what} {value!r};{did_you_mean(value, names)} choose one of: {', '.join(names)}")
+
+
+def did_you_mean(value: object, names: Iterable[str]) -> str:
+    """Return ` did you mean NAME?` with the most similar name, or "" if none is similar."""
+    import difflib
+
+    by_lower = {name.lower(): name for name in names}
+    close = difflib.get_close_matches(str(value).lower(), by_lower, 1)
+    return f" did you mean {by_lower[close[0]]}?" if close else ""
 
 
 def docs_page(name: str, section: str = "") -> str:

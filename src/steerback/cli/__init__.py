@@ -19,14 +19,16 @@ from typing import Annotated
 import typer
 
 from steerback.cli import finetuning, fork, judging, label, labels, plan, results, running, sae, targets, view
+from steerback.cli.help import HELP, HelpGroup
 from steerback.cli.options import USER_FILE, TargetsFile
 from steerback.errors import VERSION, SteerbackError, visible
 
 app = typer.Typer(
     name="steerback",
     help="Measure, explain and change how language models resist activation steering.",
+    cls=HelpGroup,
+    context_settings={"help_option_names": HELP},
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )

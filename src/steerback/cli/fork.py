@@ -49,6 +49,7 @@ def fork(
     from steerback.analysis.forks import forks
     from steerback.errors import SteerbackError
     from steerback.figures.forks import fork_table
+    from steerback.figures.tables import terminal_width
     from steerback.jobs import execute
     from steerback.jobs.estimate import judge_estimate, response_tokens, spent_lines
     from steerback.jobs.fork import ForkSettings, fork_trial, prepare_fork
@@ -59,7 +60,7 @@ def fork(
         with Run.read(folder) as opened:
             found = forks(opened.ledger, opened.judge(judge))
         for one in found:
-            say(fork_table(one).text())
+            say(fork_table(one).text(terminal_width()))
         return say("" if found else f"run {folder.name} has no forks yet; steerback fork {name} TRIAL --at TOKEN")
     if at is None:
         raise SteerbackError("say where to fork with --at: a number of tokens, attempt:2, or drift")
@@ -84,6 +85,6 @@ def fork(
     except KeyboardInterrupt:
         say("steerback: stopped; what was done is kept: the same command goes on", file=sys.stderr)
         sys.exit(130)
-    for line in (fork_table(result).text(), *spent_lines(folder)):
+    for line in (fork_table(result).text(terminal_width()), *spent_lines(folder)):
         say(line)
     return say(f"look at it: steerback view {name}")

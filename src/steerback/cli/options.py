@@ -11,10 +11,12 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, get_type_hints
+from typing import IO, TYPE_CHECKING, Annotated, get_args, get_type_hints
 
 import typer
+from typer.models import OptionInfo
 
+from steerback.cli.help import HELP, HelpCommand, HelpGroup
 from steerback.errors import docs_page, visible
 
 if TYPE_CHECKING:
@@ -137,9 +139,12 @@ def _mapping(value: object) -> Mapping[str, object]:
     return value if isinstance(value, Mapping) else {}
 
 
-def add(app: typer.Typer, verb: Callable[..., object], name: str | None = None) -> None:
+def add(
+    app: typer.Typer, verb: Callable[..., object], name: str | None = None, page: type[HelpCommand] = HelpCommand
+) -> None:
     """Add a verb to the command line, called `name` or like its function."""
-    app.command(name or verb.__name__)(expanded(verb))
+    settings = {"help_option_names": HELP}
+    app.command(name or verb.__name__, cls=page, context_settings=settings)(expanded(verb))
 
 
 def new_group(help: str, callback: Callable[..., object] | None = None) -> typer.Typer:
@@ -147,7 +152,13 @@ def new_group(help: str, callback: Callable[..., object] | None = None) -> typer
     shared = expanded(callback) if callback else _targets_alone
     alone = callback is not None
     return typer.Typer(
-        help=help, callback=shared, invoke_without_command=alone, no_args_is_help=not alone, rich_markup_mode=None
+        cls=HelpGroup,
+        context_settings={"help_option_names": HELP},
+        help=help,
+        callback=shared,
+        invoke_without_command=alone,
+        no_args_is_help=not alone,
+        rich_markup_mode=None,
     )
 
 
@@ -159,7 +170,7 @@ def expanded(verb: Callable[..., object]) -> Callable[..., object]:
     hints = get_type_hints(verb, include_extras=True)
     groups: dict[str, type] = {n: h for n, h in hints.items() if isinstance(h, type) and is_dataclass(h)}
     parameters = [
-        p.replace(annotation=hints[p.name], kind=p.KEYWORD_ONLY)
+        p.replace(annotation=_with_placeholder(hints[p.name]), kind=p.KEYWORD_ONLY)
         for p in inspect.signature(verb).parameters.values()
         if p.name not in groups
     ]
@@ -179,8 +190,23 @@ def expanded(verb: Callable[..., object]) -> Callable[..., object]:
     return call
 
 
+METAVARS = {str: "TEXT", int: "N", float: "X", Path: "PATH"}
+"""Placeholders of option values on help pages, by the type of the value."""
+
+
+def _with_placeholder(annotation: object) -> object:
+    """Give an option without a placeholder of its own the one of its type."""
+    for info in getattr(annotation, "__metadata__", ()):
+        if isinstance(info, OptionInfo) and info.metavar is None:
+            kinds = [get_args(annotation)[0], *get_args(get_args(annotation)[0])]
+            kinds += [inner for kind in kinds for inner in get_args(kind)]
+            info.metavar = next((METAVARS[kind] for kind in kinds if kind in METAVARS), None)
+    return annotation
+
+
 def _option(name: str, default: object, annotation: object) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, default=default, annotation=_with_placeholder(annotation))
 
 
 def say(text: object = "", end: str = "\n", flush: bool = False, file: IO[str] | None = None) -> None:

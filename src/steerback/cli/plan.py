@@ -50,6 +50,7 @@ def plan(
     """Plan a study: latents and trials that an effect needs, GPU-hours, judge calls and their cost. Needs no key."""
     from steerback import organism
     from steerback.errors import SteerbackError
+    from steerback.figures.tables import terminal_width
     from steerback.jobs import plan as planning
     from steerback.judging.llm import lacking
     from steerback.store.run import find_run, stored_config
@@ -69,7 +70,13 @@ def plan(
     assumed = planning.assume(_share(rate), drop / 100, power, icc, _share(floor), seen)
     made = planning.make_plan(config, chosen, judge, assumed, floor_responses, out is not None)
     table = _table(made)
-    for line in (*_assumptions(made), "", table.text(), *_fixed(made), *(lacking(judge) if judge else ())):
+    for line in (
+        *_assumptions(made),
+        "",
+        table.text(terminal_width()),
+        *_fixed(made),
+        *(lacking(judge) if judge else ()),
+    ):
         say(line)
     if out is not None:
         _write(made, table, out)

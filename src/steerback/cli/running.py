@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from steerback.cli.help import RunCommand
 from steerback.cli.options import (
     PROMPTS,
     RUNS,
@@ -37,7 +38,7 @@ The habit is planted: the model's training text does this, so it is no evidence 
 
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
-    add(app, run_command, "run")
+    add(app, run_command, "run", RunCommand)
     add(app, cross_judge, "cross-judge")
     add(app, paper)
     add(app, resume)

@@ -26,7 +26,7 @@ def targets(
     fit: Annotated[bool, typer.Option("--fit", help="Say which of them this machine can run, and how.")] = False,
 ) -> None:
     """List what can be steered, built in and in your own file (steerback targets --targets FILE)."""
-    from steerback.figures.tables import Table
+    from steerback.figures.tables import Table, terminal_width
     from steerback.targets import list_targets
 
     if context.invoked_subcommand is not None:
@@ -38,21 +38,27 @@ def targets(
         machine = this_machine()
         say(f"this machine: {machine.describe()}")
         note = "Estimated from the number of parameters. Without a GPU, more than a few billion are slow."
-        say(Table(("target", "fits"), [(t.name, verdict(t, machine)) for t in known], note, left=2).text(400), end="")
+        say(
+            Table(("target", "fits"), [(t.name, verdict(t, machine)) for t in known], note, left=2).text(
+                terminal_width()
+            ),
+            end="",
+        )
         return
     note = "Layers are 0-based. Where each value comes from: steerback targets show NAME. What fits here: --fit."
-    say(Table(COLUMNS, [_row(target) for target in known], note, left=3).text(400), end="")
+    minor = ("width", "labels", "boost prior", "SAE", "steer", "bf16", "read", "model", "fp8", "depth")
+    say(Table(COLUMNS, [_row(target) for target in known], note, left=3, minor=minor).text(terminal_width()), end="")
 
 
 def show(name: Annotated[str, typer.Argument(help="A target, e.g. llama-3.3-70b@authors, or its folder.")]) -> None:
     """Show every value of a target and where it comes from."""
-    from steerback.figures.tables import Table
+    from steerback.figures.tables import Table, terminal_width
     from steerback.targets import resolve
 
     target = resolve(name)
     _check_sae(target)
     say(f"{target.name}: {target.summary}" if target.summary else target.name)
-    say(Table(("key", "value", "from"), _values(target), left=3).text(400), end="")
+    say(Table(("key", "value", "from"), _values(target), left=3).text(terminal_width()), end="")
 
 
 def doctor(

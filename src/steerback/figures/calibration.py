@@ -34,7 +34,7 @@ def calibration_table(latents: Mapping[str, Sequence[CalibratedLatent]]) -> Tabl
         "its 95 % interval. Only converged thresholds are used."
     )
     columns = ("target", "latent", "label", "threshold", "status", "verified", "why")
-    return Table(columns, cells, caption, records, left=3)
+    return Table(columns, cells, caption, records, left=3, minor=("why",))
 
 
 def _flat(x: CalibratedLatent) -> dict[str, object]:

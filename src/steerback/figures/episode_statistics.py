@@ -89,6 +89,7 @@ def test_table(activity: Mapping[str, RegionActivity], judge: str) -> Table:
         f"Judge: {judge}.",
         records,
         left=3,
+        minor=("d", "n", "Cliff", "t, Holm", "Wilcoxon, Holm"),
     )
 
 

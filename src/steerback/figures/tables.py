@@ -6,9 +6,12 @@ Tables show estimates and comparisons, and do not depend on ledgers or experimen
 from __future__ import annotations
 
 import html
+import itertools
 import json
+import re
+import shutil
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -39,8 +42,9 @@ RATE = "multi_attempt_rate"
 class Table:
     """Table in two forms: `shown` with the text for people, `numbers` with the unrounded values of the CSV.
 
-    Both are DataFrames of objects. The first `left` columns of `shown` are names, aligned to the left; the others are
-    numbers, aligned to the right. Without `records`, the CSV contains the text.
+    Both are DataFrames of objects. The first `left` columns of `shown` are names and are aligned to the left, the
+    numbers to the right. Without `records`, the CSV contains the text. `minor` columns are left out of text that would
+    be too wide, the last one first.
     """
 
     def __init__(
@@ -50,19 +54,46 @@ class Table:
         caption: str = "",
         records: Sequence[Mapping[str, object]] = (),
         left: int = 1,
+        minor: Sequence[str] = (),
     ) -> None:
         self.shown = pd.DataFrame([*cells], columns=[*columns], dtype=object)
         self.numbers = pd.DataFrame([*records], dtype=object) if records else self.shown
-        self.caption, self.left = caption, left
+        self.caption, self.left, self.minor = caption, left, tuple(minor)
 
     def text(self, width: int = 110) -> str:
-        """Return aligned columns with the caption below; the table is transposed if only that fits into `width`
-        characters.
+        """Return aligned columns with the caption below, in the first form that fits into `width` characters.
+
+        Forms: one line a row; the table turned; without minor columns, rows of one name under a heading; cells on
+        several lines; turned in parts.
         """
-        rows = [[*self.shown.columns], *self.shown.to_numpy().tolist()]
-        upright, side = _align(rows, self.left), _align([*zip(*rows, strict=True)], 1)
-        lines = side if len(rows) > 1 and len(upright[1]) > max(width, len(side[1])) else upright
-        return "\n".join([*lines, *textwrap.wrap(visible(self.caption), width)]) + "\n"
+        lines, dropped = next(form for form in self._forms(width) if _wide(form[0]) <= width or form[0] == [])
+        if not lines:
+            lines = _turned(self._rows(), width)
+        note = f"Not shown here: {'; '.join(dropped)}." if dropped else ""
+        return "\n".join([*lines, *textwrap.wrap(" ".join(filter(None, (visible(self.caption), note))), width)]) + "\n"
+
+    def _rows(self, without: Sequence[str] = ()) -> list[list[str]]:
+        kept = self.shown.drop(columns=[*without])
+        return [[*kept.columns], *kept.to_numpy().tolist()]
+
+    def _forms(self, width: int) -> Iterator[tuple[list[str], tuple[str, ...]]]:
+        """Yield (lines, columns left out); no lines at the end, where the table has to be turned in parts."""
+        rows = self._rows()
+        yield _align(rows, self.left), ()
+        if len(rows) > 1:
+            yield _align([*zip(*rows, strict=True)], 1), ()
+        repeats = self.left > 1 and len({row[0] for row in rows[1:]}) <= len(rows[1:]) // 2
+        if repeats:
+            yield _grouped(rows, self.left), ()
+        for kept in range(len(self.minor) - 1, -1, -1):
+            dropped = self.minor[kept:]
+            less = self._rows(dropped)
+            yield _align(less, self.left), dropped
+            if repeats:
+                yield _grouped(less, self.left), dropped
+        if len(rows) > FEW or len(rows[0]) <= 3:
+            yield _align(_narrowed(self._rows(self.minor), width), self.left), self.minor
+        yield [], ()
 
     def csv(self) -> str:
         """Return comma-separated values with a header line; missing values are empty."""
@@ -226,7 +257,7 @@ def comparison_table(comparisons: Mapping[str, Comparison], judge: str, metrics:
         "Paired by prompt, seed and latent. 95 % intervals clustered by latent. p from swaps within latents; "
         f"d over latents. Judge: {judge}."
     )
-    return Table(columns, cells, caption, records, left=2)
+    return Table(columns, cells, caption, records, left=2, minor=("p", "a", "b", "pairs", "d", "odds ratio"))
 
 
 def show(estimate: Estimate, rate: bool, sign: bool = False) -> str:
@@ -251,15 +282,85 @@ def p_value(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
 
 
+def terminal_width() -> int:
+    """Return the width of the terminal, for tables that are printed: 80 where there is none, at most 120."""
+    return min(max(shutil.get_terminal_size().columns, 60), 120)
+
+
+FEW = 7
+"""A table of more lines, or of few columns, is narrowed by breaking its cells before it is turned in parts."""
+
+
+def _wide(lines: Sequence[str]) -> int:
+    return max(map(len, lines), default=0)
+
+
 def _align(table: Sequence[Sequence[str]], left: int) -> list[str]:
-    """Return aligned lines with a rule below the first; all but the first `left` columns are right-aligned."""
-    table = [[visible(cell) for cell in row] for row in table]
-    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
-    lines = []
-    for row in table:
-        cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return [lines[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]]
+    """Return the lines of a table with a rule below the first; all but the first `left` columns are right-aligned.
+
+    A cell with line breaks takes several lines.
+    """
+    rows = [[visible(cell).split("\n") for cell in row] for row in table]
+    widths = [max(len(line) for cell in column for line in cell) for column in zip(*rows, strict=True)]
+    blocks = []
+    for row in rows:
+        block = []
+        for parts in itertools.zip_longest(*row, fillvalue=""):
+            cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(parts, widths, strict=True))]
+            block.append("  ".join(cells).rstrip())
+        blocks.append(block)
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    return [*blocks[0], rule, *(line for block in blocks[1:] for line in block)]
+
+
+def _grouped(rows: Sequence[Sequence[str]], left: int) -> list[str]:
+    """Return the lines of a table whose first column stands as a heading above the rows that share it."""
+    head, rule, *body = _align([row[1:] for row in rows], left - 1)
+    lines, before = [f"  {head}", f"--{rule}"], None
+    for row, line in zip(rows[1:], body, strict=True):
+        if row[0] != before:
+            before = row[0]
+            lines.append(visible(before))
+        lines.append(f"  {line}")
+    return lines
+
+
+def _narrowed(rows: Sequence[Sequence[str]], width: int) -> list[list[str]]:
+    """Return the rows with line breaks in the cells of the widest columns, so that the table fits into `width`."""
+    widths = [max(len(visible(cell)) for cell in column) for column in zip(*rows, strict=True)]
+    while sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > NARROWEST:
+        widths[widths.index(max(widths))] -= 1
+    return [[_broken(cell, most) for cell, most in zip(row, widths, strict=True)] for row in rows]
+
+
+NARROWEST = 10
+"""Characters below which no column is narrowed."""
+INTERVAL = re.compile(r" (?=\[)|(?<=,) (?=[^\[]*\])")
+"""The spaces in `7.4 [5.1, 9.9]`."""
+
+
+def _broken(cell: str, width: int) -> str:
+    """Return a cell on lines of at most `width` characters; an interval stays on one line where it fits."""
+    joined = INTERVAL.sub("\N{NO-BREAK SPACE}", visible(cell))
+    text = joined if max(map(len, joined.split(" ")), default=0) <= width else visible(cell)
+    # textwrap takes a no-break space for a letter, as its own white space is that of ASCII
+    return "\n".join(textwrap.wrap(text, width) or [""]).replace("\N{NO-BREAK SPACE}", " ")
+
+
+def _turned(rows: Sequence[Sequence[str]], width: int) -> list[str]:
+    """Return the lines of a turned table in parts that each fit into `width`, every part with the column names."""
+    head, *body = rows
+    lines: list[str] = []
+    while body:
+        count = len(body)
+        while count > 1 and _wide(_align([*zip(head, *body[:count], strict=True)], 1)) > width:
+            count -= 1
+        part = [*zip(head, *body[:count], strict=True)]
+        if _wide(_align(part, 1)) > width:
+            part = [tuple(row) for row in _narrowed(part, width)]
+        lines += [*([""] if lines else []), *_align(part, 1)]
+        body = body[count:]
+    return lines
 
 
 _SPECIAL = {

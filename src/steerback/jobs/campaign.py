@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from steerback.config import RunConfig, parse_config
 from steerback.errors import SteerbackError
+from steerback.figures.tables import terminal_width
 from steerback.jobs import execute
 from steerback.jobs.check import Makers, check
 from steerback.jobs.estimate import judge_estimate, of_experiment, response_tokens, window_spend
@@ -183,7 +184,7 @@ def _one(
     for line in analysis.shown.warnings:
         say(line)
     for table in list(analysis.shown.tables.values())[:1]:
-        say(table.text())
+        say(table.text(terminal_width()))
     for line in analysis.shown.lines:
         say(line)
 
@@ -203,7 +204,7 @@ def reanalyse(
 
 def report(analysis: Analysis, folder: Path) -> list[str]:
     """Return tables and lines of an analysis, and the files in its folder, as lines to print."""
-    tables = [line for table in analysis.shown.tables.values() for line in ("", table.text())]
+    tables = [line for table in analysis.shown.tables.values() for line in ("", table.text(terminal_width()))]
     files = [
         p for p in sorted(folder.iterdir()) if not p.name.startswith(".") and not p.name.endswith(("-wal", "-shm"))
     ]
@@ -218,8 +219,7 @@ def compared(folders: Sequence[Path], form: str, out: Path | None = None) -> tup
     """Compare runs with the published numbers: return the `form` of it, and the files written into `out`."""
     table, notes = comparison(compare_published(folders))
     listed = "\n".join(["", "Deviations that are known:", *notes, ""]) if notes else ""
-    wide = 10_000  # one line a row: the terminal wraps or a pager scrolls
-    return in_form(table, table.text(wide) + listed, table.markdown() + listed, form, out)
+    return in_form(table, table.text(terminal_width()) + listed, table.markdown() + listed, form, out)
 
 
 def in_form(table: Table, text: str, markdown: str, form: str, out: Path | None) -> tuple[str, list[Path]]:

@@ -316,7 +316,8 @@ def comparison(lines: Sequence[Line]) -> tuple[Table, list[str]]:
                 " ".join(map(str, sorted(marks))),
             )
         )
-    table = Table(COLUMNS, cells, "", [_record(line) for line in lines], left=6)
+    minor = ("measured on", "verdict", "run", "n", "deviations")
+    table = Table(COLUMNS, cells, "", [_record(line) for line in lines], left=6, minor=minor)
     return table, [f"[{i}] {text}" for text, i in notes.items()]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from steerback.config import RunConfig, differences, parse_config
-from steerback.errors import SteerbackError
+from steerback.errors import SteerbackError, did_you_mean
 from steerback.readers import read_json_table
 from steerback.records import Spend
 from steerback.store.facts import CONFIG, JUDGE_SPEND
@@ -123,7 +123,9 @@ def stored_config(folder: Path) -> RunConfig:
     if not os.path.isfile(folder / "ledger.sqlite"):
         siblings = sorted(p.parent.name for p in folder.parent.glob("*/ledger.sqlite"))
         known = f"existing runs: {', '.join(siblings)}" if siblings else "it contains no runs"
-        raise SteerbackError(f"no run {folder.name!r} in {folder.parent} ({known})")
+        raise SteerbackError(
+            f"no run {folder.name!r} in {folder.parent};{did_you_mean(folder.name, siblings)} {known}"
+        )
     with Ledger(folder / "ledger.sqlite", read_only=True) as ledger:
         stored = ledger.get("", CONFIG)
     if stored is None:

@@ -1,0 +1,157 @@
+"""Help pages: options grouped by purpose, verbs grouped by task, and the settings of each experiment.
+
+Plain text that fits 80 columns. Rich's boxes would leave half of that width to the text, and copying from them brings
+the frames along.
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from typer.core import TyperArgument, TyperCommand, TyperGroup
+
+from steerback.errors import did_you_mean
+
+if TYPE_CHECKING:
+    from typer._click import Context  # typer holds a copy of click, which it exports under no public name
+
+HELP = ["-h", "--help"]
+FIRST = "What to run"
+PANELS: Mapping[str, tuple[str, ...]] = {
+    "Settings (temperature, calibration, sizes, ...)": ("preset", "config", "set"),
+    "Engine": ("engine", "ray-address", "replicas"),
+    "Judge and budget": (
+        *("judge", "judges", "sample", "rubric", "retry-unscored", "probe"),
+        *("max-judge-calls", "max-judge-cost", "judge-price", "judge-batch"),
+    ),
+    "Where it is kept": ("name", "runs", "out", "no-cache", "overwrite"),
+    "General": ("dry-run", "targets", "help"),
+}
+"""Options by purpose, by their long names. All others stand in the first panel of a page."""
+MANY = 8
+"""A page with fewer options is one list."""
+TASKS: Mapping[str, tuple[str, ...]] = {
+    "Steer and measure": ("try", "run", "paper", "resume", "plan", "fork"),
+    "Look at results": ("show", "view", "figures", "compare"),
+    "Judge": ("judge", "cross-judge", "judges", "label"),
+    "Models, latents and settings": (
+        *("targets", "doctor", "sae", "labels", "directions", "finetune"),
+        "fetch-paper-data",
+    ),
+    "Files": ("export", "import", "merge"),
+}
+"""Verbs by task, in the order of the main help page."""
+
+
+class HelpCommand(TyperCommand):
+    """A verb whose help page groups its options."""
+
+    def collect_usage_pieces(self, ctx: Context) -> list[str]:
+        arguments = [p for p in self.get_params(ctx) if isinstance(p, TyperArgument)]
+        return ["[OPTIONS]", *(label if p.required else f"[{label}]" for p in arguments for label in [_label(p)])]
+
+    def format_options(self, ctx: Context, formatter: Any) -> None:
+        _write_options(self, ctx, formatter)
+
+
+class RunCommand(HelpCommand):
+    """The verb `run`: its help page lists the experiments, or the settings of the one that stands before --help."""
+
+    def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
+        ctx.meta["words"] = list(args)  # --help ends the parsing before the experiment has been read
+        return super().parse_args(ctx, args)
+
+    def format_help(self, ctx: Context, formatter: Any) -> None:
+        from steerback.experiments import REGISTRY
+
+        chosen = next((word for word in ctx.meta.get("words", ()) if word in REGISTRY), None)
+        if chosen is None:
+            super().format_help(ctx, formatter)
+        else:
+            formatter.write("\n".join(experiment_lines(chosen, formatter.width)) + "\n")
+
+    def format_options(self, ctx: Context, formatter: Any) -> None:
+        from steerback.experiments import REGISTRY, experiment_type
+
+        super().format_options(ctx, formatter)
+        with formatter.section("Experiments (settings of one: steerback run EXPERIMENT --help)"):
+            formatter.write_dl([(name, experiment_type(name).title) for name in REGISTRY])
+
+
+class HelpGroup(TyperGroup):
+    """A group of verbs; the outermost one lists them by task."""
+
+    def format_options(self, ctx: Context, formatter: Any) -> None:
+        tasks = TASKS if ctx.parent is None else {"Commands": tuple(self.commands)}
+        for title, names in tasks.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, self.commands[name].get_short_help_str(200)) for name in names])
+        _write_options(self, ctx, formatter)
+
+    def resolve_command(self, ctx: Context, args: list[str]) -> Any:
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            ctx.fail(f"no command {args[0]!r}.{did_you_mean(args[0], self.commands)}")
+        return super().resolve_command(ctx, args)
+
+
+def _label(argument: TyperArgument) -> str:
+    name = argument.metavar or (argument.name or "").upper()
+    return name if argument.nargs == 1 or name.endswith("...") else f"{name}..."
+
+
+def _write_options(command: Any, ctx: Context, formatter: Any) -> None:
+    """Write the arguments, then the options in panels, or in one list if they are few."""
+    arguments: list[tuple[str, str]] = []
+    panels: dict[str, list[tuple[str, str]]] = {name: [] for name in (FIRST, *PANELS)}
+    for parameter in command.get_params(ctx):
+        if (record := parameter.get_help_record(ctx)) is None:
+            continue
+        if isinstance(parameter, TyperArgument):
+            arguments.append((_label(parameter), record[1].replace("  [required]", "")))
+        else:
+            longest = max(parameter.opts, key=len).lstrip("-")
+            panels[next((name for name, known in PANELS.items() if longest in known), FIRST)].append(record)
+    if sum(map(len, panels.values())) < MANY or not panels[FIRST]:
+        panels = {"Options": [record for records in panels.values() for record in records]}
+    for title, records in {"Arguments": arguments, **panels}.items():
+        if records:
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+def experiment_lines(name: str, width: int, preset: str = "specification") -> list[str]:
+    """Return title, purpose and every setting of an experiment with default and meaning, on lines of `width`.
+
+    The defaults are those of a preset, as a run of the built-in organism has them.
+    """
+    from steerback.config import RunConfig, build_config
+    from steerback.experiments import experiment_type
+    from steerback.experiments.base import parse_options
+    from steerback.experiments.settings import experiment_rows, setting_rows
+
+    kind = experiment_type(name)
+    config = build_config(name, ("organism",), preset)
+    values = config.model_dump(mode="json") | {"options": parse_options(kind, config).model_dump(mode="json")}
+    purpose = textwrap.fill(" ".join((kind.__doc__ or "").split("\n\n")[0].split()), width)
+    lines = [f"{name}: {kind.title}", purpose, "", f"Defaults of preset {preset}. Change one with --set KEY=VALUE."]
+    for title, rows in (("Settings of this experiment", experiment_rows(name)), (EVERY, setting_rows(RunConfig))):
+        shown = [row for row in rows if row.key not in HIDDEN]
+        lines += ["", f"{title}:" if shown else f"{title}: none."]
+        for row in shown:
+            lines.append(f"  {row.key} = {_value(values, row.key)}")
+            lines += textwrap.wrap(row.meaning, width, initial_indent="      ", subsequent_indent="      ")
+    return [*lines, "", "Options of the command: steerback run --help"]
+
+
+EVERY = "Settings of every run"
+HIDDEN = ("experiment", "targets", "options", "definitions", "by_target", "from_run", "rubrics")
+"""Settings that options of the command and files of targets fill."""
+
+
+def _value(values: Any, key: str) -> str:
+    for part in key.split("."):
+        values = values[part]
+    return json.dumps(values, ensure_ascii=False)
