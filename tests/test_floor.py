@@ -73,8 +73,8 @@ def test_table_and_summary_show_the_floor_with_its_interval(runs: Runs) -> None:
 
 
 def test_a_floor_above_the_rate_is_said_before_the_table(noisy: Runs) -> None:
-    analysis, folder = noisy.run("esr", "n_latents=4", "trials_per_latent=5")
-    printed = campaign.report(analysis, folder)
+    analysis, _ = noisy.run("esr", "n_latents=4", "trials_per_latent=5")
+    printed = campaign.report(analysis)
     assert printed[0].startswith("planted: judge scripted marks restarts in 100.0")
     assert "152 unsteered" in printed[0]
     (line,) = [line for line in printed if "not distinguishable" in line]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from typer.core import TyperArgument, TyperCommand, TyperGroup
@@ -17,6 +17,8 @@ from steerback.errors import did_you_mean
 
 if TYPE_CHECKING:
     from typer._click import Context  # typer holds a copy of click, which it exports under no public name
+
+    from steerback.experiments.settings import SettingRow
 
 HELP = ["-h", "--help"]
 FIRST = "What to run"
@@ -35,10 +37,10 @@ MANY = 8
 """A page with fewer options is one list."""
 TASKS: Mapping[str, tuple[str, ...]] = {
     "Steer and measure": ("try", "run", "paper", "resume", "plan", "fork"),
-    "Look at results": ("show", "view", "figures", "compare"),
+    "Look at results": ("runs", "show", "view", "figures", "compare"),
     "Judge": ("judge", "cross-judge", "judges", "label"),
     "Models, latents and settings": (
-        *("targets", "doctor", "sae", "labels", "directions", "finetune"),
+        *("targets", "doctor", "sae", "labels", "directions", "finetune", "settings"),
         "fetch-paper-data",
     ),
     "Files": ("export", "import", "merge"),
@@ -123,35 +125,61 @@ def _write_options(command: Any, ctx: Context, formatter: Any) -> None:
 
 
 def experiment_lines(name: str, width: int, preset: str = "specification") -> list[str]:
-    """Return title, purpose and every setting of an experiment with default and meaning, on lines of `width`.
-
-    The defaults are those of a preset, as a run of the built-in organism has them.
-    """
-    from steerback.config import RunConfig, build_config
+    """Return title, purpose and every setting of an experiment with default and meaning, on lines of `width`."""
     from steerback.experiments import experiment_type
-    from steerback.experiments.base import parse_options
-    from steerback.experiments.settings import experiment_rows, setting_rows
 
     kind = experiment_type(name)
+    purpose = textwrap.wrap(" ".join((kind.__doc__ or "").split("\n\n")[0].split()), width)
+    return [
+        *(f"{name}: {kind.title}", *purpose),
+        *("", f"Defaults of preset {preset}. Change one with --set KEY=VALUE, e.g. --set sampling.temperature=0.8."),
+        *("", *_own_settings(name, width, preset), "", *_settings_of_runs(name, width, preset)),
+        *("", "Options of the command: steerback run --help"),
+    ]
+
+
+def setting_lines(width: int, preset: str = "specification") -> list[str]:
+    """Return the settings of every run, then those of each experiment, on lines of `width`."""
+    from steerback.experiments import REGISTRY
+
+    own = [line for name in REGISTRY for line in ("", *_own_settings(name, width, preset))]
+    return [f"Defaults of preset {preset}.", "", *_settings_of_runs("esr", width, preset), *own]
+
+
+def _own_settings(name: str, width: int, preset: str) -> list[str]:
+    from steerback.config import build_config
+    from steerback.experiments import experiment_type
+    from steerback.experiments.base import parse_options
+    from steerback.experiments.settings import experiment_rows
+
     config = build_config(name, ("organism",), preset)
-    values = config.model_dump(mode="json") | {"options": parse_options(kind, config).model_dump(mode="json")}
-    purpose = textwrap.fill(" ".join((kind.__doc__ or "").split("\n\n")[0].split()), width)
-    lines = [f"{name}: {kind.title}", purpose, "", f"Defaults of preset {preset}. Change one with --set KEY=VALUE."]
-    for title, rows in (("Settings of this experiment", experiment_rows(name)), (EVERY, setting_rows(RunConfig))):
-        shown = [row for row in rows if row.key not in HIDDEN]
-        lines += ["", f"{title}:" if shown else f"{title}: none."]
-        for row in shown:
-            lines.append(f"  {row.key} = {_value(values, row.key)}")
-            lines += textwrap.wrap(row.meaning, width, initial_indent="      ", subsequent_indent="      ")
-    return [*lines, "", "Options of the command: steerback run --help"]
+    values = {"options": parse_options(experiment_type(name), config).model_dump(mode="json")}
+    lines = _rows(experiment_rows(name), values, width)
+    return [f"Settings of experiment {name}:", *lines] if lines else [f"Settings of experiment {name}: none."]
 
 
-EVERY = "Settings of every run"
+def _settings_of_runs(name: str, width: int, preset: str) -> list[str]:
+    from steerback.config import RunConfig, build_config
+    from steerback.experiments.settings import setting_rows
+
+    values = build_config(name, ("organism",), preset).model_dump(mode="json")
+    return [
+        "Settings of every run:",
+        *_rows((r for r in setting_rows(RunConfig) if r.key not in HIDDEN), values, width),
+    ]
+
+
 HIDDEN = ("experiment", "targets", "options", "definitions", "by_target", "from_run", "rubrics")
 """Settings that options of the command and files of targets fill."""
 
 
-def _value(values: Any, key: str) -> str:
-    for part in key.split("."):
-        values = values[part]
-    return json.dumps(values, ensure_ascii=False)
+def _rows(rows: Iterable[SettingRow], values: Any, width: int) -> list[str]:
+    """Return `key = default` and the indented meaning of each setting."""
+    lines = []
+    for row in rows:
+        value = values
+        for part in row.key.split("."):
+            value = value[part]
+        lines.append(f"  {row.key} = {json.dumps(value, ensure_ascii=False)}")
+        lines += textwrap.wrap(row.meaning, width, initial_indent="      ", subsequent_indent="      ")
+    return lines

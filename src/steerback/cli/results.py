@@ -16,10 +16,18 @@ OTHER = "choose another --out"
 
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
-    for verb in (figures, show, compare, export):
-        add(app, verb)
+    for verb in (list_runs, figures, show, compare, export):
+        add(app, verb, "runs" if verb is list_runs else None)
     add(app, import_command, "import")
     add(app, merge_command, "merge")
+
+
+def list_runs(runs: RunsFolder = RUNS) -> None:
+    """List the runs: experiment, target, date, state and multi-attempt rate."""
+    from steerback.figures.tables import terminal_width
+    from steerback.report.listing import run_table
+
+    say(run_table(runs).text(terminal_width()), end="")
 
 
 def figures(
@@ -49,7 +57,7 @@ def figures(
             say(f"  {path}")
         return
     folder = find_run((names or [""])[0], runs)
-    for line in campaign.report(campaign.reanalyse(folder, judge, draws, captions_inside), folder):
+    for line in campaign.report(campaign.reanalyse(folder, judge, draws, captions_inside)):
         say(line)
 
 
@@ -140,14 +148,19 @@ def import_command(
     with new_or_nothing(folder):
         imported = import_authors(files, folder, target, judge, condition, listed)
         analysis = campaign.reanalyse(folder)
-    for line in (*imported.lines(), *campaign.report(analysis, folder)):
+    for line in (*imported.lines(), *campaign.report(analysis)):
         say(line)
 
 
 def export(
     run: RunName,
-    form: Annotated[str, typer.Option("--format", help="authors (JSON), parquet, csv, inspect or hf.")] = "csv",
-    out: Annotated[Path | None, typer.Option(help="Where to write; default: the run's folder.")] = None,
+    form: Annotated[
+        str | None, typer.Option("--format", help="csv (default), parquet, authors (JSON), inspect or hf.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder, or for csv and parquet the file, e.g. trials.csv; default: export in the run."),
+    ] = None,
     judge: VerdictsOf = None,
     license_name: Annotated[
         str | None, typer.Option("--license", help="hf: licence on the dataset card; default: unknown.")
@@ -160,12 +173,16 @@ def export(
     """Write a run's trials: the authors' JSON, one row a trial, logs of Inspect AI with all judges, or a dataset."""
     from steerback.published.exports import export_authors
     from steerback.report import dataset
-    from steerback.report.export import FORMATS, export_flat
+    from steerback.report.export import FLAT, FORMATS, export_flat
     from steerback.report.inspect_logs import export_inspect, require_inspect
     from steerback.store.run import Run, find_run
 
+    file = out if out is not None and out.suffix.removeprefix(".") in FLAT and not out.is_dir() else None
+    form = form or (file.suffix.removeprefix(".") if file else "csv")
     if form not in FORMATS:
         raise unknown("export format", form, FORMATS)
+    if file is not None and file.suffix != f".{form}":
+        raise SteerbackError(f"--out {file} is not a file of format {form}; name a folder, or leave out --format")
     if form != "hf" and (push or license_name):
         raise SteerbackError("--push and --license belong to --format hf")
     if form == "inspect":
@@ -174,7 +191,7 @@ def export(
         dataset.check_repository(push)
     with Run.read(find_run(run, runs)) as opened:
         chosen, known = opened.judge(judge), opened.ledger.judges()
-        folder = make_folder(out or opened.folder / "export", OTHER)
+        folder = make_folder(file.parent if file else out or opened.folder / "export", OTHER)
         if form == "authors":
             paths = export_authors(opened, folder, chosen)
         elif form == "inspect":
@@ -183,7 +200,7 @@ def export(
             place = make_folder(folder / "dataset", OTHER)
             paths = dataset.export_dataset(opened, place, chosen, license_name or "unknown")
         else:
-            paths = [export_flat(opened.ledger, folder / f"trials.{form}", chosen, form)]
+            paths = [export_flat(opened.ledger, file or folder / f"trials.{form}", chosen, form)]
     for path in paths:
         say(f"  {path}")
     if push:
@@ -206,5 +223,5 @@ def merge_command(
         f"{joined.runs} runs joined: {joined.trials:,} trials; {joined.repeated:,} had been generated twice, "
         f"{joined.differing:,} of them with another text (the first run's is kept)"
     )
-    for line in campaign.report(campaign.reanalyse(folder), folder):
+    for line in campaign.report(campaign.reanalyse(folder)):
         say(line)

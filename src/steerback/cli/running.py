@@ -43,6 +43,7 @@ def register(app: typer.Typer) -> None:
     add(app, paper)
     add(app, resume)
     add(app, try_command, "try")
+    add(app, settings_command, "settings")
 
 
 def run_command(
@@ -148,6 +149,21 @@ def stopped(how: str) -> NoReturn:
     """Say that everything done is kept and how to go on, and end as an interrupted program does."""
     say(f"steerback: stopped; what was done is kept: {how}", file=sys.stderr)
     sys.exit(130)
+
+
+def settings_command(
+    experiment: Annotated[str | None, typer.Argument(help="One experiment; default: all.")] = None,
+    preset: Annotated[str, typer.Option(help="Defaults of this preset: specification, authors or quick.")] = (
+        "specification"
+    ),
+) -> None:
+    """List the settings with their defaults and meaning."""
+    from steerback.cli.help import experiment_lines, setting_lines
+    from steerback.figures.tables import terminal_width
+
+    width = terminal_width()
+    for line in setting_lines(width, preset) if experiment is None else experiment_lines(experiment, width, preset):
+        say(line)
 
 
 def _base(names: Sequence[str], runs: Path) -> tuple[str, RunConfig] | None:
@@ -259,7 +275,7 @@ def _go(job: PreparedRun, folder: Path, dry_run: bool, no_cache: bool) -> None:
         root = "" if folder.parent == RUNS else f" --runs {folder.parent}"
         say(f"steerback: stopped; resume with: steerback resume {folder.name}{root}", file=sys.stderr)
         sys.exit(130)
-    for line in (*report(done.analysis, folder), *spent_lines(folder)):
+    for line in (*report(done.analysis), *spent_lines(folder)):
         say(line)
 
 

@@ -183,10 +183,16 @@ def _one(
         analysis = execute.analyse(opened, job.config.judge, job.experiment)
     for line in analysis.shown.warnings:
         say(line)
-    for table in list(analysis.shown.tables.values())[:1]:
+    shown = analysis.shown.tables
+    for name in dict.fromkeys([*list(shown)[:1], *(name for name in shown if name == PAIRED)]):
+        table = shown[name]
         say(table.text(terminal_width()))
     for line in analysis.shown.lines:
         say(line)
+
+
+PAIRED = "comparisons"
+"""Name of the table of paired tests between conditions."""
 
 
 def reanalyse(
@@ -202,11 +208,13 @@ def reanalyse(
         return execute.analyse(opened, opened.judge(judge), draws=draws, captions_inside=captions_inside)
 
 
-def report(analysis: Analysis, folder: Path) -> list[str]:
+def report(analysis: Analysis) -> list[str]:
     """Return tables and lines of an analysis, and the files in its folder, as lines to print."""
     tables = [line for table in analysis.shown.tables.values() for line in ("", table.text(terminal_width()))]
     files = [
-        p for p in sorted(folder.iterdir()) if not p.name.startswith(".") and not p.name.endswith(("-wal", "-shm"))
+        p
+        for p in sorted(analysis.folder.iterdir())
+        if p.is_file() and not p.name.startswith(".") and not p.name.endswith(("-wal", "-shm"))
     ]
     return [*analysis.shown.warnings, *tables, *analysis.shown.lines, "", *(f"  {path}" for path in files)]
 

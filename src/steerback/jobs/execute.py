@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from steerback.analysis import analyse as analyse_ledger
 from steerback.analysis.base import Results
@@ -28,7 +29,7 @@ from steerback.judging.windows import window_scorer
 from steerback.records import Judgement, LatentKey, Sampling, Spend, digest
 from steerback.store.cache import Cache, default_path
 from steerback.store.facts import ENGINE, FLOOR, JUDGES, MEASURED, PROVENANCE, EngineIdentity, Provenance
-from steerback.store.files import clear_leftovers
+from steerback.store.files import clear_leftovers, make_folder
 from steerback.store.ledger import Row
 from steerback.store.manifest import Parts, TargetUsed
 from steerback.store.progress import Progress, Silent, make_progress
@@ -217,10 +218,11 @@ def _same_engine(opened: Run, target: Target, engine: Engine) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Analysis:
-    """The results of a run's ledger, and how they are shown."""
+    """The results of a run's ledger, how they are shown, and the folder of their files."""
 
     results: Results
     shown: Presentation
+    folder: Path
 
     @property
     def summary(self) -> dict[str, object]:
@@ -234,7 +236,7 @@ def analysed(
     """Analyse a run's ledger by one judge; `draws`: bootstrap draws, as the config says unless given."""
     planned = experiment or make_experiment(opened.config)
     results = analyse_ledger(planned.name, opened.ledger, judge, draws or opened.config.draws, planned.options)
-    return Analysis(results, present(planned.name, results))
+    return Analysis(results, present(planned.name, results), results_folder(opened, judge))
 
 
 def analyse(
@@ -244,10 +246,11 @@ def analyse(
     draws: int | None = None,
     captions_inside: bool = False,
 ) -> Analysis:
-    """As `analysed`; writes summary.json, tables (txt, csv, tex) and figures (`style.save`) into the run's folder."""
+    """As `analysed`; writes summary.json, tables (txt, csv, tex) and figures (`style.save`) into `results_folder`."""
     from steerback.figures.style import save
 
-    folder, analysis = opened.folder, analysed(opened, judge, experiment, draws)
+    analysis = analysed(opened, judge, experiment, draws)
+    folder = make_folder(analysis.folder, "free that name")
     clear_leftovers(folder)
     write_json(folder / "summary.json", analysis.summary)
     for name, value in analysis.results.data().items():
@@ -258,6 +261,11 @@ def analyse(
     for name, draw in analysis.shown.figures.items():
         save(draw(), folder, name, captions_inside)
     return analysis
+
+
+def results_folder(opened: Run, judge: str) -> Path:
+    """Return where the results of a judge lie: the run's folder for its own judge, else a folder of that judge."""
+    return opened.folder if judge == opened.config.judge else opened.folder / "judges" / quote(judge, safe="+@")
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,8 @@ from steerback.store.rows import Outline, plain
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMATS = ("authors", "parquet", "csv", "inspect", "hf")
+FLAT = ("csv", "parquet")
+FORMATS = (*FLAT, "authors", "inspect", "hf")
 
 TRIAL = ("key", "target", "stage", "condition", "index", "latent", "label", "boost", "prompt", "meta_prompt")
 SCORES = ("attempts", "first", "last", "ungated_attempts", "ungated_first", "ungated_last")
@@ -44,8 +45,8 @@ def export_flat(ledger: Ledger, path: Path, judge: str, form: str) -> Path:
     Attempts, first and last are gated. A missing number is empty, never 0. `spans` and `interventions` are JSON.
     Spreadsheets take no cell of the CSV for a formula; `readers.tables.csv_rows` restores the texts.
     """
-    if form not in ("csv", "parquet"):
-        raise unknown("export format", form, FORMATS)
+    if form not in FLAT:
+        raise unknown("export format", form, FLAT)
     rows = ledger.responses(ledger.outlines(judge=judge))
     if form == "parquet":
         return write_parquet(path, rows, judge)

@@ -337,6 +337,13 @@ class Ledger:
         with sqlite_errors(self.path):
             return {r[0]: r[1] for r in self._db.execute("SELECT stage, count(*) FROM trials GROUP BY 1 ORDER BY 1")}
 
+    def progress(self) -> tuple[int, int]:
+        """Return how many trials are planned, and how many have a response."""
+        query = "SELECT (SELECT count(*) FROM trials), (SELECT count(*) FROM completions)"
+        with sqlite_errors(self.path):
+            planned, done = self._db.execute(query).fetchone()
+            return planned, done
+
     def judges(self) -> list[str]:
         """Return the names of the judges with judgements in this ledger."""
         with sqlite_errors(self.path):
