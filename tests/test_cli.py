@@ -131,7 +131,7 @@ def test_concreteness_threshold_is_the_authors_rule(capsys: pytest.CaptureFixtur
     ("arguments", "words"),
     [
         (["rnu"], "No such command 'rnu'"),
-        (["run", "esrr", "--target", "organism"], "unknown experiment 'esrr'; choose one of: "),
+        (["run", "esrr", "--target", "organism"], "unknown experiment 'esrr'; did you mean esr? choose one of: "),
         (["run", "esr"], "--target"),
         (["run", "esr", "--target", "gpt-9"], "unknown target 'gpt-9'; choose one of: organism-s, organism"),
         (["run", "esr", "--target", "organism", "--judge", "nobody"], "unknown judge 'nobody'; choose one of: "),

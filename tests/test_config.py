@@ -88,7 +88,7 @@ def test_a_wrong_row_of_a_target_is_one_line(row: dict[str, object], words: str)
     ("assignment", "words"),
     [
         ("nonsense=1", "unknown setting 'nonsense'; choose one of: .*n_latents"),
-        ("sampling.heat=1", "unknown setting 'sampling.heat'; choose one of: .*temperature"),
+        ("sampling.heat=1", "unknown setting 'sampling.heat';.* choose one of: .*temperature"),
         ("n_latents=-3", "n_latents: .*greater than or equal to 1"),
         ("sampling.temperature=hot", "sampling.temperature: .*number"),
         ("sampling.temperature=-1", r"sampling.temperature: .*0 \(greedy\) or at least 0.0001"),

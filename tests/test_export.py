@@ -53,5 +53,5 @@ def test_flat_exports_hold_every_trial(runs: Runs, tmp_path: Path, form: str) ->
 
 
 def test_an_unknown_form_names_the_choices(runs: Runs, tmp_path: Path) -> None:
-    with runs.ledger("esr") as ledger, pytest.raises(SteerbackError, match="authors, parquet, csv"):
+    with runs.ledger("esr") as ledger, pytest.raises(SteerbackError, match="csv, parquet"):
         export_flat(ledger, tmp_path / "t", "scripted", "xml")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from labelled import FIRST, RESTART, SECOND, make_run, scattered, text_of
@@ -343,6 +343,7 @@ def test_any_text_and_any_marks_come_back_from_both_files_as_they_were_made(
 
 
 @settings(max_examples=200, deadline=None)
+@example(value={"\n": None}, key="labels")
 @given(
     value=st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),

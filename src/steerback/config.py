@@ -14,7 +14,7 @@ from typing import Annotated, Literal, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from steerback import readers
-from steerback.errors import SteerbackError, did_you_mean, unknown
+from steerback.errors import SteerbackError, did_you_mean, one_line, unknown
 from steerback.records import LEAST_TEMPERATURE, BoostPrior, LatentKey, Sampling, is_temperature
 
 
@@ -391,7 +391,7 @@ def parse(model: type[S], values: Mapping[str, object], where: str) -> S:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        message = f"{where}: {field or 'values'}: {first['msg'].removeprefix('Value error, ')}"
+        message = f"{where}: {one_line(field) or 'values'}: {first['msg'].removeprefix('Value error, ')}"
         if first["msg"].startswith("Input should") and isinstance(first["input"], str | int | float):
             message += f", not {repr(first['input'])[:80]}"
         if first["type"] == "extra_forbidden":

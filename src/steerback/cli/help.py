@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from typer.core import TyperArgument, TyperCommand, TyperGroup
 
-from steerback.errors import did_you_mean
-
 if TYPE_CHECKING:
     from typer._click import Context  # typer holds a copy of click, which it exports under no public name
 
@@ -87,16 +85,11 @@ class HelpGroup(TyperGroup):
     """A group of verbs; the outermost one lists them by task."""
 
     def format_options(self, ctx: Context, formatter: Any) -> None:
-        tasks = TASKS if ctx.parent is None else {"Commands": tuple(self.commands)}
+        tasks = TASKS if "run" in self.commands else {"Commands": tuple(self.commands)}
         for title, names in tasks.items():
             with formatter.section(title):
                 formatter.write_dl([(name, self.commands[name].get_short_help_str(200)) for name in names])
         _write_options(self, ctx, formatter)
-
-    def resolve_command(self, ctx: Context, args: list[str]) -> Any:
-        if args and not args[0].startswith("-") and args[0] not in self.commands:
-            ctx.fail(f"no command {args[0]!r}.{did_you_mean(args[0], self.commands)}")
-        return super().resolve_command(ctx, args)
 
 
 def _label(argument: TyperArgument) -> str:

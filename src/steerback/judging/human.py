@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from steerback.errors import SteerbackError
+from steerback.errors import SteerbackError, one_line
 from steerback.readers import Json
 from steerback.records import Attempt, Judgement, digest
 from steerback.store.facts import HUMAN, LabelSample, LabelStratum
@@ -165,7 +165,7 @@ def parse_labels(value: Json, where: str) -> LabelFile:
         return LabelFile.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "file"
+        place = one_line(".".join(str(part) for part in first["loc"])) or "file"
         raise SteerbackError(f"{where} is not a label file of steerback: {place}: {first['msg']}") from None
 
 

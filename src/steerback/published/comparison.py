@@ -316,7 +316,7 @@ def comparison(lines: Sequence[Line]) -> tuple[Table, list[str]]:
                 " ".join(map(str, sorted(marks))),
             )
         )
-    minor = ("measured on", "verdict", "run", "n", "deviations")
+    minor = ("measured on", "source", "run", "n", "deviations")
     table = Table(COLUMNS, cells, "", [_record(line) for line in lines], left=6, minor=minor)
     return table, [f"[{i}] {text}" for text, i in notes.items()]
 

@@ -123,9 +123,7 @@ def stored_config(folder: Path) -> RunConfig:
     if not os.path.isfile(folder / "ledger.sqlite"):
         siblings = sorted(p.parent.name for p in folder.parent.glob("*/ledger.sqlite"))
         known = f"existing runs: {', '.join(siblings)}" if siblings else "it contains no runs"
-        raise SteerbackError(
-            f"no run {folder.name!r} in {folder.parent};{did_you_mean(folder.name, siblings)} {known}"
-        )
+        raise SteerbackError(f"no run {folder.name!r} in {folder.parent};{did_you_mean(folder.name, siblings)} {known}")
     with Ledger(folder / "ledger.sqlite", read_only=True) as ledger:
         stored = ledger.get("", CONFIG)
     if stored is None:
