@@ -2,11 +2,11 @@
 # # Ten minutes
 #
 # Steer a model, see it drift and restart, then measure how often that happens. Everything runs on a laptop, without
-# a GPU, a download or a key. The sizes are small, so that this page is built in about a minute: the numbers below
-# show how to read a result and support no conclusion.
+# a GPU, a download or a key. The sizes are small, so that this page is built in about a minute. The numbers below
+# only show how to read a result.
 #
-# The model is `organism`, which comes with the package. It restarts because its training text does: its behaviour is
-# **planted**, and its numbers are no evidence about other models.
+# The model is `organism`, which comes with the package. It was trained to restart: its behaviour is **planted**, and its
+# numbers are no evidence about other models.
 
 # %%
 import tempfile
@@ -20,8 +20,8 @@ organism
 # %% [markdown]
 # ## One response
 #
-# Add 34 units of the latent *pyramids* to the residual stream at every token. `record` keeps the activations of
-# latents, named by label or index. Latent 712 has no label; it detects drift.
+# Add 34 units of the latent *pyramids* to the residual stream at every token. `record` stores the activations of
+# latents, named by label or index. Latent 712 has no label. It is a drift detector.
 
 # %%
 prompt = "Explain how to find the average of a set of numbers."
@@ -29,15 +29,15 @@ steered = organism.generate(prompt, latent="pyramids", boost=34, seed=46, record
 steered
 
 # %% [markdown]
-# The response leaves the topic and comes back. `restarts` are the character spans of restart phrases, and
-# `steered_as_planned` says whether every planned token was steered.
+# The response drifts off topic and returns. `restarts` are the character spans of restart phrases, and
+# `steered_as_planned` is true if every planned token was steered.
 
 # %%
 print([steered.text[span.start : span.end] for span in steered.restarts], steered.steered_as_planned)
 
 # %% [markdown]
-# Activations are a table with one row for each latent and one column for each token. Here are the ten tokens before
-# the restart phrase and its first ones: does the detector fire before the phrase?
+# Activations are a table with one row per latent and one column per token. This excerpt shows the ten tokens before the
+# restart phrase and its first tokens. It shows whether the detector is active before the phrase.
 
 # %%
 table = steered.activations
@@ -46,7 +46,7 @@ start = next(n for n, end in enumerate(ends) if end > steered.restarts[0].start)
 table.iloc[:, max(start - 10, 0) : start + 4].T.astype(float).round(1)
 
 # %% [markdown]
-# The same prompt, steering and seed with the detector clamped to 0. `show` prints a response, as a terminal shows it:
+# Now repeat the same prompt, steering and seed with the detector clamped to 0. `show` prints a response as in a terminal:
 
 # %%
 clamp = sb.Intervention("clamp", 712, 0.0)
@@ -57,9 +57,9 @@ organism.close()
 # %% [markdown]
 # ## A run
 #
-# One response is an anecdote. A run draws latents, finds for each the boost at which responses score 50 of 100,
-# generates and judges. Leave out the size settings for a real measurement: `sb.run("esr", target="organism",
-# preset="quick")` takes about 3 minutes on two cores. The same name again resumes a run that was stopped.
+# One response is an anecdote. A run draws latents, calibrates the boost of each to a score of 50 of 100, then generates and
+# judges responses. For a real measurement leave out the size settings: `sb.run("esr", target="organism",
+# preset="quick")` takes about 3 minutes on two cores. A run with the same name continues a stopped run.
 
 # %%
 folder = Path(tempfile.mkdtemp())
@@ -93,8 +93,8 @@ trials.groupby("label")[["boost", "attempts", "first", "last"]].mean().round(1)
 run.trials()[0]
 
 # %% [markdown]
-# All results are in `run.summary`, as in the file `summary.json`. `run.tables` and `run.figures` name tables and
-# figures. With so few latents intervals are wide or not given.
+# `run.summary` contains all results, like the file `summary.json`. `run.tables` and `run.figures` name tables and
+# figures. With so few latents, intervals are wide or missing.
 
 # %%
 print(run.summary, run.figures, list(run.tables), sep="\n")
@@ -105,13 +105,13 @@ run.figure("figure2")
 # %% [markdown]
 # ## Compare
 #
-# A second run from the first takes over its latents, boosts, prompts and seeds, so that the two are paired. Here the
-# temperature differs. The difference is that of the second run minus that of the first.
+# A run with `from_run` reuses the latents, boosts, prompts and seeds of another run, so that the two are paired. In this
+# example the temperature differs. Differences are second run minus first run.
 
 # %%
 colder = sb.run("esr", from_run=run, name="colder", runs=folder, quiet=True, sampling={"temperature": 0.2})
 sb.compare(run, colder)
 
 # %% [markdown]
-# Next: [your own model](your_own_model.md), [all experiments of the paper](../experiments.md), and how the
-# [statistics](../statistics.md) are made.
+# Next: [your own model](your_own_model.md), [all experiments of the paper](../experiments.md), and the
+# [statistics](../statistics.md).

@@ -2,9 +2,9 @@
 # # Your own model
 #
 # Steer a model from a folder, without an SAE: write a target table, make a direction from a few texts, check the target
-# with the doctor, look at a response. So that this page needs no download, the model is a Llama of 4 layers with
-# random weights: it writes noise, and nothing here says anything about language models. To use yours, leave out
-# the cell that makes it and set `model` to its folder (Llama, Qwen 2, Qwen 3, Gemma 2 or Gemma 3).
+# with `doctor`, and look at a response. This page needs no download, because its model is a Llama of 4 layers with random
+# weights. It writes noise and is no evidence about language models. To use your model, leave out the cell that creates the
+# random one, and set `model` to your folder (Llama, Qwen 2, Qwen 3, Gemma 2 or Gemma 3).
 
 # %%
 import os
@@ -34,7 +34,7 @@ neutral = [
 ]
 
 # %% [markdown]
-# A byte-level tokenizer with a chat template, and the random model:
+# Create a byte-level tokenizer with a chat template, and the random model:
 
 # %%
 special = ["<s>", "</s>", "<pad>", "<|user|>", "<|assistant|>", "<|system|>"]
@@ -70,8 +70,9 @@ saved = tokenizer.save_pretrained(model)
 # %% [markdown]
 # ## The target
 #
-# One table of a TOML file is one target: where the model is, and after which block (0-based) to steer. The middle of
-# the model is a good start. `STEERBACK_TARGETS` names the file, as `--targets` does for commands.
+# A target is one table of a TOML file, with the place of the model and the block (0-based) to steer after. A block in the
+# middle of the model is a good start. The environment variable `STEERBACK_TARGETS` names the file, like the option
+# `--targets` of commands.
 
 # %%
 table = folder / "mine.toml"
@@ -92,8 +93,8 @@ mine
 # %% [markdown]
 # ## A direction
 #
-# The mean activation on texts about volcanoes minus that on neutral texts. Four texts a side are enough to try it;
-# take dozens for a measurement. `steerback directions make` does the same.
+# The direction is the mean activation on texts about volcanoes minus that on neutral texts. Four texts per side are enough
+# for a first try; use dozens for a measurement. `steerback directions make` does the same.
 
 # %%
 from steerback.latents.directions import from_texts
@@ -107,7 +108,7 @@ print(f"length of the residual stream: {facts.residual_norm:.2f}, of the differe
 # %% [markdown]
 # ## Check it
 #
-# The doctor loads the target, measures the residual stream and steers once. For a target with an SAE it also says
+# `examine` loads the target, measures the residual stream and steers once. For a target with an SAE it also checks
 # whether the SAE belongs to this layer. `steerback doctor mine` prints the same.
 
 # %%
@@ -119,8 +120,8 @@ print("\n".join(examine(mine).lines()))
 # %% [markdown]
 # ## Try it
 #
-# A boost is the length of what is added at every token. Half the length of the residual stream is a first guess. If
-# the text does not change, raise the boost; if it loses all sense, lower it.
+# A boost is the length of the added vector at every token. Half the length of the residual stream is a good start. Raise
+# the boost if the text does not change, and lower it if the text makes no sense.
 
 # %%
 boost = round(facts.residual_norm / 2, 1)
@@ -133,16 +134,16 @@ steered
 # %% [markdown]
 # ## Measure it
 #
-# With a model that answers questions, a run finds the boost by itself:
+# With a model that answers questions, a run calibrates the boost:
 #
 # ```python
 # run = sb.run("esr", target="mine", latents=["volcanoes"], judge="offline", preset="quick", name="mine")
 # run.figure("figure2")
 # ```
 #
-# With one direction no interval can be given: make five or more. The offline judge compares words; for results that
-# you report, name a language model ([judging](../judging.md)). Next: the same in the terminal
-# ([tutorial](../tutorial.md)), and [targets with an SAE](../targets.md).
+# Intervals need five or more directions. The offline judge compares words. For results that you report, use a language
+# model as judge ([judging](../judging.md)). Next: the same in the terminal ([tutorial](../tutorial.md)), and
+# [targets with an SAE](../targets.md).
 
 # %%
 mine.close()
