@@ -1,12 +1,12 @@
 # %% [markdown]
 # # Ten minutes
 #
-# Steer a model, see it drift and restart, then measure how often that happens. Everything runs on a laptop, without
-# a GPU, a download or a key. The sizes are small, so that this page is built in about a minute. The numbers below
-# only show how to read a result.
+# Steer a model, see it drift and restart, then measure how often that happens. Everything runs on a laptop, without a
+# GPU, a download or a key. The sizes are small, so that this page is built in about a minute. The numbers below only
+# show how to read a result.
 #
-# The model is `organism`, which comes with the package. It was trained to restart: its behaviour is **planted**, and its
-# numbers are no evidence about other models.
+# The model is `organism`, which comes with the package. It was trained to restart: its behaviour is **planted**, and
+# its numbers are no evidence about other models.
 
 # %%
 import tempfile
@@ -36,8 +36,8 @@ steered
 print([steered.text[span.start : span.end] for span in steered.restarts], steered.steered_as_planned)
 
 # %% [markdown]
-# Activations are a table with one row per latent and one column per token. This excerpt shows the ten tokens before the
-# restart phrase and its first tokens. It shows whether the detector is active before the phrase.
+# Activations are a table with one row per latent and one column per token. This excerpt shows the ten tokens before
+# the restart phrase and its first tokens. It shows whether the detector is active before the phrase.
 
 # %%
 table = steered.activations
@@ -46,7 +46,8 @@ start = next(n for n, end in enumerate(ends) if end > steered.restarts[0].start)
 table.iloc[:, max(start - 10, 0) : start + 4].T.astype(float).round(1)
 
 # %% [markdown]
-# Now repeat the same prompt, steering and seed with the detector clamped to 0. `show` prints a response as in a terminal:
+# Now repeat the same prompt, steering and seed with the detector clamped to 0. `show` prints a response as in a
+# terminal:
 
 # %%
 clamp = sb.Intervention("clamp", 712, 0.0)
@@ -57,9 +58,10 @@ organism.close()
 # %% [markdown]
 # ## A run
 #
-# One response is an anecdote. A run draws latents, calibrates the boost of each to a score of 50 of 100, then generates and
-# judges responses. For a real measurement leave out the size settings: `sb.run("esr", target="organism",
-# preset="quick")` takes about 3 minutes on two cores. A run with the same name continues a stopped run.
+# One response is an anecdote. A run draws latents, calibrates the boost of each to a score of 50 of 100, then
+# generates and judges responses. For a real measurement leave out the size settings: `sb.run("esr",
+# target="organism", preset="quick")` takes about 3 minutes on two cores. A run with the same name continues a stopped
+# run.
 
 # %%
 folder = Path(tempfile.mkdtemp())
@@ -105,8 +107,8 @@ run.figure("figure2")
 # %% [markdown]
 # ## Compare
 #
-# A run with `from_run` reuses the latents, boosts, prompts and seeds of another run, so that the two are paired. In this
-# example the temperature differs. Differences are second run minus first run.
+# A run with `from_run` reuses the latents, boosts, prompts and seeds of another run, so that the two are paired. In
+# this example the temperature differs. Differences are second run minus first run.
 
 # %%
 colder = sb.run("esr", from_run=run, name="colder", runs=folder, quiet=True, sampling={"temperature": 0.2})

@@ -1,10 +1,10 @@
 # %% [markdown]
 # # Your own model
 #
-# Steer a model from a folder, without an SAE: write a target table, make a direction from a few texts, check the target
-# with `doctor`, and look at a response. This page needs no download, because its model is a Llama of 4 layers with random
-# weights. It writes noise and is no evidence about language models. To use your model, leave out the cell that creates the
-# random one, and set `model` to your folder (Llama, Qwen 2, Qwen 3, Gemma 2 or Gemma 3).
+# Steer a model from a folder, without an SAE: write a target table, make a direction from a few texts, check the
+# target with `doctor`, and look at a response. This page needs no download, because its model is a Llama of 4 layers
+# with random weights. It writes noise and is no evidence about language models. To use your model, leave out the cell
+# that creates the random one, and set `model` to your folder (Llama, Qwen 2, Qwen 3, Gemma 2 or Gemma 3).
 
 # %%
 import os
@@ -70,9 +70,9 @@ saved = tokenizer.save_pretrained(model)
 # %% [markdown]
 # ## The target
 #
-# A target is one table of a TOML file, with the place of the model and the block (0-based) to steer after. A block in the
-# middle of the model is a good start. The environment variable `STEERBACK_TARGETS` names the file, like the option
-# `--targets` of commands.
+# A target is one table of a TOML file, with the place of the model and the block (0-based) to steer after. A block in
+# the middle of the model is a good start. The environment variable `STEERBACK_TARGETS` names the file, like the
+# option `--targets` of commands.
 
 # %%
 table = folder / "mine.toml"
@@ -93,8 +93,8 @@ mine
 # %% [markdown]
 # ## A direction
 #
-# The direction is the mean activation on texts about volcanoes minus that on neutral texts. Four texts per side are enough
-# for a first try; use dozens for a measurement. `steerback directions make` does the same.
+# The direction is the mean activation on texts about volcanoes minus that on neutral texts. Four texts per side are
+# enough for a first try; use dozens for a measurement. `steerback directions make` does the same.
 
 # %%
 from steerback.latents.directions import from_texts
@@ -120,8 +120,8 @@ print("\n".join(examine(mine).lines()))
 # %% [markdown]
 # ## Try it
 #
-# A boost is the length of the added vector at every token. Half the length of the residual stream is a good start. Raise
-# the boost if the text does not change, and lower it if the text makes no sense.
+# A boost is the length of the added vector at every token. Half the length of the residual stream is a good start.
+# Raise the boost if the text does not change, and lower it if the text makes no sense.
 
 # %%
 boost = round(facts.residual_norm / 2, 1)
@@ -141,8 +141,8 @@ steered
 # run.figure("figure2")
 # ```
 #
-# Intervals need five or more directions. The offline judge compares words. For results that you report, use a language
-# model as judge ([judging](../judging.md)). Next: the same in the terminal ([tutorial](../tutorial.md)), and
+# Intervals need five or more directions. The offline judge compares words. For results that you report, use a
+# language model as judge ([judging](../judging.md)). Next: the same in the terminal ([tutorial](../tutorial.md)), and
 # [targets with an SAE](../targets.md).
 
 # %%
