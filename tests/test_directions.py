@@ -121,12 +121,12 @@ def test_damaged_files_are_one_line(tmp_path: Path) -> None:
         ("d.npy", "is zero, contains NaN"),
         ("e.npy", "is zero, contains NaN"),
         ("l.npy", "its norm is infinite"),
-        ("f.safetensors", "holds no vector for layer 2; it has x, y"),
-        ("g.gguf", "holds no vector for layer 2; it has direction.1"),
+        ("f.safetensors", "has no vector for layer 2; it has x, y"),
+        ("g.gguf", "has no vector for layer 2; it has direction.1"),
         ("h.pt", "unknown suffix; readable are .safetensors, .npy, .gguf"),
         ("i.npy", "there is no such file"),
-        ("j.npy", "holds complex numbers"),
-        ("k.safetensors", "holds complex numbers"),
+        ("j.npy", "has complex numbers"),
+        ("k.safetensors", "has complex numbers"),
     ):
         with pytest.raises(SteerbackError, match=message) as caught:
             read_vector(tmp_path / name, 2)
@@ -365,7 +365,7 @@ def test_a_table_with_directions_alone_is_a_target(tmp_path: Path, monkeypatch: 
     assert check(config).config.latents == ("words",)  # pinned: one more in the folder does not change the run
     np.save(tmp_path / "foreign.npy", VECTOR.numpy())
     file.write_text(table.replace("bare", "other", 1) + 'directions = "foreign.npy"\n')
-    with pytest.raises(SteerbackError, match="none of its directions says the residual's norm"):
+    with pytest.raises(SteerbackError, match="its direction files lack the residual's norm"):
         resolve("other")
     file.write_text(table + 'directions = { warmth = "foreign.npy" }\nboost_prior = [4, 2, 0, 20]\n')
     with make_and_close(resolve("bare")) as engine:

@@ -116,7 +116,7 @@ def test_refusals_say_what_to_do(site: Site, tmp_path: Path) -> None:
     assert "the token in HF_TOKEN may not" in refused(site, "/owner/m/resolve/main/labels.csv", tmp_path, token="bad")
     assert download(f"{site.url}/owner/m/resolve/main/labels.csv", tmp_path / "l.csv", token="good").size == 12
     assert "no such file (404)" in refused(site, "/absent", tmp_path)
-    assert "too often (429)" in refused(site, "/busy", tmp_path)
+    assert "too many requests (429)" in refused(site, "/busy", tmp_path)
     assert "answered 503; try again later" in refused(site, "/broken", tmp_path)
 
 

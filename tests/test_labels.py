@@ -88,7 +88,7 @@ def test_a_folder_is_read_in_order_and_the_first_label_of_a_latent_stays(tmp_pat
         ("a.jsonl", b"[1, 2]\n", "expected"),
         ("a.jsonl.gz", batch(explanation(1, "x"))[:20], "is damaged"),
         ("a.jsonl.gz", b"\x1f\x8bnonsense", "is damaged"),
-        ("a.json", b"3", "must hold a list or an object of labels"),
+        ("a.json", b"3", "must be a list or an object of labels"),
         ("a.csv", b"index,label\n1," + b"x" * 2001 + b"\n", "line 2: the label of latent 1 has 2,001 characters"),
         ("a.csv", b"index,label\n1," + b"x" * 200_000 + b"\n", "the label of latent 1 has 200,000 characters"),
         ("a.json", b'{"7": "' + b"x" * 200_000 + b'"}', "the label of latent 7 has 200,000 characters; shorten it"),
@@ -226,7 +226,7 @@ def test_what_is_not_the_listed_file_is_thrown_away(monkeypatch: pytest.MonkeyPa
         name = f"/v1/{PLACE}/explanations/batch-0.jsonl.gz"
         right = site.files[name]
         site.files[name] = right[:-1] + bytes([right[-1] ^ 1])  # as long, and another MD5
-        with pytest.raises(SteerbackError, match="not the file that the listing names; run it again"):
+        with pytest.raises(SteerbackError, match="differs from Neuronpedia's listing; run again"):
             label_fetch.fetch_labels("t", f"neuronpedia:{PLACE}")
         assert not list(user_labels_folder("t").rglob("*.gz"))
         site.files[name] = right
@@ -244,17 +244,17 @@ def test_fetch_refuses_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
     assert "no public labels are known for organism" in refused(None)
     assert "is not one of neuronpedia:MODEL/SOURCE" in refused("ftp://x")
-    assert "not of the form neuronpedia:MODEL/SOURCE" in refused("neuronpedia:gemma")
-    assert "not of the form hub:" in refused("hub:owner/name")
-    assert "is no label file" in refused("https://example.invalid/labels.parquet")
+    assert "must have the form neuronpedia:MODEL/SOURCE" in refused("neuronpedia:gemma")
+    assert "must have the form hub:" in refused("hub:owner/name")
+    assert "is not a label file" in refused("https://example.invalid/labels.parquet")
     with serve(Site()) as site:
         monkeypatch.setattr(label_fetch, "NEURONPEDIA", site.url)
         bucket(site, [])
-        assert f"Neuronpedia has no explanations of {PLACE}" in refused(f"neuronpedia:{PLACE}")
+        assert f"Neuronpedia has no explanations for {PLACE}" in refused(f"neuronpedia:{PLACE}")
         site.files["/labels.csv"] = b"index,label\n99999,x\n"
         site.files["/empty.csv"] = b"index,label\n1,\n"
         assert "labels latent 99999, and the SAE of organism has 1024" in refused(f"{site.url}/labels.csv")
-        assert "hold no label" in refused(f"{site.url}/empty.csv")
+        assert "contain no label" in refused(f"{site.url}/empty.csv")
         assert "404" in refused(f"{site.url}/nothing.csv")
         gone = site.url
     assert "cannot be reached" in refused(f"{gone}/other.csv")

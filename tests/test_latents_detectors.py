@@ -194,7 +194,7 @@ def test_impossible_requests_are_refused() -> None:
         search_detectors(matched, mismatched, pairs, "best")  # type: ignore[arg-type]
     with pytest.raises(SteerbackError, match="'top' needs limit"):
         search_detectors(matched, mismatched, pairs, "top")
-    with pytest.raises(ValueError, match="for 80 texts"):
+    with pytest.raises(ValueError, match=r"shape \(80, n latents\)"):
         search_detectors(matched[:10], mismatched[:10], pairs)
     matched[3, 3] = np.nan
     with pytest.raises(ValueError, match="not all finite"):

@@ -86,11 +86,11 @@ def test_a_model_with_more_layers_than_its_config_says_is_refused(folder: Path) 
     check_weights(from_folder(folder))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    with pytest.raises(SteerbackError, match="says 3 layers and its weights have 4") as caught:
+    with pytest.raises(SteerbackError, match="says 3 layers, but its weights have 4") as caught:
         check_weights(from_folder(folder))
     assert "\n" not in str(caught.value)
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10_000_000}))
-    with pytest.raises(SteerbackError, match="says 10000000 layers and its weights have 4"):
+    with pytest.raises(SteerbackError, match="says 10000000 layers, but its weights have 4"):
         load_target(str(folder))  # it would build ten million layers first
     weights = load_file(folder / "model.safetensors")
     other = {name.replace("model.layers", "vision_tower.vision_model.layers"): w for name, w in weights.items()}

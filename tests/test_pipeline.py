@@ -158,7 +158,7 @@ def test_an_engine_that_answers_what_was_not_asked_is_found_out(tmp_path: Path) 
             async for key, done in super().generate(requests[1:]):
                 yield key, done
 
-    for engine, words in ((Odd(n_latents=10), "was not asked"), (Short(n_latents=10), "left 1 requests")):
+    for engine, words in ((Odd(n_latents=10), "was not requested"), (Short(n_latents=10), "left 1 requests")):
         with pytest.raises(RuntimeError, match=words):
             asyncio.run(complete(bench(tmp_path, engine), trials(5)))
 

@@ -87,7 +87,7 @@ def damage(folder: Path, **changes: object) -> None:
         ({"d_model": [32]}, "d_model: Input should be a valid integer"),
         ({"k": "six"}, "k: Input should be a valid integer, not 'six'"),
         ({"boost_prior": {"mean": 1}}, "boost_prior: .*should be {mean, sd, low, high}"),
-        ({"d_model": 33}, "says d_model 33, the weights say 32"),
+        ({"d_model": 33}, "says d_model 33, but the weights have 32"),
         ({"n_latents": 1}, "n_latents 1"),
     ],
 )
@@ -110,7 +110,7 @@ def test_weights_are_checked(tmp_path: Path) -> None:
         load_sae(tmp_path)
     with pytest.raises(SteerbackError, match="unknown SAE format 'goodfyre'; choose one of: steerback, goodfire"):
         load_sae(tmp_path, "goodfyre")
-    with pytest.raises(SteerbackError, match="no such folder or file"):
+    with pytest.raises(SteerbackError, match="neither an existing folder or file"):
         load_sae(tmp_path / "absent")
     with pytest.raises(SteerbackError, match="the model has 48"):
         sae.check("here", 48)

@@ -120,7 +120,7 @@ def test_saelens_scaling_is_folded(tmp_path: Path) -> None:
     folder = sae_files.saelens(
         tmp_path / "a", W, "jumprelu", normalize_activations="expected_average_only_in", apply_b_dec_to_input=True
     )
-    with pytest.raises(SteerbackError, match=r"constant that is not in the file; give it as sae = \{input_scale\}"):
+    with pytest.raises(SteerbackError, match=r"constant that is not in the file; set it as sae = \{input_scale\}"):
         load_sae(SaeSource(str(folder), "saelens"))
     sae = load_sae(SaeSource(str(folder), "saelens", input_scale=0.37))
     same(sae, Reference(W, "jumprelu", subtract=True, scale=0.37), inputs(), 5e-5)
@@ -245,7 +245,7 @@ def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path: Path, zipped: 
         path.write_bytes(pickle.dumps(state))
     else:
         torch.save(state, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(SteerbackError, match="it was refused, as loading it would run its code"):
+    with pytest.raises(SteerbackError, match="refused, because loading it would run code from it"):
         load_sae(SaeSource(str(path), "goodfire", layer=0))
     assert not mark.exists()
     archive = tmp_path / "params.npz"
@@ -366,14 +366,14 @@ def test_an_sae_of_something_else_is_refused(tmp_path: Path) -> None:
     assert "w_enc, b_enc, w_dec, b_dec, threshold missing; found a" in said("other.npz", "gemma-scope", layer=0)
     assert "w_enc, b_enc" in said("params.safetensors", "gemma-scope-2", layer=0)
     assert "unknown SAE format 'gemmascope'; choose one of: steerback, goodfire" in said(".", "gemmascope")
-    assert "no such folder or file, nor the name of a repository" in said("nowhere", "goodfire")
+    assert "neither an existing folder or file nor the name of a repository" in said("nowhere", "goodfire")
     good = sae_files.goodfire(tmp_path / "good.pt", W)
-    assert "give the target sae_layer" in said("good.pt", "goodfire")
+    assert "set sae_layer" in said("good.pt", "goodfire")
     assert "found good.pt, other.pt; name it" in said(".", "goodfire")
     folder = sae_files.gemma_scope_2(tmp_path / "two", W, hf_hook_point_in="model.layers.3.self_attn.o_proj.input")
     assert "steering needs an SAE of a block's output" in said("two", "gemma-scope-2")
     sae_files.gemma_scope_2(folder, W)
-    assert "an SAE of layer 3, where layer 4 was asked for" in said("two", "gemma-scope-2", layer=4)
+    assert "an SAE of layer 3, but the target's sae_layer is 4" in said("two", "gemma-scope-2", layer=4)
     bad = {name: tensor.clone() for name, tensor in W.items()}
     bad["W_enc"][2, 2] = float("nan")
     sae_files.goodfire(good, bad)
@@ -417,7 +417,7 @@ def test_from_a_hub_with_a_pinned_revision(tmp_path: Path, monkeypatch: pytest.M
             assert len(str(describe(source)["sha256"])) == 64
             if repo != "google/scope-2":
                 assert len(site.requests()) == asked  # what is in the cache is not fetched again
-        with pytest.raises(SteerbackError, match="say which file of the repository"):
+        with pytest.raises(SteerbackError, match="name the file of the repository"):
             load_sae(SaeSource("goodfire/sae", "goodfire", layer=LAYER))
 
 

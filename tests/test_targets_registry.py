@@ -176,9 +176,9 @@ def test_a_target_may_be_an_object(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("['../../../x']\nmodel = 'x'", r"target name '\.\./\.\./\.\./x' should be letters"),
-        ("['.']\nmodel = 'x'", "target name '.' should be letters"),
-        (f"[{'n' * 300}]\nmodel = 'x'", "100 characters at most"),
+        ("['../../../x']\nmodel = 'x'", r"target name '\.\./\.\./\.\./x' is invalid"),
+        ("['.']\nmodel = 'x'", "target name '.' is invalid"),
+        (f"[{'n' * 300}]\nmodel = 'x'", "at most 100 letters"),
         ("[a]\nmodel = 'builtin'", "'builtin' is for organism-s, organism"),
         ("[a]\nmodel = 'x'\nresponses_per_second = 0", "responses_per_second: .*greater than 0, not 0"),
         ("[a]\nmodel = 'x'\nsteer_layer = -2", "steer_layer: .*greater than or equal to 0, not -2"),
@@ -187,10 +187,10 @@ def test_a_target_may_be_an_object(folder: Path) -> None:
         ("[a]\nmodel = 'x'\nboost_prior = [nan, 1, 0, 2]", "should be {mean, sd, low, high}"),
         ("[a]\nmodel = 'x'\nn_layers = 4\nsteer_layer = 99999", r"steer_layer 99999 is outside 0\.\.3"),
         ("[a", "file of targets .*targets.toml"),
-        ("a = 1", "'a' is not a table; each target is one"),
-        ("[a]\nsummary = 'x'", "target 'a' says no model"),
-        ("[llama-3.3]\nmodel = 'x'", r'a name with a dot has to be quoted, \["llama-3.3"\]'),
-        ("[organism]\nmodel = 'x'", "'organism' is a built-in target; choose another name, or leave out model"),
+        ("a = 1", "'a' is not a table; write each target as a table"),
+        ("[a]\nsummary = 'x'", "target 'a' has no model"),
+        ("[llama-3.3]\nmodel = 'x'", r'a name with a dot must be quoted, \["llama-3.3"\]'),
+        ("[organism]\nmodel = 'x'", "'organism' is a built-in target; choose another name, or remove `model`"),
         (
             "[a]\nmodel = 'x'\nstear_layer = 1\nboost_prior = [1, 1, 0, 2]",
             "target 'a': unknown setting 'stear_layer'; choose one of: boost_prior",
@@ -212,8 +212,8 @@ def test_a_target_may_be_an_object(folder: Path) -> None:
         ("[a]\nmodel = 'x'\nprovenance = 3", "targets.toml: target 'a': provenance: .*dictionary, not 3"),
         ("[a]\nmodel = 'x'\nsae = 3", "targets.toml: target 'a': sae: .*dictionary"),
         ("[a]\nmodel = 'x'\nsae = {location = 3}", "targets.toml: target 'a': sae.location: .*string, not 3"),
-        ("[a]\nmodel = 'x'\nvariants = 7", "targets.toml: target 'a': variants should be tables"),
-        ("[a]\nmodel = 'x'\nvariants = {b = 7}", "targets.toml: target 'a': variants should be tables"),
+        ("[a]\nmodel = 'x'\nvariants = 7", "targets.toml: target 'a': variants must be tables"),
+        ("[a]\nmodel = 'x'\nvariants = {b = 7}", "targets.toml: target 'a': variants must be tables"),
         ("[a]\nmodel = 'x'\n[a.variants.b]\nmodel = 3", "targets.toml: target 'a@b': model: .*string, not 3"),
     ],
 )
@@ -283,7 +283,7 @@ def test_the_option_may_stand_anywhere(folder: Path, capsys: pytest.CaptureFixtu
     ("sae", "layer", "words"),
     [
         ("location = 'sae', format = 'gooseberry'", 2, "unknown SAE format 'gooseberry'"),
-        ("location = 'sae'", 1, "an SAE of layer 2, where layer 1 was asked for"),
+        ("location = 'sae'", 1, "an SAE of layer 2, but the target's sae_layer is 1"),
     ],
 )
 def test_show_checks_the_sae_as_loading_does(

@@ -1,4 +1,4 @@
-"""Targets: what is steered (model, SAE, layers, labels). Importing this loads no heavy library."""
+"""Targets: the models that are steered, each with SAE, layers and labels. Importing this loads no heavy library."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Named directions of the residual stream: steering without an SAE.
+"""Named directions of the residual stream, to steer without an SAE.
 
-    NAME.safetensors    our own: tensor `direction` (d,), and facts about it in the header (`DirectionFacts`)
+    NAME.safetensors    steerback's format: tensor `direction` (d,), with `DirectionFacts` in the header
     other safetensors   one tensor (d,), or `direction.N` / `N` per layer
     .npy                one array (d,)
     .gguf               control vector of llama.cpp: `direction.N` acts on the residual after block N
 
-A direction is steered with at length 1, so a boost is the L2 norm of what is added, comparable among directions.
-Names and facts are read without a tensor library. It knows nothing of models, texts or engines.
+Directions are scaled to length 1, so a boost is the L2 norm of the added vector and comparable among directions. Names
+and facts are read without a tensor library. This module knows nothing about models, texts or engines.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DirectionFiles = Mapping[str, str] | Sequence[str]
-"""A target's directions: {name: file}, or files and folders whose files are named after themselves."""
+"""A target's directions: {name: file}, or a list of files and folders, where each file's stem is the name."""
 SUFFIXES = (".safetensors", ".npy", ".gguf")
 KEY, HEADER = "direction", "steerback.direction"
 PRIOR = (0.5, 0.3, 2.0)
-"""Threshold boost of a direction before any trial: mean, sd and upper bound as shares of the residual's norm."""
+"""Prior of a direction's threshold boost: mean, sd and upper bound as shares of the residual's norm."""
 
 
 @dataclass(frozen=True, slots=True)
 class DirectionFacts:
-    """Facts about a direction, kept with its vector in our format; files of other formats have none of them.
+    """Facts about a direction, stored with its vector in steerback's format; other formats have no facts.
 
-    `norm` is its length before it was scaled to 1, `residual_norm` the median norm of the residual it was read from.
+    `norm` is the length before scaling to 1, `residual_norm` the median norm of the residual that it was made from.
     """
 
     layer: int | None = None  # 0-based, the residual after the block
@@ -48,10 +48,10 @@ class DirectionFacts:
     source: str = ""
     model: str = ""
     contexts: tuple[str, ...] = ()
-    """A few of the texts that it stands for: what an offline judge compares with."""
+    """A few texts that express the direction; an offline judge uses them as references."""
 
     def prior(self) -> tuple[float, float, float, float] | None:
-        """Return (mean, sd, low, high) of the threshold boost by the residual's norm; None where that is unknown."""
+        """Return the prior (mean, sd, low, high) of the threshold boost; None if the residual's norm is unknown."""
         if self.residual_norm is None:
             return None
         mean, sd, high = (share * self.residual_norm for share in PRIOR)
@@ -59,18 +59,18 @@ class DirectionFacts:
 
 
 def user_directions(target: str) -> Path:
-    """Return the folder of the user's directions of a target, each a file under its name."""
+    """Return the folder with the user's directions for a target, one file per direction."""
     return user_folder("directions", target)
 
 
-def find_directions(given: DirectionFiles, target: str, key: str | None = None) -> tuple[tuple[str, str], ...]:
-    """Return (name, file) per direction, those of a table {name: file} or a list of files and folders, then the user's.
+def find_directions(listed: DirectionFiles, target: str, key: str | None = None) -> tuple[tuple[str, str], ...]:
+    """Return (name, file) of each direction: the `listed` ones first, then those in the user's folder.
 
-    `key` is the target's folder among the user's. A file gives its direction its own name (without the suffix).
-    Raises SteerbackError for what is not there.
+    `key` is the name of the target's folder among the user's. An unnamed direction is named after its file (without the
+    suffix). Raises SteerbackError for a missing file or folder.
     """
-    found: dict[str, str] = {}
-    named = given.items() if isinstance(given, Mapping) else [(None, place) for place in given]
+    directions: dict[str, str] = {}
+    named = listed.items() if isinstance(listed, Mapping) else [(None, place) for place in listed]
     for name, place in named:
         path = Path(place).expanduser()
         files = _in_folder(path) if path.is_dir() else [path]
@@ -81,10 +81,10 @@ def find_directions(given: DirectionFiles, target: str, key: str | None = None) 
                 raise SteerbackError(
                     f"target {target!r}: directions {place!r}: no such folder or {', '.join(SUFFIXES)} file"
                 )
-            found[name or file.stem] = str(file)
+            directions[name or file.stem] = str(file)
     for file in _in_folder(user_directions(key or target)):
-        found.setdefault(file.stem, str(file))
-    return tuple(found.items())
+        directions.setdefault(file.stem, str(file))
+    return tuple(directions.items())
 
 
 def _in_folder(folder: Path) -> list[Path]:
@@ -92,7 +92,7 @@ def _in_folder(folder: Path) -> list[Path]:
 
 
 def read_facts(path: Path) -> DirectionFacts:
-    """Return the facts in the header of a file in our format; empty for any other."""
+    """Return the facts in the header of a file in steerback's format; default facts for other formats."""
     if path.suffix != ".safetensors":
         return DirectionFacts()
     stored = read_safetensors_header(path, "direction").get("__metadata__", {}).get(HEADER, "{}")
@@ -104,35 +104,35 @@ def read_facts(path: Path) -> DirectionFacts:
 
 
 def read_vector(path: Path, layer: int) -> Tensor:
-    """Return the vector (d,) float32 in a file, not scaled; of one per layer, that of `layer`."""
+    """Return the unscaled vector (d,) float32 of a file; from a file with one vector per layer, that of `layer`."""
     import torch
 
     reader = {".safetensors": _safetensors, ".npy": _npy, ".gguf": _gguf}.get(path.suffix)
     if reader is None:
-        raise SteerbackError(f"direction {path}: unknown suffix; readable are {', '.join(SUFFIXES)}")
+        raise SteerbackError(f"direction {path}: unknown suffix; supported: {', '.join(SUFFIXES)}")
     if not path.is_file():
         raise SteerbackError(f"direction {path}: there is no such file")
-    found = _one(path, reader(path), layer)
-    if found.is_complex():
-        raise SteerbackError(f"direction {path}: holds complex numbers; expected real ones")
-    vector: Tensor = found.to(torch.float32)
+    stored = _one(path, reader(path), layer)
+    if stored.is_complex():
+        raise SteerbackError(f"direction {path}: has complex numbers; expected real numbers")
+    vector: Tensor = stored.to(torch.float32)
     if vector.ndim != 1:
         raise SteerbackError(
             f"direction {path}: has shape {tuple(vector.shape)}, expected one vector (width of the model,)"
         )
-    if not 0 < float(vector.norm()) < float("inf"):  # NaN is neither
+    if not 0 < float(vector.norm()) < float("inf"):  # also true for NaN
         raise SteerbackError(f"direction {path}: is zero, contains NaN or infinity, or its norm is infinite")
     return vector
 
 
 def _one(path: Path, tensors: Mapping[str, Tensor], layer: int) -> Tensor:
-    """Return the only tensor, or the one of `layer` among `direction.N`, `layer_N` or `N`."""
+    """Return the single tensor of a file, or that of `layer` among tensors named `direction.N`, `layer_N` or `N`."""
     if len(tensors) == 1 and not re.search(r"\d$", next(iter(tensors))):
         return next(iter(tensors.values()))
     by_layer = {int(m[1]): t for key, t in tensors.items() if (m := re.search(r"(?:^|\D)(\d+)$", key))}
     if len(by_layer) != len(tensors) or layer not in by_layer:
-        held = ", ".join(sorted(tensors)[:8]) or "nothing"
-        raise SteerbackError(f"direction {path}: holds no vector for layer {layer}; it has {held}")
+        names = ", ".join(sorted(tensors)[:8]) or "no tensor"
+        raise SteerbackError(f"direction {path}: has no vector for layer {layer}; it has {names}")
     return by_layer[layer]
 
 
@@ -153,7 +153,7 @@ def _npy(path: Path) -> dict[str, Tensor]:
     try:
         array = np.asarray(np.load(path, allow_pickle=False))
         return {KEY: torch.from_numpy(array if np.iscomplexobj(array) else array.astype(np.float32))}
-    except Exception as error:  # that library lets through what a damaged header provokes
+    except Exception as error:  # numpy raises many types of errors for a damaged header
         raise SteerbackError(
             f"direction {path}: not a readable .npy file of numbers ({one_line(error)[:200]})"
         ) from error
@@ -170,14 +170,14 @@ def _gguf(path: Path) -> dict[str, Tensor]:
             f"direction {path}: gguf files need the extra 'gguf': pip install 'steerback[gguf]'"
         ) from None
     try:
-        found = GGUFReader(path).tensors
-        return {t.name: torch.from_numpy(dequantize(t.data, t.tensor_type).copy()) for t in found}
-    except Exception as error:  # that library lets anything through that a damaged file provokes
+        tensors = GGUFReader(path).tensors
+        return {t.name: torch.from_numpy(dequantize(t.data, t.tensor_type).copy()) for t in tensors}
+    except Exception as error:  # the library raises many types of errors for a damaged file
         raise SteerbackError(f"direction {path}: not a readable gguf file ({' '.join(str(error).split())})") from error
 
 
 def save_direction(path: Path, vector: Tensor, facts: DirectionFacts) -> None:
-    """Write our own format, whole or not at all; the vector (d,) keeps its length."""
+    """Write a direction (d,) in steerback's format, atomically and without scaling it."""
     import torch
     from safetensors.torch import save
 
@@ -187,22 +187,22 @@ def save_direction(path: Path, vector: Tensor, facts: DirectionFacts) -> None:
 
 
 def load_directions(files: Iterable[tuple[str, str]], layer: int, target: str) -> dict[str, Tensor]:
-    """Return unit vectors (d,) by name; SteerbackError for one made at another layer than the target steers at."""
-    found = {}
+    """Return unit vectors (d,) by name. Raises SteerbackError for a direction made at another layer than `layer`."""
+    vectors = {}
     for name, place in files:
         made_at = read_facts(Path(place)).layer
         if made_at is not None and made_at != layer:
             raise SteerbackError(
-                f"direction {name!r} was made at layer {made_at} and target {target!r} steers at layer {layer}: "
-                f"make it anew with --layer {layer}, or give the target steer_layer = {made_at}"
+                f"direction {name!r} was made at layer {made_at}, but target {target!r} steers at layer {layer}: "
+                f"make it again with --layer {layer}, or set steer_layer = {made_at} for the target"
             )
         vector = read_vector(Path(place), layer)
-        found[name] = vector / vector.norm()
-    return found
+        vectors[name] = vector / vector.norm()
+    return vectors
 
 
 def difference_of_means(positive: Tensor, negative: Tensor) -> Tensor:
-    """Return (d,): the mean of one row per positive text (n, d) minus that of the negative ones (m, d), in float64."""
+    """Return the mean of positive rows (n, d) minus the mean of negative rows (m, d), computed in float64: (d,)."""
     import torch
 
     return (positive.double().mean(0) - negative.double().mean(0)).to(torch.float32)

@@ -1,7 +1,7 @@
-"""Download files: resumed after an interruption, checked, renamed into place when whole, each failure in one line.
+"""Resumable downloads with checked hashes; every failure is a one-line error.
 
 `download` fetches an address, `hub_file` a file of a model hub's repository into the hub's cache. A file at its
-destination is whole; an unfinished one is NAME.part, and the next call continues it.
+destination is always complete; an incomplete file is called NAME.part, and the next call continues it.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     import httpx2
 
 SPARE = 64 << 20
-"""Bytes of disk that a download leaves free."""
+"""Bytes of disk space that a download leaves free."""
 
 
 class NoSuchFile(SteerbackError):
-    """The repository has no such file, which is no error for a file that may be missing."""
+    """The repository has no such file. Callers catch this for an optional file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Downloaded:
-    """A whole file: where it is, the SHA-256 of its contents, and its size in bytes."""
+    """A complete file: path, SHA-256 of its contents, size in bytes."""
 
     path: Path
     sha256: str
@@ -43,26 +43,26 @@ class Downloaded:
 
 
 def download(url: str, destination: Path, *, sha256: str | None = None, token: str | None = None) -> Downloaded:
-    """Fetch `url` to `destination`, continuing an earlier attempt if the server's file is still the same.
+    """Download `url` to `destination`; continue an earlier download if the server's file has not changed.
 
-    An existing destination is kept (with `sha256`: if it has that hash). `token` is sent as a bearer token to the host
-    of `url` alone. A broken connection is taken up again as long as each attempt brings bytes. Raises SteerbackError
-    for anything that goes wrong; the bytes so far are kept for the next call, unless their hash is wrong.
+    An existing destination is kept; with `sha256`, only if it has that hash. `token` is sent as a bearer token, only to
+    the host of `url`. A broken connection is retried as long as each attempt receives bytes. Raises SteerbackError for
+    every failure; received bytes are kept for the next call unless their hash is wrong.
     """
-    if (there := _existing(destination, sha256)) is not None:
-        return there
+    if (existing := _existing(destination, sha256)) is not None:
+        return existing
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         with _part(destination) as file:
-            if (there := _existing(destination, sha256)) is not None:  # another process was faster
+            if (existing := _existing(destination, sha256)) is not None:  # another process was faster
                 Path(file.name).unlink(missing_ok=True)
-                return there
+                return existing
             _fill(url, file, token)
             return _finish(url, file, destination, sha256)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        what = "the disk is full: make room and run it again, it continues from there" if full else str(error.strerror)
-        raise SteerbackError(f"{url}: cannot write {destination}: {what}") from error
+        reason = "the disk is full; free some space and run again to continue" if full else str(error.strerror)
+        raise SteerbackError(f"{url}: cannot write {destination}: {reason}") from error
 
 
 def hash_file(path: Path) -> str:
@@ -72,51 +72,52 @@ def hash_file(path: Path) -> str:
 
 
 def check_space(folder: Path, size: int, what: str) -> None:
-    """Raise SteerbackError if `size` more bytes do not fit the disk that `folder` is (or will be) on."""
+    """Raise SteerbackError if the disk of `folder`, which need not exist yet, has no room for `size` more bytes."""
     if (free := free_space(folder)) < size + SPARE:
         raise SteerbackError(
-            f"{what} needs {gigabytes(size)} of disk and {folder} has {gigabytes(free)} free; make room there"
+            f"{what} needs {gigabytes(size)} of disk, but {folder} has {gigabytes(free)} free; free some space there"
         )
 
 
 def free_space(folder: Path) -> int:
-    """Return the free bytes of the disk that a folder is, or would be, on."""
+    """Return the free bytes of a folder's disk; the folder need not exist yet."""
     place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     return shutil.disk_usage(place).free
 
 
 def gigabytes(size: float) -> str:
-    """Return a size in bytes for people, e.g. "2.1 GB"."""
+    """Format a size in bytes, e.g. "2.1 GB"."""
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def _existing(destination: Path, sha256: str | None) -> Downloaded | None:
     if not destination.is_file():
         return None
-    found = hash_file(destination)
-    if sha256 is not None and found != sha256.lower():
+    digest = hash_file(destination)
+    if sha256 is not None and digest != sha256.lower():
         return None
-    return Downloaded(destination, found, destination.stat().st_size)
+    return Downloaded(destination, digest, destination.stat().st_size)
 
 
 @contextlib.contextmanager
 def _part(destination: Path) -> Iterator[IO[bytes]]:
-    """Open the unfinished file for appending and hold it; other processes wait for their turn."""
+    """Open the incomplete file for appending and lock it; other processes wait."""
     path = destination.with_name(destination.name + ".part")
     while True:
         with path.open("ab+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             with contextlib.suppress(FileNotFoundError):
-                if os.fstat(file.fileno()).st_ino == path.stat().st_ino:  # else its holder has renamed it meanwhile
+                # if the process that had the lock has renamed the file meanwhile, open it again
+                if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
                     yield file
                     return
 
 
 def _fill(url: str, file: IO[bytes], token: str | None) -> None:
-    """Get the missing part of a file; a connection that breaks is taken up again if it brought any bytes."""
+    """Download the missing part of a file; retry after a broken connection if the last attempt received bytes."""
     import httpx2
 
-    headers = {"Accept-Encoding": "identity"}  # sizes and ranges are those of the file
+    headers = {"Accept-Encoding": "identity"}  # no compression, so that sizes and ranges are those of the file
     if token:
         headers["Authorization"] = f"Bearer {token}"
     with httpx2.Client(headers=headers, follow_redirects=True, timeout=30) as client:
@@ -132,16 +133,16 @@ def _fill(url: str, file: IO[bytes], token: str | None) -> None:
                 size = file.seek(0, os.SEEK_END)
                 if not size:
                     raise SteerbackError(
-                        f"{url}: cannot be reached ({reason}); is there a network, or a proxy to be set?"
+                        f"{url}: cannot be reached ({reason}); check the network and the proxy settings"
                     ) from error
                 if size <= before:
                     raise SteerbackError(
-                        f"{url}: the connection broke after {size} bytes ({reason}); run it again, it continues there"
+                        f"{url}: the connection broke after {size} bytes ({reason}); run again to continue there"
                     ) from error
 
 
 def _attempt(client: httpx2.Client, url: str, file: IO[bytes]) -> bool:
-    """Send one request; return False if the file has to be begun anew. Shows a bar if stderr is a terminal."""
+    """Send one request; return False if the download has to restart. Shows a progress bar if stderr is a terminal."""
     from tqdm import tqdm
 
     size, notes = file.seek(0, os.SEEK_END), _notes(file)
@@ -158,8 +159,8 @@ def _attempt(client: httpx2.Client, url: str, file: IO[bytes]) -> bool:
             file.truncate(0)
             size = 0
         elif not response.headers.get("content-range", "").startswith(f"bytes {size}-"):
-            raise SteerbackError(f"{url}: the server sent another part of the file than was asked for")
-        packed = "content-encoding" in response.headers  # though asked not to: its length is not the file's
+            raise SteerbackError(f"{url}: the server sent another part of the file than requested; try again later")
+        packed = "content-encoding" in response.headers  # the server compresses anyway, so its length is not the file's
         length = None if packed else response.headers.get("content-length")
         _remember(notes, url, None if packed else response.headers)
         check_space(notes.parent, int(length or 0), notes.name.removesuffix(".part.json"))
@@ -172,7 +173,7 @@ def _attempt(client: httpx2.Client, url: str, file: IO[bytes]) -> bool:
 
 
 def _finish(url: str, file: IO[bytes], destination: Path, sha256: str | None) -> Downloaded:
-    """Check a whole file and rename it into place."""
+    """Check a complete file and rename it to its destination."""
     part = Path(file.name)
     file.flush()
     os.fsync(file.fileno())
@@ -180,8 +181,8 @@ def _finish(url: str, file: IO[bytes], destination: Path, sha256: str | None) ->
     if sha256 is not None and done.sha256 != sha256.lower():
         file.truncate(0)
         raise SteerbackError(
-            f"{url}: its SHA-256 is {done.sha256}, expected {sha256.lower()}; the file is damaged or was replaced, and "
-            "its bytes were deleted"
+            f"{url}: its SHA-256 is {done.sha256}, expected {sha256.lower()}; the file is damaged or was replaced, so "
+            "the download was deleted"
         )
     part.replace(destination)
     _notes(file).unlink(missing_ok=True)
@@ -189,12 +190,12 @@ def _finish(url: str, file: IO[bytes], destination: Path, sha256: str | None) ->
 
 
 def _notes(file: IO[bytes]) -> Path:
-    """Return the file that says which version of the server's file an unfinished one is of."""
+    """Return the path of the notes on an incomplete file: the version of the server's file that it belongs to."""
     return Path(f"{file.name}.json")
 
 
 def _remember(notes: Path, url: str, headers: httpx2.Headers | None) -> None:
-    """Note the server's mark of this version of the file; without one the next call begins anew."""
+    """Store the server's identifier (ETag or date) of this version; without one, the next call starts again."""
     notes.unlink(missing_ok=True)
     etag = "" if headers is None else headers.get("etag", "")
     mark = etag if etag and not etag.startswith("W/") else headers and headers.get("last-modified")
@@ -205,7 +206,7 @@ def _remember(notes: Path, url: str, headers: httpx2.Headers | None) -> None:
 def _remembered(notes: Path, url: str) -> str | None:
     try:
         known = read_json_table(notes, "download notes")
-    except SteerbackError:  # none yet, or damaged: the download begins anew
+    except SteerbackError:  # missing or damaged notes: the download starts again
         return None
     return str(known["validator"]) if known.get("url") == url and known.get("validator") else None
 
@@ -216,12 +217,12 @@ def _refusal(status: int, url: str, token: bool) -> str:
     if status in (401, 403):
         return f"{url}: access refused ({status}); {'' if token else 'if it is gated, '}{_access(_page(url), token)}"
     if status == 429:
-        return f"{url}: the server answered that it is asked too often (429); try again later"
+        return f"{url}: too many requests (429); try again later"
     return f"{url}: the server answered {status}; try again later"
 
 
 def _page(url: str) -> str:
-    """Return the page of the repository that a hub's URL belongs to."""
+    """Return the address of the repository that a hub's URL belongs to."""
     return re.sub(r"/(?:resolve|raw|blob)/.*", "", url)
 
 
@@ -232,11 +233,11 @@ def _access(page: str, token: bool) -> str:
 
 
 def hub_file(repo: str, file: str, revision: str | None = None) -> Path:
-    """Return a file of a hub repository ("owner/name") in the hub's cache (`HF_HOME`), downloading it if need be.
+    """Return a file of a hub repository ("owner/name") in the hub's cache (`HF_HOME`), downloaded if necessary.
 
-    `revision` is a commit, tag or branch; a commit that is in the cache needs no network. Honours HF_ENDPOINT, HF_TOKEN
-    and HF_HUB_OFFLINE. Large files are checked against the hash the hub gives and are resumed. The commit that a
-    branch stood for is in the path (`commit_of`). Raises SteerbackError for anything that goes wrong.
+    `revision` is a commit, tag or branch; a cached commit needs no network. Respects HF_ENDPOINT, HF_TOKEN and
+    HF_HUB_OFFLINE. Large files are resumable and checked against the hub's hash. The path contains the commit that a
+    branch pointed to (`commit_of`). Raises SteerbackError for every failure.
     """
     from huggingface_hub import hf_hub_download
 
@@ -253,15 +254,15 @@ def hub_place() -> str:
 
 @contextlib.contextmanager
 def hub_errors(repo: str, version: str, file: str) -> Iterator[None]:
-    """Turn what the hub's library raises about a file of a repository into one line that says what to do."""
+    """Convert the exceptions of the hub's library about a file into a one-line SteerbackError with the fix."""
     import httpx2
     from huggingface_hub import errors, get_token
 
     where = hub_place()
     page, token = f"{where}/{repo}", get_token() is not None
-    known = {  # the first that fits: some are kinds of later ones
+    known = {  # the first match counts, because some are subclasses of later ones
         errors.GatedRepoError: f"{repo}: gated; {_access(page, token)}",
-        errors.RevisionNotFoundError: f"{repo}: no revision {version!r} there; see {page}/commits/main",
+        errors.RevisionNotFoundError: f"{repo}: has no revision {version!r}; see {page}/commits/main",
         errors.RepositoryNotFoundError: f"{repo}: no such repository at {where}, or it is private: then set HF_TOKEN "
         "to a token that may read it",
         errors.LocalEntryNotFoundError: f"{repo}: {file} is not in the cache and {where} cannot be reached; connect "
@@ -282,11 +283,11 @@ def hub_errors(repo: str, version: str, file: str) -> Iterator[None]:
 
 
 def _prefetch(repo: str, file: str, version: str, endpoint: str) -> bool:
-    """Put a large file where the hub's library looks before it downloads, and return whether to ask the hub at all.
+    """Download a large file to the place where the hub's library looks first; return whether the hub is reachable.
 
-    The library (up to 2.4) deletes what it has of a file when it is stopped, and an SAE is one file of several GB. The
-    place is the documented layout of its cache, `blobs/<hash>`; in another layout it would just download the file.
-    It also retries for half a minute where there is no network, which the answer avoids.
+    The library (up to 2.4) deletes an incomplete file when it is stopped, and an SAE is one file of several GB. The
+    place `blobs/<hash>` is documented; if the layout changed, the library would only download the file again. Without
+    a network the library retries for half a minute; the returned False avoids that.
     """
     import httpx2
     from huggingface_hub import constants, errors, get_hf_file_metadata, get_token, hf_hub_url, is_offline_mode
@@ -299,7 +300,7 @@ def _prefetch(repo: str, file: str, version: str, endpoint: str) -> bool:
     try:
         known = get_hf_file_metadata(url, token=token, endpoint=endpoint)
     except errors.HfHubHTTPError:
-        return True  # the library says what is wrong, or finds an older copy in its cache
+        return True  # the library then reports the error, or uses an older copy in its cache
     except httpx2.TransportError:
         return False
     if known.etag is not None and re.fullmatch(r"[0-9a-f]{64}", known.etag):  # large files are named by their SHA-256
@@ -310,5 +311,5 @@ def _prefetch(repo: str, file: str, version: str, endpoint: str) -> bool:
 
 def commit_of(path: Path) -> str | None:
     """Return the commit of a file in the hub's cache, None for any other path."""
-    found = re.search(r"/snapshots/([0-9a-f]{40})/", path.as_posix())
-    return found[1] if found else None
+    match = re.search(r"/snapshots/([0-9a-f]{40})/", path.as_posix())
+    return match[1] if match else None

@@ -1,6 +1,6 @@
-"""What a target needs and whether this machine has it: memory, disk, access. Said before anything is loaded.
+"""Check before loading whether a target fits this machine: memory, disk space, access to the hub.
 
-Sizes are estimates from the number of parameters; access and what is still to be downloaded are asked of the hub.
+Sizes are estimated from the number of parameters. The hub reports access and the files that are still missing.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja"]
-"""What is loaded of a hub model; other forms of its weights are left there."""
+"""Files of a hub model that are downloaded; other forms of its weights are skipped."""
 NOT_MODEL_FILES = ["original/*", "*/*"]
 DECODER_LAYER = re.compile(r"(?:.*\.)?(?:language_model|model)\.layers\.(\d{1,6})\.")
-"""Weights of a layer of the language model (not of a vision tower), whatever stands before it."""
+"""Name of a weight in a layer of the language model (not of a vision tower), with any prefix."""
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """A machine: (name, bytes) of each GPU, bytes of memory, and of free disk where models are kept."""
+    """A machine: (name, bytes) of each GPU, bytes of memory, and free bytes on the disk of the hub's cache."""
 
     gpus: tuple[tuple[str, int], ...]
     memory: int
@@ -45,17 +45,16 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """Return the machine this runs on."""
+    """Return the machine that this process runs on."""
     from huggingface_hub import constants
 
     return Machine(gpus(), total_memory(), free_space(Path(constants.HF_HUB_CACHE)))
 
 
 def gpus() -> tuple[tuple[str, int], ...]:
-    """Return (name, bytes) of the GPUs that a process here may use.
+    """Return (name, bytes) of the GPUs that this process may use, as nvidia-smi reports them.
 
-    PyTorch gives names and sizes only once CUDA is started in this process, after which vLLM can no longer fork its
-    own; so the driver's program is asked.
+    PyTorch would have to initialise CUDA in this process for that, after which vLLM could no longer fork its workers.
     """
     program = shutil.which("nvidia-smi")
     if program is None:
@@ -76,24 +75,24 @@ def total_memory() -> int:
 
 
 def available_memory() -> int:
-    """Return the bytes of memory that can be had without swapping."""
+    """Return the bytes of memory that are available without swapping."""
     return int(psutil.virtual_memory().available)
 
 
 def download_bytes(target: Target) -> int:
-    """Return the bytes of a hub target's model (in 16 bits) and SAE; 0 for what is in folders."""
+    """Return the download size in bytes of a hub target: model in 16 bits plus SAE; local parts count 0."""
     model = 0 if Path(target.model).is_dir() or not target.n_parameters else 2 * target.n_parameters
     local = target.sae is None or Path(target.sae.location).expanduser().exists()
     return model + (0 if local else target.sae_bytes)
 
 
 def verdict(target: Target, machine: Machine) -> str:
-    """Say how a target can run on a machine, or why it cannot."""
+    """Describe how a target can run on a machine, or why it cannot."""
     if target.memory() is None:
-        return "unknown: its size is not known"
+        return "unknown: the number of parameters is not known"
     reasons = []
     if (download := download_bytes(target)) > machine.disk:
-        reasons.append(f"{gigabytes(download)} of disk needed if nothing of it is there")
+        reasons.append(f"{gigabytes(download)} of disk needed if nothing is downloaded yet")
     forms = ("bfloat16", "fp8") if target.dtype == "bfloat16" else (target.dtype,)
     for form in forms:
         needed = target.memory(form) or 0
@@ -118,16 +117,16 @@ def _where(needed: int, machine: Machine, form: str) -> str | None:
 
 
 def check_ready(target: Target, kind: str = "", free: int = 0, form: str | None = None) -> None:
-    """Raise SteerbackError where a target does not fit `free` bytes of a `kind` of memory, or cannot be had.
+    """Raise SteerbackError if a target does not fit in `free` bytes of a `kind` of memory or cannot be downloaded.
 
-    `form` is the type of its weights, if not the target's own; `free` 0 leaves memory out. The hub is asked for access
-    and sizes, and the disk for room for what is not in its cache.
+    `form` is the type of the weights, None for the target's dtype; `free` 0 skips the check of memory. Checks access at
+    the hub, and disk space for the files that its cache lacks.
     """
     needed = target.memory(form)
     if free and needed is not None and needed > free:
         raise SteerbackError(
-            f"target {target.name!r} needs about {gigabytes(needed)} of {kind} as {form or target.dtype} and "
-            f"{gigabytes(free)} are free; steerback targets --fit says what fits this machine"
+            f"target {target.name!r} needs about {gigabytes(needed)} of {kind} as {form or target.dtype}, but "
+            f"{gigabytes(free)} are free; steerback targets --fit lists the targets that fit this machine"
         )
     if not Path(target.model).is_dir():
         _check_hub_model(target)
@@ -154,21 +153,21 @@ def _check_hub_model(target: Target) -> None:
                 dry_run=True,
             )
         except errors.DryRunError as error:
-            if snapshot_is_whole(target):  # without a network
+            if snapshot_is_whole(target):  # no network, but everything is in the cache
                 return
             if isinstance(error.__cause__, errors.HfHubHTTPError):
                 raise error.__cause__ from None
             raise errors.LocalEntryNotFoundError(str(error)) from error.__cause__
     if not any(file.filename.endswith(".safetensors") for file in files):
-        raise SteerbackError(f"{target.model}: no safetensors files there; weights in pickles are not loaded")
+        raise SteerbackError(f"{target.model}: has no safetensors files; pickled weights are refused")
     missing = sum(file.file_size or 0 for file in files if file.will_download)
     check_space(Path(constants.HF_HUB_CACHE), missing, f"target {target.name!r}: the rest of {target.model}")
 
 
 def fetch(target: Target) -> None:
-    """Download what the hub's cache lacks of a target, the SAE first, and show progress at a terminal.
+    """Download the files of a target that the hub's cache lacks, the SAE first; shows progress on a terminal.
 
-    The hub's library keeps each file of a model that is whole, so a stopped download continues with the next file.
+    The hub's library keeps each complete file of a model, so an interrupted download continues with the next file.
     """
     from huggingface_hub import snapshot_download
 
@@ -190,22 +189,22 @@ def fetch(target: Target) -> None:
 
 
 def check_weights(target: Target) -> None:
-    """Raise SteerbackError if a model's files hold more or fewer layers than its config.json says.
+    """Raise SteerbackError if a model's files have more or fewer layers than its config.json says.
 
-    Engines would build the model without the former and never say so; of the latter there could be millions.
+    Engines would silently ignore extra layers, and a wrong config.json could ask for millions of missing ones.
     """
     folder = model_folder(target)
     layers = {int(m[1]) for name in weight_sizes(folder) if (m := DECODER_LAYER.match(name))}
     n_layers = model_config(folder).get("num_hidden_layers")
     if layers and isinstance(n_layers, int) and max(layers) + 1 != n_layers:
         raise SteerbackError(
-            f"target {target.name!r}: config.json of {target.model} says {n_layers} layers and its weights have "
-            f"{max(layers) + 1}; they are not of one model, or a file is incomplete"
+            f"target {target.name!r}: config.json of {target.model} says {n_layers} layers, but its weights have "
+            f"{max(layers) + 1}; they belong to different models, or a file is incomplete"
         )
 
 
 def model_folder(target: Target) -> Path:
-    """Return the folder of a model's files: its own, or that of a hub model in the local cache."""
+    """Return the folder of a model's files: the model's folder, or a hub model's folder in the local cache."""
     from huggingface_hub import try_to_load_from_cache as cached
 
     if Path(target.model).is_dir():
@@ -219,7 +218,7 @@ def _pinned(target: Target) -> bool:
 
 
 def quiet_bar() -> type[tqdm]:
-    """Return a progress bar that shows nothing."""
+    """Return a tqdm class that displays nothing."""
     from tqdm import tqdm
 
     def init(self: tqdm, *args: object, **options: object) -> None:
@@ -229,16 +228,15 @@ def quiet_bar() -> type[tqdm]:
 
 
 def snapshot_is_whole(target: Target) -> bool:
-    """Return whether the hub's cache has config and weights of a target's model."""
-    from huggingface_hub import try_to_load_from_cache as cached
+    """Return whether the hub's cache has config and all weights of a target's model."""
+    from huggingface_hub import try_to_load_from_cache
 
-    def there(name: str) -> str | None:
-        found = cached(target.model, name, revision=target.revision)
-        return found if isinstance(found, str) else None
+    def cached(name: str) -> str | None:
+        path = try_to_load_from_cache(target.model, name, revision=target.revision)
+        return path if isinstance(path, str) else None
 
-    index = there("model.safetensors.index.json")
-    if index is not None:
+    names = {"model.safetensors"}
+    if index := cached("model.safetensors.index.json"):
         listed = read_json_table(Path(index), "list of weights").get("weight_map")
         names = set(map(str, listed.values())) if isinstance(listed, dict) else {""}
-        return there("config.json") is not None and all(there(name) for name in names)
-    return there("config.json") is not None and there("model.safetensors") is not None
+    return all(cached(name) for name in {"config.json", *names})

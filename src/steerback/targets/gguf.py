@@ -1,7 +1,8 @@
-"""A GGUF file as a model: de-quantised once into a folder of safetensors in the cache, which both engines load.
+"""GGUF files as models: each file is de-quantised once to a folder of safetensors, which both engines can load.
 
-The folder is named by the file's SHA-256. Weights of a quantised file are kept as bfloat16, those of a float32 or
-float16 file as float32. A vision or audio part of the model is not in such files. It knows no target and no engine.
+The folder is in the cache, named by the file's SHA-256. Weights of a quantised file are stored as bfloat16, those of a
+float32 or float16 file as float32. GGUF files do not contain the vision or audio part of a model. This module knows no
+targets and no engines.
 """
 
 from __future__ import annotations
@@ -22,31 +23,31 @@ from steerback.targets.download import check_space, gigabytes, hash_file
 
 SUFFIX = ".gguf"
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3moe", "gemma2", "gemma3")
-"""What files call the architectures that can be steered."""
+"""Architectures that can be steered, by their names in GGUF files."""
 FLOAT_FILES = (0, 1)
-"""`general.file_type` of files that are not quantised: float32 and float16."""
+"""Values of `general.file_type` for files that are not quantised: float32 and float16."""
 
 
 def is_gguf(model: str) -> bool:
-    """Return whether a target's model names a GGUF file."""
+    """Return whether a target's model is a GGUF file, by its name."""
     return model.endswith(SUFFIX)
 
 
 def gguf_folder(model: str) -> Path | None:
-    """Return the folder that a GGUF file was turned into, None if that has not happened yet."""
+    """Return the folder of a converted GGUF file, None if it is not converted yet."""
     file = Path(model).expanduser()
     folder = _folder(file) if file.is_file() else None
     return folder if folder is not None and (folder / "config.json").is_file() else None
 
 
 def convert_gguf(model: str) -> Path:
-    """Return the folder of a GGUF file's model, de-quantising the file if that has not been done yet.
+    """Convert a GGUF file unless it is converted already; return the folder of the model.
 
-    Raises SteerbackError in one line for a missing or damaged file, an unknown architecture, or a full disk.
+    Raises SteerbackError for a missing or damaged file, an unknown architecture, or a full disk.
     """
     file = Path(model).expanduser()
     if not file.is_file():
-        raise SteerbackError(f"model {model}: no such file")
+        raise SteerbackError(f"model {model}: there is no such file")
     folder = _folder(file)
     if (folder / "config.json").is_file():
         return folder
@@ -67,7 +68,7 @@ def convert_gguf(model: str) -> Path:
 
 
 def has_template(folder: Path) -> bool:
-    """Return whether a model's folder has a chat template."""
+    """Return whether the model in a folder has a chat template."""
     if (folder / "chat_template.jinja").is_file():
         return True
     try:
@@ -77,17 +78,17 @@ def has_template(folder: Path) -> bool:
 
 
 def stored_dtype(folder: Path) -> str:
-    """Return the type in which the weights of a converted file were kept."""
+    """Return the type of the weights of a converted file."""
     return str(read_json_table(folder / "config.json", "model config").get("dtype", "bfloat16"))
 
 
 def _folder(file: Path) -> Path:
-    """Return the folder of a file by its hash, which is remembered as long as size and time of the file stay."""
+    """Return the folder named by the file's hash; the hash is cached until size or time of the file change."""
     stat = file.stat()
     key = [str(file.resolve()), stat.st_size, stat.st_mtime_ns]
     place = user_folder("gguf", "hashes.json")
     known: dict[str, str] = {}
-    with contextlib.suppress(SteerbackError):  # none yet, or damaged: the hash is computed again
+    with contextlib.suppress(SteerbackError):  # missing or damaged: the hash is computed again
         known = {entry: str(value) for entry, value in read_json_table(place, "hashes of models").items()}
     name = json.dumps(key)
     if name not in known:
@@ -98,7 +99,7 @@ def _folder(file: Path) -> Path:
 
 
 def _check(file: Path) -> bool:
-    """Return whether a file is not quantised; SteerbackError unless it is whole and of a known architecture."""
+    """Return whether a file is unquantised. Raises SteerbackError if it is incomplete or of an unknown architecture."""
     try:
         from gguf import GGUFReader
     except ImportError:
@@ -112,7 +113,7 @@ def _check(file: Path) -> bool:
     if architecture not in ARCHITECTURES:
         raise unknown(f"architecture (in {file})", architecture, ARCHITECTURES)
     if not end or end > file.stat().st_size:
-        raise SteerbackError(f"model {file}: not a whole GGUF file of a model; get it again")
+        raise SteerbackError(f"model {file}: not a complete GGUF file of a model; download it again")
     return floats
 
 
@@ -122,14 +123,14 @@ def _errors(file: Path) -> Iterator[None]:
         yield
     except SteerbackError:
         raise
-    except Exception as error:  # these libraries let anything through that a damaged file provokes
+    except Exception as error:  # the libraries raise many types of errors for a damaged file
         reason = one_line(error)[:300] or type(error).__name__
         raise SteerbackError(f"model {file}: not a readable GGUF file ({reason})") from error
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the library's bars and notes about the conversion off the terminal."""
+    """Suppress the library's progress bars and notes about the conversion."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -142,7 +143,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _convert(file: Path, folder: Path, dtype: str) -> None:
-    """Write model and tokenizer of a file as transformers' own folder."""
+    """Write model and tokenizer of a file as a folder in transformers' format."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -152,7 +153,7 @@ def _convert(file: Path, folder: Path, dtype: str) -> None:
     if report["missing_keys"]:
         raise SteerbackError(f"model {file}: lacks {len(report['missing_keys'])} weights of its architecture")
     for owner, name in ((model, "hf_quantizer"), (model, "quantization_method"), (model.config, "quantization_config")):
-        if hasattr(owner, name):  # else save_pretrained refuses
+        if hasattr(owner, name):  # save_pretrained refuses models marked as quantised
             delattr(owner, name)
     model.is_quantized = False
     model.save_pretrained(folder)

@@ -1,18 +1,18 @@
-"""Labels of latents: those that come with a target, label files of others, and the user's table.
+"""Labels of latents: labels in a target's folder, label files in other formats, and the user's table.
 
-A target's folder may hold
+A target's folder may contain
     labels.csv     index,label
     latents.csv    index,label,density,max_activation,kind
     contexts.json  {"index": ["top-activating snippet", ...]}
 
-Label files of others
-    .csv                 index (or Goodfire's index_in_sae), label, and columns that are not read
-    .jsonl, .jsonl.gz    Neuronpedia's export: one explanation a line, {"index": "17", "description": ..., ...}
-    .json                the same as one list, or {"17": "label"}
-    a folder             all such files in it, in order of their names
+Label files in other formats
+    .csv                 index (or Goodfire's index_in_sae), label; other columns are ignored
+    .jsonl, .jsonl.gz    Neuronpedia's export: one explanation per line, {"index": "17", "description": ..., ...}
+    .json                the same rows as a list, or {"17": "label"}
+    a folder             all such files in it, ordered by name
 
-The user's table of a target has the columns index,label,source: labels that were fetched, imported or made, each row
-saying where it is from. A latent without a label has no row: a missing label is missing, never invented.
+The user's table of a target has the columns index,label,source. It contains labels that were fetched, imported or
+generated, each with its source. A latent without a label has no row.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ SUFFIXES = (".csv", ".json", ".json.gz", ".jsonl", ".jsonl.gz")
 INDEX_COLUMNS = ("index", "index_in_sae")
 TABLE = "labels.csv"
 LONGEST = 2_000
-"""Characters of a label. A longer one is no label, and a judge would have to read all of it for every response."""
+"""Largest number of characters of a label: a judge has to read the label with every response."""
 COLUMNS = ("index", "label", "source")
-"""Of the user's table."""
+"""Columns of the user's table."""
 OURS = {"source", "density"}
-"""Columns that mark the tables that steerback writes; files of others with labels have neither."""
+"""Columns that only tables written by steerback have."""
 
 
 def read_labels(folder: Path) -> dict[int, str]:
-    """Return the label per latent from labels.csv (else latents.csv); latents without one are left out."""
+    """Return the labels by latent from labels.csv, or else latents.csv; latents without a label are left out."""
     for name in ("labels.csv", "latents.csv"):
         if (folder / name).is_file():
             rows = _rows(folder / name, "label")
@@ -64,7 +64,7 @@ def read_dead(folder: Path) -> frozenset[int]:
 
 
 def read_contexts(folder: Path) -> dict[LatentKey, tuple[str, ...]]:
-    """Return top-activating snippets per latent from contexts.json; empty where there is no such file."""
+    """Return top-activating snippets by latent from contexts.json; empty if there is no such file."""
     path = folder / "contexts.json"
     if not path.is_file():
         return {}
@@ -77,12 +77,12 @@ def read_contexts(folder: Path) -> dict[LatentKey, tuple[str, ...]]:
 
 def _list(value: readers.Json) -> list[readers.Json]:
     if not isinstance(value, list):
-        raise ValueError(f"{str(value)[:80]!r} is no list")
+        raise ValueError(f"{str(value)[:80]!r} is not a list")
     return value
 
 
 def _rows(path: Path, column: str) -> list[tuple[int, str]]:
-    """Return (index, value of a column) of each row."""
+    """Return (index, value of `column`) of each row of a table of latents."""
     text = readers.read_text(path, "table of latents")
     where = f"table of latents {path}"
     rows = csv_rows(text, where, ("index", column), written_here=_is_ours(text, where))
@@ -90,7 +90,7 @@ def _rows(path: Path, column: str) -> list[tuple[int, str]]:
 
 
 def _index(text: object, where: str) -> int:
-    """Return the index of a latent."""
+    """Parse the index of a latent; `where` names the row in the error message."""
     try:
         latent = int(str(text))
     except ValueError:
@@ -102,19 +102,19 @@ def _index(text: object, where: str) -> int:
 
 @dataclass
 class LatentLabels:
-    """Labels that were read: one per latent, and how many rows had none or came second for their latent."""
+    """Labels that were read, one per latent; `empty` and `repeated` count the skipped rows."""
 
     labels: dict[int, str] = field(default_factory=dict)
     empty: int = 0
     repeated: int = 0
     origins: set[str] = field(default_factory=set)
-    """Neuronpedia's model/source of the rows, and the model that wrote them ("by ...")."""
+    """Neuronpedia's model/source of the rows, and "by MODEL" for the model that wrote the labels."""
 
     def add(self, index: object, label: object, where: str) -> None:
-        """Add a row; of several labels for one latent the first stays."""
+        """Add a row; of several labels for a latent, the first counts."""
         latent = _index(index, where)
         text = " ".join(label.split()) if isinstance(label, str) else ""
-        if not text or re.fullmatch(rf"(?:feature|latent)[_ ]{latent}", text):  # a stand-in for a label is none
+        if not text or re.fullmatch(rf"(?:feature|latent)[_ ]{latent}", text):  # "feature_17" is only a placeholder
             self.empty += 1
         elif latent in self.labels:
             self.repeated += 1
@@ -131,23 +131,23 @@ def _checked(latent: int, text: str, where: str) -> str:
 
 
 def read_label_file(path: Path) -> LatentLabels:
-    """Read one file or all files of a folder; SteerbackError naming file and line for what cannot be read."""
+    """Read a label file, or all label files of a folder. Raises SteerbackError that names the wrong file and line."""
     files = [path]
     if path.is_dir():
         files = sorted((p for p in path.iterdir() if p.name.endswith(SUFFIXES)), key=_natural)
     if not files or not all(p.is_file() for p in files):
-        raise SteerbackError(f"{path}: no label file there; readable are {', '.join(SUFFIXES)}")
+        raise SteerbackError(f"{path}: no label file there; supported suffixes: {', '.join(SUFFIXES)}")
     read = LatentLabels()
     for file in files:
         _read_into(read, file)
     sources = sorted(o for o in read.origins if not o.startswith("by "))
     if len(sources) > 1:
-        raise SteerbackError(f"{path}: labels of different SAEs in one place: {', '.join(sources)}; keep one")
+        raise SteerbackError(f"{path}: has labels of different SAEs: {', '.join(sources)}; keep one")
     return read
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
-    """Sort key that puts batch-2 before batch-10."""
+    """Return a sort key that puts batch-2 before batch-10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path.name)]
 
 
@@ -167,7 +167,7 @@ def _read_into(read: LatentLabels, path: Path) -> None:
 
 
 def _json_rows(text: str, path: Path) -> Iterator[tuple[str, readers.Json]]:
-    """Yield (place, row) of each row of JSON or JSON lines."""
+    """Yield (location, row) of each row of a JSON or JSON lines file."""
     where = f"label file {path}"
     if not path.name.removesuffix(".gz").endswith(".json"):
         yield from readers.parse_json_lines(text, where)
@@ -176,12 +176,12 @@ def _json_rows(text: str, path: Path) -> Iterator[tuple[str, readers.Json]]:
     if isinstance(loaded, dict):
         loaded = [{"index": k, "label": v} for k, v in loaded.items()]
     if not isinstance(loaded, list):
-        raise SteerbackError(f"{where} must hold a list or an object of labels, not {str(loaded)[:80]!r}")
+        raise SteerbackError(f"{where} must be a list or an object of labels, not {str(loaded)[:80]!r}")
     yield from ((where, row) for row in loaded)
 
 
 def _read_csv(read: LatentLabels, text: str, path: Path) -> None:
-    """Read a table of others, or a user's table of another target, which names the `source` of each label."""
+    """Read a CSV in another format, or the user's table of another target, which has a `source` column."""
     where = f"label file {path}"
     header = _header(text, where)
     column = next((name for name in INDEX_COLUMNS if name in header), INDEX_COLUMNS[0])
@@ -194,13 +194,13 @@ def _header(text: str, where: str) -> set[str]:
 
 
 def _is_ours(text: str, where: str) -> bool:
-    """Return whether we wrote a table; an apostrophe in front of a label of others belongs to the label."""
+    """Return whether steerback wrote a table, so that apostrophes before labels are escapes and not text."""
     return not OURS.isdisjoint(_header(text, where))
 
 
 @dataclass(frozen=True, slots=True)
 class UserLabel:
-    """A label of the user's table and where it is from."""
+    """A label of the user's table with its source."""
 
     label: str
     source: str
@@ -208,7 +208,7 @@ class UserLabel:
 
 @dataclass(frozen=True, slots=True)
 class StoredLabels:
-    """How many new labels were written, and how many left out because their latent has one already."""
+    """Number of new labels `written`, and number skipped (`kept`) because their latent already has a label."""
 
     written: int
     kept: int
@@ -216,12 +216,12 @@ class StoredLabels:
 
 
 def user_labels_folder(target: str) -> Path:
-    """Return the folder of the user's labels of a target and of the files they were fetched from."""
+    """Return the folder with the user's labels for a target and the files they were downloaded from."""
     return user_folder("labels", target)
 
 
 def read_user_labels(target: str) -> dict[int, UserLabel]:
-    """Return the user's labels of a target; empty where there are none."""
+    """Return the user's labels for a target by latent; empty if there are none."""
     path = user_labels_folder(target) / TABLE
     try:
         stat = path.stat()
@@ -232,7 +232,7 @@ def read_user_labels(target: str) -> dict[int, UserLabel]:
 
 @lru_cache(maxsize=8)
 def _user_table(path: Path, _changed: int, _size: int) -> Mapping[int, UserLabel]:
-    """Read a table; kept as long as its file stays the same, because a run reads it once per latent."""
+    """Read a table. The cache is valid until the file changes; it exists because a run reads the table per latent."""
     rows = csv_rows(readers.read_text(path, "table of labels"), f"table of labels {path}", COLUMNS)
     return {_index(row["index"], where): UserLabel(row["label"], row["source"]) for where, row in rows}
 
@@ -240,9 +240,9 @@ def _user_table(path: Path, _changed: int, _size: int) -> Mapping[int, UserLabel
 def store_labels(
     target: str, labels: Mapping[int, str], source: str, taken: Iterable[int] = (), overwrite: bool = False
 ) -> StoredLabels:
-    """Add labels to the user's table, whole or not at all.
+    """Add labels to the user's table atomically.
 
-    Latents that have a label, in the table or among `taken` (labels that come with the target), keep it unless
+    A latent that has a label in the table or is in `taken` (latents labelled by the target) keeps its label unless
     `overwrite`.
     """
     known = read_user_labels(target)

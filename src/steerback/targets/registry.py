@@ -1,6 +1,6 @@
-"""Targets by name: the built-in registry, a user's TOML file, a folder.
+"""Targets by name, from the built-in registry, a user's TOML file, a folder, or a GGUF file.
 
-One table of TOML is one target. This reads tables, `sae.json` and the model's config.json, and loads no weights.
+A target is one TOML table. This module reads tables, `sae.json` and the model's config.json; it loads no weights.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from steerback.targets.target import (
 
 REGISTRY = Path(__file__).with_name("registry.toml")
 USER_FILE = "STEERBACK_TARGETS"
-"""Environment variable with the path of the user's file of targets; the option --targets sets it."""
+"""Environment variable with the path of the user's targets file; the option --targets sets it."""
 DEPTH, TRAINED = 0.6, "target.toml"
 Table = Mapping[str, object]
 Tables = Mapping[str, Table]
-"""Tables of targets by name, as TOML and a run's config hold them; `TargetTable` is the checked form of one."""
+"""Unchecked tables of targets by name, from TOML or a run's config; `TargetTable` is the checked form."""
 
 
 class SaeTable(Settings):
-    """The key `sae` of a target's table; see `SaeSource`."""
+    """The key `sae` of a target's table; `SaeSource` explains the fields."""
 
     model_config = ConfigDict(strict=True)
     location: str = Field(min_length=1)
@@ -58,12 +58,12 @@ class SaeTable(Settings):
 
 
 def _files(value: object) -> object:
-    """Return a table of files by name or a list of files; one file is a list of one."""
+    """Return a table {name: file} or a list of files; a single file becomes a list."""
     if isinstance(value, str):
         return [value]
     places = list(value.values()) if isinstance(value, dict) else value
     if not isinstance(places, list) or not all(isinstance(place, str) for place in places):
-        raise ValueError(f"{value!r} should be a string, a list of strings, or a table of names with their files")
+        raise ValueError(f"{value!r} should be a string, a list of strings, or a table of names and files")
     return value
 
 
@@ -72,7 +72,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class TargetTable(Settings):
-    """One target as its table has it; the keys are explained at the top of registry.toml."""
+    """The checked table of a target; the top of registry.toml explains the keys."""
 
     model_config = ConfigDict(strict=True, arbitrary_types_allowed=True)
     model: str = Field(min_length=1)
@@ -102,31 +102,30 @@ class TargetTable(Settings):
 
 
 def builtin_targets() -> tuple[Target, ...]:
-    """Return all built-in targets, whether or not their weights are on this machine."""
+    """Return all built-in targets, even if their weights are not on this machine."""
     return tuple(_from_table(name, table, complete=False) for name, table in tables().items())
 
 
 def list_targets() -> tuple[Target, ...]:
-    """Return all built-in targets and those of the user's file, each as complete as this machine's files allow."""
+    """Return all built-in targets and those of the user's file; facts from files are included if the files exist."""
     known = {**tables(), **user_tables()}
-    return tuple(_from_table(name, table, complete=_is_there(name, table)) for name, table in known.items())
+    return tuple(_from_table(name, table, complete=_has_files(name, table)) for name, table in known.items())
 
 
-def _is_there(name: str, table: Table) -> bool:
+def _has_files(name: str, table: Table) -> bool:
     if is_gguf(str(table["model"])):
         return gguf_folder(str(table["model"])) is not None
     return table["model"] != "builtin" or (_weights(name, check=False) / "sae.json").is_file()
 
 
-def resolve(name: str, own: Tables | None = None) -> Target:
-    """Return a target by name, or of a folder in our format or a GGUF file by its path.
+def resolve(name: str, run_tables: Tables | None = None) -> Target:
+    """Return a target by its name, or by the path of a folder in steerback's format or of a GGUF file.
 
-    Names are looked up in `own` (a run's definitions), the user's file and the built-in targets, in this order.
-    NAME+FOLDER is a target with the LoRA adapter of a folder.
-
-    Raises SteerbackError that lists the choices for an unknown name, or says what to build if weights are missing.
+    Names are looked up in `run_tables` (a run's definitions), the user's file and the built-in targets, in this order.
+    NAME+FOLDER is the target with the LoRA adapter in a folder. Raises SteerbackError for an unknown name (lists the
+    choices) and for missing weights (says how to build them).
     """
-    known: dict[str, Table] = {**tables(), **user_tables(), **(own or {})}
+    known: dict[str, Table] = {**tables(), **user_tables(), **(run_tables or {})}
     if name in known:
         return _from_table(name, known[name], complete=True)
     folder = Path(name).expanduser()
@@ -138,30 +137,30 @@ def resolve(name: str, own: Tables | None = None) -> Target:
     if plus and (base in known or Path(base).expanduser().is_dir()):
         adapter = Path(place).expanduser()
         check_adapter(f"target {name}", adapter)
-        return resolve(base, own).with_adapter(adapter.resolve())
+        return resolve(base, run_tables).with_adapter(adapter.resolve())
     raise unknown("target", name, [*known, "(a folder with config.json and sae.json)", "(a GGUF file)"])
 
 
 def from_folder(folder: Path, **changes: object) -> Target:
-    """Return the target of a folder: config.json, weights, tokenizer, sae.json + sae.safetensors, optional labels.
+    """Return the target of a folder with config.json, weights, tokenizer, sae.json, sae.safetensors, optional labels.
 
-    `boost_prior` ([mean, sd, low, high]) in sae.json wins over the registry's; `changes` set any other key.
+    `boost_prior` ([mean, sd, low, high]) in sae.json overrides that of the registry; `changes` set other keys.
     """
     name = Path(os.path.abspath(folder)).name
     return _from_table(name, {"model": str(folder), **changes}, complete=True)
 
 
 def from_gguf(file: Path, **changes: object) -> Target:
-    """Return the target of a GGUF file, de-quantised if need be: no SAE, its steer layer at 60 % of the depth."""
+    """Return the target of a GGUF file, converted if necessary; without an SAE, steered at 60 % of its depth."""
     folder = convert_gguf(str(file))
-    found: dict[str, object] = {"model": str(file), "dtype": stored_dtype(folder)}
-    found |= {} if has_template(folder) else {"prompt_format": "plain"}
-    return _from_table(file.name.removesuffix(SUFFIX), found | changes, complete=True)
+    table: dict[str, object] = {"model": str(file), "dtype": stored_dtype(folder)}
+    table |= {} if has_template(folder) else {"prompt_format": "plain"}
+    return _from_table(file.name.removesuffix(SUFFIX), table | changes, complete=True)
 
 
 @cache
 def tables() -> dict[str, dict[str, object]]:
-    """Return the built-in targets' tables by name, variants included."""
+    """Return the tables of the built-in targets by name, including variants."""
     return _variants(_registry())
 
 
@@ -171,7 +170,7 @@ def _registry() -> dict[str, dict[str, object]]:
 
 
 def user_tables() -> dict[str, dict[str, object]]:
-    """Return the tables of the user's file (none where STEERBACK_TARGETS names none) and of targets trained here."""
+    """Return the tables of locally trained targets and of the user's file (if STEERBACK_TARGETS names one)."""
     made: dict[str, dict[str, object]] = {}
     for path in sorted(trained_folder("*").parent.glob(f"*/{TRAINED}")):
         made |= read_targets(path)
@@ -180,64 +179,63 @@ def user_tables() -> dict[str, dict[str, object]]:
 
 
 def trained_folder(name: str) -> Path:
-    """Return the folder of the target that `steerback sae train` makes under a name."""
+    """Return the folder of the target NAME that `steerback sae train` makes."""
     return user_folder("targets", name)
 
 
 def read_targets(file: Path) -> dict[str, dict[str, object]]:
-    """Return the tables of a user's TOML file by name, variants included, checked, with absolute paths.
+    """Read and check a user's TOML file; return its tables by name, including variants, with absolute paths.
 
-    Paths are relative to the file. Raises SteerbackError naming the file, the target and the key that is wrong.
+    Paths in the file are relative to the file. Raises SteerbackError that names the file, the target and the wrong key.
     """
     where = f"file of targets {file}"
     loaded: dict[str, Table] = {}
     for name, table in read_toml(file, "file of targets").items():
         if not isinstance(table, dict):
-            raise SteerbackError(f"{where}: {name!r} is not a table; each target is one, [{name}]")
+            raise SteerbackError(f"{where}: {name!r} is not a table; write each target as a table, [{name}]")
         if "model" not in table and name not in tables():
-            hint = "" if len(table) != 1 else f'; a name with a dot has to be quoted, ["{name}.{next(iter(table))}"]'
-            raise SteerbackError(f"{where}: target {name!r} says no model (a folder or a hub id){hint}")
+            hint = "" if len(table) != 1 else f'; a name with a dot must be quoted, ["{name}.{next(iter(table))}"]'
+            raise SteerbackError(f"{where}: target {name!r} has no model (a folder or a hub id){hint}")
         if "model" in table and name in tables():
             raise SteerbackError(
-                f"{where}: {name!r} is a built-in target; choose another name, or leave out model to change its values"
+                f"{where}: {name!r} is a built-in target; choose another name, or remove `model` to change its values"
             )
         variants = table.get("variants", {})
         if not isinstance(variants, dict) or not all(isinstance(changes, dict) for changes in variants.values()):
-            raise SteerbackError(f"{where}: target {name!r}: variants should be tables, [{name}.variants.NAME]")
+            raise SteerbackError(f"{where}: target {name!r}: variants must be tables, [{name}.variants.NAME]")
         loaded[name] = _absolute(table, file.resolve().parent)
     absolute = _variants({name: _changed(name, table) for name, table in loaded.items()})
-    for name, own in absolute.items():
+    for name, table in absolute.items():
         _check_name(where, name)
         try:
-            _from_table(name, own, complete=False)
+            _from_table(name, table, complete=False)
         except SteerbackError as error:
             raise SteerbackError(f"{where}: {error}") from None
     return absolute
 
 
 def _changed(name: str, changes: Table) -> Table:
-    """Return the built-in target's table with a user's changes, which its variants take on as well; others as is."""
+    """Apply the user's changes to the table of a built-in target and its variants; return other tables unchanged."""
     if name not in tables():
         return changes
-    old = _registry().get(name, tables()[name])
-    said = old.get("provenance", {})
-    assert isinstance(said, dict)
-    own = {key: "the user's file of targets" for key in changes if key not in ("summary", "provenance", "variants")}
-    given = changes.get("provenance", {})
-    return {**old, **changes, "provenance": {**said, **own, **given} if isinstance(given, dict) else given}
+    builtin = _registry().get(name, tables()[name])
+    old, new = builtin.get("provenance", {}), changes.get("provenance", {})
+    assert isinstance(old, dict)
+    changed = {key: "the user's file of targets" for key in changes if key not in ("summary", "provenance", "variants")}
+    return {**builtin, **changes, "provenance": {**old, **changed, **new} if isinstance(new, dict) else new}
 
 
 def _check_name(where: str, name: str) -> None:
-    """Raise SteerbackError for a name that cannot be the name of a folder: the target's labels are kept under it."""
+    """Raise SteerbackError for a name that is no valid name of a folder, because the target's labels need a folder."""
     if not re.fullmatch(r"[\w@+-][\w.@+ -]{0,99}", name):
         raise SteerbackError(
-            f"{where}: target name {name[:120]!r} should be letters, digits and . @ + - _, not begin with a dot, and "
-            "have 100 characters at most"
+            f"{where}: target name {name[:120]!r} is invalid; use at most 100 letters, digits and . @ + - _, and no "
+            "dot at the beginning"
         )
 
 
 def _variants(loaded: Mapping[str, Table]) -> dict[str, dict[str, object]]:
-    """Return tables with each `[NAME.variants.VARIANT]` as a target NAME@VARIANT: the target's keys, changed."""
+    """Expand each `[NAME.variants.VARIANT]` to a target NAME@VARIANT: the target's table with the variant's changes."""
     split: dict[str, dict[str, object]] = {}
     for name, whole in loaded.items():
         table = {key: value for key, value in whole.items() if key != "variants"}
@@ -252,7 +250,7 @@ def _variants(loaded: Mapping[str, Table]) -> dict[str, dict[str, object]]:
 
 
 def _absolute(table: Table, base: Path) -> dict[str, object]:
-    """Return a table whose paths do not depend on the working folder: what exists in `base` is meant as a path."""
+    """Make the paths of a table absolute; a value is a path if it exists relative to `base`."""
 
     def fixed(value: object) -> object:
         if isinstance(value, str) and value and (base / Path(value).expanduser()).exists():
@@ -271,7 +269,7 @@ def _absolute(table: Table, base: Path) -> dict[str, object]:
 
 
 def _from_table(name: str, raw: Table, complete: bool) -> Target:
-    """Return the target of a table; `complete` demands what the table or the files have to say of its layers."""
+    """Return the target of a table; `complete` raises SteerbackError if table and files leave a layer or size open."""
     where = f"target {name!r}"
     table = parse(TargetTable, raw, where)
     builtin = name in tables() and table.model == tables()[name]["model"]
@@ -323,15 +321,15 @@ def _from_table(name: str, raw: Table, complete: bool) -> Target:
 
 
 def default_layer(n_layers: int) -> int:
-    """Return the layer at 60 % of a model's depth, where the paper's SAEs are, for a target that names none."""
+    """Return the default steering layer, at 60 % of a model's depth like the paper's SAEs."""
     return min(round(DEPTH * n_layers), n_layers - 1)
 
 
 def _weights(name: str, check: bool) -> Path:
-    """Return the folder of a built-in model; `check` refuses one without weights."""
+    """Return the folder of a built-in model; `check` raises SteerbackError if it has no weights."""
     if name not in NAMES:
         choices = ", ".join(NAMES)
-        raise SteerbackError(f"target {name!r}: the model 'builtin' is for {choices}; name a folder or a hub id")
+        raise SteerbackError(f"target {name!r}: the model 'builtin' is for {choices} only; name a folder or a hub id")
     folder = weights_dir(name)
     if check and not (folder / "config.json").is_file():
         raise SteerbackError(f"{name}: no weights in {folder}; make them with: python -m tools.organism build")
@@ -339,7 +337,7 @@ def _weights(name: str, check: bool) -> Path:
 
 
 def _sae(table: TargetTable, folder: Path, complete: bool) -> tuple[SaeSource | None, SaeMetadata | None]:
-    """Return where the SAE of a target is, and its `sae.json` if it is in our format and on this machine."""
+    """Return the source of a target's SAE, and its `sae.json` if it is in steerback's format and on this machine."""
     sae = None
     if table.sae is not None:
         sae = SaeSource(**table.sae.model_dump(), layer=table.sae_layer)
@@ -352,7 +350,7 @@ def _sae(table: TargetTable, folder: Path, complete: bool) -> tuple[SaeSource | 
 
 
 def _sizes(table: TargetTable, folder: Path) -> tuple[int | None, int | None]:
-    """Return number of layers and width as the table says, else as the model's config.json does if it is there."""
+    """Return number of layers and width from the table, or else from the model's config.json; None if unknown."""
     config = model_config(folder)
     n_layers, d_model = config.get("num_hidden_layers"), config.get("hidden_size")
     return (
@@ -362,16 +360,16 @@ def _sizes(table: TargetTable, folder: Path) -> tuple[int | None, int | None]:
 
 
 def _check_complete(where: str, sae: SaeSource | None, **needed: int | None) -> None:
-    """Raise SteerbackError for a layer or size that neither the table nor a file says."""
+    """Raise SteerbackError for a layer or size that neither the table nor a file gives."""
     for key, value in needed.items():
         if value is None and sae is None and key in ("steer_layer", "read_layer"):
-            raise SteerbackError(f"{where} has no SAE, so it has to say its {key}")
+            raise SteerbackError(f"{where} has no SAE, so its table must set {key}")
         if value is None and sae is not None and sae.format != "steerback":
-            raise SteerbackError(f"{where}: an SAE of format {sae.format!r} needs {key} beside it")
+            raise SteerbackError(f"{where}: with an SAE of format {sae.format!r}, the table must set {key}")
 
 
 def _check_range(where: str, n_layers: int | None, **layers: int | None) -> None:
-    """Raise SteerbackError for a layer that the model does not have, as far as its number of layers is known."""
+    """Raise SteerbackError for a layer that the model does not have, if its number of layers is known."""
     for key, layer in layers.items():
         if layer is not None and n_layers is not None and layer >= n_layers:
             raise SteerbackError(f"{where}: {key} {layer} is outside 0..{n_layers - 1}, the layers of its model")
@@ -384,17 +382,17 @@ def _boost_prior(
     meta: SaeMetadata | None,
     directions: Sequence[tuple[str, str]],
 ) -> BoostPrior:
-    """Return the prior measured with the SAE, else the table's, else one by the residual's norm for directions."""
+    """Return the prior of `sae.json`, or else of the table, or else one from the residual's norm for directions."""
     prior = table.boost_prior if meta is None or meta.boost_prior is None else meta.boost_prior
     if prior is not None:
         return prior
     if sae is not None:
-        raise SteerbackError(f"{where}: boost_prior is missing; give {{mean, sd, low, high}}, in raw decoder units")
+        raise SteerbackError(f"{where}: boost_prior is missing; set {{mean, sd, low, high}} in raw decoder units")
     priors = [read_facts(Path(file)).prior() for _, file in directions]
     if directions and not any(priors):
         raise SteerbackError(
-            f"{where}: none of its directions says the residual's norm, so the table has to give a boost_prior "
-            "[mean, sd, low, high]; or take a file over with: steerback directions make TARGET NAME --file FILE"
+            f"{where}: its direction files lack the residual's norm; set boost_prior [mean, sd, low, high], "
+            "or import a file with: steerback directions make TARGET NAME --file FILE"
         )
-    mean, sd, high = PRIOR  # while there is no direction, any prior will do
+    mean, sd, high = PRIOR  # without directions the prior is never used
     return BoostPrior(*next((p for p in priors if p), (mean, sd, 0.0, high)))

@@ -1,9 +1,8 @@
-"""Sparse autoencoders: one frozen class for ReLU, JumpReLU and TopK, whatever file it came from, and our own format.
+"""Sparse autoencoders: one frozen class for ReLU, JumpReLU and TopK from all file formats, and steerback's format.
 
 Convention: pre = h @ W_enc + b_enc (no input-bias subtraction, no normalisation), z = pre * (pre > threshold),
-reconstruction = z @ W_dec + b_dec. Loaders (`targets.sae_files`) fold other conventions into this one or refuse.
-Weights may be views of a file on disk, so nothing here makes a second copy of a whole matrix unless it says so.
-It knows nothing of models beyond the width and layer it was trained for.
+reconstruction = z @ W_dec + b_dec. Loaders (`targets.sae_files`) convert other conventions to this one, or refuse.
+Weights may be views of a file on disk, so the functions avoid copies of whole matrices unless their docstring says so.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ from steerback.targets.target import Kind
 
 TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
 BLOCK = 1 << 24
-"""Elements of a matrix that are looked at or converted at a time: 64 MB as float32."""
+"""Elements of a matrix that are read or converted at a time: 64 MB as float32."""
 LARGEST = 1e15
-"""No weight is that large; the norm of a row of such numbers would be infinite in float32."""
+"""Upper limit of a valid weight; the norm of a row of larger numbers would be infinite in float32."""
 TILE = 1024
-"""Matrices are hashed in squares of this size: fast for either order in which a file may have stored them."""
+"""Side of the squares in which matrices are hashed, which is fast for row-major and column-major storage."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +59,9 @@ class Sae:
         return self.W_enc.shape[1]
 
     def encode(self, h: Tensor, latents: Sequence[int] | None = None) -> Tensor:
-        """Activations (..., n) of h (..., d), or (..., len(latents)) for those latents alone.
+        """Return the activations (..., n) of h (..., d), or (..., len(latents)) of some latents.
 
-        ReLU and JumpReLU compute only the columns asked for; TopK has to encode everything to know which k win.
+        ReLU and JumpReLU compute only the columns of `latents`; TopK has to encode all to determine the k largest.
         """
         h = h.to(torch.promote_types(h.dtype, self.W_enc.dtype))
         if self.kind == "topk" or latents is None:
@@ -73,7 +72,7 @@ class Sae:
         return self.activate(pre, self.threshold[columns].to(h))
 
     def _pre(self, h: Tensor) -> Tensor:
-        """Pre-activations (..., n) of all latents; weights of another type or device are converted in blocks."""
+        """Return pre-activations (..., n) of all latents; weights of another type or device are converted in blocks."""
         if self.W_enc.dtype == h.dtype and self.W_enc.device == h.device:
             return h @ self.W_enc + self.b_enc
         pre = h.new_empty(*h.shape[:-1], self.n_latents)
@@ -86,8 +85,8 @@ class Sae:
         return (slice(first, first + step) for first in range(0, self.n_latents, step))
 
     def activate(self, pre: Tensor, threshold: Tensor) -> Tensor:
-        """Activations from pre-activations; TopK needs all latents in the last dimension."""
-        z = pre * (pre > threshold) + 0.0  # an inactive latent reads 0.0, not -0.0
+        """Return activations from pre-activations; TopK needs all latents in the last dimension."""
+        z = pre * (pre > threshold) + 0.0  # so that inactive latents are 0.0 and not -0.0
         if self.kind != "topk":
             return z
         assert self.k is not None  # `check` refuses TopK without k
@@ -95,7 +94,7 @@ class Sae:
         return torch.zeros_like(z).scatter_(-1, top.indices, top.values)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Reconstruction (..., d) of activations (..., n)."""
+        """Return the reconstruction (..., d) of activations (..., n)."""
         if self.W_dec.dtype == z.dtype and self.W_dec.device == z.device:
             return z @ self.W_dec + self.b_dec
         total = self.b_dec.to(z).expand(*z.shape[:-1], -1).clone()
@@ -104,16 +103,16 @@ class Sae:
         return total
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Sae:
-        """The same SAE on another device or in another float type."""
+        """Return the SAE on another device or in another float type."""
         return replace(self, **{name: getattr(self, name).to(device, dtype) for name in TENSORS})
 
     def encoder_to(self, device: torch.device | str) -> Sae:
-        """The same SAE with what encoding needs on another device, the decoder where it is."""
+        """Return the SAE with its encoder on another device; the decoder stays where it is."""
         return replace(self, **{name: getattr(self, name).to(device) for name in ("W_enc", "b_enc", "threshold")})
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 of kind, layer, k and all weights (as float32, tile by tile): part of every cache key."""
+        """SHA-256 of kind, layer, k and all weights (as float32, tile by tile); part of every cache key."""
         state = hashlib.sha256(json.dumps([self.kind, self.layer, self.k]).encode())
         for name in TENSORS:
             tensor = getattr(self, name).detach()
@@ -130,12 +129,12 @@ class Sae:
         squares = torch.zeros(self.n_latents, dtype=torch.float64)
         if weights.stride(0) >= weights.stride(1):
             return torch.cat([part.float().norm(dim=1).cpu() for part in _blocks(weights)])
-        for part in _blocks(weights):  # a view of (d, n): add up in the order in which it is stored
+        for part in _blocks(weights):  # a transposed view: add up in storage order, which is faster
             squares += part.float().square().sum(dim=1).cpu()
         return squares.sqrt().float()
 
     def norms(self) -> dict[str, float]:
-        """Summary of the decoder norms; the formats known here have unit norms, so others deserve a second look."""
+        """Return a summary of the decoder norms. Supported formats have unit norms."""
         norms = self.decoder_norms
         low, middle, high = torch.quantile(norms[:: max(len(norms) // 1_000_000, 1)], torch.tensor([0.05, 0.5, 0.95]))
         return {
@@ -149,7 +148,7 @@ class Sae:
 
     @cached_property
     def _damaged(self) -> str | None:
-        """Name of the first tensor with a number that is no weight, else None; kept, as it reads all weights."""
+        """Name of the first tensor with an invalid number, or None; cached, because it reads all weights."""
         for name in TENSORS:
             if not all(
                 bool((torch.stack(part.aminmax()).abs() < LARGEST).all()) for part in _blocks(getattr(self, name))
@@ -158,14 +157,14 @@ class Sae:
         return None
 
     def check(self, where: str, d_model: int | None = None, n_layers: int | None = None) -> Sae:
-        """Itself, or a SteerbackError saying which shape, value or layer is wrong; `where` names the file."""
+        """Return the SAE itself. Raises SteerbackError for a wrong shape, value or layer; `where` names the file."""
         if self.kind not in get_args(Kind):
             raise unknown(f"SAE kind in {where}", self.kind, get_args(Kind))
         if self.W_enc.ndim != 2:
             raise SteerbackError(f"{where}: W_enc has shape {tuple(self.W_enc.shape)}, expected (d_model, n_latents)")
         d, n = self.W_enc.shape
         if not d * n:
-            raise SteerbackError(f"{where}: W_enc has shape ({d}, {n}); it holds no latents")
+            raise SteerbackError(f"{where}: W_enc has shape ({d}, {n}); it has no latents")
         shapes = {"W_enc": (d, n), "b_enc": (n,), "W_dec": (n, d), "b_dec": (d,), "threshold": (n,)}
         for name, shape in shapes.items():
             tensor = getattr(self, name)
@@ -179,7 +178,7 @@ class Sae:
             raise SteerbackError(f"{where}: a topk SAE needs k between 1 and {n}, not {self.k!r}")
         if d_model is not None and d != d_model:
             raise SteerbackError(
-                f"{where}: the SAE reads width {d}, the model has {d_model}; it is another model's SAE"
+                f"{where}: the SAE reads width {d}, but the model has width {d_model}; it belongs to another model"
             )
         if self.layer < 0 or (n_layers is not None and self.layer >= n_layers):
             raise SteerbackError(f"{where}: layer {self.layer} is outside the model's layers 0..{(n_layers or 1) - 1}")
@@ -187,7 +186,7 @@ class Sae:
 
 
 def _hash_rows(tensor: Tensor, first: int) -> bytes:
-    """SHA-256 of TILE rows of a matrix (or entries of a vector), in squares from left to right."""
+    """Return the SHA-256 of TILE rows of a matrix (or entries of a vector), in squares from left to right."""
     state, rows = hashlib.sha256(), tensor[first : first + TILE]
     for tile in rows[None] if tensor.ndim == 1 else rows.split(TILE, dim=1):  # type: ignore[no-untyped-call]
         state.update(tile.to("cpu", torch.float32).contiguous().numpy().data)
@@ -195,7 +194,7 @@ def _hash_rows(tensor: Tensor, first: int) -> bytes:
 
 
 def _blocks(tensor: Tensor) -> Iterator[Tensor]:
-    """Parts of a tensor of about BLOCK elements, along the dimension in which it is stored."""
+    """Yield parts of about BLOCK elements of a tensor, in storage order."""
     if tensor.ndim == 1:
         yield tensor
         return
@@ -206,15 +205,15 @@ def _blocks(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def stored(tensor: Tensor, where: str) -> Tensor:
-    """Return a tensor in a type that an `Sae` may have: bfloat16 as it is, any other float as float32."""
+    """Convert a tensor to a type of `Sae`: bfloat16 stays, other floats become float32. Refuses other types."""
     if not tensor.is_floating_point() or tensor.is_meta or tensor.layout != torch.strided:
         kind = "sparse" if tensor.layout != torch.strided else str(tensor.dtype).removeprefix("torch.")
-        raise SteerbackError(f"{where} holds {kind} numbers; an SAE's weights are dense and real, float32 or bfloat16")
+        raise SteerbackError(f"{where} has {kind} numbers; an SAE needs dense weights in a floating-point type")
     return tensor if tensor.dtype == torch.bfloat16 else tensor.to(torch.float32)
 
 
 def save_native(sae: Sae, folder: Path, dtype: torch.dtype = torch.float32, **extra: object) -> None:
-    """Write our own format; `extra` goes into sae.json."""
+    """Write an SAE in steerback's format; `extra` adds keys to sae.json."""
     from safetensors.torch import save
 
     make_folder(folder)

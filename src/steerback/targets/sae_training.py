@@ -1,13 +1,13 @@
-"""Training of a sparse autoencoder from a stream of activations: TopK, or BatchTopK with one threshold (JumpReLU).
+"""Train a sparse autoencoder on a stream of activations: TopK, or BatchTopK with one threshold (JumpReLU).
 
     trainer = SaeTrainer(first_batch, layer=17, options=SaeTraining(latents=16_384), steps=3_000)
     for x in batches:             # (n, d) residuals, in random order
         trainer.step(x)
     sae = trainer.sae()           # the convention of `targets.sae`: no input bias, decoder rows of norm 1
 
-TopK keeps the k largest activations of each position (Gao et al. 2024). BatchTopK keeps k a position on average
-(Bussmann et al. 2024), and the threshold that did so in training becomes the JumpReLU's. Dead latents learn from what
-the live ones leave unexplained (AuxK, Gao et al. 2024). It knows nothing of models, texts or files of SAEs.
+TopK keeps the k largest activations of each position (Gao et al. 2024). BatchTopK keeps k per position on average
+(Bussmann et al. 2024); the mean threshold in training becomes that of the JumpReLU. Dead latents are trained on the
+residual error of the live latents (AuxK, Gao et al. 2024). This module knows nothing about models, texts or SAE files.
 """
 
 from __future__ import annotations
@@ -27,37 +27,37 @@ from steerback.errors import SteerbackError
 from steerback.targets.sae import Sae
 
 CUT_ROWS = 512
-"""Rows of a batch by which the cut of BatchTopK is set: sorting all activations would take most of the time."""
+"""Rows of a batch that set BatchTopK's threshold: sorting the activations of all rows would dominate the time."""
 DECAY = 0.2
-"""Share of the steps, at the end, over which the learning rate falls to zero."""
+"""Share of the steps, at the end, in which the learning rate falls to zero."""
 WARMUP = 50
 PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
 class SaeTraining(Settings):
-    """Constants of a training."""
+    """Settings of an SAE's training."""
 
     kind: Literal["topk", "jumprelu"] = "jumprelu"
     latents: int = Field(16_384, ge=2)
     k: int = Field(64, ge=1)
-    """Active latents a position: in each one (topk), or on average (jumprelu)."""
+    """Active latents per position: exactly (topk) or on average (jumprelu)."""
     batch: int = Field(8_192, ge=1)
     learning_rate: float | None = Field(None, gt=0)
-    """None: 4e-4 at 8,192 latents, and less the more there are (by the square root)."""
+    """None: 4e-4 for 8,192 latents, scaled by 1 / sqrt(latents)."""
     aux_weight: float = Field(1 / 32, ge=0)
     dead_after: int = Field(500_000, ge=1)
-    """Positions without activity after which a latent counts as dead."""
+    """Number of positions without activity after which a latent counts as dead."""
     seed: int = 0
 
     @property
     def rate(self) -> float:
-        """The learning rate that is used."""
+        """Learning rate of the training."""
         return self.learning_rate or 4e-4 * (8_192 / self.latents) ** 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingState:
-    """Progress after a step: mean squared error by the variance (1 - explained), and latents that are dead now."""
+    """Progress after a step: `loss` is the mean squared error / variance; `dead` counts dead latents."""
 
     step: int
     steps: int
@@ -68,9 +68,9 @@ class TrainingState:
 
 
 class SaeTrainer:
-    """An SAE in training on the device of the activations; `save` and `load` make it resumable.
+    """An SAE in training, on the device of the activations; `save` and `load` make it resumable.
 
-    The first batch sets what inputs are centred and scaled by. Everything is drawn from the options' seed.
+    The first batch determines centre and scale of the inputs. All random numbers come from the options' seed.
     """
 
     def __init__(self, first: Tensor, layer: int, options: SaeTraining, steps: int) -> None:
@@ -86,11 +86,11 @@ class SaeTrainer:
         self.b_enc, self.b_dec = torch.zeros(options.latents, device=device), torch.zeros(width, device=device)
         self.parameters = [getattr(self, name).requires_grad_() for name in PARAMETERS]
         self._adam = torch.optim.Adam(self.parameters, options.rate, (0.9, 0.99), fused=device.type == "cuda" or None)
-        self.idle = torch.zeros(options.latents, device=device)  # positions since a latent was active
-        self.cut = torch.zeros((), device=device)  # running mean of the smallest activation that is kept
+        self.idle = torch.zeros(options.latents, device=device)  # positions since each latent was last active
+        self.cut = torch.zeros((), device=device)  # running mean of the smallest kept activation
 
     def step(self, x: Tensor) -> Tensor:
-        """Learn from a batch of residuals (n, d); return the unexplained share of its variance, a scalar."""
+        """Train on a batch of residuals (n, d); return the unexplained share of its variance, a scalar."""
         rate = min(1.0, (self.done + 1) / WARMUP, (self.steps - self.done) / max(DECAY * self.steps, 1))
         for group in self._adam.param_groups:
             group["lr"] = self.options.rate * max(rate, 0.0)
@@ -113,7 +113,7 @@ class SaeTrainer:
         return error.detach() / x.square().mean()
 
     def _sparse(self, pre: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the activations that are kept, and the smallest of them."""
+        """Return the sparse activations and the smallest kept activation."""
         active, k = pre.relu(), self.options.k
         if self.options.kind == "topk":
             top = active.topk(k, dim=1)
@@ -123,7 +123,7 @@ class SaeTrainer:
         return active * (active >= cut), cut
 
     def _dead_loss(self, pre: Tensor, residual: Tensor) -> Tensor:
-        """Error of the best reconstruction of the residual by dead latents alone (AuxK)."""
+        """Return the error when dead latents alone reconstruct the residual (AuxK)."""
         dead = (self.idle >= self.options.dead_after).nonzero().flatten()
         if not len(dead) or not self.options.aux_weight:
             return residual.new_zeros(())
@@ -134,13 +134,13 @@ class SaeTrainer:
         return (residual - active @ self.W_dec[dead]).square().mean()
 
     def state(self, unexplained: float, l0: float = float("nan")) -> TrainingState:
-        """Return the progress; `unexplained` is what `step` returned."""
+        """Return the progress; `unexplained` is the return value of `step`."""
         dead = int((self.idle >= self.options.dead_after).sum())
         return TrainingState(self.done, self.steps, unexplained, 1 - unexplained, l0, dead)
 
     @torch.no_grad()
     def sae(self) -> Sae:
-        """Return the SAE in the residual stream's own units: centre and scale are folded into biases and threshold."""
+        """Return the SAE in units of the residual stream: centre and scale are folded into biases and threshold."""
         sparse, n = self.options.kind == "jumprelu", self.options.latents
         weights = {name: getattr(self, name).detach().clone() for name in PARAMETERS}
         weights["b_enc"] = self.scale * weights["b_enc"] - self.centre @ weights["W_enc"]
@@ -149,13 +149,13 @@ class SaeTrainer:
         return Sae(self.options.kind, self.layer, threshold=threshold, k=None if sparse else self.options.k, **weights)
 
     def save(self) -> dict[str, object]:
-        """Return everything needed to go on, as tensors and numbers (loads with `weights_only`)."""
+        """Return the full state of the training as tensors and numbers, which load with `weights_only`."""
         kept = (*PARAMETERS, "centre", "scale", "idle", "cut")
         tensors = {name: getattr(self, name).detach() for name in kept}
         return {"tensors": tensors, "adam": self._adam.state_dict(), "done": self.done, "options": self._key}
 
     def load(self, saved: dict[str, object]) -> bool:
-        """Go on from what `save` returned; False, and nothing changed, if it is of another training."""
+        """Restore a state that `save` returned; return False and change nothing if it is from another training."""
         tensors, adam, done = saved.get("tensors"), saved.get("adam"), saved.get("done")
         if saved.get("options") != self._key or not isinstance(tensors, dict) or not isinstance(adam, dict):
             return False
@@ -176,7 +176,7 @@ class SaeTrainer:
 
 @contextlib.contextmanager
 def _fast_products() -> Iterator[None]:
-    """Let matrix products of float32 use TF32 where there is any, and only here."""
+    """Allow TF32 in float32 matrix products within the context."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
@@ -187,7 +187,7 @@ def _fast_products() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class SaeQuality:
-    """How well an SAE explains activations; `dead` is the share of latents that are active nowhere in them."""
+    """How well an SAE explains activations; `dead` is the share of latents that are never active in them."""
 
     explained: float
     l0: float
@@ -197,7 +197,7 @@ class SaeQuality:
 
 @torch.no_grad()
 def sae_quality(sae: Sae, batches: Iterable[Tensor]) -> SaeQuality:
-    """Return explained variance, mean number of active latents and share of dead ones over batches (n, d)."""
+    """Return explained variance, mean number of active latents and share of dead latents over batches (n, d)."""
     error = active = count = squares = 0.0
     total: Tensor | float = 0.0
     fired: Tensor | None = None
@@ -213,6 +213,6 @@ def sae_quality(sae: Sae, batches: Iterable[Tensor]) -> SaeQuality:
             count += len(h)
             fired = on.any(0) if fired is None else fired | on.any(0)
     if fired is None:
-        raise SteerbackError("there are no activations to measure an SAE on")
+        raise SteerbackError("no activations to measure the SAE on; give more texts")
     spread = squares - float(torch.as_tensor(total).square().sum()) / count
     return SaeQuality(1 - error / spread, active / count, 1 - float(fired.float().mean()), int(count))

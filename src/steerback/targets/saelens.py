@@ -1,8 +1,8 @@
-"""Bring an SAE of SAELens (versions 3 to 6) into this package's convention, and save one in the form of version 6.
+"""Convert SAEs of SAELens (versions 3 to 6) to the convention of `targets.sae`, and save SAEs in the form of version 6.
 
-Its conventions are folded into ours: the decoder bias subtracted from the input, TopK weighed by decoder norms, one
-factor on the input. What depends on each input (layer norm, rescaling to a norm) cannot be and is refused, as is what
-is not an SAE of the residual stream.
+These conventions are folded into the weights: a decoder bias subtracted from the input, TopK weighted by decoder norms,
+one factor on the input. Operations that depend on each input (layer norm, rescaling to a norm) cannot be folded and are
+refused, as are SAEs that do not read the residual stream.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ PER_INPUT = {
 }
 SCALED = (True, "expected_average_only_in")
 WRITTEN_AS = "6.0.0"
-"""Version of SAELens whose form `save_saelens` writes."""
+"""Version of SAELens whose file format `save_saelens` writes."""
 
 
 class _Part(Settings):
-    """Settings of which only those that change the arithmetic are read."""
+    """Base of settings that ignore keys without influence on the arithmetic."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
@@ -45,7 +45,7 @@ class ActivationOptions(_Part):
 
 
 class TrainingNotes(_Part):
-    """The part `metadata` of a config since SAELens 6."""
+    """The key `metadata` of a config since SAELens 6."""
 
     hook_name: str | None = None
 
@@ -70,9 +70,9 @@ class SaeLensConfig(_Part):
 def convert(
     settings: Mapping[str, object], tensors: Mapping[str, Tensor], where: str, input_scale: float | None
 ) -> Sae:
-    """Return an SAE from SAELens' settings and weights; `input_scale` is the factor its training put on the input.
+    """Return an SAE from SAELens' settings and weights; `input_scale` is the factor on the inputs in its training.
 
-    Raises SteerbackError naming the setting that cannot be folded into the weights.
+    Raises SteerbackError that names a setting which cannot be folded into the weights.
     """
     config = parse(SaeLensConfig, settings, where)
     activation = config.activation_fn or config.activation_fn_str or "relu"
@@ -84,7 +84,7 @@ def convert(
             f"{where}: activation function {activation!r}; only ReLU, JumpReLU and TopK can be steered"
         )
     if config.reshape_activations not in ("none", None):
-        raise SteerbackError(f"{where}: an SAE of attention heads; steering needs one of the residual stream")
+        raise SteerbackError(f"{where}: an SAE of attention heads; steering needs an SAE of the residual stream")
     kind = KINDS[architecture]
     weights = {name: stored(tensor, f"{where}: {name}") for name, tensor in tensors.items()}
     _refuse_unknown(weights, kind, where)
@@ -93,27 +93,27 @@ def convert(
     if config.apply_b_dec_to_input:
         weights["b_enc"] = weights["b_enc"] - (weights["b_dec"].float() @ weights["W_enc"].float())
     _fold_scale(weights, config.normalize_activations, input_scale, where)
-    given = weights.pop("threshold", None)
-    threshold = given.clamp(min=0) if kind == "jumprelu" and given is not None else torch.zeros_like(weights["b_enc"])
+    stated = weights.pop("threshold", None)
+    threshold = stated.clamp(min=0) if kind == "jumprelu" and stated is not None else torch.zeros_like(weights["b_enc"])
     options = config.activation_fn_kwargs or ActivationOptions()
     k = (config.k or options.k) if kind == "topk" else None
     return Sae(kind, _layer(config, where), threshold=threshold, k=k, **weights)
 
 
 def _refuse_unknown(weights: dict[str, Tensor], kind: Kind, where: str) -> None:
-    """Raise SteerbackError unless the weights are those of the kind; take out scaling factors that are 1."""
+    """Raise SteerbackError unless the weights have the names of the kind; remove scaling factors equal to 1."""
     needed = {"W_enc", "b_enc", "W_dec", "b_dec"} | ({"threshold"} if kind == "jumprelu" else set())
     if absent := sorted(needed - set(weights)):
-        raise SteerbackError(f"{where}: {', '.join(absent)} missing; found {', '.join(sorted(weights)) or 'nothing'}")
+        raise SteerbackError(f"{where}: lacks {', '.join(absent)}; has {', '.join(sorted(weights)) or 'no weights'}")
     for name in ("scaling_factor", "finetuning_scaling_factor"):
         if name in weights and not torch.allclose(weights.pop(name).float(), torch.ones(())):
             raise SteerbackError(f"{where}: {name} is not 1: activations rescaled after training cannot be folded")
     if strange := sorted(set(weights) - needed - {"threshold"}):
-        raise SteerbackError(f"{where}: unknown weights {', '.join(strange)}; they would be left out of the arithmetic")
+        raise SteerbackError(f"{where}: unknown weights {', '.join(strange)}; the arithmetic would ignore them")
 
 
 def _fold_decoder_norms(weights: dict[str, Tensor]) -> None:
-    """TopK by activation times decoder norm: the norm moves into the encoder, and the decoder has norm 1."""
+    """Move decoder norms into the encoder, for a TopK that ranks activations times decoder norms."""
     norms = weights["W_dec"].float().norm(dim=1)
     weights["W_enc"] = weights["W_enc"] * norms
     weights["b_enc"] = weights["b_enc"] * norms
@@ -121,7 +121,7 @@ def _fold_decoder_norms(weights: dict[str, Tensor]) -> None:
 
 
 def _fold_scale(weights: dict[str, Tensor], normalisation: bool | str | None, scale: float | None, where: str) -> None:
-    """Fold one factor on the input: the encoder takes it up, decoder and decoder bias give it back."""
+    """Fold one factor on the input into the weights: multiply the encoder, divide decoder and decoder bias."""
     if isinstance(normalisation, str) and normalisation in PER_INPUT:
         reason = PER_INPUT[normalisation]
         raise SteerbackError(f"{where}: {normalisation} {reason}, which cannot be folded into the weights")
@@ -131,18 +131,18 @@ def _fold_scale(weights: dict[str, Tensor], normalisation: bool | str | None, sc
         if normalisation in SCALED:
             raise SteerbackError(
                 f"{where}: its inputs were scaled by a constant that is not in the file; "
-                "give it as sae = {input_scale}"
+                "set it as sae = {input_scale}"
             )
         return
     if not 0 < scale < float("inf"):
-        raise SteerbackError(f"{where}: input_scale {scale!r} is not above 0")
+        raise SteerbackError(f"{where}: input_scale {scale!r} must be a finite number above 0")
     weights["W_enc"] = weights["W_enc"] * scale
     for name in ("W_dec", "b_dec"):
         weights[name] = weights[name] / scale
 
 
 def _layer(config: SaeLensConfig, where: str) -> int:
-    """Return the block whose output the SAE reads: what enters a block is what leaves the one before it."""
+    """Return the block whose output the SAE reads; the input of a block is the output of the block before."""
     notes = config.metadata or TrainingNotes()
     hook = config.hook_name or config.hook_point or notes.hook_name or ""
     match = re.fullmatch(r"blocks\.(\d{1,4})\.hook_resid_(pre|post)", hook)
@@ -152,7 +152,7 @@ def _layer(config: SaeLensConfig, where: str) -> int:
 
 
 def save_saelens(sae: Sae, folder: Path, model: str) -> None:
-    """Write an SAE as SAELens does (`sae_weights.safetensors`, `cfg.json`); `model` is the name of its model."""
+    """Write an SAE in SAELens' format (`sae_weights.safetensors`, `cfg.json`); `model` is the name of its model."""
     from safetensors.torch import save
 
     kept = [name for name in TENSORS if name != "threshold" or sae.kind == "jumprelu"]
