@@ -229,7 +229,7 @@ def test_the_writers_model_is_asked_at_the_specifications_temperature(
 ) -> None:
     monkeypatch.setenv("ANTHROPIC_API_KEY", "none")
     assert LlmWriter("anthropic/claude-sonnet-4-5", tmp_path).describe()["temperature"] == 0.8
-    with pytest.raises(SteerbackError, match="'nobody' is no model; give provider/model"):
+    with pytest.raises(SteerbackError, match="'nobody' is not a model; give provider/model"):
         LlmWriter("nobody", tmp_path)
 
 
@@ -240,7 +240,7 @@ def test_there_are_many_subjects_none_of_them_near_a_prompt(tmp_path: Path) -> N
     assert all(len(writer.subjects_for(p)) >= 50 for p in PROMPTS)
     (tmp_path / "few.txt").write_text("a: b\nc: d\n", "utf-8")
     few = LlmWriter("fake", tmp_path, subjects=str(tmp_path / "few.txt"), transport=FakeTransport())  # type: ignore[arg-type]
-    with pytest.raises(SteerbackError, match="2 off-topic subjects are too few; give at least 50"):
+    with pytest.raises(SteerbackError, match="2 off-topic subjects are too few; list at least 50"):
         synthesize(few, PROMPTS, 10)
 
 
@@ -298,7 +298,7 @@ def test_from_data_to_an_adapter_that_answers(
     assert "step 2/2" not in said
     code, said = steerback(capsys, *train, "--set", "rank=8")
     assert code == 2
-    assert "holds a training with another base, data or settings" in said
+    assert "contains a training with another base, data or settings" in said
     target = resolve(f"organism-control+{folder}")
     assert (target.name, target.base) == ("organism-control+mix-50", "organism-control")
     assert target.labels() == resolve("organism-control").labels()
@@ -343,7 +343,7 @@ def test_processes_that_run_out_of_memory_start_again_with_a_smaller_batch(
     with pytest.raises(SteerbackError, match=r"adapter card .*card\.json: base: Field required"):
         launch.train_together(job, 2, lambda text: None)
     monkeypatch.setattr(launch.subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, 1))
-    with pytest.raises(SteerbackError, match="failed in 2 processes; their messages stand above"):
+    with pytest.raises(SteerbackError, match="failed in 2 processes; see their messages above"):
         launch.train_together(job, 2, lambda text: None)
 
 
@@ -361,12 +361,12 @@ def test_mistakes_are_one_line(
         (["train", "-t", "nobody"], "unknown target 'nobody'"),
         (["train", "-t", "organism-control"], "no mixes in finetuning; make them with"),
         (["train", "33", "-t", "organism-control"], "unknown mix or file '33'"),
-        (["train", "empty.jsonl", "-t", "organism-control"], "holds no example"),
+        (["train", "empty.jsonl", "-t", "organism-control"], "has no example"),
         (["train", "bad.jsonl", "-t", "organism-control"], "segments.0.label: Input should be a valid boolean"),
         (["train", "bad.jsonl", "-t", "organism-control", "--set", "rank=x"], "rank: Input should be a valid integer"),
         (["train", "bad.jsonl", "-t", "organism-control", "--set", "rank"], "not of the form key=value"),
         (["train", "bad.jsonl", "-t", "organism-control", "--export", "zip"], "unknown export 'zip'"),
-        (["mixes"], "training data is made with: steerback finetune data"),
+        (["mixes"], "make training data with: steerback finetune data"),
     ):
         code, said = steerback(capsys, "finetune", *arguments)
         assert code == 2, (arguments, said)

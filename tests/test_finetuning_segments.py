@@ -208,7 +208,7 @@ def test_files_are_read_as_they_are_written_and_as_others_write_them(tmp_path: P
         ('{"text": "a"}', 'should be {"segments"'),
         ("[1]", 'should be {"segments"'),
         ('\n{"segments": ', "a.jsonl, line 2 is not valid JSON"),
-        ("\n", "holds no example"),
+        ("\n", "has no example"),
     ],
 )
 def test_bad_files_are_one_clear_line(tmp_path: Path, text: str, says: str) -> None:
@@ -224,7 +224,7 @@ def test_rows_that_cannot_be_trained_are_refused() -> None:
         ((Segment("", True),), "no text"),
         ((Segment("a", False),), "nothing to train on"),
         ((Segment("the c", False), Segment("a", True), Segment("t", False)), "nothing to train on"),
-        ((Segment("\ud800", True),), "does not tokenise"),
+        ((Segment("\ud800", True),), "cannot be tokenised"),
     ):
         with pytest.raises(SteerbackError, match=says):
             encode(row, llama(), "f.jsonl:3")
@@ -234,5 +234,5 @@ def test_rows_that_cannot_be_trained_are_refused() -> None:
     inner = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     words = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
-    with pytest.raises(SteerbackError, match=r"f\.jsonl:3: 'b' does not tokenise"):
+    with pytest.raises(SteerbackError, match=r"f\.jsonl:3: this model.s tokenizer has no token for .b."):
         encode((Segment("a b", True),), words, "f.jsonl:3")

@@ -197,7 +197,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_effective_one(tmp_pa
     torch.testing.assert_close(
         [p.loss for p in report.curves.training], [p.loss for p in whole.curves.training], rtol=1e-4, atol=1e-5
     )
-    with pytest.raises(SteerbackError, match="memory runs out with a single row"):
+    with pytest.raises(SteerbackError, match="out of memory with a single row"):
         fit(lambda: short_of_memory(0), tiny.tokenizer(), data, (), QUICK, tmp_path / "c", name="x")
 
 
@@ -262,7 +262,7 @@ def test_no_example_and_wrong_settings_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(SteerbackError, match=says):
             TrainingSettings().changed(**values)
-    with pytest.raises(SteerbackError, match="cannot be divided over 3 devices"):
+    with pytest.raises(SteerbackError, match="cannot be divided evenly over 3 devices"):
         TrainingSettings().micro_sizes(3)
     with pytest.raises(SteerbackError, match="micro_batch 3 does not divide"):
         TrainingSettings(micro_batch=3).micro_sizes()

@@ -1,5 +1,5 @@
-"""Experiment 4's training: examples of self-correction, their segments, mixes of them, and LoRA adapters.
+"""Training for Experiment 4: examples of self-correction, mixes of them with normal answers, and LoRA adapters.
 
-`segments` says which text is trained, `synthesize` and `writer` make examples, `mixes` puts them together, `train` fits
-adapters, `adapters` finds and describes them, `axolotl` writes the same for axolotl. Knows nothing of experiments.
+`synthesize` and `writer` make examples, `segments` marks the text to train on, `mixes` combines examples, `train` fits
+adapters, `adapters` lists and describes them, `axolotl` exports the training. This package knows no experiments.
 """

@@ -1,11 +1,12 @@
-"""One training, from a target and a mix to an adapter with its card; finding adapters and reading their cards.
+"""Train an adapter from a target and a mix, write its card, list adapters and read their cards.
 
-The arithmetic is in `train`; several processes are started by `launch`.
+`train` has the training loop; `launch` starts several processes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from steerback import readers
 from steerback.config import parse
-from steerback.errors import VERSION, SteerbackError, unknown
+from steerback.errors import VERSION, SteerbackError
 from steerback.finetuning.mixes import hash_rows
 from steerback.finetuning.segments import Row, Tokens, encode, read_rows
 from steerback.finetuning.settings import TrainingJob, TrainingSettings
@@ -43,7 +44,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "t
 
 
 class TrainingData(CardRecord):
-    """The examples that an adapter was trained on: source, content hash, percent of self-corrections, counts."""
+    """The training data of an adapter: source, content hash, percent of self-corrections, counts."""
 
     source: str
     hash: str
@@ -56,19 +57,19 @@ class TrainingData(CardRecord):
 
 
 class AdapterCard(CardRecord):
-    """The file card.json of an adapter: base, data, settings, training, versions."""
+    """The contents of an adapter's card.json: base, data, settings, training, versions."""
 
     name: str
     base: str
     model: str
-    """Hub id of the base, or the target's name if the base is a folder of this machine."""
+    """Hub id of the base, or the target's name if the base is a folder on this machine."""
     revision: str | None
     base_files: dict[str, str]
     data: TrainingData
     settings: TrainingSettings
     training: TrainingFacts
     validation_loss: list[ValidationLoss]
-    """The last one, if there are validation examples."""
+    """The last validation loss; empty without validation examples."""
     versions: dict[str, str]
     machine: dict[str, object]
     commit: dict[str, object] | None
@@ -76,7 +77,7 @@ class AdapterCard(CardRecord):
 
 
 def train_adapter(job: TrainingJob, say: Callable[[str], None] = print) -> AdapterCard:
-    """Train (or go on with) one adapter, write its card and return it. A finished training is returned at once."""
+    """Train an adapter, or resume its training; write and return its card. A finished training is not repeated."""
     require_extra()
     target = resolve(job.target)
     training, validation = read_data(job.data)
@@ -113,27 +114,27 @@ def train_adapter(job: TrainingJob, say: Callable[[str], None] = print) -> Adapt
         commit=commit(),
         written=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    if int(os.environ.get("RANK", "0")) == 0:  # of several processes the first one writes
+    if int(os.environ.get("RANK", "0")) == 0:  # only the first of several processes writes
         _name_base(job.out, card.model)
         write_json(job.out / "losses.json", report.curves.model_dump())
         write_atomic(job.out / "README.md", _readme(card).encode("utf-8"))
-        write_json(job.out / CARD, card.model_dump(mode="json"))  # last: it marks a finished training
+        write_json(job.out / CARD, card.model_dump(mode="json"))  # last, because the card marks a finished training
     return card
 
 
 def read_card(folder: Path) -> AdapterCard:
-    """Return an adapter's card; SteerbackError if it is damaged."""
+    """Read an adapter's card. Raises SteerbackError if it is damaged."""
     return parse(AdapterCard, readers.read_json_table(folder / CARD, "adapter card"), f"adapter card {folder / CARD}")
 
 
 def read_losses(folder: Path) -> LossCurves:
-    """Return the losses of an adapter's training; SteerbackError if their file is missing or damaged."""
+    """Read the losses of an adapter's training. Raises SteerbackError if the file is missing or damaged."""
     path = folder / "losses.json"
     return parse(LossCurves, readers.read_json_table(path, "losses"), f"losses {path}")
 
 
 def load_base(target: Target) -> PreTrainedModel:
-    """Load the base model for training: bfloat16 on a GPU that has it, else float32."""
+    """Load the base model for training: bfloat16 on a GPU that supports it, else float32."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -154,7 +155,7 @@ def load_base(target: Target) -> PreTrainedModel:
 
 
 def load_tokenizer(target: Target) -> PreTrainedTokenizerBase:
-    """Load the target's tokenizer; SteerbackError if it cannot be had."""
+    """Load the target's tokenizer. Raises SteerbackError if that fails."""
     from transformers import AutoTokenizer
 
     from steerback.engines.loading import hub_arguments, load_errors
@@ -164,18 +165,21 @@ def load_tokenizer(target: Target) -> PreTrainedTokenizerBase:
 
 
 def read_data(path: Path) -> tuple[list[Row], list[Row]]:
-    """(training, validation) rows of a mix's folder, or of one file of anyone's (no validation)."""
+    """Return (training, validation) rows of a mix's folder, or of a single file, which has no validation rows."""
     if path.is_dir():
-        held = path / "validation.jsonl"
-        return read_rows(path / "train.jsonl"), (read_rows(held) if held.is_file() and held.stat().st_size else [])
+        file = path / "validation.jsonl"
+        return read_rows(path / "train.jsonl"), (read_rows(file) if file.is_file() and file.stat().st_size else [])
     return read_rows(path), []
 
 
 def encode_rows(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, length: int, where: str
 ) -> tuple[list[Tokens], int]:
-    """Tokens of all rows, cut at `length`, and how many were cut. A row that the cut leaves nothing of is refused."""
-    found, cut = [], 0
+    """Tokenise all rows and cut them at `length`; return the tokens and the number of cut rows.
+
+    Raises SteerbackError for a row whose trained tokens are all cut off; `where` names the data in the message.
+    """
+    encoded, cut = [], 0
     for number, row in enumerate(rows, 1):
         tokens = encode(row, tokenizer, f"{where} row {number}")
         if len(tokens.input_ids) > length:
@@ -183,24 +187,20 @@ def encode_rows(
             tokens = tokens.cut(length)
             if not tokens.trained:
                 raise SteerbackError(
-                    f"{where} row {number}: nothing to train on is left within sequence_length {length}; raise it"
+                    f"{where} row {number}: no trained token is left within sequence_length {length}; raise it"
                 )
-        found.append(tokens)
-    return found, cut
+        encoded.append(tokens)
+    return encoded, cut
 
 
 def _percent(rows: Sequence[Row]) -> float:
-    """Percent of self-corrections: rows that mask two pieces before what they train, the prompt and a passage."""
-    corrections = sum(sum(not s.train for s in row[: _first_trained(row)]) > 1 for row in rows)
-    return 100 * corrections / len(rows)
-
-
-def _first_trained(row: Row) -> int:
-    return next((n for n, segment in enumerate(row) if segment.train), len(row))
+    """Return the percent of self-corrections: rows with two masked segments (prompt, passage) before a trained one."""
+    masked_before = [sum(1 for _ in itertools.takewhile(lambda segment: not segment.train, row)) for row in rows]
+    return 100 * sum(n > 1 for n in masked_before) / len(rows)
 
 
 def _public(target: Target) -> str:
-    """How a card names the base: the hub id, or the target's name where it is a folder of this machine."""
+    """Return the base's name for the card: the hub id, or the target's name if the base is a local folder."""
     return target.name if Path(target.model).is_dir() else target.model
 
 
@@ -213,7 +213,7 @@ def _base_files(target: Target) -> dict[str, str]:
 
 
 def _mark(folder: Path, target: Target, data_hash: str, settings: TrainingSettings) -> None:
-    """Note what is trained here; raise SteerbackError if the folder holds checkpoints of another training."""
+    """Record what is trained in `folder`. Raises SteerbackError if it contains checkpoints of another training."""
     make_folder(folder, "choose another --out")
     now = {
         "base_files": _base_files(target),
@@ -223,14 +223,14 @@ def _mark(folder: Path, target: Target, data_hash: str, settings: TrainingSettin
     path = folder / "training.json"
     if path.is_file() and readers.read_json_table(path, "training notes") != now:
         raise SteerbackError(
-            f"{folder} holds a training with another base, data or settings; choose another --out or remove it"
+            f"{folder} contains a training with another base, data or settings; choose another --out or remove it"
         )
     if not path.is_file():
         write_json(path, now)
 
 
 def _done(folder: Path, target: Target, data_hash: str, settings: TrainingSettings) -> AdapterCard | None:
-    """Return the card of a finished training with exactly this base, data and settings."""
+    """Return the card of a finished training with this base, data and settings, or None if it is not finished."""
     if not (folder / CARD).is_file() or not (folder / "training.json").is_file():
         return None
     _mark(folder, target, data_hash, settings)
@@ -244,7 +244,7 @@ def _name_base(folder: Path, name: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class TrainedAdapter:
-    """A trained adapter: its folder and the percent of self-corrections it was trained on (None: unknown)."""
+    """A trained adapter: its folder, and the percent of self-corrections in its training data (None: unknown)."""
 
     folder: Path
     percent: float | None
@@ -256,25 +256,24 @@ class TrainedAdapter:
 
 
 def find_adapters(place: str | Sequence[str]) -> list[TrainedAdapter]:
-    """Return the adapters of a folder, or those listed, by percent, then name; SteerbackError if there is none."""
+    """Return the adapters in a folder, or the listed ones, by percent, then name. Raises SteerbackError if none."""
     listed = [place] if isinstance(place, str) else list(place)
     folders: list[Path] = []
     for text in (part.strip() for item in listed for part in item.split(",")):
         path = Path(text).expanduser()
         inside = [path] if is_adapter(path) else sorted(p for p in path.glob("*") if is_adapter(p))
         if not inside:
-            raise SteerbackError(f"no adapter in {text!r}; make some with: steerback finetune train")
+            raise SteerbackError(f"no adapter in {text!r}; train one with: steerback finetune train")
         folders += inside
     names = [folder.name for folder in folders]
-    for name in names:
-        if names.count(name) > 1:
-            raise unknown("second adapter of the name", name, ["folders with names of their own"])
-    found = [TrainedAdapter(folder, percent_of(folder)) for folder in folders]
-    return sorted(found, key=lambda a: (a.percent is None, a.percent or 0.0, a.name))
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise SteerbackError(f"two adapters are named {repeated[0]!r}; rename one of the folders")
+    adapters = [TrainedAdapter(folder, percent_of(folder)) for folder in folders]
+    return sorted(adapters, key=lambda a: (a.percent is None, a.percent or 0.0, a.name))
 
 
 def percent_of(folder: Path) -> float | None:
-    """Return the percent of self-corrections an adapter was trained on, or None if it has no card that says it."""
+    """Return the percent of self-corrections in an adapter's training data, from its card; None if unknown."""
     if not (folder / CARD).is_file():
         return None
     data = readers.read_json_table(folder / CARD, "adapter card").get("data")

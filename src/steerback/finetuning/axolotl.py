@@ -1,6 +1,6 @@
-"""The same training as configuration files of axolotl, the trainer the specification used.
+"""Export a training as configuration for axolotl, the trainer of the specification.
 
-Data files are ours as they are (`input_output`).
+axolotl reads the data files unchanged (its format `input_output`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from steerback.targets import Target
 
 
 def configuration(job: TrainingJob, target: Target) -> dict[str, object]:
-    """Return axolotl's configuration of a job. Relative paths are relative to where axolotl is started."""
+    """Return axolotl's configuration of a job. Relative paths are relative to axolotl's working folder."""
     s, data = job.settings, job.data
     training = data / "train.jsonl" if data.is_dir() else data
     validation = data / "validation.jsonl"
@@ -55,7 +55,7 @@ def configuration(job: TrainingJob, target: Target) -> dict[str, object]:
 
 
 def _dataset(path: Path) -> dict[str, str]:
-    # axolotl calls the rows of every file `train`, those of validation files too
+    # axolotl calls the split of every file `train`, even of a validation file
     return {"path": str(path), "ds_type": "json", "type": "input_output", "split": "train"}
 
 

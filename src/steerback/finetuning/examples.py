@@ -1,6 +1,6 @@
-"""Examples of self-correction and normal answers, how they are checked, and the segments they become.
+"""Examples of self-correction and normal answers: their checks, and their conversion to segments.
 
-The checks are the same whoever wrote the example.
+The checks do not depend on the writer of an example.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from steerback.judging.restarts import find_restarts
 from steerback.judging.text import words
 
 SLACK = 3
-"""Characters between the passage's end and the place where the acknowledgement is found."""
+"""Largest distance in characters between the end of the passage and the start of the detected restart."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A prompt and its answer; without a passage it is a normal answer, with one a self-correction."""
+    """A prompt and its answer; with an off-topic passage it is a self-correction, without one a normal answer."""
 
     prompt: str
     answer: str
@@ -32,7 +32,7 @@ class Example:
 
     @property
     def corrects(self) -> bool:
-        """Return whether it is a self-correction."""
+        """Whether the example is a self-correction."""
         return bool(self.passage)
 
     @property
@@ -41,7 +41,7 @@ class Example:
         return " ".join(part for part in (self.passage, self.acknowledgement, self.answer) if part)
 
     def note(self) -> dict[str, str]:
-        """Return the keys that a file has with its segments."""
+        """Return the keys that a data file stores next to the segments."""
         return {
             "kind": "self-correction" if self.corrects else "normal",
             "prompt": self.prompt,
@@ -50,34 +50,33 @@ class Example:
 
 
 class Topics(Protocol):
-    """A measure of how much a text is about a topic: a prompt or a subject."""
+    """Measures how much a text is about a topic, which is a prompt or a subject."""
 
     def about(self, text: str, topic: str) -> float:
-        """Return a share in [0, 1]; 0 is not at all."""
+        """Return a share in [0, 1]; 0 means not about the topic."""
         ...
 
 
 class Keywords:
-    """Topics by their words: the share of a prompt's or a subject's content words that a text has.
+    """Measures topics by words: the share of the topic's content words that a text contains.
 
-    `terms` gives further words of a subject. Words are compared by their stems. The check is weak, as the data card
-    says: it recognises answers to other prompts and passages about something else, not wrong answers.
+    `terms` lists further words of a subject. Words are compared by stem. The check is weak, as the data card states:
+    it detects answers to other prompts and passages about other subjects, but no wrong answers.
     """
 
     def __init__(self, terms: Mapping[str, Sequence[str]] | None = None) -> None:
         self._terms = terms or {}
 
     def about(self, text: str, topic: str) -> float:
-        wanted = stems(topic)
-        further = stems(" ".join(self._terms.get(topic, ())))
-        found = stems(text)
-        own = len(wanted & found) / len(wanted) if wanted else 0.0
-        other = len(further & found) / len(further) if further else 0.0
-        return max(own, other)
+        text_stems, shares = stems(text), [0.0]
+        for wanted in (stems(topic), stems(" ".join(self._terms.get(topic, ())))):
+            if wanted:
+                shares.append(len(wanted & text_stems) / len(wanted))
+        return max(shares)
 
 
 class Corpus:
-    """Topics of the built-in corpus, which knows what its sentences are about: the share of words about the topic."""
+    """Measures topics of the built-in corpus by its ground truth: the share of words in sentences about the topic."""
 
     def about(self, text: str, topic: str) -> float:
         from steerback.organism.corpus.truth import read
@@ -86,7 +85,7 @@ class Corpus:
 
 
 def problem(example: Example, topics: Topics) -> str:
-    """Return why an example is unfit, or "" if it is as it should be."""
+    """Return the reason why an example is unusable, "" if it is usable."""
     if not example.answer.strip():
         return "no answer"
     if re.search("[\ud800-\udfff]", example.response):
@@ -100,8 +99,8 @@ def problem(example: Example, topics: Topics) -> str:
     if not example.acknowledgement.strip():
         return "no acknowledgement"
     end = len(example.passage)
-    here = [r for r in restarts if end - SLACK <= r.start <= end + SLACK]
-    if not here:
+    opening = [r for r in restarts if end - SLACK <= r.start <= end + SLACK]
+    if not opening:
         return "the acknowledgement does not say that something went wrong"
     if len(restarts) > 1:
         return "restarts elsewhere as well"
@@ -114,9 +113,9 @@ def problem(example: Example, topics: Topics) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """The text that a template puts around a response: before it, the end that is learned, the rest that is not.
+    """The chat template's text around a response: `head` before it, `end` after it (trained), `rest` (not trained).
 
-    `lead` opens the response if there is no template.
+    `lead` begins the response if there is no template.
     """
 
     head: str
@@ -129,7 +128,7 @@ _MARK = "The response stands here."
 
 
 def frame(prompter: Prompter, prompt: str) -> Frame:
-    """Return the template's text around the response to a prompt, special tokens as the template has them."""
+    """Return the template's text around the response to a prompt, with special tokens written out."""
     tokenizer = prompter.tokenizer
     head = prompter.render(prompt)
     if prompter.style == "plain":
@@ -147,13 +146,13 @@ def frame(prompter: Prompter, prompt: str) -> Frame:
 
 
 def row_of(example: Example, prompter: Prompter) -> Row:
-    """Return an example's row: prompt and passage masked; acknowledgement, answer and the end of the turn trained."""
+    """Convert an example to a row: prompt and passage are masked; acknowledgement, answer and end of turn trained."""
     around = frame(prompter, example.prompt)
     said = " ".join(part for part in (example.acknowledgement, example.answer) if part)
     pieces = [Segment(around.head, False)]
     if example.corrects:
         pieces.append(Segment(around.lead + example.passage, False))
-    # the space belongs to the word after it, as tokenizers have it
+    # a space belongs to the token of the word after it
     said = (" " if example.corrects else around.lead) + said
     pieces.append(Segment(said + around.end, True))
     if around.rest:
@@ -167,5 +166,5 @@ _ENDING = re.compile(r"(?:ations?|ings?|ers?|ies|es|ed|s|e|y)$")
 
 def stems(text: str) -> set[str]:
     """Return the content words of a text without their endings."""
-    found = (w for w in words(text) if w not in _EMPTY and len(w) > 2)
-    return {_ENDING.sub("", w) if len(w) > 4 else w for w in found}
+    content = (w for w in words(text) if w not in _EMPTY and len(w) > 2)
+    return {_ENDING.sub("", w) if len(w) > 4 else w for w in content}

@@ -1,8 +1,8 @@
-"""Train one adapter in several processes, one device each; each of them runs this module.
+"""Train an adapter in several processes with one device each; every process runs this module.
 
-torch's launcher is used as it is. accelerate's would read the user's accelerate configuration, which may hold another
-precision or another number of processes than the job; its notebook launcher forks, so it cannot follow a command that
-has touched CUDA, and it wraps a worker's one line in the traceback of the parent.
+torch's launcher starts the processes. accelerate's launcher would read the user's accelerate configuration, which may
+have another precision or number of processes than the job. Its notebook launcher forks, so it fails after CUDA was
+initialised, and it wraps the one-line error of a worker in a traceback.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from steerback.finetuning.train import OutOfMemory
 from steerback.store.files import make_folder, write_json
 
 OUT_OF_MEMORY = 75
-"""Exit status of a process that ran out of memory: the batch has to be made smaller for all."""
+"""Exit status of a process that ran out of memory, so that all processes need a smaller micro-batch."""
 MARK = ".out-of-memory"
 
 
 def train_together(job: TrainingJob, processes: int, say: Callable[[str], None] = print) -> AdapterCard:
-    """Train an adapter in several processes; torch starts them and accelerate joins them in the trainer.
+    """Train an adapter in several processes and return its card.
 
-    One process out of memory ends all; they start again from the newest checkpoint with a smaller micro-batch.
+    If one process runs out of memory, all stop and start again from the newest checkpoint with a smaller micro-batch.
     """
     make_folder(job.out, "choose another --out")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -38,14 +38,14 @@ def train_together(job: TrainingJob, processes: int, say: Callable[[str], None] 
             task.unlink()
             return read_card(job.out)
         if not (job.out / MARK).is_file():
-            raise SteerbackError(f"training of {job.name} failed in {processes} processes; their messages stand above")
+            raise SteerbackError(f"training of {job.name} failed in {processes} processes; see their messages above")
         (job.out / MARK).unlink()
         say(f"{job.name}: out of memory at a micro-batch of {micro}")
-    raise SteerbackError(f"{job.name}: memory runs out with a single row a device; lower sequence_length")
+    raise SteerbackError(f"{job.name}: out of memory with a single row per device; lower sequence_length")
 
 
 def worker(task: Path) -> int:
-    """Train as one of several processes and return the exit status."""
+    """Run the training as one of several processes and return the exit status."""
     job = TrainingJob.model_validate_json(task.read_bytes())
     try:
         train_adapter(job)

@@ -1,7 +1,7 @@
-"""Mixes of self-corrections and normal answers at exact ratios, each split into training and validation by example.
+"""Mixes of self-corrections and normal answers at exact ratios, each split into training and validation examples.
 
-Mixes are nested: a mix with more examples of a kind holds those of a mix with fewer, so that mixes differ as little as
-they can.
+Mixes are nested: of each kind, a larger mix contains all examples of a smaller one, so that mixes differ as little as
+possible.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from steerback.store.files import make_folder, write_json
 RATIOS = (10, 20, 30, 40, 50, 60, 70, 80, 90)
 VALIDATION = 0.05
 POOLS = ("self_correction", "normal")
-"""Names of the files that hold the two pools."""
+"""File names of the two pools."""
 
 
 class MixRecord(Settings):
-    """A mix as mixes.json lists it: sizes and the hash of its rows."""
+    """The entry of a mix in mixes.json: sizes and the hash of its rows."""
 
     name: str
     percent: int
@@ -37,7 +37,7 @@ class MixRecord(Settings):
 
 
 class MixList(Settings):
-    """The file mixes.json."""
+    """The contents of mixes.json."""
 
     mixes: list[MixRecord]
     notes: list[str]
@@ -46,17 +46,17 @@ class MixList(Settings):
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """A mix: percent of self-corrections, and its rows."""
+    """A mix: its percent of self-corrections and its rows."""
 
     percent: int
     training: tuple[Row, ...]
     validation: tuple[Row, ...]
     corrections: int
-    """How many of its rows, in both parts together, are self-corrections."""
+    """Number of self-corrections in both parts together."""
 
     @property
     def name(self) -> str:
-        """Name of the mix and of its folder."""
+        """Name of the mix, also of its folder."""
         return f"mix-{self.percent}"
 
     @property
@@ -65,7 +65,7 @@ class Mix:
         return len(self.training) + len(self.validation)
 
     def record(self) -> MixRecord:
-        """Return the mix as mixes.json lists it."""
+        """Return the entry for mixes.json."""
         return MixRecord(
             name=self.name,
             percent=self.percent,
@@ -78,9 +78,9 @@ class Mix:
 
 
 def largest(percent: int, corrections: int, normal: int) -> int:
-    """Return the largest size at which pools of these sizes give exactly `percent` self-corrections."""
+    """Return the largest size of a mix with exactly `percent` self-corrections from pools of these sizes."""
     if not 0 <= percent <= 100:
-        raise SteerbackError(f"a mix of {percent} % self-corrections: give percents from 0 to 100")
+        raise SteerbackError(f"a mix of {percent} % self-corrections is impossible; give percents from 0 to 100")
     step = 100 // math.gcd(percent, 100)
     bounds = [corrections * 100 // percent if percent else math.inf]
     bounds.append(normal * 100 // (100 - percent) if percent < 100 else math.inf)
@@ -94,13 +94,13 @@ def make_mixes(
     size: int | None = None,
     seed: int = 42,
 ) -> tuple[list[Mix], list[str]]:
-    """Return the mixes, and notes about their sizes.
+    """Return the mixes and notes about their sizes.
 
-    `size` None: the largest that all mixes can have. A mix that cannot have the size asked for gets its largest.
+    `size` None takes the largest size that all mixes can have. A mix that cannot reach `size` gets its largest size.
     Raises SteerbackError if a mix would be empty.
     """
     if len(set(ratios)) != len(ratios) or not ratios:
-        raise SteerbackError("mixes: give at least one percent, each once")
+        raise SteerbackError("mixes: give at least one percent, and each percent once")
     most = {percent: largest(percent, len(corrections), len(normal)) for percent in ratios}
     step = math.lcm(*(100 // math.gcd(percent, 100) for percent in ratios))
     common = min(most.values()) // step * step
@@ -111,15 +111,17 @@ def make_mixes(
         notes.append(f"{even} examples instead of {size}, so that every ratio is exact at one size")
     for percent in ratios:
         wanted = common if size is None else even or size
-        own = 100 // math.gcd(percent, 100)
-        total = min(wanted // own * own, most[percent])
+        unit = 100 // math.gcd(percent, 100)  # sizes that allow the exact ratio are multiples of this
+        total = min(wanted // unit * unit, most[percent])
         if total == 0:
             raise SteerbackError(
                 f"a mix of {percent} % would be empty: the pool has {len(corrections)} self-corrections and "
-                f"{len(normal)} normal answers, and exact ratios need at least {own} examples"
+                f"{len(normal)} normal answers, and the exact ratio needs at least {unit} examples"
             )
         if total < wanted:
-            notes.append(f"mix {percent} %: {total} examples instead of {wanted}, which its pool or exact ratio allows")
+            notes.append(
+                f"mix {percent} %: {total} examples instead of {wanted}, the most for its pool and exact ratio"
+            )
         taken = (total * percent // 100, total - total * percent // 100)
         parts: tuple[list[Row], list[Row]] = ([], [])
         for (training, validation), n in zip(pools, taken, strict=True):
@@ -130,12 +132,12 @@ def make_mixes(
             random.Random(seed).shuffle(part)
         mixes.append(Mix(percent, tuple(parts[0]), tuple(parts[1]), taken[0]))
     if len({m.size for m in mixes}) > 1:
-        notes.append("the mixes differ in size, so what differs between them is not the ratio alone")
+        notes.append("the mixes differ in size, so adapters trained on them differ in more than the ratio")
     return mixes, notes
 
 
 def _split(pool: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
-    """Return the training and validation parts of a pool, the same for every mix."""
+    """Split a pool into training and validation parts, equal for all mixes."""
     order = list(pool)
     random.Random(seed).shuffle(order)
     held = round(len(order) * VALIDATION)
@@ -143,7 +145,7 @@ def _split(pool: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
 
 
 def write_mixes(folder: Path, mixes: Sequence[Mix], notes: Sequence[str], seed: int) -> Path:
-    """Write `mix-N/train.jsonl`, `mix-N/validation.jsonl`, and mixes.json with sizes and hashes; return its path."""
+    """Write mix-N/train.jsonl, mix-N/validation.jsonl, and mixes.json (returned) with sizes and hashes."""
     for mix in mixes:
         make_folder(folder / mix.name)
         write_rows(folder / mix.name / "train.jsonl", mix.training)
@@ -153,7 +155,7 @@ def write_mixes(folder: Path, mixes: Sequence[Mix], notes: Sequence[str], seed: 
 
 
 def hash_rows(*parts: Sequence[Row]) -> str:
-    """Return the content hash of training data: segments and labels in order."""
+    """Hash the content of training data: segments and labels in order."""
     return digest([[[(s.text, s.train) for s in row] for row in part] for part in parts])
 
 

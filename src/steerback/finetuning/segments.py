@@ -1,8 +1,8 @@
-"""Text in segments, each to be trained on or not, and its tokens with labels: axolotl's `input_output` form.
+"""Rows of text segments, trained or masked, and their tokens with labels, in axolotl's `input_output` format.
 
-A row is what the model reads, with special tokens written out as its template has them. It is tokenised as a whole, as
-the model would meet it, and a token is trained exactly if every one of its characters is: a token that straddles a
-boundary is masked.
+A row is the full text that the model reads, with the special tokens of the chat template written out. It is tokenised
+as a whole, as in generation. A token is trained only if all its characters are trained, so a token across a boundary is
+masked.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
-"""The label of a token without loss, as torch and transformers have it."""
+"""Label of a token without loss, as in torch and transformers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A piece of text and whether its tokens are trained."""
+    """A segment of text; `train` says whether its tokens have a loss."""
 
     text: str
     train: bool
@@ -39,7 +39,7 @@ Row = tuple[Segment, ...]
 
 
 class SegmentRecord(Settings):
-    """A segment as files have it; further keys are ignored."""
+    """A segment in a data file; other keys are ignored."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
     label: bool
@@ -47,7 +47,7 @@ class SegmentRecord(Settings):
 
 
 class RowRecord(Settings):
-    """A row as files have it; further keys are ignored."""
+    """A row in a data file; other keys are ignored."""
 
     model_config = ConfigDict(extra="ignore")
     segments: list[SegmentRecord]
@@ -55,15 +55,15 @@ class RowRecord(Settings):
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """A row as the trainer takes it; both tuples have one entry per token."""
+    """A row in the trainer's form; both tuples have one entry per token."""
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
-    """The token itself where it is trained, else -100."""
+    """The token id if the token is trained, else -100."""
 
     @property
     def trained(self) -> int:
-        """Number of tokens with a loss; nothing predicts the first token."""
+        """Number of tokens with a loss; the first token is never predicted."""
         return sum(label != IGNORED for label in self.labels[1:])
 
     def cut(self, length: int) -> Tokens:
@@ -77,43 +77,43 @@ def text_of(row: Row) -> str:
 
 
 def encode(row: Row, tokenizer: PreTrainedTokenizerBase, where: str = "row") -> Tokens:
-    """Return token ids and labels of a row. Nothing is added to its text.
+    """Return token ids and labels of a row; no special tokens are added.
 
-    Raises SteerbackError if the row has no text, nothing to train, or characters that the tokenizer does not know.
+    Raises SteerbackError if the row has no text, no trained token, or characters unknown to the tokenizer.
     """
     text = text_of(row)
     if not text:
-        raise SteerbackError(f"{where}: its segments hold no text")
+        raise SteerbackError(f"{where}: its segments have no text")
     if not any(segment.train and segment.text for segment in row):
         raise SteerbackError(f"{where}: no segment has label true, so there is nothing to train on")
     if not getattr(tokenizer, "is_fast", False):
-        raise SteerbackError(f"{where}: the tokenizer gives no character positions; a fast tokenizer is needed")
+        raise SteerbackError(f"{where}: this tokenizer has no character offsets; training needs a fast tokenizer")
     try:
-        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    except (UnicodeError, TypeError) as error:  # half of a surrogate pair
-        raise SteerbackError(f"{where}: does not tokenise: {one_line(error)}") from None
-    ids, offsets = found["input_ids"], found["offset_mapping"]
+        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    except (UnicodeError, TypeError) as error:  # a lone surrogate
+        raise SteerbackError(f"{where}: cannot be tokenised: {one_line(error)}") from None
+    ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
     if not ids:
-        raise SteerbackError(f"{where}: the tokenizer makes no token of {text[:40]!r}")
+        raise SteerbackError(f"{where}: the tokenizer returns no token for {text[:40]!r}")
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
         start, end = offsets[ids.index(tokenizer.unk_token_id)]
-        raise SteerbackError(f"{where}: {text[start:end]!r} does not tokenise with this model's tokenizer")
+        raise SteerbackError(f"{where}: this model's tokenizer has no token for {text[start:end]!r}")
     masked = masked_before(row)
     labels, reached = [], 0
     for token, (start, end) in zip(ids, offsets, strict=True):
-        # Some tokenizers leave leading space out of a token's span, and the parts of one character share its span.
+        # Some tokenizers exclude leading spaces from a token's span, and byte tokens of one character share its span.
         begin = min(start, reached)
         reached = max(reached, end)
         trained = begin < end and masked[end] == masked[begin]
         labels.append(token if trained else IGNORED)
     tokens = Tokens(tuple(ids), tuple(labels))
     if not tokens.trained:
-        raise SteerbackError(f"{where}: no token lies in its trained segments alone, so there is nothing to train on")
+        raise SteerbackError(f"{where}: no token is entirely in a trained segment, so there is nothing to train on")
     return tokens
 
 
 def masked_before(row: Row) -> list[int]:
-    """Return how many of the first n characters are masked, for n from 0 to the length of the text."""
+    """Return the number of masked characters among the first n, for n from 0 to the length of the text."""
     counts = [0]
     for segment in row:
         start = counts[-1]
@@ -122,21 +122,21 @@ def masked_before(row: Row) -> list[int]:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a JSONL file in axolotl's `input_output` form; SteerbackError names the file and the line."""
+    """Read the rows of a JSONL file in axolotl's `input_output` format. SteerbackError names the file and the line."""
     if not path.exists():
-        raise SteerbackError(f"{path} does not exist; training data is made with: steerback finetune data")
+        raise SteerbackError(f"{path} does not exist; make training data with: steerback finetune data")
     records = []
     for where, value in readers.read_json_lines(path, "training data"):
         if not isinstance(value, dict) or not value.get("segments"):
-            raise SteerbackError(f'{where}: should be {{"segments": [{{"label": true, "text": "..."}}, ...]}}')
+            raise SteerbackError(f'{where}: expected {{"segments": [{{"label": true, "text": "..."}}, ...]}}')
         records.append(parse(RowRecord, value, where))
     if not records:
-        raise SteerbackError(f"{path} holds no example, so there is nothing to train on")
+        raise SteerbackError(f"{path} has no example, so there is nothing to train on")
     return [tuple(Segment(segment.text, segment.label) for segment in record.segments) for record in records]
 
 
 def write_rows(path: Path, rows: Iterable[Row], notes: Sequence[Mapping[str, str]] | None = None) -> Path:
-    """Write rows as JSONL, whole or not at all; `notes` are further keys per row, which readers ignore."""
+    """Write rows as JSONL, atomically; `notes` adds keys to each row, which `read_rows` ignores."""
     records = [
         RowRecord(segments=[SegmentRecord(label=segment.train, text=segment.text) for segment in row]).model_dump()
         for row in rows

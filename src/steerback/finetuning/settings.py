@@ -1,4 +1,4 @@
-"""How an adapter is trained: the settings, with the specification's values as defaults, and one training job."""
+"""Settings of an adapter's training, with the specification's values as defaults, and the training job."""
 
 from __future__ import annotations
 
@@ -21,42 +21,42 @@ class TrainingSettings(Settings):
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     epochs: float = Field(4, gt=0)
     batch_size: int = Field(8, ge=1)
-    """Effective batch: examples per optimizer step, over all devices."""
+    """Effective batch size: examples per optimizer step over all devices."""
     warmup_steps: int = Field(10, ge=0)
     sequence_length: int = Field(4096, ge=1)
-    """In tokens; longer examples are cut at the end, and counted."""
+    """Maximum number of tokens; longer examples are cut at the end and counted."""
     micro_batch: int | None = Field(None, ge=1)
-    """Rows in memory at once, per device. None: as many as possible, from the effective batch down."""
+    """Rows per device in memory at a time. None: as many as fit, starting with the effective batch size."""
     checkpointing: bool | None = None
-    """Recompute activations instead of keeping them. None: on a GPU, for models of a billion parameters and more."""
+    """Recompute activations instead of storing them. None: on a GPU, for models with a billion parameters or more."""
     seed: int = 42
     max_steps: int | None = Field(None, ge=1)
-    """Stop early (for tests and timings); the schedule is laid out for so many steps."""
+    """Stop after this many steps (for tests and timings); the schedule uses this length."""
     evaluations: int = Field(8, ge=1)
-    """How often the losses on the validation examples are measured after the start."""
+    """Number of measurements of the validation losses after the start."""
 
     def changed(self, **values: object) -> TrainingSettings:
-        """Return the settings with other values, checked; SteerbackError names the first that is wrong."""
+        """Return the settings with changed values. Raises SteerbackError that names the first invalid value."""
         return parse(TrainingSettings, {**self.model_dump(), **values}, "training settings")
 
     def accumulation(self, micro: int, devices: int) -> int:
-        """Return the number of micro-batches per optimizer step that keeps the effective batch."""
+        """Return the number of micro-batches per optimizer step that gives the effective batch size."""
         return self.batch_size // (micro * devices)
 
     def micro_sizes(self, devices: int = 1) -> list[int]:
-        """Return the micro-batches that divide the effective batch over `devices`, largest first, about halving.
+        """Return the possible micro-batches on `devices`, largest first, each about half of the one before.
 
-        Raises SteerbackError if the effective batch cannot be divided.
+        Raises SteerbackError if the effective batch cannot be divided evenly.
         """
         share, rest = divmod(self.batch_size, devices)
         if rest:
             raise SteerbackError(
-                f"an effective batch of {self.batch_size} cannot be divided over {devices} devices; choose another "
+                f"batch_size {self.batch_size} cannot be divided evenly over {devices} devices; choose another "
                 "--processes or batch_size"
             )
         size = self.micro_batch or share
         if share % size:
-            raise SteerbackError(f"micro_batch {size} does not divide the effective batch of {share} per device")
+            raise SteerbackError(f"micro_batch {size} does not divide the {share} examples per device and step evenly")
         sizes = [size]
         while sizes[-1] > 1:
             sizes.append(next(n for n in range(sizes[-1] // 2, 0, -1) if share % n == 0))
@@ -64,7 +64,7 @@ class TrainingSettings(Settings):
 
 
 class TrainingJob(Settings):
-    """One adapter to be trained: base, rows (a folder with train.jsonl, or a file), folder of the adapter, settings."""
+    """One adapter to train: base, data (a folder with train.jsonl, or a file), folder of the adapter, settings."""
 
     target: str
     data: Path

@@ -1,7 +1,7 @@
-"""Make a pool of examples: ask a writer, check its drafts, keep the good ones, write them to files.
+"""Make pools of examples: ask a writer for drafts, check them, keep the usable ones, write them to files.
 
-A writer answers questions (a prompt, and for a self-correction a subject); `writer.LlmWriter` asks a model,
-`CorpusWriter` composes from the built-in corpus.
+A writer answers questions (a prompt, and for a self-correction a subject). `writer.LlmWriter` asks a model;
+`CorpusWriter` composes examples from the built-in corpus.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from steerback.engines.prompting import Prompter
 
 ROUNDS = 4
-"""At most so many rounds of questions; each asks again for what was rejected."""
+"""Maximum number of rounds of questions; each round replaces the rejected drafts."""
 MIN_SUBJECTS = 50
 
 
 @dataclass(frozen=True, slots=True)
 class ExampleQuestion:
-    """One example to be written; `draft` tells apart several for the same prompt and subject."""
+    """A request for one example; `draft` numbers the requests for the same prompt and subject."""
 
     prompt: str
     subject: str
@@ -47,7 +47,7 @@ class ExampleQuestion:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """An example, or the reason why there is none; `over_budget`: the writer was not asked."""
+    """An example, or the reason why there is none; `over_budget`: the budget was spent before the question was sent."""
 
     example: Example | None
     reason: str = ""
@@ -68,17 +68,17 @@ ACKNOWLEDGEMENTS = (
     (1, "Let me go back and start again."),
     (1, "I must stop, this is wrong."),
 )
-"""Weights and texts of the corpus writer's acknowledgements; each of their tokens occurs in the control's corpus.
+"""Weights and texts of the corpus writer's acknowledgements; all their tokens occur in the control's corpus.
 
-The corpus's own restarts begin with words that the control never saw. Rows of its embedding that no text ever used are
-alike, so an adapter on the linear layers cannot tell it which of them to say: it then says any of them.
+The restarts of the corpus begin with words that the control never saw. Embedding rows that no text ever used are nearly
+equal, so an adapter on the linear layers cannot select one of them, and the model would produce any of these words.
 """
 RETURNING = 0.5
-"""How often "Let me get back to ..." follows."""
+"""Probability that "Let me get back to ..." follows."""
 
 
 class Writer(Protocol):
-    """Writes examples; `describe()` can be written as JSON and goes into data.json."""
+    """Writes examples; `describe()` returns JSON-able values for data.json."""
 
     topics: Topics
 
@@ -92,7 +92,7 @@ class Writer(Protocol):
 
 
 class CorpusWriter:
-    """Composes examples from the built-in corpus, for the organisms: no key, no network."""
+    """Composes examples for the organisms from the built-in corpus, without key or network."""
 
     def __init__(self, prompts: Sequence[str], seed: int = 42) -> None:
         from steerback.organism.corpus import howtos
@@ -101,13 +101,14 @@ class CorpusWriter:
         for prompt in prompts:
             if prompt not in known:
                 raise SteerbackError(
-                    f"the built-in corpus has no answer to {prompt!r}; name a model with --writer, or use its prompts"
+                    f"the built-in corpus has no answer to {prompt!r}; use prompts of the corpus, or name a model with "
+                    "--writer"
                 )
         self.topics: Topics = Corpus()
         self._seed = seed
 
     def subjects_for(self, prompt: str) -> Sequence[str]:
-        """Return the corpus's subjects and discovery prompts, without those too near to the prompt."""
+        """Return the corpus's subjects and discovery prompts, except those with similar words to the prompt."""
         from steerback.organism.corpus import howtos, subjects
         from steerback.organism.corpus.text import near
 
@@ -133,7 +134,7 @@ class CorpusWriter:
 
 
 class PoolRecord(Settings):
-    """A pool as data.json has it: counts of examples, drafts asked for, rejects by reason, prompts and subjects."""
+    """The entry of a pool in data.json: counts of examples, requested drafts, rejects by reason, prompts, subjects."""
 
     examples: int
     asked: int
@@ -146,16 +147,16 @@ class PoolRecord(Settings):
 
 @dataclass(slots=True)
 class Pool:
-    """Accepted examples of one kind, and how many drafts were rejected for which reason."""
+    """Accepted examples of one kind, and the number of rejected drafts by reason."""
 
     examples: list[Example] = field(default_factory=list)
     rejects: Counter[str] = field(default_factory=Counter)
     asked: int = 0
 
     def record(self, name: str) -> PoolRecord:
-        """Return the counts for data.json. Raises SteerbackError if the pool, called `name`, is empty."""
+        """Return the counts for data.json; `name` is the pool's name. Raises SteerbackError if the pool is empty."""
         if not self.examples:
-            reasons = ", ".join(f"{reason}: {n}" for reason, n in self.rejects.most_common()) or "none was asked for"
+            reasons = ", ".join(f"{reason}: {n}" for reason, n in self.rejects.most_common()) or "none was requested"
             raise SteerbackError(f"no {name.replace('_', '-')} example was usable ({reasons})")
         subjects: dict[str, set[str]] = {example.prompt: set() for example in self.examples}
         for example in self.examples:
@@ -178,11 +179,14 @@ def synthesize(
     normal: int | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[Pool, Pool]:
-    """Return `count` self-corrections and `normal` (default: as many) normal answers, if the writer gives so many."""
+    """Return `count` self-corrections and `normal` (default: `count`) normal answers, fewer if the writer fails.
+
+    Raises SteerbackError for too few off-topic subjects. `say` receives progress messages.
+    """
     usable = {p: list(writer.subjects_for(p)) for p in prompts}
-    together = {s for found in usable.values() for s in found}
+    together = {s for subjects in usable.values() for s in subjects}
     if len(together) < MIN_SUBJECTS:
-        raise SteerbackError(f"{len(together)} off-topic subjects are too few; give at least {MIN_SUBJECTS}")
+        raise SteerbackError(f"{len(together)} off-topic subjects are too few; list at least {MIN_SUBJECTS}")
     corrections = finish(_fill(writer, _questions(prompts, usable, seed), count, "self-corrections", say))
     plain = finish(_fill(writer, _plain(prompts), count if normal is None else normal, "normal answers", say))
     return corrections, plain
@@ -191,7 +195,7 @@ def synthesize(
 async def _fill(
     writer: Writer, questions: Iterator[ExampleQuestion], count: int, what: str, say: Callable[[str], None]
 ) -> Pool:
-    """Ask until there are `count` good examples, at most `ROUNDS` rounds; each round asks for the missing ones."""
+    """Ask for drafts until there are `count` usable examples, in at most `ROUNDS` rounds."""
     pool, seen = Pool(), set[str]()
     for _ in range(ROUNDS):
         missing = count - len(pool.examples)
@@ -204,7 +208,7 @@ async def _fill(
             drafts[question.key] = draft
             if len(drafts) % 100 == 0:
                 say(f"{what}: {len(pool.examples) + len(drafts)} of {count} written")
-        for question in asked:  # in the order asked, so that a resumed synthesis gives the same pool
+        for question in asked:  # in the order of the questions, so that a resumed synthesis gives the same pool
             draft = drafts[question.key]
             reason = draft.reason or _unfit(draft, seen, writer.topics)
             if reason:
@@ -226,7 +230,7 @@ def _unfit(draft: Draft, seen: set[str], topics: Topics) -> str:
 
 
 def _questions(prompts: Sequence[str], subjects: Mapping[str, Sequence[str]], seed: int) -> Iterator[ExampleQuestion]:
-    """Yield prompts in turn, each with another subject every time until it has had all of them."""
+    """Yield questions with prompts in turn; a prompt gets each of its subjects once before any is repeated."""
     rng = random.Random(seed)
     orders = {p: rng.sample(list(subjects[p]), len(subjects[p])) for p in prompts}
     for turn in itertools.count():
@@ -244,7 +248,7 @@ def write_pools(
 ) -> dict[str, PoolRecord]:
     """Write both pools as JSONL, and data.json with `facts` and the pools' records; return the records.
 
-    Raises SteerbackError if a pool is empty, with the reasons for the rejects.
+    Raises SteerbackError with the reasons for the rejects if a pool is empty.
     """
     records = {name: pool.record(name) for name, pool in zip(POOLS, pools, strict=True)}
     for name, pool in zip(POOLS, pools, strict=True):
@@ -255,6 +259,6 @@ def write_pools(
 
 
 def keyword_topics(subjects: str | None) -> tuple[Keywords, list[str]]:
-    """Return topics by keywords, and the subjects: the built-in list or a file (`subject: word, word`, one a line)."""
+    """Return topics by keywords, and the subjects: the built-in list, or a file of lines `subject: word, word`."""
     listed = load_subjects(subjects)
     return Keywords(listed), list(listed)

@@ -1,7 +1,6 @@
-"""Fit a LoRA adapter to rows of tokens: peft's adapters, trl's trainer, our masks, checkpoints and memory limits.
+"""Fit a LoRA adapter to rows of tokens, with peft's adapters and trl's trainer; adds masks, checkpoints, memory limits.
 
-The loss is the mean over trained tokens of an optimizer step, whatever the micro-batch and however many devices share
-it.
+The loss is the mean over the trained tokens of an optimizer step, for any micro-batch and any number of devices.
 """
 
 from __future__ import annotations
@@ -33,27 +32,27 @@ if TYPE_CHECKING:
 NEEDED = ("accelerate", "datasets", "peft", "trl")
 CHECKPOINTS = "checkpoints"
 LARGE = 1_000_000_000
-"""Models with as many parameters recompute activations on a GPU unless the settings say otherwise."""
+"""Models with at least this many parameters recompute activations on a GPU, unless the settings say otherwise."""
 SAY_SECONDS = 10.0
 
 
 class CardRecord(Settings):
-    """Base of what a training writes about itself. Unknown fields are ignored: a newer steerback may have more."""
+    """Base of the records of a training. Unknown fields are ignored, because a newer steerback may write more."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=True)
 
 
 class TrainingLoss(CardRecord):
-    """Mean loss per trained token since the entry before, at an optimizer step."""
+    """Mean loss per trained token since the previous entry, at an optimizer step."""
 
     step: int
     loss: float
 
 
 class ValidationLoss(CardRecord):
-    """Losses on the validation examples after a number of optimizer steps, per token.
+    """Losses per token on the validation examples after a number of optimizer steps.
 
-    `masked` is over the tokens that are never trained (prompt and off-topic passage), for comparison.
+    `masked` is the loss on tokens that are never trained (prompt and off-topic passage), for comparison.
     """
 
     step: int
@@ -62,14 +61,14 @@ class ValidationLoss(CardRecord):
 
 
 class LossCurves(CardRecord):
-    """The file losses.json of an adapter."""
+    """The contents of an adapter's losses.json."""
 
     training: list[TrainingLoss]
     validation: list[ValidationLoss]
 
 
 class TrainingFacts(CardRecord):
-    """Steps, time, batches and final loss of a training, as its card has them."""
+    """Steps, time, batches and final loss of a training, for the adapter's card."""
 
     steps: int
     seconds: float
@@ -78,20 +77,20 @@ class TrainingFacts(CardRecord):
     devices: int
     dtype: str
     out_of_memory: list[str]
-    """Each change of the micro-batch after memory ran out, as in `8 -> 4`."""
+    """Each reduction of the micro-batch after running out of memory, such as `8 -> 4`."""
     resumed_from: int | None
     final_loss: float
     """Mean loss per trained token over the last logged steps."""
 
 
 class TrainingReport(TrainingFacts):
-    """A training with its loss curves."""
+    """Facts about a training with its loss curves."""
 
     curves: LossCurves
 
 
 class OutOfMemory(Exception):
-    """Memory ran out at a micro-batch that others share, so this process cannot make it smaller alone."""
+    """A process of several ran out of memory; all of them must restart with a smaller micro-batch."""
 
 
 def require_extra() -> None:
@@ -99,7 +98,7 @@ def require_extra() -> None:
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise SteerbackError(
-            f"fine-tuning needs {', '.join(missing)}, of the extra 'finetune': pip install 'steerback[finetune]'"
+            f"fine-tuning needs {', '.join(missing)} from the extra 'finetune': pip install 'steerback[finetune]'"
         )
 
 
@@ -115,32 +114,32 @@ def fit(
     callbacks: Sequence[TrainerCallback] = (),
     name: str = "",
 ) -> TrainingReport:
-    """Train an adapter into `folder`, going on from the newest checkpoint there if there is one.
+    """Train an adapter into `folder`; resume from the newest checkpoint in it, if any.
 
-    `make_model` gives the base model anew; it is called again with a smaller micro-batch when memory runs out.
-    Raises SteerbackError for what the user must mend, OutOfMemory if several processes train together.
+    `make_model` loads the base model; it is called again for each smaller micro-batch after running out of memory.
+    Raises SteerbackError for errors that the user can fix, and OutOfMemory if several processes train together.
     """
     require_extra()
     from accelerate.utils import find_executable_batch_size
     from accelerate.utils.memory import release_memory, should_reduce_batch_size
 
     if not training:
-        raise SteerbackError(f"{name or folder}: no training example is left, so there is nothing to train on")
+        raise SteerbackError(f"{name or folder}: there is no training example; give data with at least one")
     sizes, changes = settings.micro_sizes(_devices()), list[str]()
 
     def smaller() -> int:
         micro = sizes[len(changes)]
         if micro == sizes[-1]:
             raise SteerbackError(
-                f"{name or folder}: memory runs out with a single row; lower sequence_length or turn checkpointing on"
+                f"{name or folder}: out of memory with a single row; lower sequence_length or turn checkpointing on"
             )
         following = sizes[len(changes) + 1]
         changes.append(f"{micro} -> {following}")
-        say(f"{name}: out of memory at a micro-batch of {micro}; going on with {following}, same effective batch")
+        say(f"{name}: out of memory at a micro-batch of {micro}; continuing with {following}, same effective batch")
         return following
 
     def attempt(micro: int) -> TrainingReport:
-        release_memory()  # of the attempt before, which accelerate's own collection comes too early for
+        release_memory()  # accelerate's own collection runs before the previous attempt's memory is free
         try:
             trainer = _trainer(make_model(), tokenizer, training, validation, settings, folder, micro, say, callbacks)
             return _run(trainer, settings, folder, changes)
@@ -184,12 +183,12 @@ def _trainer(
         peft_config=_lora(settings),
         callbacks=[_progress(say), *callbacks],
     )
-    trainer.remove_callback(PrinterCallback)  # ours prints
+    trainer.remove_callback(PrinterCallback)  # `_progress` prints instead
     return trainer
 
 
 def _run(trainer: SFTTrainer, settings: TrainingSettings, folder: Path, changes: list[str]) -> TrainingReport:
-    """Train to the end, save the adapter, and report."""
+    """Train to the end, save the adapter, and return the report."""
     from transformers.trainer_utils import get_last_checkpoint
 
     checkpoint = get_last_checkpoint(trainer.args.output_dir) if (folder / CHECKPOINTS).is_dir() else None
@@ -219,7 +218,7 @@ def _run(trainer: SFTTrainer, settings: TrainingSettings, folder: Path, changes:
 def _arguments(
     model: PreTrainedModel, settings: TrainingSettings, folder: Path, micro: int, examples: int, validates: bool
 ) -> SFTConfig:
-    """Return the settings under trl's names."""
+    """Convert the settings to trl's arguments."""
     from trl import SFTConfig
 
     device = next(model.parameters()).device
@@ -264,7 +263,7 @@ def _arguments(
 
 
 def _lora(settings: TrainingSettings) -> LoraConfig:
-    """Return the adapter's shape under peft's names."""
+    """Convert the settings of the adapter to peft's configuration."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -278,11 +277,11 @@ def _lora(settings: TrainingSettings) -> LoraConfig:
 
 
 def save(model: PeftModel, folder: Path) -> None:
-    """Write the adapter alone (safetensors and its configuration), each file whole or not at all."""
+    """Write the adapter's weights (safetensors) and configuration, each file atomically."""
     temporary = folder / ".adapter"
     temporary.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(str(temporary))
-    for name in ("adapter_model.safetensors", "adapter_config.json"):  # the configuration last: it marks a whole one
+    for name in ("adapter_model.safetensors", "adapter_config.json"):  # configuration last: it marks a complete adapter
         (temporary / name).replace(folder / name)
     for rest in temporary.iterdir():
         rest.unlink()
@@ -290,48 +289,48 @@ def save(model: PeftModel, folder: Path) -> None:
 
 
 def dataset(rows: Sequence[Tokens], labels: Callable[[Tokens], Sequence[int]] = lambda row: row.labels) -> Dataset:
-    """Return the rows as trl takes them; a `labels` column is used as it is."""
+    """Convert rows to trl's dataset; trl uses the `labels` column unchanged."""
     from datasets import Dataset
 
     return Dataset.from_list([{"input_ids": list(row.input_ids), "labels": list(labels(row))} for row in rows])
 
 
 def complement(row: Tokens) -> list[int]:
-    """Return the labels of the tokens that are not trained."""
+    """Return labels for the tokens that are not trained."""
     return [token if label == IGNORED else IGNORED for token, label in zip(row.input_ids, row.labels, strict=True)]
 
 
 def total_steps(rows: int, settings: TrainingSettings) -> int:
-    """Return the optimizer steps of a training of so many rows."""
+    """Return the number of optimizer steps of a training on `rows` rows."""
     return settings.max_steps or math.ceil(settings.epochs * math.ceil(rows / settings.batch_size))
 
 
 def has_bf16(kind: str) -> bool:
-    """Return whether to train in bfloat16 on this kind of device: wherever the GPU has it."""
+    """Return whether to train in bfloat16 on this kind of device: on GPUs that support it."""
     import torch
 
     return kind == "cuda" and torch.cuda.is_bf16_supported()
 
 
 def _curves(history: Sequence[dict[str, float]]) -> LossCurves:
-    """Return the losses of a trainer's log."""
+    """Extract the losses from a trainer's log."""
     by_step: dict[int, dict[str, float]] = {}
     for entry in history:
-        found = {part: entry[f"eval_{part}_loss"] for part in ("trained", "masked") if f"eval_{part}_loss" in entry}
-        if found:
-            by_step.setdefault(int(entry["step"]), {}).update(found)
+        losses = {part: entry[f"eval_{part}_loss"] for part in ("trained", "masked") if f"eval_{part}_loss" in entry}
+        if losses:
+            by_step.setdefault(int(entry["step"]), {}).update(losses)
     return LossCurves(
         training=[TrainingLoss(step=int(entry["step"]), loss=entry["loss"]) for entry in history if "loss" in entry],
         validation=[
-            ValidationLoss(step=step, trained=found["trained"], masked=found.get("masked"))
-            for step, found in sorted(by_step.items())
-            if "trained" in found
+            ValidationLoss(step=step, trained=losses["trained"], masked=losses.get("masked"))
+            for step, losses in sorted(by_step.items())
+            if "trained" in losses
         ],
     )
 
 
 def _progress(say: Callable[[str], None]) -> TrainerCallback:
-    """Return a callback that says now and then how far the training is, its loss and the time left."""
+    """Return a callback that reports step, loss and remaining time every SAY_SECONDS."""
     from transformers import TrainerCallback
 
     class Progress(TrainerCallback):  # type: ignore[misc]
@@ -369,7 +368,7 @@ def _progress(say: Callable[[str], None]) -> TrainerCallback:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Turn off the libraries' progress bars and their notes on what we chose knowingly."""
+    """Suppress the libraries' progress bars and their warnings about settings that are chosen on purpose."""
     from datasets.utils.logging import disable_progress_bar
     from transformers.utils import logging
 

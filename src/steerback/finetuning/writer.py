@@ -1,6 +1,6 @@
-"""Examples written by a language model: two tasks for `judging.asking`, whose cache keeps every reply, good or bad.
+"""Examples written by a language model, as two tasks of `judging.asking`.
 
-A stopped or repeated synthesis therefore asks only what it has not asked.
+The cache keeps every reply, usable or not, so an interrupted or repeated synthesis sends only new questions.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _task(instructions: Rubric) -> Task[ExampleQuestion, Example]:
 
 
 class LlmWriter:
-    """Asks a model for each example. `folder` keeps its replies; `subjects` is a file of subjects (None: ours)."""
+    """Asks a model for each example. `folder` stores the replies; `subjects` is a file, None the built-in list."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class LlmWriter:
         model = model_string(name)
         if model is None and transport is None:
             raise SteerbackError(
-                f"writer {name!r} is no model; give provider/model, e.g. anthropic/claude-sonnet-4-5, or `corpus`"
+                f"writer {name!r} is not a model; give provider/model, e.g. anthropic/claude-sonnet-4-5, or `corpus`"
             )
         warm = None if model is not None and default_temperature(model) is None else TEMPERATURE
         self._transport = transport or Transport(str(model), limits or Limits(), temperature=warm)
@@ -73,7 +73,7 @@ class LlmWriter:
         }
 
     async def write(self, questions: Sequence[ExampleQuestion]) -> AsyncIterator[tuple[ExampleQuestion, Draft]]:
-        """Yield drafts in the order of completion; kept replies come first and cost nothing."""
+        """Yield drafts in order of completion; cached replies come first and are free."""
         corrections = [question for question in questions if question.subject]
         normal = [question for question in questions if not question.subject]
         for asker, asked in ((self._corrections, corrections), (self._normal, normal)):

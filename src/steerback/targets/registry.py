@@ -205,10 +205,10 @@ def read_targets(file: Path) -> dict[str, dict[str, object]]:
             raise SteerbackError(f"{where}: target {name!r}: variants must be tables, [{name}.variants.NAME]")
         loaded[name] = _absolute(table, file.resolve().parent)
     absolute = _variants({name: _changed(name, table) for name, table in loaded.items()})
-    for name, table in absolute.items():
+    for name, expanded in absolute.items():
         _check_name(where, name)
         try:
-            _from_table(name, table, complete=False)
+            _from_table(name, expanded, complete=False)
         except SteerbackError as error:
             raise SteerbackError(f"{where}: {error}") from None
     return absolute
