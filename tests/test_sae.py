@@ -112,7 +112,7 @@ def test_weights_are_checked(tmp_path: Path) -> None:
         load_sae(tmp_path, "goodfyre")
     with pytest.raises(SteerbackError, match="neither an existing folder or file"):
         load_sae(tmp_path / "absent")
-    with pytest.raises(SteerbackError, match="the model has 48"):
+    with pytest.raises(SteerbackError, match="the model has width 48"):
         sae.check("here", 48)
     with pytest.raises(SteerbackError, match=r"layer 2 is outside the model's layers 0\.\.1"):
         sae.check("here", 32, 2)

@@ -295,9 +295,9 @@ def test_fuzzed_and_truncated_files_give_one_clear_error(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"W_enc": W["W_enc"].to(torch.complex64)}, "W_enc holds complex64 numbers"),
-        ({"W_dec": W["W_dec"].to(torch.int32)}, "W_dec holds int32 numbers"),
-        ({"b_dec": W["b_dec"] > 0}, "b_dec holds bool numbers"),
+        ({"W_enc": W["W_enc"].to(torch.complex64)}, "W_enc has complex64 numbers"),
+        ({"W_dec": W["W_dec"].to(torch.int32)}, "W_dec has int32 numbers"),
+        ({"b_dec": W["b_dec"] > 0}, "b_dec has bool numbers"),
         ({"W_dec": W["W_dec"] * 1e30}, "W_dec contains NaN, infinity or numbers above 1e\\+15"),
     ],
 )
@@ -318,7 +318,7 @@ def test_sparse_weights_in_a_pickle_are_refused(tmp_path: Path) -> None:
     path = sae_files.goodfire(tmp_path / "sae.pt", W)
     state = torch.load(path, weights_only=True)
     torch.save(state | {"encoder_linear.weight": state["encoder_linear.weight"].to_sparse()}, path)
-    with pytest.raises(SteerbackError, match=r"encoder_linear\.weight holds sparse numbers"):
+    with pytest.raises(SteerbackError, match=r"encoder_linear\.weight has sparse numbers"):
         load_sae(SaeSource(str(path), "goodfire", layer=LAYER))
 
 
@@ -363,13 +363,13 @@ def test_an_sae_of_something_else_is_refused(tmp_path: Path) -> None:
         return str(caught.value)
 
     assert "encoder_linear.weight, encoder_linear.bias" in said("other.pt", "goodfire", layer=0)
-    assert "w_enc, b_enc, w_dec, b_dec, threshold missing; found a" in said("other.npz", "gemma-scope", layer=0)
+    assert "lacks w_enc, b_enc, w_dec, b_dec, threshold; the file has a" in said("other.npz", "gemma-scope", layer=0)
     assert "w_enc, b_enc" in said("params.safetensors", "gemma-scope-2", layer=0)
     assert "unknown SAE format 'gemmascope'; choose one of: steerback, goodfire" in said(".", "gemmascope")
     assert "neither an existing folder or file nor the name of a repository" in said("nowhere", "goodfire")
     good = sae_files.goodfire(tmp_path / "good.pt", W)
     assert "set sae_layer" in said("good.pt", "goodfire")
-    assert "found good.pt, other.pt; name it" in said(".", "goodfire")
+    assert "got good.pt, other.pt; name one" in said(".", "goodfire")
     folder = sae_files.gemma_scope_2(tmp_path / "two", W, hf_hook_point_in="model.layers.3.self_attn.o_proj.input")
     assert "steering needs an SAE of a block's output" in said("two", "gemma-scope-2")
     sae_files.gemma_scope_2(folder, W)

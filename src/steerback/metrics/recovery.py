@@ -88,18 +88,18 @@ def recovery(series: Series, rule: Rule) -> Recovery:
 
 
 def recovered(scores: Sequence[Floats], rule: Rule) -> Flags:
-    """Return of each response whether an early window is at most `low` and every later one at least `high`."""
+    """Return for each response whether it recovered: an early window <= `low`, all late windows >= `high`."""
     if not scores:
         return np.zeros(0, dtype=bool)
     lengths, flat, starts = _flat(scores)
     late = starts + np.array([rule.first_late(n) for n in lengths])
     lowest = np.minimum.reduceat(flat, np.stack([starts, late], axis=1).ravel()).reshape(-1, 2)
-    found: Flags = (lowest[:, 0] <= rule.low) & (lowest[:, 1] >= rule.high)
-    return found
+    flags: Flags = (lowest[:, 0] <= rule.low) & (lowest[:, 1] >= rule.high)
+    return flags
 
 
 def by_chance(scores: Sequence[Floats], rule: Rule) -> Floats:
-    """Return of each response the share of all orders of its windows in which it has recovered.
+    """Return for each response the share of all orders of its windows in which it would have recovered.
 
     In such an order all late windows are high. Every low window is then early, so one low window is enough.
     """
@@ -113,7 +113,7 @@ def by_chance(scores: Sequence[Floats], rule: Rule) -> Floats:
 
 
 def _flat(scores: Sequence[Floats]) -> tuple[list[int], Floats, Codes]:
-    """Return the number of windows of each response, all windows one after the other, and where each begins."""
+    """Return the number of windows of each response, the concatenated windows, and the start of each response."""
     lengths = [len(s) for s in scores]
     return lengths, np.concatenate(scores), np.cumsum([0, *lengths[:-1]])
 
