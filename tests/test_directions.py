@@ -123,7 +123,7 @@ def test_damaged_files_are_one_line(tmp_path: Path) -> None:
         ("l.npy", "its norm is infinite"),
         ("f.safetensors", "has no vector for layer 2; it has x, y"),
         ("g.gguf", "has no vector for layer 2; it has direction.1"),
-        ("h.pt", "unknown suffix; readable are .safetensors, .npy, .gguf"),
+        ("h.pt", "unknown suffix; supported: .safetensors, .npy, .gguf"),
         ("i.npy", "there is no such file"),
         ("j.npy", "has complex numbers"),
         ("k.safetensors", "has complex numbers"),
@@ -154,7 +154,7 @@ def test_facts_of_another_type_are_one_line(tmp_path: Path, facts: str, message:
 
 def test_a_direction_of_another_layer_is_refused(tmp_path: Path) -> None:
     save_direction(tmp_path / "own.safetensors", VECTOR, FACTS)
-    with pytest.raises(SteerbackError, match="was made at layer 2 and target 'x' steers at layer 3"):
+    with pytest.raises(SteerbackError, match="was made at layer 2, but target 'x' steers at layer 3"):
         load_directions([("own", str(tmp_path / "own.safetensors"))], 3, "x")
 
 
@@ -198,7 +198,7 @@ def test_making_refuses_what_makes_no_sense(engine: TransformersEngine, tmp_path
     with pytest.raises(SteerbackError, match=r"layer 9 is outside 0\.\.3"):
         making.from_texts(engine, texts[:3], ["a", "b", "c"], 9, "")
     np.save(tmp_path / "a.npy", np.ones(31))
-    with pytest.raises(SteerbackError, match="has width 31, the model has 32"):
+    with pytest.raises(SteerbackError, match="has width 31, but the model has width 32"):
         making.from_file(engine, tmp_path / "a.npy", texts, 1)
     with pytest.raises(SteerbackError, match="does not exist"):
         read_texts(tmp_path / "nothing.txt")

@@ -71,7 +71,7 @@ def test_a_folder_is_read_in_order_and_the_first_label_of_a_latent_stays(tmp_pat
     found = read_label_file(tmp_path)
     assert (found.labels, found.repeated) == ({1: "early", 2: "b"}, 1)
     (tmp_path / "batch-11.jsonl.gz").write_bytes(batch(explanation(3, "c", "gemma-2-9b/20-gemmascope-res-16k")))
-    with pytest.raises(SteerbackError, match="labels of different SAEs in one place: gemma-2-2b/16"):
+    with pytest.raises(SteerbackError, match="labels of different SAEs: gemma-2-2b/16"):
         read_label_file(tmp_path)
 
 

@@ -226,9 +226,9 @@ def test_mistakes_in_a_file_are_one_line(tmp_path: Path, text: str, message: str
 
 def test_a_foreign_format_needs_layer_and_size(tmp_path: Path) -> None:
     entry = {"model": "a/b", "boost_prior": [1, 1, 0, 2], "sae": {"location": "a/c", "format": "saelens"}}
-    with pytest.raises(SteerbackError, match="an SAE of format 'saelens' needs sae_layer beside it"):
+    with pytest.raises(SteerbackError, match="with an SAE of format 'saelens', the table must set sae_layer"):
         resolve("x", {"x": entry})
-    with pytest.raises(SteerbackError, match="needs n_latents beside it"):
+    with pytest.raises(SteerbackError, match="the table must set n_latents"):
         resolve("x", {"x": entry | {"sae_layer": 3}})
     with pytest.raises(SteerbackError, match=r"file of targets .* does not exist"):
         read_targets(tmp_path / "absent.toml")
@@ -371,10 +371,10 @@ def test_too_little_memory_is_said_before_anything_is_loaded(monkeypatch: pytest
     with pytest.raises(SteerbackError) as caught:
         load_target("llama-3.3-70b", engine="transformers", device="cpu")
     assert str(caught.value) == (
-        "target 'llama-3.3-70b' needs about 149.7 GB of memory as bfloat16 and 10.0 GB are free; "
-        "steerback targets --fit says what fits this machine"
+        "target 'llama-3.3-70b' needs about 149.7 GB of memory as bfloat16, but 10.0 GB are free; "
+        "steerback targets --fit lists the targets that fit this machine"
     )
-    with pytest.raises(SteerbackError, match=r"75\.6 GB of GPU memory as fp8 and 24\.0 GB are free"):
+    with pytest.raises(SteerbackError, match=r"75\.6 GB of GPU memory as fp8, but 24\.0 GB are free"):
         check_ready(resolve("llama-3.3-70b"), "GPU memory", 24 * 10**9, "fp8")
 
 
