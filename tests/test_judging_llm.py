@@ -149,7 +149,7 @@ def test_mock_model_scores_and_counts_tokens() -> None:
     assert found["blank"].status == "empty"
     assert len(found["k0"].attempts) == 2
     assert all(a.gated for a in found["k0"].attempts)
-    spend = judge.spend()
+    spend = judge.transport.spend()
     assert (spend.calls, spend.input_tokens, spend.output_tokens) == (3, 300, 60)
     assert spend.cost == pytest.approx(3 * (100 * 1e-6 + 20 * 10e-6))
 
@@ -172,7 +172,7 @@ def test_happy_path_over_each_protocol(model: str, suffix: str) -> None:
         assert (first.score, second.score) == (5.0, 10.0)
     assert before.calls == 5
     assert before.input_tokens > 500
-    assert judge.spend().calls == 6
+    assert judge.transport.spend().calls == 6
     assert KEY not in carried
     sent = judge.describe()["temperature sent"]
     assert sent == 0 if "anthropic" not in model else sent is None  # its present API takes none, and we say so
@@ -195,7 +195,7 @@ def test_transport_faults_are_retried(model: str, suffix: str, fault: str) -> No
         judge = judge_for(model, server.url + suffix)
         verdict = run(judge, items(1))[0][1]
     assert verdict.status == "scored", verdict.reason
-    assert judge.spend().calls == 1
+    assert judge.transport.spend().calls == 1
 
 
 def test_a_fault_that_stays_is_unscored_without_the_key() -> None:
@@ -243,7 +243,7 @@ def test_budget_of_money_is_kept() -> None:
         judge = judge_for("openrouter/qwen/qwen3-32b", server.url + "/v1", max_cost=0.01, price=(1.0, 10.0))
         found = run(judge, items(40))
     assert 0 < sum(v.status == "scored" for _, v in found) < 40
-    assert judge.spend().cost <= 0.01 * 1.05
+    assert judge.transport.spend().cost <= 0.01 * 1.05
 
 
 def test_stopping_early_leaves_no_call_running() -> None:

@@ -34,7 +34,7 @@ from steerback.store.files import make_folder, write_atomic, write_json
 from steerback.store.manifest import commit, machine
 from steerback.targets import Target, resolve
 from steerback.targets.fit import check_weights
-from steerback.targets.target import is_adapter
+from steerback.targets.target import ADAPTER_FILES, adapter_config, is_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -115,7 +115,8 @@ def train_adapter(job: TrainingJob, say: Callable[[str], None] = print) -> Adapt
         written=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     if int(os.environ.get("RANK", "0")) == 0:  # only the first of several processes writes
-        _name_base(job.out, card.model)
+        config = job.out / ADAPTER_FILES[0]  # peft writes the local path of the base, which the card must not show
+        write_json(config, adapter_config(job.out) | {"base_model_name_or_path": card.model})
         write_json(job.out / "losses.json", report.curves.model_dump())
         write_atomic(job.out / "README.md", _readme(card).encode("utf-8"))
         write_json(job.out / CARD, card.model_dump(mode="json"))  # last, because the card marks a finished training
@@ -235,11 +236,6 @@ def _done(folder: Path, target: Target, data_hash: str, settings: TrainingSettin
         return None
     _mark(folder, target, data_hash, settings)
     return read_card(folder)
-
-
-def _name_base(folder: Path, name: str) -> None:
-    path = folder / "adapter_config.json"
-    write_json(path, readers.read_json_table(path, "adapter config") | {"base_model_name_or_path": name})
 
 
 @dataclass(frozen=True, slots=True)

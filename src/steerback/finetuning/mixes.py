@@ -102,6 +102,7 @@ def make_mixes(
     if len(set(ratios)) != len(ratios) or not ratios:
         raise SteerbackError("mixes: give at least one percent, and each percent once")
     most = {percent: largest(percent, len(corrections), len(normal)) for percent in ratios}
+    # all ratios are exact at multiples of this size
     step = math.lcm(*(100 // math.gcd(percent, 100) for percent in ratios))
     common = min(most.values()) // step * step
     pools = [_split(pool, seed + n) for n, pool in enumerate((corrections, normal))]

@@ -244,7 +244,7 @@ def _arguments(
         gradient_checkpointing=checkpointing,
         seed=settings.seed,
         data_seed=settings.seed,
-        max_length=None,
+        max_length=None,  # rows are already cut and tokenised
         dataset_kwargs={"skip_prepare_dataset": True},
         logging_steps=max(1, steps // 100),
         logging_first_step=True,

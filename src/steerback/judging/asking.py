@@ -114,6 +114,7 @@ class Asker(Generic[Item, Value]):
                 async for key, reply in replies:
                     group, question = asked[key]
                     answers = self._read(group, question, reply)
+                    # nothing could be parsed: ask again, except in the last round and after a failed call
                     if left and not reply.reason and all(answer.reason for answer in answers):
                         waiting.append(group)
                         continue

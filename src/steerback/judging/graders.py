@@ -38,11 +38,7 @@ def _windows(items: Sequence[JudgeItem]) -> Mapping[str, str]:
     return {"prompt": item.prompt, "topic": item.label or "", "response": parts}
 
 
-def _snippets(items: Sequence[Snippets]) -> Mapping[str, str]:
-    (snippets,) = items
-    return {"snippets": numbered(snippets)}
-
-
+# A change of a rubric's text needs a new version, because the version is stored with every verdict.
 ATTEMPTS: Task[JudgeItem, tuple[Attempt, ...]] = Task(
     rubric("attempts-1"),
     _response,
@@ -79,7 +75,11 @@ CONCRETENESS: Task[str, float] = Task(
     output_tokens=10 * LABELS_PER_CALL,
 )
 LABEL: Task[Snippets, str] = Task(
-    rubric("label-1"), _snippets, lambda verdict, snippets, _: parse.parse_label(verdict), "snippets", output_tokens=40
+    rubric("label-1"),
+    lambda items: {"snippets": numbered(*items)},
+    lambda verdict, snippets, _: parse.parse_label(verdict),
+    "snippets",
+    output_tokens=40,
 )
 
 
@@ -158,7 +158,7 @@ def offline_boundaries(response: str, judgement: Judgement) -> Boundaries | None
         if attempt.score > before.score and attempt.phrase:
             span = Quotable(response[attempt.start : attempt.end]).find(attempt.phrase)
             end = attempt.start + (span[1] if span else len(attempt.phrase))
-            while end < attempt.end and not response[end].isalnum():
+            while end < attempt.end and not response[end].isalnum():  # skip punctuation after the phrase
                 end += 1
             return Boundaries(off_topic=before.start, correction=attempt.start, on_topic=end)
     return None

@@ -44,10 +44,6 @@ class LLMJudge:
         """Estimate calls, tokens and cost of judging `items`."""
         return self._asker.estimate(items)
 
-    def spend(self) -> Spend:
-        """Return the spend so far."""
-        return self.transport.spend()
-
     def drain(self) -> Spend:
         """Return the spend since the last call of this method."""
         return self.transport.drain()

@@ -69,7 +69,7 @@ def compose(
     """
     texts = {name: encodable(text) for name, text in places.items() if text or name == enclosed}
     together = "\n".join(texts.values())
-    while (nonce := draw()) in together:
+    while (nonce := draw()) in together:  # a text that contains the nonce could close its tags
         continue
     parts = {}
     for name, text in texts.items():

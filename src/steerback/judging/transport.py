@@ -70,7 +70,7 @@ class Transport:
             self.missing = str(error)
         check_provider(self.model)
         check_address(self.model, self.base_url)
-        if default_temperature(self.model) is None:
+        if default_temperature(self.model) is None:  # such models fail if a temperature is sent
             self.temperature = None
         self._price = self.limits.price or price(self.model)
         if self.limits.max_cost is not None and self._price is None:
@@ -144,7 +144,7 @@ class Transport:
             if not refused:
                 asked += 1
                 self._asked += 1
-                self._reserved += self._expected(question)
+                self._reserved += self._expected(question)  # released when the reply arrives
             yield asyncio.create_task(self._one(model, question, refused)), key
 
     def _expected(self, question: Query) -> float:
@@ -182,7 +182,7 @@ class Transport:
         temperature = self.temperature if self._takes_temperature else None
         try:
             return await model.generate(messages, config=GenerateConfig(temperature=temperature))
-        except Exception as error:
+        except Exception as error:  # providers have no common exception for a rejected temperature
             if temperature is None or "temperature" not in str(error).lower():
                 raise
         self._takes_temperature = False  # later questions to this model carry no temperature
@@ -205,7 +205,7 @@ class Transport:
         arguments = {**key, **self.model_args}
         model = get_model(self.model, config=config, base_url=self.base_url, memoize=False, **arguments)
         waits = wait_exponential_jitter(initial=limits.first_wait, max=60.0, jitter=limits.first_wait)
-        api: Any = model.api
+        api: Any = model.api  # Inspect has no option for the first wait or for the observation of requests
         api.retry_wait = lambda: waits
         api.generate = self._observed(api.generate)
         async with model:

@@ -125,6 +125,7 @@ def top_contexts(engine: TransformersEngine, texts: Sequence[str], n: int = 8, l
             higher = best.values.float().cpu() > peak
             peak = torch.where(higher, best.values.float().cpu(), peak)
             token = torch.where(higher, best.indices.cpu() + first, token)
+        # merge this text's peak with the n largest so far
         values, order = torch.cat([values, peak[:, None]], dim=1).topk(n, dim=1)
         here = torch.stack([torch.full_like(token, number), token])[..., None]
         where = torch.cat([where, here], dim=2).gather(2, order.expand(2, -1, -1))

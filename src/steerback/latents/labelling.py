@@ -43,6 +43,7 @@ def top_words(
         columns = activity.indices[row]
         weights = activity.data[row] * rarity[columns]
         order = np.argsort(-weights, kind="stable")[:WORDS]
+        # words far below the best one are noise
         best = [words[columns[i]] for i in order if weights[i] > 0.1 * weights[order[0]] > 0]
         if best and active_in[k] >= LEAST_TEXTS:
             labels[int(k)] = ", ".join(best)

@@ -134,6 +134,7 @@ def _read(path: Path) -> list[LatentKey]:
     lines = [line.split("#", 1)[0].strip() for line in content.splitlines()]
     entries: list[LatentKey] = []
     for line in filter(None, lines):
+        # a line with other entries than indices is one label, which may contain commas
         parts = [part.strip() for part in line.split(",") if part.strip()]
         entries.extend(parts if all(_is_index(part) for part in parts) else [line])
     return entries

@@ -74,7 +74,7 @@ def select(
     if settings.concreteness != "off" and labels:
         candidates, ratings = _drop_abstract(candidates, labels, settings, rater, rate_at_most, seed, counts)
     counts["candidates"] = len(candidates)
-    counts["without label"] = sum(k not in labels for k in candidates)
+    counts["without label"] = sum(k not in labels for k in candidates)  # unrated, and the judge gets no label
     if not candidates:
         left_out = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
         raise SteerbackError(

@@ -80,12 +80,14 @@ def krippendorff_alpha(ratings: Floats, level: Level) -> float | None:
     n = len(values)
     if level == "interval":
         x = np.where(known, table - values.mean(), 0.0)  # centred, so that sums of squares lose no digits
+        # sums of squared differences over ordered pairs: within each response, and over all ratings
         within = 2 * (m * np.sum(x**2, axis=0) - np.sum(x, axis=0) ** 2)
         total = 2 * (n * np.sum((values - values.mean()) ** 2))
     else:
         labels, codes = np.unique(values, return_inverse=True)
         unit = np.nonzero(known)[1]
         tally = np.bincount(unit * len(labels) + codes, minlength=len(m) * len(labels)).reshape(len(m), len(labels))
+        # numbers of ordered pairs with different labels: within each response, and over all ratings
         within = m**2 - np.sum(tally.astype(np.float64) ** 2, axis=1)
         total = float(n) ** 2 - float(np.sum(tally.sum(axis=0).astype(np.float64) ** 2))
     expected = total / (n - 1)

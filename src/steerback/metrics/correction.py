@@ -175,12 +175,14 @@ def corrected_rate(
     value = float(groups.size @ groups.share) / n
     counts = groups.draw(draws, np.random.default_rng(seed)).sum(axis=1) / n
     from_labels = _quantiles(counts, value, alpha)
-    from_trials = _trials_interval(value, trials, icc, alpha)
+    restarts = float(np.nansum(trials.truth))
+    # the interval as if the truth of each trial were known, with the events seen in the labels
+    from_trials = _rate_bounds(value, groups.share[groups.of_trial], trials, restarts, icc, alpha)
     low, high = _added(value, from_labels, (from_trials.low, from_trials.high), (0.0, 1.0))
     clusters = len(np.unique(trials.cluster))
     beside = {"labels": from_labels, "normal": normal_interval(trials, alpha)}
     method = "prediction-powered, labels by Jeffreys' posterior, trials clustered by latent"
-    return Estimate(value, low, high, n, method, round(float(np.nansum(trials.truth))), clusters, beside)
+    return Estimate(value, low, high, n, method, round(restarts), clusters, beside)
 
 
 def rogan_gladen(
@@ -274,12 +276,6 @@ def _uncorrectable(trials: LabelledTrials) -> str:
     if not trials.labels:
         return "no labels"
     return "a stratum has no labels" if trials.unlabelled_strata else ""
-
-
-def _trials_interval(value: float, trials: LabelledTrials, icc: float, alpha: float) -> Bounds:
-    """Return the interval of the rate as if the truth of each trial were known, with the events seen in the labels."""
-    predicted = trials.groups.share[trials.groups.of_trial]
-    return _rate_bounds(value, predicted, trials, float(np.nansum(trials.truth)), icc, alpha)
 
 
 def _rate_bounds(rate: float, values: Floats, trials: LabelledTrials, seen: float, icc: float, alpha: float) -> Bounds:

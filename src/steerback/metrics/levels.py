@@ -80,7 +80,7 @@ def find_peak(
     curve = _ratio(sums.sum(axis=0)[None])
     if np.ptp(curve) == 0:
         return None
-    (at,), (value,) = _vertex(grid, curve, _highest(curve, np.full(1, 0.5)))
+    (at,), (value,) = _vertex(grid, curve, _highest(curve, np.full(1, 0.5)))  # of equally high levels the middle one
     flat = sums.reshape(len(sums), -1)
     curves = _ratio(iv.resample_sums(flat, draws, rng).reshape(draws, len(grid), 2))
     curves = curves[np.any(np.isfinite(curves), axis=1)]
@@ -113,7 +113,7 @@ def trend(
     views = [view(o, gated=gated, include_degraded=include_degraded) for o in outcomes]
     sums = _sums(metric, views)
     values = tuple(float(n / d) if d > 0 else None for n, d in sums.sum(axis=0))
-    weights = (x - x.mean()) / np.sum((x - x.mean()) ** 2)
+    weights = (x - x.mean()) / np.sum((x - x.mean()) ** 2)  # the least-squares slope is weights @ values
     if any(v is None for v in values):
         why = "no trials at one of the levels"
         return Trend(metric, tuple(x.tolist()), values, None, None, None, why, None, why, len(sums))
@@ -195,7 +195,7 @@ def _permute(sums: Floats, weights: Floats, slope: float, draws: int, seed: int)
     moving = np.any(sums != sums[:, :1], axis=(1, 2))
     if not np.any(moving):
         return 1.0, "no latent differs between levels"
-    still, sums = sums[~moving].sum(axis=0), sums[moving]
+    still, sums = sums[~moving].sum(axis=0), sums[moving]  # latents without differences are constant in every draw
     rng, hits = np.random.default_rng(seed), 0
     for rows in iv.blocks(draws, 2 * sums.shape[0] * sums.shape[1]):
         order = np.argsort(rng.random((rows, *sums.shape[:2])), axis=2)

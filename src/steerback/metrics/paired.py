@@ -93,7 +93,7 @@ def _match(a: Outcomes, b: Outcomes, include_degraded: bool | None) -> tuple[Out
         raise ValueError("a pair index has different latents in the two conditions")
     keep = np.ones(len(a), dtype=bool)
     dropped = {"unpaired": unpaired}
-    for code in range(len(STATES) - 1, VALID, -1):
+    for code in range(len(STATES) - 1, VALID, -1):  # invalid, unscored, empty: the worst state names the reason
         bad = keep & ((a.state == code) | (b.state == code))
         dropped[STATES[code]] = int(bad.sum())
         keep &= ~bad
@@ -190,7 +190,7 @@ def _cohens_d(sums: Floats) -> float | None:
 
 
 def _odds_ratio(num_a: Floats, den_a: Floats, num_b: Floats, den_b: Floats) -> float:
-    if np.all(den_a == den_b):
+    if np.all(den_a == den_b):  # all pairs count in both conditions, so discordant pairs decide (McNemar)
         return float((np.sum(num_b > num_a) + 0.5) / (np.sum(num_a > num_b) + 0.5))
     yes_a, yes_b = num_a.sum() + 0.5, num_b.sum() + 0.5
     return float(yes_b * (den_a.sum() - num_a.sum() + 0.5) / (yes_a * (den_b.sum() - num_b.sum() + 0.5)))

@@ -127,6 +127,7 @@ def exchange_p(steered: Codes, unsteered: Codes, rng: np.random.Generator, draws
     """Return the one-sided p of the null "steered responses have no higher rate", counts of equal-sized clusters."""
     together = np.concatenate([steered, unsteered])
     histogram = np.bincount(together)
+    # clusters of one size differ in their count alone, so dealing them means dealing the histogram of counts
     dealt = rng.multivariate_hypergeometric(histogram, len(unsteered), size=draws) @ np.arange(len(histogram))
     return (1 + int(np.sum(dealt <= unsteered.sum()))) / (1 + draws)
 

@@ -114,6 +114,8 @@ def auc_of(low: Floats, high: Floats, cluster: Codes, draws: int, seed: int = 0)
         return Estimate(None, None, None, 0, "no values")
     codes = np.unique(cluster, return_inverse=True)[1].astype(np.int64)
     member = np.eye(int(codes.max()) + 1)[codes]  # (n, clusters)
+    # wins[c, d]: pairs of a low value in cluster c and a larger high value in cluster d, so that a resample of clusters
+    # needs no further comparison of values
     wins = member.T @ ((high[None] > low[:, None]) + 0.5 * (high[None] == low[:, None])) @ member
     sizes = member.sum(axis=0)
     value = float(wins.sum() / len(low) ** 2)

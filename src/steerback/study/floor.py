@@ -68,7 +68,7 @@ def _take_over(study: Study, trials: Sequence[Trial]) -> None:
         return
     with Ledger(folder / "ledger.sqlite", read_only=True) as other:
         stored, engines = other.rows(study.name, FLOOR, judge=judge.name), other.engines()
-    planned = set(trials)
+    planned = set(trials)  # equal trials have equal prompts and seeds, so their responses can be reused
     rows = [r for r in stored if r.trial in planned and r.valid_receipt]
     ledger = study.run.ledger
     ledger.add_trials([r.trial for r in rows])

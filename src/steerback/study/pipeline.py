@@ -64,7 +64,7 @@ async def carry_out(bench: Workbench, trials: Sequence[Trial], stage: str = "", 
     waiting = [t for t in trials if t.key not in done]
     bench.progress.stage(stage or trials[0].stage, len(trials), len(trials) - len(waiting))
     queue: asyncio.Queue[list[Row] | None] = asyncio.Queue()
-    if judge is not None:
+    if judge is not None:  # an interrupted run may have left responses without a verdict
         known = bench.ledger.judged(judge.name, done)
         if unjudged := [t.key for t in trials if t.key in done and t.key not in known]:
             queue.put_nowait(list(bench.ledger.stream(unjudged)))

@@ -120,18 +120,16 @@ class Study:
 
         `more` lists prompts beyond those of the run that will also be measured.
         """
-        rows = self._borrowed(bool(more)) if self.target.adapter is not None else []
+        rows: list[Row] = []
+        if self.target.adapter is not None:  # its base's references, if that is in this run: the same for all adapters
+            stored = self.run.ledger.rows(target=self.target.base, stage="reference")
+            rows = [r for r in stored if more or r.trial.condition != FURTHER]
         if not rows:
             rows = await self.references()
             if more:
                 rows = rows + await self.references(more, FURTHER)
         if self.bench.judge is not None:
             self.bench.judge.prepare(references(rows, self.target.contexts()))
-
-    def _borrowed(self, more: bool) -> list[Row]:
-        """Return the base target's references if it is in this run, so that its adapters share the same references."""
-        rows = self.run.ledger.rows(target=self.target.base, stage="reference")
-        return [r for r in rows if more or r.trial.condition != FURTHER]
 
     async def references(self, prompts: Sequence[str] | None = None, condition: str = "unsteered") -> list[Row]:
         """Generate `reference_responses` unsteered responses per prompt (default: the run's prompts)."""
@@ -249,6 +247,7 @@ class Study:
         A score is None if the trial is unscored, invalid, or degraded while these are excluded.
         """
         settings, trials = self.config.calibration, []
+        # each latent has its own range of indices, so that no two latents share a seed
         room = max(10_000, settings.max_iterations * settings.trials_per_iteration, settings.verify_trials)
         for position, latent in enumerate(latents):
             if latent.key not in boosts:

@@ -147,8 +147,9 @@ def _attempt(client: httpx2.Client, url: str, file: IO[bytes]) -> bool:
 
     size, notes = file.seek(0, os.SEEK_END), _notes(file)
     same = _remembered(notes, url) if size else None
+    # If-Range: the server sends the rest if its file is unchanged, else the whole file with status 200
     with client.stream("GET", url, headers={"Range": f"bytes={size}-", "If-Range": same} if same else {}) as response:
-        if response.status_code == 416 and same:
+        if response.status_code == 416 and same:  # no bytes after `size`: complete, unless the file has another length
             whole = response.headers.get("content-range") == f"bytes */{size}"
             if not whole:
                 file.truncate(0)

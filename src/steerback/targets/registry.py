@@ -283,7 +283,7 @@ def _from_table(name: str, raw: Table, complete: bool) -> Target:
     n_latents = meta.n_latents if table.n_latents is None and meta is not None else table.n_latents
     steer, read = (sae_layer if layer is None else layer for layer in (table.steer_layer, table.read_layer))
     n_layers, d_model = _sizes(table, folder)
-    if sae is None and n_layers is not None:
+    if sae is None and n_layers is not None:  # directions alone: steer and read at the default depth
         steer, read = (default_layer(n_layers) if layer is None else layer for layer in (steer, read))
     if complete:
         _check_complete(where, sae, sae_layer=sae_layer, n_latents=n_latents, steer_layer=steer, read_layer=read)

@@ -106,7 +106,7 @@ class SaeTrainer:
             self._adam.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
         self._adam.step()
-        with torch.no_grad():
+        with torch.no_grad():  # the convention of `targets.sae`: decoder rows of norm 1
             self.W_dec.copy_(normalize(self.W_dec, dim=1))
             self.cut = cut if self.done == 0 else 0.95 * self.cut + 0.05 * cut
         self.done += 1

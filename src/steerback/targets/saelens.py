@@ -90,7 +90,7 @@ def convert(
     _refuse_unknown(weights, kind, where)
     if kind == "topk" and config.rescale_acts_by_decoder_norm:
         _fold_decoder_norms(weights)
-    if config.apply_b_dec_to_input:
+    if config.apply_b_dec_to_input:  # before the scale: SAELens subtracts the bias from the scaled input
         weights["b_enc"] = weights["b_enc"] - (weights["b_dec"].float() @ weights["W_enc"].float())
     _fold_scale(weights, config.normalize_activations, input_scale, where)
     stated = weights.pop("threshold", None)
