@@ -75,7 +75,7 @@ def test_mixes_that_cannot_be_are_refused() -> None:
         make_mixes([], pool(50, "n"), [10])
     with pytest.raises(SteerbackError, match="give percents from 0 to 100"):
         make_mixes(pool(50, "c"), pool(50, "n"), [110])
-    with pytest.raises(SteerbackError, match="each once"):
+    with pytest.raises(SteerbackError, match="each percent once"):
         make_mixes(pool(50, "c"), pool(50, "n"), [10, 10])
     mixes, notes = make_mixes(pool(50, "c"), pool(80, "n"), [33], 130)
     assert (mixes[0].size, mixes[0].corrections) == (100, 33)

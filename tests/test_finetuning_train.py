@@ -190,7 +190,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_effective_one(tmp_pa
     )
     assert report.out_of_memory == ["8 -> 4", "4 -> 2"]
     assert (report.micro_batch, report.accumulation) == (2, 4)
-    assert any("out of memory at a micro-batch of 8; going on with 4" in line for line in said)
+    assert any("out of memory at a micro-batch of 8; continuing with 4" in line for line in said)
     whole = train(tmp_path / "b", data)
     assert (whole.micro_batch, whole.accumulation, whole.out_of_memory) == (8, 1, [])
     assert [p.step for p in report.curves.training] == [p.step for p in whole.curves.training] == [1, 2, 3, 4, 5]
@@ -249,7 +249,7 @@ def test_it_learns_what_is_trained_and_reports_both_parts(tmp_path: Path) -> Non
 
 
 def test_no_example_and_wrong_settings_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(SteerbackError, match="nothing to train on"):
+    with pytest.raises(SteerbackError, match="there is no training example"):
         train(tmp_path, [])
     for values, says in (
         ({"rate": 1}, "unknown setting 'rate'; choose one of: alpha, batch_size"),
