@@ -134,7 +134,8 @@ def activity_of(recorded: Recorded, draws: int) -> RegionActivity:
         values = region_values(recorded, group)
         means[group] = {name: mean_of(*v, (0.0, np.inf)) for name, v in values.items()}
         pairs = [(r, UNSTEERED) for r in (*REGIONS, DRIFTS)] + [("off-topic", DRIFTS)]
-        pairs += [(r, REREAD) for r in REGIONS if REREAD in values]
+        if REREAD in values:
+            pairs += [(REREAD, UNSTEERED), *((r, REREAD) for r in REGIONS)]
         ratios[group] = {f"{a} / {b}": ratio_of(*values[a], *values[b], draws) for a, b in pairs}
         for a, b in PAIRED:
             tests[group, a, b] = paired_regions(values[a][0], values[b][0], values[a][1])

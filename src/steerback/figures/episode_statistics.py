@@ -51,16 +51,16 @@ def region_table(activity: Mapping[str, RegionActivity], judge: str) -> Table:
     for target, a in activity.items():
         for group in a.groups:
             for region, e in a.means[group].items():
-                ratio = a.ratios[group].get(f"{region} / {UNSTEERED}")
-                shown = "1" if ratio is None else show(ratio, False)
-                cells.append((target, group, region, f"{e.n:,}", f"{e.clusters}", show(e, False), shown))
+                ratios = [a.ratios[group].get(f"{region} / {control}") for control in (UNSTEERED, REREAD)]
+                shown = ("-" if ratio is None else show(ratio, False) for ratio in ratios)
+                cells.append((target, group, region, f"{e.n:,}", f"{e.clusters}", show(e, False), *shown))
                 record = {"target": target, "group": group, "region": region, "judge": judge, **asdict(e)}
                 for prefix, control in (("ratio", UNSTEERED), ("ratio_reread", REREAD)):
                     if (x := a.ratios[group].get(f"{region} / {control}")) is not None:
                         record |= {f"{prefix}_value": x.value, f"{prefix}_low": x.low, f"{prefix}_high": x.high}
                 records.append(record)
     return Table(
-        ("target", "group", "region", "n", "latents", "mean activation", "ratio to unsteered"),
+        ("target", "group", "region", "n", "latents", "mean activation", "/ unsteered", "/ re-read"),
         cells,
         "Mean over the region's tokens of the group's summed activation, in episodes of two attempts that improve. "
         f"95 % intervals clustered by latent. {REREAD.capitalize()}: steered responses of one attempt on the topic, "
@@ -206,7 +206,7 @@ def draw_regions(activity: Mapping[str, RegionActivity], judge: str, note: str =
     for ax, (target, group) in zip(axes, cells, strict=False):
         _regions(ax, activity[target], group, colours[target])
         title = style.plain(f"{target}: {group}")
-        ax.set_title(title, loc="left", x=-0.45, color=colours[target], fontweight="bold", pad=2)
+        ax.set_title(title, loc="left", x=-0.42, color=colours[target], fontweight="bold", pad=2)
     if not cells:
         style.message(axes[0], "nothing was recorded")
     return fig
