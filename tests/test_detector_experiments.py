@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,9 +19,11 @@ from steerback.data.prompts import load_prompts
 from steerback.errors import SteerbackError
 from steerback.experiments import make_experiment
 from steerback.experiments.detector_ablation import distinct
-from steerback.jobs import execute
+from steerback.experiments.detectors import _found_alike
+from steerback.jobs import check, execute
 from steerback.published.comparison import our_number, table_of_numbers
 from steerback.store.facts import DETECTOR_SET, PAIR_ACTIVATIONS, DetectorSet, Dose
+from steerback.store.run import stored_config
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +104,25 @@ def test_no_detectors_is_one_clear_line(runs: Runs) -> None:
 def test_search_options_of_a_run_are_not_ignored_where_its_base_has_detectors(runs: Runs) -> None:
     runs.run("detector-statistics", FEW_RESPONSES, "options.rule=top", "options.limit=1", base="detectors", name="anew")
     assert len(detectors_in(runs, "anew").latents) == 1
+
+
+def test_options_of_the_search_are_those_of_the_base_unless_changed(runs: Runs) -> None:
+    few = {"responses": 100}
+
+    def options(experiment: str, *settings: str) -> tuple[dict[str, object], bool]:
+        """The options that the manifest will hold, and whether the detectors of the base run are used."""
+        folder = str(runs.root / "detectors")
+        built = build_config(experiment, (), assignments=settings, base=(folder, stored_config(Path(folder))))
+        job = check.check(built, runs.makers)
+        study = SimpleNamespace(config=job.config)
+        return job.config.options, _found_alike(study, job.experiment.options)  # type: ignore[arg-type]
+
+    assert options("traces") == (few, True)
+    assert options("traces", "options.limit=25", "options.window=2") == ({**few, "limit": 25, "window": 2}, True)
+    assert options("traces", "options.rule=top") == ({**few, "rule": "top"}, False)
+    assert options("detector-ablation", "options.detectors=[3]") == ({"detectors": [3]}, False)
+    with pytest.raises(SteerbackError, match="detectors says which they are, so these would do nothing: limit, rule"):
+        options("traces", "options.detectors=[3]", "options.rule=top", "options.limit=2")
 
 
 # -- statistics -------------------------------------------------------------------------------------------------------

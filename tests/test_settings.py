@@ -15,7 +15,9 @@ from steerback.calibration.thresholds import THRESHOLDS
 from steerback.config import CalibrationConfig, build_config, parse_config
 from steerback.engines.scripted import PlantedModel, ScriptedEngine
 from steerback.errors import SteerbackError
+from steerback.jobs.check import _same_judge, check, start_from
 from steerback.records import BoostPrior, Completion, Request
+from steerback.store.run import stored_config
 from steerback.study.study import FAR, SEED_OFFSETS, seed_offset
 from steerback.targets import read_targets, resolve
 from tests.planted import Runs, thresholds
@@ -126,6 +128,33 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         runs = Runs(tmp_path_factory.mktemp("from"), patch)
         runs.run("esr", name="base")
         return runs
+
+
+def test_another_judge_than_that_of_the_thresholds_is_refused_by_name(base: Runs) -> None:
+    start = ("base", stored_config(base.root / "base"))
+    other = build_config("meta-prompts", (), overrides={"judge": "offline"}, base=(str(base.root / "base"), start[1]))
+    with pytest.raises(SteerbackError, match=r"thresholds that run base has found with judge scripted; judge offline"):
+        check(other, base.makers)
+    own = {"judge": "a/model+mine", "rubrics": {"mine": "one"}}
+    before = start[1].model_copy(update=own)
+    after = other.model_copy(update=own | {"rubrics": {"mine": "two"}})
+    with pytest.raises(SteerbackError, match=r"the rubric of judge a/model\+mine"):
+        _same_judge(after, before, base.root / "base")
+    _same_judge(after, before.model_copy(update={"rubrics": {"mine": "two", "else": "x"}}), base.root / "base")
+
+
+def test_a_target_that_is_defined_otherwise_now_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = {"model": "/nowhere", "prior": {"mean": 3}}
+    config = build_config("esr", ("mine",), overrides={"definitions": {"mine": model}})
+    monkeypatch.setattr("steerback.jobs.check.stored_config", lambda folder: config)
+    monkeypatch.setattr("steerback.jobs.check.user_tables", lambda: {"mine": model, "else": {"model": "x"}})
+    assert start_from(tmp_path)[1] == config
+    for changed in ({"mine": {"model": "/nowhere"}}, {"mine": {**model, "prior": {"mean": 4}}}):
+        monkeypatch.setattr("steerback.jobs.check.user_tables", lambda tables=changed: tables)
+        with pytest.raises(SteerbackError, match=r"target mine was defined otherwise when run .*: prior differ"):
+            start_from(tmp_path)
 
 
 def test_settings_of_the_measurement_are_applied(base: Runs) -> None:

@@ -18,7 +18,7 @@ from steerback.config import RunConfig, build_config, differences
 from steerback.errors import SteerbackError as SteerbackError
 from steerback.errors import unknown
 from steerback.jobs import campaign, execute
-from steerback.jobs.check import Makers, PreparedRun, check
+from steerback.jobs.check import Makers, PreparedRun, check, start_from
 from steerback.jobs.fork import fork as fork
 from steerback.jobs.loaded import LoadedTarget as LoadedTarget
 from steerback.jobs.loaded import load_target as load_target
@@ -28,7 +28,7 @@ from steerback.records import LatentKey
 from steerback.report.transcripts import choose, row_html, transcript
 from steerback.store.facts import IMPORTED
 from steerback.store.ledger import Row
-from steerback.store.run import Run, find_run, new_run, plain, stored_config
+from steerback.store.run import Run, find_run, new_run, plain
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -222,7 +222,7 @@ def run(
 
 def _base(given: str | Path | StudyRun, runs: Path) -> tuple[str, RunConfig]:
     folder = given.folder if isinstance(given, StudyRun) else find_run(str(given), runs)
-    return str(folder), stored_config(folder)
+    return start_from(folder)
 
 
 def chosen_latents(

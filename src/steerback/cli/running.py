@@ -168,14 +168,15 @@ def settings_command(
 
 def _base(names: Sequence[str], runs: Path) -> tuple[str, RunConfig] | None:
     """Return folder and config of the run that --from names."""
-    from steerback.store.run import find_run, stored_config
+    from steerback.jobs.check import start_from
+    from steerback.store.run import find_run
 
     if not names:
         return None
     if len(names) > 1:
         raise SteerbackError(f"an experiment starts from one run, not from {len(names)}; give --from once")
     folder = find_run(names[0], runs)
-    return str(folder), stored_config(folder)
+    return start_from(folder)
 
 
 def cross_judge(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from steerback.config import RunConfig, Settings, parse
 from steerback.data import paper_files
+from steerback.errors import SteerbackError
 
 if TYPE_CHECKING:
     from steerback.store.run import Run
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from steerback.targets import Target
 
 OptionsType = TypeVar("OptionsType", bound=Settings, covariant=True)
+
+
+SEARCHING = frozenset({"discovery_prompts", "responses", "rule", "auc", "limit"})
+"""Options of a search for detectors, which do nothing where the detectors are named."""
 
 
 class NoOptions(Settings):
@@ -80,6 +85,12 @@ def parse_options(kind: type[Experiment[OptionsType]], config: RunConfig) -> Set
 
     Raises SteerbackError naming the option that is wrong.
     """
+    useless = sorted(SEARCHING & config.options.keys()) if config.options.get("detectors") is not None else []
+    if useless and "detectors" in kind.options_type.model_fields:
+        raise SteerbackError(
+            f"{kind.name} options: detectors says which they are, so these would do nothing: {', '.join(useless)}; "
+            "leave out either"
+        )
     authors: dict[str, object] = {}
     if config.preset == "authors":
         authors = {**kind.authors, **_authors_detectors(kind, config)}
@@ -90,6 +101,6 @@ def _authors_detectors(kind: type[Experiment[OptionsType]], config: RunConfig) -
     """The authors' list, where their model is measured and the experiment is not itself the search for detectors."""
     if set(config.targets) != {"llama-3.3-70b@authors"} or "detectors" not in kind.options_type.model_fields:
         return {}
-    if kind.name == "detectors" or config.options.get("detectors") is not None:
+    if kind.name == "detectors" or config.options.get("detectors") is not None or SEARCHING & config.options.keys():
         return {}
     return {"detectors": str(paper_files.folder() / paper_files.DETECTORS)}  # its presence is checked before a run

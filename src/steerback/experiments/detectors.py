@@ -18,10 +18,11 @@ from pydantic import BeforeValidator, Field, StrictInt, StrictStr
 from steerback.config import RunConfig, Settings
 from steerback.data.prompts import load_prompts
 from steerback.errors import SteerbackError
-from steerback.experiments.base import Experiment
+from steerback.experiments.base import SEARCHING, Experiment
 from steerback.readers import read_json
 from steerback.store.facts import DETECTOR_SET, Detector, DetectorSet
 from steerback.store.ledger import Row
+from steerback.store.run import stored_config
 from steerback.study.pipeline import complete
 from steerback.study.study import Study, fact_of, same_weights
 
@@ -74,6 +75,55 @@ class SearchOptions(Settings):
         return "words" if self.include_prompt else "response"
 
 
+def with_search_of(config: RunConfig, before: RunConfig | None) -> RunConfig:
+    """Return a config with the search options of the run that it starts from, as far as it sets none of its own.
+
+    `before` is that run's config. Between options that name the detectors and options of a search, its own decide.
+    """
+    from steerback.experiments import experiment_type
+
+    if not issubclass(experiment_type(config.experiment).options_type, SearchOptions):
+        return config
+    before = _searching(before)
+    if before is None:
+        return config
+    given = {key: value for key, value in before.options.items() if key in SearchOptions.model_fields}
+    if config.options.keys() & SEARCHING:
+        given.pop("detectors", None)
+    if config.options.get("detectors") is not None:
+        given = {key: value for key, value in given.items() if key not in SEARCHING}
+    return config.model_copy(update={"options": {**given, **config.options}})
+
+
+def _searching(config: RunConfig | None) -> RunConfig | None:
+    """Return the first config, from `config` back through the runs that each starts from, that has search options."""
+    from steerback.experiments import experiment_type
+
+    while config is not None:
+        if issubclass(experiment_type(config.experiment).options_type, SearchOptions):
+            return config
+        earlier = None if config.from_run is None else Path(config.from_run)
+        config = None if earlier is None else _stored(earlier)
+    return None
+
+
+def _stored(folder: Path) -> RunConfig | None:
+    """Return the config of a run, None if it is not there any more."""
+    return stored_config(folder) if (folder / "ledger.sqlite").is_file() else None
+
+
+def _found_alike(study: Study, options: SearchOptions) -> bool:
+    """Whether the run that this one starts from has searched with these options (True where none has searched)."""
+    from steerback.experiments import make_experiment
+
+    folder = study.config.from_run
+    before = _searching(None if folder is None else _stored(Path(folder)))
+    if before is None:
+        return True
+    theirs = make_experiment(before).options
+    return all(getattr(options, name) == getattr(theirs, name) for name in SearchOptions.model_fields)
+
+
 class DetectorExperiment(Experiment[SearchOptions]):
     """Which latents are more active when a response does not fit its prompt, and is that more than chance?"""
 
@@ -115,10 +165,10 @@ async def detectors_of(study: Study, options: SearchOptions) -> DetectorSet:
 async def load_or_search(study: Study, options: SearchOptions) -> DetectorSet:
     """Return the detectors of this run or of its base run; else those that the user names; else search for them.
 
-    Detectors of the base run are not used if this run sets options of the search. The set may be empty.
+    Those of the base run are used if it has found them with the same options. The set may be empty.
     """
     detectors = study.run.ledger.get(study.name, DETECTOR_SET)
-    if detectors is None and not set(study.config.options) & set(SearchOptions.model_fields):
+    if detectors is None and _found_alike(study, options):
         detectors = study.fact(DETECTOR_SET)
     if detectors is None:
         if options.detectors is None:

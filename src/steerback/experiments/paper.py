@@ -8,6 +8,7 @@ from pathlib import Path
 
 from steerback.config import RunConfig, build_config
 from steerback.errors import SteerbackError, unknown
+from steerback.experiments.detectors import with_search_of
 
 # Each with the one whose latents, thresholds, prompts and seeds (and detectors) it takes over, in order of dependency.
 STEPS: tuple[tuple[str, str | None], ...] = (
@@ -96,7 +97,8 @@ def in_order(
         if before is None and base is None:
             before = next(iter(steps), None)
         step = None if before is None else steps[before]
-        config = config_of(name, base if step is None else (str(step.folder), step.config))
+        start = base if step is None else (str(step.folder), step.config)
+        config = with_search_of(config_of(name, start), None if start is None else start[1])
         steps[name] = Step(folder_of(config), config, None if step is None else step.folder)
     return [*steps.values()]
 

@@ -16,6 +16,7 @@ from steerback.engines import EngineOptions, check_engine, default_engine, make_
 from steerback.errors import SteerbackError, docs_page
 from steerback.experiments import make_experiment
 from steerback.experiments.base import Experiment
+from steerback.experiments.detectors import with_search_of
 from steerback.judging import Limits, Maker, judge_maker, make_judge
 from steerback.latents.concreteness import make_rater
 from steerback.latents.sampling import check_latents
@@ -58,6 +59,8 @@ def check(config: RunConfig, makers: Makers | None = None) -> PreparedRun:
     `makers` default to the package's own; `judging.judge_maker` makes judges with a budget.
     """
     makers = makers or Makers(judge=judge_maker(Limits(), config.rubrics))
+    before = _base_of(config)
+    config = with_search_of(config, before)
     experiment = make_experiment(config)  # a wrong option shows now
     own = {**user_tables(), **config.definitions}
     targets = tuple(makers.target(name, own) for name in config.targets) if experiment.generates else ()
@@ -74,8 +77,8 @@ def check(config: RunConfig, makers: Makers | None = None) -> PreparedRun:
     if config.selection.rater == "auto" and experiment.generates:
         rater = config.selection.model_copy(update={"rater": rater_of(config)})
         config = config.model_copy(update={"selection": rater})
-    if config.from_run is not None:
-        _keeps_decisions(config, Path(config.from_run))
+    if config.from_run is not None and before is not None:
+        _keeps_decisions(config, before, Path(config.from_run), experiment)
     experiment.conditions(config)  # so do options that do not go together
     engine = check_engine(config.engine, config.engine_options, config.batch_size)
     targets = experiment.measured_targets(config, tuple(steerable(target, config, experiment) for target in targets))
@@ -88,14 +91,52 @@ def check(config: RunConfig, makers: Makers | None = None) -> PreparedRun:
     return PreparedRun(config, experiment, targets, load_prompts(config.prompts), makers, engine)
 
 
-def _keeps_decisions(config: RunConfig, base: Path) -> None:
+def start_from(folder: Path) -> tuple[str, RunConfig]:
+    """Return folder and config of the run that a new one starts from.
+
+    Raises SteerbackError for a target of the user that is defined otherwise now.
+    """
+    config = stored_config(folder)
+    _same_definitions(config, {k: v for k, v in user_tables().items() if k in config.targets}, folder)
+    return str(folder), config
+
+
+def _same_definitions(before: RunConfig, now: Mapping[str, Mapping[str, object]], base: Path) -> None:
+    for name, new in now.items():
+        old = before.definitions.get(name, {})
+        if differ := sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
+            raise SteerbackError(
+                f"target {name} was defined otherwise when run {base.name} was made: {', '.join(differ)} differ; "
+                "define it as it was, or give it another name and run without --from"
+            )
+
+
+def _base_of(config: RunConfig) -> RunConfig | None:
+    """Return the config of the run that this one starts from; a run that goes on has what it needs of it."""
+    folder = None if config.from_run is None else Path(config.from_run)
+    return stored_config(folder) if folder is not None and (folder / "ledger.sqlite").is_file() else None
+
+
+def _keeps_decisions(config: RunConfig, before: RunConfig, base: Path, experiment: Experiment[Settings]) -> None:
     """Refuse a change of settings by which the run that this one starts from has found what will be used."""
-    if not (base / "ledger.sqlite").is_file():
-        return  # a run that goes on has what it needs of it
-    before = stored_config(base)
+    _same_definitions(before, {name: config.definitions.get(name, {}) for name in config.targets}, base)
+    if experiment.calibrates and experiment.generates:
+        _same_judge(config, before, base)
     changed = sorted({line for t in config.targets for line in differences(before.of(t), config.of(t))})
     _refuse(changed, config, base, LATENTS, ("n_latents", "latents", "selection", "seeds.latents"))
     _refuse(changed, config, base, THRESHOLDS, ("calibration", "degraded", "unscored_attempts"))
+
+
+def _same_judge(config: RunConfig, before: RunConfig, base: Path) -> None:
+    """Refuse another judge than the one whose scores have made the thresholds of the base run."""
+    new, old = ((c.judge, c.rubrics.get(c.judge.partition("+")[2])) for c in (config, before))
+    if new != old and any(fact_of(base, name, THRESHOLDS)[0] is not None for name in config.targets):
+        what = f"judge {config.judge}" if config.judge != before.judge else f"the rubric of judge {config.judge}"
+        raise SteerbackError(
+            f"{config.experiment} takes the {THRESHOLDS.name} that run {base.name} has found with judge "
+            f"{before.judge}; {what} does not go with them: run with the first and let the other judge afterwards "
+            f"(steerback judge RUN --judge {config.judge}), or run without --from"
+        )
 
 
 def _refuse(changed: Sequence[str], config: RunConfig, base: Path, fact: Fact[T], settings: tuple[str, ...]) -> None:
