@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,17 @@ import numpy as np
 import pytest
 
 from planted import Peaked, QuickEngine, Runs, headline, inside, thresholds
+from steerback.calibration import Calibrator, Threshold
+from steerback.calibration.thresholds import THRESHOLDS, LatentThreshold
 from steerback.data.prompts import META_PROMPTS, load_prompts
 from steerback.engines.scripted import PlantedModel
 from steerback.errors import SteerbackError
 from steerback.experiments.boost_sweep import BoostSweep, SweepOptions
+from steerback.records import LatentKey, Request
+from steerback.store.ledger import Row
+from steerback.study import pipeline
+from steerback.study.pipeline import complete
+from steerback.study.study import Study
 
 MODEL = Peaked(
     thresholds=thresholds(),
@@ -32,6 +40,63 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
         made = Runs(tmp_path_factory.mktemp("runs"), patch, MODEL)
         made.run("esr")
         yield made
+
+
+async def in_lockstep(self: Study) -> dict[LatentKey, Threshold]:
+    """The calibration of before, one batch a round: the reference for the one that lets latents advance."""
+    latents, settings = await self.latents(), self.config.calibration
+    found = {x.key: Calibrator(settings.prior(self.target.prior_of(x.key)), settings) for x in latents}
+    per_round = settings.trials_per_iteration
+    for number in range(settings.max_iterations):
+        boosts = {key: c.next_boost() for key, c in found.items()}
+        plan = [
+            self._at_boost("calibration", place, latent, boost, number * per_round + i)
+            for place, latent in enumerate(latents)
+            if (boost := boosts[latent.key]) is not None
+            for i in range(per_round)
+        ]
+        scores: dict[Any, list[float | None]] = {}
+        for row in await complete(self.bench, plan):
+            scores.setdefault(row.trial.latent, []).append(row.attempts[0].score if row.attempts else None)
+        for key, own in scores.items():
+            found[key].update(boosts[key] or 0.0, own)
+    return {key: c.finish() for key, c in found.items()}
+
+
+@pytest.mark.parametrize("stop", ["none", "tolerance"])
+def test_calibration_equals_lockstep_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: str) -> None:
+    """Equal ledgers row by row, their order aside, and equal thresholds, whichever response is finished first."""
+
+    asked: list[int] = []
+
+    def script(request: Request) -> str:
+        if "/calibration/" in request.key:
+            asked.append(int(request.key.rpartition("/")[2]) % 10_000 // 6)
+        return MODEL(request)
+
+    def calibrated(name: str, shuffled: bool) -> tuple[list[Row], list[LatentThreshold]]:
+        asked.clear()
+        made = Runs(tmp_path / name, monkeypatch, MODEL)
+        made.makers = replace(
+            made.makers,
+            engine=lambda t, _: QuickEngine(script, target=t.name, n_latents=64, shuffled=shuffled),
+        )
+        made.run("esr", "n_latents=6", "trials_per_latent=1", f"calibration.stop={stop}", "draws=100")
+        with made.ledger("esr") as ledger:
+            rows = ledger.rows(judge="scripted")
+            thresholds = ledger.get("planted", THRESHOLDS)
+        assert thresholds is not None
+        return rows, thresholds
+
+    monkeypatch.setattr(pipeline, "FLUSH_ROWS", 1)  # a latent advances while others are still in their round
+    first, second = calibrated("a", False), calibrated("b", True)
+    assert asked != sorted(asked)  # rounds of different latents overlapped
+    monkeypatch.setattr(Study, "_calibrate", in_lockstep)
+    lockstep = calibrated("c", False)
+    assert first == second == lockstep
+    assert asked == sorted(asked)
+    used = [r for r in first[0] if r.trial.stage == "calibration"]
+    assert len(used) == 6 * 8 * 6 if stop == "none" else len(used) < 6 * 8 * 6
 
 
 def test_boost_sweep_recovers_rates_and_the_peak(runs: Runs) -> None:
@@ -113,7 +178,7 @@ def test_shared_boosts_are_the_same_for_all_latents(runs: Runs) -> None:
 @pytest.mark.parametrize("wrong", ["options.levels=1", "options.low=4", "options.high=many"])
 def test_boost_sweep_refuses_senseless_levels(runs: Runs, wrong: str) -> None:
     with pytest.raises(SteerbackError, match="boost-sweep"):
-        runs.run("boost-sweep", wrong, base="esr", name="never")
+        runs.run("boost-sweep", wrong, base="esr", name="none")
 
 
 def test_meta_prompts_find_the_one_that_works(runs: Runs) -> None:
@@ -142,7 +207,7 @@ def test_meta_prompt_sets_and_lists(runs: Runs) -> None:
     )
     assert tuple(make_experiment(chosen).variants()) == ("self-monitor", "stay-on-topic")
     with pytest.raises(SteerbackError, match=r"unknown meta-prompt 'shout'.*self-monitor"):
-        runs.run("meta-prompts", "options.variants=shout", base="esr", name="never")
+        runs.run("meta-prompts", "options.variants=shout", base="esr", name="none")
 
 
 def test_no_steering_bounds_the_rate(runs: Runs) -> None:
@@ -197,7 +262,7 @@ def test_held_out_prompts_are_measured_and_disjoint(runs: Runs) -> None:
     assert inside(headline(analysis.summary, "held-out")["multi_attempt_rate"], truth)
     assert analysis.summary["targets"]["planted"]["comparisons"]["held-out"]["against"] == "baseline"
     with pytest.raises(SteerbackError, match="share"):
-        runs.run("held-out", "options.prompts=evaluation", base="esr", name="never")
+        runs.run("held-out", "options.prompts=evaluation", base="esr", name="none")
 
 
 def test_organisms_have_held_out_prompts_of_their_own() -> None:

@@ -305,6 +305,49 @@ def test_the_event_loop_is_free_while_tokens_are_made(engine: TransformersEngine
     assert asyncio.run(run()) > 3
 
 
+@pytest.mark.parametrize("rows", [16, 4])
+def test_requests_that_arrive_later_give_the_same_responses(
+    rows: int, engine: TransformersEngine, crowd: tuple[list[Request], dict[str, Completion]]
+) -> None:
+    """Some arrive while others run, some once nothing is left to do, and some are longer than all before them."""
+    requests, expected = crowd
+    ordered = sorted(requests[:24], key=lambda r: r.sampling.max_new_tokens)
+    used = engine if rows == 16 else tiny.engine(rows=rows)
+    reference = expected if rows == 16 else collect(used, ordered)
+
+    async def run() -> dict[str, Completion]:
+        found: dict[str, Completion] = {}
+
+        starts = iter(range(8, 24, 4))
+
+        async def arriving() -> list[Request] | None:
+            start = next(starts, None)
+            while start is not None and len(found) < (start if start % 8 == 0 else 2):
+                await asyncio.sleep(0)
+            return None if start is None else ordered[start : start + 4]
+
+        async for key, done in used.generate(ordered[:8], arriving):
+            assert key not in found
+            found[key] = done
+        return found
+
+    found = asyncio.run(run())
+    assert set(found) == {r.key for r in ordered}
+    assert all(same(found[key], reference[key]) for key in found)
+
+
+def test_an_impossible_request_that_arrives_later_ends_the_stream(engine: TransformersEngine) -> None:
+    async def arriving() -> list[Request]:
+        return [Request("bad", "the cat", 1, interventions=(Intervention("add", 10_000, 1.0),))]
+
+    async def run() -> None:
+        async for _ in engine.generate(make_requests(2), arriving):
+            pass
+
+    with pytest.raises(SteerbackError, match="bad"):
+        asyncio.run(run())
+
+
 def test_same_key_twice_is_refused(engine: TransformersEngine) -> None:
     with pytest.raises(SteerbackError, match="same key"):
         collect(engine, make_requests(1) * 2)

@@ -14,9 +14,10 @@ from steerback.judging.base import JudgeItem
 from steerback.judging.scripted import ScriptedJudge
 from steerback.records import Completion, Intervention, Judgement, Request, Sampling, Trial
 from steerback.store.cache import Cache
-from steerback.store.ledger import Ledger
+from steerback.store.ledger import Ledger, Row
 from steerback.store.progress import Silent
-from steerback.study.pipeline import Workbench, complete, judge_item, judge_rows
+from steerback.study import pipeline
+from steerback.study.pipeline import Workbench, carry_out, complete, judge_item, judge_rows
 
 
 def trials(count: int, **fields: object) -> list[Trial]:
@@ -161,6 +162,62 @@ def test_an_engine_that_answers_what_was_not_asked_is_found_out(tmp_path: Path) 
     for engine, words in ((Odd(n_latents=10), "was not requested"), (Short(n_latents=10), "left 1 requests")):
         with pytest.raises(RuntimeError, match=words):
             asyncio.run(complete(bench(tmp_path, engine), trials(5)))
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_trials_that_follow_from_others_survive_a_kill(tmp_path: Path, shuffled: bool) -> None:
+    """Each trial is followed by the next of its latent, five in all; the second engine dies, a third goes on."""
+    plan = {t.key: t for t in trials(35)}
+    chains = {latent: [t for t in plan.values() if t.latent == latent] for latent in range(7)}
+
+    def follow(rows: Sequence[Row]) -> list[Trial]:
+        assert all(r.judgement is not None or not r.valid_receipt for r in rows)
+        return [t for r in rows for t in chains[r.trial.latent] if t.index == r.trial.index + 7]  # type: ignore[index]
+
+    def run(folder: Path, **options: object) -> dict[str, Row]:
+        folder.mkdir(exist_ok=True)
+        engine = ScriptedEngine(
+            n_latents=10,
+            shuffled=shuffled,
+            fail_receipts=lambda r: r.key.endswith("/9"),
+            **options,  # type: ignore[arg-type]
+        )
+        made = bench(folder, engine)
+        try:
+            asyncio.run(carry_out(made, trials(7), follow=follow, total=35))
+        finally:
+            rows = {r.trial.key: r for r in made.ledger.rows(judge=made.judge.name)}  # type: ignore[union-attr]
+            made.ledger.close()
+        return rows
+
+    whole = run(tmp_path / "whole")
+    assert set(whole) == set(plan)
+    assert [key for key, row in whole.items() if row.judgement is None] == ["t/measure/steered/9"]
+    with pytest.raises(SteerbackError, match="scripted failure"):
+        run(tmp_path / "killed", raise_on=lambda r: r.key.endswith("/23"))
+    assert run(tmp_path / "killed") == whole
+
+
+def test_a_slow_judge_makes_the_engine_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judging overlaps with generation, and the queue between them is bounded."""
+    monkeypatch.setattr(pipeline, "FLUSH_ROWS", 1)
+    monkeypatch.setattr(pipeline, "QUEUED_BATCHES", 4)
+    engine, ahead = ScriptedEngine(n_latents=10), list[int]()
+
+    class Slow(ScriptedJudge):
+        judged = 0
+
+        async def judge(self, items: Sequence[JudgeItem]) -> AsyncIterator[tuple[str, Judgement]]:
+            for _ in range(20):
+                await asyncio.sleep(0)  # the engine has its turns
+            ahead.append(engine.generated - self.judged)
+            async for done in super().judge(items):
+                self.judged += 1
+                yield done
+
+    asyncio.run(complete(bench(tmp_path, engine, Slow()), trials(60)))
+    assert len(ahead) > 5  # judged before everything was generated
+    assert max(ahead) <= 4 + 4 + 2  # what a judge took, what the queue holds, and what waits to enter it
 
 
 def test_the_judge_sees_prompt_and_prefill_but_no_meta_prompt(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, TypeVar, runtime_checkable
 
@@ -26,6 +26,10 @@ ReadAt = Literal["read", "clamp"]
 Over = Literal["response", "words", "all"]
 """Tokens that are pooled: those of the response, these and the user's words, or the whole conversation as the template
 writes it, special and template tokens included."""
+
+
+Arriving = Callable[[], Coroutine[object, None, Sequence[Request] | None]]
+"""Waits for further requests while an engine works; None: no more will come."""
 
 
 class EngineRecord(TypedDict):
@@ -87,8 +91,10 @@ class Engine(Protocol):
 
     def describe(self) -> EngineRecord: ...
 
-    def generate(self, requests: Sequence[Request]) -> AsyncIterator[tuple[str, Completion]]:
-        """Yield (request key, completion) in completion order.
+    def generate(
+        self, requests: Sequence[Request], more: Arriving | None = None
+    ) -> AsyncIterator[tuple[str, Completion]]:
+        """Yield (request key, completion) in completion order; those that `more` brings join as they come.
 
         Raises SteerbackError before anything is generated if a request is impossible (latent out of range, prompt
         too long, ...), naming the field.
@@ -135,6 +141,20 @@ class Rereads(Engine, Protocol):
         Shape (prompt tokens + fed-back tokens, recorded latents), as in `Completion.activations`.
         """
         ...
+
+
+async def in_waves(
+    generate: Callable[[Sequence[Request]], AsyncGenerator[tuple[str, Completion]]],
+    requests: Sequence[Request],
+    more: Arriving | None,
+) -> AsyncIterator[tuple[str, Completion]]:
+    """Serve requests that arrive later with an engine that takes none while it works: one call after another."""
+    wave: Sequence[Request] | None = requests
+    while wave is not None:
+        async with contextlib.aclosing(generate(wave)) as answers:
+            async for done in answers:
+                yield done
+        wave = None if more is None else await more()
 
 
 def finish(work: Coroutine[object, None, Result]) -> Result:

@@ -80,6 +80,16 @@ class Queue:
         longest = max((len(ids) + request.sampling.max_new_tokens for request, ids in items), default=1)
         self.length = max(longest + BLOCK, *self._buckets, 1)
 
+    def put(self, item: Item) -> bool:
+        """Add a request, unless it is longer than the batches that take from this queue have room for."""
+        request, ids = item
+        steps, bucket = request.sampling.max_new_tokens, Shape.bucket(len(ids))
+        if steps > self.steps or len(ids) + steps + BLOCK > self.length or bucket > self.length:
+            return False
+        with self._lock:
+            self._buckets.setdefault(bucket, deque()).append(item)
+        return True
+
     def __len__(self) -> int:
         return sum(map(len, self._buckets.values()))
 

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from steerback.engines.base import EngineRecord
+from steerback.engines.base import Arriving, EngineRecord
 from steerback.engines.checks import check_sampling
 from steerback.errors import SteerbackError
 from steerback.records import Completion, LatentKey, Prefix, Receipt, Request, digest, expected_positions
@@ -142,19 +142,35 @@ class ScriptedEngine:
         name = f"{getattr(script, '__module__', '')}.{getattr(script, '__qualname__', type(script).__qualname__)}"
         return {"engine": "scripted", "target": self.target, "script": settings or name, "n_latents": self.n_latents}
 
-    async def generate(self, requests: Sequence[Request]) -> AsyncIterator[tuple[str, Completion]]:
-        """Yield (key, completion); raises SteerbackError at once for a latent out of range or a repeated key."""
+    async def generate(
+        self, requests: Sequence[Request], more: Arriving | None = None
+    ) -> AsyncIterator[tuple[str, Completion]]:
+        """Yield (key, completion); raises SteerbackError for a latent out of range or a repeated key."""
+        pool = self._ordered(requests)
+        arrival = None if more is None else asyncio.ensure_future(more())
+        try:
+            while pool or arrival is not None:
+                await asyncio.sleep(0)  # as with a real engine, others get their turn
+                if more is not None and arrival is not None and (arrival.done() or not pool):
+                    arrived = await arrival
+                    arrival = None if arrived is None else asyncio.ensure_future(more())
+                    pool = self._ordered([*pool, *(arrived or ())])
+                    continue
+                request = pool.pop(0)
+                if self.raise_on is not None and self.raise_on(request):
+                    raise SteerbackError(f"request {request.key!r}: scripted failure")
+                self.generated += 1
+                yield request.key, self._complete(request)
+        finally:
+            if arrival is not None:
+                arrival.cancel()
+
+    def _ordered(self, requests: Sequence[Request]) -> list[Request]:
         if len({r.key for r in requests}) != len(requests):
             raise SteerbackError("two requests have the same key")
         for request in requests:
             self._check(request)
-        ordered = sorted(requests, key=lambda r: _seed(r.key)) if self.shuffled else requests
-        for request in ordered:
-            await asyncio.sleep(0)  # as with a real engine, others get their turn
-            if self.raise_on is not None and self.raise_on(request):
-                raise SteerbackError(f"request {request.key!r}: scripted failure")
-            self.generated += 1
-            yield request.key, self._complete(request)
+        return sorted(requests, key=lambda r: _seed(r.key)) if self.shuffled else list(requests)
 
     def _check(self, request: Request) -> None:
         check_sampling(f"request {request.key!r}", request.sampling)

@@ -11,13 +11,13 @@ import gc
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from steerback.engines.base import ModelRecord
+from steerback.engines.base import Arriving, ModelRecord
 from steerback.engines.batch import PAGE, DecodingBatch, Item, Queue, Shape
 from steerback.engines.checks import check_texts, checked
 from steerback.engines.interventions import ARITHMETIC_VERSION, check, check_directions
@@ -124,24 +124,39 @@ class TransformersEngine:
     def _direction_hashes(self) -> dict[str, str]:
         return {name: digest(v.cpu().tolist()) for name, v in sorted(self.directions.items())}
 
-    async def generate(self, requests: Sequence[Request]) -> AsyncIterator[tuple[str, Completion]]:
-        """Yield (key, completion) as responses finish; everything is checked before anything is generated."""
-        items = self._check(requests)
-        queue = Queue(items)
+    async def generate(
+        self, requests: Sequence[Request], more: Arriving | None = None
+    ) -> AsyncIterator[tuple[str, Completion]]:
+        """Yield (key, completion) as responses finish; requests are checked before any of them is generated."""
+        queue, later = Queue(self._check(requests)), list[Item]()
+        batches: list[DecodingBatch] = []
         running: dict[asyncio.Future[list[tuple[str, Completion]]], DecodingBatch] = {}
+        arrival = None if more is None else asyncio.ensure_future(more())
         try:
-            while running or len(queue):
-                if not running:
+            while running or len(queue) or later or arrival is not None:
+                if not running and later:  # too long for the batches that were running
+                    queue, later, batches = Queue([*queue.drain(), *later]), [], []
+                if not running and not batches and len(queue):
                     batches = [self._batch(queue) for _ in range(self.workers)]
-                    running = {self._advance(batch): batch for batch in batches}
-                ready, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                if any(self._short_of_memory(future) for future in ready):
-                    ready, _ = await asyncio.wait(running)  # no batch may hold memory while the shape shrinks
-                short = {future for future in ready if self._short_of_memory(future)}
-                finished = [done for future in ready - short for done in future.result()]
-                stopped = {future: running.pop(future) for future in ready}
+                if len(queue):
+                    idle = [batch for batch in batches if batch not in running.values()]
+                    running |= {self._advance(batch): batch for batch in idle}
+                awaited: list[asyncio.Future[Any]] = [*running, *([] if arrival is None else [arrival])]
+                ready, _ = await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
+                if arrival is not None and arrival in ready:
+                    arrived, arrival = arrival.result(), None
+                    if arrived is not None and more is not None:
+                        items, arrival = self._check(arrived), asyncio.ensure_future(more())
+                        later += [item for item in items if not queue.put(item)]
+                if any(self._short_of_memory(future) for future in running if future in ready):
+                    await asyncio.wait(running)  # no batch may hold memory while the shape shrinks
+                    ready = set(running)
+                stopped = {future: running.pop(future) for future in list(running) if future in ready}
+                short = {future for future in stopped if self._short_of_memory(future)}
+                finished = [done for future in stopped if future not in short for done in future.result()]
                 if short:
-                    queue = Queue([*queue.drain(), *(item for b in stopped.values() for item in b.unfinished())])
+                    waiting = [*queue.drain(), *later, *(item for b in stopped.values() for item in b.unfinished())]
+                    queue, later, batches = Queue(waiting), [], []
                     self._halve()
                 else:
                     running |= {self._advance(batch): batch for batch in stopped.values() if batch.pending}
@@ -150,6 +165,8 @@ class TransformersEngine:
         finally:
             for future in running:
                 future.cancel()
+            if arrival is not None:
+                arrival.cancel()
 
     def _advance(self, batch: DecodingBatch) -> asyncio.Future[list[tuple[str, Completion]]]:
         return asyncio.get_running_loop().run_in_executor(self._pool, batch.advance)

@@ -10,22 +10,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from steerback.errors import SteerbackError
 from steerback.judging.base import Judge, JudgeItem
-from steerback.records import Completion, Judgement, Sampling, Trial, digest
+from steerback.records import Completion, Judgement, Request, Sampling, Trial, digest
 from steerback.store.cache import Cache, cache_key
 from steerback.store.ledger import Ledger, Row
 
 if TYPE_CHECKING:
-    from steerback.engines.base import Engine
+    from steerback.engines.base import Arriving, Engine
     from steerback.store.progress import Progress
 
 FLUSH_SECONDS = 1.0  # a kill loses at most this much work
 FLUSH_ROWS = 64
+QUEUED_BATCHES = 32  # of FLUSH_ROWS responses: a judge that is slower than the engine makes it wait
 JUDGE_BATCH = 512  # large, because an LLM judge keeps many requests in flight and each batch waits for its slowest
 
 
@@ -49,28 +50,36 @@ async def complete(bench: Workbench, trials: Sequence[Trial], stage: str = "", j
     return list(bench.ledger.stream([t.key for t in trials], judge))
 
 
-async def carry_out(bench: Workbench, trials: Sequence[Trial], stage: str = "", judged: bool = True) -> None:
+Finished = Callable[[Sequence[Row]], None]
+Follow = Callable[[Sequence[Row]], Sequence[Trial]]
+"""Receives finished rows (judged, or invalid and therefore not judged) and returns the trials that follow from them."""
+
+
+async def carry_out(
+    bench: Workbench,
+    trials: Sequence[Trial],
+    stage: str = "",
+    judged: bool = True,
+    follow: Follow | None = None,
+    total: int | None = None,
+) -> None:
     """Plan, generate and judge `trials`. The rows stay in the ledger, so memory does not grow with their texts.
 
-    Raises SteerbackError for errors that the user can fix (impossible request, full disk); committed rows stay.
+    `follow` is called with rows as they are finished, and the trials that it returns join those under way; `total` is
+    their expected number. Raises SteerbackError for errors that the user can fix (impossible request, full disk);
+    committed rows stay.
     """
     if not trials:
         return
-    if len({t.key for t in trials}) != len(trials):
-        raise ValueError("two trials share a key")
-    bench.ledger.add_trials(trials)
     judge = bench.judge if judged else None
-    done = bench.ledger.completed(t.key for t in trials)
-    waiting = [t for t in trials if t.key not in done]
-    bench.progress.stage(stage or trials[0].stage, len(trials), len(trials) - len(waiting))
-    queue: asyncio.Queue[list[Row] | None] = asyncio.Queue()
-    if judge is not None:  # an interrupted run may have left responses without a verdict
-        known = bench.ledger.judged(judge.name, done)
-        if unjudged := [t.key for t in trials if t.key in done and t.key not in known]:
-            queue.put_nowait(list(bench.ledger.stream(unjudged)))
-    tasks = [asyncio.create_task(_generate(bench, waiting, queue))]
+    if follow is not None and judge is None:
+        raise ValueError("trials can only follow from judged ones")
+    flow = Flow(bench, judge, follow)
+    done = flow.plan(trials)
+    bench.progress.stage(stage or trials[0].stage, total or len(trials), done)
+    tasks = [asyncio.create_task(_generate(flow))]
     if judge is not None:
-        tasks.append(asyncio.create_task(_judge(bench, judge, queue)))
+        tasks.append(asyncio.create_task(_judge_all(flow, judge)))
     await _all_or_none(tasks)
 
 
@@ -78,12 +87,9 @@ async def judge_rows(bench: Workbench, rows: Sequence[Row], stage: str = "judgin
     """Judge existing responses with the bench's judge; no response is judged twice."""
     if bench.judge is None:
         raise ValueError("a judge is needed")
-    queue: asyncio.Queue[list[Row] | None] = asyncio.Queue()
     todo = [r for r in rows if r.completion is not None]
     bench.progress.stage(stage, len(todo))
-    queue.put_nowait(todo)
-    queue.put_nowait(None)
-    await _judge(bench, bench.judge, queue)
+    await _judge(bench, bench.judge, todo)
 
 
 async def _all_or_none(tasks: Sequence[asyncio.Task[None]]) -> None:
@@ -97,14 +103,66 @@ async def _all_or_none(tasks: Sequence[asyncio.Task[None]]) -> None:
         raise
 
 
-async def _generate(bench: Workbench, trials: Sequence[Trial], queue: asyncio.Queue[list[Row] | None]) -> None:
+class Flow:
+    """Trials on their way through engine and judge. Everything that a queue holds is in the ledger."""
+
+    def __init__(self, bench: Workbench, judge: Judge | None, follow: Follow | None) -> None:
+        self.bench, self.judge, self.follow = bench, judge, follow
+        self.to_generate: asyncio.Queue[list[Trial] | None] = asyncio.Queue()
+        self.to_judge: asyncio.Queue[list[Row] | None] = asyncio.Queue(QUEUED_BATCHES)
+        self.unjudged: list[Row] = []  # responses that an earlier process generated
+        self._open = 0
+
+    def plan(self, trials: Sequence[Trial]) -> int:
+        """Add trials to ledger and queues, and those that follow from finished ones; return how many had responses."""
+        had, todo = 0, list(trials)
+        while todo:
+            if len({t.key for t in todo}) != len(todo):
+                raise ValueError("two trials share a key")
+            ledger = self.bench.ledger
+            ledger.add_trials(todo)
+            self._open += len(todo)
+            done = ledger.completed(t.key for t in todo)
+            had += len(done)
+            if waiting := [t for t in todo if t.key not in done]:
+                self.to_generate.put_nowait(waiting)
+            todo = self._take_up([t.key for t in todo if t.key in done])
+        if not self._open or self.follow is None:
+            self.to_generate.put_nowait(None)
+        return had
+
+    def _take_up(self, keys: Sequence[str]) -> list[Trial]:
+        """Sort responses that exist into judged and unjudged; return the trials that follow from the judged ones."""
+        if self.judge is None or not keys:
+            return []
+        ledger, name = self.bench.ledger, self.judge.name
+        known = ledger.judged(name, keys)
+        fresh = list(ledger.stream([key for key in keys if key not in known]))
+        self.unjudged += [r for r in fresh if r.valid_receipt]
+        if self.follow is None:
+            return []
+        finished = [*ledger.stream([key for key in keys if key in known], name)]
+        return self._finish([*finished, *(r for r in fresh if not r.valid_receipt)])
+
+    def finished(self, rows: Sequence[Row]) -> None:
+        """Take finished rows out of the flow, and plan the trials that follow from them."""
+        if self.follow is None or not rows:
+            return
+        had = self.plan(self._finish(rows))
+        self.bench.progress.update(generated=had)
+
+    def _finish(self, rows: Sequence[Row]) -> list[Trial]:
+        self._open -= len(rows)
+        return list(self.follow(rows)) if self.follow is not None and rows else []
+
+
+async def _generate(flow: Flow) -> None:
     """Write completions in batches and pass each batch to the judge; None marks the end of the queue."""
-    engine = bench.engine
+    bench, engine = flow.bench, flow.bench.engine
     if engine is None:
         raise ValueError("an engine is needed to generate")
-    by_key = {t.key: t for t in trials}
-    requests = {t.key: t.request(bench.sampling) for t in trials}
-    hashes = {key: r.content_hash() for key, r in requests.items()}
+    trials: dict[str, Trial] = {}
+    hashes: dict[str, str] = {}
     buffer: dict[str, Completion] = {}
     last_flush = time.monotonic()
 
@@ -112,42 +170,67 @@ async def _generate(bench: Workbench, trials: Sequence[Trial], queue: asyncio.Qu
         # read the fingerprint each time: it changes if the engine has to shrink its batch
         return cache_key("completion", engine.fingerprint, hashes[key])
 
-    def flush(to_cache: bool = True) -> None:
+    def commit(to_cache: bool = True) -> list[Row]:
         nonlocal last_flush
         last_flush = time.monotonic()
         if not buffer:
-            return
+            return []
         bench.ledger.add_completions((key, c, engine.fingerprint) for key, c in buffer.items())
         if to_cache and bench.cache is not None:
             bench.cache.put_completions({cached_under(key): c for key, c in buffer.items() if c.finish != "error"})
-        rows = [Row(by_key[key], c, None) for key, c in buffer.items()]
+        rows = [Row(trials.pop(key), c, None) for key, c in buffer.items()]
         bench.progress.update(generated=len(rows), invalid=sum(not r.valid_receipt for r in rows))
         buffer.clear()
-        queue.put_nowait(rows)
+        return rows
 
-    if bench.cache is not None:
-        asked = {key: cached_under(key) for key in requests}  # two trials may ask for the same response
-        known = bench.cache.completions(list(set(asked.values())))
-        buffer.update({key: known[asked[key]] for key in asked if asked[key] in known})
-        for key in buffer:
-            del requests[key]
-        flush(to_cache=False)
-    if requests:
-        try:
-            async with contextlib.aclosing(_stream(engine, list(requests.values()))) as stream:
-                async for key, completion in stream:
-                    buffer[key] = completion
-                    if len(buffer) >= FLUSH_ROWS or time.monotonic() - last_flush > FLUSH_SECONDS:
-                        flush()
-        finally:
-            flush()  # also after a cancellation, so that no finished response is lost
-    queue.put_nowait(None)
+    async def pass_on(rows: list[Row]) -> None:
+        if rows and flow.judge is not None:
+            await flow.to_judge.put(rows)
+
+    async def arriving() -> list[Request] | None:
+        """Return requests of planned trials whose responses are not in the cache; None: no more can follow."""
+        while (planned := await flow.to_generate.get()) is not None:
+            requests = {t.key: t.request(bench.sampling) for t in planned}
+            trials.update((t.key, t) for t in planned)
+            hashes.update((key, r.content_hash()) for key, r in requests.items())
+            if bench.cache is not None:
+                asked = {key: cached_under(key) for key in requests}  # two trials may ask for the same response
+                known = bench.cache.completions(list(set(asked.values())))
+                rows = commit()
+                buffer.update({key: known[asked[key]] for key in asked if asked[key] in known})
+                requests = {key: r for key, r in requests.items() if key not in buffer}
+                await pass_on(rows + commit(to_cache=False))
+            if requests:
+                return list(requests.values())
+        return None
+
+    try:
+        async with contextlib.aclosing(_stream(engine, arriving, flow.follow is not None)) as stream:
+            async for key, completion in stream:
+                buffer[key] = completion
+                late = time.monotonic() - last_flush > FLUSH_SECONDS
+                if late or len(buffer) >= FLUSH_ROWS or len(buffer) == len(trials):  # or the engine has nothing left
+                    await pass_on(commit())
+    finally:
+        rows = commit()  # also after a cancellation, so that no finished response is lost
+    await pass_on(rows)
+    if flow.judge is not None:
+        await flow.to_judge.put(None)
 
 
-async def _stream(engine: Engine, requests: Sequence[Any]) -> AsyncGenerator[tuple[str, Completion]]:
+async def _stream(engine: Engine, arriving: Arriving, more: bool) -> AsyncGenerator[tuple[str, Completion]]:
     """Yield the engine's stream and check that each request is answered exactly once."""
-    wanted = {r.key for r in requests}
-    async for key, completion in engine.generate(requests):
+    wanted: set[str] = set()
+
+    async def noted() -> Sequence[Request] | None:
+        requests = await arriving()
+        wanted.update(r.key for r in requests or ())
+        return requests
+
+    first = await noted()
+    if first is None:
+        return
+    async for key, completion in engine.generate(first, noted) if more else engine.generate(first):
         if key not in wanted:
             raise RuntimeError(f"the engine answered {key!r}, which was not requested or was already answered")
         wanted.remove(key)
@@ -156,46 +239,64 @@ async def _stream(engine: Engine, requests: Sequence[Any]) -> AsyncGenerator[tup
         raise RuntimeError(f"the engine left {len(wanted)} requests unanswered, e.g. {sorted(wanted)[0]!r}")
 
 
-async def _judge(bench: Workbench, judge: Judge, queue: asyncio.Queue[list[Row] | None]) -> None:
+async def _judge_all(flow: Flow, judge: Judge) -> None:
     """Judge rows as they arrive, all waiting rows as one batch, until None arrives."""
     ended = False
-    while not ended:
-        batch = await queue.get()
-        ended = batch is None
-        waiting = list(batch or [])
-        while not queue.empty() and not ended:
-            more = queue.get_nowait()
-            ended = more is None
-            waiting.extend(more or [])
+    while flow.unjudged or not ended:
+        waiting, flow.unjudged = flow.unjudged, []
+        while not ended and (not waiting or not flow.to_judge.empty()):
+            batch = await flow.to_judge.get()
+            ended = batch is None
+            waiting.extend(batch or [])
+            if ended:
+                break
         # a response that was not steered as planned is counted as invalid and not judged
-        valid = [r for r in waiting if r.valid_receipt]
-        for start in range(0, len(valid), JUDGE_BATCH):
-            await _judge_batch(bench, judge, valid[start : start + JUDGE_BATCH])
+        flow.finished([r for r in waiting if not r.valid_receipt])
+        await _judge(flow.bench, judge, [r for r in waiting if r.valid_receipt], flow.finished)
 
 
-async def _judge_batch(bench: Workbench, judge: Judge, rows: Sequence[Row]) -> None:
+async def _judge(bench: Workbench, judge: Judge, rows: Sequence[Row], finished: Finished | None = None) -> None:
+    for start in range(0, len(rows), JUDGE_BATCH):
+        await _judge_batch(bench, judge, rows[start : start + JUDGE_BATCH], finished)
+
+
+async def _judge_batch(bench: Workbench, judge: Judge, rows: Sequence[Row], finished: Finished | None) -> None:
+    """Judge rows, commit verdicts at least every `FLUSH_SECONDS` and hand on the rows that have one."""
     items = {r.trial.key: judge_item(r, bench.drop_unscored) for r in rows}
     keys = {key: judgement_key(judge, item) for key, item in items.items()}
     known = bench.cache.judgements(list(keys.values())) if bench.cache is not None else {}
-    verdicts = {key: known[keys[key]] for key in items if keys[key] in known}
     fresh: dict[str, Judgement] = {}
     refused: dict[str, Judgement] = {}
-    try:
-        asked = [item for key, item in items.items() if key not in verdicts]
-        if asked:
-            async for key, judgement in judge.judge(asked):
-                (refused if judgement.over_budget else fresh)[key] = judgement
-            missing = [item.key for item in asked if item.key not in fresh and item.key not in refused]
-            if missing:
-                raise RuntimeError(f"judge {judge.name} lost {len(missing)} responses, e.g. {missing[0]!r}")
-    finally:
-        verdicts |= fresh
-        if verdicts:
-            bench.ledger.add_judgements(verdicts.items())
-        if bench.cache is not None and fresh:
+    last_flush = time.monotonic()
+
+    def commit(verdicts: dict[str, Judgement]) -> None:
+        nonlocal last_flush
+        last_flush = time.monotonic()
+        if not verdicts:
+            return
+        bench.ledger.add_judgements(verdicts.items())
+        if bench.cache is not None and verdicts is fresh:
             bench.cache.put_judgements({keys[key]: j for key, j in fresh.items()})
-    unscored = sum(j.status == "unscored" for j in verdicts.values())
-    bench.progress.update(judged=len(verdicts), unscored=unscored)
+        bench.progress.update(judged=len(verdicts), unscored=sum(j.status == "unscored" for j in verdicts.values()))
+        done = list(verdicts)
+        verdicts.clear()
+        if finished is not None:
+            finished(list(bench.ledger.stream(done, judge.name)))
+
+    verdicts = {key: known[keys[key]] for key in items if keys[key] in known}
+    waiting = {key: item for key, item in items.items() if key not in verdicts}
+    commit(verdicts)
+    try:
+        if waiting:
+            async for key, judgement in judge.judge(list(waiting.values())):
+                (refused if judgement.over_budget else fresh)[key] = judgement
+                del waiting[key]
+                if time.monotonic() - last_flush > FLUSH_SECONDS:
+                    commit(fresh)
+        if waiting:
+            raise RuntimeError(f"judge {judge.name} lost {len(waiting)} responses, e.g. {next(iter(waiting))!r}")
+    finally:
+        commit(fresh)
     if refused:  # stop here: thresholds computed from a part of the verdicts would be kept and reused
         reason = next(iter(refused.values())).reason
         raise SteerbackError(f"judge {judge.name}: {reason}; verdicts so far are kept: resume with a larger budget")

@@ -201,7 +201,7 @@ class Study:
         )
 
     async def thresholds(self) -> dict[LatentKey, Threshold]:
-        """Return the threshold boost per latent, calibrated for all in lockstep and verified on fresh trials."""
+        """Return the threshold boost per latent: each latent advances by itself, and fresh trials verify the result."""
         stored = self.fact(THRESHOLDS)
         if stored is None:
             thresholds = await self._verify(await self._calibrate())
@@ -214,15 +214,35 @@ class Study:
         settings = self.config.calibration
         calibrators = {x.key: Calibrator(settings.prior(self.target.prior_of(x.key)), settings) for x in latents}
         per_round = settings.trials_per_iteration
-        for number in range(settings.max_iterations):
-            boosts = {key: b for key, c in calibrators.items() if (b := c.next_boost()) is not None}
-            if not boosts:
-                break
-            stage = f"{self.name}: calibration round {number + 1}/{settings.max_iterations}"
-            first = number * per_round
-            scores = await self._scores("calibration", latents, boosts, first, per_round, stage)
-            for key, boost in boosts.items():
-                calibrators[key].update(boost, scores[key])
+        places = {latent.key: position for position, latent in enumerate(latents)}
+        waiting: dict[LatentKey, list[Row]] = {x.key: [] for x in latents}  # finished rows of each latent's round
+
+        def next_round(key: LatentKey) -> list[Trial]:
+            boost = calibrators[key].next_boost()
+            place, first = places[key], per_round * len(calibrators[key].rounds)
+            rounds = range(first, first + per_round) if boost is not None else ()
+            return [self._at_boost("calibration", place, latents[place], boost or 0.0, i) for i in rounds]
+
+        def follow(rows: Sequence[Row]) -> list[Trial]:
+            advanced: list[Trial] = []
+            for row in rows:
+                assert row.trial.latent is not None
+                own = waiting[row.trial.latent]
+                own.append(row)
+                if len(own) == per_round:
+                    own.sort(key=lambda r: r.trial.index)  # as planned, whatever was finished first
+                    calibrators[row.trial.latent].update(row.trial.interventions[0].value, [*map(self._first, own)])
+                    own.clear()
+                    advanced += next_round(row.trial.latent)
+            return advanced
+
+        bench = self.bench
+        if settings.max_new_tokens is not None:
+            tokens = min(settings.max_new_tokens, bench.sampling.max_new_tokens)
+            bench = replace(bench, sampling=replace(bench.sampling, max_new_tokens=tokens))
+        first = [trial for latent in latents for trial in next_round(latent.key)]
+        most = len(latents) * settings.max_iterations * per_round
+        await carry_out(bench, first, stage=f"{self.name}: calibration", follow=follow, total=most)
         return {key: c.finish() for key, c in calibrators.items()}
 
     async def _verify(self, thresholds: dict[LatentKey, Threshold]) -> dict[LatentKey, Threshold]:
@@ -230,43 +250,30 @@ class Study:
         boosts = {key: t.boost for key, t in thresholds.items() if t.usable}
         if not fresh or not boosts:
             return thresholds
-        scores = await self._scores("verification", latents, boosts, 0, fresh, f"{self.name}: verification")
+        trials = [
+            self._at_boost("verification", place, latent, boosts[latent.key], i)
+            for place, latent in enumerate(latents)
+            if latent.key in boosts
+            for i in range(fresh)
+        ]
+        scores: dict[LatentKey, list[float | None]] = {key: [] for key in boosts}
+        for row in await complete(self.bench, trials, stage=f"{self.name}: verification"):
+            assert row.trial.latent is not None
+            scores[row.trial.latent].append(self._first(row))
         return {key: verified(t, scores[key]) if key in scores else t for key, t in thresholds.items()}
 
-    async def _scores(
-        self,
-        stage: str,
-        latents: Sequence[Latent],
-        boosts: Mapping[LatentKey, float],
-        first: int,
-        count: int,
-        title: str,
-    ) -> dict[LatentKey, list[float | None]]:
-        """Return the first-attempt scores of `count` trials per latent at its boost.
-
-        A score is None if the trial is unscored, invalid, or degraded while these are excluded.
-        """
-        settings, trials = self.config.calibration, []
+    def _at_boost(self, stage: str, place: int, latent: Latent, boost: float, i: int) -> Trial:
+        """Return the i-th trial of a latent (the one at `place`) in calibration or verification."""
+        settings = self.config.calibration
         # each latent has its own range of indices, so that no two latents share a seed
         room = max(10_000, settings.max_iterations * settings.trials_per_iteration, settings.verify_trials)
-        for position, latent in enumerate(latents):
-            if latent.key not in boosts:
-                continue
-            for i in range(first, first + count):
-                index = position * room + i
-                trials.append(
-                    self.steered(stage, "threshold", latent, boosts[latent.key], index, self.prompt(position, i))
-                )
-        scores: dict[LatentKey, list[float | None]] = {key: [] for key in boosts}
-        bench = self.bench
-        if stage == "calibration" and settings.max_new_tokens is not None:
-            tokens = min(settings.max_new_tokens, bench.sampling.max_new_tokens)
-            bench = replace(bench, sampling=replace(bench.sampling, max_new_tokens=tokens))
-        for row in await complete(bench, trials, stage=title):
-            assert row.trial.latent is not None
-            counts = row.attempts and (self.config.degraded == "include" or not row.degraded)
-            scores[row.trial.latent].append(row.attempts[0].score if counts else None)
-        return scores
+        return self.steered(stage, "threshold", latent, boost, place * room + i, self.prompt(place, i))
+
+    def _first(self, row: Row) -> float | None:
+        """Return the first attempt's score, or None if the trial is unscored, invalid, or degraded and these count
+        for nothing."""
+        counts = row.attempts and (self.config.degraded == "include" or not row.degraded)
+        return row.attempts[0].score if counts else None
 
     def steered(self, stage: str, condition: str, latent: Latent, boost: float, index: int, prompt: str) -> Trial:
         """Return a trial that adds `boost` times the latent's decoder direction at every position."""

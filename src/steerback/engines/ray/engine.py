@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from steerback.engines.base import EngineRecord
+from steerback.engines.base import Arriving, EngineRecord, in_waves
 from steerback.engines.checks import checked
 from steerback.engines.options import RayOptions
 from steerback.engines.ray.actor import Batch, EngineMaker
@@ -63,11 +63,16 @@ class RayEngine:
         """Return the record of the first worker's engine."""
         return self._record
 
-    async def generate(self, requests: Sequence[Request]) -> AsyncIterator[tuple[str, Completion]]:
+    def generate(
+        self, requests: Sequence[Request], more: Arriving | None = None
+    ) -> AsyncIterator[tuple[str, Completion]]:
         """Yield (key, completion) in completion order; requests of a worker that dies go to others.
 
         A request whose worker died `attempts` times gets an empty completion with finish "error".
         """
+        return in_waves(self._generate, requests, more)
+
+    async def _generate(self, requests: Sequence[Request]) -> AsyncGenerator[tuple[str, Completion]]:
         if (known := self.pool.reference) is not None and known.site is not None:
             for _ in checked(requests, known.site):
                 pass

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from steerback.engines.base import ModelRecord
+from steerback.engines.base import Arriving, ModelRecord
 from steerback.engines.checks import check_texts, checked
 from steerback.engines.interventions import ARITHMETIC_VERSION, check, check_directions, check_layer
 from steerback.engines.options import VllmOptions
@@ -200,28 +200,58 @@ class VllmEngine:
 
     # ---- generation
 
-    async def generate(self, requests: Sequence[Request]) -> AsyncIterator[tuple[str, Completion]]:
+    async def generate(
+        self, requests: Sequence[Request], more: Arriving | None = None
+    ) -> AsyncIterator[tuple[str, Completion]]:
         """Yield (key, completion) as responses finish; everything is checked before anything is generated."""
-        planned = self._check(requests)
         loop = asyncio.get_running_loop()
-        done: asyncio.Queue[tuple[Request, Future[VllmAnswer]]] = asyncio.Queue()
-        futures = []
-        for n, (request, job) in enumerate(zip(requests, planned, strict=True)):
-            future = self._drivers[n % len(self._drivers)].submit(job)
-            futures.append(future)
+        done: asyncio.Queue[tuple[Request, Future[VllmAnswer]] | list[Request] | None] = asyncio.Queue()
+        running: set[Future[VllmAnswer]] = set()
+        listening: asyncio.Task[None] | None = None
+        count = 0
 
-            def put(finished: Future[VllmAnswer], request: Request = request) -> None:
-                loop.call_soon_threadsafe(done.put_nowait, (request, finished))
+        def submit(requests: Sequence[Request]) -> None:
+            nonlocal count
+            for request, job in zip(requests, self._check(requests), strict=True):
+                future = self._drivers[count % len(self._drivers)].submit(job)
+                running.add(future)
+                count += 1
 
-            future.add_done_callback(put)
+                def put(finished: Future[VllmAnswer], request: Request = request) -> None:
+                    loop.call_soon_threadsafe(done.put_nowait, (request, finished))
+
+                future.add_done_callback(put)
+
+        async def listen(more: Arriving) -> None:
+            try:
+                while (arrived := await more()) is not None:
+                    done.put_nowait(list(arrived))
+            finally:
+                done.put_nowait(None)
+
+        submit(requests)
+        if more is not None:
+            listening = asyncio.create_task(listen(more))
         try:
-            for _ in futures:
-                request, finished = await done.get()
-                with _one_line():
-                    answer = finished.result()
-                yield request.key, self._completion(request, answer)
+            open_ended = more is not None
+            while running or open_ended:
+                event = await done.get()
+                if event is None:
+                    open_ended = False
+                    if listening is not None:
+                        await listening  # raises its error, if any
+                elif isinstance(event, tuple):
+                    request, finished = event
+                    running.discard(finished)
+                    with _one_line():
+                        answer = finished.result()
+                    yield request.key, self._completion(request, answer)
+                else:
+                    submit(event)
         finally:
-            for future in futures:
+            if listening is not None:
+                listening.cancel()
+            for future in running:
                 future.cancel()
 
     def _completion(self, request: Request, answer: VllmAnswer) -> Completion:
