@@ -6,15 +6,14 @@ Each level is one condition, and all conditions have the same latents. Intervals
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
-from pydantic import JsonValue
 
 from steerback.metrics import intervals as iv
 from steerback.metrics.intervals import Codes, Floats
 from steerback.metrics.outcomes import Outcomes
-from steerback.metrics.rates import METRICS, View, influence, view
+from steerback.metrics.rates import METRICS, MetricResult, View, influence, view
 
 LEAST = 10
 """Levels with fewer trials in a metric's denominator are left out of the search for the peak."""
@@ -38,7 +37,7 @@ class Peak:
 
 
 @dataclass(frozen=True)
-class Trend:
+class Trend(MetricResult):
     """Least-squares slope of a metric over the levels, per unit of the level; all levels have equal weight.
 
     `p` is two-sided, from permuting the levels within latents. Slope and p are None if a level has no trials.
@@ -54,10 +53,6 @@ class Trend:
     p: float | None
     p_method: str
     clusters: int
-
-    def to_json(self) -> dict[str, JsonValue]:
-        """Return the JSON-able form."""
-        return asdict(self)
 
 
 def find_peak(

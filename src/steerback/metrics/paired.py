@@ -6,15 +6,14 @@ A pair is dropped, and counted, if either side is invalid, unscored or empty, or
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
-from pydantic import JsonValue
 
 from steerback.metrics import intervals as iv
 from steerback.metrics.intervals import Codes, Floats
 from steerback.metrics.outcomes import STATES, VALID, Outcomes
-from steerback.metrics.rates import METRICS, Metric, View, influence, view
+from steerback.metrics.rates import METRICS, Metric, MetricResult, View, influence, view
 
 COMPARED = ("multi_attempt_rate", "esr_rate", "improvement_rate", "msi", "mean_attempts", "mean_first")
 EXACT_CLUSTERS = 12  # with at most this many informative latents, all 2^k swaps are enumerated
@@ -47,16 +46,12 @@ class PairedTest:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(MetricResult):
     """All tests of one pair of conditions. `dropped` counts the dropped pairs by the first reason that applies."""
 
     pairs: int
     dropped: dict[str, int]
     tests: dict[str, PairedTest]
-
-    def to_json(self) -> dict[str, JsonValue]:
-        """Return the JSON-able form."""
-        return asdict(self)
 
     def __getitem__(self, metric: str) -> PairedTest:
         return self.tests[metric]

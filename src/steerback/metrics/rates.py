@@ -139,7 +139,16 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Summary:
+class MetricResult:
+    """Base of the results that go into JSON files; unknown values are None, never nan."""
+
+    def to_json(self) -> dict[str, JsonValue]:
+        """Return the JSON-able form."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Summary(MetricResult):
     """All metrics of one condition, in the variants `headline` (gated), `with_degraded`, `without_degraded`, `ungated`.
 
     `include_degraded`: whether `headline` and `ungated` count degraded responses. `worst_case`: by variant and metric,
@@ -161,10 +170,6 @@ class Summary:
     def other(self) -> dict[str, Estimate]:
         """The gated metrics with the opposite treatment of degraded responses."""
         return self.without_degraded if self.include_degraded else self.with_degraded
-
-    def to_json(self) -> dict[str, JsonValue]:
-        """Return the JSON-able form; unknown values are None, never nan."""
-        return asdict(self)
 
     def __getitem__(self, metric: str) -> Estimate:
         return self.headline[metric]

@@ -7,14 +7,13 @@ chance is exact: the share of all orders of the same windows that satisfy the ru
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import comb
 
 import numpy as np
-from pydantic import JsonValue
 
 from steerback.metrics.intervals import Codes, Flags, Floats
-from steerback.metrics.rates import Estimate
+from steerback.metrics.rates import Estimate, MetricResult
 from steerback.metrics.regions import mean_of, rate_of
 
 BINS = 20
@@ -49,7 +48,7 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Recovery:
+class Recovery(MetricResult):
     """Recovery in one condition, over the `n` responses with enough windows; `short` counts the others.
 
     `silent`: share that recovered within a single attempt, so without a restart phrase. `shuffled`: expected share for
@@ -64,10 +63,6 @@ class Recovery:
     shuffled: Estimate
     above: Estimate
     course: Sequence[Estimate]
-
-    def to_json(self) -> dict[str, JsonValue]:
-        """Return the JSON-able form."""
-        return asdict(self)
 
 
 def recovery(series: Series, rule: Rule) -> Recovery:

@@ -114,7 +114,7 @@ def locate(source: SaeSource) -> Place:
     weights = inside if named else f"{inside}/{form.weights}".lstrip("/")
     if here.is_dir():
         if not (here / weights).is_file():
-            raise SteerbackError(f"{here}: no {weights} there, the name of an SAE's weights in format {source.format}")
+            raise SteerbackError(f"{here}: has no {weights}, where the format {source.format} stores an SAE's weights")
         return _local(here / weights, form)
     cached = hub_file(source.location, weights, source.revision)
     if form.config is None:
