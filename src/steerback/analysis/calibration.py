@@ -85,11 +85,11 @@ def curve(threshold: Threshold, tried: Scores, prior: BoostPrior | None = None) 
     fit = fit_falling(boosts, scores, threshold.target_score, bounds, scale, DRAWS)
     margin = 0.08 * float(np.ptp(boosts))
     x = np.linspace(float(boosts.min()) - margin, float(boosts.max()) + margin, POINTS)
-    band = [np.quantile(fit.drawn.score(boost), (0.025, 0.975)) for boost in x]
+    low, high = np.quantile(fit.drawn.score(x[:, None]), (0.025, 0.975), axis=1)
     columns = {
         "boost": x.tolist(),
-        "score": [fit.score(boost) for boost in x],
-        "low": [float(low) for low, _ in band],
-        "high": [float(high) for _, high in band],
+        "score": fit.curve.score(x[:, None])[:, 0].tolist(),
+        "low": low.tolist(),
+        "high": high.tolist(),
     }
     return {name: [float(f"{value:.5g}") for value in values] for name, values in columns.items()}

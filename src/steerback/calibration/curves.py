@@ -38,7 +38,7 @@ class Logistic:
     floor: Floats  # (rows,)
     ceiling: Floats  # (rows,)
 
-    def score(self, boost: float) -> Floats:
+    def score(self, boost: float | Floats) -> Floats:
         """Fitted scores at `boost`, (rows,)."""
         return self.floor + (self.ceiling - self.floor) * _sigmoid(
             self.level + self.slope * (boost - self.centre) / self.scale

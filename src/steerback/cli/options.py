@@ -5,6 +5,7 @@ A verb asks for a group of options with a parameter of the group's type; `add` e
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
 import sys
@@ -212,6 +213,11 @@ def _option(name: str, default: object, annotation: object) -> inspect.Parameter
 def say(text: object = "", end: str = "\n", flush: bool = False, file: IO[str] | None = None) -> None:
     """Print text with its control characters written out: names, labels and prompts come from files of others."""
     print(visible(text), end=end, flush=flush, file=file)
+
+
+def hold_many_records() -> None:
+    """Look for cyclic garbage less often: records have no cycles, and a search through 200,000 takes long."""
+    gc.set_threshold(100_000, 50, 100)
 
 
 def in_colour() -> bool:

@@ -7,7 +7,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from steerback.cli.options import RUNS, RunName, RunNames, RunsFolder, VerdictsOf, add, in_colour, say
+from steerback.cli.options import (
+    RUNS,
+    RunName,
+    RunNames,
+    RunsFolder,
+    VerdictsOf,
+    add,
+    hold_many_records,
+    in_colour,
+    say,
+)
 from steerback.errors import SteerbackError, unknown
 from steerback.store.files import make_folder
 
@@ -56,6 +66,7 @@ def figures(
         for path in campaign.draw_all(folders, make_folder(out or runs / "figures", OTHER), captions_inside):
             say(f"  {path}")
         return
+    hold_many_records()
     folder = find_run((names or [""])[0], runs)
     for line in campaign.report(campaign.reanalyse(folder, judge, draws, captions_inside)):
         say(line)
@@ -87,10 +98,12 @@ def show(
         raise SteerbackError("--restarts is --attempts 2+; give one of them")
     order: Literal["best", "worst", "random"] = "best" if best else "worst" if worst else "random"
     choice = Choice(trial, condition, latent, "2+" if restarts else attempts, order, count, seed)
+    hold_many_records()
     with Run.read(find_run(name, runs)) as opened:
         verdicts = opened.judge(judge)
-        rows = choose(opened.ledger, verdicts, choice)
-        lines = [] if trial is not None else how_often(measured_rows(opened.ledger, verdicts, condition))
+        measured = [] if trial is not None else measured_rows(opened.ledger, verdicts, condition)
+        rows = choose(opened.ledger, verdicts, choice, measured)
+        lines = how_often(measured)
         lines += probe_lines(opened, verdicts)
     for row in rows:
         print(transcript(row, colour=in_colour()))
@@ -189,6 +202,7 @@ def export(
         require_inspect()
     if push:
         dataset.check_repository(push)
+    hold_many_records()
     with Run.read(find_run(run, runs)) as opened:
         chosen, known = opened.judge(judge), opened.ledger.judges()
         folder = make_folder(file.parent if file else out or opened.folder / "export", OTHER)

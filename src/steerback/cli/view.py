@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from steerback.cli.options import RUNS, RunsFolder, VerdictsOf, add, say
+from steerback.cli.options import RUNS, RunsFolder, VerdictsOf, add, hold_many_records, say
 
 
 def register(app: typer.Typer) -> None:
@@ -42,6 +42,7 @@ def view(
     from steerback.store.files import make_folder
     from steerback.store.run import find_run
 
+    hold_many_records()
     if trial and not record:
         raise SteerbackError("--trial names trials whose activations are read; add --record")
     folders = [find_run(name, runs) for name in names]

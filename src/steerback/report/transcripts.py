@@ -57,14 +57,17 @@ class Choice:
         return self.latent is None or self.latent in names or self.latent.casefold() in names
 
 
-def choose(ledger: Ledger, judge: str, choice: Choice) -> list[Row]:
-    """Return the selected trials. Raises SteerbackError, with the existing values, if there are none."""
+def choose(ledger: Ledger, judge: str, choice: Choice, measured: Sequence[Outline] | None = None) -> list[Row]:
+    """Return the selected trials. Raises SteerbackError, with the existing values, if there are none.
+
+    `measured`: the `measured_rows` of the choice's condition, if they have been read already.
+    """
     if choice.key is not None:
         rows_of_key = ledger.rows(keys=[choice.key], judge=judge)
         if not rows_of_key:
             raise SteerbackError(f"no trial {choice.key!r} in {ledger.path}; keys look like {_example(ledger)!r}")
         return rows_of_key
-    measured = measured_rows(ledger, judge, choice.condition)
+    measured = measured_rows(ledger, judge, choice.condition) if measured is None else measured
     rows = [row for row in measured if choice.fits(row)]
     if not rows:
         asked = {"latent": choice.latent, "attempts": choice.attempts}

@@ -10,6 +10,7 @@ import base64
 import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from itertools import chain
 
 from steerback.calibration.thresholds import THRESHOLDS
 from steerback.errors import VERSION
@@ -104,11 +105,8 @@ def _counts(ledger: Ledger, judge: str, stages: Sequence[str]) -> list[dict[str,
     """Return the trials by state for each target, stage and condition, with the most frequent reasons for exclusion."""
     counts: dict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)
     reasons: dict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)
-    for row in ledger.outlines(judge=judge):
-        if (
-            row.trial.stage not in stages or row.trial.stage == FORK
-        ):  # the page of forks shows these counts for each arm
-            continue
+    shown = [stage for stage in dict.fromkeys(stages) if stage != FORK]  # the page of forks counts its arms
+    for row in chain.from_iterable(ledger.outlines(stage=stage, judge=judge) for stage in shown):
         place = (row.trial.target, row.trial.stage, row.trial.condition)
         counts[place]["planned"] += 1
         flags = flags_of(row)
@@ -122,7 +120,7 @@ def _counts(ledger: Ledger, judge: str, stages: Sequence[str]) -> list[dict[str,
             "counts": dict(counts[target, stage, condition]),
             "reasons": reasons[target, stage, condition].most_common(5),
         }
-        for target, stage, condition in counts
+        for target, stage, condition in sorted(counts)
     ]
 
 

@@ -235,16 +235,17 @@ def _details(runs: Sequence[ShownRun], sample: Sample) -> Iterator[tuple[int, Ro
         ledger, keys = shown.run.ledger, [key for n, key in sample.keys if n == number]
         ends = ledger.targets_with(TOKEN_ENDS)
         labels, rule = _Labels(shown), rule_of(ledger)
-        judges = list(dict.fromkeys((shown.judge, *ledger.judges())))
+        judges = [judge for judge in ledger.judges() if judge != shown.judge]
         for first in range(0, len(keys), BATCH):
             part = keys[first : first + BATCH]
-            verdicts: dict[str, list[Judgement]] = defaultdict(list)
+            rows = list(ledger.stream(part, shown.judge, activations=True))
+            verdicts = {row.trial.key: [row.judgement] if row.judgement else [] for row in rows}
             for judge in judges:
                 for row in ledger.rows(keys=part, judge=judge):
                     if row.judgement is not None:
                         verdicts[row.trial.key].append(row.judgement)
             windows = ledger.windows(shown.judge, keys=part)
-            for row in ledger.stream(part, shown.judge, activations=True):
+            for row in rows:
                 key = row.trial.key
                 reading = shown.readings.get(key) or _recorded(row, ends.get(row.trial.target, {}).get(key))
                 detail = _detail(row, verdicts[key], reading, labels)

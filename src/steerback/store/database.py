@@ -171,7 +171,10 @@ def unpack_array(blob: bytes | None) -> NDArray[np.float32] | None:
 
 def dump_json(value: object) -> str:
     """Return JSON with sorted keys, so that equal values give equal text."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return _encoder.encode(value)
+
+
+_encoder = json.JSONEncoder(sort_keys=True, ensure_ascii=False)  # made once: `json.dumps` makes one each time
 
 
 def storable(text: str) -> str:

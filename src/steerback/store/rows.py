@@ -154,7 +154,7 @@ def trial_values(t: Trial) -> tuple[Any, ...]:
         t.stage,
         t.condition,
         t.index,
-        None if t.latent is None else dump_json(t.latent),
+        None if t.latent is None else _latent_text(t.latent),
         t.label,
         None
         if t.boost is None
@@ -163,7 +163,7 @@ def trial_values(t: Trial) -> tuple[Any, ...]:
         t.meta_prompt,
         t.prefill,
         t.seed,
-        dump_json([plain(i) for i in t.interventions]),
+        _interventions_text(t.interventions),
         None if t.record is None else dump_json(asdict(t.record)),
     )
 
@@ -252,6 +252,16 @@ def _judgement(stored: Stored, raw: str = "") -> Judgement | None:
         return None
     spans = tuple([Attempt(a["start"], a["end"], a["score"], a["phrase"], a["gated"]) for a in from_json(attempts)])
     return Judgement(sys.intern(judge), sys.intern(rubric), status, spans, reason, raw)
+
+
+@lru_cache(4096)
+def _latent_text(key: LatentKey) -> str:
+    return dump_json(key)
+
+
+@lru_cache(4096)
+def _interventions_text(edits: tuple[Intervention, ...]) -> str:
+    return dump_json([plain(i) for i in edits])
 
 
 @lru_cache(4096)

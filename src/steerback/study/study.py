@@ -343,9 +343,19 @@ class Study:
     ) -> Trial:
         """Return the cell's trial in a condition, at its threshold boost or at `boost` (0: not steered)."""
         value = cell.boost if boost is None else boost
-        trial = self.steered("measure", condition, cell.latent, value, cell.index, prompt or cell.prompt)
-        edits = (*(trial.interventions if boost != 0 else ()), *clamps)
-        return replace(trial, meta_prompt=meta_prompt, prefill=prefill, interventions=edits)
+        added = (Intervention("add", cell.latent.key, value),) if boost != 0 else ()
+        return self.trial(
+            "measure",
+            condition,
+            cell.index,
+            prompt=prompt or cell.prompt,
+            seed=self.seed("measure", cell.index),
+            latent=cell.latent.key,
+            label=cell.latent.label,
+            meta_prompt=meta_prompt,
+            prefill=prefill,
+            interventions=(*added, *clamps),
+        )
 
     async def baseline(self, condition: str = BASELINE) -> list[Trial]:
         """Measure every cell at its threshold without other changes, as the reference for other conditions.
