@@ -14,7 +14,7 @@ import tiny
 from steerback.api import load_target
 from steerback.engines import check_engine, make_engine
 from steerback.engines.loading import load
-from steerback.engines.options import ScriptedOptions, TransformersOptions, VllmOptions, parse_options
+from steerback.engines.options import RayOptions, ScriptedOptions, TransformersOptions, VllmOptions, parse_options
 from steerback.engines.scripted import PlantedModel, ScriptedEngine
 from steerback.engines.transformers import TransformersEngine
 from steerback.errors import SteerbackError
@@ -30,6 +30,15 @@ def test_options_of_a_run_become_typed_and_keep_their_defaults() -> None:
     assert isinstance(asked, VllmOptions)
     assert (asked.tensor_parallel, asked.columns, asked.record_latents, asked.poolers) == (1, 128, 32, 128)
     assert parse_options("scripted", {}, 16) == ScriptedOptions(batch_size=16)
+
+
+def test_workers_of_a_cluster_may_share_a_gpu() -> None:
+    half = parse_options("ray", {"engine": "vllm", "gpus_per_worker": 0.5, "options": {"columns": 8}})
+    assert isinstance(half, RayOptions)
+    assert half.gpus == 0.5
+    assert half.inner == VllmOptions(columns=8, options={"gpu_memory_utilization": 0.45})
+    with pytest.raises(SteerbackError, match=r"gpus_per_worker.*whole number, or a fraction below 1"):
+        parse_options("ray", {"engine": "vllm", "gpus_per_worker": 1.5})
 
 
 @pytest.mark.parametrize(

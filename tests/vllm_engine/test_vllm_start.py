@@ -126,6 +126,25 @@ def test_shares_of_gpus_are_of_those_that_are_visible(visible: str | None, monke
     assert loading.device_shares(2, 1) == {"": ["", ""], None: ["0", "1"]}.get(visible, ["7", "GPU-5a1b"])
 
 
+@pytest.mark.parametrize(("replicas", "gpus", "share"), [(2, 1, 0.45), (3, 1, 0.3), (3, 2, 0.45), (7, 2, 0.225)])
+def test_replicas_may_share_gpus(
+    replicas: int, gpus: int, share: float, pretend: dict[str, Any], target: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No GPU serves engines that want more than nine tenths of its memory together."""
+    monkeypatch.setattr(module, "gpus", lambda: gpus)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join("59"[:gpus]))
+    pretend["edited"] = (prompt_tokens(target), 2)
+    engine = VllmEngine(target, VllmOptions(replicas=replicas, max_model_len=256))
+    assert engine._arguments["gpu_memory_utilization"] == share
+    used = [one.visible for one in pretend["started"]]
+    assert used == ["59"[n % gpus] for n in range(replicas)]
+    assert max(used.count(gpu) for gpu in used) * share <= 0.9 + 1e-9
+    mine = VllmOptions(replicas=replicas, max_model_len=256, options={"gpu_memory_utilization": 0.1})
+    assert VllmEngine(target, mine)._arguments["gpu_memory_utilization"] == 0.1
+    alone = VllmEngine(target, VllmOptions(replicas=gpus, max_model_len=256))
+    assert "gpu_memory_utilization" not in alone._arguments  # vLLM's own default
+
+
 def test_a_target_may_be_started_several_times_at_once(
     target: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -58,7 +58,9 @@ def run_command(
         typer.Option("--from", help="Run whose latents, thresholds, prompts and seeds are used again."),
     ] = None,
     name: NewName = None,
-    replicas: Annotated[int | None, typer.Option(min=1, help="vllm: engines side by side, one GPU each.")] = None,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, help="vllm: engines side by side; they share GPUs if need be.")
+    ] = None,
     latents: Annotated[
         str | None, typer.Option(help="Your own latents: a file, a comma-separated list, or how many.")
     ] = None,

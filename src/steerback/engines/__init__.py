@@ -58,7 +58,8 @@ def make_engine(target: Target, options: EngineOptions, directions: Mapping[str,
             shuffled=options.shuffled,
         )
     if isinstance(options, VllmOptions):
-        memory = sum(size for _, size in gpus()[: options.tensor_parallel])
+        found = gpus()
+        memory = sum(size for _, size in found[: options.tensor_parallel]) // options.per_gpu(len(found))
         quantization = options.options.get("quantization")
         check_ready(target, "GPU memory", memory, None if quantization is None else str(quantization))
         fetch(target)

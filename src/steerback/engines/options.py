@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Literal
 
@@ -10,6 +11,9 @@ from pydantic import Field, JsonValue, field_validator
 from steerback.config import Settings, parse
 from steerback.errors import unknown
 from steerback.records import Completion, Request
+
+GPU_MEMORY = 0.9
+"""Share of a GPU's memory that vLLM's engines take together; the rest is for CUDA itself."""
 
 
 class TransformersOptions(Settings):
@@ -45,7 +49,10 @@ class VllmOptions(Settings):
     batch_size: int | None = Field(None, ge=1)
     """Requests that run together (vLLM's `max_num_seqs`); None: 256 with a GPU, else 64."""
     replicas: int = Field(1, ge=1)
-    """Engines side by side, each with `tensor_parallel` GPUs; requests are dealt to them in turn."""
+    """Engines side by side, each with `tensor_parallel` GPUs; requests are dealt to them in turn.
+
+    With `tensor_parallel` 1, more engines than GPUs share them, each with an equal part of the memory.
+    """
     tensor_parallel: int = Field(1, ge=1)
     """GPUs per engine."""
     max_model_len: int | None = Field(None, ge=1)
@@ -60,6 +67,15 @@ class VllmOptions(Settings):
     """Texts over which the whole SAE is pooled at one time."""
     options: Mapping[str, JsonValue] = Field(default_factory=dict)
     """Further arguments of vLLM's engine."""
+
+    def per_gpu(self, available: int) -> int:
+        """Return how many replicas share a GPU at most, of `available` ones (0: there are none)."""
+        return max(1, -(-self.replicas // available)) if available and self.tensor_parallel == 1 else 1
+
+    def memory(self, available: int) -> dict[str, JsonValue]:
+        """Return vLLM's argument for the share of a GPU's memory, if replicas share it; a user's own value wins."""
+        sharing = self.per_gpu(available)
+        return {"gpu_memory_utilization": math.floor(1000 * GPU_MEMORY / sharing) / 1000} if sharing > 1 else {}
 
     @field_validator("options")
     @classmethod
@@ -90,7 +106,7 @@ class RayOptions(Settings):
     """Options of that engine."""
     workers: int = Field(1, ge=1)
     """Workers asked for. The run starts with the first that is ready; others join when a machine has room."""
-    gpus_per_worker: int | None = Field(None, ge=0)
+    gpus_per_worker: float | None = Field(None, ge=0)
     """GPUs of each worker, all on one machine (vLLM: tensor parallelism over them); None: 1 for vLLM, else 0."""
     cpus_per_worker: int = Field(1, ge=1)
     """CPU cores that the cluster reserves for each worker."""
@@ -105,6 +121,13 @@ class RayOptions(Settings):
     batch_size: int | None = Field(None, ge=1)
     """Requests that decode together in each worker."""
 
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _is_whole_or_a_share(cls, each: float | None) -> float | None:
+        if each is not None and each > 1 and each != int(each):
+            raise ValueError("has to be a whole number, or a fraction below 1 where workers share a GPU")
+        return each
+
     @field_validator("address")
     @classmethod
     def _is_no_client(cls, address: str | None) -> str | None:
@@ -116,15 +139,21 @@ class RayOptions(Settings):
         return address
 
     @property
-    def gpus(self) -> int:
-        """GPUs of each worker."""
-        return int(self.engine == "vllm") if self.gpus_per_worker is None else self.gpus_per_worker
+    def gpus(self) -> float:
+        """GPUs of each worker; a fraction where workers share one."""
+        each = int(self.engine == "vllm") if self.gpus_per_worker is None else self.gpus_per_worker
+        return int(each) if each == int(each) else each  # Ray takes whole numbers or fractions of one
 
     @property
     def inner(self) -> TransformersOptions | VllmOptions | ScriptedOptions:
         """Checked options of the workers' engine."""
-        parallel = {"tensor_parallel": self.gpus} if self.engine == "vllm" and self.gpus > 1 else {}
-        options = parse_options(self.engine, {**parallel, **self.options}, self.batch_size)
+        given = dict(self.options)
+        if self.engine == "vllm" and self.gpus > 1:
+            given.setdefault("tensor_parallel", self.gpus)
+        if self.engine == "vllm" and 0 < self.gpus < 1:
+            share = VllmOptions(replicas=math.ceil(1 / self.gpus)).memory(1)
+            given["options"] = {**share, **parse(VllmOptions, given, "engine_options.options").options}
+        options = parse_options(self.engine, given, self.batch_size)
         assert not isinstance(options, RayOptions)
         return options
 

@@ -65,7 +65,7 @@ class VllmEngine:
     def __init__(self, target: Target, options: VllmOptions, directions: Mapping[str, Tensor] | None = None) -> None:
         version = require_vllm()
         replicas, needed = options.replicas, options.replicas * options.tensor_parallel
-        if 0 < (available := gpus()) < needed:
+        if 0 < (available := gpus()) < needed and options.tensor_parallel > 1:
             raise SteerbackError(
                 f"{replicas} replicas of {options.tensor_parallel} GPUs each need {needed}, and {available} are "
                 "visible here; lower replicas or tensor_parallel"
@@ -93,8 +93,9 @@ class VllmEngine:
         )
         asked = len(self._loaded.prompter.tokens(QUESTION))
         jobs.check_length(self.settings, "the vLLM engine's test of itself", asked, 3)
-        self._arguments = engine_arguments(target, length, rows, options.tensor_parallel) | dict(options.options)
-        self._drivers = self._start(replicas, options.tensor_parallel)
+        own = engine_arguments(target, length, rows, options.tensor_parallel)
+        self._arguments = own | options.memory(available) | dict(options.options)
+        self._drivers = self._start(device_shares(replicas, options.tensor_parallel, available))
         try:
             with _one_line():
                 self._record = self._describe(version, replicas, directions or {})
@@ -105,7 +106,8 @@ class VllmEngine:
 
     # ---- start and end
 
-    def _start(self, replicas: int, tensor_parallel: int) -> list[Driver]:
+    def _start(self, shares: Sequence[str]) -> list[Driver]:
+        """Start one engine after another, each on its GPUs: one that starts measures the memory that is left."""
         adapter = None
         if self.target.adapter:
             from vllm.lora.request import LoRARequest
@@ -114,8 +116,8 @@ class VllmEngine:
         drivers: list[Driver] = []
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         try:
-            for share in device_shares(replicas, tensor_parallel):
-                if replicas > 1:
+            for share in shares:
+                if len(shares) > 1:
                     os.environ["CUDA_VISIBLE_DEVICES"] = share
                 drivers.append(Driver(self.settings, self._launch, adapter))
         except BaseException as error:
@@ -127,7 +129,7 @@ class VllmEngine:
                 ) from error
             raise
         finally:
-            if replicas > 1:
+            if len(shares) > 1:
                 os.environ.pop("CUDA_VISIBLE_DEVICES")
                 if visible is not None:
                     os.environ["CUDA_VISIBLE_DEVICES"] = visible

@@ -64,10 +64,17 @@ def gpus() -> int:
     return torch.cuda.device_count()
 
 
-def device_shares(replicas: int, tensor_parallel: int) -> list[str]:
-    """Return CUDA_VISIBLE_DEVICES for each replica: `tensor_parallel` GPUs of those visible now."""
+def device_shares(replicas: int, tensor_parallel: int, available: int = 0) -> list[str]:
+    """Return CUDA_VISIBLE_DEVICES for each replica: `tensor_parallel` GPUs of those visible now.
+
+    Replicas of one GPU each take the `available` GPUs in turn, so more replicas than GPUs share them.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = [str(n) for n in range(replicas * tensor_parallel)] if visible is None else visible.split(",")
+    devices = (
+        [str(n) for n in range(available or replicas * tensor_parallel)] if visible is None else visible.split(",")
+    )
+    if tensor_parallel == 1 and available:
+        return [devices[n % available] for n in range(replicas)]
     return [",".join(devices[n * tensor_parallel : (n + 1) * tensor_parallel]) for n in range(replicas)]
 
 
