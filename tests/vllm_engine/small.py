@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from steerback.engines import make_engine
 from steerback.engines.interventions import Site
-from steerback.engines.options import TransformersOptions
+from steerback.engines.options import TransformersOptions, VllmOptions
 from steerback.engines.vllm.settings import TableSettings
 from steerback.targets import Target, from_folder
 from steerback.targets.sae import Kind, Sae, save_native
@@ -31,6 +32,16 @@ OPTIONS: dict[str, Any] = (
 """GPU: little memory, so that two runs of the tests may share one. CPU: one process less to start."""
 SEEN: dict[str, float] = {}
 """The largest differences met, by what was compared."""
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the second model runner on a CPU, which is not compiled then
+# Short of cache blocks, so that requests are preempted, and of tokens in a step, so that prefills are split.
+TIGHT: dict[str, Any] = {
+    "enforce_eager": INTERPRETED,
+    "num_gpu_blocks_override": 40,
+    "block_size": 32,
+    "enable_chunked_prefill": True,
+    "max_num_batched_tokens": 96,
+}
 
 SITE = Site(n_layers=3, d_model=16, steer_layer=0, sae_layer=1, read_layer=1, n_latents=40)
 SETTINGS = TableSettings(SITE, (0, 1), 8, 20, 96, 2, 24, "1", "0", SaeSource(""))
@@ -136,3 +147,13 @@ def write(
     words.save_pretrained(folder)
     save_native(sae(kind, shape["hidden_size"], n, layer), folder, boost_prior=[2.0, 1.0, 0.0, 10.0])
     return from_folder(folder, steer_layer=steer, read_layer=read)
+
+
+class Pair:
+    """A target in both engines; the reference engine may have another one that should answer alike."""
+
+    def __init__(self, target: Any, reference: Any = None, **options: Any) -> None:
+        self.target = target
+        options = OPTIONS | {"max_logprobs": -1} | options
+        self.vllm = make_engine(target, VllmOptions(batch_size=32, max_model_len=256, layers=(0,), options=options))
+        self.reference = reference_engine(reference or target)

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small
-from small import EFFECT
+from small import EFFECT, Pair
 from test_engine import CASES, collect, tokens, words
 
-from conftest import Pair
 from steerback.records import Recording, Request, Sampling
 
 

@@ -13,10 +13,9 @@ import pytest
 import small
 import torch
 from safetensors.torch import load_file, save_file
-from small import EFFECT
+from small import EFFECT, Pair
 from test_engine import CASES, check_all_edits, tokens
 
-from conftest import Pair
 from steerback.targets import from_folder
 
 RANK, ALPHA = 32, 16

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small import EFFECT, OPTIONS, near, reference_engine
+from small import EFFECT, INTERPRETED, OPTIONS, near, reference_engine
 
-from conftest import INTERPRETED
 from steerback.config import build_config
 from steerback.engines import make_engine
 from steerback.engines.options import VllmOptions
