@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from steerback.api import load_target
+from steerback.cli import main
 from steerback.errors import SteerbackError
 from steerback.targets import from_folder
 from steerback.targets.fit import check_weights
@@ -57,7 +57,9 @@ def put_code(folder: Path, part: str) -> Path:
 
 @pytest.mark.parametrize("part", ["model", "tokenizer"])
 @pytest.mark.parametrize("verb", ["try", "finetune"])
-def test_code_in_a_models_folder_is_refused_without_a_question(folder: Path, part: str, verb: str) -> None:
+def test_code_in_a_models_folder_is_refused_without_a_question(
+    folder: Path, part: str, verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     mark = put_code(folder, part)
     row = {"segments": [{"label": True, "text": "the cat"}]}
     (folder.parent / "train.jsonl").write_text("\n".join([json.dumps(row)] * 4))
@@ -65,21 +67,18 @@ def test_code_in_a_models_folder_is_refused_without_a_question(folder: Path, par
         "try": ["try", str(folder), "the cat", "--latent", "5", "--boost", "4"],
         "finetune": ["finetune", "train", "train.jsonl", "-t", str(folder), "--out", "adapters"],
     }[verb]
-    done = subprocess.run(
-        [sys.executable, "-m", "steerback", *words],
-        input="y\ny\ny\n",
-        cwd=folder.parent,
-        env={**os.environ, "HF_HOME": str(folder.parent / "hf"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\ny\ny\n"))
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    out, err = capsys.readouterr()
     assert not mark.exists()
-    assert done.returncode == 2, done.stderr
-    said = done.stderr.strip().splitlines()[-1]  # the library may have warned about the architecture before
+    assert ended.value.code == 2, err
+    said = err.strip().splitlines()[-1]  # the library may have warned about the architecture before
     assert said.startswith("steerback: error: ")
     assert "needs Python code from its own folder, which is never run" in said
-    assert "[y/N]" not in done.stdout
+    assert "[y/N]" not in out
+    assert sys.stdin.read().startswith("y\ny\ny\n")  # nothing was asked
 
 
 def test_a_model_with_more_layers_than_its_config_says_is_refused(folder: Path) -> None:

@@ -44,6 +44,7 @@ def plan(
     floor_responses: Annotated[
         int | None, typer.Option(min=1, help="Unsteered responses judged; default: as many as measured, at least 150.")
     ] = None,
+    simulations: Annotated[int, typer.Option(min=10, help="Simulated studies for each design.")] = 1000,
     out: Annotated[Path | None, typer.Option(help="Folder for plan.json, tables and the plot of power.")] = None,
     runs: RunsFolder = RUNS,
 ) -> None:
@@ -68,7 +69,7 @@ def plan(
     planning.prepare_out(out)
     seen = None if folder is None else planning.observe(folder, target)
     assumed = planning.assume(_share(rate), drop / 100, power, icc, _share(floor), seen)
-    made = planning.make_plan(config, chosen, judge, assumed, floor_responses, out is not None)
+    made = planning.make_plan(config, chosen, judge, assumed, floor_responses, out is not None, simulations)
     table = _table(made)
     for line in (
         *_assumptions(made),

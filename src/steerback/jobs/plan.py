@@ -166,12 +166,18 @@ def assume(
 
 
 def make_plan(
-    config: RunConfig, target: Target, judge: Judge | None, assumed: Assumptions, floor: int | None, curves: bool
+    config: RunConfig,
+    target: Target,
+    judge: Judge | None,
+    assumed: Assumptions,
+    floor: int | None,
+    curves: bool,
+    simulations: int = simulate.SIMULATIONS,
 ) -> StudyPlan:
     """Search for the designs, and price them; the config's own size is the design that is looked at as it is.
 
     `floor` is the number of unsteered responses that are judged; None: as many as are measured, at
-    least the config's.
+    least the config's. `simulations` is the number of simulated studies for each design.
     """
     config = config.of(target.name)
 
@@ -186,19 +192,24 @@ def make_plan(
     needs = []
     for question, (power_of, floors) in questions.items():
         for trials in sorted({*TRIALS, config.trials_per_latent}):
-            found = simulate.smallest_size(power_of, effect, trials, assumed.power, floors)
+            found = simulate.smallest_size(power_of, effect, trials, assumed.power, floors, simulations)
             need = Need(question, trials, None) if found is None else Need(question, trials, *found)
             needs.append(_priced(need, config, prompts, target, judge))
     own = Design(config.n_latents, config.trials_per_latent, floor_of(config.n_latents * config.trials_per_latent))
     fixed = Fixed(
         own,
-        simulate.power_of_rate(own, effect),
-        simulate.power_of_drop(own, effect),
-        simulate.smallest_rate(own, effect, assumed.power),
-        simulate.smallest_drop(own, effect, assumed.power),
+        simulate.power_of_rate(own, effect, simulations),
+        simulate.power_of_drop(own, effect, simulations),
+        simulate.smallest_rate(own, effect, assumed.power, simulations),
+        simulate.smallest_drop(own, effect, assumed.power, simulations),
     )
     drawn = [
-        (question, trials, latents, power_of(Design(latents, trials, floors(latents * trials)), effect, 400, 0))
+        (
+            question,
+            trials,
+            latents,
+            power_of(Design(latents, trials, floors(latents * trials)), effect, min(simulations, 400), 0),
+        )
         for question, (power_of, floors) in questions.items()
         for trials in sorted({*TRIALS, config.trials_per_latent})
         for latents in simulate.LATENTS[:49:6]
