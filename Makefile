@@ -10,16 +10,17 @@ RUNS ?= runs
 export PYTHONDONTWRITEBYTECODE :=
 DEMO_TARGETS := --target organism --target organism-control
 
-.PHONY: help docs docs-figures demo demo-all demo-all-small demo-finetune demo-finetune-small test test-vllm test-vllm-first test-vllm-second test-ray check audit faults clean
+.PHONY: help docs docs-figures demo demo-all demo-all-small demo-finetune demo-finetune-small test test-install test-vllm test-vllm-first test-vllm-second test-ray check audit faults clean
 help:
 	@echo "make demo    install, then measure steering resistance on the built-in models (about 3 minutes)"
 	@echo "make demo-all    every experiment of the paper on the built-in models (up to 25 minutes; SIZES=... for others)"
 	@echo "make demo-finetune    experiment 4: nine adapters trained and measured (about 27 minutes)"
-	@echo "make test    install what tests need, then run them all"
+	@echo "make test    install what tests need, then run them; the slow ones have targets of their own:"
+	@echo "make test-install    build the package and run an experiment from the wheel alone"
 	@echo "make test-vllm    the same for the vLLM engine, in an environment of its own (CPU build of vLLM)"
 	@echo "make test-ray    the Ray engine on a cluster of three nodes on this machine"
 	@echo "make docs    build the documentation into site/, warnings are errors"
-	@echo "make faults  the long campaign: kills, full disks, damaged files, hostile texts (SCALE=10)"
+	@echo "make faults  kills, full disks, damaged files, hostile texts (SCALE=1: the short form; SCALE=10: the long campaign)"
 	@echo "make audit   known vulnerabilities of the pinned versions, where an advisory service can be reached"
 	@echo "make check   format, lint, types, import order, spelling"
 	@echo "make clean   remove what the above made (runs are kept)"
@@ -92,7 +93,12 @@ demo-finetune-small:
 	else echo "chromium is missing, so the tests of the labelling page are skipped: sudo apt install chromium"; fi
 
 test: $(VENV)/.installed-dev | /usr/bin/chromium
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/ray_engine
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal \
+	  --ignore tests/ray_engine --ignore tests/faults --ignore tests/install
+
+# The wheel and the source archive, the wheel installed into an environment of its own.
+test-install: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/install
 
 # A cluster of three Ray nodes on this machine, with workers, nodes and drivers that are killed.
 test-ray: $(VENV)/.installed-dev
@@ -137,10 +143,10 @@ check: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q tests/test_imports.py
 	$(BIN)/codespell src tests docs benchmarks tools README.md CHANGELOG.md LOG.md
 
-# The short form of this campaign is part of `make test`; SCALE says how many times as much is done.
+# SCALE says how many times as much is done as in the short form, which continuous integration runs.
 SCALE ?= 10
 faults: $(VENV)/.installed-dev
-	STEERBACK_FAULTS=$(SCALE) $(BIN)/python -m pytest -n 2 --dist worksteal tests/faults
+	OMP_NUM_THREADS=1 STEERBACK_FAULTS=$(SCALE) $(BIN)/python -m pytest -n 2 --dist worksteal tests/faults
 
 # In an environment of its own, as it is no part of the package. Without the network it reports that and passes.
 $(AUDIT)/bin/pip-audit:

@@ -13,8 +13,11 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 import pytest
+from hypothesis import settings
 from matplotlib.figure import Figure
 
+settings.register_profile("the same examples every time", derandomize=True, database=None)
+settings.load_profile("the same examples every time")
 render = Figure.savefig
 rendered = False
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
-import runpy
 import shlex
 import shutil
-import tempfile
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -140,22 +138,8 @@ def test_links_between_pages_hold(generated: dict[str, str]) -> None:
             assert not section or section in anchors(texts[name]), f"{place}: {link}"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["your_own_model", "ten_minutes"])
-def test_a_notebook_runs_as_a_script(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("STEERBACK_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("STEERBACK_TARGETS", "")
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    cells = runpy.run_path(str(ROOT / "docs" / "notebooks" / f"{name}.py"))
-    assert cells["steered"].steered_as_planned
-    assert cells["steered"].text != cells["plain" if name == "your_own_model" else "ablated"].text
-    if name == "ten_minutes":
-        assert len(cells["trials"]) == len(cells["colder"].trials()) > 0
-    else:
-        assert "mine: ok" in capsys.readouterr().out
+def test_every_notebook_is_checked_when_it_is_executed(site: ModuleType) -> None:
+    assert {p.stem for p in (ROOT / "docs" / "notebooks").glob("*.py")} == site.CHECKS.keys()
 
 
 def test_a_notebook_becomes_a_page_with_its_outputs(site: ModuleType, generated: dict[str, str]) -> None:

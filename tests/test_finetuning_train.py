@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -199,41 +195,6 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_effective_one(tmp_pa
     )
     with pytest.raises(SteerbackError, match="out of memory with a single row"):
         fit(lambda: short_of_memory(0), tiny.tokenizer(), data, (), QUICK, tmp_path / "c", name="x")
-
-
-SCRIPT = """
-import os, signal, sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-import test_finetuning_train as t
-class Kill(t.TrainerCallback):
-    def on_step_begin(self, args, state, control, **_):
-        if state.global_step == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
-t.train(Path({folder!r}), t.rows(64), t.LONG, validation=t.rows(8, 1), callbacks=[Kill()])
-"""
-LONG = QUICK.changed(dropout=0.1, evaluations=4)
-
-
-def test_killed_training_goes_on_to_the_same_end(tmp_path: Path) -> None:
-    """Dropout is on, so that the random state has to be restored as well."""
-    from safetensors.torch import load_file
-
-    whole = train(tmp_path / "whole", rows(64), LONG, validation=rows(8, 1))
-    script = SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "killed"))
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, check=False
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-    assert not (tmp_path / "killed" / "adapter_model.safetensors").exists()
-    resumed = train(tmp_path / "killed", rows(64), LONG, validation=rows(8, 1))
-    assert resumed.resumed_from == 4
-    assert resumed.final_loss == pytest.approx(whole.final_loss, rel=1e-5)
-    assert [p.step for p in resumed.curves.validation] == [p.step for p in whole.curves.validation] == [0, 2, 4, 6, 8]
-    assert resumed.curves.validation[-1].trained == pytest.approx(whole.curves.validation[-1].trained, rel=1e-5)
-    a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "killed"))
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], atol=1e-6, rtol=1e-4)
 
 
 def test_it_learns_what_is_trained_and_reports_both_parts(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,11 +34,21 @@ from steerback.study.forks import edits_of, parse_arm
 ADD, OTHER, CLAMP = Intervention("add", 3, 9.0), Intervention("add", 3, 5.0), Intervention("clamp", 7, 0.0)
 
 
+def planted(root: Path, patch: pytest.MonkeyPatch) -> Runs:
+    return Runs(root, patch, Continuing(thresholds=thresholds(), restart_rate=0.5))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that every test forks a copy of."""
+    with pytest.MonkeyPatch.context() as patch:
+        return planted(tmp_path_factory.mktemp("base"), patch).run("esr", *SMALL)[1]
+
+
 @pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
-    made = Runs(tmp_path, monkeypatch, Continuing(thresholds=thresholds(), restart_rate=0.5))
-    made.run("esr", *SMALL)
-    return made
+def runs(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
+    shutil.copytree(base, tmp_path / "esr")
+    return planted(tmp_path, monkeypatch)
 
 
 def test_planted_rates_come_back_with_the_same_seeds_in_each_arm(runs: Runs) -> None:
@@ -81,7 +91,7 @@ def test_the_paired_test_is_the_exact_test_of_discordant_seeds(runs: Runs) -> No
     assert test.p_holm == test.p
     assert test.difference == pytest.approx(np.mean(off) - np.mean(on))
     described = json.dumps(result.to_json())
-    assert "seeds of one response" in described
+    assert "seeds of this one response" in described
     assert "latent" not in described.replace("latents_as_trials", "")
 
 

@@ -1,14 +1,11 @@
-"""A target that lives on a hub, run in a process of its own against a local server that speaks the hub's protocol."""
+"""A target that lives on a hub, read from a local server that speaks the hub's protocol."""
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +13,10 @@ import torch
 import sae_files
 import tiny
 from hub_server import COMMIT, Site, serve
+from steerback.api import load_target
 from steerback.cli import main
+from steerback.engines.base import EngineRecord
+from steerback.targets import resolve
 from steerback.targets.sae import TENSORS
 
 MODEL, SAE = "owner/model", "owner/sae"
@@ -28,12 +28,6 @@ sae_layer = 2
 n_latents = 64
 boost_prior = [6, 3, 0, 30]
 """
-READ = (
-    "import json; from steerback.targets import resolve; from steerback.api import load_target\n"
-    "with load_target(resolve('far'), 'transformers') as loaded:\n"
-    "    done = loaded.generate('the cat', latent=5, boost=4.0, max_new_tokens=4)\n"
-    "    print(json.dumps({'steered': done.receipt.positions, **loaded.engine.describe()}))"
-)
 
 
 @pytest.fixture(scope="module")
@@ -59,33 +53,6 @@ def hub(files: dict[str, dict[str, bytes]]) -> Iterator[Site]:
         yield running
 
 
-def python(code: str, hub: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    home.mkdir(exist_ok=True)
-    (home / "targets.toml").write_text(TARGETS)
-    places = {"HF_ENDPOINT": hub, "HF_HOME": str(home / "hf"), "STEERBACK_TARGETS": str(home / "targets.toml")}
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "STEERBACK", "TRANSFORMERS"))}
-    variables = clean | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)} | places | environment
-    return subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False)
-
-
-def test_model_and_sae_come_from_the_hub_once(hub: Site, tmp_path: Path) -> None:
-    first = python(READ, hub.url, tmp_path)
-    assert first.returncode == 0, first.stderr
-    facts = json.loads(first.stdout)
-    assert facts["steered"] > 0
-    assert facts["commit"] == COMMIT
-    assert facts["revision"] is None
-    assert facts["sae"] == tiny.sae("relu").hash
-    assert facts["sae_source"]["commit"] == COMMIT
-    assert len(facts["sae_source"]["sha256"]) == len(facts["tokenizer"]) == 64
-    assert {"model.safetensors", "tokenizer.json"} <= set(facts["files"])
-    bodies = len(hub.requests("GET"))
-    offline = python(READ, "http://127.0.0.1:9", tmp_path, HF_HUB_OFFLINE="1")
-    assert offline.returncode == 0, offline.stderr
-    assert json.loads(offline.stdout)["commit"] == COMMIT
-    assert len(hub.requests("GET")) == bodies
-
-
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine without a token and with an empty cache; the folder holds the file of targets."""
@@ -96,6 +63,38 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("HF_TOKEN", raising=False)
     (tmp_path / "targets.toml").write_text(TARGETS)
     return tmp_path
+
+
+def read() -> EngineRecord:
+    """Load the target, steer one response, and return the engine's record."""
+    with load_target(resolve("far"), "transformers") as loaded:
+        done = loaded.generate("the cat", latent=5, boost=4.0, max_new_tokens=4)
+        assert done.receipt.positions > 0
+        return loaded.engine.describe()
+
+
+def test_model_and_sae_come_from_the_hub_once(hub: Site, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants, hf_api
+    from transformers.utils import hub as hub_of_transformers
+
+    for place, name in ((hf_api.api, "endpoint"), (constants, "ENDPOINT")):  # read when the library was imported
+        monkeypatch.setattr(place, name, hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(hub_of_transformers, "_hf_api", None)
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setenv("STEERBACK_TARGETS", str(here / "targets.toml"))
+    facts: Any = read()
+    assert facts["commit"] == COMMIT
+    assert facts["revision"] is None
+    assert facts["sae"] == tiny.sae("relu").hash
+    assert facts["sae_source"]["commit"] == COMMIT
+    assert len(facts["sae_source"]["sha256"]) == len(facts["tokenizer"]) == 64
+    assert {"model.safetensors", "tokenizer.json"} <= set(facts["files"])
+    bodies = len(hub.requests("GET"))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert read() == facts
+    assert len(hub.requests("GET")) == bodies
 
 
 def test_what_is_missing_is_one_line_before_any_weight_is_fetched(

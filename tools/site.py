@@ -21,6 +21,13 @@ DOCS = ROOT / "docs"
 GALLERY = DOCS / "images" / "gallery"
 WIDTH = 670
 """Pixels of a figure in the gallery."""
+CHECKS = {
+    "ten_minutes": "assert steered.steered_as_planned and steered.text != ablated.text\n"
+    "assert len(trials) == len(colder.trials()) > 0",
+    "your_own_model": "assert steered.steered_as_planned and steered.text != plain.text\n"
+    "assert examine(sb.load_target('mine', engine='transformers')).verdict == 'ok'",
+}
+"""Python that holds at the end of each notebook; it is executed with the notebook and not shown."""
 TITLES = {
     "figure2": "Figure 2: rates, and what later attempts gain",
     "figure3": "Figure 3: by boost",
@@ -82,7 +89,9 @@ def notebook_pages(execute: bool) -> dict[str, str]:
             from nbclient import NotebookClient
             from traitlets.config import Config
 
+            notebook.cells.append(nbformat.v4.new_code_cell(CHECKS[source.stem]))
             NotebookClient(notebook, timeout=300, config=Config(KernelManager={"transport": "ipc"})).execute()
+            notebook.cells.pop()
         found[f"notebooks/{source.stem}.md"] = notebook_page(notebook, source.stem)
         found[f"notebooks/{source.stem}.ipynb"] = nbformat.writes(notebook)
     return found

@@ -18,9 +18,10 @@ from steerback.cli import main
 SCALE = int(os.environ.get("STEERBACK_FAULTS", "1"))
 """How many times as much as the short form the campaign does; `make faults` sets it."""
 PRELOADED = (
-    *("torch", "transformers", "steerback.engines.transformers", "steerback.engines.scripted", "steerback.cli"),
+    *("torch", "transformers", "peft", "steerback.engines.transformers", "steerback.engines.scripted", "steerback.cli"),
     *("steerback.jobs.campaign", "steerback.figures.esr", "steerback.figures.style", "matplotlib.backends.backend_pdf"),
     *("matplotlib.backends.backend_agg", "steerback.published.authors", "steerback.report.export"),
+    "steerback.finetuning.train",
 )
 
 
