@@ -152,7 +152,7 @@ def test_files_that_are_no_model_are_one_line(tmp_path: Path) -> None:
     whole = write(tmp_path / "y.gguf", model()).read_bytes()
     for content in (b"", b"GGUF", b"no model" * 50, whole[:40], whole[: len(whole) // 3], whole[:-200]):
         file.write_bytes(content)
-        with pytest.raises(SteerbackError, match=r"not a (readable|whole) GGUF file") as error:
+        with pytest.raises(SteerbackError, match=r"not a (readable|complete) GGUF file") as error:
             convert_gguf(str(file))
         assert "\n" not in str(error.value)
     assert not [p for p in (tmp_path / "cache" / "gguf").iterdir() if p.is_dir()]  # nothing half-written
