@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def test_workers_of_a_cluster_may_share_a_gpu() -> None:
         ("transformers", {"batch_size": -1}, "batch_size: Input should be greater than or equal to 1"),
         ("transformers", {"workers": "many"}, "workers: Input should be a valid integer"),
         ("transformers", {"device": 3}, "device: Input should be a valid string"),
-        ("vllm", {"batchsize": 3}, "unknown setting 'batchsize'; choose one of: batch_size, columns, layers"),
+        ("vllm", {"batchsize": 3}, "unknown setting 'batchsize'; did you mean batch_size?"),
         ("vllm", {"columns": -1}, "columns: Input should be greater than or equal to 0"),
         ("vllm", {"layers": "all"}, "layers: Input should be a valid tuple"),
         ("vllm", {"options": {"speculative_config": {}}}, "options: speculative_config is refused"),
@@ -146,7 +147,7 @@ def test_code_in_a_models_folder_is_never_run_nor_asked_about(foreign: Path, mon
 
 
 def test_an_unknown_device_is_refused() -> None:
-    with pytest.raises(SteerbackError, match="unknown device 'tpu'; choose one of: "):
+    with pytest.raises(SteerbackError, match=r"unknown device 'tpu';.* choose one of: "):
         load(tiny.target(), "tpu")
 
 
@@ -155,3 +156,18 @@ def test_batch_size_of_the_options_is_the_engines() -> None:
     assert isinstance(engine, TransformersEngine)
     assert (engine.shape.rows, engine.workers) == (3, 1)
     engine.close()
+
+
+def test_what_an_engine_and_its_processes_print_goes_into_the_log(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from steerback.engines.vllm.loading import output_to
+
+    log = tmp_path / "engine.log"
+    print("before")
+    with pytest.raises(RuntimeError), output_to(log):
+        subprocess.run(["sh", "-c", "echo worker; echo noise >&2"], check=True)
+        raise RuntimeError
+    print("after", flush=True)
+    assert sorted(log.read_text().split()) == ["noise", "worker"]
+    assert capfd.readouterr() == ("before\nafter\n", "")

@@ -142,7 +142,10 @@ def test_labels_become_a_judge_like_any_other(folder: Path, tmp_path: Path, caps
     assert about["human:ann"]["sample"] == sample.identifier
     assert steerback("show", "run", "--judge", "human:ann", "--restarts", *runs) == 0
     assert "attempt 2: 76/100" in capsys.readouterr().out
+    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".json", ".txt", ".csv")}
     assert steerback("figures", "run", "--judge", "human:ann", "--draws", "100", *runs) == 0
+    assert before == {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".json", ".txt", ".csv")}
+    assert (folder / "judges" / "human%3Aann" / "summary.json").is_file()
 
 
 def test_labels_that_arrive_in_parts_add_up_and_are_never_replaced(folder: Path, tmp_path: Path) -> None:

@@ -71,7 +71,9 @@ class RunCommand(HelpCommand):
         if chosen is None:
             super().format_help(ctx, formatter)
         else:
-            formatter.write("\n".join(experiment_lines(chosen, formatter.width)) + "\n")
+            from steerback.figures.tables import terminal_width
+
+            formatter.write("\n".join(experiment_lines(chosen, terminal_width())) + "\n")
 
     def format_options(self, ctx: Context, formatter: Any) -> None:
         from steerback.experiments import REGISTRY, experiment_type

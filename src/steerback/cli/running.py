@@ -289,7 +289,7 @@ def try_command(
     boost: Annotated[float | None, typer.Option(help="How much of its decoder direction to add.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of all responses.")] = 44,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.6,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 160,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")] = 160,
 ) -> None:
     """Show a steered response and the unsteered one; `try organism` alone shows a drift and a restart."""
     from steerback.jobs.example import drift_and_restart, example_of, steered_and_not

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import ContextVar
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, TypeVar, runtime_checkable
 
 from steerback.records import Completion, Prefix, Request
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 Pooling = Literal["max", "mean", "active"]
 """Over tokens: the largest activation, the mean one, or the share of tokens at which a latent is active."""
+
+START_LOG: ContextVar[Path | None] = ContextVar("start_log", default=None)
+"""File for the output of an engine's own libraries: while it starts, and of its processes from then on."""
 
 
 ReadAt = Literal["read", "clamp"]

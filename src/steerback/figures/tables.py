@@ -80,7 +80,7 @@ class Table:
         """Yield (lines, columns left out); no lines at the end, where the table has to be turned in parts."""
         rows = self._rows()
         yield _align(rows, self.left), ()
-        if len(rows) > 1:
+        if len(rows) > 1 and not self.minor:
             yield _align([*zip(*rows, strict=True)], 1), ()
         repeats = self.left > 1 and len({row[0] for row in rows[1:]}) <= len(rows[1:]) // 2
         if repeats:
@@ -91,6 +91,8 @@ class Table:
             yield _align(less, self.left), dropped
             if repeats:
                 yield _grouped(less, self.left), dropped
+        if len(rows) > 1 and self.minor:
+            yield _align([*zip(*rows, strict=True)], 1), ()
         if len(rows) > FEW or len(rows[0]) <= 3:
             yield _align(_narrowed(self._rows(self.minor), width), self.left), self.minor
         yield [], ()

@@ -180,6 +180,7 @@ def _one(
         execute.measure(job, opened, targets, engines, progress, cache)
         if not last:
             return
+        progress.status("analysing, drawing figures")
         analysis = execute.analyse(opened, job.config.judge, job.experiment)
     for line in analysis.shown.warnings:
         say(line)

@@ -15,13 +15,14 @@ from steerback.analysis.base import Results
 from steerback.config import RecoveryConfig, RunConfig, Settings
 from steerback.data import paper_files
 from steerback.engines import EngineOptions
-from steerback.engines.base import finish
+from steerback.engines.base import START_LOG, finish
 from steerback.errors import SteerbackError, unknown
 from steerback.experiments import make_experiment
 from steerback.experiments.base import Experiment
 from steerback.figures import present
 from steerback.figures.base import Presentation
 from steerback.jobs.check import Makers, PreparedRun, with_directions
+from steerback.jobs.estimate import of_experiment
 from steerback.judging import Judge
 from steerback.judging.base import drain, estimated
 from steerback.judging.user_rubric import SEPARATOR
@@ -60,11 +61,19 @@ class KeptEngine:
         self._engine: Engine | None = None
         self._made_with: tuple[Target, EngineOptions] | None = None
 
-    def of(self, target: Target, options: EngineOptions, makers: Makers) -> Engine:
-        """Return the target's engine: the kept one, or a new one after the kept one is closed."""
-        if self._engine is None or self._made_with != (target, options):
+    def of(self, target: Target, job: PreparedRun, folder: Path, progress: Progress) -> Engine:
+        """Return the target's engine: the kept one, or a new one after the kept one is closed.
+
+        `folder` is the run's, where the engine's own output goes.
+        """
+        if self._engine is None or self._made_with != (target, job.engine):
             self.close()  # two engines would not fit on one GPU
-            self._engine, self._made_with = makers.engine(target, options), (target, options)
+            progress.status(f"loading {target.name} into {job.config.engine}")
+            token = START_LOG.set(folder / "engine.log")
+            try:
+                self._engine, self._made_with = job.makers.engine(target, job.engine), (target, job.engine)
+            finally:
+                START_LOG.reset(token)
         return self._engine
 
     def close(self) -> None:
@@ -86,6 +95,7 @@ def run(
     """
     with closing(KeptEngine()) as engines, Run.start(folder, job.config) as opened:
         measure(job, opened, job.targets, engines, progress or Silent(), cache)
+        (progress or Silent()).status("analysing, drawing figures")
         return analyse(opened, job.config.judge, job.experiment)
 
 
@@ -98,6 +108,7 @@ def measure(
     cache: Cache | None,
 ) -> None:
     """Fill a run's ledger for some of the job's targets; an experiment that generates nothing is done for all."""
+    progress.expect(sum(sum(of_experiment(job, t.name).values()) for t in targets) if job.experiment.generates else 0)
     if job.experiment.generates:
         finish(_targets(job, opened, targets, engines, progress, cache))
     else:
@@ -134,7 +145,7 @@ async def _target(
     cache: Cache | None,
     parts: Parts,
 ) -> None:
-    engine = engines.of(target, job.engine, job.makers)
+    engine = engines.of(target, job, opened.folder, progress)
     judge = job.makers.judge(job.config.judge)
     _same_engine(opened, target, engine)
     opened.ledger.put(target.name, PROVENANCE, Provenance(planted=target.planted))

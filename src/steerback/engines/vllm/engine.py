@@ -27,9 +27,11 @@ from steerback.engines.vllm.loading import (
     device_shares,
     engine_arguments,
     gpus,
+    output_to,
     prepare,
     require_vllm,
     save_directions,
+    start_log,
 )
 from steerback.engines.vllm.settings import TableSettings, Ticket
 from steerback.errors import VERSION, SteerbackError, one_line
@@ -95,7 +97,9 @@ class VllmEngine:
         jobs.check_length(self.settings, "the vLLM engine's test of itself", asked, 3)
         own = engine_arguments(target, length, rows, options.tensor_parallel)
         self._arguments = own | options.memory(available) | dict(options.options)
-        self._drivers = self._start(device_shares(replicas, options.tensor_parallel, available))
+        self._log = start_log()
+        with output_to(self._log):
+            self._drivers = self._start(device_shares(replicas, options.tensor_parallel, available))
         try:
             with _one_line():
                 self._record = self._describe(version, replicas, directions or {})
@@ -125,7 +129,7 @@ class VllmEngine:
             if isinstance(error, (RuntimeError, ValueError, OSError, TypeError)):
                 reason = one_line(error)[:300]
                 raise SteerbackError(
-                    f"vLLM could not start {self.target.name!r} ({reason}); its own messages stand above"
+                    f"vLLM could not start {self.target.name!r} ({reason}); its own messages are in {self._log}"
                 ) from error
             raise
         finally:
@@ -370,7 +374,7 @@ def _one_line() -> Iterator[None]:
         yield
     except EngineDeadError as error:
         raise SteerbackError(
-            "vLLM stopped (its own messages stand above); what was finished is kept, resume the run"
+            "vLLM stopped (its own messages are in engine.log of the run); what was finished is kept, resume the run"
         ) from error
 
 

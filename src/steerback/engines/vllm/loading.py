@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from steerback.engines.base import ModelProvenance
+from steerback.engines.base import START_LOG, ModelProvenance
 from steerback.engines.checks import site_of
 from steerback.engines.interventions import Site
 from steerback.engines.prompting import Prompter
@@ -55,6 +57,29 @@ def require_vllm() -> str:
             f"engine 'vllm' needs vLLM ({error}); install vllm (tested: {TESTED}), or use --engine transformers"
         ) from error
     return str(vllm.__version__)
+
+
+def start_log() -> Path:
+    """Return the file for vLLM's own output: that of the run which starts it, else one in the user's folder."""
+    return START_LOG.get() or make_folder(user_folder("logs")) / "vllm.log"
+
+
+@contextmanager
+def output_to(file: Path) -> Iterator[None]:
+    """Append what this process and the processes that it starts print to `file`, instead of the terminal."""
+    kept = []
+    try:
+        with file.open("ab") as log:
+            for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+                stream.flush()
+                kept.append((os.dup(number), number))
+                os.dup2(log.fileno(), number)
+        yield
+    finally:
+        for before, number in kept:
+            (sys.stdout if number == 1 else sys.stderr).flush()
+            os.dup2(before, number)
+            os.close(before)
 
 
 def gpus() -> int:
