@@ -24,9 +24,9 @@ OUT = Path(__file__).parent / "results" / "ray_partition.json"
 SPACES = {"steerback-a": "10.77.0.1", "steerback-b": "10.77.0.2"}
 LINKS = {"steerback-a": "sbk-a", "steerback-b": "sbk-b"}
 SECONDS = 20
-SIZES = ("n_latents=6", "trials_per_latent=40", "reference_responses=1", "floor_responses=20", "draws=100",
-         "calibration.max_iterations=4", "calibration.trials_per_iteration=10", "calibration.verify_trials=5",
-         "selection.concreteness=off")  # fmt: skip
+SIZES = ("n_latents=6", "trials_per_latent=60", "reference_responses=1", "floor_responses=20", "draws=100",
+         "calibration.max_iterations=4", "calibration.trials_per_iteration=10", "calibration.tolerance=45",
+         "calibration.verify_trials=5", "selection.concreteness=off")  # fmt: skip
 
 
 def sh(command: str, check: bool = True) -> None:
@@ -67,13 +67,19 @@ def drive(folder: str, engine: str) -> None:
     from steerback.config import build_config
     from steerback.engines import make_engine
     from steerback.engines.options import RayOptions, ScriptedOptions
+    from steerback.engines.scripted import PlantedModel
     from steerback.jobs import execute
     from steerback.jobs.check import Makers, check
 
     def maker(target: Any, options: Any) -> Any:
         if engine == "scripted":
-            return make_engine(target, ScriptedOptions(script=Paced(0.0)))
-        slow = {"engine": "scripted", "workers": 2, "options": {"script": Paced(0.1)}, "address": "10.77.0.1:6379"}
+            return make_engine(target, ScriptedOptions(script=Paced(0.0, PlantedModel(threshold=34.0))))
+        slow = {
+            "engine": "scripted",
+            "workers": 2,
+            "options": {"script": Paced(0.1, PlantedModel(threshold=34.0))},
+            "address": "10.77.0.1:6379",
+        }
         return make_engine(target, RayOptions.model_validate(slow))
 
     overrides = {"engine": "scripted", "judge": "scripted"}

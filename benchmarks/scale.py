@@ -2,7 +2,8 @@
 
     python benchmarks/scale.py [--sizes 20000,100000,200000] [--folder /tmp/steerback-scale]
 
-Writes benchmarks/results/scale.json and deletes the ledgers. Runs are made through the package's own pipeline: scripted
+Writes benchmarks/results/scale.json and deletes the ledgers (--keep leaves them). Wall time counts other jobs of the
+machine, processor time (`cpu_s`) does not. Runs are made through the package's own pipeline: scripted
 engine and judge, 200 latents, 5 conditions, responses of about 400 tokens with ids, verdicts with raw replies, scored
 windows. Each verb has a process of its own. Asked for at 200,000 trials: at most 15 s and 1 GB each.
 """
@@ -43,6 +44,7 @@ VERBS = {
     "figures": ("figures",),
     "export csv": ("export", "--format", "csv"),
     "export parquet": ("export", "--format", "parquet"),
+    "export authors": ("export", "--format", "authors"),
     "view": ("view",),
     "resume": (),
 }
@@ -168,16 +170,15 @@ def main() -> None:
         "versions": {"python": platform.python_version(), "steerback": VERSION}
         | {name: version(name) for name in ("numpy", "pandas", "pyarrow")},
         "machine": f"{platform.platform()}, {os.cpu_count()} cores",
+        "load average at the start": [round(x, 1) for x in os.getloadavg()],
     }
     for trials in chosen.sizes:
         results[f"{trials} trials"] = measured(chosen.folder, trials)
         if not chosen.keep:
             with contextlib.suppress(FileNotFoundError):
                 shutil.rmtree(chosen.folder / f"scale-{trials}")
-    text = json.dumps(results, indent=1) + "\n"
-    if not chosen.keep:
-        OUT.write_text(text)
-    print(text)
+        OUT.write_text(json.dumps(results, indent=1) + "\n")
+    print(OUT.read_text())
 
 
 if __name__ == "__main__":

@@ -121,5 +121,8 @@ def test_leftovers_of_killed_processes_are_removed_and_those_of_running_ones_sta
         (tmp_path / name).touch()
     clear_leftovers(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(alive)
-    write_atomic(tmp_path / "x", b"1")
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*alive, "x"])
+    other = f".y.csv.{gone.pid}-abcd1234.tmp"
+    for name in (f".x.csv.{gone.pid}-abcd1234.tmp", other):  # in a folder of the user, only of the file written anew
+        (tmp_path / name).touch()
+    write_atomic(tmp_path / "x.csv", b"1")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*alive, other, "x.csv"])

@@ -135,7 +135,7 @@ def _migrated(connection: sqlite3.Connection, path: Path, version: int, migrate:
 
 def _keep_copy(connection: sqlite3.Connection, path: Path, newer: int) -> None:
     """Copy a database to a file named after its schema version, unless that copy exists."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part = path.with_name(f".{path.name}.{os.getpid()}-copy.tmp")
     try:
         with closing(sqlite3.connect(part)) as target:
             connection.backup(target)

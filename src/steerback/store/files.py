@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import re
@@ -50,6 +51,7 @@ def write_atomic(path: Path, content: bytes) -> Path:
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file that appears at `path` only after it is completely written; if writing fails, the old file stays."""
+    clear_leftovers(path.parent, glob.escape(path.name))
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{os.getpid()}-", suffix=".tmp")
         try:
@@ -68,9 +70,9 @@ _TEMPORARY = re.compile(r"\..+\.(\d{1,9})(?:-\w+\.tmp|\.(?:png|pdf))")
 """Name of an unfinished file, with the process that writes it. Older versions named figures `.NAME.123.png`."""
 
 
-def clear_leftovers(folder: Path) -> None:
-    """Remove the unfinished files of processes that no longer run, for example after a kill."""
-    for path in folder.glob(".*"):
+def clear_leftovers(folder: Path, name: str = "*") -> None:
+    """Remove the unfinished files (of the file `name`) of processes that no longer run, for example after a kill."""
+    for path in folder.glob(f".{name}.*"):
         match = _TEMPORARY.fullmatch(path.name)
         if match and not _is_running(int(match[1])):
             with contextlib.suppress(OSError):  # a file that stays only costs space
