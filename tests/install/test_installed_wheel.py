@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import sysconfig
@@ -39,6 +40,11 @@ def test_wheel_and_sdist_hold_what_is_needed(built: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "README.md", "LICENSE", "tests/test_cli.py", "tools/organism/build.py"} <= names
+    readme = (ROOT / "README.md").read_text("utf-8")
+    linked = {target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", readme) if "://" not in target}
+    assert linked
+    assert {name for name in linked if name not in names} == set()
+    assert "](https://" in re.findall(r"!\[[^]]*\]\([^)]*", readme)[0]  # an index shows only images of absolute address
 
 
 def test_the_installed_wheel_runs_from_an_empty_folder(built: Path, tmp_path: Path) -> None:
