@@ -239,7 +239,7 @@ def test_other_rubrics(server: FakeJudge, capsys: pytest.CaptureFixture[str]) ->
     assert steerback("judge", "a", "--judge", "offline", "--rubric", "whole") == 2
     assert "needs a judge model" in capsys.readouterr().err
     assert steerback("judge", "a", "--judge", "qwen3-32b", "--rubric", "hole") == 2
-    assert "unknown rubric 'hole'; choose one of: attempts, whole, boundaries" in capsys.readouterr().err
+    assert "unknown rubric 'hole'; did you mean whole?" in capsys.readouterr().err
 
 
 def test_a_key_that_the_provider_repeats_is_stored_and_shown_nowhere(

@@ -68,7 +68,7 @@ def test_the_authors_header_is_doubled_and_nothing_else() -> None:
 def test_the_authors_format_is_llamas_alone() -> None:
     with pytest.raises(SteerbackError, match="doubles Llama 3's header, which this tokenizer does not know"):
         Prompter(tokenizer(GEMMA), "authors")
-    with pytest.raises(SteerbackError, match="unknown prompt_format 'author'; choose one of: chat, plain, authors"):
+    with pytest.raises(SteerbackError, match="unknown prompt_format 'author'; did you mean authors"):
         Prompter(tokenizer(LLAMA), "author")
 
 

@@ -145,7 +145,7 @@ def test_a_file_of_ones_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
         layers = loaded.engine.describe()["layers"]
         assert layers == {"steer": 1, "sae": 0, "read": 2}
         assert loaded.generate("the cat", latent="cats", boost=4.0, max_new_tokens=4).receipt.positions > 0
-    with pytest.raises(SteerbackError, match=r"unknown target 'little'; choose one of: organism-s.*little.1@early"):
+    with pytest.raises(SteerbackError, match=r"unknown target 'little'; .*choose one of: organism-s.*little.1@early"):
         resolve("little", tables)
     monkeypatch.setenv("STEERBACK_TARGETS", str(folder / "targets.toml"))
     assert resolve("little.1") == target
@@ -193,11 +193,11 @@ def test_a_target_may_be_an_object(folder: Path) -> None:
         ("[organism]\nmodel = 'x'", "'organism' is a built-in target; choose another name, or remove `model`"),
         (
             "[a]\nmodel = 'x'\nstear_layer = 1\nboost_prior = [1, 1, 0, 2]",
-            "target 'a': unknown setting 'stear_layer'; choose one of: boost_prior",
+            "target 'a': unknown setting 'stear_layer'; did you mean steer_layer",
         ),
         (
             "[a]\nmodel = 'x'\nsae = {location = 'y', fmt = 'z'}",
-            "unknown setting 'sae.fmt'; choose one of: dtype, file",
+            "unknown setting 'sae.fmt'; .*choose one of: dtype, file",
         ),
         ("[a]\nmodel = 'x'\nsae = {format = 'z'}", "sae.location: Field required"),
         ("[a]\nmodel = 'x'\nboost_prior = 3", "boost_prior: 3 should be"),
