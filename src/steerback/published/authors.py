@@ -7,27 +7,32 @@ time, so memory does not grow with their texts.
 
 from __future__ import annotations
 
+import base64
 import math
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-from pydantic import JsonValue
+from pydantic import JsonValue, TypeAdapter
 
 from steerback.config import RunConfig, authors, parse_config
 from steerback.data.paper_files import PROMPTS
-from steerback.errors import SteerbackError
-from steerback.published.exports import EXPORTED_FACTS
+from steerback.errors import SteerbackError, one_line
+from steerback.published.exports import EXPORTED, TRIAL, WINDOWS
 from steerback.published.pairing import TrialNumbers
 from steerback.published.schema import AuthorsFeature, AuthorsTrial, OwnTrial, judgement_of, split_prompt
 from steerback.published.sources import NO_JUDGE, Ablations, Source, ablations, named, read_source
 from steerback.readers import read_json_table
-from steerback.records import Completion, Intervention, Judgement, Latent, LatentKey, Receipt, Trial
+from steerback.records import Completion, Intervention, Judgement, Latent, LatentKey, Receipt, Trial, WindowScores
+from steerback.store.database import unpack_array
 from steerback.store.facts import (
     ABLATED,
     BASELINE,
+    CONTINUATION,
     DETECTOR_SET,
     DOSES,
     IMPORTED,
@@ -40,10 +45,13 @@ from steerback.store.facts import (
     Detector,
     DetectorSet,
     Dose,
+    Fact,
     ImportedFiles,
     MetaPromptSet,
     Selection,
     Sweep,
+    boundaries,
+    whole_scores,
 )
 from steerback.store.manifest import ImportedFile
 from steerback.store.run import Run, new_or_nothing
@@ -79,6 +87,20 @@ GENERATED = ("sampling", "calibration", "selection", "seeds")
 
 
 @dataclass(frozen=True)
+class OwnCompletion:
+    """A response in our own exports; `activations` are packed (`store.database.pack_array`) and in base64."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    receipt: tuple[int, int, float]
+    activations: str | None = None
+
+
+COMPLETION: TypeAdapter[OwnCompletion] = TypeAdapter(OwnCompletion)
+
+
+@dataclass(frozen=True)
 class Levels:
     """Boost levels of a sweep in standard deviations of the thresholds around their mean."""
 
@@ -104,6 +126,14 @@ class Imported:
     failed: set[tuple[str, str, LatentKey]] = field(default_factory=set)
     levels: dict[str, set[float]] = field(default_factory=dict)
     """Levels of a sweep by target."""
+
+    def counted(self, entry: ImportedTrial) -> ImportedTrial:
+        """Count a trial and return it."""
+        done, verdicts = entry.completion, entry.judgements
+        self.counts["trials"] += 1
+        self.counts["trials without a response"] += done is None or done.finish == "error"
+        self.counts["unscored"] += any(v.status == "unscored" and v.judge == self.judge for v in verdicts)
+        return entry
 
     def lines(self) -> list[str]:
         """One line for the terminal."""
@@ -157,17 +187,24 @@ def import_authors(
     return result
 
 
-Entry = tuple[Trial, Completion, Judgement | None]
+class ImportedTrial(NamedTuple):
+    """A trial with what came of it."""
+
+    trial: Trial
+    completion: Completion | None
+    judgements: Sequence[Judgement] = ()
+    windows: Sequence[WindowScores] = ()
 
 
-def _write(run: Run, entries: Iterable[Entry]) -> None:
+def _write(run: Run, entries: Iterable[ImportedTrial]) -> None:
     """Write trials with their responses and verdicts, `BATCH` at a time."""
-    batch: list[Entry] = []
+    batch: list[ImportedTrial] = []
 
     def flush() -> None:
-        run.ledger.add_trials([trial for trial, _, _ in batch])
-        run.ledger.add_completions((trial.key, completion, ENGINE) for trial, completion, _ in batch)
-        run.ledger.add_judgements((trial.key, verdict) for trial, _, verdict in batch if verdict is not None)
+        run.ledger.add_trials([entry.trial for entry in batch])
+        run.ledger.add_completions((trial.key, done, ENGINE) for trial, done, *_ in batch if done is not None)
+        run.ledger.add_judgements((entry.trial.key, verdict) for entry in batch for verdict in entry.judgements)
+        run.ledger.add_windows((entry.trial.key, scores) for entry in batch for scores in entry.windows)
         batch.clear()
 
     for entry in entries:
@@ -193,7 +230,8 @@ def _experiment(sources: Sequence[Source], sets: Ablations) -> tuple[str, str]:
     ours = {s.file.steerback.experiment for s in sources if s.kind == "ours" and s.file.steerback is not None}
     if ours:
         name = ours.pop()
-        return (name if not ours and name in WHOLE else "imported"), BASELINE
+        whole = name in WHOLE or any(_settings_of(s) is not None for s in sources)
+        return (name if not ours and whole else "imported"), BASELINE
     kinds: set[str] = {s.kind for s in sources}
     if sets.random:
         kinds |= {"random"}
@@ -208,6 +246,11 @@ def _analysable(result: Imported, sources: Sequence[Source], target: str | None)
         "detector-ablation": {ABLATED},
         "random-ablation": {ABLATED, ControlSets.condition(1)},
     }
+    complete = [s for s in sources if _settings_of(s) is not None]
+    if complete and target is None:
+        given = Counter(s.model for s in sources if s not in complete)
+        whole = all(given[s.model] == ((s.file.steerback and s.file.steerback.files) or 0) for s in complete)
+        return result.experiment if whole else "imported"
     fact = {"boost-sweep": SWEEP.name, "meta-prompts": META_PROMPTS.name}.get(result.experiment)
     for name in result.targets:
         own = [s for s in sources if (target or s.model) == name]
@@ -225,7 +268,13 @@ def _config(result: Imported, sources: Sequence[Source], target: str | None) -> 
 
     The config's value of an unknown setting is the preset's and means nothing.
     """
-    values: dict[str, object] = authors(result.experiment, ("imported",)).model_dump(mode="json")
+    own_settings = [x for s in sources if (x := _settings_of(s)) is not None]
+    if own_settings and target is None and all(x == own_settings[0] for x in own_settings):
+        values = own_settings[0] | {"engine": ENGINE, "engine_options": {}, "from_run": None, "judge": result.judge}
+        if result.experiment == "imported":
+            values |= {"experiment": "imported", "options": {}}
+        return parse_config(values, "settings of the files"), []
+    values = authors(result.experiment, ("imported",)).model_dump(mode="json")
     values |= {"targets": result.targets, "engine": ENGINE, "judge": result.judge}
     unknown = {f"{group}.{key}" for group in GENERATED for key in _group(values, group)} - KNOWN.keys()
     unknown |= {"reference_responses", "floor_responses"} | ({"judge"} if result.judge == NO_JUDGE else set())
@@ -255,6 +304,12 @@ def _config(result: Imported, sources: Sequence[Source], target: str | None) -> 
     return parse_config(values, "settings of the files"), sorted(unknown)
 
 
+def _settings_of(source: Source) -> dict[str, object] | None:
+    """Return the settings in the file of a run's facts; None for other files."""
+    own = source.file.steerback
+    return dict(own.config) if own is not None and isinstance(own.config, dict) else None
+
+
 def _group(values: Mapping[str, object], name: str) -> dict[str, object]:
     group = values.get(name)
     return group if isinstance(group, dict) else {}
@@ -271,13 +326,18 @@ def _settings(sources: Sequence[Source]) -> dict[str, float | None]:
     return found
 
 
-def _trials(source: Source, target: str, condition: str, result: Imported, pairs: TrialNumbers) -> Iterator[Entry]:
+def _trials(
+    source: Source, target: str, condition: str, result: Imported, pairs: TrialNumbers
+) -> Iterator[ImportedTrial]:
     """Yield a file's trials with what came of them, and count the irregular ones."""
     levels = _levels(source)
     for feature in source.features():
         if feature.error:
             result.failed.add((target, condition, feature.index))
         entries = feature.trials or []
+        if source.kind == "ours" and all((x.steerback or OwnTrial()).trial is not None for x in entries):
+            yield from (result.counted(_own_entry(source, entry, target, result.judge)) for entry in entries)
+            continue
         split = [_prompts(source, feature, entry) for entry in entries]
         boosts = [feature.boost(entry) for entry in entries]
         if levels is not None:
@@ -309,11 +369,32 @@ def _trials(source: Source, target: str, condition: str, result: Imported, pairs
                 interventions=tuple(edits),
             )
             completion, judgement, lost = _answer(entry, result.judge)
-            result.counts["trials"] += 1
-            result.counts["trials without a response"] += completion.finish == "error"
-            result.counts["unscored"] += judgement is not None and judgement.status == "unscored"
             result.counts["attempts whose text does not occur in the response"] += lost
-            yield trial, completion, judgement
+            yield result.counted(ImportedTrial(trial, completion, () if judgement is None else (judgement,)))
+
+
+def _own_entry(source: Source, entry: AuthorsTrial, target: str, judge: str) -> ImportedTrial:
+    """Return a trial of one of our exports as it was. Raises SteerbackError if it is damaged."""
+    own = entry.steerback or OwnTrial()
+    try:
+        trial = TRIAL.validate_python(own.trial)
+        done = None if own.completion is None else COMPLETION.validate_python(own.completion)
+        blob = None if done is None or done.activations is None else base64.b64decode(done.activations, validate=True)
+        activations = unpack_array(blob)
+        windows = [WINDOWS.validate_python(scores) for scores in own.windows]
+    except (ValueError, zlib.error) as error:  # pydantic's errors, base64's and numpy's are ValueErrors
+        raise SteerbackError(f"{source.path}: a trial under steerback is damaged ({one_line(error)[:120]})") from None
+    if trial.target != target:
+        trial = replace(trial, target=target, key=f"{target}/{trial.key.partition('/')[2]}")
+    if done is None:
+        return ImportedTrial(trial, None)
+    receipt = Receipt(*done.receipt)
+    completion = Completion(done.text, done.token_ids, done.prompt_tokens, own.finish, receipt, activations)
+    text = done.text if trial.stage == CONTINUATION else trial.lead + done.text
+    scores = {judge: entry.score, **own.judgements}
+    unjudged = {"error": "not judged"}
+    verdicts = [judgement_of(x, text, name)[0] for name, x in scores.items() if x != unjudged]
+    return ImportedTrial(trial, completion, verdicts, windows)
 
 
 def _prompts(source: Source, feature: AuthorsFeature, entry: AuthorsTrial) -> tuple[str, str]:
@@ -406,10 +487,12 @@ def _ablation_facts(sets: Ablations, labels: Mapping[LatentKey, str | None]) -> 
 
 def _own_fact(source: Source, name: str, value: JsonValue) -> JsonValue:
     """Return a fact of one of our exports, checked. Raises SteerbackError for facts that exports do not hold."""
-    if name == SWEEP.name:
-        return SWEEP.dump(SWEEP.load(value, str(source.path)))
-    if name == META_PROMPTS.name:
-        return META_PROMPTS.dump(META_PROMPTS.load(value, str(source.path)))
+    kind, by, judge = name.partition(" by ")
+    fact: Fact[Any] | None = EXPORTED.get(name)
+    if fact is None and by and kind in ("boundaries", "whole"):
+        fact = boundaries(judge) if kind == "boundaries" else whole_scores(judge)
+    if fact is not None:
+        return fact.dump(fact.load(value, str(source.path)))
     raise SteerbackError(
-        f"{source.path}: steerback.facts holds {name[:80]!r}; an export holds {' and '.join(EXPORTED_FACTS)} alone"
+        f"{source.path}: steerback.facts holds {name[:80]!r}; an export holds only: {', '.join(EXPORTED)}"
     )

@@ -1,82 +1,174 @@
-"""A run as result files in the form that the authors' code writes."""
+"""A run as result files in the form that the authors' code writes.
+
+What their form has no place for stands under `steerback`: in each trial its plan, receipt and recorded activations, and
+in a file without trials the run's settings and facts. `steerback import` reads them all back.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
 
-from steerback.records import LatentKey, Trial, digest
-from steerback.store.facts import META_PROMPTS, SWEEP
+from pydantic import JsonValue, TypeAdapter
+
+from steerback.calibration.thresholds import THRESHOLDS
+from steerback.records import Judgement, LatentKey, Trial, WindowScores, digest
+from steerback.store import facts
+from steerback.store.database import pack_array
+from steerback.store.facts import FORK, META_PROMPTS, SWEEP, Fact
 from steerback.store.files import make_folder
-from steerback.store.rows import Outline
+from steerback.store.ledger import Row
 from steerback.store.run import Run, write_json
 
-Response: TypeAlias = tuple[Outline, str | None]
-"""A trial with the text of its response."""
-EXPORTED_FACTS = (SWEEP.name, META_PROMPTS.name)
+TRIAL: TypeAdapter[Trial] = TypeAdapter(Trial)
+WINDOWS: TypeAdapter[WindowScores] = TypeAdapter(WindowScores)
+NO_LATENT = "unsteered"
+"""In the place of a latent's number where a trial has none."""
+SMALL = (SWEEP.name, META_PROMPTS.name)
+"""Facts that stand in every file, so that each file can be imported alone."""
+KEPT = (facts.CONFIG, facts.ENGINE, facts.IMPORTED, facts.JUDGES, facts.JUDGE_SPEND, facts.PROBES, facts.FORKS)
+EXPORTED: Mapping[str, Fact[object]] = {
+    fact.name: fact
+    for fact in [THRESHOLDS, *vars(facts).values()]
+    if isinstance(fact, Fact) and fact not in KEPT and fact is not facts.LABEL_SAMPLES
+}
+"""Facts that exports hold, by name; what belongs to the run itself (settings, engine, judges, forks) is left out."""
+
+
+@dataclass
+class Verdicts:
+    """Verdicts on one response besides the main judge's: by judge, and the scores of its windows."""
+
+    judgements: dict[str, Judgement] = field(default_factory=dict)
+    windows: list[WindowScores] = field(default_factory=list)
 
 
 def export_authors(run: Run, folder: Path, judge: str) -> list[Path]:
-    """Write one file in the authors' form for each target and condition of the measured trials."""
+    """Write one file in the authors' form for each target and condition, and one with each target's facts.
+
+    Files of the measured trials are named as the authors name theirs; those of other stages begin with `steerback_`.
+    """
     make_folder(folder)
-    paths = []
-    for target, condition in run.ledger.conditions():
-        outlines = run.ledger.outlines(target, "measure", condition, judge)
-        body = _body(run, target, condition, judge, list(run.ledger.responses(outlines)))
-        safe = "".join(c if c.isalnum() or c in "+-." else "_" for c in f"{target}_{condition}")
-        paths.append(write_json(folder / f"experiment_results_{safe}.json", body))
+    paths, files = [], Counter[str]()
+    for target, stage in run.ledger.stages():
+        for owner, condition in run.ledger.conditions(stage):
+            if owner != target or stage == FORK:
+                continue
+            keys = [o.trial.key for o in run.ledger.outlines(target, stage, condition)]
+            body = _body(run, target, stage, condition, judge, keys)
+            name = "experiment_results" if stage == "measure" else f"steerback_{stage}"
+            paths.append(write_json(folder / f"{name}_{_safe(f'{target}_{condition}')}.json", body))
+            files[target] += 1
+    for target in dict.fromkeys((*run.config.targets, *files)):
+        own = {
+            "experiment": run.config.experiment,
+            "condition": "facts",
+            "config": run.config.model_dump(mode="json"),
+            "files": files[target],
+            "facts": _facts(run, target, tuple(EXPORTED)),
+        }
+        body = _head(run, target, judge) | {"results_by_feature": [], "steerback": own}
+        paths.append(write_json(folder / f"steerback_{_safe(target)}.json", body))
     return paths
 
 
-def _body(run: Run, target: str, condition: str, judge: str, rows: Sequence[Response]) -> dict[str, object]:
-    by_latent: dict[LatentKey | None, list[Response]] = {}
-    for row in rows:
-        by_latent.setdefault(row[0].trial.latent, []).append(row)
+def _safe(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "+-." else "_" for c in name)
+
+
+def _facts(run: Run, target: str, names: Sequence[str]) -> dict[str, JsonValue]:
+    own = {name: value for owner, name, value in run.ledger.facts() if owner == target}
+    return {name: value for name, value in own.items() if name in names or (len(names) > 2 and " by " in name)}
+
+
+def _head(run: Run, target: str, judge: str) -> dict[str, object]:
     config = run.config.of(target)
-    clamped = {i.latent for row, _ in rows for i in row.trial.interventions if i.mode == "clamp" and not i.value}
-    facts = {name: value for owner, name, value in run.ledger.facts() if owner == target and name in EXPORTED_FACTS}
     return {
         "experiment_config": {
             "model_name": target,
             "prompts_file": config.prompts,
             "judge_model_name": judge,
-            "disable_steering": not any(row.trial.interventions for row, _ in rows),
             "target_score_normalized": config.calibration.target_score / 100,
             "max_completion_tokens": config.sampling.max_new_tokens,
             "n_trials_per_feature": config.trials_per_latent,
-            "n_features": len(by_latent),
-        },
-        "results_by_feature": [_feature(rows) for rows in by_latent.values()],
+        }
+    }
+
+
+def _body(run: Run, target: str, stage: str, condition: str, judge: str, keys: Sequence[str]) -> dict[str, object]:
+    by_latent: dict[LatentKey | None, list[dict[str, object]]] = {}
+    clamped: set[LatentKey] = set()
+    first: dict[LatentKey | None, Trial] = {}
+    steered, others = False, _others(run, judge, keys)
+    for row in _rows(run, keys, judge):
+        trial = row.trial
+        first.setdefault(trial.latent, trial)
+        by_latent.setdefault(trial.latent, []).append(_entry(row, others.get(trial.key, Verdicts())))
+        clamped |= {i.latent for i in trial.interventions if i.mode == "clamp" and not i.value}
+        steered = steered or bool(trial.interventions)
+    head = _head(run, target, judge)
+    settings = head["experiment_config"]
+    assert isinstance(settings, dict)
+    settings |= {"disable_steering": not steered, "n_features": len(by_latent)}
+    return {
+        **head,
+        "results_by_feature": [
+            {**_named(first[k]), "threshold": first[k].boost, "trials": trials, "error": None}
+            for k, trials in by_latent.items()
+        ],
         **({"ablated_latents": sorted(clamped, key=str), "num_ablated_latents": len(clamped)} if clamped else {}),
         "steerback": {
-            "experiment": config.experiment,
+            "experiment": run.config.experiment,
             "condition": condition,
-            "config": digest(config),
-            "facts": facts,
+            "stage": stage,
+            "digest": digest(run.config.of(target)),
+            "facts": _facts(run, target, SMALL),
         },
     }
 
 
-def _feature(rows: Sequence[Response]) -> dict[str, object]:
-    first = rows[0][0].trial
-    return {**_named(first), "threshold": first.boost, "trials": [_entry(*row) for row in rows], "error": None}
+def _rows(run: Run, keys: Sequence[str], judge: str) -> Iterator[Row]:
+    return run.ledger.stream(keys, judge, activations=True)
+
+
+def _others(run: Run, judge: str, keys: Sequence[str]) -> dict[str, Verdicts]:
+    """Return the verdicts of further judges, and the window scores of all judges, by trial key."""
+    found: dict[str, Verdicts] = {}
+    for name in run.ledger.judges():
+        for key, scores in run.ledger.windows(name, keys).items():
+            found.setdefault(key, Verdicts()).windows.append(scores)
+        for outline in run.ledger.outlines(judge=name, keys=keys) if name != judge else ():
+            if outline.judgement is not None:
+                found.setdefault(outline.trial.key, Verdicts()).judgements[name] = outline.judgement
+    return found
 
 
 def _named(trial: Trial) -> dict[str, object]:
-    return {"feature_index_in_sae": trial.latent, "feature_label": trial.label or f"feature_{trial.latent}"}
+    latent = NO_LATENT if trial.latent is None else trial.latent
+    return {"feature_index_in_sae": latent, "feature_label": trial.label or f"feature_{latent}"}
 
 
-def _entry(row: Outline, response: str | None) -> dict[str, object]:
-    trial, judged, text = row.trial, row.judgement, row.trial.lead + (response or "")
-    if judged is None or judged.status == "unscored":
-        score: dict[str, object] = {"error": judged.reason if judged else "not judged"}
-    else:
-        spans = [(text[a.start : a.end], a) for a in judged.attempts]
-        score = {
-            "attempts": [
-                {"attempt_text": part, "score": a.score, "phrase": a.phrase, "gated": a.gated} for part, a in spans
-            ]
+def _entry(row: Row, others: Verdicts) -> dict[str, object]:
+    trial, text, done = row.trial, row.judged_text, row.completion
+    own: dict[str, object] = {
+        "index": trial.index,
+        "meta_prompt": trial.meta_prompt,
+        "finish": row.finish or "unknown",
+        "trial": TRIAL.dump_python(trial, mode="json"),
+        "judgements": {name: _score(judged, text) for name, judged in others.judgements.items()},
+        "windows": [WINDOWS.dump_python(scores, mode="json") for scores in others.windows],
+    }
+    if done is not None:
+        blob = pack_array(done.activations)
+        own["completion"] = {
+            "text": done.text,
+            "token_ids": list(done.token_ids),
+            "prompt_tokens": done.prompt_tokens,
+            "receipt": [done.receipt.prompt_positions, done.receipt.generated_positions, done.receipt.added_norm],
+            "activations": None if blob is None else base64.b64encode(blob).decode(),
         }
     return {
         **_named(trial),
@@ -84,11 +176,25 @@ def _entry(row: Outline, response: str | None) -> dict[str, object]:
         "threshold": trial.boost,
         "seed": trial.seed,
         "response": text if row.valid_receipt else "",
-        "score": score,
+        "score": _score(row.judgement, text),
         "error": None if row.valid_receipt else "not generated, or not steered as planned",
-        "steerback": {
-            "index": trial.index,
-            "meta_prompt": trial.meta_prompt,
-            "finish": row.finish or "unknown",
-        },
+        "steerback": own,
+    }
+
+
+def _score(judged: Judgement | None, text: str) -> dict[str, object]:
+    if judged is None or judged.status == "unscored":
+        return {"error": judged.reason if judged else "not judged"}
+    return {
+        "attempts": [
+            {
+                "attempt_text": text[a.start : a.end],
+                "score": a.score,
+                "phrase": a.phrase,
+                "gated": a.gated,
+                "start": a.start,
+                "end": a.end,
+            }
+            for a in judged.attempts
+        ]
     }

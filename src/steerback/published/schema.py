@@ -58,7 +58,7 @@ def object_or_empty(value: object) -> object:
 
 
 def _finish(value: object) -> object:
-    return value if value in ("length", "stop") else "unknown"
+    return value if value in ("length", "stop", "error") else "unknown"
 
 
 Number = Annotated[float | None, BeforeValidator(_number)]
@@ -78,6 +78,10 @@ class OwnTrial(_Shape):
     index: Whole = None
     meta_prompt: Annotated[str | None, BeforeValidator(str)] = None
     finish: Annotated[FinishReason, BeforeValidator(_finish)] = "unknown"
+    trial: JsonValue = None
+    completion: JsonValue = None
+    judgements: dict[str, JsonValue] = {}
+    windows: list[JsonValue] = []
 
 
 class AuthorsTrial(_Shape):
@@ -148,6 +152,8 @@ class OwnFile(_Shape):
     experiment: Text = ""
     condition: Annotated[str | None, BeforeValidator(str)] = None
     facts: dict[str, JsonValue] | None = None
+    config: JsonValue = None
+    files: Whole = None
 
 
 class AuthorsFile(_Shape):
@@ -199,6 +205,8 @@ class AuthorsAttempt(_Shape):
     attempt_text: Text = ""
     phrase: Text = ""
     gated: Flag = True
+    start: Whole = None
+    end: Whole = None
 
 
 def judgement_of(score: JsonValue, response: str, judge: str) -> tuple[Judgement, int]:
@@ -223,7 +231,7 @@ def judgement_of(score: JsonValue, response: str, judge: str) -> tuple[Judgement
     if not listed:
         return Judgement(judge, RUBRIC, "empty", raw=raw), 0
     read = [AuthorsAttempt.model_validate(object_or_empty(entry)) for entry in listed]
-    spans, lost = _spans([a.attempt_text for a in read], response)
+    spans, lost = _spans(read, response)
     attempts = tuple(
         Attempt(start, end, a.score, a.phrase, a.gated)
         for (start, end), a in zip(spans, read, strict=True)
@@ -234,11 +242,19 @@ def judgement_of(score: JsonValue, response: str, judge: str) -> tuple[Judgement
     return Judgement(judge, RUBRIC, "scored", attempts, raw=raw), lost
 
 
-def _spans(texts: Sequence[str], response: str) -> tuple[list[tuple[int, int]], int]:
-    """Find each attempt's text after the one before; a text that does not occur starts where that one ended."""
+def _spans(attempts: Sequence[AuthorsAttempt], response: str) -> tuple[list[tuple[int, int]], int]:
+    """Return each attempt's own span, else that of its text after the one before.
+
+    A text that does not occur starts where that one ended.
+    """
     spans: list[tuple[int, int]] = []
     cursor, lost = 0, 0
-    for text in texts:
+    for attempt in attempts:
+        text, own = attempt.attempt_text, (attempt.start, attempt.end)
+        if own[0] is not None and own[1] is not None and own[0] >= 0 and response[own[0] : own[1]] == text:
+            spans.append((own[0], own[1]))
+            cursor = own[1]
+            continue
         start = response.find(text.strip(), cursor) if text.strip() else -1
         if start < 0:
             lost += 1
