@@ -1,0 +1,57 @@
+"""Workers that cannot be reached, or that ran out of memory: a cluster's messages without a cluster."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from steerback.engines import make_engine
+from steerback.engines.options import EngineOptions, RayOptions
+from steerback.engines.ray.actor import LoadedWorker
+from steerback.engines.ray.engine import fell
+from steerback.engines.ray.workers import Worker, Workers
+from steerback.targets import resolve
+
+ray = pytest.importorskip("ray")
+
+
+class Pool(Workers):
+    """Workers whose actors are stand-ins; `sizes` are the batch sizes of the workers started so far."""
+
+    def start(self, options: EngineOptions | None = None) -> None:
+        options = options or self.options.inner
+        actor = SimpleNamespace(ping=SimpleNamespace(remote=lambda: "ping"))
+        loaded = LoadedWorker("node", "f", None, {}, None, 8, False)  # type: ignore[arg-type]
+        self.workers.append(Worker(len(self.workers) + 1, actor, "load", options, loaded))
+
+    def _end(self, worker: Worker, gently: bool = False) -> None:
+        self.workers.remove(worker)
+
+
+def pool(said: list[str]) -> Pool:
+    options = RayOptions.model_validate({"engine": "transformers", "workers": 2})
+    return Pool(resolve("organism"), options, None, make_engine, said.append)
+
+
+def test_a_worker_out_of_reach_is_kept_and_gets_nothing_until_it_answers() -> None:
+    said: list[str] = []
+    workers = pool(said)
+    first = workers.workers[0]
+    for _ in range(2):
+        fell(workers, first, ray.exceptions.ActorUnavailableError("no route to host", None))
+    assert (workers.workers[0], first.away) == (first, "ping")
+    assert said == ["worker 1 on node cannot be reached; its open requests go to others until it answers"]
+
+
+def test_a_worker_whose_machine_is_out_of_memory_is_replaced_by_one_with_half_the_batch() -> None:
+    said: list[str] = []
+    workers = pool(said)
+    first = workers.workers[0]
+    fell(workers, first, ray.exceptions.OutOfMemoryError("host memory"))
+    assert first not in workers.workers
+    assert [getattr(w.options, "batch_size", None) for w in workers.workers][-1] == 4
+    assert len(workers.workers) == 2
+    assert "host memory" in said[0]
+    fell(workers, workers.workers[0], ray.exceptions.ActorDiedError())
+    assert getattr(workers.workers[-1].options, "batch_size", None) != 4
