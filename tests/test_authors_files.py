@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from planted import Runs, thresholds
+from steerback.api import compare
 from steerback.engines.scripted import PlantedModel
 from steerback.errors import SteerbackError
 from steerback.figures import style
@@ -469,3 +470,12 @@ def test_files_without_settings_deviate_in_nothing(tmp_path: Path) -> None:
         assert note.startswith("not in the imported files: target first score, ")
         assert note.endswith("concreteness rater, judge, prompts")
         assert size.startswith("latents 1, not ")
+
+
+def test_two_imports_without_seeds_pair_by_order(tmp_path: Path) -> None:
+    for name, scores in (("a", (10, 20)), ("b", (60, 90))):
+        trials = [{k: v for k, v in trial(attempts(score)).items() if k != "seed"} for score in scores]
+        import_authors([write(tmp_path / f"{name}.json", result([feature(7, trials)]))], tmp_path / name)
+    found = compare(tmp_path / "a", tmp_path / "b").results.pairs["llama-3.3-70b: steered"]
+    assert found.pairs == 2
+    assert found["mean_first"].difference == 60

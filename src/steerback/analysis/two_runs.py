@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from steerback.analysis.base import outcomes_of
 from steerback.metrics import Comparison, Summary, TwoSampleTest, between, compare, correct, correct_pairs, summarize
+from steerback.store.facts import FLOOR
 from steerback.store.ledger import Ledger
 from steerback.store.rows import Outline
 
@@ -18,11 +20,13 @@ Place = tuple[str, str]
 class TwoRuns:
     """Tests of run b against run a, by their names for each compared condition; differences are b - a.
 
-    `rates` are those of each run by itself, over all its valid trials. `samples` are conditions of which the two runs
-    share no prompt, seed and latent. Holm's correction covers all pairs, and all samples.
+    `rates` are those of each run by itself, over all its valid trials; `floors` the judge's floor of each run, None
+    where it was not measured. `samples` are conditions of which the two runs share no prompt, seed and latent. Holm's
+    correction covers all pairs, and all samples.
     """
 
     rates: dict[str, tuple[Summary, Summary]]
+    floors: dict[str, tuple[Summary | None, Summary | None]]
     pairs: dict[str, Comparison]
     samples: dict[str, dict[str, TwoSampleTest]]
 
@@ -31,22 +35,25 @@ def compare_runs(a: Ledger, b: Ledger, judges: tuple[str, str]) -> TwoRuns:
     """Compare the measured conditions that both ledgers have; runs of one target each need not have the same one."""
     matches = _matched(a.conditions(), b.conditions())
     rates: dict[str, tuple[Summary, Summary]] = {}
+    floors: dict[str, tuple[Summary | None, Summary | None]] = {}
     pairs: dict[str, Comparison] = {}
     samples: dict[str, dict[str, TwoSampleTest]] = {}
     for (target_a, condition), (target_b, _) in matches:
         rows_a = [*a.outlines(target_a, "measure", condition, judges[0])]
         rows_b = [*b.outlines(target_b, "measure", condition, judges[1])]
         name = f"{target_a if target_a == target_b else f'{target_b} − {target_a}'}: {condition}"
-        keys = sorted({_key(r) for r in (*rows_a, *rows_b)})
-        shared = target_a == target_b and {_key(r) for r in rows_a} & {_key(r) for r in rows_b}
-        first = outcomes_of(_numbered(rows_a, keys), a.includes_degraded)
-        second = outcomes_of(_numbered(rows_b, keys), b.includes_degraded)
+        keys_a, keys_b = _keys(rows_a), _keys(rows_b)
+        shared = target_a == target_b and not set(keys_a).isdisjoint(keys_b)
+        place = {key: n for n, key in enumerate(sorted({*keys_a, *keys_b}))}
+        first = outcomes_of(_numbered(rows_a, keys_a, place), a.includes_degraded)
+        second = outcomes_of(_numbered(rows_b, keys_b, place), b.includes_degraded)
         rates[name] = summarize(first), summarize(second)
+        floors[name] = _floor(a, target_a, judges[0]), _floor(b, target_b, judges[1])
         if shared:
             pairs[name] = compare(first, second)
         else:
             samples[name] = between(first, second)
-    return TwoRuns(rates, correct(pairs), correct_pairs(samples))
+    return TwoRuns(rates, floors, correct(pairs), correct_pairs(samples))
 
 
 def _matched(a: Sequence[Place], b: Sequence[Place]) -> list[tuple[Place, Place]]:
@@ -55,12 +62,23 @@ def _matched(a: Sequence[Place], b: Sequence[Place]) -> list[tuple[Place, Place]
     return [(x, y) for x in a for y in b if x == y or (alone and x[1] == y[1])]
 
 
-def _key(row: Outline) -> str:
-    trial = row.trial
-    return repr((str(trial.latent), trial.prompt, trial.seed))
+def _floor(ledger: Ledger, target: str, judge: str) -> Summary | None:
+    """Return the rates of the unsteered responses of a target, clustered by prompt."""
+    rows = [*ledger.outlines(target, FLOOR, judge=judge)]
+    return summarize(outcomes_of(rows, ledger.includes_degraded, lambda trial: trial.prompt)) if rows else None
 
 
-def _numbered(rows: Sequence[Outline], keys: Sequence[str]) -> list[Outline]:
+def _keys(rows: Sequence[Outline]) -> list[str]:
+    """Return latent, prompt and seed of each trial, and its number among equal ones (imported files may lack seeds)."""
+    seen: Counter[str] = Counter()
+    keys = []
+    for row in rows:
+        key = repr((str(row.trial.latent), row.trial.prompt, row.trial.seed))
+        keys.append(f"{key} {seen[key]}")
+        seen[key] += 1
+    return keys
+
+
+def _numbered(rows: Sequence[Outline], keys: Sequence[str], place: Mapping[str, int]) -> list[Outline]:
     """Return the rows with the places of their keys as indices, by which pairs are matched."""
-    place = {key: n for n, key in enumerate(keys)}
-    return [replace(row, trial=replace(row.trial, index=place[_key(row)])) for row in rows]
+    return [replace(row, trial=replace(row.trial, index=place[key])) for row, key in zip(rows, keys, strict=True)]

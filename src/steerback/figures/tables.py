@@ -103,7 +103,8 @@ class Table:
 
     def json(self) -> str:
         """Return a JSON list with one object per row and the columns of the CSV; missing values are null."""
-        return json.dumps(json.loads(self.numbers.to_json(orient="records")), indent=1, ensure_ascii=False) + "\n"
+        records = json.loads(self.numbers.to_json(orient="records", double_precision=15))
+        return json.dumps(records, indent=1, ensure_ascii=False) + "\n"
 
     def markdown(self) -> str:
         """Return a pipe table with the caption below."""
