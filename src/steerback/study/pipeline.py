@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 FLUSH_SECONDS = 1.0  # a kill loses at most this much work
 FLUSH_ROWS = 64
-QUEUED_BATCHES = 32  # of FLUSH_ROWS responses: a judge that is slower than the engine makes it wait
+QUEUED_BATCHES = 32  # batches of FLUSH_ROWS responses; if the queue is full, the engine waits for the judge
 JUDGE_BATCH = 512  # large, because an LLM judge keeps many requests in flight and each batch waits for its slowest
 
 
@@ -52,7 +52,7 @@ async def complete(bench: Workbench, trials: Sequence[Trial], stage: str = "", j
 
 Finished = Callable[[Sequence[Row]], None]
 Follow = Callable[[Sequence[Row]], Sequence[Trial]]
-"""Receives finished rows (judged, or invalid and therefore not judged) and returns the trials that follow from them."""
+"""Maps finished rows (judged, or invalid and therefore not judged) to the next trials."""
 
 
 async def carry_out(
@@ -104,7 +104,7 @@ async def _all_or_none(tasks: Sequence[asyncio.Task[None]]) -> None:
 
 
 class Flow:
-    """Trials on their way through engine and judge. Everything that a queue holds is in the ledger."""
+    """Queues of trials between ledger, engine and judge. Everything in a queue is also in the ledger."""
 
     def __init__(self, bench: Workbench, judge: Judge | None, follow: Follow | None) -> None:
         self.bench, self.judge, self.follow = bench, judge, follow
@@ -114,7 +114,7 @@ class Flow:
         self._open = 0
 
     def plan(self, trials: Sequence[Trial]) -> int:
-        """Add trials to ledger and queues, and those that follow from finished ones; return how many had responses."""
+        """Add trials, and the next trials of finished ones, to ledger and queues; return how many had responses."""
         had, todo = 0, list(trials)
         while todo:
             if len({t.key for t in todo}) != len(todo):
@@ -132,7 +132,7 @@ class Flow:
         return had
 
     def _take_up(self, keys: Sequence[str]) -> list[Trial]:
-        """Sort responses that exist into judged and unjudged; return the trials that follow from the judged ones."""
+        """Split existing responses into judged and unjudged ones; return the next trials of the judged ones."""
         if self.judge is None or not keys:
             return []
         ledger, name = self.bench.ledger, self.judge.name
@@ -145,7 +145,7 @@ class Flow:
         return self._finish([*finished, *(r for r in fresh if not r.valid_receipt)])
 
     def finished(self, rows: Sequence[Row]) -> None:
-        """Take finished rows out of the flow, and plan the trials that follow from them."""
+        """Remove finished rows from the flow and plan their next trials."""
         if self.follow is None or not rows:
             return
         had = self.plan(self._finish(rows))
@@ -188,7 +188,7 @@ async def _generate(flow: Flow) -> None:
             await flow.to_judge.put(rows)
 
     async def arriving() -> list[Request] | None:
-        """Return requests of planned trials whose responses are not in the cache; None: no more can follow."""
+        """Return requests of planned trials whose responses are not in the cache; None if no trial can follow."""
         while (planned := await flow.to_generate.get()) is not None:
             requests = {t.key: t.request(bench.sampling) for t in planned}
             trials.update((t.key, t) for t in planned)
@@ -261,7 +261,7 @@ async def _judge(bench: Workbench, judge: Judge, rows: Sequence[Row], finished: 
 
 
 async def _judge_batch(bench: Workbench, judge: Judge, rows: Sequence[Row], finished: Finished | None) -> None:
-    """Judge rows, commit verdicts at least every `FLUSH_SECONDS` and hand on the rows that have one."""
+    """Judge rows, commit verdicts at least every `FLUSH_SECONDS`, and pass on the judged rows."""
     items = {r.trial.key: judge_item(r, bench.drop_unscored) for r in rows}
     keys = {key: judgement_key(judge, item) for key, item in items.items()}
     known = bench.cache.judgements(list(keys.values())) if bench.cache is not None else {}

@@ -201,7 +201,7 @@ class Study:
         )
 
     async def thresholds(self) -> dict[LatentKey, Threshold]:
-        """Return the threshold boost per latent: each latent advances by itself, and fresh trials verify the result."""
+        """Return the threshold boost per latent; latents are calibrated independently and verified on fresh trials."""
         stored = self.fact(THRESHOLDS)
         if stored is None:
             thresholds = await self._verify(await self._calibrate())
@@ -227,12 +227,16 @@ class Study:
             advanced: list[Trial] = []
             for row in rows:
                 assert row.trial.latent is not None
-                own = waiting[row.trial.latent]
-                own.append(row)
-                if len(own) == per_round:
-                    own.sort(key=lambda r: r.trial.index)  # as planned, whatever was finished first
-                    calibrators[row.trial.latent].update(row.trial.interventions[0].value, [*map(self._first, own)])
-                    own.clear()
+                finished = waiting[row.trial.latent]
+                finished.append(row)
+                if len(finished) == per_round:
+                    finished.sort(
+                        key=lambda r: r.trial.index
+                    )  # the planned order does not depend on who finished first
+                    calibrators[row.trial.latent].update(
+                        row.trial.interventions[0].value, [*map(self._first, finished)]
+                    )
+                    finished.clear()
                     advanced += next_round(row.trial.latent)
             return advanced
 
@@ -270,8 +274,8 @@ class Study:
         return self.steered(stage, "threshold", latent, boost, place * room + i, self.prompt(place, i))
 
     def _first(self, row: Row) -> float | None:
-        """Return the first attempt's score, or None if the trial is unscored, invalid, or degraded and these count
-        for nothing."""
+        """Return the first attempt's score; None if the trial is unscored, invalid, or degraded while these are
+        excluded."""
         counts = row.attempts and (self.config.degraded == "include" or not row.degraded)
         return row.attempts[0].score if counts else None
 
