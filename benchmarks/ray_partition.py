@@ -122,7 +122,7 @@ def main() -> None:
         "completions": len(ledger_of(work / "ray")["completions"]),
         "exit_code": run.returncode,
         "ledger_equal_to_one_machine": equal,
-        "lines": [line for line in said.splitlines() if "worker" in line],
+        "lines": list(dict.fromkeys(line for line in said.splitlines() if "worker" in line)),
         "command": "python benchmarks/ray_partition.py",
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {"ray": version("ray")},
