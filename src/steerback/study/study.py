@@ -227,16 +227,12 @@ class Study:
             advanced: list[Trial] = []
             for row in rows:
                 assert row.trial.latent is not None
-                finished = waiting[row.trial.latent]
-                finished.append(row)
-                if len(finished) == per_round:
-                    finished.sort(
-                        key=lambda r: r.trial.index
-                    )  # the planned order does not depend on who finished first
-                    calibrators[row.trial.latent].update(
-                        row.trial.interventions[0].value, [*map(self._first, finished)]
-                    )
-                    finished.clear()
+                batch = waiting[row.trial.latent]
+                batch.append(row)
+                if len(batch) == per_round:
+                    batch.sort(key=lambda r: r.trial.index)  # in planned order, whichever row finished first
+                    calibrators[row.trial.latent].update(row.trial.interventions[0].value, [*map(self._first, batch)])
+                    batch.clear()
                     advanced += next_round(row.trial.latent)
             return advanced
 
