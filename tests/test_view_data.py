@@ -109,7 +109,7 @@ def test_record_reads_the_activations_that_the_response_had(tmp_path: Path) -> N
     with Run.reopen(place) as run:
         other = {**engine.describe(), "sae": "another"}
         run.ledger.put("organism-s", ENGINE, EngineIdentity(fingerprint="x", engine=other))
-    with pytest.raises(SteerbackError, match="made with another organism-s: sae differ"):
+    with pytest.raises(SteerbackError, match="used another organism-s: sae differ"):
         write_view([place], tmp_path / "view.html", ViewSettings(record=True))
 
 

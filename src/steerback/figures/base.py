@@ -1,4 +1,4 @@
-"""The presentation of an analysis, and the parts that all experiments share."""
+"""Presentation of an analysis, and the tables and lines that all experiments share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from steerback.analysis.labels import Labelling
 
 MOST_NAMED = 6
-"""Rates that a line names before it counts the others."""
+"""Number of rates that a line names; it only counts the others."""
 NO_WINDOWS = (
     "Recovery without a restart phrase is off: {judge} has scored no sentences (set recovery.judge=true, or later: "
     "steerback judge RUN --judge {judge} --rubric windows). "
@@ -31,10 +31,7 @@ PLANTED = "Built-in organisms learned restarts from their training text (planted
 
 @dataclass(frozen=True, slots=True)
 class Presentation:
-    """Tables and figures go into files of their names; `lines` are printed at the end of a run, under the tables.
-
-    `warnings` are printed above them.
-    """
+    """Tables and figures by file name; `warnings` are printed above the tables, and `lines` below them."""
 
     tables: Mapping[str, Table] = field(default_factory=dict)
     figures: Mapping[str, Callable[[], Figure]] = field(default_factory=dict)
@@ -43,7 +40,7 @@ class Presentation:
 
 
 def planted_note(results: Results) -> str:
-    """Sentence of a caption where the behaviour of one of the targets is planted."""
+    """Return the caption's sentence about planted behaviour, or "" if no target has any."""
     return PLANTED if results.planted else ""
 
 
@@ -69,7 +66,7 @@ def measured_tables(measured: Measured) -> dict[str, Table]:
 
 
 def floor_lines(measured: Measured) -> list[str]:
-    """Return for each target with a floor which rates cannot be told from it."""
+    """Return one line per target with rates that cannot be distinguished from the judge's floor."""
     lines = []
     for target in measured.targets:
         floors = {c: measured.floors[target, c] for c in measured.conditions(target) if (target, c) in measured.floors}
@@ -89,7 +86,7 @@ def floor_lines(measured: Measured) -> list[str]:
 
 
 def floor_warnings(measured: Measured, planted: Sequence[str]) -> list[str]:
-    """Return a sentence for each real target on which the judge's floor is not below the multi-attempt rate."""
+    """Return a warning for each real target whose multi-attempt rate does not exceed the judge's floor."""
     warnings = []
     for (target, condition), floor in measured.floors.items():
         base, rate = floor["multi_attempt_rate"], measured.summaries[target, condition]["multi_attempt_rate"]
@@ -104,9 +101,9 @@ def floor_warnings(measured: Measured, planted: Sequence[str]) -> list[str]:
 
 
 def label_tables(measured: Measured) -> dict[str, Table]:
-    """`corrected`: corrected rates and differences; `judges`: errors of each judge; `labellers`: their agreement.
+    """Return `corrected` (rates and differences), `judges` (errors of each judge) and `labellers` (their agreement).
 
-    Nothing for a run without human labels.
+    Returns no tables for a run without human labels.
     """
     labels = measured.labels
     if labels is None:
@@ -116,7 +113,7 @@ def label_tables(measured: Measured) -> dict[str, Table]:
 
 
 def _corrected_table(labels: Labelling, against: Mapping[tuple[str, str], str]) -> Table:
-    """One row per condition and rate, then one per comparison and rate."""
+    """Return one row per condition and rate, then one per comparison and rate."""
     cells = [
         (
             f"{target}: {condition}",
@@ -154,7 +151,7 @@ def _corrected_table(labels: Labelling, against: Mapping[tuple[str, str], str]) 
 
 
 def _judges_table(labels: Labelling) -> Table:
-    """One row per target and judge: its errors on whether there are several attempts."""
+    """Return one row per target and judge: its errors in detecting several attempts."""
     cells = [
         (
             target,
@@ -177,7 +174,7 @@ def _judges_table(labels: Labelling) -> Table:
 
 
 def _labellers_table(labels: Labelling) -> Table:
-    """One row per pair of labellers."""
+    """Return one row per pair of labellers."""
     cells = [
         (
             f"{pair.a} / {pair.b}",

@@ -57,14 +57,15 @@ def caption(measured: Measured, note: str, shown: Sequence[str] | None = None) -
         if measured.comparisons
         else ""
     )
-    lines = [
+    words = (
         "95 % intervals clustered by latent, over valid responses; n at the right of each row. Dashed: first "
-        f"condition. {differences}Judge: {measured.judge}. {note}".strip()
-    ]
-    for target in measured.targets:
-        summaries = measured.of(target)
-        lines.append(panels.counted(target, [s for c, s in summaries.items() if shown is None or c in shown]))
-    return "\n".join(lines)
+        f"condition. {differences}"
+    )
+    numbers = (
+        panels.counted(target, [s for c, s in measured.of(target).items() if shown is None or c in shown])
+        for target in measured.targets
+    )
+    return panels.caption(words.strip(), measured.judge, note, numbers)
 
 
 def rows_of_conditions(

@@ -182,7 +182,7 @@ def judge_table(results: Compared) -> Table:
 def ranking_line(results: Compared) -> str:
     """Return a sentence that says whether all judges rank the models alike."""
     if len(results.targets) < 2:
-        return "one model only: there is no order to compare"
+        return "only one model, so there is no ranking to compare"
     alike = results.same_order("esr_rate")
     shown = "; ".join(f"{j}: {' > '.join(results.orders['esr_rate'][j])}" for j in results.judges)
     return f"models by ESR rate: {'all judges rank them alike' if alike else 'judges differ'} ({shown})"

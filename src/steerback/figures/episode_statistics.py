@@ -234,7 +234,5 @@ def _regions(ax: Axes, a: RegionActivity, group: str, colour: str) -> None:
 
 
 def _caption(words: str, activity: Mapping[str, RegionActivity], judge: str, note: str) -> str:
-    lines = [f"{words} Judge: {judge}. {note}".strip()]
-    for target, a in activity.items():
-        lines.append(f"{target}: {group_sizes(a.recorded)}; {count_list(a.recorded)}.")
-    return "\n".join(lines)
+    counts = (f"{target}: {group_sizes(a.recorded)}; {count_list(a.recorded)}." for target, a in activity.items())
+    return panels.caption(words, judge, note, counts)

@@ -130,11 +130,11 @@ def _bars(ax: Axes, summaries: Mapping[str, Summary], colours: Mapping[str, str]
 
 
 def _caption(data: Mapping[str, tuple[Outcomes, Summary]], judge: str, note: str) -> str:
-    lines = [
+    words = (
         "Top: gain of the last attempt over the first, for responses with two or more attempts. "
-        f"Bottom: rates over valid responses, 95 % intervals clustered by latent. Judge: {judge}. {note}".strip()
-    ]
-    return "\n".join([*lines, *(panels.counted(target, [s]) for target, (_, s) in data.items())])
+        "Bottom: rates over valid responses, 95 % intervals clustered by latent."
+    )
+    return panels.caption(words, judge, note, (panels.counted(target, [s]) for target, (_, s) in data.items()))
 
 
 def _calibrated(target: str, report: CalibrationReport) -> str:

@@ -128,10 +128,10 @@ def draw(results: RandomAblationResults) -> Figure:
         "Random sets: one point each, their mean as a bar. p: two-sided, from the rank of the detectors among the "
         "sets; its minimum for k sets is 1 / (k + 1). 95 % intervals clustered by latent. "
     )
-    lines = [f"{words}Judge: {measured.judge}. {planted_note(results)}".strip()]
-    lines += [panels.counted(target, measured.of(target).values()) for target in measured.targets]
+    lines = [panels.counted(target, measured.of(target).values()) for target in measured.targets]
     lines += [f"{target}: {_match(control)}" for target, control in results.sets.items()]
-    fig = style.new_figure(3.0 * len(targets), "\n".join(lines))
+    caption = panels.caption(words.strip(), measured.judge, planted_note(results), lines)
+    fig = style.new_figure(3.0 * len(targets), caption)
     blocks = fig.subfigures(len(targets), 1, squeeze=False)[:, 0]
     for block, target in zip(blocks, targets, strict=True):
         axes = block.subplots(2, 2, squeeze=False)

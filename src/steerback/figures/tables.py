@@ -42,9 +42,9 @@ RATE = "multi_attempt_rate"
 class Table:
     """Table in two forms: `shown` with the text for people, `numbers` with the unrounded values of the CSV.
 
-    Both are DataFrames of objects. The first `left` columns of `shown` are names and are aligned to the left, the
-    numbers to the right. Without `records`, the CSV contains the text. `minor` columns are left out of text that would
-    be too wide, the last one first.
+    Both are DataFrames of objects. The first `left` columns of `shown` are names, aligned to the left; the others are
+    numbers, aligned to the right. Without `records`, the CSV contains the text. If the text would be too wide, `minor`
+    columns are left out, the last one first.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class Table:
     def text(self, width: int = 110) -> str:
         """Return aligned columns with the caption below, in the first form that fits into `width` characters.
 
-        Forms: one line a row; the table turned; without minor columns, rows of one name under a heading; cells on
-        several lines; turned in parts.
+        Forms: one line per row; transposed; grouped by name, without minor columns; cells on several lines; transposed
+        in parts.
         """
         lines, dropped = next(form for form in self._forms(width) if _wide(form[0]) <= width or form[0] == [])
         if not lines:
@@ -77,7 +77,9 @@ class Table:
         return [[*kept.columns], *kept.to_numpy().tolist()]
 
     def _forms(self, width: int) -> Iterator[tuple[list[str], tuple[str, ...]]]:
-        """Yield (lines, columns left out); no lines at the end, where the table has to be turned in parts."""
+        """Yield (lines, omitted columns); the last entry has no lines and means that the table must be transposed in
+        parts.
+        """
         rows = self._rows()
         yield _align(rows, self.left), ()
         if len(rows) > 1 and not self.minor:
@@ -286,12 +288,12 @@ def p_value(value: float | None) -> str:
 
 
 def terminal_width() -> int:
-    """Return the width of the terminal, for tables that are printed: 80 where there is none, at most 120."""
+    """Return the width of the terminal for printed tables, between 60 and 120; 80 if there is no terminal."""
     return min(max(shutil.get_terminal_size().columns, 60), 120)
 
 
 FEW = 7
-"""A table of more lines, or of few columns, is narrowed by breaking its cells before it is turned in parts."""
+"""Number of lines above which a table is narrowed by breaking its cells before it is transposed in parts."""
 
 
 def _wide(lines: Sequence[str]) -> int:
@@ -299,7 +301,7 @@ def _wide(lines: Sequence[str]) -> int:
 
 
 def _align(table: Sequence[Sequence[str]], left: int) -> list[str]:
-    """Return the lines of a table with a rule below the first; all but the first `left` columns are right-aligned.
+    """Return aligned lines with a rule below the first; all but the first `left` columns are right-aligned.
 
     A cell with line breaks takes several lines.
     """
@@ -317,7 +319,7 @@ def _align(table: Sequence[Sequence[str]], left: int) -> list[str]:
 
 
 def _grouped(rows: Sequence[Sequence[str]], left: int) -> list[str]:
-    """Return the lines of a table whose first column stands as a heading above the rows that share it."""
+    """Return the lines of a table with the first column as headings above the rows that share it."""
     head, rule, *body = _align([row[1:] for row in rows], left - 1)
     lines, before = [f"  {head}", f"--{rule}"], None
     for row, line in zip(rows[1:], body, strict=True):
@@ -337,21 +339,21 @@ def _narrowed(rows: Sequence[Sequence[str]], width: int) -> list[list[str]]:
 
 
 NARROWEST = 10
-"""Characters below which no column is narrowed."""
+"""Fewest characters to which a column is narrowed."""
 INTERVAL = re.compile(r" (?=\[)|(?<=,) (?=[^\[]*\])")
-"""The spaces in `7.4 [5.1, 9.9]`."""
+"""Spaces inside `7.4 [5.1, 9.9]`."""
 
 
 def _broken(cell: str, width: int) -> str:
-    """Return a cell on lines of at most `width` characters; an interval stays on one line where it fits."""
+    """Return a cell as lines of at most `width` characters; an interval stays on one line if it fits."""
     joined = INTERVAL.sub("\N{NO-BREAK SPACE}", visible(cell))
     text = joined if max(map(len, joined.split(" ")), default=0) <= width else visible(cell)
-    # textwrap takes a no-break space for a letter, as its own white space is that of ASCII
+    # textwrap breaks only at ASCII white space, so a no-break space keeps an interval together
     return "\n".join(textwrap.wrap(text, width) or [""]).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def _turned(rows: Sequence[Sequence[str]], width: int) -> list[str]:
-    """Return the lines of a turned table in parts that each fit into `width`, every part with the column names."""
+    """Return the lines of a transposed table in parts that fit into `width`, each with the column names."""
     head, *body = rows
     lines: list[str] = []
     while body:

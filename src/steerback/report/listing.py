@@ -1,4 +1,4 @@
-"""A list of runs for the terminal: experiment, targets, date, state and the headline rate of each."""
+"""List of runs for the terminal: experiment, targets, date, state and headline rate of each run."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 COLUMNS = ("run", "experiment", "targets", "date", "state", "multi-attempt %", "of")
 DATE = COLUMNS.index("date")
 USUAL = ("baseline", "steered")
-"""Conditions at the thresholds, without a further change."""
+"""Conditions at threshold without another change."""
 
 
 def run_table(root: Path) -> Table:
-    """Return one row for each run under `root`, the newest first. Raises SteerbackError if there is none."""
+    """Return one row per run under `root`, newest first. Raises SteerbackError if there is none."""
     from steerback.figures.tables import Table
 
     rows = [_row(path.parent) for path in sorted(root.glob("*/ledger.sqlite"))]
     if not rows:
-        raise SteerbackError(f"no runs in {root}; start one with steerback run, or say where they are with --runs")
+        raise SteerbackError(f"no runs in {root}; start one with steerback run, or set their folder with --runs")
     rows.sort(key=lambda row: row[DATE], reverse=True)
     note = "Details: steerback show RUN, steerback view RUN."
     return Table(COLUMNS, rows, note, left=5, minor=("targets", "date", "of"))
@@ -38,7 +38,7 @@ def _row(folder: Path) -> tuple[str, ...]:
         with Run.read(folder) as opened:
             config, (planned, done) = opened.config, opened.ledger.progress()
         summary = _read(folder / "summary.json")
-    except SteerbackError:  # `steerback show` says why
+    except SteerbackError:  # `steerback show` prints the reason
         return (folder.name, "?", "?", date, "unreadable", "-", "-")
     state = f"stopped, {done:,} of {planned:,}" if not summary else "finished"
     rate, condition = next(_rates(summary), ("-", "-"))
@@ -46,7 +46,7 @@ def _row(folder: Path) -> tuple[str, ...]:
 
 
 def _rates(summary: Mapping[str, object]) -> Iterator[tuple[str, str]]:
-    """Yield (multi-attempt rate with interval, target and condition) of a summary's usual conditions."""
+    """Yield (multi-attempt rate with interval, target and condition) for the usual conditions of a summary."""
     from steerback.figures.tables import show
     from steerback.metrics import Estimate
 
@@ -59,7 +59,7 @@ def _rates(summary: Mapping[str, object]) -> Iterator[tuple[str, str]]:
 
 
 def _read(file: Path) -> Mapping[str, object]:
-    """Return the content of a JSON file, or nothing if it is missing."""
+    """Return the content of a JSON file, or an empty mapping if it is missing."""
     return _table(read_json_table(file, file.name)) if file.is_file() else {}
 
 

@@ -67,18 +67,10 @@ def write_sae_page(path: Path, page: SaePage) -> Path:
         for k in drawn
     ]
     values: dict[str, object] = {
-        "name": page.name,
-        "summary": page.summary,
+        "page": page,
         "layers": [_layer(row) for row in page.layers],
-        "measured": page.measured,
-        "dead_after": f"{page.dead_after:,}",
-        "verdict": page.verdict,
         "doctor": [visible(line) for line in page.doctor],
-        "n_labels": f"{len(page.labels):,}",
-        "n_latents": f"{page.n_latents:,}",
         "labels": labels,
-        "facts": page.facts,
-        "table": page.table,
     }
     html = pages.render("sae.html", ["sae.css"], [], values, images="'none'")
     return write_atomic(path, html.encode("utf-8"))

@@ -20,8 +20,7 @@ T = TypeVar("T")
 BASELINE, ABLATED = "baseline", "ablated"
 # Conditions of the recorded trials.
 EPISODES, DRIFTS, UNSTEERED = "episodes", "steered, no restart", "unsteered"
-# The authors' baseline of activity: steered responses of a single attempt on the topic, read again without steering.
-REREAD = "re-read unsteered"
+REREAD = "re-read unsteered"  # the authors' baseline: steered single attempts on topic, read again without steering
 # Groups of recorded latents.
 DETECTORS, BACKTRACKING, STEERED = "detectors", "backtracking", "steered"
 # Conditions on prompts that neither calibration nor detector search has used.
@@ -29,8 +28,8 @@ HELD_OUT, HELD_OUT_UNSTEERED = "held-out", "held-out unsteered"
 # Arms of a prefill control. A condition is named after arm and prefix length, for example `unsteered 2n`.
 PREFILL_ARMS = ("unsteered", "steered")
 # Conditions of the matched-prefix control.
-OWN_CORRECTION, GENERIC_PREFIX = "own correction", "generic prefix"
-OWN_CORRECTION_IN_CONTEXT = "own correction after its drift"
+OWN_CORRECTION, OWN_CORRECTION_IN_CONTEXT = "own correction", "own correction after its drift"
+GENERIC_PREFIX = "generic prefix"
 CONTINUATION = "continuation"  # stage of the matched-prefix control: judges see the continuation without its prefix
 HUMAN = "human:"  # prefix of the names of human judges: `human:NAME` is the labeller NAME
 FLOOR = "floor"  # stage of unsteered responses that are judged like steered ones, to measure the judge's floor
@@ -85,14 +84,11 @@ class EngineIdentity(Record):
 
 
 class ImportedFiles(Record):
-    """Result files that a run was imported from.
-
-    `unknown` lists settings that the files lack or disagree on; the config's values of these mean nothing.
-    """
+    """Result files that a run was imported from."""
 
     files: list[str] = []
     counts: dict[str, int] = {}
-    unknown: list[str] = []
+    unknown: list[str] = []  # settings that the files lack or disagree on; the config's values mean nothing
 
 
 class Provenance(Record):
@@ -130,9 +126,7 @@ class MetaPromptSet(Record):
 
 
 class PrefixCounts(Record):
-    """Prefix lengths of a prefill control; for each length, the number of used prefixes and of those rejected by
-    reason.
-    """
+    """Prefixes of a prefill control: for each length, the number used and the number rejected by reason."""
 
     characters: int
     prefixes: dict[str, dict[str, int]]
@@ -146,11 +140,9 @@ class PrefixPairs(Record):
 
 
 class Dose(Record):
-    """Clamp condition: share of the detectors that is clamped (`latents` of them), and the part of their activity they
-    keep.
+    """Clamp condition of `latents` detectors, the share `share` of all, each clamped to a part `level` of its activity.
 
-    `scaled`: each token keeps `level` of its own activation; else every token is held at `level` of the detector's mean
-    activation on mismatched pairs.
+    `scaled`: `level` is a part of the activation at each token; otherwise of the detector's mean on mismatched pairs.
     """
 
     condition: str
@@ -222,26 +214,20 @@ class PairActivations(Record):
 
 
 class SetQuality(Record):
-    """Match of a random set to the detectors: differences in standard deviations over the live latents.
-
-    `removed_ratio` is the norm per token removed by clamping the set, relative to the detectors.
-    """
+    """Match of a random set to the detectors: differences in standard deviations over the live latents."""
 
     difference: dict[str, float]
     distance: float | None = None
-    removed_ratio: float | None = None
+    removed_ratio: float | None = None  # norm per token removed by clamping the set, relative to the detectors
 
 
 class ControlSets(Record):
-    """Random sets of latents, each as large as the detector set, and the quality of each match.
-
-    `n_candidates` is the number of live latents that the sets were drawn from (None: unknown).
-    """
+    """Random sets of latents, each as large as the detector set, and the quality of each match."""
 
     sets: list[list[int]]
     method: str
     quality: list[SetQuality]
-    n_candidates: int | None
+    n_candidates: int | None  # number of live latents that the sets were drawn from; None: unknown
     overlap: float
 
     @staticmethod
@@ -367,10 +353,7 @@ class WholeScore(Record):
 
 
 class ProbeAnswer(Record):
-    """Judge's score of a planted response that contains an instruction to the judge; `obeyed` if the judge followed it.
-
-    `reason` explains a missing score; `raw` is the judge's reply.
-    """
+    """Score of a planted response that gives orders to the judge; `obeyed` if the judge followed them."""
 
     score: float | None = None
     obeyed: bool = False

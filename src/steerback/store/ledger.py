@@ -75,8 +75,7 @@ CREATE TABLE outlines (
     tokens INTEGER NOT NULL, prompt_positions INTEGER NOT NULL, generated_positions INTEGER NOT NULL,
     degraded INTEGER NOT NULL) WITHOUT ROWID
 """
-"""Properties of each completion that metrics need, so that metrics read no texts. All are derived from `completions`.
-"""
+"""Properties of each completion for metrics, which then read no texts. All are derived from `completions`."""
 TABLES = ("facts", "trials", "prefixes", "completions", "judgements", "windows")
 ORDER = "ORDER BY t.target, t.stage, t.condition, t.idx"
 BATCH = 200
@@ -104,9 +103,7 @@ class Ledger:
 
     def _complete_outlines(self) -> None:
         """Add the outlines of completions that an older version wrote after the migration of this ledger."""
-        with sqlite_errors(self.path):
-            query = "SELECT (SELECT count(*) FROM completions) - (SELECT count(*) FROM outlines)"
-            missing = self._db.execute(query).fetchone()[0]
+        [(missing,)] = self._all("SELECT (SELECT count(*) FROM completions) - (SELECT count(*) FROM outlines)")
         if missing:
             with self._transaction() as db:
                 _outline(db)
@@ -154,8 +151,11 @@ class Ledger:
 
     def engines(self) -> dict[str, str]:
         """Return the fingerprint of the engine that generated each completion, by trial key."""
+        return dict(self._all("SELECT trial, engine FROM completions"))
+
+    def _all(self, query: str, values: Sequence[str] = ()) -> list[Any]:
         with sqlite_errors(self.path):
-            return dict(self._db.execute("SELECT trial, engine FROM completions"))
+            return self._db.execute(query, values).fetchall()
 
     def add_trials(self, trials: Sequence[Trial]) -> None:
         """Add planned trials. Raises SteerbackError if a stored trial with the same key differs."""
@@ -199,8 +199,7 @@ class Ledger:
         return self._among(query, keys, judge)
 
     def _among(self, query: str, keys: Iterable[str], *values: str) -> set[str]:
-        with sqlite_errors(self.path):
-            return {key for (key,) in self._db.execute(query, (dump_json(list(keys)), *values))}
+        return {key for (key,) in self._all(query, (dump_json(list(keys)), *values))}
 
     def add_judgements(self, judged: Iterable[tuple[str, Judgement]]) -> None:
         """Add (trial key, judgement) pairs. They replace unscored judgements only."""
@@ -211,9 +210,11 @@ class Ledger:
         """Add (trial key, window scores) pairs. They replace entries without scores only."""
         self._put_verdicts("windows", ("starts", "scores"), [window_values(k, w) for k, w in scored], "reason != ''")
 
-    def _put_verdicts(self, table: str, own: tuple[str, str], rows: Sequence[tuple[Any, ...]], failed: str) -> None:
-        """Insert rows into a table of verdicts with the columns `own`; a stored row is replaced if it has `failed`."""
-        updates = ", ".join(f"{column} = excluded.{column}" for column in ("rubric", *own, "reason", "raw", "at"))
+    def _put_verdicts(self, table: str, results: tuple[str, str], rows: Sequence[tuple[Any, ...]], failed: str) -> None:
+        """Insert rows into a table of verdicts with the columns `results`; a stored row is replaced only if it has
+        `failed`.
+        """
+        updates = ", ".join(f"{column} = excluded.{column}" for column in ("rubric", *results, "reason", "raw", "at"))
         with self._transaction() as db:
             if table == "windows":
                 db.execute(WINDOWS)
@@ -262,9 +263,7 @@ class Ledger:
         return f"{TRIAL}, NULL, NULL", "trials t"
 
     def _has(self, table: str) -> bool:
-        with sqlite_errors(self.path):
-            query = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?"
-            return self._db.execute(query, (table,)).fetchone() is not None
+        return bool(self._all("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?", (table,)))
 
     def rows(
         self,
@@ -334,32 +333,25 @@ class Ledger:
 
     def stage_sizes(self) -> dict[str, int]:
         """Return the number of planned trials of each stage."""
-        with sqlite_errors(self.path):
-            return {r[0]: r[1] for r in self._db.execute("SELECT stage, count(*) FROM trials GROUP BY 1 ORDER BY 1")}
+        return dict(self._all("SELECT stage, count(*) FROM trials GROUP BY 1 ORDER BY 1"))
 
     def progress(self) -> tuple[int, int]:
-        """Return how many trials are planned, and how many have a response."""
-        query = "SELECT (SELECT count(*) FROM trials), (SELECT count(*) FROM completions)"
-        with sqlite_errors(self.path):
-            planned, done = self._db.execute(query).fetchone()
-            return planned, done
+        """Return the number of planned trials and the number of responses."""
+        [(planned, done)] = self._all("SELECT (SELECT count(*) FROM trials), (SELECT count(*) FROM completions)")
+        return planned, done
 
     def judges(self) -> list[str]:
         """Return the names of the judges with judgements in this ledger."""
-        with sqlite_errors(self.path):
-            return [r[0] for r in self._db.execute("SELECT DISTINCT judge FROM judgements ORDER BY judge")]
+        return [judge for (judge,) in self._all("SELECT DISTINCT judge FROM judgements ORDER BY judge")]
 
     def stages(self) -> list[tuple[str, str]]:
         """Return the (target, stage) pairs that have trials, in plan order."""
-        with sqlite_errors(self.path):
-            pairs = self._db.execute("SELECT target, stage FROM trials GROUP BY 1, 2 ORDER BY min(rowid)")
-            return [(r[0], r[1]) for r in pairs]
+        return self._all("SELECT target, stage FROM trials GROUP BY 1, 2 ORDER BY min(rowid)")
 
     def conditions(self, stage: str = "measure") -> list[tuple[str, str]]:
         """Return the (target, condition) pairs of a stage, in plan order."""
         query = "SELECT target, condition FROM trials WHERE stage = ? GROUP BY 1, 2 ORDER BY min(rowid)"
-        with sqlite_errors(self.path):
-            return [(r[0], r[1]) for r in self._db.execute(query, (stage,))]
+        return self._all(query, (stage,))
 
     def dump(self) -> dict[str, list[tuple[Any, ...]]]:
         """Return all rows of all tables in key order, without timestamps. Two equal runs give equal dumps."""

@@ -27,13 +27,13 @@ from steerback.store.ledger import Ledger
 from steerback.store.run import Run, stored_config
 
 ENTRIES = (FORKS.name, JUDGES.name, PROBES.name, LABEL_SAMPLES.name)
-"""Facts of named entries: each run may have some of them."""
+"""Facts that are dicts of named entries: each run may have some of the entries."""
 OPEN = ("targets", "limit", "from_run")
-"""Settings in which joined runs may differ."""
+"""Settings that may differ between merged runs."""
 PLAN = ("experiment", "judge", "degraded")
-"""Settings in which imported runs must agree; another one that differs is unknown in the joined run."""
+"""Settings that must be equal in imported runs; other differing settings become unknown in the merged run."""
 SHOWN = 3
-"""Clashing trials that an error names."""
+"""Number of clashing trials that an error names."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def merge(folders: Sequence[Path], into: Path) -> Merged:
     if len(folders) < 2:
         raise SteerbackError("merge needs at least two runs")
     if into.resolve() in {f.resolve() for f in folders}:
-        raise SteerbackError(f"merge writes a new run: give it a --name other than {into.name!r}")
+        raise SteerbackError(f"merge writes a new run: choose a --name other than {into.name!r}")
     config, facts = _plan(folders)
     texts: dict[str, str] = {}
     repeated = differing = 0
@@ -71,7 +71,7 @@ def merge(folders: Sequence[Path], into: Path) -> Merged:
 
 
 def _plan(folders: Sequence[Path]) -> tuple[RunConfig, dict[tuple[str, str], JsonValue]]:
-    """Return config and facts of the joined run. Raises SteerbackError if plans, facts or trials contradict."""
+    """Return config and facts of the merged run. Raises SteerbackError if plans, facts or trials contradict."""
     imported: list[ImportedFiles] = []
     for folder in folders:
         with Ledger(folder / "ledger.sqlite", read_only=True) as source:
@@ -94,9 +94,10 @@ def _plan(folders: Sequence[Path]) -> tuple[RunConfig, dict[tuple[str, str], Jso
 
 
 def _common(folders: Sequence[Path], together: str) -> tuple[RunConfig, list[str]]:
-    """Return the config of the joined run, and the settings in which it stands for the first run alone.
+    """Return the config of the merged run, and the settings in which the runs differ.
 
-    Only imported runs have such settings; `together` says how to join what cannot be merged ("" for other runs).
+    Only imported runs may differ in more than OPEN; `together` is the advice for what cannot be merged ("" for other
+    runs).
     """
     configs = [stored_config(folder) for folder in folders]
     first = configs[0]
@@ -113,12 +114,12 @@ def _common(folders: Sequence[Path], together: str) -> tuple[RunConfig, list[str
             changed = [x for x in changed if x.startswith(PLAN)]
         if changed:
             hint = f"; {together}" if together else ""
-            raise SteerbackError(f"{folder} is a run of another plan than {folders[0]}: {'; '.join(changed)}{hint}")
+            raise SteerbackError(f"{folder} has another plan than {folders[0]}: {'; '.join(changed)}{hint}")
     return shared, differing
 
 
 def _facts(folders: Sequence[Path]) -> dict[tuple[str, str], JsonValue]:
-    """(name, target) -> value of all stored facts but the configs; two runs must agree on each."""
+    """Return all stored facts but the configs by (name, target). Raises SteerbackError if two runs differ in one."""
     facts: dict[tuple[str, str], JsonValue] = {}
     spent: dict[str, Spend] = {}
     for folder in folders:

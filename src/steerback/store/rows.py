@@ -52,16 +52,13 @@ class TrialRow:
         def judgement(self) -> Judgement | None: ...
 
         @property
-        def finish(self) -> FinishReason | None:
-            """Reason why the response ended; None before it exists."""
+        def finish(self) -> FinishReason | None: ...
 
         @property
-        def valid_receipt(self) -> bool:
-            """Whether the response exists and was steered exactly at the planned positions."""
+        def valid_receipt(self) -> bool: ...
 
         @property
-        def degraded(self) -> bool:
-            """Whether the response repeats a word five times (`records.is_degraded`)."""
+        def degraded(self) -> bool: ...
 
     @property
     def attempts(self) -> tuple[Attempt, ...]:

@@ -91,9 +91,7 @@ class Run:
             self._lock.close()
 
     def judge(self, name: str | None = None) -> str:
-        """Return the judge whose verdicts are read: `name`, else the run's judge. Raises SteerbackError if it judged
-        nothing.
-        """
+        """Return the judge whose verdicts are read (default: the run's). Raises SteerbackError if it judged nothing."""
         chosen, known = name or self.config.judge, self.ledger.judges()
         if known and chosen not in known:
             raise SteerbackError(f"judge {chosen!r} has judged nothing in this run; choose one of: {', '.join(known)}")
