@@ -10,80 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from planted import Runs, thresholds
+from authors_results import MODEL, analysed, attempts, feature, result, said, trial, write
 from steerback.api import compare
-from steerback.engines.scripted import PlantedModel
 from steerback.errors import SteerbackError
-from steerback.figures import style
-from steerback.jobs import execute
-from steerback.jobs.execute import Analysis
 from steerback.published.authors import import_authors
 from steerback.published.comparison import deviations, table_of_numbers
-from steerback.published.exports import export_authors
 from steerback.published.schema import judgement_of, split_prompt
 from steerback.published.sources import read_source
 from steerback.store.facts import IMPORTED
 from steerback.store.ledger import Ledger
 from steerback.store.run import Run
-
-MODEL = "meta-llama/Meta-Llama-3.3-70B-Instruct"
-
-
-def attempts(*scores: Any) -> dict[str, Any]:
-    """A score as the judge wrote it, for the response that `said` makes of as many parts."""
-    return {"attempts": [{"attempt_text": f"part {n} of it.", "score": s} for n, s in enumerate(scores)]}
-
-
-def said(n: int) -> str:
-    return " ".join(f"part {i} of it." for i in range(n))
-
-
-def trial(score: Any, n: int = 1, **changes: Any) -> dict[str, Any]:
-    return {
-        "prompt": "Explain how rainbows form.",
-        "feature_index_in_sae": 7,
-        "feature_label": "tea",
-        "threshold": 8.5,
-        "seed": 123,
-        "response": said(n),
-        "score": score,
-        "error": None,
-    } | changes
-
-
-def result(features: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
-    config = {
-        "model_name": MODEL,
-        "judge_model_name": "claude-haiku-4-5-20251001",
-        "target_score_normalized": 0.3,
-        "max_completion_tokens": 512,
-    } | changes.pop("config", {})
-    return {"experiment_config": config, "results_by_feature": features} | changes
-
-
-def feature(index: int, trials: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
-    return {
-        "feature_index_in_sae": index,
-        "feature_label": f"topic {index}",
-        "threshold": 8.5,
-        "trials": trials,
-    } | changes
-
-
-def write(path: Path, body: Any) -> Path:
-    path.write_text(json.dumps(body), encoding="utf-8")
-    return path
-
-
-def analysed(folder: Path) -> Analysis:
-    with Run.read(folder) as run:
-        return execute.analyse(run, run.config.judge, draws=min(run.config.draws, 200))
-
-
-@pytest.fixture(autouse=True)
-def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(style, "save", lambda *given: [])  # they have tests of their own
-
 
 IRREGULAR = [
     trial(attempts(40)),
@@ -273,37 +209,6 @@ def test_spans_follow_one_another_and_what_is_not_there_is_counted() -> None:
     assert lost == 1
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        model = PlantedModel(thresholds=thresholds(), restart_rate=0.3, unscored_rate=0.05, empty_rate=0.05)
-        made = Runs(tmp_path_factory.mktemp("runs"), patch, model)
-        made.run("esr", "n_latents=5", "trials_per_latent=8")
-        made.run("meta-prompts", "options.variants=self-monitor", base="esr")
-        yield made
-
-
-def measured(paths: list[Path]) -> list[Path]:
-    """The files that the authors' own programs read."""
-    return [path for path in paths if path.name.startswith("experiment_results_")]
-
-
-def test_a_run_exported_and_imported_has_the_same_summary(runs: Runs, tmp_path: Path) -> None:
-    with Run.read(runs.root / "meta-prompts") as run:
-        paths = measured(export_authors(run, tmp_path / "out", "scripted"))
-    assert len(paths) == 2
-    body = json.loads(paths[0].read_text())
-    assert set(body["results_by_feature"][0]) >= {"feature_index_in_sae", "feature_label", "threshold", "trials"}
-    import_authors(paths, tmp_path / "back")
-    before = json.loads((runs.root / "meta-prompts" / "summary.json").read_text())["targets"]["planted"]
-    after = analysed(tmp_path / "back").summary["targets"]["planted"]
-    for condition in ("baseline", "self-monitor"):
-        for name, estimate in before["conditions"][condition]["headline"].items():
-            assert after["conditions"][condition]["headline"][name]["value"] == pytest.approx(estimate["value"]), name
-        assert after["conditions"][condition]["counts"] == before["conditions"][condition]["counts"]
-    assert after["comparisons"]["self-monitor"]["pairs"] == before["comparisons"]["self-monitor"]["pairs"]
-
-
 def test_numbers_of_an_imported_random_file_equal_numpy(tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
     features, gains, firsts, multi = [], [], [], []
@@ -332,21 +237,6 @@ def test_another_file_under_an_existing_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SteerbackError, match="imported from other files; choose another --name"):
         import_authors([two], tmp_path / "run")
     assert (tmp_path / "run" / "manifest.json").read_bytes() == manifest
-
-
-def test_each_file_of_a_no_steering_export_can_be_imported(tmp_path: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        made = Runs(tmp_path / "runs", patch, PlantedModel(thresholds=thresholds(), restart_rate=0.3))
-        made.run("esr", "n_latents=3", "trials_per_latent=4")
-        made.run("no-steering", base="esr")
-    with Run.read(made.root / "no-steering") as run:
-        paths = measured(export_authors(run, tmp_path / "out", "scripted"))
-    assert [path.stem for path in paths] == [f"experiment_results_planted_{c}" for c in ("baseline", "unsteered")]
-    for number, files in enumerate((paths, paths[:1], paths[1:])):
-        import_authors(files, tmp_path / f"back{number}")
-        conditions = analysed(tmp_path / f"back{number}").summary["targets"]["planted"]["conditions"]
-        assert len(conditions) == len(files)
-        assert all(c["counts"]["valid"] == 12 for c in conditions.values())
 
 
 def own(**changes: Any) -> dict[str, Any]:

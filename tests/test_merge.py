@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from authors_results import analysed, attempts, feature, result, trial, write
 from planted import Runs, thresholds
 from steerback.engines.scripted import PlantedModel
 from steerback.errors import SteerbackError
@@ -16,7 +17,6 @@ from steerback.store.facts import IMPORTED, JUDGE_SPEND
 from steerback.store.ledger import Ledger
 from steerback.store.merge import merge
 from steerback.store.run import Run
-from test_authors_files import analysed, attempts, feature, result, trial, write
 
 
 @pytest.fixture(autouse=True)
