@@ -11,9 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from planted import PlantedTarget
 from steerback.config import build_config
 from steerback.errors import SteerbackError
+from steerback.jobs import side_by_side
+from steerback.jobs.check import check
 from steerback.store.run import Run, find_run, new_run, plain, write_json
+from steerback.targets import BoostPrior, Target
 
 CONFIG = build_config("esr", ("organism",), "quick")
 
@@ -135,3 +139,38 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SteerbackError, match="cannot be created"):
         Run.start(tmp_path / "file" / "a", CONFIG)
+
+
+def test_targets_side_by_side_are_processes_whose_errors_come_back(tmp_path: Path) -> None:
+    targets = [PlantedTarget(name, "nowhere", 1, 1, BoostPrior(10, 5, 0, 40)) for name in ("a", "b", "c")]
+
+    def work(target: Target) -> None:
+        (tmp_path / target.name).write_text(str(os.getpid()))
+        if target.name == "b":
+            raise SteerbackError("b has no latents")
+
+    with pytest.raises(SteerbackError, match=r"^b has no latents$"):
+        side_by_side.each(targets, work)
+    processes = {(tmp_path / name).read_text() for name in "abc"}
+    assert len(processes | {str(os.getpid())}) == 4
+    side_by_side.each([targets[0]], work)
+
+
+def test_only_small_models_with_a_free_judge_run_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = ("organism", "organism-control")
+    monkeypatch.setattr(side_by_side.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(side_by_side, "gpus", lambda: ())
+
+    def possible(targets: tuple[str, ...], **settings: object) -> bool:
+        config = build_config("esr", targets, "quick", overrides={"engine": "transformers", **settings})
+        return side_by_side.possible(check(config))
+
+    loaded = {name: module for name, module in sys.modules.items() if name != "torch"}
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "modules", loaded)
+        assert possible(both) == (sys.platform == "linux")
+        assert not possible(both[:1])
+        assert not possible(both, engine_options={"workers": 2})
+        patch.setattr(side_by_side, "gpus", lambda: (("a GPU", 80),))
+        assert not possible(both)
+        assert possible(both, engine_options={"device": "cpu"}) == (sys.platform == "linux")

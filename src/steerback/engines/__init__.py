@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from steerback.engines.options import ENGINES, EngineOptions, RayOptions, ScriptedOptions, VllmOptions, parse_options
+from steerback.engines.options import (
+    ENGINES,
+    EngineOptions,
+    RayOptions,
+    ScriptedOptions,
+    TransformersOptions,
+    VllmOptions,
+    parse_options,
+)
 from steerback.errors import SteerbackError
 from steerback.targets.fit import check_ready, fetch, gpus
 
@@ -16,7 +24,7 @@ if TYPE_CHECKING:
     from steerback.engines.base import Engine
     from steerback.targets import Target
 
-__all__ = ["ENGINES", "EngineOptions", "check_engine", "default_engine", "make_engine"]
+__all__ = ["ENGINES", "EngineOptions", "TransformersOptions", "check_engine", "default_engine", "make_engine"]
 
 
 def default_engine() -> str:

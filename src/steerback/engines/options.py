@@ -16,6 +16,10 @@ GPU_MEMORY = 0.9
 """Share of a GPU's memory that vLLM's engines take together; the rest is for CUDA itself."""
 
 
+SMALL = 50_000_000
+"""Models with fewer parameters than this run in one-threaded batches side by side on a CPU."""
+
+
 class TransformersOptions(Settings):
     """Options of the transformers engine."""
 

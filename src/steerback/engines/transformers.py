@@ -22,6 +22,7 @@ from steerback.engines.batch import PAGE, DecodingBatch, Item, Queue, Shape
 from steerback.engines.checks import check_texts, checked
 from steerback.engines.interventions import ARITHMETIC_VERSION, check, check_directions
 from steerback.engines.loading import LoadedModel, batch_rows, out_of_memory
+from steerback.engines.options import SMALL
 from steerback.engines.prompting import Conversation
 from steerback.engines.steering import Pass, Steering
 from steerback.errors import VERSION, SteerbackError
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 
     from steerback.engines.base import Over, Pooling, ReadAt
 
-SMALL = 50_000_000
-"""Models with fewer parameters than this run in one-threaded batches side by side on a CPU."""
 CHUNK_TOKENS = 1024
 """Residuals are encoded this many tokens at a time, so that tokens x latents never fills the memory."""
 

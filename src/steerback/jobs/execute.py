@@ -21,6 +21,7 @@ from steerback.experiments import make_experiment
 from steerback.experiments.base import Experiment
 from steerback.figures import present
 from steerback.figures.base import Presentation
+from steerback.jobs import side_by_side
 from steerback.jobs.check import Makers, PreparedRun, with_directions
 from steerback.jobs.estimate import of_experiment
 from steerback.judging import Judge
@@ -31,9 +32,9 @@ from steerback.records import Judgement, LatentKey, Sampling, Spend, digest
 from steerback.store.cache import Cache, default_path
 from steerback.store.facts import ENGINE, FLOOR, JUDGES, MEASURED, PROVENANCE, EngineIdentity, Provenance
 from steerback.store.files import clear_leftovers, make_folder
-from steerback.store.ledger import Row
+from steerback.store.ledger import Ledger, Row
 from steerback.store.manifest import Parts, TargetUsed
-from steerback.store.progress import Progress, Silent, make_progress
+from steerback.store.progress import Plain, Progress, Silent, make_progress
 from steerback.store.run import Run, write_atomic, write_json
 from steerback.study.floor import measure_floor
 from steerback.study.pipeline import Workbench, judge_item, judge_rows
@@ -94,9 +95,21 @@ def run(
     Raises SteerbackError for what the user must mend. KeyboardInterrupt leaves all committed work in the ledger.
     """
     with closing(KeptEngine()) as engines, Run.start(folder, job.config) as opened:
-        measure(job, opened, job.targets, engines, progress or Silent(), cache)
+        if job.experiment.generates and side_by_side.possible(job):
+            side_by_side.each(job.targets, lambda target: _measure_alone(job, folder, target, cache))
+        else:
+            measure(job, opened, job.targets, engines, progress or Silent(), cache)
         (progress or Silent()).status("analysing, drawing figures")
         return analyse(opened, job.config.judge, job.experiment)
+
+
+def _measure_alone(job: PreparedRun, folder: Path, target: Target, cache: Cache | None) -> None:
+    """Measure one target in a process of its own; the run is locked by the process that started this one."""
+    with closing(KeptEngine()) as engines, closing(Ledger(folder / "ledger.sqlite")) as ledger:
+        progress = Plain()
+        own = None if cache is None else Cache(cache.path, progress.note)  # no connection crosses a fork
+        with closing(own) if own is not None else nullcontext():
+            measure(job, Run(folder, job.config, ledger, None), [target], engines, progress, own)
 
 
 def measure(

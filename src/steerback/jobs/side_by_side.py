@@ -1,0 +1,99 @@
+"""Targets measured side by side: one process for each small model on a CPU, all of them writing into one ledger.
+
+A model this small keeps one core busy with one batch, and several batches in one process wait for each other's Python.
+A trial's response is the same as in one process: it depends on the batch shape alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import TYPE_CHECKING
+
+from steerback.engines import TransformersOptions, make_engine
+from steerback.engines.options import SMALL
+from steerback.errors import SteerbackError
+from steerback.targets.fit import gpus
+
+if TYPE_CHECKING:
+    from steerback.jobs.check import PreparedRun
+    from steerback.targets import Target
+
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+def possible(job: PreparedRun) -> bool:
+    """Return whether the job's targets can be measured side by side: several small models on the CPU, a free judge.
+
+    Only before torch is loaded, because a process with its threads cannot be forked safely, and only on Linux, where
+    a child ends with its parent.
+    """
+    options, targets = job.engine, job.targets
+    return (
+        sys.platform == "linux"
+        and "torch" not in sys.modules
+        and len(targets) > 1
+        and (os.cpu_count() or 1) > 1
+        and job.makers.engine is make_engine
+        and job.config.judge.startswith("offline")
+        and isinstance(options, TransformersOptions)
+        and options.workers is None
+        and (options.device == "cpu" or (options.device is None and not gpus()))
+        and all(t.adapter is None and (t.parameters() or SMALL) < SMALL for t in targets)
+    )
+
+
+def each(targets: Sequence[Target], work: Callable[[Target], None]) -> None:
+    """Call `work` for each target, as many at one time as there are cores, in processes of their own.
+
+    Raises SteerbackError of the first that failed, after the others have ended.
+    """
+    context = multiprocessing.get_context("fork")
+    cores = min(os.cpu_count() or 1, len(targets))
+    waiting, errors, running = list(targets), list[str](), list[tuple[BaseProcess, Connection]]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < cores:
+                receiver, sender = context.Pipe(duplex=False)
+                process: BaseProcess = context.Process(
+                    target=_child, args=(waiting.pop(0), work, sender, os.getpid(), cores)
+                )
+                process.start()
+                sender.close()
+                running.append((process, receiver))
+            wait([process.sentinel for process, _ in running])
+            ended = [(process, receiver) for process, receiver in running if not process.is_alive()]
+            running = [one for one in running if one not in ended]
+            errors += [_reason(process, receiver) for process, receiver in ended if process.exitcode]
+    finally:  # an interrupt has reached the children as well: they keep what they have
+        for process, _ in running:
+            process.join()
+    if errors:
+        raise SteerbackError("; ".join(dict.fromkeys(errors)))
+
+
+def _reason(process: BaseProcess, receiver: Connection) -> str:
+    try:
+        return str(receiver.recv())
+    except EOFError:  # its own messages stand above
+        return f"the process of a target ended with exit code {process.exitcode}"
+
+
+def _child(target: Target, work: Callable[[Target], None], sender: Connection, parent: int, processes: int) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
+    try:
+        work(target)
+    except SteerbackError as error:
+        sender.send(str(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
