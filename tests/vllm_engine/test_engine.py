@@ -252,9 +252,14 @@ def test_aborted_requests_give_their_rows_back(pair: Any) -> None:
 def test_whole_sae_activations_equal_the_reference(pair: Any) -> None:
     prompts = [words(n, 5 + 7 * n) for n in range(12)]
     responses = [words(100 + n, 3 + 9 * n) for n in range(11)] + [""]
-    for latents, include, pool in ((None, False, "max"), (None, True, "mean"), ([4, 90, 2], False, "active")):
-        got = pair.vllm.activations(prompts, responses, latents, include, pool)
-        want = pair.reference.activations(prompts, responses, latents, include, pool)
+    for latents, over, pool, at in (
+        (None, "response", "max", "read"),
+        (None, "words", "mean", "clamp"),
+        (None, "all", "max", "read"),
+        ([4, 90, 2], "response", "active", "clamp"),
+    ):
+        got = pair.vllm.activations(prompts, responses, latents, over, pool, at)
+        want = pair.reference.activations(prompts, responses, latents, over, pool, at)
         near("whole-SAE activations", got, want, POOLED)
         assert np.abs(got).max() > 0.5
     np.testing.assert_array_equal(pair.vllm.decoder_norms(), pair.reference.decoder_norms())
