@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from steerback.calibration.thresholds import THRESHOLDS
 from steerback.config import CalibrationConfig, build_config, parse_config
+from steerback.engines.base import Arriving
 from steerback.engines.scripted import PlantedModel, ScriptedEngine
 from steerback.errors import SteerbackError
 from steerback.jobs.check import _same_judge, check, start_from
@@ -173,11 +174,20 @@ def test_targets_of_a_run_keep_their_own_settings(tmp_path: Path, monkeypatch: p
     asked: dict[tuple[str, str], set[tuple[float, int]]] = {}
     generate = ScriptedEngine.generate
 
-    def watched(engine: ScriptedEngine, requests: Sequence[Request]) -> AsyncIterator[tuple[str, Completion]]:
-        for r in requests:
+    def note(requests: Sequence[Request] | None) -> Sequence[Request] | None:
+        for r in requests or ():
             name, stage, *_ = r.key.split("/")
             asked.setdefault((name, stage), set()).add((r.sampling.repetition_penalty, r.sampling.max_new_tokens))
-        return generate(engine, requests)
+        return requests
+
+    def watched(
+        engine: ScriptedEngine, requests: Sequence[Request], more: Arriving | None = None
+    ) -> AsyncIterator[tuple[str, Completion]]:
+        async def noted() -> Sequence[Request] | None:
+            return note(await more()) if more is not None else None
+
+        note(requests)
+        return generate(engine, requests, noted if more is not None else None)
 
     monkeypatch.setattr(ScriptedEngine, "generate", watched)
     row = "by_target={other: {trials_per_latent: 3, sampling: {repetition_penalty: 1.2}}}"
