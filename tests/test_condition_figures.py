@@ -76,10 +76,10 @@ def draw_meta_prompts(targets: Mapping[str, tuple[int, float]]) -> Figure:
     return meta_prompts.present(results).figures["figure4"]()
 
 
-def draw_sweep(targets: Mapping[str, tuple[int, float]]) -> Figure:
+def draw_sweep(targets: Mapping[str, tuple[int, float]], latents: int = 12) -> Figure:
     levels = [-1.5, 0.0, 1.5, 3.0]
     names = [Sweep.condition(x) for x in levels]
-    conditions_of = measured(targets, names)
+    conditions_of = measured(targets, names, latents=latents)
     peaks = {
         t: {m: find_peak(levels, [conditions_of.outcomes[t, n] for n in names], m, 50) for m in boost_sweep.SHOWN}
         for t in targets
@@ -129,6 +129,12 @@ def test_figures_stay_within_their_bounds(draw: Callable[[Any], Figure], name: s
 
 def axes_of(fig: Figure) -> list[Axes]:
     return [ax for ax in fig.findobj(Axes) if isinstance(ax, Axes)]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("latents", [4, 5])
+def test_peaks_from_few_latents_are_not_drawn(latents: int) -> None:
+    lines = [line for ax in axes_of(draw_sweep({"organism": (240, 0.3)}, latents)) for line in ax.lines]
+    assert any(line.get_marker() == "v" for line in lines) is (latents >= 5)
 
 
 def test_differences_stand_beside_the_rates_with_their_own_intervals() -> None:
