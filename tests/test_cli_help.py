@@ -156,3 +156,17 @@ def test_export_writes_the_file_that_is_named(runs: Runs, tmp_path: Path, capsys
     with pytest.raises(SystemExit):
         main(["export", "first", "--out", str(tmp_path / "demo.csv"), "--format", "parquet", *where])
     assert "is not a file of format parquet" in capsys.readouterr().err
+
+
+def test_the_shell_completes_experiments_targets_and_runs(monkeypatch: pytest.MonkeyPatch, runs: Runs) -> None:
+    from steerback.cli import options
+
+    assert options.experiment_names("detector-") == ["detector-ablation", "detector-statistics"]
+    assert options.target_names("organism-c") == ["organism-control"]
+    monkeypatch.chdir(runs.root.parent)
+    monkeypatch.setattr(options, "RUNS", runs.root)
+    assert options.run_names("f") == ["first"]
+    command = get_command(app).commands["run"]  # type: ignore[attr-defined]
+    context = command.make_context("run", ["esr"], resilient_parsing=True)
+    (argument,) = [p for p in command.params if p.name == "experiments"]
+    assert "boost-sweep" in [item.value for item in argument.shell_complete(context, "bo")]

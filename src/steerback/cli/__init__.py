@@ -1,7 +1,7 @@
-"""The command line: verbs, options and messages. Everything it does is a call into the package.
+"""Command line: commands, options and messages. All work is done by calls into the package.
 
-A user's mistake is one line on stderr and exit code 2, a stop by Ctrl-C exit code 130, and an unforeseen error one
-line with the path of its traceback and exit code 1.
+Exit codes: 2 for a mistake of the user (one line on stderr), 130 after Ctrl-C, 1 for an unforeseen error (one line with
+the path of the saved traceback).
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ app = typer.Typer(
 )
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Errors of a disk that takes no more: full, quota, size of a file."""
+"""Errors of a full disk, an exceeded quota or file size."""
 
-# typer brings its own copy of click in some releases, so its base error is found through what typer exports
+# some releases of typer contain their own copy of click, so its base error is taken from what typer exports
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point: runs a verb and turns every expected failure into one line and an exit code."""
+    """Run a command and turn every expected failure into one line and an exit code."""
     sys.excepthook = report_unforeseen
     words = sys.argv[1:] if arguments is None else arguments
     before = os.environ.get(USER_FILE)
     try:
-        # called through its command, as the app itself would put its own hook for unforeseen errors in place of ours
+        # not app(): it would replace our hook for unforeseen errors by its own
         code = typer.main.get_command(app).main(args=words, prog_name="steerback", standalone_mode=False)
         sys.stdout.flush()
     except SteerbackError as error:
         fail(str(error))
     except USAGE_ERROR as error:
-        if type(error).__name__ == "NoArgsIsHelpError":  # a verb is missing: its message is the help, and has lines
+        if type(error).__name__ == "NoArgsIsHelpError":  # a command is missing, and the message is its help page
             print(error.format_message(), file=sys.stderr)  # type: ignore[attr-defined]
             sys.exit(2)
         fail(_usage(error.format_message(), words))  # type: ignore[attr-defined]
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _usage(message: str, words: list[str]) -> str:
-    """The parser's message, with the form that replaces one of earlier releases."""
+    """Return the parser's message with a hint. `run cross-judge` was a command of earlier releases."""
     if ("run", "cross-judge") in itertools.pairwise(words):
         return running.CROSS_JUDGE
     if message.startswith("Got unexpected extra argument"):
@@ -88,18 +88,18 @@ def fail(message: str) -> None:
 
 
 def fail_full(error: OSError) -> None:
-    """End with one line about a disk that takes no more, be it the one behind our own output."""
+    """Exit with one line about a full disk; it may be the disk of our own output."""
     place = error.filename
     if place is None:  # most often our own output
         with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left of it is not written at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the buffered rest is not written at exit
     fail(
         f"{place or 'a file or the output'} cannot be written: {error.strerror}; free some space and repeat the command"
     )
 
 
 def report_unforeseen(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print one line about an exception that nothing caught, and save its traceback; Python exits with code 1."""
+    """Print one line about an uncaught exception and save its traceback; Python exits with code 1."""
     from steerback.judging.models import redact
     from steerback.store.files import make_folder, user_folder, write_atomic
 

@@ -1,4 +1,4 @@
-"""Verbs of experiment 4's training: make examples, mix them, train adapters. The evaluation is `run finetuning`."""
+"""Commands of experiment 4: make examples, mix them, train adapters. `run finetuning` evaluates them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from steerback.store.files import make_folder
 
 DATA = Path("finetuning")
 
-Folder = Annotated[Path, typer.Option("--data", help="Folder of examples and mixes.")]
-TrainedTarget = Annotated[str, typer.Option("--target", "-t", help="Model to train later, e.g. organism-control.")]
-Ratios = Annotated[list[int] | None, typer.Option("--ratio", help="Percent of self-corrections; default: 10 to 90.")]
-Size = Annotated[int | None, typer.Option(min=1, help="Examples per mix; default: the most that all mixes can have.")]
-Seed = Annotated[int, typer.Option(help="Of subjects, drafts and mixes.")]
+Folder = Annotated[Path, typer.Option("--data", help="Folder with examples and mixes.")]
+TrainedTarget = Annotated[str, typer.Option("--target", "-t", help="Model to train, e.g. organism-control.")]
+Ratios = Annotated[
+    list[int] | None,
+    typer.Option("--ratio", help="Share of self-corrections in percent. Repeatable. Default: 10, 20, ..., 90."),
+]
+Size = Annotated[int | None, typer.Option(min=1, help="Examples per mix. Default: the most that all mixes can have.")]
+Seed = Annotated[int, typer.Option(help="Seed of subjects, drafts and mixes.")]
 
 
 def register(root: typer.Typer) -> None:
-    """Add the verbs to the command line, under `finetune`."""
+    """Add the commands, under `finetune`."""
     group = new_group("Train adapters on synthetic self-corrections.")
     for verb in (data, mixes, train):
         add(group, verb)
@@ -31,18 +34,21 @@ def register(root: typer.Typer) -> None:
 def data(
     target: TrainedTarget,
     budget: Budget,
-    examples: Annotated[int, typer.Option(min=1, help="Self-corrections; and as many normal answers.")] = 1000,
+    examples: Annotated[int, typer.Option(min=1, help="Number of self-corrections, and of normal answers.")] = 1000,
     writer: Annotated[
-        str | None, typer.Option(help="Model that writes them, e.g. anthropic/...; or corpus (built-in models only).")
+        str | None,
+        typer.Option(help="Model that writes the examples, e.g. anthropic/..., or corpus (built-in models only)."),
     ] = None,
     prompts: Annotated[str, PROMPTS] = "evaluation",
-    subjects: Annotated[Path | None, typer.Option(help="Off-topic subjects, `subject: word, word` a line.")] = None,
+    subjects: Annotated[
+        Path | None, typer.Option(help="File of off-topic subjects, lines of the form `subject: word, word`.")
+    ] = None,
     folder: Folder = DATA,
     ratio: Ratios = None,
     size: Size = None,
     seed: Seed = 42,
 ) -> None:
-    """Write self-corrections and normal answers, check them, and mix them."""
+    """Write self-corrections and normal answers, check and mix them."""
     from steerback.data.prompts import load_prompts
     from steerback.engines.prompting import Prompter
     from steerback.finetuning.adapters import load_tokenizer
@@ -81,7 +87,7 @@ def data(
 
 
 def mixes(folder: Folder = DATA, ratio: Ratios = None, size: Size = None, seed: Seed = 42) -> None:
-    """Mix examples anew: other ratios or another size."""
+    """Mix the examples again with other ratios or sizes."""
     _mix(folder, ratio, size, seed)
 
 
@@ -102,22 +108,22 @@ def _mix(folder: Path, ratio: list[int] | None, size: int | None, seed: int) -> 
 def train(
     target: TrainedTarget,
     chosen: Annotated[
-        list[str] | None, typer.Argument(metavar="[MIX]...", help="Mixes (50 or mix-50) or files; default: all mixes.")
+        list[str] | None, typer.Argument(metavar="[MIX]...", help="Mixes (50 or mix-50) or files. Default: all mixes.")
     ] = None,
     folder: Folder = DATA,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the adapters; default: adapters beside the mixes.")
+        Path | None, typer.Option(help="Folder of the adapters. Default: adapters, next to the mixes.")
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A training setting, e.g. learning_rate=1e-4."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a training setting, e.g. learning_rate=1e-4."),
     ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Processes that train together, one GPU each.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Number of training processes, one GPU each.")] = 1,
     export: Annotated[
-        str | None, typer.Option(help="axolotl: write its configuration files and train nothing.")
+        str | None, typer.Option(help="axolotl: write configuration files for it instead of training.")
     ] = None,
 ) -> None:
-    """Train a LoRA adapter per mix. The same command again goes on where it stopped."""
+    """Train a LoRA adapter per mix. The same command resumes."""
     from steerback.config import assignment
     from steerback.finetuning.adapters import read_data, train_adapter
     from steerback.finetuning.launch import train_together
@@ -169,10 +175,10 @@ def _draw(folders: list[Path], place: Path) -> None:
 def _chosen(folder: Path, names: list[str]) -> list[tuple[str, Path]]:
     """(name of the adapter, where its data is) of the mixes and files named; all mixes of the folder by default."""
     if not names:
-        found = sorted(folder.glob("mix-*/train.jsonl"), key=lambda p: (len(p.parent.name), p.parent.name))
-        if not found:
+        sources = sorted(folder.glob("mix-*/train.jsonl"), key=lambda p: (len(p.parent.name), p.parent.name))
+        if not sources:
             raise SteerbackError(f"no mixes in {folder}; make them with: steerback finetune data")
-        return [(path.parent.name, path.parent) for path in found]
+        return [(path.parent.name, path.parent) for path in sources]
     chosen = []
     for name in names:
         inside = folder / (f"mix-{name}" if name.isdecimal() else name)

@@ -1,4 +1,4 @@
-"""The verb that continues one response in several ways."""
+"""Command `fork`: continue one response in several arms."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from steerback.cli.options import RUNS, Budget, DryRun, NoCache, RunName, RunsFo
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
+    """Add the command."""
     add(app, fork)
 
 
@@ -19,33 +19,36 @@ def fork(
     name: RunName,
     budget: Budget,
     trial: Annotated[
-        str | None, typer.Argument(help="Key of a trial; default: show the forks that the run has.")
+        str | None, typer.Argument(help="Key of a trial. Default: show the existing forks of the run.")
     ] = None,
     at: Annotated[
         str | None,
-        typer.Option(metavar="TOKEN|attempt:N|drift", help="Keep so many tokens, or those before that place."),
+        typer.Option(metavar="TOKEN|attempt:N|drift", help="Fork after this many tokens, or at this place."),
     ] = None,
-    n: Annotated[int, typer.Option("--n", min=2, help="Seeds of each arm, the same in all arms.")] = 32,
+    n: Annotated[int, typer.Option("--n", min=2, help="Number of seeds, the same in each arm.")] = 32,
     ablate: Annotated[
-        str | None, typer.Option(metavar="detectors|LATENTS", help="Add an arm in which these are clamped to zero.")
+        str | None,
+        typer.Option(metavar="detectors|LATENTS", help="Add an arm in which these latents are clamped to 0."),
     ] = None,
     detectors: Annotated[
-        str | None, typer.Option(metavar="RUN", help="With --ablate detectors: the run that has found them.")
+        str | None, typer.Option(metavar="RUN", help="With --ablate detectors: the run of the detector search.")
     ] = None,
-    boost: Annotated[list[float] | None, typer.Option(help="Add an arm with this boost; repeatable.")] = None,
+    boost: Annotated[list[float] | None, typer.Option(help="Add an arm with this boost. Repeatable.")] = None,
     arm: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=EDITS", help="Add your own arm, e.g. 'calm=boost:0;clamp:12:3'; repeatable."),
+        typer.Option(metavar="NAME=EDITS", help="Add an arm of your own, e.g. 'calm=boost:0;clamp:12:3'. Repeatable."),
     ] = None,
     throughout: Annotated[
-        bool, typer.Option("--throughout", help="Arms also edit the prompt and the kept tokens.")
+        bool, typer.Option("--throughout", help="Arms also change the prompt and the kept tokens.")
     ] = False,
-    judge: Annotated[str | None, typer.Option(help="Judge of the continuations; default: the run's.")] = None,
+    judge: Annotated[
+        str | None, typer.Option(metavar="JUDGE", help="Judge of the continuations. Default: the run's judge.")
+    ] = None,
     dry_run: DryRun = False,
     no_cache: NoCache = False,
     runs: RunsFolder = RUNS,
 ) -> None:
-    """Continue one response from any of its tokens in several arms, and compare how they end."""
+    """Continue one response from one of its tokens in several arms."""
     from steerback.analysis.forks import forks
     from steerback.errors import SteerbackError
     from steerback.figures.forks import fork_table
@@ -58,10 +61,10 @@ def fork(
     folder = find_run(name, runs)
     if trial is None:
         with Run.read(folder) as opened:
-            found = forks(opened.ledger, opened.judge(judge))
-        for one in found:
+            existing = forks(opened.ledger, opened.judge(judge))
+        for one in existing:
             say(fork_table(one).text(terminal_width()))
-        return say("" if found else f"run {folder.name} has no forks yet; steerback fork {name} TRIAL --at TOKEN")
+        return say("" if existing else f"run {folder.name} has no forks yet; steerback fork {name} TRIAL --at TOKEN")
     if at is None:
         raise SteerbackError("say where to fork with --at: a number of tokens, attempt:2, or drift")
     if detectors is not None and ablate != "detectors":

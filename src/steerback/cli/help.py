@@ -1,4 +1,4 @@
-"""Help pages: options grouped by purpose, verbs grouped by task, and the settings of each experiment.
+"""Help pages: options by purpose, commands by task, settings of each experiment.
 
 Plain text that fits 80 columns. Rich's boxes would leave half of that width to the text, and copying from them brings
 the frames along.
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from steerback.experiments.settings import SettingRow
 
 HELP = ["-h", "--help"]
-FIRST = "What to run"
+FIRST, OTHERWISE = "What to run", "Options"
+"""Titles of the first panel: of a command that generates, and of any other."""
 PANELS: Mapping[str, tuple[str, ...]] = {
     "Settings (temperature, calibration, sizes, ...)": ("preset", "config", "set"),
     "Engine": ("engine", "ray-address", "replicas"),
@@ -30,9 +31,9 @@ PANELS: Mapping[str, tuple[str, ...]] = {
     "Where it is kept": ("name", "runs", "out", "no-cache", "overwrite"),
     "General": ("dry-run", "targets", "help"),
 }
-"""Options by purpose, by their long names. All others stand in the first panel of a page."""
+"""Long names of options, by purpose. All other options are in the first panel of a page."""
 MANY = 8
-"""A page with fewer options is one list."""
+"""Pages with fewer options have one list."""
 TASKS: Mapping[str, tuple[str, ...]] = {
     "Steer and measure": ("try", "run", "paper", "resume", "plan", "fork"),
     "Look at results": ("runs", "show", "view", "figures", "compare"),
@@ -43,11 +44,11 @@ TASKS: Mapping[str, tuple[str, ...]] = {
     ),
     "Files": ("export", "import", "merge"),
 }
-"""Verbs by task, in the order of the main help page."""
+"""Commands by task, in the order of the main help page."""
 
 
 class HelpCommand(TyperCommand):
-    """A verb whose help page groups its options."""
+    """Command whose help page groups its options."""
 
     def collect_usage_pieces(self, ctx: Context) -> list[str]:
         arguments = [p for p in self.get_params(ctx) if isinstance(p, TyperArgument)]
@@ -58,7 +59,7 @@ class HelpCommand(TyperCommand):
 
 
 class RunCommand(HelpCommand):
-    """The verb `run`: its help page lists the experiments, or the settings of the one that stands before --help."""
+    """Command `run`. Its help page lists the experiments, or the settings of the experiment named before --help."""
 
     def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
         ctx.meta["words"] = list(args)  # --help ends the parsing before the experiment has been read
@@ -84,7 +85,7 @@ class RunCommand(HelpCommand):
 
 
 class HelpGroup(TyperGroup):
-    """A group of verbs; the outermost one lists them by task."""
+    """Group of commands. The main help page lists them by task."""
 
     def format_options(self, ctx: Context, formatter: Any) -> None:
         tasks = TASKS if "run" in self.commands else {"Commands": tuple(self.commands)}
@@ -113,9 +114,10 @@ def _write_options(command: Any, ctx: Context, formatter: Any) -> None:
             panels[next((name for name, known in PANELS.items() if longest in known), FIRST)].append(record)
     if sum(map(len, panels.values())) < MANY or not panels[FIRST]:
         panels = {"Options": [record for records in panels.values() for record in records]}
+    generates = any(parameter.name in ("target", "from_run") for parameter in command.params)
     for title, records in {"Arguments": arguments, **panels}.items():
         if records:
-            with formatter.section(title):
+            with formatter.section(OTHERWISE if title == FIRST and not generates else title):
                 formatter.write_dl(records)
 
 
@@ -165,7 +167,7 @@ def _settings_of_runs(name: str, width: int, preset: str) -> list[str]:
 
 
 HIDDEN = ("experiment", "targets", "options", "definitions", "by_target", "from_run", "rubrics")
-"""Settings that options of the command and files of targets fill."""
+"""Settings that come from options of the command or from files of targets."""
 
 
 def _rows(rows: Iterable[SettingRow], values: Any, width: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""Verbs about judges: list them, add one's verdicts to a run."""
+"""Commands about judges: judge, judges."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verbs to the command line."""
+    """Add the commands."""
     add(app, judge_command, "judge")
     add(app, list_judges, "judges")
 
@@ -33,18 +33,20 @@ def judge_command(
         ),
     ] = "attempts",
     stage: Annotated[
-        str | None, typer.Option(help="Judge this stage alone, e.g. measure; default: all, measured trials first.")
+        str | None, typer.Option(help="Judge only this stage, e.g. measure. Default: all, measured trials first.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Judge at most this many responses, to try a judge.")] = None,
-    retry_unscored: Annotated[bool, typer.Option("--retry-unscored", help="Ask again where it gave no score.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most responses to judge, to try a judge.")] = None,
+    retry_unscored: Annotated[
+        bool, typer.Option("--retry-unscored", help="Ask again about unscored responses.")
+    ] = False,
     probe: Annotated[
-        bool, typer.Option("--probe", help="First ask about 20 planted responses that tell the judge what to score.")
+        bool, typer.Option("--probe", help="First test whether the judge obeys instructions inside 20 responses.")
     ] = False,
     dry_run: DryRun = False,
     no_cache: NoCache = False,
     runs: RunsFolder = RUNS,
 ) -> None:
-    """Add a judge's verdicts to a finished run."""
+    """Judge a finished run with another judge."""
     from steerback.jobs import execute
     from steerback.jobs.estimate import judging_line, spent_lines, unscored_lines
     from steerback.jobs.probing import probe_judge, probe_line, probe_lines
@@ -134,7 +136,7 @@ def _grade(folder: Path, judge: str, rubric: str, retry: bool, dry_run: bool, bu
 
 
 def list_judges() -> None:
-    """List the judges and the keys they need."""
+    """List the judges and the API keys that they need."""
     from steerback.judging import LOCAL, aliases
     from steerback.judging.models import KEYS
 

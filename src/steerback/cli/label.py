@@ -1,4 +1,4 @@
-"""Verbs about human labels: draw a sample to label, import the labels."""
+"""Commands about human labels: draw a sample to label, import the labels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from steerback.store.files import make_folder
 
 
 class _DrawByDefault(TyperGroup):
-    """A group in which `label RUN` means `label draw RUN`."""
+    """Group of commands in which `label RUN` means `label draw RUN`."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         """Put `draw` before arguments that name no verb. (`Any`: some releases of typer bring their own click.)"""
@@ -21,10 +21,10 @@ class _DrawByDefault(TyperGroup):
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verbs to the command line."""
+    """Add the commands."""
     label = typer.Typer(
         cls=_DrawByDefault,
-        help="Human labels of a run: `label RUN` draws a sample and writes its labelling page.",
+        help="Label responses by hand. `label RUN` writes a labelling page.",
         no_args_is_help=True,
         context_settings={"ignore_unknown_options": True},
         rich_markup_mode=None,
@@ -36,16 +36,16 @@ def register(app: typer.Typer) -> None:
 
 def draw(
     name: RunName,
-    size: Annotated[int, typer.Option("--n", "-n", min=1, help="Responses in the sample, of all targets.")] = 100,
-    seed: Annotated[int, typer.Option(help="Seed of the sample; it is kept in the run.")] = 42,
+    size: Annotated[int, typer.Option("--n", "-n", min=1, help="Number of responses in the sample.")] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 42,
     condition: Annotated[
-        list[str] | None, typer.Option("--condition", help="Only this condition; repeat the option for several.")
+        list[str] | None, typer.Option("--condition", help="Draw only from this condition. Repeatable.")
     ] = None,
     judge: VerdictsOf = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the files; default: the run's.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the files. Default: the run's folder.")] = None,
     runs: RunsFolder = RUNS,
 ) -> None:
-    """Draw a blind sample of a run, and write a page and a spreadsheet on which it is labelled."""
+    """Draw a blind sample of a run; write a labelling page and a spreadsheet."""
     from steerback.jobs.labelling import draw_sample
     from steerback.store.run import find_run
 
@@ -59,11 +59,13 @@ def draw(
 
 def import_command(
     name: RunName,
-    file: Annotated[Path, typer.Argument(help="The JSON file that the page saved, or the filled-in CSV file.")],
-    by: Annotated[str, typer.Option("--by", help="Name of the labeller; the judge is called human:NAME.")],
+    file: Annotated[Path, typer.Argument(help="JSON file saved by the page, or the completed CSV file.")],
+    by: Annotated[
+        str, typer.Option("--by", metavar="NAME", help="Name of the labeller. The judge is called human:NAME.")
+    ],
     runs: RunsFolder = RUNS,
 ) -> None:
-    """Add a labeller's verdicts to a run, as judge human:NAME."""
+    """Import labels as verdicts of judge human:NAME."""
     from steerback.jobs.labelling import import_labels
     from steerback.store.run import find_run
 

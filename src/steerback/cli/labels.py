@@ -1,4 +1,4 @@
-"""Verbs about what latents and directions stand for: labels, named directions, the authors' public data."""
+"""Commands about labels and named directions, and the download of the authors' public data."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verbs to the command line."""
-    labels = new_group("Labels of latents: show, fetch, import, make.")
+    """Add the commands."""
+    labels = new_group("Show, download, import or make labels of latents.")
     for name, verb in (("show", show), ("fetch", fetch), ("import", import_command), ("auto", auto)):
         add(labels, verb, name)
-    directions = new_group("Named directions: steering without SAE latents.")
+    directions = new_group("Make and list named directions, to steer without an SAE.")
     add(directions, make_direction, "make")
     add(directions, show_directions, "show")
     app.add_typer(directions, name="directions")
@@ -31,10 +31,10 @@ def register(app: typer.Typer) -> None:
 
 def show(
     target: TargetName,
-    find: Annotated[str | None, typer.Option(help="Only labels with this text in them.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 50,
+    find: Annotated[str | None, typer.Option(help="Show only labels that contain this text.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Most labels to show.")] = 50,
 ) -> None:
-    """List a target's labels, where each is from, and how many latents have none."""
+    """List the labels of a target with their sources."""
     from steerback.targets import resolve
     from steerback.targets.labels import read_user_labels
 
@@ -59,11 +59,13 @@ def fetch(
     target: TargetName,
     source: Annotated[
         str | None,
-        typer.Option("--from", help="neuronpedia:MODEL/SOURCE, hub:OWNER/NAME/FILE or an address; default: known."),
+        typer.Option(
+            "--from", help="neuronpedia:MODEL/SOURCE, hub:OWNER/NAME/FILE or a URL. Default: the target's source."
+        ),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Download public labels of a target; a stopped download goes on where it was."""
+    """Download public labels of a target. A stopped download continues."""
     from steerback.targets import resolve
     from steerback.targets.label_fetch import fetch_labels
 
@@ -83,10 +85,10 @@ def fetch(
 
 def import_command(
     target: TargetName,
-    file: Annotated[Path, typer.Argument(help="CSV, JSON (lines, gzipped or not), or a folder of them.")],
+    file: Annotated[Path, typer.Argument(help="CSV or JSON file (also JSON lines, gzip), or a folder of them.")],
     overwrite: Overwrite = False,
 ) -> None:
-    """Take over labels from a file: CSV, Goodfire's tables, Neuronpedia's exports."""
+    """Import labels from a file: CSV, Goodfire tables, Neuronpedia exports."""
     from steerback.targets import resolve
     from steerback.targets.labels import read_label_file
 
@@ -99,7 +101,7 @@ def import_command(
 
 
 def _store(target: Target, labels: dict[int, str], source: str, overwrite: bool, where: str) -> StoredLabels:
-    """Keep labels read from `where`, unless they are another SAE's."""
+    """Store labels read from `where`. Raises SteerbackError if they belong to another SAE."""
     from steerback.targets.labels import store_labels
 
     if target.n_latents and labels and max(labels) >= target.n_latents:
@@ -120,12 +122,16 @@ def auto(
     target: TargetName,
     budget: Budget,
     texts: Texts = None,
-    judge: Annotated[str | None, typer.Option(help="A judge model; default: offline, by top words.")] = None,
-    latents: Annotated[str | None, typer.Option(help="Only these: a comma-separated list or a file.")] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="Judge model that writes the labels. Default: offline, from top words.")
+    ] = None,
+    latents: Annotated[
+        str | None, typer.Option(help="Label only these latents: a comma-separated list or a file.")
+    ] = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Label latents from the texts in which they are most active: by top words, or asked of a judge model."""
+    """Label latents from the texts that activate them most: top words or a judge model."""
 
     from steerback.api import load_target
     from steerback.engines.base import finish
@@ -156,10 +162,10 @@ def auto(
         if dry_run:
             _say_planned(sorted(snippets), len(wanted))
             return
-        found = finish(label_latents(asker, snippets))
-        labels, source = found.labels, f"{asked.model}, rubric {LABEL.rubric.version}, {len(own)} texts"
-        say(f"spent: {asked.spend()}; {found.nothing} latents whose texts have nothing in common")
-        for reason, count in sorted(found.failed.items()):
+        made = finish(label_latents(asker, snippets))
+        labels, source = made.labels, f"{asked.model}, rubric {LABEL.rubric.version}, {len(own)} texts"
+        say(f"spent: {asked.spend()}; {made.nothing} latents have texts without a common property")
+        for reason, count in sorted(made.failed.items()):
             say(f"{count} without an answer: {reason}")
     if dry_run:
         _say_planned([f"{k} {labels[k]}" for k in sorted(labels)], len(wanted))
@@ -203,16 +209,16 @@ def _wanted(target: Target, latents: str | None, overwrite: bool) -> set[int]:
 
 def make_direction(
     target: Annotated[str, typer.Argument(help="The target to steer, e.g. organism.")],
-    name: Annotated[str, typer.Argument(help="Name of the direction; the judge is shown it as the label.")],
-    positive: Annotated[Path | None, typer.Option(help="Texts that have it, one a line.")] = None,
-    negative: Annotated[Path | None, typer.Option(help="Texts that do not.")] = None,
-    topic: Annotated[Path | None, typer.Option(help="Texts on a topic, against neutral ones.")] = None,
-    file: Annotated[Path | None, typer.Option(help="A safetensors, npy or gguf file to take over.")] = None,
-    layer: Annotated[int | None, typer.Option(help="0-based; default: the target's steer layer.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder; default: where the target finds it by name.")] = None,
+    name: Annotated[str, typer.Argument(help="Name of the direction. The judge sees it as the label.")],
+    positive: Annotated[Path | None, typer.Option(help="File of texts with the property, one per line.")] = None,
+    negative: Annotated[Path | None, typer.Option(help="File of texts without the property.")] = None,
+    topic: Annotated[Path | None, typer.Option(help="File of texts on a topic, to compare with neutral ones.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Direction in a safetensors, npy or gguf file.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Layer, counted from 0. Default: the target's steer layer.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder. Default: the target's folder of directions.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Make a direction: difference of means of two lists of texts, a topic against neutral texts, or from a file."""
+    """Make a direction: difference of mean activations of texts, or from a file."""
     from dataclasses import replace
 
     from steerback.api import load_target
@@ -268,7 +274,7 @@ def _direction_file(folder: Path, name: str, chosen: bool, overwrite: bool) -> P
 
 
 def show_directions(target: TargetName) -> None:
-    """List a target's directions with their layers and norms."""
+    """List the directions of a target with layers and norms."""
     from steerback.targets import resolve
 
     chosen = resolve(target)
@@ -286,9 +292,9 @@ def show_directions(target: TargetName) -> None:
 
 
 def fetch_paper_data(
-    labels: Annotated[bool, typer.Option(help="Labels of the Gemma SAEs as well (hundreds of MB).")] = True,
+    labels: Annotated[bool, typer.Option(help="Also download labels of the Gemma SAEs (hundreds of MB).")] = True,
 ) -> None:
-    """Download the authors' prompts, detectors and labels into your own folder, for the preset authors."""
+    """Download the authors' prompts, detectors and labels, for the preset authors."""
     from steerback.data import paper_files
     from steerback.targets.download import download
 

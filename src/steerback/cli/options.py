@@ -1,6 +1,7 @@
-"""Options that several verbs share, each declared once, and the way a verb receives them.
+"""Options that several commands share, each declared once.
 
-A verb asks for a group of options with a parameter of the group's type; `add` expands it into one option a field.
+A command takes a group of options through a parameter of the group's type. `add` expands the group into one option for
+each field.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import typer
 from typer.models import OptionInfo
 
 from steerback.cli.help import HELP, HelpCommand, HelpGroup
-from steerback.errors import docs_page, visible
+from steerback.errors import visible
 
 if TYPE_CHECKING:
     from steerback.config import RunConfig
@@ -26,21 +27,68 @@ if TYPE_CHECKING:
     from steerback.judging import Limits
 
 RUNS = Path("runs")
-OWN_RUBRIC = docs_page("judging", "your-own-rubric-rubric-file")
-RunsFolder = Annotated[Path, typer.Option("--runs", help="Folder that holds the run folders.")]
-RunName = Annotated[str, typer.Argument(help="Name of a run under --runs, or path of its folder.")]
-RunNames = Annotated[list[str] | None, typer.Argument(help="Names of runs under --runs, or paths of their folders.")]
-NewName = Annotated[str | None, typer.Option("--name", help="Name of the run; the same name again resumes it.")]
-TargetName = Annotated[str, typer.Argument(help="A target, e.g. organism.")]
-Targets = Annotated[
-    list[str] | None, typer.Option("--target", "-t", help="Model to steer; repeat the option for several.")
+
+
+def run_names(incomplete: str) -> list[str]:
+    """Return the runs in the usual folder whose name starts with `incomplete`, for shell completion."""
+    return sorted(p.parent.name for p in RUNS.glob("*/ledger.sqlite") if p.parent.name.startswith(incomplete))
+
+
+def target_names(incomplete: str) -> list[str]:
+    """Return the targets whose name starts with `incomplete`, for shell completion."""
+    from steerback.targets import list_targets
+
+    return [target.name for target in list_targets() if target.name.startswith(incomplete)]
+
+
+def experiment_names(incomplete: str) -> list[str]:
+    """Return the experiments whose name starts with `incomplete`, for shell completion."""
+    from steerback.experiments import REGISTRY
+
+    return [name for name in REGISTRY if name.startswith(incomplete)]
+
+
+RunsFolder = Annotated[Path, typer.Option("--runs", help="Folder with the run folders.")]
+RunName = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN", autocompletion=run_names, help="Run: its name under --runs, or the path of its folder."
+    ),
 ]
-PROMPTS = typer.Option("--prompts", help="Built-in list or text file, one prompt a line.")
-Texts = Annotated[Path | None, typer.Option("--texts", help="Text file to read activations on, one text a line.")]
-VerdictsOf = Annotated[str | None, typer.Option("--judge", help="Judge whose verdicts are used; default: the run's.")]
-NoCache = Annotated[bool, typer.Option("--no-cache", help="Neither read nor write the shared cache.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and its estimated cost, and stop.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what exists already.")]
+RunNames = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="RUN...", autocompletion=run_names, help="Runs: names under --runs, or paths of folders."),
+]
+NewName = Annotated[
+    str | None, typer.Option("--name", metavar="NAME", help="Name of the run. The same name again resumes it.")
+]
+TargetName = Annotated[
+    str,
+    typer.Argument(
+        metavar="TARGET", autocompletion=target_names, help="Target, e.g. organism (list: steerback targets)."
+    ),
+]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target",
+        "-t",
+        metavar="TARGET",
+        autocompletion=target_names,
+        help="Model to steer. Repeat the option for several.",
+    ),
+]
+PROMPTS = typer.Option("--prompts", help="Prompts: a built-in list, or a text file with one per line.")
+Texts = Annotated[
+    Path | None, typer.Option("--texts", help="Texts on which activations are read: a file, one per line.")
+]
+VerdictsOf = Annotated[
+    str | None,
+    typer.Option("--judge", metavar="JUDGE", help="Use the verdicts of this judge. Default: the run's judge."),
+]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Do not use the cache of responses and verdicts.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and its cost, then stop.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing entries.")]
 
 USER_FILE = "STEERBACK_TARGETS"
 
@@ -52,26 +100,24 @@ def _use_targets(file: str | None) -> None:
 
 TargetsFile = Annotated[
     str | None,
-    typer.Option("--targets", metavar="FILE", callback=_use_targets, help="TOML file with your own targets."),
+    typer.Option("--targets", metavar="FILE", callback=_use_targets, help="TOML file that defines further targets."),
 ]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How often, for how much money and how a judge model may be asked."""
+    """Limits for calls to a judge model: number, cost, price, batches."""
 
     max_judge_calls: Annotated[
-        int | None, typer.Option(min=0, help="Ask the judge at most this often; the rest stays unjudged.")
+        int | None, typer.Option(min=0, help="Most calls to the judge model. Further responses stay unjudged.")
     ] = None
-    max_judge_cost: Annotated[float | None, typer.Option(min=0, help="Spend at most this many USD on it.")] = None
+    max_judge_cost: Annotated[float | None, typer.Option(min=0, help="Most USD to spend on the judge model.")] = None
     judge_price: Annotated[
         tuple[float, float] | None,
-        typer.Option(
-            metavar="IN OUT", help="USD per million input and output tokens, for a model without known price."
-        ),
+        typer.Option(metavar="IN OUT", help="USD per million input and output tokens, if the price is unknown."),
     ] = None
     judge_batch: Annotated[
-        bool, typer.Option("--judge-batch", help="Use the provider's batches: slower, half the price.")
+        bool, typer.Option("--judge-batch", help="Use the provider's batch service: slower, half the price.")
     ] = False
 
     def limits(self, estimate_only: bool = False) -> Limits:
@@ -82,9 +128,9 @@ class Budget:
         )
 
     def makers(self, estimate_only: bool = False, rubrics: Mapping[str, str] | None = None) -> Makers:
-        """Return the makers of this command's run; each judge has the budget for all that the command does.
+        """Return the makers of this command's run. One budget covers all calls of a judge in the command.
 
-        `estimate_only` makes judges that need no key, as nothing is asked.
+        With `estimate_only`, judges need no key, because nothing is asked.
         """
         from steerback.jobs.check import Makers
         from steerback.judging import judge_maker
@@ -94,23 +140,34 @@ class Budget:
 
 @dataclass(frozen=True)
 class Setup:
-    """How a run is set up: each option overrides the ones before it."""
+    """Settings of a run. Later ones win: preset, config file, options, --set."""
 
-    preset: Annotated[str | None, typer.Option(help="specification (default), authors or quick.")] = None
+    preset: Annotated[
+        str | None, typer.Option(metavar="PRESET", help="Default values: specification (default), authors or quick.")
+    ] = None
     config: Annotated[Path | None, typer.Option(help="YAML file with settings.")] = None
-    engine: Annotated[str | None, typer.Option(help="transformers, vllm or ray; default: what fits this machine.")] = (
-        None
-    )
+    engine: Annotated[
+        str | None,
+        typer.Option(metavar="ENGINE", help="transformers, vllm or ray. Default: vllm with a GPU, else transformers."),
+    ] = None
     ray_address: Annotated[
         str | None,
-        typer.Option(metavar="ADDRESS", help="ray: auto or HOST:PORT of a cluster (docs/cluster.md); default: here."),
+        typer.Option(metavar="ADDRESS", help="For ray: auto, or HOST:PORT of a cluster. Default: this machine."),
     ] = None
-    judge: Annotated[str | None, typer.Option(help="offline, or a judge model.")] = None
+    judge: Annotated[
+        str | None, typer.Option(metavar="JUDGE", help="offline, or a judge model (list: steerback judges).")
+    ] = None
     rubric: Annotated[
-        Path | None, typer.Option(metavar="FILE", help=f"Your own rubric for the judge model: {OWN_RUBRIC}")
+        Path | None,
+        typer.Option(metavar="FILE", help="File with your own rubric for the judge model (docs/judging.md)."),
     ] = None
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting, e.g. sampling.temperature=0.8.")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change a setting, e.g. sampling.temperature=0.8 (list: steerback settings).",
+        ),
     ] = None
 
     def build(
@@ -121,7 +178,7 @@ class Setup:
         base: tuple[str, RunConfig] | None = None,
         settings: tuple[str, ...] | None = None,
     ) -> RunConfig:
-        """Return the config of a run; `overrides` are the verb's other options, `settings` replace those of --set."""
+        """Return the config of a run. `overrides`: values of other options; `settings`: used instead of --set."""
         from steerback.config import build_config
 
         chosen = {"engine": self.engine, "judge": self.judge, **(overrides or {})}
@@ -143,13 +200,13 @@ def _mapping(value: object) -> Mapping[str, object]:
 def add(
     app: typer.Typer, verb: Callable[..., object], name: str | None = None, page: type[HelpCommand] = HelpCommand
 ) -> None:
-    """Add a verb to the command line, called `name` or like its function."""
+    """Add a command, called `name` or like its function."""
     settings = {"help_option_names": HELP}
     app.command(name or verb.__name__, cls=page, context_settings=settings)(expanded(verb))
 
 
 def new_group(help: str, callback: Callable[..., object] | None = None) -> typer.Typer:
-    """Return an empty group of verbs; without a callback, the group's name alone prints its help."""
+    """Return an empty group of commands. Without a callback, the group's name alone prints its help."""
     shared = expanded(callback) if callback else _targets_alone
     alone = callback is not None
     return typer.Typer(
@@ -167,7 +224,7 @@ def _targets_alone(targets_file: TargetsFile = None) -> None: ...
 
 
 def expanded(verb: Callable[..., object]) -> Callable[..., object]:
-    """Return the verb as typer reads it: an option for each field of a group, and --targets, which all verbs share."""
+    """Return the function as typer reads it: an option for each field of a group, and --targets."""
     hints = get_type_hints(verb, include_extras=True)
     groups: dict[str, type] = {n: h for n, h in hints.items() if isinstance(h, type) and is_dataclass(h)}
     parameters = [
@@ -196,7 +253,7 @@ METAVARS = {str: "TEXT", int: "N", float: "X", Path: "PATH"}
 
 
 def _with_placeholder(annotation: object) -> object:
-    """Give an option without a placeholder of its own the one of its type."""
+    """Set the placeholder of an option that has none to the one of its type."""
     for info in getattr(annotation, "__metadata__", ()):
         if isinstance(info, OptionInfo) and info.metavar is None:
             kinds = [get_args(annotation)[0], *get_args(get_args(annotation)[0])]
@@ -211,7 +268,7 @@ def _option(name: str, default: object, annotation: object) -> inspect.Parameter
 
 
 def say(text: object = "", end: str = "\n", flush: bool = False, file: IO[str] | None = None) -> None:
-    """Print text with its control characters written out: names, labels and prompts come from files of others."""
+    """Print text with escaped control characters, because names, labels and prompts may come from untrusted files."""
     print(visible(text), end=end, flush=flush, file=file)
 
 
@@ -221,5 +278,5 @@ def hold_many_records() -> None:
 
 
 def in_colour() -> bool:
-    """Return whether to print in colour: to a terminal, unless NO_COLOR is set."""
+    """Return True on a terminal, unless NO_COLOR is set."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

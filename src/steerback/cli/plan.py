@@ -1,4 +1,4 @@
-"""The verb that plans a study before anything is spent."""
+"""Command `plan`: the size and cost of a study, by simulation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
+    """Add the command."""
     add(app, plan)
 
 
@@ -23,32 +23,32 @@ def plan(
     setup: Setup,
     budget: Budget,
     target: Annotated[
-        str | None, typer.Option("--target", "-t", help="Model to steer; default: that of --from.")
+        str | None,
+        typer.Option("--target", "-t", metavar="TARGET", help="Model to steer. Default: the model of --from."),
     ] = None,
     from_run: Annotated[
-        str | None, typer.Option("--from", help="Earlier run whose rate and variance between latents are used.")
+        str | None, typer.Option("--from", metavar="RUN", help="Take rate and variance between latents from this run.")
     ] = None,
     rate: Annotated[
-        float | None, typer.Option(help="Multi-attempt rate to be detected, in per cent; default: of --from, else 2.")
+        float | None, typer.Option(help="Multi-attempt rate to detect, in percent. Default: of --from, else 2.")
     ] = None,
-    drop: Annotated[
-        float, typer.Option(help="Drop of that rate to be detected in a paired comparison, per cent.")
-    ] = 50,
-    power: Annotated[float, typer.Option(help="Share of studies that shall detect it.")] = 0.8,
+    drop: Annotated[float, typer.Option(help="Drop of that rate to detect in a paired comparison, in percent.")] = 50,
+    power: Annotated[float, typer.Option(help="Probability of detecting the effect.")] = 0.8,
     icc: Annotated[
-        float | None, typer.Option(help="Correlation of trials within a latent; default: of --from, else 0.1.")
+        float | None, typer.Option(help="Correlation of trials within a latent. Default: of --from, else 0.1.")
     ] = None,
     floor: Annotated[
-        float | None, typer.Option(help="The judge's floor in per cent; default: of --from, else 0.25.")
+        float | None, typer.Option(help="Floor of the judge in percent. Default: of --from, else 0.25.")
     ] = None,
     floor_responses: Annotated[
-        int | None, typer.Option(min=1, help="Unsteered responses judged; default: as many as measured, at least 150.")
+        int | None,
+        typer.Option(min=1, help="Unsteered responses to judge. Default: as many as measured ones, at least 150."),
     ] = None,
-    simulations: Annotated[int, typer.Option(min=10, help="Simulated studies for each design.")] = 1000,
-    out: Annotated[Path | None, typer.Option(help="Folder for plan.json, tables and the plot of power.")] = None,
+    simulations: Annotated[int, typer.Option(min=10, help="Simulated studies per design.")] = 1000,
+    out: Annotated[Path | None, typer.Option(help="Folder for plan.json, tables and the power figure.")] = None,
     runs: RunsFolder = RUNS,
 ) -> None:
-    """Plan a study: latents and trials that an effect needs, GPU-hours, judge calls and their cost. Needs no key."""
+    """Plan a study: latents, trials, GPU hours, judge calls and cost. Needs no key."""
     from steerback import organism
     from steerback.errors import SteerbackError
     from steerback.figures.tables import terminal_width

@@ -1,4 +1,4 @@
-"""Verbs about results: figures, transcripts, published numbers next to measured ones, files in and out."""
+"""Commands about results: runs, figures, show, compare, export, import, merge."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OTHER = "choose another --out"
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verbs to the command line."""
+    """Add the commands."""
     for verb in (list_runs, figures, show, compare, export):
         add(app, verb, "runs" if verb is list_runs else None)
     add(app, import_command, "import")
@@ -33,7 +33,7 @@ def register(app: typer.Typer) -> None:
 
 
 def list_runs(runs: RunsFolder = RUNS) -> None:
-    """List the runs: experiment, target, date, state and multi-attempt rate."""
+    """List all runs: experiment, target, date, state, multi-attempt rate."""
     from steerback.figures.tables import terminal_width
     from steerback.report.listing import run_table
 
@@ -41,17 +41,20 @@ def list_runs(runs: RunsFolder = RUNS) -> None:
 
 
 def figures(
-    names: Annotated[list[str] | None, typer.Argument(help="A run; with --all: several, or all under --runs.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="One run. With --all: several runs, default all.")] = None,
     judge: VerdictsOf = None,
-    draws: Annotated[int | None, typer.Option(help="Bootstrap draws.")] = None,
-    every: Annotated[bool, typer.Option("--all", help="Draw the figures of all runs named into one folder.")] = False,
-    out: Annotated[Path | None, typer.Option(help="That folder; default: figures under --runs.")] = None,
+    draws: Annotated[int | None, typer.Option(help="Number of bootstrap draws.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Draw the figures of several runs into one folder.")] = False,
+    out: Annotated[Path | None, typer.Option(help="With --all: that folder. Default: figures, under --runs.")] = None,
     captions_inside: Annotated[
-        bool, typer.Option("--captions-inside", help="Write the captions into the images as well.")
+        bool, typer.Option("--captions-inside", help="Also write the captions into the images.")
     ] = False,
     runs: RunsFolder = RUNS,
 ) -> None:
-    """Analyse a run's ledger again: summary, tables and figures."""
+    """Analyse a run again and write summary, tables and figures.
+
+    With --judge, the results of that judge go into a folder of their own, judges/JUDGE of the run.
+    """
     if every and (judge is not None or draws is not None):
         raise SteerbackError(
             "--judge and --draws belong to the analysis of one run; --all draws with each run's own settings"
@@ -74,20 +77,22 @@ def figures(
 
 def show(
     name: RunName,
-    trial: Annotated[str | None, typer.Argument(help="Key of a trial; default: a choice of them.")] = None,
+    trial: Annotated[str | None, typer.Argument(help="Key of one trial. Default: several, see the options.")] = None,
     judge: VerdictsOf = None,
-    condition: Annotated[str | None, typer.Option(help="Only this condition.")] = None,
-    latent: Annotated[str | None, typer.Option(help="Only this latent: its index, or its label.")] = None,
-    attempts: Annotated[str | None, typer.Option(help="Only responses with so many attempts: 2, or 2+.")] = None,
-    restarts: Annotated[bool, typer.Option("--restarts", help="The same as --attempts 2+.")] = False,
-    best: Annotated[bool, typer.Option("--best", help="The largest gains, each latent once before twice.")] = False,
-    worst: Annotated[bool, typer.Option("--worst", help="The smallest gains, likewise.")] = False,
-    random: Annotated[bool, typer.Option("--random", help="Drawn at random with --seed; the default.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the random draw.")] = 0,
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many transcripts.")] = 3,
+    condition: Annotated[str | None, typer.Option(help="Show only this condition.")] = None,
+    latent: Annotated[str | None, typer.Option(help="Show only this latent: its index or its label.")] = None,
+    attempts: Annotated[
+        str | None, typer.Option(help="Show only responses with this number of attempts, e.g. 2 or 2+.")
+    ] = None,
+    restarts: Annotated[bool, typer.Option("--restarts", help="Short for --attempts 2+.")] = False,
+    best: Annotated[bool, typer.Option("--best", help="Show the largest gains, first one of each latent.")] = False,
+    worst: Annotated[bool, typer.Option("--worst", help="Show the smallest gains, first one of each latent.")] = False,
+    random: Annotated[bool, typer.Option("--random", help="Show a random sample (default).")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the random sample.")] = 0,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Number of transcripts.")] = 3,
     runs: RunsFolder = RUNS,
 ) -> None:
-    """Print transcripts with their attempts, scores and spans, and how often a restart helps."""
+    """Print responses with their attempts and scores, and how often a restart helps."""
     from steerback.jobs.probing import probe_lines
     from steerback.report.transcripts import Choice, choose, how_often, measured_rows, transcript
     from steerback.store.run import Run, find_run
@@ -114,13 +119,13 @@ def show(
 def compare(
     names: RunNames = None,
     published: Annotated[
-        bool, typer.Option("--published", help="Compare two runs as well with the published numbers.")
+        bool, typer.Option("--published", help="Compare with the published numbers, also when two runs are named.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for compare.txt, .csv, .json and .md.")] = None,
     form: Annotated[str, typer.Option("--format", help="Printed form: text, csv, json or markdown.")] = "text",
     runs: RunsFolder = RUNS,
 ) -> None:
-    """Compare two runs with each other, or one run or several with the published numbers."""
+    """Compare two runs, or any number of runs with the published numbers."""
     from steerback import api
     from steerback.jobs.campaign import COMPARED, compared, in_form
     from steerback.store.run import finished_runs
@@ -132,25 +137,27 @@ def compare(
         folder = None if out is None else make_folder(out, OTHER)
         text, paths = in_form(both.table, both.text(), both.table.markdown(), form, folder)
     else:
-        found = finished_runs(names, runs)
-        text, paths = compared(found, form, None if out is None else make_folder(out, OTHER))
+        folders = finished_runs(names, runs)
+        text, paths = compared(folders, form, None if out is None else make_folder(out, OTHER))
     say(text)
     for path in paths:
         say(f"  {path}")
 
 
 def import_command(
-    files: Annotated[list[Path], typer.Argument(help="Result files of the authors' code; those of one run together.")],
+    files: Annotated[
+        list[Path], typer.Argument(help="Result files of the authors' code. Name all files of a run together.")
+    ],
     name: Annotated[str | None, typer.Option(help="Name of the new run; default: the first file's.")] = None,
     target: Annotated[str | None, typer.Option(help="Name of the model; default: from the files.")] = None,
     judge: Annotated[str | None, typer.Option(help="Name of the judge; default: from the files.")] = None,
     condition: Annotated[str | None, typer.Option(help="Name of the condition; default: from the files.")] = None,
     detectors: Annotated[
-        Path | None, typer.Option(help="Which of several ablated sets is the detectors': a JSON list of latents.")
+        Path | None, typer.Option(help="JSON list of the detectors, if several sets were ablated.")
     ] = None,
     runs: RunsFolder = RUNS,
 ) -> None:
-    """Read the authors' result files (.json, .json.gz) into a run, so that all analyses and figures work on them."""
+    """Import result files of the authors' code (.json, .json.gz) as a run."""
     from steerback.experiments.detectors import read_latents
     from steerback.jobs import campaign
     from steerback.published.authors import import_authors
@@ -183,7 +190,7 @@ def export(
     ] = None,
     runs: RunsFolder = RUNS,
 ) -> None:
-    """Write a run's trials: the authors' JSON, one row a trial, logs of Inspect AI with all judges, or a dataset."""
+    """Write the trials of a run: CSV, parquet, the authors' JSON, Inspect logs, dataset."""
     from steerback.published.exports import export_authors
     from steerback.report import dataset
     from steerback.report.export import FLAT, FORMATS, export_flat
@@ -222,11 +229,11 @@ def export(
 
 
 def merge_command(
-    names: Annotated[list[str], typer.Argument(help="Runs of one plan, at least two.")],
+    names: Annotated[list[str], typer.Argument(help="Two or more runs of the same plan.")],
     name: Annotated[str, typer.Option(help="Name of the new run.")],
     runs: RunsFolder = RUNS,
 ) -> None:
-    """Join runs of one plan that were done on several machines."""
+    """Join runs of one plan that several machines worked on."""
     from steerback.jobs import campaign
     from steerback.store.merge import merge
     from steerback.store.run import find_run, new_run

@@ -1,4 +1,4 @@
-"""Verbs that generate or judge for a run: one experiment, all of the paper's, judges compared, one latent tried."""
+"""Commands that generate: run, paper, resume, cross-judge, try; and the list of settings."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from steerback.cli.options import (
     Setup,
     Targets,
     add,
+    experiment_names,
     say,
 )
 from steerback.errors import SteerbackError
@@ -37,7 +38,7 @@ The habit is planted: the model's training text does this, so it is no evidence 
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verbs to the command line."""
+    """Add the commands."""
     add(app, run_command, "run", RunCommand)
     add(app, cross_judge, "cross-judge")
     add(app, paper)
@@ -48,26 +49,34 @@ def register(app: typer.Typer) -> None:
 
 def run_command(
     experiments: Annotated[
-        list[str], typer.Argument(metavar="EXPERIMENT...", help="Which experiment, e.g. esr; several share one engine.")
+        list[str],
+        typer.Argument(
+            metavar="EXPERIMENT...",
+            autocompletion=experiment_names,
+            help="Experiment, e.g. esr. Several share one engine.",
+        ),
     ],
     setup: Setup,
     budget: Budget,
     target: Targets = None,
     from_run: Annotated[
         list[str] | None,
-        typer.Option("--from", help="Run whose latents, thresholds, prompts and seeds are used again."),
+        typer.Option("--from", metavar="RUN", help="Reuse latents, thresholds, prompts and seeds of this run."),
     ] = None,
     name: NewName = None,
     replicas: Annotated[
         int | None, typer.Option(min=1, help="vllm: engines side by side; they share GPUs if need be.")
     ] = None,
     latents: Annotated[
-        str | None, typer.Option(help="Your own latents: a file, a comma-separated list, or how many.")
+        str | None, typer.Option(help="Latents: a file, a comma-separated list, or a number to draw.")
     ] = None,
     prompts: Annotated[str | None, PROMPTS] = None,
-    limit: Annotated[int | None, typer.Option(help="At most this many measured trials per condition.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Most measured trials per condition.")] = None,
     concreteness_threshold: Annotated[
-        float | None, typer.Option(min=0, max=100, help="Keep labels rated at least this, not those above the median.")
+        float | None,
+        typer.Option(
+            min=0, max=100, help="Keep labels with at least this concreteness, instead of those above the median."
+        ),
     ] = None,
     dry_run: DryRun = False,
     no_cache: NoCache = False,
@@ -154,12 +163,12 @@ def stopped(how: str) -> NoReturn:
 
 
 def settings_command(
-    experiment: Annotated[str | None, typer.Argument(help="One experiment; default: all.")] = None,
-    preset: Annotated[str, typer.Option(help="Defaults of this preset: specification, authors or quick.")] = (
-        "specification"
-    ),
+    experiment: Annotated[str | None, typer.Argument(help="Experiment. Default: all.")] = None,
+    preset: Annotated[
+        str, typer.Option(metavar="PRESET", help="Show the defaults of this preset: specification, authors or quick.")
+    ] = ("specification"),
 ) -> None:
-    """List the settings with their defaults and meaning."""
+    """List all settings with default and meaning."""
     from steerback.cli.help import experiment_lines, setting_lines
     from steerback.figures.tables import terminal_width
 
@@ -186,15 +195,15 @@ def cross_judge(
     setup: Setup,
     budget: Budget,
     judges: Annotated[
-        list[str] | None, typer.Option("--judges", metavar="A,B", help="Two judges or more, separated by commas.")
+        list[str] | None, typer.Option("--judges", metavar="A,B", help="Two or more judges, separated by commas.")
     ] = None,
-    sample: Annotated[int | None, typer.Option(min=1, help="How many responses are judged.")] = None,
+    sample: Annotated[int | None, typer.Option(min=1, help="Number of responses to judge.")] = None,
     name: NewName = None,
     dry_run: DryRun = False,
     no_cache: NoCache = False,
     runs: RunsFolder = RUNS,
 ) -> None:
-    """Judge one sample of finished runs with several judges, and compare their verdicts."""
+    """Judge one sample of finished runs with several judges and compare the verdicts."""
     from steerback.api import run_folder
     from steerback.jobs.check import check
     from steerback.store.run import find_run, stored_config
@@ -213,15 +222,28 @@ def cross_judge(
 def paper(
     setup: Setup,
     budget: Budget,
-    target: Annotated[list[str], typer.Option("--target", "-t", help="Model to steer; repeat it for several.")],
-    name: Annotated[str, typer.Option(help="Runs are called NAME-EXPERIMENT; the same name again resumes.")] = "paper",
-    only: Annotated[list[str] | None, typer.Option(help="Only this experiment and those it starts from.")] = None,
-    skip: Annotated[list[str] | None, typer.Option(help="Not this experiment, nor those that start from it.")] = None,
+    target: Annotated[
+        list[str], typer.Option("--target", "-t", metavar="TARGET", help="Model to steer. Repeat it for several.")
+    ],
+    name: Annotated[
+        str, typer.Option(metavar="NAME", help="Runs are called NAME-EXPERIMENT. The same name again resumes.")
+    ] = "paper",
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="EXPERIMENT", help="Run this experiment and those that it starts from. Repeatable."),
+    ] = None,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(metavar="EXPERIMENT", help="Leave out this experiment and those that start from it. Repeatable."),
+    ] = None,
     dry_run: DryRun = False,
     no_cache: NoCache = False,
     runs: RunsFolder = RUNS,
 ) -> None:
-    """Run every experiment of the paper in order, then compare and draw (--set boost-sweep.high=6: for one of them)."""
+    """Run all experiments of the paper, compare with its numbers and draw all figures.
+
+    To change a setting of one experiment, put its name first: --set boost-sweep.high=6.
+    """
     from steerback.api import carry_out_paper
     from steerback.experiments.paper import own_options, plan
     from steerback.jobs import campaign
@@ -249,7 +271,7 @@ def resume(
     no_cache: NoCache = False,
     runs: RunsFolder = RUNS,
 ) -> None:
-    """Go on with runs that were stopped."""
+    """Resume stopped runs."""
     from steerback.jobs.campaign import stored_steps
     from steerback.jobs.check import check
     from steerback.store.run import find_run, stored_config
@@ -283,15 +305,15 @@ def _go(job: PreparedRun, folder: Path, dry_run: bool, no_cache: bool) -> None:
 
 
 def try_command(
-    target: Annotated[str, typer.Argument(help="Model to steer, e.g. organism.")],
-    prompt: Annotated[str | None, typer.Argument(help="The prompt; built-in models have an example.")] = None,
-    latent: Annotated[str | None, typer.Option(help="Latent index, or its label.")] = None,
-    boost: Annotated[float | None, typer.Option(help="How much of its decoder direction to add.")] = None,
+    target: Annotated[str, typer.Argument(help="Target to steer, e.g. organism.")],
+    prompt: Annotated[str | None, typer.Argument(help="Prompt. Built-in models have an example.")] = None,
+    latent: Annotated[str | None, typer.Option(help="Latent to steer: its index or its label.")] = None,
+    boost: Annotated[float | None, typer.Option(help="Multiple of the decoder direction to add.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of all responses.")] = 44,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.6,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")] = 160,
 ) -> None:
-    """Show a steered response and the unsteered one; `try organism` alone shows a drift and a restart."""
+    """Show a steered and an unsteered response. `try organism` shows drift and restart."""
     from steerback.jobs.example import drift_and_restart, example_of, steered_and_not
     from steerback.jobs.loaded import load_target
     from steerback.records import Sampling
@@ -308,5 +330,5 @@ def try_command(
         raise SteerbackError(f"try {target}: give a prompt, --latent and --boost together")
     with load_target(target) as loaded:
         sampling = Sampling(temperature=temperature, max_new_tokens=max_new_tokens)
-        found = steered_and_not(loaded, prompt, latent, boost, seed, sampling)
-    print_marked(prompt, [(done.steering, done.marks) for done in found])
+        pair = steered_and_not(loaded, prompt, latent, boost, seed, sampling)
+    print_marked(prompt, [(done.steering, done.marks) for done in pair])

@@ -1,4 +1,4 @@
-"""Verbs about sparse autoencoders: train one for a model that has none."""
+"""Command `sae train`: train a sparse autoencoder for a model that has none."""
 
 from __future__ import annotations
 
@@ -11,31 +11,33 @@ from steerback.cli.options import Texts, add, new_group, say
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verbs to the command line."""
+    """Add the commands."""
     group = new_group("Sparse autoencoders: train one for a model that has none.")
     add(group, train)
     app.add_typer(group, name="sae")
 
 
 def train(
-    target: Annotated[str, typer.Argument(help="A target, a model's folder, or a GGUF file.")],
-    layers: Annotated[str | None, typer.Option(help="0-based, e.g. 10,14,17; default: at 60 % of the depth.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the new target; the same name again resumes it.")] = None,
+    target: Annotated[str, typer.Argument(help="Target, folder of a model, or GGUF file.")],
+    layers: Annotated[
+        str | None, typer.Option(help="Layers, counted from 0, e.g. 10,14,17. Default: 60 % of the depth.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the new target. The same name again resumes.")] = None,
     texts: Texts = None,
-    kind: Annotated[str, typer.Option(help="jumprelu or topk.")] = "jumprelu",
+    kind: Annotated[str, typer.Option(help="Kind of SAE: jumprelu or topk.")] = "jumprelu",
     latents: Annotated[int, typer.Option(min=2, help="Number of latents.")] = 16_384,
-    k: Annotated[int, typer.Option(min=1, help="Active latents a position.")] = 64,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens that the model writes.")] = 1_500_000,
+    k: Annotated[int, typer.Option(min=1, help="Active latents per position.")] = 64,
+    tokens: Annotated[int, typer.Option(min=1, help="Number of training tokens, which the model writes.")] = 1_500_000,
     new_tokens: Annotated[int, typer.Option(min=8, help="Longest text, in tokens.")] = 384,
     passes: Annotated[int, typer.Option(min=1, help="Passes over the activations.")] = 8,
-    batch: Annotated[int, typer.Option(min=1, help="Positions a step.")] = 8_192,
-    memory: Annotated[float | None, typer.Option(min=0.001, help="GB of activations held at a time.")] = None,
-    engine: Annotated[str, typer.Option(help="transformers or vllm: what writes the texts.")] = "transformers",
-    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; default: the first there is.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Texts that are written together.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Positions per training step.")] = 8_192,
+    memory: Annotated[float | None, typer.Option(min=0.001, help="GB of activations kept in memory.")] = None,
+    engine: Annotated[str, typer.Option(help="Engine that writes the texts: transformers or vllm.")] = "transformers",
+    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu. Default: the first available.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Texts written at the same time.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the SAE and the order of activations.")] = 0,
 ) -> None:
-    """Train an SAE on texts that the model writes itself, label it, examine it, and make it a target of its own."""
+    """Train an SAE on texts of the model itself, label and check it, define a target."""
     from steerback.config import parse
     from steerback.jobs.sae_training import SaeJob, train_sae
     from steerback.latents.texts import read_texts

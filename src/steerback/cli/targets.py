@@ -1,4 +1,4 @@
-"""Verbs about targets: list them, show where each value comes from, examine one."""
+"""Commands about targets: list, show, doctor."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verbs to the command line."""
-    group = new_group("List what can be steered.", targets)
+    """Add the commands."""
+    group = new_group("List the models that can be steered.", targets)
     add(group, show)
     app.add_typer(group, name="targets")
     add(app, doctor)
@@ -23,9 +23,9 @@ def register(app: typer.Typer) -> None:
 
 def targets(
     context: typer.Context,
-    fit: Annotated[bool, typer.Option("--fit", help="Say which of them this machine can run, and how.")] = False,
+    fit: Annotated[bool, typer.Option("--fit", help="Show which targets this machine can run.")] = False,
 ) -> None:
-    """List what can be steered, built in and in your own file (steerback targets --targets FILE)."""
+    """List the targets: built-in ones, and those of your file (--targets FILE)."""
     from steerback.figures.tables import Table, terminal_width
     from steerback.targets import list_targets
 
@@ -50,8 +50,8 @@ def targets(
     say(Table(COLUMNS, [_row(target) for target in known], note, left=3, minor=minor).text(terminal_width()), end="")
 
 
-def show(name: Annotated[str, typer.Argument(help="A target, e.g. llama-3.3-70b@authors, or its folder.")]) -> None:
-    """Show every value of a target and where it comes from."""
+def show(name: Annotated[str, typer.Argument(help="Target, e.g. llama-3.3-70b@authors, or its folder.")]) -> None:
+    """Show all values of a target and their sources."""
     from steerback.figures.tables import Table, terminal_width
     from steerback.targets import resolve
 
@@ -63,11 +63,11 @@ def show(name: Annotated[str, typer.Argument(help="A target, e.g. llama-3.3-70b@
 
 def doctor(
     target: TargetName,
-    layer: Annotated[int | None, typer.Option(help="Ask about this layer instead of the SAE's own.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Check this layer instead of the SAE's layer.")] = None,
     texts: Texts = None,
-    json: Annotated[Path | None, typer.Option("--json", help="Write the report there as well.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")] = None,
 ) -> None:
-    """Check that a target's layer, SAE and steering are right; exit code 1 if a check failed, warnings are 0."""
+    """Check layer, SAE and steering of a target. Exit code 1 if a check failed."""
     from steerback.api import load_target
     from steerback.jobs.doctor import examine, without_directions
     from steerback.latents.texts import read_texts
@@ -86,7 +86,7 @@ def doctor(
 
 
 def _check_sae(target: Target) -> None:
-    """Refuse a format that nothing reads and, for an SAE on this machine, what loading the target would refuse."""
+    """Raise SteerbackError for an unknown SAE format, or for a local SAE that does not fit the target."""
     if target.sae is None:
         return
     from steerback.engines.checks import site_of
@@ -117,7 +117,7 @@ def _row(target: Target) -> tuple[str, ...]:
 
 
 def _place(location: str) -> str:
-    """A hub id as it is, a folder by its name."""
+    """Return a hub id unchanged, and the name of a folder."""
     return Path(location).name if Path(location).is_absolute() else location
 
 
@@ -140,7 +140,7 @@ def _prior(target: Target) -> str:
 
 
 def _values(target: Target) -> list[tuple[str, str, str]]:
-    """(key, value, where it comes from) of all that a target says."""
+    """Return (key, value, source) of each value of a target."""
     known: dict[str, str] = dict(target.provenance)
     clamp = target.clamp_layer if target.clamp_layer is not None else target.sae_layer
     values: dict[str, object] = {

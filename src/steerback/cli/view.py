@@ -1,4 +1,4 @@
-"""The verb that writes the viewer."""
+"""Command `view`: write the viewer."""
 
 from __future__ import annotations
 
@@ -11,30 +11,28 @@ from steerback.cli.options import RUNS, RunsFolder, VerdictsOf, add, hold_many_r
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
+    """Add the command."""
     add(app, view)
 
 
 def view(
-    names: Annotated[list[str], typer.Argument(help="Runs under --runs, or paths of their folders.")],
-    out: Annotated[Path | None, typer.Option(help="The HTML file; default: view.html in the run's folder.")] = None,
+    names: Annotated[list[str], typer.Argument(help="Runs: names under --runs, or paths of folders.")],
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file to write. Default: view.html in the run's folder.")
+    ] = None,
     judge: VerdictsOf = None,
     record: Annotated[
-        bool, typer.Option("--record", help="Load the target and read the activations of some responses again.")
+        bool, typer.Option("--record", help="Load the target and record the activations of some responses.")
     ] = False,
-    trial: Annotated[
-        list[str] | None, typer.Option(help="With --record: this trial; repeat the option for several.")
-    ] = None,
+    trial: Annotated[list[str] | None, typer.Option(help="With --record: record this trial. Repeatable.")] = None,
     stage: Annotated[
-        list[str] | None, typer.Option(help="Show the trials of this stage instead of the measured ones; repeatable.")
+        list[str] | None, typer.Option(help="Show trials of this stage instead of the measured ones. Repeatable.")
     ] = None,
-    max_trials: Annotated[
-        int, typer.Option(min=1, help="Show at most this many trials: a sample of larger runs.")
-    ] = 5000,
+    max_trials: Annotated[int, typer.Option(min=1, help="Most trials to show. Larger runs are sampled.")] = 5000,
     browse: Annotated[bool, typer.Option("--open", help="Open the file in a browser.")] = False,
     runs: RunsFolder = RUNS,
 ) -> None:
-    """Write one HTML file in which runs can be looked through: rates, every trial, activations, calibration."""
+    """Write an HTML page of runs: rates, all trials, activations, calibration."""
     from steerback.errors import SteerbackError
     from steerback.jobs.execute import tools
     from steerback.jobs.view import ViewSettings, write_view
