@@ -96,7 +96,8 @@ def main() -> None:
         ray = Path(sys.executable).with_name("ray")
         head, node = SPACES.values()
         start = f"{ray} start --disable-usage-stats --node-ip-address"
-        inside("steerback-a", f"{start}={head} --head --port=6379 --num-cpus=0 --include-dashboard=false").wait()
+        inside("steerback-a", f"{start}={head} --head --port=6379 --num-cpus=0 --include-dashboard=false "
+               f"--temp-dir={work / 's'}").wait()  # fmt: skip
         inside("steerback-b", f"{start}={node} --address={head}:6379 --num-cpus=2").wait()
         run = inside("steerback-a", f"{here} drive {work / 'ray'} ray", stderr=subprocess.PIPE)
         ledger = work / "ray" / "ledger.sqlite"
