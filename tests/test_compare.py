@@ -391,7 +391,7 @@ def test_verbs_import_export_merge_and_figures(runs: Runs, capsys: pytest.Captur
     runs.run("esr", *SMALL)
     root = ["--runs", str(runs.root)]
     verb("export", "esr", "--format", "authors", *root)
-    (exported,) = (runs.root / "esr" / "export").glob("*.json")
+    (exported,) = (runs.root / "esr" / "export").glob("experiment_results_*.json")
     verb("import", str(exported), "--name", "back", *root)
     verb("export", "back", "--format", "csv", *root)
     assert (runs.root / "back" / "export" / "trials.csv").is_file()
