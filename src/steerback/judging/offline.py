@@ -1,8 +1,8 @@
-"""Judges without key, network or download: `offline` and, to compare it with, `offline-bayes`.
+"""Judges without key, network or download: `offline` and, for comparison, `offline-bayes`.
 
 They split a response at explicit restarts (restarts.py) and score each attempt by the share of its words that are on
-topic (relevance.py). They know responses, prompts, steering labels and the target's own unsteered responses; nothing of
-models, engines or ledgers. They compare words: they cannot tell whether an answer is right.
+topic (relevance.py). They compare words with unsteered responses of the target, so they cannot judge whether an answer
+is correct. This module knows nothing about models, engines or ledgers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 NOTICE = "the offline judge compares words; its scores are not comparable with the paper's"
 BATCH = 256
 STAY = 0.8
-"""Prior probability that a sentence is on topic exactly if the one before it is (drifts are contiguous)."""
+"""Prior probability that two neighbouring sentences are both on topic or both off topic, as drifts are contiguous."""
 
 _ASKS = re.compile(
     r"\b(?:could|can|would|will|do|did|are|were|what|which|how|should|is|may)\b.*\b(?:you|your|this|that|context)\b.*\?"
@@ -43,7 +43,7 @@ _POLITE = re.compile(
 
 
 class OfflineJudge:
-    """Split at restarts, and score each attempt by the length-weighted share that is on topic."""
+    """Implements `Judge`: splits at restarts and scores each attempt by its length-weighted share on topic."""
 
     def __init__(self, name: str = "offline") -> None:
         self.name, self.rubric = name, f"{name}-2"
@@ -62,11 +62,11 @@ class OfflineJudge:
                 "responses": {p: list(r) for p, r in self._references.responses.items()},
                 "contexts": {str(k): list(c) for k, c in self._references.contexts.items()},
             }
-            self._fingerprint = digest(body)  # asked for with every verdict, so computed once
+            self._fingerprint = digest(body)  # cached, because every verdict needs it
         return self._fingerprint
 
     def describe(self) -> dict[str, object]:
-        """Return what the judge is and cannot do, for the run's manifest."""
+        """Describe the judge and its limits, for the run's manifest."""
         return {
             "judge": self.name,
             "rubric": self.rubric,
@@ -76,16 +76,16 @@ class OfflineJudge:
         }
 
     def prepare(self, references: References) -> None:
-        """Build the model of relevance from the references."""
+        """Build the relevance model from the references."""
         from steerback.judging.relevance import Relevance, WordLikelihood  # scikit-learn takes a second to import
 
         self._references, self._fingerprint = references, None
-        has_words = any(words(r) for found in references.responses.values() for r in found)
+        has_words = any(words(r) for texts in references.responses.values() for r in texts)
         model = Relevance if self.name == "offline" else WordLikelihood
         self._relevance = model(references) if has_words else None
 
     async def judge(self, items: Sequence[JudgeItem]) -> AsyncIterator[tuple[str, Judgement]]:
-        """Yield (item key, judgement) in order, giving way to other tasks between batches."""
+        """Yield (item key, judgement) in order; other tasks can run between batches."""
         for at in range(0, len(items), BATCH):
             batch = items[at : at + BATCH]
             for item, judgement in zip(batch, self.judge_batch(batch), strict=True):
@@ -96,7 +96,7 @@ class OfflineJudge:
         """Return the judgements of the items, in order."""
         verdicts = [self._without_score(item) for item in items]
         cuts = [[] if verdict else self._attempts(item) for item, verdict in zip(items, verdicts, strict=True)]
-        pieces = [(item, text) for item, cut in zip(items, cuts, strict=True) for _, _, found in cut for text in found]
+        pieces = [(item, text) for item, cut in zip(items, cuts, strict=True) for _, _, texts in cut for text in texts]
         odds = iter(self._log_odds(pieces))
         for i, (item, cut) in enumerate(zip(items, cuts, strict=True)):
             attempts = []
@@ -109,7 +109,7 @@ class OfflineJudge:
         return [v for v in verdicts if v is not None]
 
     async def windows(self, items: Sequence[JudgeItem]) -> AsyncIterator[tuple[str, WindowScores]]:
-        """Yield (item key, scores of its sentences) in order; restart phrases belong to no window."""
+        """Yield (item key, scores of its sentences) in order; restart phrases are in no window."""
         for at in range(0, len(items), BATCH):
             batch = items[at : at + BATCH]
             for item, scores in zip(batch, self._window_batch(batch), strict=True):
@@ -117,24 +117,26 @@ class OfflineJudge:
             await asyncio.sleep(0)
 
     def window_estimate(self, items: Sequence[JudgeItem]) -> Spend | None:
-        """Return None: it costs nothing."""
+        """Return None: this judge is free."""
         return None
 
     def _window_batch(self, items: Sequence[JudgeItem]) -> list[WindowScores]:
         missing = [self._without_score(item) for item in items]
         spans = [[] if m else self._windows(item) for item, m in zip(items, missing, strict=True)]
-        pieces = [(item, item.response[s.start : s.end]) for item, own in zip(items, spans, strict=True) for s in own]
+        pieces = [
+            (item, item.response[s.start : s.end]) for item, windows in zip(items, spans, strict=True) for s in windows
+        ]
         odds = iter(self._log_odds(pieces))
-        found = []
-        for own, m in zip(spans, missing, strict=True):
-            on_topic = chain([next(odds) for _ in own], self._stay)
+        results = []
+        for windows, m in zip(spans, missing, strict=True):
+            on_topic = chain([next(odds) for _ in windows], self._stay)
             scores, reason = tuple(round(100 * p, 2) for p in on_topic), m.reason if m else ""
             nothing = "" if scores else reason or "no sentence"
-            found.append(WindowScores(self.name, self.rubric, tuple(s.start for s in own), scores, nothing))
-        return found
+            results.append(WindowScores(self.name, self.rubric, tuple(s.start for s in windows), scores, nothing))
+        return results
 
     def _windows(self, item: JudgeItem) -> list[Span]:
-        """Return the sentences of a response without its restart phrases, as these say nothing about the prompt."""
+        """Return the sentences of a response without its restart phrases, because these are not about the prompt."""
         restarts = [Restart(0, 0), *find_restarts(item.response, item.prompt, self.name)]
         ends = [*(r.start for r in restarts[1:]), len(item.response)]
         return join(
@@ -146,7 +148,7 @@ class OfflineJudge:
         )
 
     def _without_score(self, item: JudgeItem) -> Judgement | None:
-        """Return the judgement where there is nothing to score, else None."""
+        """Return the judgement of a response that cannot be scored, None for all others."""
         if not words(item.response):
             return Judgement(self.name, self.rubric, "empty", reason="no words in the response")
         if is_clarifying_question(item.response):
@@ -157,7 +159,7 @@ class OfflineJudge:
         return None
 
     def _attempts(self, item: JudgeItem) -> list[tuple[Restart, int, list[str]]]:
-        """Return the restart that opens each attempt, where the attempt ends, and its sentences after the restart."""
+        """Return for each attempt the restart that opens it, its end, and its sentences after the restart."""
         text = item.response
         restarts = [Restart(0, 0), *find_restarts(text, item.prompt, self.name)]
         ends = [*(r.start for r in restarts[1:]), len(text)]
@@ -166,7 +168,7 @@ class OfflineJudge:
         return list(zip(restarts, ends, cuts, strict=True))
 
     def _log_odds(self, pieces: Sequence[tuple[JudgeItem, str]]) -> list[float]:
-        """Return the evidence that each sentence is on topic: minus infinity for degenerate ones."""
+        """Return the log-odds that each sentence is on topic; minus infinity for degenerate sentences."""
         from steerback.judging.relevance import is_degenerate
 
         if self._relevance is None or not pieces:
@@ -182,7 +184,7 @@ class OfflineJudge:
 
 @cache
 def _code_hash() -> str:
-    """Return the hash of everything here that shapes a verdict."""
+    """Hash the code and data files that shape a verdict."""
     names = ("offline.py", "relevance.py", "restarts.py", "text.py", "vocabulary.txt")
     weights = ("restarts-offline.json", "restarts-offline-bayes.json")
     return digest([(resources.files("steerback.judging") / n).read_text(encoding="utf-8") for n in (*names, *weights)])
@@ -191,9 +193,9 @@ def _code_hash() -> str:
 def score_attempt(lengths: Sequence[int], log_odds: Sequence[float], stay: float = STAY) -> float:
     """Return 100 x the expected share of words on topic, by forward-backward over a two-state chain of sentences.
 
-    Sentences that say little by themselves ("This takes some patience.") take the score of their neighbours; with
-    `stay` 0.5 each sentence stands alone. Evidence of minus infinity (degenerate text) is off topic and tells nothing
-    about the neighbours.
+    Sentences with little evidence ("This takes some patience.") take the score of their neighbours; with `stay` 0.5
+    sentences are independent. A sentence with log-odds of minus infinity (degenerate text) is off topic and has no
+    influence on its neighbours.
     """
     if not lengths:
         return 0.0
@@ -204,27 +206,27 @@ def score_attempt(lengths: Sequence[int], log_odds: Sequence[float], stay: float
 def chain(log_odds: Sequence[float], stay: float = STAY) -> list[float]:
     """Return the probability that each sentence is on topic, by forward-backward over a two-state chain.
 
-    Sentences of minus infinity have probability 0, whatever their neighbours.
+    Sentences with log-odds of minus infinity have probability 0.
     """
     shares = [0.5 if math.isinf(x) else 1 / (1 + math.exp(-max(min(x, 20.0), -20.0))) for x in log_odds]
-    forward: list[float] = []  # probability of being on topic, from the sentences so far
+    forward: list[float] = []  # probability of being on topic, given the sentences up to this one
     on = 0.5
     for share in shares:
         prior = on * stay + (1 - on) * (1 - stay)
         on = prior * share / (prior * share + (1 - prior) * (1 - share))
         forward.append(on)
-    backward = 0.5  # the same from the sentences after this one
-    found: list[float] = []
+    backward = 0.5  # probability of being on topic, given the sentences after this one
+    probabilities: list[float] = []
     for i in range(len(shares) - 1, -1, -1):
         posterior = forward[i] * backward / (forward[i] * backward + (1 - forward[i]) * (1 - backward))
-        found.append(0.0 if math.isinf(log_odds[i]) else posterior)
+        probabilities.append(0.0 if math.isinf(log_odds[i]) else posterior)
         both = shares[i] * backward / (shares[i] * backward + (1 - shares[i]) * (1 - backward))
         backward = both * stay + (1 - both) * (1 - stay)
-    return found[::-1]
+    return probabilities[::-1]
 
 
 def is_clarifying_question(response: str) -> bool:
-    """Return whether a response only asks back: questions to the user, and polite sentences around them."""
+    """Return whether a response is a clarifying question: questions to the user, with optional polite sentences."""
     cut = [response[s.start : s.end][:300] for s in sentences(response)] if len(response) < 3000 else []
     if not 1 <= len(cut) <= 5:
         return False

@@ -1,9 +1,9 @@
-"""Find where a response turns against or away from what it has just said: "Wait, that's not right."
+"""Detect restarts: places where a response withdraws its previous text, such as "Wait, that's not right."
 
-Each sentence, and each clause after a pause, is classified by logistic regression (`offline`) or naive Bayes
-(`offline-bayes`). The features are n-grams of the first words and of their classes (vocabulary.txt), where words of the
-prompt and words just used are marked as such and all other content is one placeholder. `python -m tools.judge train`
-makes the weights. Knows English; nothing of scores.
+Logistic regression (`offline`) or naive Bayes (`offline-bayes`) classifies each sentence and each clause after a pause.
+The features are n-grams of the first words and of their classes (vocabulary.txt). Words of the prompt and recently used
+words have their own marks; all other content words share one placeholder. `python -m tools.judge train` trains the
+weights. This module knows English, but no scores.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from importlib import resources
 from steerback.judging.text import Span, clause_starts, hide, sentences, words
 
 LONGEST = 18
-"""Number of tokens of a clause that the classifier sees."""
+"""Number of tokens of a clause that the classifier reads."""
 RECENT = 400
-"""Number of characters before a clause whose words count as just used."""
+"""Number of characters before a clause whose words count as recently used."""
 MIN_WORDS = 2
-"""A restart needs this many words before it, and as many after it."""
+"""Minimum number of words before and after a restart."""
 MAX_RESIDUE = 8
-"""A sentence with more words than this after its restart phrase counts as content between two restarts."""
+"""More words than this after a restart phrase, in its sentence, count as content between two restarts."""
 MAX_LEAD = 3
-"""The same for words before a phrase that starts within a sentence."""
+"""More words than this before a phrase, in its sentence, count as content between two restarts."""
 
 _TOKEN = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*|\d+|[.…]+|[^\w\s]")
 _CONTRACTIONS = {"n't": "not", "'m": "am", "'re": "are", "'ve": "have", "'ll": "will", "'d": "would", "'s": "is"}
@@ -35,7 +35,7 @@ _LIST_MARK = re.compile(r"\s*(?:[-*•>#]+|\d{1,3}[.)])[ \t*_\"]*")
 
 @dataclass(frozen=True, slots=True)
 class Restart:
-    """A restart: its phrase is text[start:end], the attempt it opens begins at `start`."""
+    """A restart: its phrase is text[start:end], and its attempt begins at `start`."""
 
     start: int
     end: int
@@ -43,10 +43,10 @@ class Restart:
 
 @dataclass(frozen=True, slots=True)
 class Clause:
-    """A clause to classify: its text, the kind of its start, the prompt's words and the words just used before it.
+    """A clause to classify: its text, the kind of its start, the words of the prompt, the recently used words.
 
-    `voice` says who may be speaking: "tale" where the prompt asks for a story, a letter or the like, "self" where the
-    writer has just said "I", else "".
+    `voice` is "tale" if the prompt asks for a story, a letter or the like, "self" if the writer recently used "I", and
+    else "".
     """
 
     text: str
@@ -58,30 +58,30 @@ class Clause:
 
 @dataclass(frozen=True, slots=True)
 class Classifier:
-    """A linear classifier of clauses: log-odds = sum of the weights of the features + constant."""
+    """A linear classifier of clauses: log-odds = sum of feature weights + constant."""
 
     weights: dict[str, float]
     constant: float
 
     def log_odds(self, clause: Clause) -> float:
-        """Return the log-odds, above 0 for a restart."""
+        """Return the log-odds that the clause is a restart."""
         return sum(self.weights.get(f, 0.0) for f in features(clause)) + self.constant
 
 
 @cache
 def classifier(judge: str = "offline") -> Classifier:
-    """Return the trained classifier of an offline judge."""
+    """Load the trained classifier of an offline judge."""
     file = resources.files("steerback.judging") / f"restarts-{judge}.json"
     stored = json.loads(file.read_text(encoding="utf-8"))
     return Classifier(stored["weights"], stored["constant"])
 
 
 def find_restarts(text: str, prompt: str = "", judge: str = "offline") -> list[Restart]:
-    """Return the restarts of a response in order; restart phrases with no content between them are one."""
+    """Return the restarts of a response in order; phrases without content between them are one restart."""
     decide, shown, asked = classifier(judge), hide(text), prompt_words(prompt)
-    found: list[Restart] = []
-    content_end = -1  # end of the last sentence that held content
-    lead: int | None = None  # start of "Hmm." or "Okay." right before this sentence, which becomes part of a restart
+    restarts: list[Restart] = []
+    content_end = -1  # end of the last sentence with content
+    lead: int | None = None  # start of a "Hmm." or "Okay." directly before this sentence, which joins a restart
     for sentence in sentences(shown):
         restart = _in_sentence(decide, shown, sentence, asked)
         if restart is None:
@@ -95,19 +95,19 @@ def find_restarts(text: str, prompt: str = "", judge: str = "offline") -> list[R
         lead = None
         if _has_words(shown[sentence.start : restart.start], MAX_LEAD + 1):
             content_end = restart.start
-        if found and found[-1].end > content_end:
-            found[-1] = Restart(found[-1].start, restart.end)
+        if restarts and restarts[-1].end > content_end:
+            restarts[-1] = Restart(restarts[-1].start, restart.end)
         else:
-            found.append(restart)
+            restarts.append(restart)
         if _has_words(shown[restart.end : sentence.end], MAX_RESIDUE + 1):
             content_end = sentence.end
-    return [r for r in found if _has_words(text[: r.start], MIN_WORDS) and _has_words(text[r.end :], MIN_WORDS)]
+    return [r for r in restarts if _has_words(text[: r.start], MIN_WORDS) and _has_words(text[r.end :], MIN_WORDS)]
 
 
 def clauses(shown: str, sentence: Span, asked: frozenset[str]) -> Iterator[tuple[int, Clause]]:
-    """Yield the clauses of a sentence that may be restarts, with their offsets; `shown` is a text as `hide` returns it.
+    """Yield the clauses of a sentence that may be restarts, with their offsets; `shown` is the text after `hide`.
 
-    After a comma only an interjection or the like can open one: ", no, wait, ..." but not ", that is wrong".
+    After a comma, only an interjection or similar word can open a restart: ", no, wait, ..." but not ", that is wrong".
     """
     starts = [(at, kind) for at, kind in clause_starts(shown, sentence) if _may_open(shown[at : at + 60], kind)]
     if not starts:
@@ -122,15 +122,15 @@ def clauses(shown: str, sentence: Span, asked: frozenset[str]) -> Iterator[tuple
 
 
 def _may_open(text: str, kind: str) -> bool:
-    """Return whether a clause may be a restart: after a comma it needs an opening word, and never is it one letter."""
-    found = words(text)
-    if kind == "," and not (found and (_class_of(found[0]) == "interjection" or found[0] in _listed("opening"))):
+    """Return whether a clause may be a restart: it has a word of several letters, and an opening word after a comma."""
+    tokens = words(text)
+    if kind == "," and not (tokens and (_class_of(tokens[0]) == "interjection" or tokens[0] in _listed("opening"))):
         return False
-    return any(len(w) > 1 for w in found)
+    return any(len(w) > 1 for w in tokens)
 
 
 def features(clause: Clause) -> list[str]:
-    """Return the distinct features: n-grams of 1 to 3 words and of 1 to 4 word classes, and the amount of content."""
+    """Return the distinct features: n-grams of 1 to 3 words and 1 to 4 word classes, and the share of content words."""
     tokens = [t for raw in _TOKEN.findall(clause.text[:200].lower().replace("’", "'")) for t in _expanded(raw)]
     seen, kinds = [clause.kind], [clause.kind]
     content = 0
@@ -153,18 +153,18 @@ def features(clause: Clause) -> list[str]:
 
 
 def prompt_words(prompt: str) -> frozenset[str]:
-    """Return the words of a prompt that carry its topic."""
+    """Return the words of a prompt that express its topic."""
     return frozenset(w for w in words(prompt) if len(w) > 3 and w not in _listed("task"))
 
 
 def _in_sentence(decide: Classifier, shown: str, sentence: Span, asked: frozenset[str]) -> Restart | None:
-    """Return the restart that opens the sentence, or else one of its later clauses."""
+    """Return the first restart in a sentence, None if there is none."""
     for start, clause in clauses(shown, sentence, asked):
         best = decide.log_odds(clause)
         if best <= 0:
             continue
         end = start + len(clause.text) if len(clause.text) < 300 else sentence.end
-        for cut, _ in clause_starts(shown, Span(start, end))[1:6]:  # the phrase ends where it is most certain
+        for cut, _ in clause_starts(shown, Span(start, end))[1:6]:  # the phrase ends where the log-odds are largest
             part = replace(clause, text=shown[start:cut].rstrip(" -–—"))
             if (odds := decide.log_odds(part)) > best:
                 best, end = odds, start + len(part.text)
@@ -173,7 +173,7 @@ def _in_sentence(decide: Classifier, shown: str, sentence: Span, asked: frozense
 
 
 def _kind(before: str) -> str:
-    """Return "*" for a sentence after a list mark or in a new line, ":" after a label in its line, else "^"."""
+    """Return "*" after a list mark or at the start of a line, ":" after a label in its line, else "^"."""
     line = before.rpartition("\n")[2]
     if _LIST_MARK.fullmatch(line):
         return "*"
@@ -181,7 +181,7 @@ def _kind(before: str) -> str:
 
 
 def _expanded(token: str) -> Sequence[str]:
-    """Return a word without its contraction, and the word that was contracted."""
+    """Split a contraction into its words; return other tokens unchanged."""
     if "'" not in token:
         return {"cannot": ("can", "not"), "cant": ("can", "not"), "gotta": ("got", "to")}.get(token, (token,))
     if token == "let's":
@@ -215,13 +215,13 @@ def _listed(name: str) -> frozenset[str]:
 
 @cache
 def _classes() -> dict[str, str]:
-    """Return the class of each word, and of each beginning of words that ends in *."""
-    return {w: name for name, found in _vocabulary().items() if not name.startswith("list ") for w in found}
+    """Return the class of each word and of each word prefix (an entry that ends in *)."""
+    return {w: name for name, entries in _vocabulary().items() if not name.startswith("list ") for w in entries}
 
 
 @lru_cache(maxsize=65536)
 def _class_of(token: str) -> str:
-    """Return the class of a token: "" for a content word, "kept" for punctuation."""
+    """Return the class of a token; "" for a content word, "kept" for punctuation."""
     if not token[0].isalnum():
         return "kept"
     beginnings = (f"{token[:n]}*" for n in range(min(len(token), 14), 2, -1))
@@ -229,8 +229,8 @@ def _class_of(token: str) -> str:
 
 
 def _is_interjection(sentence: str) -> bool:
-    found = words(sentence[:60])
-    return len(sentence) <= 40 and all(_class_of(w) == "interjection" for w in found)
+    tokens = words(sentence[:60])
+    return len(sentence) <= 40 and all(_class_of(w) == "interjection" for w in tokens)
 
 
 def _has_words(text: str, count: int) -> bool:

@@ -1,6 +1,6 @@
-"""Cut a response into sentences and clauses with character offsets, and hide what the writer does not say.
+"""Split a response into sentences and clauses with character offsets, and hide quotations and code.
 
-Every function takes time linear in the length of the text, whatever the text is. Knows nothing of judges or prompts.
+Every function takes linear time for any text. This module knows nothing about judges or prompts.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def sentences(text: str) -> list[Span]:
 
 
 def clause_starts(text: str, span: Span) -> list[tuple[int, str]]:
-    """Return where the clauses of a sentence begin, and after which pause: "^" (the sentence itself), "," or "-"."""
+    """Return the start of each clause and the pause before it: "^" (start of the sentence), "," or "-"."""
     starts = [(span.start, "^")]
     at = span.start
     for match in _PAUSE.finditer(text, span.start, span.end):
@@ -66,9 +66,9 @@ def clause_starts(text: str, span: Span) -> list[tuple[int, str]]:
 
 
 def hide(text: str) -> str:
-    """Replace quotations and code by the letter q, so that offsets stay valid.
+    """Replace quotations and code by letters q of the same length, so that offsets stay valid.
 
-    A quotation that is nearly the whole text stays: models sometimes wrap their answer in quotation marks.
+    A quotation of nearly the whole text stays, because models sometimes put their answer in quotation marks.
     """
     limit = 0.8 * len(text.strip())
 
