@@ -24,6 +24,7 @@ from steerback.records import (
 )
 from steerback.store.cache import Cache, cache_key
 from steerback.store.database import pack_array, unpack_array
+from steerback.store.facts import CONFIG
 from steerback.store.ledger import Ledger
 
 
@@ -173,3 +174,15 @@ def test_gating_merges_an_attempt_whose_phrase_does_not_open_it() -> None:
     spans = (Attempt(0, 10, 0.0), Attempt(10, 40, 100.0, "Wait", False), Attempt(40, 50, 80.0, "Sorry"))
     merged = Judgement("j", "r", "scored", spans).gated_attempts()
     assert merged == (Attempt(0, 40, 75.0), Attempt(40, 50, 80.0, "Sorry"))
+
+
+def test_targets_stand_in_the_order_of_the_config_whichever_planned_first(tmp_path: Path) -> None:
+    with Ledger(tmp_path / "l.sqlite") as ledger:
+        ledger.put("", CONFIG, {"targets": ["b", "a"]})
+        for target in ("a", "a+mix", "b"):
+            for condition in ("second", "first"):
+                key = f"{target}/{condition}"
+                ledger.add_trials([make_trial(key=key, target=target, condition=condition)])
+        order = [(t, c) for t in ("b", "a", "a+mix") for c in ("second", "first")]
+        assert ledger.conditions() == order
+        assert ledger.stages() == [(t, "measure") for t in ("b", "a", "a+mix")]

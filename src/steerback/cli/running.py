@@ -23,6 +23,7 @@ from steerback.cli.options import (
     add,
     experiment_names,
     say,
+    target_names,
 )
 from steerback.errors import SteerbackError
 
@@ -89,6 +90,10 @@ def run_command(
 
     if "cross-judge" in experiments:
         raise SteerbackError(CROSS_JUDGE)
+    if stray := [word for word in experiments[1:] if word not in experiment_names("") and target_names(word)]:
+        raise SteerbackError(
+            f"{stray[0]!r} is no experiment; repeat the option for several targets: --target A --target B"
+        )
     base = _base(from_run or (), runs)
     targets = tuple(target or (base[1].targets if base else ()))
     if not targets:

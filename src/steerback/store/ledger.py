@@ -137,12 +137,15 @@ class Ledger:
 
     def targets_with(self, fact: Fact[T]) -> dict[str, T]:
         """Return the value of a fact by target: first the targets of the config in its order, then all others."""
-        config = self.get("", CONFIG) or {}
-        listed = config.get("targets")
-        order = [str(name) for name in listed] if isinstance(listed, list) else []
         having = [target for target, name, _ in self.facts() if name == fact.name]
-        having.sort(key=lambda name: order.index(name) if name in order else len(order))
+        having.sort(key=self._position())
         return {target: value for target in having if (value := self.get(target, fact)) is not None}
+
+    def _position(self) -> Callable[[str], int]:
+        """Return the function that gives a target's position in the config; an adapter has that of its base."""
+        listed = (self.get("", CONFIG) or {}).get("targets")
+        order = {str(name): i for i, name in enumerate(listed)} if isinstance(listed, list) else {}
+        return lambda name: order.get(name, order.get(name.rpartition("+")[0], len(order)))
 
     @property
     def includes_degraded(self) -> bool:
@@ -345,13 +348,18 @@ class Ledger:
         return [judge for (judge,) in self._all("SELECT DISTINCT judge FROM judgements ORDER BY judge")]
 
     def stages(self) -> list[tuple[str, str]]:
-        """Return the (target, stage) pairs that have trials, in plan order."""
-        return self._all("SELECT target, stage FROM trials GROUP BY 1, 2 ORDER BY min(rowid)")
+        """Return the (target, stage) pairs that have trials: targets as in the config, stages in plan order."""
+        return self._pairs("SELECT target, stage FROM trials GROUP BY 1, 2 ORDER BY min(rowid)")
 
     def conditions(self, stage: str = "measure") -> list[tuple[str, str]]:
-        """Return the (target, condition) pairs of a stage, in plan order."""
+        """Return the (target, condition) pairs of a stage: targets as in the config, conditions in plan order."""
         query = "SELECT target, condition FROM trials WHERE stage = ? GROUP BY 1, 2 ORDER BY min(rowid)"
-        return self._all(query, (stage,))
+        return self._pairs(query, (stage,))
+
+    def _pairs(self, query: str, values: Sequence[str] = ()) -> list[tuple[str, str]]:
+        # processes that measure several targets side by side plan their trials in no fixed order
+        position = self._position()
+        return sorted(self._all(query, values), key=lambda pair: position(pair[0]))
 
     def dump(self) -> dict[str, list[tuple[Any, ...]]]:
         """Return all rows of all tables in key order, without timestamps. Two equal runs give equal dumps."""
