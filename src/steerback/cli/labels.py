@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from steerback.cli.options import Budget, DryRun, Overwrite, TargetName, Texts, add, new_group, say
+from steerback.cli.options import Budget, DryRun, Overwrite, TargetName, Texts, add, announce_loading, new_group, say
 from steerback.errors import SteerbackError, one_line, unknown
 
 if TYPE_CHECKING:
@@ -148,6 +148,7 @@ def auto(
     asked = None if judge in (None, "offline") else _transport(str(judge), budget, dry_run)
     wanted = _wanted(chosen, latents, overwrite)
     own = read_texts(texts) if texts is not None else usual_texts(chosen)
+    announce_loading(chosen.name)
     with load_target(chosen, "transformers") as loaded:
         assert isinstance(loaded.engine, TransformersEngine)
         if asked is None:
@@ -237,6 +238,7 @@ def make_direction(
     own = read_texts(texts) if texts else ()
     other = tuple(t for t in usual_texts(chosen) if t not in own) if negative is None else read_texts(negative)
     at = chosen.steer_layer if layer is None else layer
+    announce_loading(chosen.name)
     with load_target(chosen, "transformers") as loaded:
         assert isinstance(loaded.engine, TransformersEngine)
         if file is not None:

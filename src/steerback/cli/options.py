@@ -277,6 +277,11 @@ def hold_many_records() -> None:
     gc.set_threshold(100_000, 50, 100)
 
 
+def announce_loading(target: str) -> None:
+    """Say on stderr that a model is loaded, which takes seconds to minutes."""
+    say(f"loading {target}", flush=True, file=sys.stderr)
+
+
 def in_colour() -> bool:
     """Return True on a terminal, unless NO_COLOR is set."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

@@ -21,6 +21,7 @@ from steerback.cli.options import (
     Setup,
     Targets,
     add,
+    announce_loading,
     experiment_names,
     say,
     target_names,
@@ -326,6 +327,7 @@ def try_command(
 
     if prompt is None and latent is None and boost is None:
         example = example_of(target)
+        announce_loading(target)
         with load_target(target) as loaded:
             shown = drift_and_restart(loaded, example)
         print_marked(example.prompt, [(done.steering, done.marks) for done in shown])
@@ -333,6 +335,7 @@ def try_command(
         return
     if prompt is None or latent is None or boost is None:
         raise SteerbackError(f"try {target}: give a prompt, --latent and --boost together")
+    announce_loading(target)
     with load_target(target) as loaded:
         sampling = Sampling(temperature=temperature, max_new_tokens=max_new_tokens)
         pair = steered_and_not(loaded, prompt, latent, boost, seed, sampling)

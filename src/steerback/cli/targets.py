@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from steerback.cli.options import TargetName, Texts, add, new_group, say
+from steerback.cli.options import TargetName, Texts, add, announce_loading, new_group, say
 
 if TYPE_CHECKING:
     from steerback.targets import Target
@@ -75,6 +75,7 @@ def doctor(
     from steerback.targets import resolve
 
     own = read_texts(texts) if texts is not None else None
+    announce_loading(target)
     with load_target(without_directions(resolve(target)), "transformers") as loaded:
         report = examine(loaded, layer, own)
     for line in report.lines():
