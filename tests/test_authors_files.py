@@ -163,8 +163,8 @@ def test_own_names_and_several_judges(tmp_path: Path) -> None:
         ("{", "is not valid JSON"),
         ("[1, 2]", "must hold an object"),
         ('{"results_by_feature": [3]}', "has no list results_by_feature"),
-        ('{"results_by_feature": [{"trials": []}]}', "no valid feature_index_in_sae"),
-        ('{"results_by_feature": [{"feature_index_in_sae": -1}]}', "no valid feature_index_in_sae"),
+        ('{"results_by_feature": [{"trials": []}]}', "invalid feature_index_in_sae"),
+        ('{"results_by_feature": [{"feature_index_in_sae": -1}]}', "invalid feature_index_in_sae"),
         (json.dumps(result([feature(10**30, [])])), "is not valid JSON: .*integer overflow"),
         (json.dumps(result([feature(2**62 * 2, [])])), "integer overflow"),
         (json.dumps(result([feature(7, [5])])), "x.json: results_by_feature.0.trials.0: .*dictionary"),  # type: ignore[list-item]
@@ -253,7 +253,10 @@ SWEPT = [feature(7, [trial(attempts(30), threshold=4.0)]), feature(8, [trial(att
         (result([], config={"model_name": "/"}), "model_name or the condition is empty"),
         (result([], config={"model_name": " / "}), "model_name or the condition is empty"),
         (result([], steerback=own(condition="")), "model_name or the condition is empty"),
-        (result([], steerback=own(facts={"config": {"experiment": "esr"}})), "steerback.facts holds 'config'"),
+        (
+            result([], steerback=own(facts={"config": {"experiment": "esr"}})),
+            "unknown fact 'config' in steerback.facts",
+        ),
         (result([], steerback=own(facts={"sweep": {"sd": "x"}})), "fact 'sweep' is damaged"),
         (result([], steerback=own(facts={"meta-prompts": [1]})), "fact 'meta-prompts' is damaged"),
         (result(SWEPT, n_boost_levels=2, threshold_cache_stats={"mean": 8, "std": 0}), "deviation .* is 0,"),

@@ -96,7 +96,7 @@ def test_a_run_from_nothing_to_figures_and_again(capsys: pytest.CaptureFixture[s
     again = ["run", "boost-sweep", "--from", "a", "--dry-run"]
     assert steerback(*again, "--set", "n_latents=3") == 0
     for other in ("n_latents=2", "latents=[1, 2]"):
-        assert "takes the latents that run a has found" in refused(capsys, *again, "--set", other)
+        assert "uses the latents of run a" in refused(capsys, *again, "--set", other)
 
 
 def test_without_a_verb_the_help_has_its_lines(capsys: pytest.CaptureFixture[str]) -> None:

@@ -206,7 +206,7 @@ def test_a_preset_deviates_from_its_source_in_nothing_but_what_is_ours(model: st
 def test_a_run_without_summary_is_refused(tmp_path: Path) -> None:
     folder = finished(tmp_path / "r", specification("esr", ("x",)), {})
     (folder / "summary.json").unlink()
-    with pytest.raises(SteerbackError, match="not finished; go on with: steerback resume r"):
+    with pytest.raises(SteerbackError, match="not finished; resume it: steerback resume r"):
         compare_published([folder])
     (folder / "summary.json").write_text("{")
     with pytest.raises(SteerbackError, match="damaged"):

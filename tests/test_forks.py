@@ -178,7 +178,7 @@ def test_a_continuation_can_be_forked_itself(runs: Runs) -> None:
     assert prefix is not None
     assert prefix.token_ids == (*on.trial.prefix.token_ids, *on.completion.token_ids[:2])
     assert prefix.text == on.trial.prefix.text + " and further"
-    with pytest.raises(SteerbackError, match="not edited at all positions alike"):
+    with pytest.raises(SteerbackError, match="edits differ between positions"):
         forked(runs, "esr", off.trial.key, ForkSettings("2", 2))
 
 
@@ -209,7 +209,7 @@ def test_where_a_response_drifts(runs: Runs) -> None:
                 first = opened.ledger.windows("scripted")[row.trial.key].starts[0]
                 assert place(opened, row, "drift", "scripted") == first
             else:
-                with pytest.raises(SteerbackError, match="does not drift"):
+                with pytest.raises(SteerbackError, match="scores no sentence in the first attempt"):
                     place(opened, row, "drift", "scripted")
         with pytest.raises(SteerbackError, match="has not scored the sentences"):
             place(opened, rows[0], "drift", "offline")

@@ -121,7 +121,7 @@ def test_a_judge_is_probed_with_planted_instructions_before_it_judges(
     assert steerback("run", "esr", "--target", "organism", "--name", "p", *SMALL) == 0
     probe = ["judge", "p", "--judge", "qwen3-32b", "--probe"]
     assert steerback("judge", "p", "--judge", "offline", "--probe", "--dry-run") == 2
-    assert "--probe goes with a language model" in capsys.readouterr().err
+    assert "--probe needs a judge that is a language model" in capsys.readouterr().err
     assert steerback(*probe, "--dry-run") == 0
     assert "20 planted responses to probe qwen3-32b: about 20 calls" in capsys.readouterr().out
     assert not server.asked

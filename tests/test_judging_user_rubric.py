@@ -135,7 +135,7 @@ def test_verdicts_of_a_rubric_stand_beside_those_of_the_built_in_one(
     Path("strict.txt").write_text(TEXT + "Another text.", encoding="utf-8")
     capsys.readouterr()
     assert steerback("judge", "a", "--judge", "openai-api/lab/m", "--rubric", "strict.txt") == 2
-    assert "by another text of that rubric" in capsys.readouterr().err
+    assert "with a different text of this rubric" in capsys.readouterr().err
     Path("strict.txt").write_text("Rate {response}.", encoding="utf-8")
     before = sum(server.asked.values())
     assert steerback(*judge, "--rubric", "strict.txt") == 2

@@ -101,7 +101,7 @@ def test_every_response_of_a_stratum_is_drawn_equally_often(tmp_path: Path) -> N
 def test_too_small_a_sample_and_a_strange_condition_are_refused(folder: Path) -> None:
     with pytest.raises(SteerbackError, match=r"--n 6 is too small: 4 strata .* need at least 8 responses"):
         draw_sample(folder, 6, seed=1)
-    with pytest.raises(SteerbackError, match="no condition 'none' in this run; there are: ablated, baseline"):
+    with pytest.raises(SteerbackError, match="no condition 'none' in this run; choose one of: ablated, baseline"):
         draw_sample(folder, 6, seed=1, conditions=["none"])
     assert stored(folder, draw_sample(folder, 6, seed=1, conditions=["ablated"])).conditions == ["ablated"]
 
@@ -157,7 +157,7 @@ def test_labels_that_arrive_in_parts_add_up_and_are_never_replaced(folder: Path,
     assert (done.new, done.labelled) == (12, 20)
     assert import_labels(folder, label_file(tmp_path, sample, labels), "ann").new == 0
     other = {**labels, "2": {"scores": [99]}}
-    with pytest.raises(SteerbackError, match="human:ann has labelled response 2 differently before"):
+    with pytest.raises(SteerbackError, match="human:ann has a different label for response 2"):
         import_labels(folder, label_file(tmp_path, sample, other), "ann")
     assert import_labels(folder, label_file(tmp_path, sample, other), "ben").new == 20
 

@@ -191,8 +191,8 @@ def test_plan_takes_rate_and_variance_from_a_run(capsys: pytest.CaptureFixture[s
     ("options", "said"),
     [
         ([], "say what to steer with --target"),
-        (["--target", "organism", "--rate", "0.2"], "has to be above the judge's floor"),
-        (["--target", "organism", "--rate", "200"], "--rate lies between 0 and 100 %"),
+        (["--target", "organism", "--rate", "0.2"], "must be above the judge's floor"),
+        (["--target", "organism", "--rate", "200"], "--rate and --drop must be between 0 and 100 %"),
         (["--target", "organism", "--power", "80"], "--power between 0 and 1"),
         (["--target", "organism", "--judge", "nobody"], "unknown judge 'nobody'"),
     ],

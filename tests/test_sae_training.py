@@ -222,7 +222,7 @@ def test_a_target_is_made_that_can_be_used(
     assert [r["layer"] for r in facts["layers"]] == [2, 3]
     with pytest.raises(SystemExit):
         main([*command, "--k", "9"])
-    assert "was begun with another training" in capsys.readouterr().err
+    assert "has other values of training" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_a_target_is_made_that_can_be_used(
         (["--layers", "x"], "numbers with commas"),
         (["--layers", "9"], "outside 0..5"),
         (["--kind", "gated"], "kind"),
-        (["--name", "a/b"], "no slash"),
+        (["--name", "a/b"], "cannot contain /"),
         (["--k", "99999"], "more than the number of latents"),
     ],
 )

@@ -118,7 +118,7 @@ def test_calibration_and_headline_count_the_same_trials(
 def test_a_setting_that_the_base_run_has_decided_is_refused_by_name(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, base: Runs, setting: str
 ) -> None:
-    with pytest.raises(SteerbackError, match=rf"run base has found.*{setting.split('=')[0]}.*run without --from"):
+    with pytest.raises(SteerbackError, match=rf"uses the .* of run base.*{setting.split('=')[0]}.*run without --from"):
         base.run("meta-prompts", setting, base="base", name="refused")
     assert not (base.root / "refused").exists()
 
@@ -134,7 +134,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def test_another_judge_than_that_of_the_thresholds_is_refused_by_name(base: Runs) -> None:
     start = ("base", stored_config(base.root / "base"))
     other = build_config("meta-prompts", (), overrides={"judge": "offline"}, base=(str(base.root / "base"), start[1]))
-    with pytest.raises(SteerbackError, match=r"thresholds that run base has found with judge scripted; judge offline"):
+    with pytest.raises(
+        SteerbackError,
+        match=r"thresholds of run base, which were calibrated with judge scripted, not with judge offline",
+    ):
         check(other, base.makers)
     own = {"judge": "a/model+mine", "rubrics": {"mine": "one"}}
     before = start[1].model_copy(update=own)
@@ -154,7 +157,7 @@ def test_a_target_that_is_defined_otherwise_now_is_refused_by_name(
     assert start_from(tmp_path)[1] == config
     for changed in ({"mine": {"model": "/nowhere"}}, {"mine": {**model, "prior": {"mean": 4}}}):
         monkeypatch.setattr("steerback.jobs.check.user_tables", lambda tables=changed: tables)
-        with pytest.raises(SteerbackError, match=r"target mine was defined otherwise when run .*: prior differ"):
+        with pytest.raises(SteerbackError, match=r"definition of target mine has changed since run .* \(prior\)"):
             start_from(tmp_path)
 
 
@@ -199,6 +202,6 @@ def test_targets_of_a_run_keep_their_own_settings(tmp_path: Path, monkeypatch: p
     rows = runs.ledger("two").rows(stage="measure")
     counts = {name: Counter(r.trial.latent for r in rows if r.trial.target == name) for name in ("planted", "other")}
     assert {name: set(c.values()) for name, c in counts.items()} == {"planted": {20}, "other": {3}}
-    with pytest.raises(SteerbackError, match=r"run two has found.*selection"):
+    with pytest.raises(SteerbackError, match=r"of run two, .*selection"):
         row = "by_target={other: {selection: {concreteness: off}}}"
         runs.run("no-steering", row, base="two", targets=("other",), name="refused")

@@ -117,7 +117,7 @@ def test_several_responses_are_those_of_their_seeds(little: LoadedTarget) -> Non
     assert [r.record for r in several] == [r.record for r in alone]
     assert len({r.record.token_ids for r in several}) > 1
     assert all(r.activations is not None and r.receipt.positions > 0 for r in several)
-    with pytest.raises(SteerbackError, match="n 0: has to be at least 1"):
+    with pytest.raises(SteerbackError, match="n 0: must be at least 1"):
         little.responses(0, "hello")
 
 

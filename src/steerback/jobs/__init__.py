@@ -1,1 +1,1 @@
-"""From a config to a finished run: checking, executing, campaigns, estimates, the doctor."""
+"""Work on runs: checks, execution, campaigns, estimates, forks, labels, SAE training and the doctor."""

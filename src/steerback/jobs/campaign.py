@@ -1,6 +1,6 @@
-"""Many runs: the steps of a plan one after the other, all their figures in one folder, analyses made again.
+"""Campaigns: perform the steps of a plan in order, draw all their figures into one folder, repeat analyses.
 
-Each step is a run like any other, so it can be stopped and resumed; an engine is started once for each target.
+Each step is an ordinary run, so it can be stopped and resumed. The engine is started once for each target.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ if TYPE_CHECKING:
 
 
 def resolved(config: RunConfig, makers: Makers | None = None) -> RunConfig:
-    """The config with engine and judge chosen, as a run of it would store it."""
+    """Return the config with its engine and judge resolved, as a run stores it."""
     return check(config, makers).config
 
 
 def is_done(step: Step) -> bool:
-    """Whether a step's run was finished with this very config."""
+    """Return True if the run of this step is finished and has the same config."""
     if not (step.folder / "summary.json").is_file() or not (step.folder / "ledger.sqlite").is_file():
         return False
     return stored_config(step.folder) == step.config
 
 
 def plan_lines(steps: Sequence[Step], makers: Makers | None = None) -> list[str]:
-    """List the runs of a campaign, with at most how many responses, tokens, verdicts and minutes they take."""
+    """Return one line for each run of a campaign, with upper bounds for responses, tokens, verdicts and minutes."""
     jobs = [(step, _checked(step, makers)) for step in steps]
     lines, total, verdicts = [], Counter[str](), Counter[str]()
-    shared: set[str] = set()  # stages that an earlier step has generated: the same requests, so they are in the cache
+    shared: set[str] = set()  # an earlier step has generated these stages, so their responses are in the cache
     for step, job in jobs:
         cost, asked = _cost(job, shared), _verdicts(job)
         first = job.config.targets[0]
@@ -65,7 +65,7 @@ def plan_lines(steps: Sequence[Step], makers: Makers | None = None) -> list[str]
     counted = ", ".join(f"{n:,} verdicts of judge {name}" for name, n in verdicts.items())
     lines.append(
         f"to do: at most {total['responses']:,} responses, {total['tokens']:,} tokens, {counted}{minutes}; "
-        "what is cached is not done again"
+        "cached responses and verdicts are used again"
     )
     longest = max(response_tokens(job.config, target) for _, job in jobs for target in job.targets)
     for name, n in verdicts.items():
@@ -89,8 +89,8 @@ def _checked(step: Step, makers: Makers | None) -> PreparedRun:
 
 
 def _verdicts(job: PreparedRun) -> Counter[str]:
-    """At most how many verdicts a job needs, by judge."""
-    if not job.experiment.generates:  # the runs' own verdicts are taken over
+    """Return the largest number of verdicts that a job needs, by judge."""
+    if not job.experiment.generates:  # verdicts of the runs' own judges exist already
         names = [name for name in job.experiment.judges(job.config) if name != job.config.judge]
         return Counter({name: sum(of_experiment(job, job.config.targets[0]).values()) for name in names})
     each = [n for t in job.targets for stage, n in of_experiment(job, t.name).items() if stage not in UNJUDGED]
@@ -112,10 +112,10 @@ def _cost(job: PreparedRun, shared: set[str]) -> Counter[str]:
 def run(
     steps: Sequence[Step], cached: bool, say: Callable[[str], None], makers: Makers | None = None
 ) -> dict[Path, str]:
-    """Run the steps that are not done; a step that fails does not stop those that do not need it.
+    """Run the unfinished steps and return the folders of the failed ones, each with its reason.
 
-    All steps of a target follow one another, so that its engine is started once. Return the folders of the steps that
-    failed, with the reason.
+    A failed step stops only the steps that depend on it. All steps of one target run in sequence, so that its engine
+    is started once.
     """
     failed: dict[Path, str] = {}
     targets = list(dict.fromkeys(name for step in steps for name in step.config.targets))
@@ -141,19 +141,19 @@ def run(
 
 
 def carry_out(steps: Sequence[Step], cached: bool, say: Callable[[str], None], makers: Makers | None = None) -> None:
-    """As `run`, and raise SteerbackError if a step failed."""
+    """Run the unfinished steps. Raises SteerbackError if one of them failed."""
     refuse(run(steps, cached, say, makers), len(steps))
 
 
 def refuse(failed: Mapping[Path, str], of: int) -> None:
-    """Raise SteerbackError that names the steps that failed, if any."""
+    """Raise a SteerbackError that lists the failed steps, if there are any."""
     if failed:
         reasons = "; ".join(f"{folder.name}: {why}" for folder, why in failed.items())
         raise SteerbackError(f"{len(failed)} of {of} experiments could not be done: {reasons}")
 
 
 def stored_steps(folders: Sequence[Path]) -> list[Step]:
-    """Return existing runs as steps, each after the one that it starts from."""
+    """Return existing runs as steps, in an order in which each run comes after its base run."""
     from steerback.experiments.paper import Step
 
     configs = {folder.resolve(): (folder, stored_config(folder)) for folder in folders}
@@ -169,13 +169,13 @@ def stored_steps(folders: Sequence[Path]) -> list[Step]:
 def _one(
     step: Step, name: str, engines: KeptEngine, cached: bool, say: Callable[[str], None], makers: Makers | None
 ) -> None:
-    """Measure a step's target, and analyse the step after its last one."""
+    """Measure one target of a step. After the step's last target, analyse the step."""
     job = _checked(step, makers)
     position = step.config.targets.index(name)
     last = position == len(step.config.targets) - 1
     if not last and not job.experiment.generates:
         return
-    targets = job.targets[position:] if last else job.targets[position : position + 1]  # adapters follow their base
+    targets = job.targets[position:] if last else job.targets[position : position + 1]  # adapters come last
     with execute.tools(cached) as (progress, cache), Run.start(step.folder, job.config) as opened:
         execute.measure(job, opened, targets, engines, progress, cache)
         if not last:
@@ -199,18 +199,19 @@ PAIRED = "comparisons"
 def reanalyse(
     folder: Path, judge: str | None = None, draws: int | None = None, captions_inside: bool = False
 ) -> Analysis:
-    """Make a run's analysis again from its ledger, and write it into its folder.
+    """Repeat the analysis of a run from its ledger and write the results into its folder.
 
-    `judge` and `draws` replace those of the run's config; `captions_inside` burns the captions into the figures.
+    `judge` and `draws` (bootstrap draws) replace those of the run's config. `captions_inside` draws the captions
+    inside the figures.
     """
     with Run.read(folder) as opened:
-        if draws is not None:  # refused where the config's own bounds refuse it
+        if draws is not None:  # `parse_config` checks the bounds
             parse_config(opened.config.model_dump(mode="json") | {"draws": draws}, "figures")
         return execute.analyse(opened, opened.judge(judge), draws=draws, captions_inside=captions_inside)
 
 
 def report(analysis: Analysis) -> list[str]:
-    """Return tables and lines of an analysis, and the files in its folder, as lines to print."""
+    """Return the lines to print about an analysis: its tables, its messages and the files in its folder."""
     tables = [line for table in analysis.shown.tables.values() for line in ("", table.text(terminal_width()))]
     files = [
         p
@@ -221,18 +222,18 @@ def report(analysis: Analysis) -> list[str]:
 
 
 COMPARED = {"text": "txt", "csv": "csv", "json": "json", "markdown": "md"}
-"""Forms of a comparison, with the suffixes of their files."""
+"""Output formats of a comparison and their file suffixes."""
 
 
 def compared(folders: Sequence[Path], form: str, out: Path | None = None) -> tuple[str, list[Path]]:
-    """Compare runs with the published numbers: return the `form` of it, and the files written into `out`."""
+    """Compare runs with the published numbers. Return the text in the format `form`, and the files in `out`."""
     table, notes = comparison(compare_published(folders))
     listed = "\n".join(["", "Deviations that are known:", *notes, ""]) if notes else ""
     return in_form(table, table.text(terminal_width()) + listed, table.markdown() + listed, form, out)
 
 
 def in_form(table: Table, text: str, markdown: str, form: str, out: Path | None) -> tuple[str, list[Path]]:
-    """Return a comparison in one of the forms `COMPARED`, and the files of all forms that were written into `out`."""
+    """Return a comparison in the format `form` (one of `COMPARED`). Write all formats into `out`, if it is set."""
     forms = {"text": text, "csv": table.csv(), "json": table.json(), "markdown": markdown}
     if out is None:
         return forms[form], []
@@ -240,13 +241,13 @@ def in_form(table: Table, text: str, markdown: str, form: str, out: Path | None)
 
 
 def results(folders: Sequence[Path], out: Path) -> list[str]:
-    """Write the comparison and every figure of the runs into `out`, and return the lines to print about them."""
+    """Write the comparison and all figures of the runs into `out`. Return the lines to print about them."""
     text, paths = compared(folders, "text", make_folder(out, "choose another --runs"))
     return [text, *(f"  {path}" for path in (*paths, *draw_all(folders, out)))]
 
 
 def draw_all(folders: Sequence[Path], out: Path, captions_inside: bool = False) -> list[Path]:
-    """Draw every figure of the runs into one folder; a figure that several runs have carries the run's name."""
+    """Draw all figures of the runs into one folder. If several runs have the same figure, its file names the run."""
     from steerback.figures.style import save
 
     drawn: list[tuple[str, str, Analysis]] = []

@@ -1,4 +1,4 @@
-"""From a config to a prepared run: every name in it is resolved, so that mistakes show before anything is loaded."""
+"""Check a config and resolve all names in it, so that mistakes are reported before a model is loaded."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Makers:
-    """Functions that make a run's judges, engines and targets; a test or another program can pass its own."""
+    """Factories of the judges, engines and targets of a run. Tests and other programs can replace them."""
 
     judge: Maker = make_judge
     engine: Callable[[Target, EngineOptions], Engine] = make_engine
@@ -43,7 +43,7 @@ class Makers:
 
 @dataclass(frozen=True, slots=True)
 class PreparedRun:
-    """A checked config with what it names: nothing is loaded yet, but everything exists."""
+    """A checked config with its resolved experiment, targets and prompts. No model is loaded yet."""
 
     config: RunConfig
     experiment: Experiment[Settings]
@@ -54,14 +54,14 @@ class PreparedRun:
 
 
 def check(config: RunConfig, makers: Makers | None = None) -> PreparedRun:
-    """Resolve every name in the config, so that a mistake shows before anything is loaded or written.
+    """Resolve all names in the config, and raise SteerbackError for a mistake before anything is loaded or written.
 
-    `makers` default to the package's own; `judging.judge_maker` makes judges with a budget.
+    `makers` are the package's factories by default. `judging.judge_maker` makes judges with a budget.
     """
     makers = makers or Makers(judge=judge_maker(Limits(), config.rubrics))
     before = _base_of(config)
     config = with_search_of(config, before)
-    experiment = make_experiment(config)  # a wrong option shows now
+    experiment = make_experiment(config)  # raises for an invalid option
     own = {**user_tables(), **config.definitions}
     targets = tuple(makers.target(name, own) for name in config.targets) if experiment.generates else ()
     chosen: dict[str, object] = {"engine": config.engine, "judge": config.judge}
@@ -72,29 +72,30 @@ def check(config: RunConfig, makers: Makers | None = None) -> PreparedRun:
         chosen["judge"] = _default_judge(config) if experiment.generates else experiment.judges(config)[0]
     if config.latents is None and targets and not any(target.has_sae for target in targets):
         shared = {target.directions() for target in targets}
-        chosen["latents"] = (shared.pop() or None) if len(shared) == 1 else None  # as the run is started, so it goes on
+        # stored with the run, so that directions added later do not change a run that is resumed
+        chosen["latents"] = (shared.pop() or None) if len(shared) == 1 else None
     config = config.model_copy(update=chosen)
     if config.selection.rater == "auto" and experiment.generates:
         rater = config.selection.model_copy(update={"rater": rater_of(config)})
         config = config.model_copy(update={"selection": rater})
     if config.from_run is not None and before is not None:
         _keeps_decisions(config, before, Path(config.from_run), experiment)
-    experiment.conditions(config)  # so do options that do not go together
+    experiment.conditions(config)  # raises for options that contradict each other
     engine = check_engine(config.engine, config.engine_options, config.batch_size)
     targets = experiment.measured_targets(config, tuple(steerable(target, config, experiment) for target in targets))
     for name in paper_files.used(config.prompts, experiment.own_detectors()):
         paper_files.path_of(name)
     for name in experiment.judges(config):
-        makers.judge(name)  # a missing key or unknown judge shows now
+        makers.judge(name)  # raises for an unknown judge or a missing API key
     if experiment.generates and (asked := rating_model(config)) is not None:
         make_rater(asked, makers.judge)
     return PreparedRun(config, experiment, targets, load_prompts(config.prompts), makers, engine)
 
 
 def start_from(folder: Path) -> tuple[str, RunConfig]:
-    """Return folder and config of the run that a new one starts from.
+    """Return folder and config of a base run.
 
-    Raises SteerbackError for a target of the user that is defined otherwise now.
+    Raises SteerbackError if the definition of a user's target has changed since the base run was made.
     """
     config = stored_config(folder)
     _same_definitions(config, {k: v for k, v in user_tables().items() if k in config.targets}, folder)
@@ -106,19 +107,19 @@ def _same_definitions(before: RunConfig, now: Mapping[str, Mapping[str, object]]
         old = before.definitions.get(name, {})
         if differ := sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
             raise SteerbackError(
-                f"target {name} was defined otherwise when run {base.name} was made: {', '.join(differ)} differ; "
-                "define it as it was, or give it another name and run without --from"
+                f"the definition of target {name} has changed since run {base.name} was made ({', '.join(differ)}); "
+                "restore it, or rename the target and run without --from"
             )
 
 
 def _base_of(config: RunConfig) -> RunConfig | None:
-    """Return the config of the run that this one starts from; a run that goes on has what it needs of it."""
+    """Return the config of the base run, or None. A resumed run does not need its base: it has copied the facts."""
     folder = None if config.from_run is None else Path(config.from_run)
     return stored_config(folder) if folder is not None and (folder / "ledger.sqlite").is_file() else None
 
 
 def _keeps_decisions(config: RunConfig, before: RunConfig, base: Path, experiment: Experiment[Settings]) -> None:
-    """Refuse a change of settings by which the run that this one starts from has found what will be used."""
+    """Raise SteerbackError if the run changes settings that determined the latents or thresholds of its base run."""
     _same_definitions(before, {name: config.definitions.get(name, {}) for name in config.targets}, base)
     if experiment.calibrates and experiment.generates:
         _same_judge(config, before, base)
@@ -128,29 +129,29 @@ def _keeps_decisions(config: RunConfig, before: RunConfig, base: Path, experimen
 
 
 def _same_judge(config: RunConfig, before: RunConfig, base: Path) -> None:
-    """Refuse another judge than the one whose scores have made the thresholds of the base run."""
+    """Raise SteerbackError if the judge differs from the one that scored the calibration of the base run."""
     new, old = ((c.judge, c.rubrics.get(c.judge.partition("+")[2])) for c in (config, before))
     if new != old and any(fact_of(base, name, THRESHOLDS)[0] is not None for name in config.targets):
         what = f"judge {config.judge}" if config.judge != before.judge else f"the rubric of judge {config.judge}"
         raise SteerbackError(
-            f"{config.experiment} takes the {THRESHOLDS.name} that run {base.name} has found with judge "
-            f"{before.judge}; {what} does not go with them: run with the first and let the other judge afterwards "
+            f"{config.experiment} uses the {THRESHOLDS.name} of run {base.name}, which were calibrated with judge "
+            f"{before.judge}, not with {what}: run with {before.judge} and judge the run again afterwards "
             f"(steerback judge RUN --judge {config.judge}), or run without --from"
         )
 
 
 def _refuse(changed: Sequence[str], config: RunConfig, base: Path, fact: Fact[T], settings: tuple[str, ...]) -> None:
-    """Raise SteerbackError if one of `settings`, which shaped a fact of the base run, is among the changed ones."""
+    """Raise SteerbackError if one of `settings`, which determined a fact of the base run, was changed."""
     refused = [line for line in changed if line.split(":")[0].startswith(settings)]
     if refused and any(fact_of(base, name, fact)[0] is not None for name in config.targets):
         raise SteerbackError(
-            f"{config.experiment} takes the {fact.name} that run {base.name} has found, so these settings would do "
-            f"nothing: {'; '.join(refused)}; leave them out, or run without --from"
+            f"{config.experiment} uses the {fact.name} of run {base.name}, so these settings would have no effect: "
+            f"{'; '.join(refused)}; leave them out, or run without --from"
         )
 
 
 def steerable(target: Target, config: RunConfig, experiment: Experiment[Settings]) -> Target:
-    """Return the target with the directions that the run uses, if it has what the experiment needs."""
+    """Return the target with the directions of the run. Raises SteerbackError if the experiment cannot use it."""
     if experiment.needs_sae and not target.has_sae:
         raise SteerbackError(f"{experiment.name} reads SAE latents and target {target.name!r} has no SAE")
     if not target.has_sae and not target.directions():
@@ -172,7 +173,7 @@ def steerable(target: Target, config: RunConfig, experiment: Experiment[Settings
 
 
 def _authors_labels(target: Target) -> None:
-    """Refuse a target whose labels the authors filter by, as long as the user has not fetched them."""
+    """Raise SteerbackError if the target's labels, which preset `authors` filters by, have not been downloaded."""
     if target.label_source and not target.labels():
         how = "fetch-paper-data" if target.base in paper_files.LABELLED else f"labels fetch {target.name}"
         raise SteerbackError(
@@ -181,7 +182,7 @@ def _authors_labels(target: Target) -> None:
 
 
 def with_directions(target: Target, config: RunConfig) -> Target:
-    """Return the target with the directions that the run's latents name; without SAE and list, with all of them."""
+    """Return the target with the directions among the run's latents; all directions if there is no list and no SAE."""
     if config.latents is None:
         return target.with_directions(()) if target.has_sae else target
     return target.with_directions([key for key in config.latents if isinstance(key, str)])

@@ -1,8 +1,8 @@
-"""Say whether a target's hook point, layer, SAE and steering are right, from what the model really computes.
+"""Check a target's hook point, layer, SAE and steering with activations of the model.
 
-Residuals of texts are encoded and decoded at the SAE's layer and at its neighbours: an SAE explains the layer that it
-was trained on best. Then one steered and one unsteered response, and what the receipts say. It knows the reference
-engine; it changes nothing and measures no ESR.
+The doctor reconstructs residuals at the SAE's layer and at neighbouring layers, because an SAE explains the layer that
+it was trained on best. It then compares the receipts of one steered and one unsteered response. It uses the
+transformers engine, changes nothing and does not measure ESR.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
 Verdict = Literal["ok", "warning", "failed"]
 TEXTS, CHUNK_TOKENS = 24, 1024
 STEPS = (1, 2, 4, 8, 16)
-"""Distances of the neighbouring layers; a model of at most twelve layers is read at all of them."""
+"""Distances of the neighbouring layers. In a model with at most twelve layers, all layers are compared."""
 BETTER, OFTEN = 0.02, 0.9
-"""Another layer is clearly better: explained variance higher by this much, and in this share of the texts."""
+"""Another layer is better if its explained variance is higher by `BETTER`, and in the share `OFTEN` of the texts."""
 LOW, NONE = 0.5, 0.2
-"""Explained variance that is low, and one at which an SAE explains nothing to speak of."""
+"""Explained variance below `LOW` gives a warning. Below `NONE` at all layers the check fails."""
 OUTLIER = 10.0
-"""Tokens whose norm is so many times the median are left out: a few of them would be all of the variance."""
+"""Tokens with a norm above this multiple of the median are left out, because they would dominate the variance."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One check: its result in a line, more lines to read, and the numbers."""
+    """One check: verdict, result in one line, details, and numbers."""
 
     name: str
     verdict: Verdict
@@ -59,12 +59,12 @@ class Examination:
 
     @property
     def verdict(self) -> Verdict:
-        """The worst of the checks."""
-        found = {check.verdict for check in self.checks}
-        return "failed" if "failed" in found else "warning" if "warning" in found else "ok"
+        """Worst verdict of all checks."""
+        verdicts = {check.verdict for check in self.checks}
+        return "failed" if "failed" in verdicts else "warning" if "warning" in verdicts else "ok"
 
     def lines(self) -> list[str]:
-        """Return lines for people: one per check, its details below it, and the verdict."""
+        """Return the lines to print: one for each check with its details, then the verdict."""
         said = []
         for check in self.checks:
             said.append(f"{check.verdict:<8}{check.name}: {check.line}")
@@ -73,20 +73,22 @@ class Examination:
         return [*said, f"{self.target}: {self.verdict} ({', '.join(f'{n} {v}' for v, n in counts.items())})"]
 
     def to_json(self) -> dict[str, object]:
-        """Return the JSON-able form."""
+        """Return a dictionary that can be written as JSON."""
         return {"target": self.target, "verdict": self.verdict, "checks": [asdict(c) for c in self.checks]}
 
 
 def examine(loaded: LoadedTarget, layer: int | None = None, texts: Sequence[str] | None = None) -> Examination:
-    """Make every check of a loaded target; `layer` asks about another layer than the SAE's own.
+    """Run all checks on a loaded target.
 
-    Residuals are read from `texts`; default: the package's texts, for an organism passages of its corpus.
+    `layer`: layer (0-based) to check the SAE at; default: the SAE's layer. `texts`: texts to read residuals from;
+    default: texts of the package, for an organism passages of its corpus. Raises SteerbackError for a layer outside
+    the model, or for another engine than transformers.
     """
     from steerback.engines.transformers import TransformersEngine
 
     engine, target = loaded.engine, loaded.target
     if not isinstance(engine, TransformersEngine):
-        raise SteerbackError("doctor reads residuals, which only the transformers engine gives")
+        raise SteerbackError("doctor reads residuals and needs the transformers engine: --engine transformers")
     site = engine.runner.site
     at = layer if layer is not None else site.sae_layer
     if not 0 <= at < site.n_layers:
@@ -113,7 +115,7 @@ def _loaded(engine: TransformersEngine) -> Check:
 
 
 def _weights(sae: Sae) -> Check:
-    """Report what is suspicious in the weights; shapes and finite values were checked when they were loaded."""
+    """Check the decoder norms of the SAE. Its shapes and finite values were checked at loading."""
     norms = sae.decoder_norms.numpy()
     low, middle, high = (float(x) for x in np.quantile(norms, (0.0, 0.5, 1.0)))
     zero = int((norms < 1e-6).sum())
@@ -129,7 +131,7 @@ def _weights(sae: Sae) -> Check:
 
 @dataclass(frozen=True)
 class Fit:
-    """How well an SAE explains the residual of a layer: pooled over tokens, and text by text."""
+    """Fit of an SAE to the residuals of a layer, pooled over tokens and for each text."""
 
     explained: float
     l0: float
@@ -138,12 +140,12 @@ class Fit:
     outliers: int
 
     def beaten_in(self, other: Fit) -> float:
-        """Share of the texts in which `other` has the smaller share of unexplained variance."""
+        """Return the share of texts in which `other` leaves less variance unexplained."""
         return float(np.mean([other.errors[n] < error for n, error in self.errors.items()]))
 
 
 def neighbours(layer: int, n_layers: int) -> list[int]:
-    """Return the layers that are compared."""
+    """Return the layers to compare, in ascending order."""
     if n_layers <= 12:
         return list(range(n_layers))
     near = {layer + sign * step for step in (0, *STEPS) for sign in (1, -1)}
@@ -151,7 +153,7 @@ def neighbours(layer: int, n_layers: int) -> list[int]:
 
 
 def fits(engine: TransformersEngine, texts: Sequence[str], layers: Sequence[int]) -> dict[int, Fit]:
-    """Return the SAE's fit to each layer, on the words of the texts."""
+    """Return the SAE's fit to each layer on the texts, without template tokens."""
     import torch
 
     sae = engine.sae
@@ -161,7 +163,7 @@ def fits(engine: TransformersEngine, texts: Sequence[str], layers: Sequence[int]
         if ids:
             for layer, h in states.items():
                 kept[layer][n] = h.cpu()
-    found = {}
+    by_layer = {}
     for layer, by_text in kept.items():
         h = torch.cat(list(by_text.values()))
         text = torch.cat([torch.full((len(part),), n) for n, part in by_text.items()])
@@ -169,58 +171,58 @@ def fits(engine: TransformersEngine, texts: Sequence[str], layers: Sequence[int]
         usual = norms <= OUTLIER * norms.median()
         h, text = h[usual], text[usual]
         error, fired = [], []
-        for part in torch.split(h, CHUNK_TOKENS):  # all texts together: weights in host memory are copied per chunk
+        for part in torch.split(h, CHUNK_TOKENS):  # few large chunks: each copies weights from host memory
             z = engine.encoder.encode(part.to(engine.runner.device))
             error.append((sae.decode(z).cpu().double() - part.double()).square().sum(dim=1))
             fired.append((z > 0).sum(dim=1).cpu())
         errors, active = torch.cat(error), torch.cat(fired)
         spread = (h.double() - h.double().mean(0)).square().sum(dim=1)
-        found[layer] = Fit(
+        by_layer[layer] = Fit(
             explained=1 - float(errors.sum() / spread.sum()),
             l0=float(active.double().mean()),
             silent=float((active == 0).double().mean()),
             errors={n: float(errors[text == n].sum() / spread[text == n].sum()) for n in set(text.tolist())},
             outliers=int((~usual).sum()),
         )
-    return found
+    return by_layer
 
 
 def _layer(engine: TransformersEngine, texts: Sequence[str], at: int) -> Check:
-    """Check by the activations whether the SAE belongs to this layer."""
-    found = fits(engine, texts, neighbours(at, engine.runner.site.n_layers))
-    own = found[at]
-    best = max(found, key=lambda layer: found[layer].explained)
-    gain = found[best].explained - own.explained
-    clearly = gain > BETTER and own.beaten_in(found[best]) >= OFTEN
+    """Check that the SAE explains this layer better than its neighbours."""
+    by_layer = fits(engine, texts, neighbours(at, engine.runner.site.n_layers))
+    own = by_layer[at]
+    best = max(by_layer, key=lambda layer: by_layer[layer].explained)
+    gain = by_layer[best].explained - own.explained
+    clearly = gain > BETTER and own.beaten_in(by_layer[best]) >= OFTEN
     line = f"layer {at}: explained variance {own.explained:.2f}, L0 {own.l0:.1f}, over {len(texts)} texts"
     verdict: Verdict = "ok"
-    if found[best].explained < NONE:
+    if by_layer[best].explained < NONE:
         verdict = "failed"
         line += "; it explains none of these layers: another model's SAE, another hook point or another input scale"
     elif clearly:
         verdict = "failed"
-        line += f"; the SAE does not belong to this layer: at layer {best} it explains {found[best].explained:.2f}"
+        line += f"; the SAE does not belong to this layer: at layer {best} it explains {by_layer[best].explained:.2f}"
     elif own.explained < LOW or gain > BETTER / 2:
         verdict = "warning"
-        line += f"; {'low' if own.explained < LOW else f'layer {best} is as good ({found[best].explained:.2f})'}"
+        line += f"; {'low' if own.explained < LOW else f'layer {best} is as good ({by_layer[best].explained:.2f})'}"
     if own.silent > 0.5:
         verdict = "failed"
         line += f"; no latent is active at {own.silent:.0%} of the tokens"
     outliers = (
-        (f"{own.outliers} tokens of a norm over {OUTLIER:g} times the median are left out",) if own.outliers else ()
+        (f"{own.outliers} tokens with a norm above {OUTLIER:g} times the median are left out",) if own.outliers else ()
     )
     shown = "   ".join(
-        f"{layer}{'*' * (layer == at)}: {fit.explained:.2f} ({fit.l0:.0f})" for layer, fit in found.items()
+        f"{layer}{'*' * (layer == at)}: {fit.explained:.2f} ({fit.l0:.0f})" for layer, fit in by_layer.items()
     )
     data = {
         str(layer): {"explained_variance": fit.explained, "l0": fit.l0, "silent": fit.silent}
-        for layer, fit in found.items()
+        for layer, fit in by_layer.items()
     }
     return Check("layer", verdict, line, (f"explained variance (L0) by layer  {shown}", *outliers), data)
 
 
 def _latents(engine: TransformersEngine, target: Target, contexts: Contexts) -> Check:
-    """Show latents in words: labelled ones first, where they peak, and which tokens their direction promotes."""
+    """Show some active latents, labelled ones first: the passages of their peaks and the tokens they promote."""
     active = contexts.active().tolist()
     labels = target.labels()
     shown = [k for k in active if k in labels][:4] or active[:4]
@@ -238,7 +240,7 @@ def _latents(engine: TransformersEngine, target: Target, contexts: Contexts) -> 
 
 
 def _promoted(engine: TransformersEngine, latent: int, n: int = 6) -> list[str]:
-    """Return the tokens whose logit the decoder direction raises most when it goes straight to the unembedding."""
+    """Return the tokens whose logits rise most if the decoder direction is multiplied by the unembedding."""
     assert engine.sae is not None
     runner = engine.runner
     unembed = runner.model.get_output_embeddings().weight
@@ -251,17 +253,17 @@ def _promoted(engine: TransformersEngine, latent: int, n: int = 6) -> list[str]:
 
 
 def _prior(engine: TransformersEngine, target: Target, texts: Sequence[str]) -> Check:
-    """Check whether boosts are of the residual's order of magnitude at the steer layer."""
+    """Check that boosts have the order of magnitude of the residual norm at the steer layer."""
     import torch
 
     layer = engine.runner.site.steer_layer
     norms = [states[layer].norm(dim=1).cpu() for _, _, states in engine.residuals([""] * len(texts), texts, (layer,))]
     norm, prior = float(torch.cat(norms).median()), target.boost_prior
     share = prior.mean / norm
-    line = f"boosts N({prior.mean:g}, {prior.sd:g}) against a residual norm of {norm:.3g} at layer {layer}"
+    line = f"boosts N({prior.mean:g}, {prior.sd:g}), residual norm {norm:.3g} at layer {layer}"
     data = {"residual_norm": norm, "mean": prior.mean, "share": share}
     if not 0.05 <= share <= 5:
-        hint = f"{share:.2g} times it; thresholds are usually between 0.2 and 2 times, so see that the scale is right"
+        hint = f"ratio {share:.2g}; thresholds are usually 0.2 to 2 times the norm, so check boost_prior and the scale"
         return Check("boost prior", "warning", f"{line}: {hint}", data=data)
     return Check("boost prior", "ok", line, data=data)
 
@@ -272,7 +274,7 @@ def _steering(loaded: LoadedTarget, engine: TransformersEngine, contexts: Contex
     prompt = load_prompts("evaluation")[0]
     key = _key(target, contexts)
     if key is None:
-        return Check("steering", "failed", "there is neither a latent nor a direction to steer with")
+        return Check("steering", "failed", "the target has neither an active latent nor a direction to steer with")
     boost = target.prior_of(key).mean
     edits = (Intervention("add", key, boost, layer=layer),)
     sampling = Sampling(temperature=0, max_new_tokens=min(target.max_new_tokens or 48, 48))
@@ -292,25 +294,25 @@ def _steering(loaded: LoadedTarget, engine: TransformersEngine, contexts: Contex
     )
     verdict: Verdict = "failed" if wrong else "ok"
     if not wrong and plain.text == steered.text:
-        verdict, wrong = "warning", "the steered response is the same: the boost is too weak to be seen"
+        verdict, wrong = "warning", "the steered response equals the unsteered one: the boost is too small"
     details = (f"prompt     {prompt}", f"unsteered  {_short(plain.text)}", f"steered    {_short(steered.text)}")
     data = {"latent": key, "boost": boost, "receipt": asdict(steered.receipt), "texts": [plain.text, steered.text]}
     return Check("steering", verdict, f"{line}{f'; {wrong}' if wrong else ''}", details, data)
 
 
 def receipt_fault(plain: Completion, steered: Completion, edits: tuple[Intervention, ...], norm: float) -> str:
-    """Return the fault that the receipts of an unsteered and a steered response show, or ""."""
+    """Return the error in the receipts of an unsteered and a steered response, or ""."""
     if plain.receipt.positions:
         return "the unsteered response was steered"
     if not steered.receipt_matches(edits):
         return "not every position was steered"
     if abs(steered.receipt.added_norm - norm) > 0.02 * norm:
-        return f"what was added has norm {steered.receipt.added_norm:.4g}, expected {norm:.4g}"
+        return f"the added vector has norm {steered.receipt.added_norm:.4g}, expected {norm:.4g}"
     return ""
 
 
 def _key(target: Target, contexts: Contexts | None) -> LatentKey | None:
-    """Return what to steer with: an active latent with a label, else any active one, else a direction."""
+    """Return the latent to steer with: an active one with a label, else any active one, else a direction."""
     active = [] if contexts is None else contexts.active().tolist()
     labels = target.labels() if active else {}
     names: tuple[LatentKey, ...] = target.directions()
@@ -323,5 +325,5 @@ def _short(text: str, most: int = 160) -> str:
 
 
 def without_directions(target: Target) -> Target:
-    """Return the target without its directions; one without an SAE keeps the first."""
+    """Return the target without its directions. A target without an SAE keeps its first direction."""
     return target.with_directions(()) if target.has_sae else replace(target, direction_files=target.direction_files[:1])

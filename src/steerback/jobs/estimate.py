@@ -1,4 +1,4 @@
-"""What a run would cost before it starts: responses, tokens, memory and time. It loads no model."""
+"""Estimates before a run starts: responses, tokens, judge calls, memory and time. No model is loaded."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def responses(config: RunConfig, prompts: int, conditions: int = 1) -> dict[str, int]:
-    """Responses per target and stage, at most (latents can stop early or turn out unusable)."""
+    """Return upper bounds for the responses per target, by stage. Latents can stop early or prove unusable."""
     latents = len(config.latents) if config.latents is not None else config.n_latents
     cal, searched = config.calibration, config.from_run is None
     measured = latents * config.trials_per_latent
@@ -47,7 +47,7 @@ def responses(config: RunConfig, prompts: int, conditions: int = 1) -> dict[str,
 
 
 def of_experiment(job: PreparedRun, target: str) -> dict[str, int]:
-    """Responses of a target per stage of a job: experiments may do without calibration, or need further stages."""
+    """Return upper bounds for a target's responses by stage, with the stages that the experiment adds or skips."""
     config, experiment = job.config.of(target), job.experiment
     if not experiment.generates:
         return experiment.further(config)
@@ -60,7 +60,7 @@ def of_experiment(job: PreparedRun, target: str) -> dict[str, int]:
 
 
 def _takes_over_floor(job: PreparedRun) -> bool:
-    """Return whether the run that this one starts from has a floor for its targets, or will have once it is run."""
+    """Return True if the base run has the floor of its targets, or will have it when it is finished."""
     if job.config.from_run is None:
         return False
     base = Path(job.config.from_run)
@@ -69,7 +69,7 @@ def _takes_over_floor(job: PreparedRun) -> bool:
 
 
 def plan_lines(job: PreparedRun, folder: Path) -> list[str]:
-    """What was chosen, whether it fits, and how much work it is."""
+    """Return the lines of `--dry-run`: the choices, the memory check and upper bounds for the work."""
     config = job.config
     chosen = f"preset {config.preset}, engine {config.engine}, judge {config.judge}"
     lines = [f"{job.experiment.title}: {chosen}, folder {folder}"]
@@ -96,7 +96,7 @@ def plan_lines(job: PreparedRun, folder: Path) -> list[str]:
 
 
 def window_spend(job: PreparedRun, target: Target) -> Spend | None:
-    """Return what scoring the windows of a target's responses would take; None where that costs nothing."""
+    """Return an upper bound for the cost of scoring windows of a target's responses; None if it is free."""
     judge, tokens = job.makers.judge(job.config.judge), response_tokens(job.config, target)
     scorer = window_scorer(judge, job.config.recovery) if job.experiment.reports_rates else None
     one = None if scorer is None else scorer.window_estimate([_longest(tokens)])
@@ -105,12 +105,12 @@ def window_spend(job: PreparedRun, target: Target) -> Spend | None:
 
 
 def _longest(tokens: int) -> JudgeItem:
-    """Return a response of so many tokens: about one a word, with five characters."""
+    """Return a made-up response of `tokens` words with five characters each, about one token per word."""
     return JudgeItem("", "a prompt of about ten words that asks for something", "word " * tokens, "a label")
 
 
 def _rating(job: PreparedRun, target: Target) -> list[str]:
-    """What rating the labels of a target would take, where a language model does."""
+    """Return a line with the cost of rating a target's labels for concreteness, if a language model rates them."""
     name = rating_model(job.config)
     if name is None or not target.has_sae:
         return []
@@ -121,7 +121,7 @@ def _rating(job: PreparedRun, target: Target) -> list[str]:
 
 
 def _collecting(job: PreparedRun) -> list[str]:
-    """What an experiment that generates nothing takes from where, and what its judges would take."""
+    """Return the source runs of an experiment that generates nothing, and the cost of its judges, as lines."""
     config = job.config
     chosen = job.experiment.options.model_dump()
     lines = [f"  {key}: {', '.join(map(str, v)) if isinstance(v, list) else v}" for key, v in chosen.items()]
@@ -133,31 +133,31 @@ def _collecting(job: PreparedRun) -> list[str]:
 
 
 def response_tokens(config: RunConfig, target: Target) -> int:
-    """The most tokens a response may have."""
+    """Return the token limit of a target's responses."""
     config = config.of(target.name)
     return min(config.sampling.max_new_tokens, target.max_new_tokens or config.sampling.max_new_tokens)
 
 
 def judge_estimate(judge: Judge, verdicts: int, tokens: int) -> Spend | None:
-    """What judging so many responses of so many tokens would take; None for a judge that costs nothing."""
+    """Return the cost of `verdicts` verdicts on responses of `tokens` tokens; None for a free judge."""
     one = estimated(judge, [_longest(tokens)])
     return None if one is None else one * verdicts
 
 
 def judging_line(work: Judging) -> str:
-    """What a judge would be asked about a finished run."""
+    """Return a line with the number of responses to be judged and the estimated cost."""
     taken = "" if work.estimate is None else f": about {work.estimate}"
     return f"{work.count} responses to be judged by {work.judge.name}{taken}; what is cached is not asked again"
 
 
 def windows_line(opened: Run, judge: Judge, retry: bool) -> str:
-    """Return what scoring the windows of a finished run's responses would take.
+    """Return a line with the estimated cost of scoring the windows of a finished run.
 
-    Raises SteerbackError for a judge that cannot score windows.
+    Raises SteerbackError if the judge cannot score windows.
     """
     scorer = window_scorer(judge, RecoveryConfig(judge=True))
     if scorer is None:
-        raise SteerbackError(f"judge {judge.name} scores no windows; take another (see steerback judges)")
+        raise SteerbackError(f"judge {judge.name} cannot score windows; choose another (see steerback judges)")
     keys = [key for _, key in without_windows(opened.ledger, judge.name, retry=retry)]
     asked = scorer.window_estimate([judge_item(row) for row in opened.ledger.stream(keys)])
     return (
@@ -166,7 +166,7 @@ def windows_line(opened: Run, judge: Judge, retry: bool) -> str:
 
 
 def unscored_lines(judge: str, reasons: Sequence[str]) -> list[str]:
-    """Say how many responses a judge left unscored. `reasons` has an entry for each response, "" for a scored one."""
+    """Return a line with the number of unscored responses. `reasons` has one entry per response, "" if scored."""
     counts = Counter(filter(None, reasons))
     if not counts:
         return []
@@ -175,14 +175,14 @@ def unscored_lines(judge: str, reasons: Sequence[str]) -> list[str]:
 
 
 def spent_lines(folder: Path) -> list[str]:
-    """What each judge of a run has been paid."""
+    """Return one line for each judge of a run with the calls, tokens and money spent."""
     with Run.read(folder) as opened:
         paid = opened.ledger.get("", JUDGE_SPEND) or {}
     return [f"spent on judge {name}: {spend}" for name, spend in paid.items()]
 
 
 def _time(target: Target, total: int) -> str:
-    """Time from the target's measured speed, where one is known; otherwise said to be unknown."""
+    """Return the time for `total` responses at the target's measured speed, or a text that it is unknown."""
     if target.responses_per_second is None:
         return "time unknown until the first responses"
     seconds = total / target.responses_per_second

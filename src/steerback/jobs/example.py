@@ -1,4 +1,4 @@
-"""One prompt steered, for reading: beside the unsteered response, or beside one in which the detectors are clamped."""
+"""Pairs of responses to read: unsteered and steered, or steered with and without clamped detectors."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from steerback.organism import EXAMPLES, SteeringExample
 from steerback.records import Intervention, LatentKey, Request, Sampling
 
 SEEDS = 8
-"""How many seeds are tried: where arithmetic differs from that of the example's machine, the first may not restart."""
+"""Number of seeds to try. On a machine with other floating-point arithmetic, the first seed may show no restart."""
 REFERENCES = 3
-"""Unsteered responses with which the sentences of the steered one are compared."""
+"""Number of unsteered responses that the offline judge compares the sentences with."""
 
 
 def steered_and_not(
@@ -25,16 +25,16 @@ def steered_and_not(
 
 
 def example_of(target: str) -> SteeringExample:
-    """Return the example of a built-in target. Raises SteerbackError for one that has none."""
+    """Return the example of a built-in target. Raises SteerbackError if the target has none."""
     if target not in EXAMPLES:
         raise SteerbackError(
-            f"try {target} needs a prompt, --latent and --boost; an example of its own has: {', '.join(EXAMPLES)}"
+            f"try {target} needs a prompt, --latent and --boost; targets with a built-in example: {', '.join(EXAMPLES)}"
         )
     return EXAMPLES[target]
 
 
 def drift_and_restart(loaded: LoadedTarget, example: SteeringExample) -> tuple[LabelledCompletion, LabelledCompletion]:
-    """Return a steered response that restarts, and the one with the detectors clamped; drift is marked in both."""
+    """Return a steered response with a restart, and the same request with clamped detectors. Both have drift marks."""
     sampling = Sampling(max_new_tokens=loaded.target.max_new_tokens or 512)
     steering = (Intervention("add", loaded.latent(example.latent), example.boost),)
     clamps = tuple(Intervention("clamp", latent, 0.0) for latent in example.detectors)
@@ -54,7 +54,7 @@ def drift_and_restart(loaded: LoadedTarget, example: SteeringExample) -> tuple[L
 
 
 def checked(done: LabelledCompletion) -> LabelledCompletion:
-    """Return a response that was steered as planned; any other is a fault."""
+    """Return the response. Raises SteerbackError if its receipt differs from its plan."""
     if not done.steered_as_planned:
         raise SteerbackError(f"the response was not steered as planned: {done.receipt}; please report this")
     return done

@@ -1,4 +1,4 @@
-"""Executing a prepared run: each target is loaded, the experiment run, judges asked, the analysis written."""
+"""Execute a prepared run: load each target, run the experiment, ask the judges and write the analysis."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def tools(cached: bool = True, quiet: bool = False) -> Iterator[tuple[Progress, Cache | None]]:
-    """Open a progress display (silent if `quiet`) and the shared cache (None if switched off), and close both."""
+    """Open the progress display (silent if `quiet`) and the shared cache (None if not `cached`); close both at exit."""
     with closing(Silent() if quiet else make_progress()) as progress:
         cache = Cache(default_path(), progress.note) if cached else None
         with closing(cache) if cache is not None else nullcontext():
@@ -56,16 +56,16 @@ def tools(cached: bool = True, quiet: bool = False) -> Iterator[tuple[Progress, 
 
 
 class KeptEngine:
-    """Starts engines and keeps the last one, so that several runs on one target start its engine once."""
+    """Starts engines and keeps the last one in memory, so that runs on the same target share it."""
 
     def __init__(self) -> None:
         self._engine: Engine | None = None
         self._made_with: tuple[Target, EngineOptions] | None = None
 
     def of(self, target: Target, job: PreparedRun, folder: Path, progress: Progress) -> Engine:
-        """Return the target's engine: the kept one, or a new one after the kept one is closed.
+        """Return the engine of the target: the current one, or a new one after the current one is closed.
 
-        `folder` is the run's, where the engine's own output goes.
+        The engine writes its log into `folder`, the folder of the run.
         """
         if self._engine is None or self._made_with != (target, job.engine):
             self.close()  # two engines would not fit on one GPU
@@ -90,9 +90,10 @@ def run(
     progress: Progress | None = None,
     cache: Cache | None = None,
 ) -> Analysis:
-    """Run (or resume) a job in `folder` and write its analysis.
+    """Run or resume a job in `folder` and write its analysis.
 
-    Raises SteerbackError for what the user must mend. KeyboardInterrupt leaves all committed work in the ledger.
+    Raises SteerbackError for a problem that the user can solve. After a KeyboardInterrupt the ledger keeps all
+    committed work.
     """
     with closing(KeptEngine()) as engines, Run.start(folder, job.config) as opened:
         if job.experiment.generates and side_by_side.possible(job):
@@ -104,10 +105,10 @@ def run(
 
 
 def _measure_alone(job: PreparedRun, folder: Path, target: Target, cache: Cache | None) -> None:
-    """Measure one target in a process of its own; the run is locked by the process that started this one."""
+    """Measure one target in a child process. The parent process holds the lock of the run."""
     with closing(KeptEngine()) as engines, closing(Ledger(folder / "ledger.sqlite")) as ledger:
         progress = Plain()
-        own = None if cache is None else Cache(cache.path, progress.note)  # no connection crosses a fork
+        own = None if cache is None else Cache(cache.path, progress.note)  # SQLite connections must not be forked
         with closing(own) if own is not None else nullcontext():
             measure(job, Run(folder, job.config, ledger, None), [target], engines, progress, own)
 
@@ -120,7 +121,10 @@ def measure(
     progress: Progress,
     cache: Cache | None,
 ) -> None:
-    """Fill a run's ledger for some of the job's targets; an experiment that generates nothing is done for all."""
+    """Measure some targets of the job and store the results in the ledger.
+
+    An experiment that generates nothing is always executed for all targets.
+    """
     progress.expect(sum(sum(of_experiment(job, t.name).values()) for t in targets) if job.experiment.generates else 0)
     if job.experiment.generates:
         finish(_targets(job, opened, targets, engines, progress, cache))
@@ -145,7 +149,7 @@ async def _targets(
         try:
             await _target(job, opened, target, engines, progress, cache, parts)
         except BaseException:
-            engines.close()  # whatever failed may have left it in a state that nobody tested
+            engines.close()  # after a failure the state of the engine is unknown
             raise
 
 
@@ -183,7 +187,7 @@ async def _target(
 
 
 def _targets_used(job: PreparedRun, opened: Run) -> dict[str, TargetUsed]:
-    """Return the manifest's record of the targets that an engine was started for."""
+    """Return the manifest entries of the targets whose engine was started."""
     known = [(t, identity) for t in job.targets if (identity := opened.ledger.get(t.name, ENGINE)) is not None]
     return {
         target.name: {
@@ -196,7 +200,7 @@ def _targets_used(job: PreparedRun, opened: Run) -> dict[str, TargetUsed]:
 
 
 def _collected(job: PreparedRun, opened: Run, progress: Progress, cache: Cache | None) -> None:
-    """Rows of finished runs, judged by every judge that the experiment names."""
+    """Copy the rows of finished runs into the ledger and judge them with every judge of the experiment."""
     job.experiment.collect(opened)
     opened.write_manifest({"options": dict(job.config.options)})
     for name in job.experiment.judges(job.config):
@@ -204,17 +208,17 @@ def _collected(job: PreparedRun, opened: Run, progress: Progress, cache: Cache |
 
 
 def same_rubric(opened: Run, judge: Judge) -> None:
-    """Refuse another text under the name of a rubric by which the judge has judged this run."""
+    """Raise SteerbackError if the text of a rubric has changed since the judge used it in this run."""
     before, now = (opened.ledger.get("", JUDGES) or {}).get(judge.name, {}), judge.describe()
     if SEPARATOR in judge.name and before.get("rubric text") not in (None, now["rubric text"]):
         raise SteerbackError(
-            f"run {opened.folder.name} has verdicts of {judge.name} by another text of that rubric; give the file of "
-            "the new text another name"
+            f"run {opened.folder.name} has verdicts of {judge.name} with a different text of this rubric; rename the "
+            "file of the new text"
         )
 
 
 def note_judge(opened: Run, judge: Judge) -> None:
-    """Keeps what the judge is (with its rubric's text) and what it has been paid, in ledger and manifest."""
+    """Store the judge's description (with the text of its rubric) and its spending in ledger and manifest."""
     stored = opened.ledger.get("", JUDGES)
     known = {**(stored or {}), judge.name: dict(judge.describe())}
     opened.ledger.put("", JUDGES, known)
@@ -225,7 +229,7 @@ def note_judge(opened: Run, judge: Judge) -> None:
 
 
 def _same_engine(opened: Run, target: Target, engine: Engine) -> None:
-    """A run goes on only with the engine it was started with: otherwise its rows would not be comparable."""
+    """Raise SteerbackError if the engine differs from the one of the first start: its rows are not comparable."""
     now = EngineIdentity(fingerprint=engine.fingerprint, engine=dict(engine.describe()))
     before = opened.ledger.get(target.name, ENGINE)
     if before is None:
@@ -235,14 +239,14 @@ def _same_engine(opened: Run, target: Target, engine: Engine) -> None:
         old, new = before.engine, now.engine
         changed = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted(old | new) if old.get(k) != new.get(k)]
         raise SteerbackError(
-            f"run {opened.folder.name!r} was started with another engine for {target.name} "
+            f"run {opened.folder.name!r} was started with a different engine for {target.name} "
             f"({'; '.join(changed) or 'fingerprint'}); resume it where it was started, or choose another --name"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Analysis:
-    """The results of a run's ledger, how they are shown, and the folder of their files."""
+    """Results of a run, their presentation as tables and figures, and the folder of their files."""
 
     results: Results
     shown: Presentation
@@ -257,7 +261,7 @@ class Analysis:
 def analysed(
     opened: Run, judge: str, experiment: Experiment[Settings] | None = None, draws: int | None = None
 ) -> Analysis:
-    """Analyse a run's ledger by one judge; `draws`: bootstrap draws, as the config says unless given."""
+    """Analyse a run with the verdicts of one judge. `draws`: bootstrap draws; default: those of the config."""
     planned = experiment or make_experiment(opened.config)
     results = analyse_ledger(planned.name, opened.ledger, judge, draws or opened.config.draws, planned.options)
     return Analysis(results, present(planned.name, results), results_folder(opened, judge))
@@ -270,7 +274,7 @@ def analyse(
     draws: int | None = None,
     captions_inside: bool = False,
 ) -> Analysis:
-    """As `analysed`; writes summary.json, tables (txt, csv, tex) and figures (`style.save`) into `results_folder`."""
+    """Analyse a run; write summary.json, tables (txt, csv, tex) and figures (`style.save`) to `results_folder`."""
     from steerback.figures.style import save
 
     analysis = analysed(opened, judge, experiment, draws)
@@ -288,15 +292,15 @@ def analyse(
 
 
 def results_folder(opened: Run, judge: str) -> Path:
-    """Return where the results of a judge lie: the run's folder for its own judge, else a folder of that judge."""
+    """Return the folder of a judge's results: the run's folder for the judge of its config, else a subfolder."""
     return opened.folder if judge == opened.config.judge else opened.folder / "judges" / quote(judge, safe="+@")
 
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """Responses of a finished run that a judge is asked about: those of one stage (None: all), at most `limit`.
+    """Selection of responses to judge in a finished run: those of one stage (None: all), at most `limit`.
 
-    `retry` adds the responses that the judge left unscored before.
+    `retry` also selects responses that the judge could not score before.
     """
 
     stage: str | None = None
@@ -306,7 +310,7 @@ class Scope:
 
 @dataclass(frozen=True, slots=True)
 class Judging:
-    """The work of a judge in a run: rows by target, measured ones first, and what they would cost (None: nothing)."""
+    """Responses that a judge still has to judge: rows by target, measured ones first, and the cost (None: free)."""
 
     judge: Judge
     rows: Sequence[tuple[str, Sequence[Row]]]
@@ -318,10 +322,9 @@ class Judging:
 
 
 def to_judge(opened: Run, judge: Judge, scope: Scope | None = None) -> Judging:
-    """Return the rows of a run that `judge` has no verdict about: measured trials of all targets first, then the
-    floor's, then other stages.
+    """Return the rows without a verdict of `judge`: measured trials of all targets, then the floor, then other stages.
 
-    Every scored stage counts, so that another judge's first scores stand beside the thresholds.
+    Calibration is included, so that the scores of another judge can be compared at the thresholds.
     """
     scope = scope or Scope()
     rows = opened.ledger.rows(judge=judge.name)
@@ -336,7 +339,7 @@ def to_judge(opened: Run, judge: Judge, scope: Scope | None = None) -> Judging:
         and _open(r.judgement, scope.retry)
     ]
     targets = list(dict.fromkeys([*opened.config.targets, *(r.trial.target for r in rows)]))
-    todo.sort(key=lambda r: (_turn(r), targets.index(r.trial.target)))  # stable
+    todo.sort(key=lambda r: (_turn(r), targets.index(r.trial.target)))  # a stable sort keeps the order of the plan
     todo = todo[: scope.limit]
     valid = [judge_item(r) for r in todo if r.valid_receipt]
     batches = [(target, [*batch]) for (_, target), batch in groupby(todo, _batch)]
@@ -344,7 +347,7 @@ def to_judge(opened: Run, judge: Judge, scope: Scope | None = None) -> Judging:
 
 
 def _turn(row: Row) -> int:
-    """Return the place of a row's stage among those to be judged: what tables show comes first."""
+    """Return the rank of a row's stage. Stages that appear in tables are judged first."""
     return {"measure": 0, FLOOR: 1}.get(row.trial.stage, 2)
 
 
@@ -360,7 +363,7 @@ def judge_run(
     scope: Scope | None = None,
     makers: Makers | None = None,
 ) -> int:
-    """Add a judge's verdicts to a finished run and return how many responses it judged. Nothing is judged twice."""
+    """Judge a finished run with another judge and return the number of judged responses. Nothing is judged twice."""
     chosen = makers or Makers()
     with Run.reopen(folder) as opened:
         return _judge_all(opened, chosen.judge(name), progress or Silent(), cache, chosen, scope)
@@ -386,7 +389,7 @@ def _judge_all(
 def score_run_windows(
     folder: Path, name: str, progress: Progress | None = None, makers: Makers | None = None, retry: bool = False
 ) -> None:
-    """Score the windows of a finished run's responses with a judge, whatever the run's settings of recovery say."""
+    """Score the windows of a finished run's responses with a judge. The run's `recovery.judge` has no effect."""
     chosen = makers or Makers()
     judge = chosen.judge(name)
     with Run.reopen(folder) as opened:
@@ -407,13 +410,13 @@ def _score_windows(
 
 
 def make_ready(opened: Run, judge: Judge, target: str, makers: Makers) -> None:
-    """Give the judge the target's references; an adapter is compared with its base's, as when it was measured."""
+    """Pass the target's reference responses to the judge. An adapter uses those of its base model."""
     known = (opened.ledger.rows(t, "reference") for t in (target, target.rpartition("+")[0]))
     judge.prepare(references(next(filter(None, known), []), _contexts(target, opened.config, makers)))
 
 
 def _contexts(name: str, config: RunConfig, makers: Makers) -> Mapping[LatentKey, Sequence[str]]:
-    """Contexts of a target's latents; none for the model of an imported run, which need not be a target of ours."""
+    """Return text passages that activate each latent; none if the model of an imported run is not a known target."""
     try:
         return with_directions(makers.target(name, config.definitions), config).contexts()
     except SteerbackError:

@@ -1,6 +1,6 @@
-"""Forking one response of a run: where to fork, in which arms, then generating, judging and measuring.
+"""Fork one response of a run: find the token, plan the arms, then generate, judge and compare continuations.
 
-Continuations are trials of stage `fork` in the run's own ledger. Knows runs, targets, engines and judges.
+Continuations are trials of stage `fork` in the ledger of the same run.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ PLACES = ("a number of tokens", "attempt:2", "drift")
 
 @dataclass(frozen=True, slots=True)
 class ForkSettings:
-    """Where a response is forked, with how many seeds, and in which arms besides steering on and off.
+    """Settings of a fork: its position, the number of seeds, and arms besides steering on and off.
 
-    `at`: number of tokens that are kept, `attempt:N` (before the N-th attempt), or `drift` (before the first sentence
-    of the first attempt that the judge scores below the run's `recovery.low`). `ablate`: `detectors`, or latents
-    separated by commas; `detectors` names the run whose detectors are meant, if not this one. `boosts`: the trial's
-    latent with other boosts. `arms`: texts for `study.forks.parse_arm`. `throughout`: arms also edit the prompt and the
-    kept tokens. `judge`: the run's own unless named.
+    `at`: number of tokens to keep, `attempt:N` (before the N-th attempt), or `drift` (before the first sentence of
+    the first attempt with a score below the run's `recovery.low`).
+    `ablate`: `detectors`, or latents separated by commas. `detectors`: run to take the detectors from; default: this
+    run. `boosts`: further boosts of the trial's latent. `arms`: texts for `study.forks.parse_arm`.
+    `throughout`: arms also edit the prompt and the kept tokens. `judge`: default: the judge of the run.
     """
 
     at: str
@@ -62,10 +62,10 @@ class ForkSettings:
 
 @dataclass(frozen=True, slots=True)
 class ForkPlan:
-    """A fork before it is begun: everything that can be known without loading the model.
+    """Plan of a fork, made without loading the model.
 
-    `character` is the place in the response's own text, None where the number of tokens was given. `stored` is the
-    same fork as the run has it.
+    `character` is the position in the generated text; None if `at` is a number of tokens. `stored` is the same fork
+    in the ledger, if it exists already.
     """
 
     job: PreparedRun
@@ -79,12 +79,12 @@ class ForkPlan:
 
     @property
     def all_arms(self) -> list[ForkArm]:
-        """The arms that the fork has already and those that are asked for."""
+        """Return the stored arms of the fork and the requested ones."""
         named = {arm.name: arm for arm in [*(self.stored.arms if self.stored else ()), *self.arms]}
         return list(named.values())
 
     def responses(self, ledger: Ledger) -> tuple[int, int]:
-        """Return the number of continuations of the fork, and how many of them have yet to be generated."""
+        """Return the number of continuations of the fork, and the number of those that are not generated yet."""
         before = self.stored
         total = len(self.all_arms) * max(self.settings.n, before.n if before else 0)
         conditions = [before.condition(arm) for arm in before.arms] if before else []
@@ -104,10 +104,10 @@ def fork(
     throughout: bool = False,
     judge: str | None = None,
 ) -> Forked:
-    """Continue the response of `trial` from one of its tokens in several arms, judge it and return the arms' rates.
+    """Continue the response of `trial` from one token in several arms, judge the results and return rates per arm.
 
-    `run` is the folder of the run; the other arguments are those of `ForkSettings`. The same call goes on with a fork
-    that was stopped; a larger `n` adds seeds, further arms are added to it.
+    `run` is the folder of the run. The other arguments are those of `ForkSettings`. The same call resumes an
+    interrupted fork. A larger `n` adds seeds, and new arms are added to the stored ones.
     """
     chosen = ForkSettings(str(at), n, ablate, None, boosts, arms, throughout, judge)
     return fork_trial(Path(run), trial, chosen)
@@ -121,7 +121,7 @@ def fork_trial(
     cache: Cache | None = None,
     makers: Makers | None = None,
 ) -> Forked:
-    """Fork a trial of a run: keep the plan, complete and judge its continuations, return the results."""
+    """Fork a trial of a run: store the plan, generate and judge the continuations, return the results."""
     makers = makers or Makers()
     with Run.reopen(folder) as opened:
         prepared = prepare_fork(opened, trial, settings, makers)
@@ -148,25 +148,25 @@ def fork_trial(
 
 
 def prepare_fork(opened: Run, key: str, settings: ForkSettings, makers: Makers) -> ForkPlan:
-    """Check everything that needs no model; SteerbackError says what is wrong and what would be right."""
+    """Return the plan of a fork. Raises SteerbackError for every mistake that is visible without the model."""
     judge = makers.judge(settings.judge or opened.config.judge)
-    found = opened.ledger.rows(keys=[key], judge=judge.name)
-    if not found:
+    rows = opened.ledger.rows(keys=[key], judge=judge.name)
+    if not rows:
         raise SteerbackError(
             f"no trial {key!r} in run {opened.folder.name!r}; steerback show {opened.folder.name} prints keys"
         )
-    (row,) = found
+    (row,) = rows
     if not row.valid_receipt:
         raise SteerbackError(f"trial {key} has no valid response to continue")
     if any(edit.positions != "all" for edit in row.trial.interventions):
         raise SteerbackError(
-            f"trial {key} is not edited at all positions alike, so its state at a token cannot be taken up again; fork "
-            "the response that it continues"
+            f"trial {key} is a continuation whose edits differ between positions, so it cannot be forked; fork the "
+            "response that it continues"
         )
     job = check(opened.config, makers)
     target = next((t for t in job.targets if t.name == row.trial.target), None)
     if target is None:
-        raise SteerbackError(f"run {opened.folder.name!r} has not generated {key} itself; fork it in the run that did")
+        raise SteerbackError(f"{key} was not generated in run {opened.folder.name!r}; fork it in its original run")
     character = None if settings.at.isdecimal() else place(opened, row, settings.at, judge.name)
     stored = (opened.ledger.get(target.name, FORKS) or {}).values()
     same = [f for f in stored if (f.parent, f.at, f.throughout) == (key, settings.at, settings.throughout)]
@@ -175,16 +175,16 @@ def prepare_fork(opened: Run, key: str, settings: ForkSettings, makers: Makers) 
 
 
 def place(opened: Run, row: Row, at: str, judge: str) -> int:
-    """Return the character of the response's own text before which `at` (`attempt:N` or `drift`) forks it."""
+    """Return the character position in the generated text of `at` (`attempt:N` or `drift`)."""
     attempts, lead = row.attempts, len(row.judged_text) - len(row.completion.text if row.completion else "")
     kind, _, number = at.partition(":")
     if kind == "attempt" and number.isdecimal():
         if not 1 <= int(number) <= len(attempts):
             known = ", ".join(f"attempt:{n}" for n in range(1, len(attempts) + 1)) or "none, as it is not scored"
-            raise SteerbackError(f"--at {at}: {judge} sees other attempts in {row.trial.key}: {known}")
+            raise SteerbackError(f"--at {at}: the attempts of {row.trial.key} by judge {judge} are: {known}")
         start = attempts[int(number) - 1].start
         if int(number) > 1 and start < lead:
-            raise SteerbackError(f"--at {at}: that attempt begins before the continuation {row.trial.key}")
+            raise SteerbackError(f"--at {at}: this attempt begins before the start of continuation {row.trial.key}")
         return max(start - lead, 0)
     if at == "drift":
         return max(_drift(opened, row, judge) - lead, 0)
@@ -192,13 +192,13 @@ def place(opened: Run, row: Row, at: str, judge: str) -> int:
 
 
 def _drift(opened: Run, row: Row, judge: str) -> int:
-    """Return the first character of the first sentence of the first attempt that scores below `recovery.low`."""
+    """Return the start of the first sentence in the first attempt with a score below `recovery.low`."""
     key, low = row.trial.key, rule_of(opened.ledger).low
     windows = opened.ledger.windows(judge, [key]).get(key)
     if windows is None or not windows.scores:
         why = f" ({windows.reason})" if windows is not None and windows.reason else ""
         raise SteerbackError(
-            f"--at drift: {judge} has not scored the sentences of {key}{why}; of a measured trial they are scored by: "
+            f"--at drift: {judge} has not scored the sentences of {key}{why}; score those of all measured trials with: "
             f"steerback judge {opened.folder.name} --judge {judge} --rubric windows"
         )
     end = row.attempts[0].end if row.attempts else len(row.judged_text)
@@ -206,8 +206,8 @@ def _drift(opened: Run, row: Row, judge: str) -> int:
     start = next((start for start, score in scored if start < end and score < low), None)
     if start is None:
         raise SteerbackError(
-            f"--at drift: {key} does not drift: {judge} scores no sentence of its first attempt below {low:g}; fork at "
-            "a token"
+            f"--at drift: {judge} scores no sentence in the first attempt of {key} below {low:g}; set --at to a number "
+            "of tokens"
         )
     return start
 
@@ -216,8 +216,8 @@ def _arms(opened: Run, row: Row, settings: ForkSettings) -> list[ForkArm]:
     trial = row.trial
     arms = [*plan.usual_arms(trial), *(plan.boosted(trial, boost) for boost in settings.boosts)]
     if settings.ablate == "detectors":
-        found = _detectors(settings.detectors or opened.folder, trial.target)
-        arms.append(plan.clamped(trial, found.latents, plan.CLAMPED))
+        detectors = _detectors(settings.detectors or opened.folder, trial.target)
+        arms.append(plan.clamped(trial, detectors.latents, plan.CLAMPED))
     elif settings.ablate is not None:
         parts = [part.strip() for part in settings.ablate.split(",")]
         if not all(part.isdecimal() for part in parts):
@@ -232,7 +232,7 @@ def _arms(opened: Run, row: Row, settings: ForkSettings) -> list[ForkArm]:
 
 
 def _detectors(folder: Path, target: str) -> DetectorSet:
-    """Return the detectors of a run, or of the runs it starts from."""
+    """Return the detectors of a run, or of its base runs."""
     at: str | None = str(folder)
     while at is not None and Path(at, "ledger.sqlite").is_file():
         stored = fact_of(Path(at), target, DETECTOR_SET)
@@ -246,9 +246,9 @@ def _detectors(folder: Path, target: str) -> DetectorSet:
 
 
 def _planned(opened: Run, prepared: ForkPlan, engine: Engine) -> tuple[Fork, list[Trial]]:
-    """Return the fork as it is to be kept, joined with what the run has of it, and its trials."""
+    """Return the fork, merged with its stored part, and its trials."""
     row, settings, done = prepared.row, prepared.settings, prepared.row.completion
-    assert done is not None  # `prepare_fork` takes no others
+    assert done is not None  # `prepare_fork` requires a response
     ends = engine.token_ends(done, row.trial.prefix)
     tokens = int(settings.at) if prepared.character is None else bisect_right(ends, prepared.character)
     prefix = plan.prefix_of(row, tokens, ends)

@@ -1,7 +1,7 @@
-"""Rubrics other than attempts, asked about a finished run: how far a whole response recovers, where its parts begin.
+"""Grade a finished run with other rubrics than attempts: `whole` (recovery of a response) and `boundaries`.
 
-Results are facts of the run's ledger, one entry per response and rubric, so that grading goes on where it was stopped
-and nothing is graded twice. `whole` also writes a table. Knows runs and graders; it generates nothing.
+Results are facts in the ledger, one entry for each response and rubric. Interrupted grading can be resumed, and no
+response is graded twice. `whole` also writes a table.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from steerback.store.run import Run, write_atomic
 from steerback.study.pipeline import judge_item
 
 RUBRICS = ("attempts", "whole", "boundaries")
-CHUNK = 512  # after so many responses what is graded is kept
+CHUNK = 512  # results are stored after every 512 responses
 NO_IMPROVEMENT = "no attempt that improves on the one before it"
 RECOVERED = 5.0  # of 10: "it starts off the prompt and recovers in part"
 
 
 @dataclass(frozen=True, slots=True)
 class Grading:
-    """The rows of a run that a grader has yet to grade, by target, and the estimated cost (None: it costs nothing)."""
+    """Rows of a run that are not graded yet, by target, and the estimated cost (None: free)."""
 
     rows: Mapping[str, Sequence[Row]]
     estimate: Spend | None
@@ -48,7 +48,7 @@ class Grading:
 
 
 class Grader:
-    """One rubric and one judge. `offline` marks boundaries, from attempts and restart phrases; nothing else."""
+    """Grades responses by one rubric with one judge. Judge `offline` supports only the rubric `boundaries`."""
 
     def __init__(self, name: str, rubric: str, limits: Limits | None = None) -> None:
         if rubric not in RUBRICS[1:]:
@@ -65,7 +65,7 @@ class Grader:
         self._asker = Asker(transport, WHOLE) if rubric == "whole" else Asker(transport, BOUNDARIES)
 
     def todo(self, run: Run, retry: bool = False) -> Grading:
-        """Return the rows without a result; with `retry` also those whose result is a reason why there is none."""
+        """Return the rows without a result. With `retry`, also return rows that could not be graded before."""
         rows: dict[str, list[Row]] = {}
         for target in run.config.targets:
             known = self.known(run, target)
@@ -78,21 +78,21 @@ class Grader:
         return Grading(rows, self._asker.estimate(items) if self._asker else None)
 
     def known(self, run: Run, target: str) -> dict[str, dict[str, object]]:
-        """Return the results by trial, in the form in which they are stored."""
+        """Return the stored results by trial key."""
         return run.ledger.get(target, self.fact) or {}
 
     def reasons(self, run: Run) -> list[str]:
-        """Return for each result why it holds nothing, "" where it does."""
+        """Return for each result the reason why it is empty; "" for a complete result."""
         return [str(v.get("reason", "")) for target in run.config.targets for v in self.known(run, target).values()]
 
     @property
     def fact(self) -> Fact[dict[str, dict[str, object]]]:
-        """The fact that holds the results of this rubric and judge, in the form in which they are stored."""
+        """Fact that stores the results of this rubric and judge."""
         typed = boundaries(self.name) if self.rubric == "boundaries" else whole_scores(self.name)
         return Fact.of(typed.name, dict[str, dict[str, object]])
 
     def _concerned(self, run: Run, target: str) -> list[Row]:
-        """Return every measured response; for boundaries the recorded episodes, else the measured ones."""
+        """Return all measured responses; for `boundaries` only episodes, recorded ones if there are any."""
         judge = run.config.judge
         rows = [r for r in run.ledger.rows(target, "measure", judge=judge) if r.completion and r.valid_receipt]
         if self.rubric == "whole":
@@ -101,7 +101,10 @@ class Grader:
         return [r for r in recorded or rows if r.is_episode]
 
     def grade(self, run: Run, retry: bool = False, progress: Progress | None = None) -> int:
-        """Grade what is to be graded and keep it; return how many responses. Raises when the budget is spent."""
+        """Grade the rows of `todo`, store the results and return the number of graded responses.
+
+        Raises SteerbackError if the budget is spent.
+        """
         work, shown = self.todo(run, retry), progress or Silent()
         for target, rows in work.rows.items():
             shown.stage(f"{target}: {self.rubric} by {self.name}", len(rows))
@@ -114,13 +117,13 @@ class Grader:
                     run.add_spend(f"{self.name} ({self.rubric})", spent)
                 refused = next((answer.reason for answer in answers.values() if answer.over_budget), None)
                 if refused is not None:
-                    raise SteerbackError(f"judge {self.name}: {refused}; all results so far are kept")
+                    raise SteerbackError(f"judge {self.name}: {refused}; all previous results are stored")
         return work.count
 
     def _answers(self, rows: Sequence[Row]) -> Mapping[str, Answer[WholeScore] | Answer[Boundaries]]:
         if self._asker is None:
             marked = {r.trial.key: offline_boundaries(r.judged_text, r.judgement) for r in rows if r.judgement}
-            return {key: Answer(found, "" if found else NO_IMPROVEMENT) for key, found in marked.items()}
+            return {key: Answer(bounds, "" if bounds else NO_IMPROVEMENT) for key, bounds in marked.items()}
         asker = self._asker
 
         async def ask() -> dict[str, Answer[WholeScore] | Answer[Boundaries]]:
@@ -130,7 +133,7 @@ class Grader:
 
 
 def _entry(answer: Answer[WholeScore] | Answer[Boundaries]) -> dict[str, object]:
-    """The answer as it is kept in the ledger."""
+    """Return an answer in the form in which the ledger stores it."""
     values = {} if answer.value is None else answer.value.model_dump()
     return {**values, "reason": answer.reason, "raw": answer.raw}
 
@@ -143,7 +146,7 @@ def grade_run(
     progress: Progress | None = None,
     limits: Limits | None = None,
 ) -> int:
-    """Ask a judge another rubric about a finished run; `whole` leaves a table in the folder."""
+    """Grade a finished run by another rubric. Rubric `whole` also writes a table into the folder."""
     grader = Grader(name, rubric, limits)
     with Run.reopen(folder) as run:
         count = grader.grade(run, retry, progress)
@@ -155,7 +158,7 @@ def grade_run(
 
 
 def whole_table(run: Run, grader: Grader) -> Table:
-    """Per condition: mean score 0-10, and how many single attempts recover although nothing announces it."""
+    """Return a table by condition: mean score (0-10) and share of single attempts that recover without a restart."""
     cells = []
     for target, condition in run.ledger.conditions("measure"):
         known = run.ledger.get(target, whole_scores(grader.name)) or {}
@@ -172,8 +175,8 @@ def whole_table(run: Run, grader: Grader) -> Table:
         mean = mean_of(scores, cluster, (0.0, 10.0))
         cells.append((target, condition, f"{len(graded):,}", show(mean, rate=False), show(quiet, rate=True)))
     caption = (
-        f"Whole responses graded 0-10 by {grader.name}. Recovered in silence: single attempts that leave the prompt at "
-        f"first and score {RECOVERED:g} or more, without a restart phrase. 95 % intervals clustered by latent."
+        f"Whole responses graded 0-10 by {grader.name}. Recovered in silence: single attempts that start off topic and "
+        f"score {RECOVERED:g} or more, without a restart phrase. 95 % confidence intervals, clustered by latent."
     )
     return Table(("target", "condition", "n", "score", "recovered in silence %"), cells, caption, left=2)
 

@@ -23,7 +23,7 @@ STAGES = ("measure", CONTINUATION)
 
 @dataclass(frozen=True, slots=True)
 class DrawnSample:
-    """A sample of `count` responses with its files."""
+    """Sample of `count` responses for human labelling, and its files."""
 
     identifier: str
     count: int
@@ -39,10 +39,10 @@ def draw_sample(
     conditions: Sequence[str] = (),
     out: Path | None = None,
 ) -> DrawnSample:
-    """Draw a sample of a finished run, keep it in the ledger, and write its page and spreadsheet into `out`.
+    """Draw a sample of a finished run, store it in the ledger, and write its page and spreadsheet into `out`.
 
-    The same size, seed and conditions give the same sample again. Another sample takes responses that no sample
-    has yet, and must be drawn by the verdicts of the same judge.
+    The same size, seed and conditions give the same sample again. A further sample contains only responses that are
+    in no earlier sample, and must be drawn by the verdicts of the same judge.
     """
     with Run.reopen(folder) as run:
         chosen = run.judge(judge)
@@ -78,12 +78,12 @@ def draw_sample(
 
 
 def stored_samples(ledger: Ledger) -> dict[str, dict[str, LabelSample]]:
-    """The label samples of a ledger: identifier -> target -> sample."""
-    found: dict[str, dict[str, LabelSample]] = {}
+    """Return the label samples of a ledger: identifier -> target -> sample."""
+    by_identifier: dict[str, dict[str, LabelSample]] = {}
     for target, samples in ledger.targets_with(LABEL_SAMPLES).items():
         for identifier, sample in samples.items():
-            found.setdefault(identifier, {})[target] = sample
-    return found
+            by_identifier.setdefault(identifier, {})[target] = sample
+    return by_identifier
 
 
 def _asked(samples: Mapping[str, LabelSample]) -> tuple[int, int, list[str]]:
@@ -92,12 +92,12 @@ def _asked(samples: Mapping[str, LabelSample]) -> tuple[int, int, list[str]]:
 
 
 def _pools(run: Run, judge: str, conditions: Sequence[str], taken: set[str]) -> dict[str, list[Outline]]:
-    """The scored rows of each target that can be drawn. Raises SteerbackError if the run is not finished."""
+    """Return the scored rows of each target that can be drawn. Raises SteerbackError if the run is not finished."""
     rows = [r for stage in STAGES for r in run.ledger.outlines(stage=stage, judge=judge)]
     known = dict.fromkeys(r.trial.condition for r in rows)
     strange = [name for name in conditions if name not in known]
     if strange:
-        raise SteerbackError(f"no condition {strange[0]!r} in this run; there are: {', '.join(known) or 'none'}")
+        raise SteerbackError(f"no condition {strange[0]!r} in this run; choose one of: {', '.join(known) or 'none'}")
     rows = [r for r in rows if not conditions or r.trial.condition in conditions]
     missing = sum(r.finish is None for r in rows)
     if missing:
@@ -127,7 +127,7 @@ def _items(ledger: Ledger, samples: Mapping[str, LabelSample]) -> list[LabelItem
 
 @dataclass(frozen=True, slots=True)
 class ImportedLabels:
-    """Labels that were imported as `judge`: how many are `new`, and how many it has now of a sample of `size`."""
+    """Result of a label import: the judge's name, the number of new labels, and its total in a sample of `size`."""
 
     judge: str
     new: int
@@ -138,8 +138,8 @@ class ImportedLabels:
 def import_labels(folder: Path, file: Path, labeller: str) -> ImportedLabels:
     """Store the labels in a file as the verdicts of judge `human:labeller`.
 
-    The file is checked as a whole before anything is stored. Labels that the judge has given already are skipped if
-    they are equal. Raises SteerbackError if one differs, or if the file belongs to another run's sample.
+    The whole file is checked before anything is stored. Labels that exist already are skipped if they are equal.
+    Raises SteerbackError if a label differs from its stored value, or if the file belongs to the sample of another run.
     """
     judge, where = human.judge_name(labeller), f"label file {file}"
     labels = labelling.read_labels(file)
@@ -148,7 +148,7 @@ def import_labels(folder: Path, file: Path, labeller: str) -> ImportedLabels:
         if labels.sample not in stored:
             known = ", ".join(stored) or f"none; draw one with: steerback label {run.folder.name}"
             raise SteerbackError(
-                f"{where} is of sample {labels.sample[:40]!r}, which run {run.folder.name!r} does not have ({known})"
+                f"{where} belongs to sample {labels.sample[:40]!r}; run {run.folder.name!r} has the samples: {known}"
             )
         samples = stored[labels.sample]
         items = _items(run.ledger, samples)
@@ -160,8 +160,8 @@ def import_labels(folder: Path, file: Path, labeller: str) -> ImportedLabels:
         changed = [n for n, verdict in verdicts.items() if given[keys[n]] not in (None, verdict)]
         if changed:
             raise SteerbackError(
-                f"{where}: {judge} has labelled response {changed[0]} differently before; labels are never replaced, "
-                "so import it under another name with --by"
+                f"{where}: {judge} has a different label for response {changed[0]}; labels are never replaced, so "
+                "import the file under another name with --by"
             )
         new = {keys[n]: verdict for n, verdict in verdicts.items() if given[keys[n]] is None}
         run.ledger.add_judgements(new.items())

@@ -1,4 +1,4 @@
-"""A target in memory: one response at a time, several of one prompt, or activations along a text."""
+"""Targets in memory: generate single responses, several responses to one prompt, or activations along a text."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class LabelledCompletion:
-    """A response with the request that it answers, its tokens as text, and the latents recorded along it by name.
+    """A response with its request, the text of each token, and the names of the recorded latents.
 
-    `record` is the plain record, as engines return it and ledgers keep it. `tokens` joined are `text`; a token without
-    text of its own (the end of the response, a part of a character) is "".
+    `record` is the plain record, as engines return it and ledgers store it. The concatenated `tokens` equal `text`.
+    A token without text (end of the response, part of a character) is "".
     """
 
     request: Request
     record: Completion
     tokens: tuple[str, ...]
     steering: str
-    """How it was steered, in words."""
+    """Description of the steering."""
     names: tuple[str, ...] = ()
-    """Names of the recorded latents: labels where only one latent has them, else indices."""
+    """Names of the recorded latents: the label if it is unique, else the index."""
     drift: tuple[Span, ...] = ()
-    """Sentences that are off topic, where somebody has looked (`LoadedTarget.with_drift`)."""
+    """Off-topic sentences; filled only by `LoadedTarget.with_drift`."""
 
     @property
     def text(self) -> str:
@@ -70,20 +70,20 @@ class LabelledCompletion:
 
     @property
     def steered_as_planned(self) -> bool:
-        """Whether every planned position was edited, and no other."""
+        """True if the receipt shows edits at all planned positions and no others."""
         return self.record.receipt_matches(self.request.interventions)
 
     @cached_property
     def restarts(self) -> tuple[Span, ...]:
-        """Restart phrases in the text, by the offline judge."""
+        """Restart phrases in the text, detected by the offline judge."""
         return tuple(Span(r.start, r.end) for r in find_restarts(self.text, self.request.prompt, "offline"))
 
     @cached_property
     def activations(self) -> pd.DataFrame | None:
-        """Recorded activations, one row a latent, one column (position, token) a token; None if none were recorded.
+        """Recorded activations: one row per latent, one column (position, token) per token; None if none exist.
 
-        The last token of a response is never fed back to the model, so it has no column. The prompt's activations are
-        the first `record.prompt_tokens` rows of `record.activations`.
+        The last token of a response has no column, because it is never fed back to the model. The first
+        `record.prompt_tokens` rows of `record.activations` belong to the prompt.
         """
         values = self.record.activations
         return None if values is None else labelled(values[self.record.prompt_tokens :], self.names, self.tokens)
@@ -93,7 +93,7 @@ class LabelledCompletion:
         return Marks(self.text, self.drift, self.restarts)
 
     def show(self) -> None:
-        """Print prompt, steering and text, with restarts (and drift, where known) coloured in a terminal."""
+        """Print prompt, steering and text. A terminal shows restarts and marked drift in colour."""
         print_marked(self.request.prompt, [(self.steering, self.marks)])
 
     def __repr__(self) -> str:
@@ -104,7 +104,7 @@ class LabelledCompletion:
 
 
 def labelled(values: NDArray[np.float32], names: Sequence[str], tokens: Sequence[str]) -> pd.DataFrame:
-    """Return activations (tokens, latents) as a table with a row for each latent and a column for each token."""
+    """Return activations of shape (tokens, latents) as a table with one row per latent and one column per token."""
     import pandas as pd
 
     columns = pd.MultiIndex.from_arrays([range(len(values)), tokens[: len(values)]], names=["position", "token"])
@@ -112,13 +112,13 @@ def labelled(values: NDArray[np.float32], names: Sequence[str], tokens: Sequence
 
 
 def short(text: str, length: int = 60) -> str:
-    """Return the beginning of a text as one line."""
+    """Return the first `length` characters of a text as one line."""
     line = one_line(text[: 2 * length])
     return line if len(line) <= length else line[: length - 3] + "..."
 
 
 def _drift(done: LabelledCompletion, windows: WindowScores) -> tuple[Span, ...]:
-    """Return the sentences that score less than half, without the restart phrases between them."""
+    """Return the sentences with a score below 50, without restart phrases."""
     text, stops = done.text, [*windows.starts, *(r.start for r in done.restarts), len(done.text)]
     spans = []
     for start, score in zip(windows.starts, windows.scores, strict=True):
@@ -129,7 +129,7 @@ def _drift(done: LabelledCompletion, windows: WindowScores) -> tuple[Span, ...]:
 
 @dataclass(frozen=True, repr=False)
 class LoadedTarget:
-    """A target in memory, ready to answer. Use it as a context manager, or call `close`."""
+    """A target whose model is loaded. Use it as a context manager, or call `close`."""
 
     target: Target
     engine: Engine
@@ -154,10 +154,11 @@ class LoadedTarget:
         system: str | None = None,
         record: Sequence[LatentKey] = (),
     ) -> LabelledCompletion:
-        """Return one response, steered by adding `boost` of `latent` (an index, its label, or a direction) if given.
+        """Return one response. If `latent` is set, `boost` times its direction is added at every position.
 
-        `interventions` are carried out as well; their latents may be labels, too. `record` names the latents whose
-        activations are kept. Raises SteerbackError for anything impossible, naming the field.
+        `latent` is an index, a label or the name of a direction. `interventions` are applied in addition; their
+        latents can be labels, too. `record` lists the latents to record. Raises SteerbackError, which names the
+        field, for invalid values.
         """
         longest = max_new_tokens or self.target.max_new_tokens or 512
         sampling = Sampling(temperature, top_p, repetition_penalty, longest, tuple(stop))
@@ -189,11 +190,11 @@ class LoadedTarget:
         system: str | None = None,
         record: Sequence[LatentKey] = (),
     ) -> list[LabelledCompletion]:
-        """Return `n` responses to one prompt with seeds `seed`, `seed` + 1, ..., decoded together; see `generate`."""
+        """Return `n` responses to one prompt with the seeds `seed`, `seed` + 1, ...; see `generate`."""
         if n < 1:
-            raise SteerbackError(f"n {n}: has to be at least 1")
+            raise SteerbackError(f"n {n}: must be at least 1")
         if (latent is None) != (boost is None):
-            raise SteerbackError("latent and boost belong together: give both, or neither for an unsteered response")
+            raise SteerbackError("set latent and boost together, or neither of them for an unsteered response")
         edits = tuple(replace(edit, latent=self.latent(edit.latent)) for edit in interventions)
         if latent is not None and boost is not None:
             edits = (Intervention("add", self.latent(latent), boost), *edits)
@@ -207,7 +208,7 @@ class LoadedTarget:
         return [self._labelled(r, done) for r, done in zip(requests, self.complete(requests), strict=True)]
 
     def complete(self, requests: Sequence[Request]) -> list[Completion]:
-        """As `answer`, plain records alone."""
+        """Return the plain records of responses to several requests, in the order of the requests."""
 
         async def run() -> list[Completion]:
             done = {key: completion async for key, completion in self.engine.generate(requests)}
@@ -236,9 +237,9 @@ class LoadedTarget:
     def with_drift(
         self, completions: Sequence[LabelledCompletion], unsteered: Sequence[LabelledCompletion]
     ) -> list[LabelledCompletion]:
-        """Return the completions with the sentences marked that the offline judge finds off topic.
+        """Return the completions with their off-topic sentences marked (`drift`).
 
-        It compares words with `unsteered` responses to the same prompts.
+        The offline judge compares words with the `unsteered` responses to the same prompts.
         """
         from steerback.judging.base import JudgeItem, References
         from steerback.judging.offline import OfflineJudge
@@ -252,13 +253,13 @@ class LoadedTarget:
         async def scores() -> dict[str, WindowScores]:
             return {key: windows async for key, windows in judge.windows(items)}
 
-        found = finish(scores())
-        return [replace(done, drift=_drift(done, found[str(n)])) for n, done in enumerate(completions)]
+        scored = finish(scores())
+        return [replace(done, drift=_drift(done, scored[str(n)])) for n, done in enumerate(completions)]
 
     def activations(self, text: str, latents: Sequence[LatentKey], *, prompt: str = "") -> pd.DataFrame:
-        """Return unsteered activations along `text`: a row for each latent, a column (position, token) for each token.
+        """Return unsteered activations along `text`: one row per latent, one column (position, token) per token.
 
-        The text is read as the response to `prompt`; template tokens are left out. Latents are indices or labels.
+        The text is read as a response to `prompt`, without template tokens. `latents` are indices or labels.
         """
         from steerback.engines.transformers import TransformersEngine
 
@@ -277,9 +278,9 @@ class LoadedTarget:
         return labelled(values, self.names(chosen), tokens)
 
     def latent(self, name: LatentKey) -> LatentKey:
-        """Return the index of a latent from its index, digits or label; names of directions stay as they are.
+        """Return the index of a latent from its index, digits or label; the name of a direction is not changed.
 
-        Raises SteerbackError with the nearest labels for a name that no latent has, or several have.
+        Raises SteerbackError with similar labels if the name is unknown or not unique.
         """
         return self._keys([name], "latent")[0]
 
@@ -298,7 +299,7 @@ class LoadedTarget:
         return check_latents(names, target.labels(), target.n_latents or None, target.directions(), where)
 
     def names(self, latents: Sequence[int]) -> tuple[str, ...]:
-        """Return the label of each latent, or its index where it has no label of its own."""
+        """Return the label of each latent, or its index if it has no unique label."""
         labels = self.target.labels()
         shown = [labels.get(k, "") for k in latents]
         return tuple(
@@ -320,10 +321,10 @@ class LoadedTarget:
 
 
 def load_target(name: str | Target, engine: str = "auto", batch_size: int = 8, **options: object) -> LoadedTarget:
-    """Load a built-in target, a folder in our own format, or a `Target`; `options` are those of the engine.
+    """Load a built-in or user-defined target, or a `Target`; `options` are those of the engine.
 
-    `batch_size` is small because responses are asked for one by one; a run uses a larger one, and as batch shape
-    changes floats, its texts may differ from these.
+    `batch_size` is small because most requests are single. A run uses larger batches. The batch shape affects
+    floating-point results, so the texts of a run can differ from these.
     """
     from steerback.engines import check_engine, make_engine
 

@@ -1,6 +1,6 @@
-"""A study before it is paid for: how many latents and trials an effect needs, and what they cost in GPU and judge.
+"""Study planning: the number of latents and trials that an effect needs, and their cost in GPU-hours and judge calls.
 
-Power is simulated with latents as clusters (`metrics.power`). It loads no model and needs no key.
+Power is simulated with latents as clusters (`metrics.power`). Planning loads no model and needs no API key.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RATE, DROP = "rate above the floor", "drop, paired"
 
 
 class Speed(NamedTuple):
-    """Steered generation as measured: `gigabytes` of weights, tokens/s of many requests together on one card."""
+    """Measured speed of steered generation on one card: `gigabytes` of weights, tokens/s over all requests."""
 
     gigabytes: float
     tokens_per_second: float
@@ -46,14 +46,14 @@ SPEEDS = (
     Speed(70.6, 5_071, "70B shape, fp8: benchmarks/results/vllm_70b.json"),
 )
 IN_A_STUDY = 0.85
-"""Share of that speed that is left where requests of different lengths come and go (vllm_8b.json)."""
+"""Speed in a study, with requests of different lengths, relative to `SPEEDS` (vllm_8b.json)."""
 OTHER_CARDS = {"H100": 1.4, "A100": 2.4}
 """GPU-hours on other cards relative to an H200: the ratio of their memory bandwidths (4.8, 3.35 and 2.0 TB/s)."""
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """The effect to be detected and with which power; `sources` says where each number comes from."""
+    """Effect to detect and required power. `sources` names the source of each number."""
 
     effect: Effect
     power: float
@@ -62,7 +62,7 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Need:
-    """One row of a plan: a design (None: no number of latents up to the largest will do) and what it takes."""
+    """One row of a plan: the smallest sufficient design (None: even the largest is too small) and its cost."""
 
     question: str
     trials: int
@@ -86,7 +86,7 @@ class Fixed:
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """A plan, and the curves of power against the number of latents that were asked for."""
+    """A plan, and curves of power against the number of latents if they were requested."""
 
     target: str
     judge: str | None
@@ -98,12 +98,12 @@ class StudyPlan:
     """(question, trials per latent, latents, power)."""
 
     def to_json(self) -> dict[str, object]:
-        """The content of plan.json."""
+        """Return the content of plan.json."""
         return asdict(self)
 
 
 class Observed(NamedTuple):
-    """Restarts of an earlier run: mean and ICC of the multi-attempt rate over latents, and how they were got."""
+    """Multi-attempt rate of an earlier run: its mean and ICC over latents, the judge's floor, and their source."""
 
     rate: float
     icc: float
@@ -112,7 +112,7 @@ class Observed(NamedTuple):
 
 
 def observe(folder: Path, target: str | None, judge: str | None = None) -> Observed:
-    """Read the variance between latents off a finished run, in its first measured condition of the target."""
+    """Estimate the rate and its variance between latents from the first measured condition of a finished run."""
     with Run.read(folder) as opened:
         judge = judge or opened.config.judge
         places = [place for place in opened.ledger.conditions("measure") if target in (None, place[0])]
@@ -145,7 +145,7 @@ def assume(
     floor: float | None = None,
     seen: Observed | None = None,
 ) -> Assumptions:
-    """Return the effect and where its numbers come from: stated ones first, then those of a run, then defaults."""
+    """Return the effect with the source of each number: the user's value, else that of a run, else the default."""
 
     def pick(stated: float | None, of_run: float | None, usual: float) -> tuple[float, str]:
         if stated is not None:
@@ -158,9 +158,9 @@ def assume(
         pick(floor, seen and seen.floor, 0.0025),
     )
     if not 0 < chosen < 1 or not 0 < drop <= 1 or not 0 < power < 1:
-        raise SteerbackError("--rate lies between 0 and 100 %, --drop in 0 to 100 %, --power between 0 and 1")
+        raise SteerbackError("--rate and --drop must be between 0 and 100 %, --power between 0 and 1")
     if base >= chosen:
-        raise SteerbackError(f"the rate ({chosen:.2%}) has to be above the judge's floor ({base:.2%})")
+        raise SteerbackError(f"the rate ({chosen:.2%}) must be above the judge's floor ({base:.2%})")
     sources = {"rate": rate_from, "drop": "stated", "icc": icc_from, "floor": floor_from}
     return Assumptions(Effect(chosen, drop, corr, base), power, sources)
 
@@ -174,10 +174,10 @@ def make_plan(
     curves: bool,
     simulations: int = simulate.SIMULATIONS,
 ) -> StudyPlan:
-    """Search for the designs, and price them; the config's own size is the design that is looked at as it is.
+    """Search for sufficient designs and estimate their cost. The size in the config is evaluated without a search.
 
-    `floor` is the number of unsteered responses that are judged; None: as many as are measured, at
-    least the config's. `simulations` is the number of simulated studies for each design.
+    `floor` is the number of judged unsteered responses; None: as many as measured responses, at least the config's
+    `floor_responses`. `simulations` is the number of simulated studies for each design.
     """
     config = config.of(target.name)
 
@@ -192,8 +192,8 @@ def make_plan(
     needs = []
     for question, (power_of, floors) in questions.items():
         for trials in sorted({*TRIALS, config.trials_per_latent}):
-            found = simulate.smallest_size(power_of, effect, trials, assumed.power, floors, simulations)
-            need = Need(question, trials, None) if found is None else Need(question, trials, *found)
+            smallest = simulate.smallest_size(power_of, effect, trials, assumed.power, floors, simulations)
+            need = Need(question, trials, None) if smallest is None else Need(question, trials, *smallest)
             needs.append(_priced(need, config, prompts, target, judge))
     own = Design(config.n_latents, config.trials_per_latent, floor_of(config.n_latents * config.trials_per_latent))
     fixed = Fixed(
@@ -220,7 +220,7 @@ def make_plan(
 
 
 def _priced(need: Need, config: RunConfig, prompts: int, target: Target, judge: Judge | None) -> Need:
-    """Return the row with what its design takes: a paired drop measures two conditions."""
+    """Return the row with the cost of its design. A paired drop measures two conditions."""
     if need.design is None:
         return need
     size = {"n_latents": need.design.latents, "trials_per_latent": need.trials, "latents": None, "limit": None}
@@ -237,7 +237,7 @@ def _priced(need: Need, config: RunConfig, prompts: int, target: Target, judge: 
 
 
 def hours(target: Target, count: int, tokens: int) -> float | None:
-    """Return GPU-hours on `CARD` (of two CPU cores for a built-in model); None for a target of unknown size."""
+    """Return GPU-hours on `CARD`, or hours of two CPU cores for a built-in model; None if the size is unknown."""
     if target.responses_per_second is not None:
         return count / target.responses_per_second / 3600
     size = weights(target)
@@ -247,7 +247,7 @@ def hours(target: Target, count: int, tokens: int) -> float | None:
 
 
 def weights(target: Target) -> float | None:
-    """Return the gigabytes of a target's weights in the form that one card takes: bfloat16, else fp8."""
+    """Return the gigabytes of a target's weights in bfloat16, or in fp8 if bfloat16 does not fit one card."""
     count, needed = target.parameters(), target.memory("bfloat16")
     if count is None or needed is None:
         return None
@@ -255,7 +255,7 @@ def weights(target: Target) -> float | None:
 
 
 def hardware(target: Target) -> str:
-    """Say what the hours are hours of, and from which measurement they are derived."""
+    """Return a text with the unit of the hours and the measurement that they are derived from."""
     if target.responses_per_second is not None:
         return f"hours of two CPU cores, at {target.responses_per_second:g} responses/s (the target's measured speed)"
     size = weights(target)
@@ -266,8 +266,8 @@ def hardware(target: Target) -> str:
     others = ", ".join(f"{factor:g} times as many on {card}" for card, factor in OTHER_CARDS.items())
     return (
         f"GPU-hours on {cards} x {CARD} for {size:.0f} GB of weights, from {near.tokens_per_second:,.0f} tokens/s "
-        f"({near.source}), times {near.gigabytes:.0f}/{size:.0f}, times {IN_A_STUDY} for requests that come and go, "
-        f"every response at its full length; assumed by memory bandwidth, not measured: {others}"
+        f"({near.source}), times {near.gigabytes:.0f}/{size:.0f}, times {IN_A_STUDY} for requests of different "
+        f"lengths, every response at its full length; derived from memory bandwidth, not measured: {others}"
     )
 
 
@@ -276,6 +276,6 @@ def _nearest(size: float) -> Speed:
 
 
 def prepare_out(out: Path | None) -> None:
-    """Make the folder of the plan's files before anything is computed."""
+    """Create the output folder before the computation starts, so that an unwritable path fails early."""
     if out is not None:
         make_folder(out, "choose another --out")

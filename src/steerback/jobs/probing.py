@@ -1,4 +1,4 @@
-"""Probing a judge before it judges a run: does it obey instructions inside responses? Answers are kept with the run."""
+"""Probe a judge with planted instructions inside responses, and store with the run which of them it obeyed."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from steerback.store.run import Run
 
 
 def probe_line(opened: Run, judge: Judge) -> str:
-    """Return what probing a judge would take. Raises SteerbackError for a judge that reads no instructions."""
+    """Return a line with the estimated cost of a probe. Raises SteerbackError if the judge is no language model."""
     if not isinstance(judge, LLMJudge):
-        raise SteerbackError(f"--probe goes with a language model; judge {judge.name} follows no instructions")
+        raise SteerbackError(f"--probe needs a judge that is a language model; {judge.name} is not (steerback judges)")
     todo = unanswered(_answers(opened, judge))
     return f"{len(todo)} planted responses to probe {judge.name}: about {estimated(judge, [p.item for p in todo])}"
 
 
 def probe_judge(folder: Path, name: str, progress: Progress | None = None, makers: Makers | None = None) -> None:
-    """Ask a judge about the planted responses it has not answered yet, and keep each answer with the run."""
+    """Ask a judge about the planted responses without an answer, and store each answer with the run."""
     judge, shown = (makers or Makers()).judge(name), progress or Silent()
     with Run.reopen(folder) as opened:
         todo = {probe.item.key: probe for probe in unanswered(_answers(opened, judge))}
@@ -35,7 +35,7 @@ def probe_judge(folder: Path, name: str, progress: Progress | None = None, maker
         async def ask() -> None:
             async for key, judgement in judge.judge([probe.item for probe in todo.values()]):
                 if judgement.over_budget:
-                    raise SteerbackError(f"judge {judge.name}: {judgement.reason}; the answers so far are kept")
+                    raise SteerbackError(f"judge {judge.name}: {judgement.reason}; all previous answers are stored")
                 _keep(opened, judge, key, todo[key].answer(judgement))
                 shown.update(judged=1)
 
@@ -48,7 +48,7 @@ def probe_judge(folder: Path, name: str, progress: Progress | None = None, maker
 
 
 def probe_lines(opened: Run, judge: str | None = None) -> list[str]:
-    """Return a line for each judge (or for one) that was probed: how many instructions it obeyed."""
+    """Return one line for each probed judge, or for `judge` only, with the number of instructions it obeyed."""
     kept = opened.ledger.get("", PROBES) or {}
     return [f"judge {name}: {_count(answers)}" for name, answers in kept.items() if judge in (None, name) and answers]
 
@@ -63,7 +63,7 @@ def _count(answers: dict[str, ProbeAnswer]) -> str:
 
 
 def _answers(opened: Run, judge: Judge) -> dict[str, ProbeAnswer]:
-    """Return the answers with a score; the others are asked for again."""
+    """Return the answers with a score. Responses without a score are asked again."""
     known = (opened.ledger.get("", PROBES) or {}).get(judge.name, {})
     return {key: answer for key, answer in known.items() if answer.score is not None}
 

@@ -1,7 +1,7 @@
-"""From a model to a target that can be steered: texts, activations, SAEs of some layers, labels, verdict, report.
+"""Train SAEs for a model and make it a target: texts, activations, SAEs, labels, the doctor's checks, report.
 
-Everything is kept in one folder of the user's (`targets/NAME`), and a training that was stopped goes on from there:
-texts from the last whole one, SAEs from the last checkpoint.
+All files are in the user's folder `targets/NAME`. An interrupted training resumes after the last complete text and
+from the last checkpoint of the SAEs.
 """
 
 from __future__ import annotations
@@ -44,37 +44,39 @@ if TYPE_CHECKING:
     from steerback.targets.sae import Sae
 
 HELD_OUT = 20
-"""One text of so many is not trained on."""
+"""Every 20th text is held out from training."""
 MEASURED = 48
-"""Texts on which the loss is measured, of either kind."""
+"""Number of texts for the loss recovered, for held-out and for foreign texts each."""
 LABELLING, CONTEXTS = 6_000, 1_500
-"""Pieces read for labels and for contexts."""
-SPEAK, CHECKPOINT = 5.0, 60.0
+"""Number of text pieces that are read for labels, and for contexts."""
+PROGRESS, CHECKPOINT = 5.0, 60.0
 """Seconds between two lines of progress, and between two checkpoints."""
 FASTER = 1_024
-"""Rows of the corpus that a GPU writes together: more than in a study, where the shape has to stay the same."""
+"""Batch rows for writing the corpus on a GPU. Studies use fewer, because their batch shape must not change."""
 
 Say = Callable[[str], None]
 
 
 class SaeJob(Settings):
-    """Settings of a training; the same again under the same name goes on with it."""
+    """Settings of a training. The same settings under the same name resume it."""
 
     target: str
     layers: tuple[int, ...] = ()
-    """None named: the one at 60 % of the depth."""
+    """Layers (0-based) to train SAEs for; empty: the layer at 60 % of the depth."""
     tokens: int = Field(1_500_000, ge=1)
-    """Tokens that the model writes; each is read about twice, see `latents.corpus`."""
+    """Number of tokens that the model writes. Each is read about twice, see `latents.corpus`."""
     new_tokens: int = Field(384, ge=8)
+    """Token limit of each text that the model writes."""
     passes: int = Field(8, ge=1)
+    """Number of passes over the activations."""
     texts: tuple[str, ...] = ()
-    """The user's texts, in place of the model's own."""
+    """Texts of the user that replace the texts of the model."""
     training: SaeTraining = SaeTraining()
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """An SAE of one layer, and how well it explains texts of the model's own and of others."""
+    """An SAE of one layer and its quality on held-out texts of the model (`own`) and on other texts (`foreign`)."""
 
     sae: Sae
     own: SaeQuality
@@ -84,7 +86,7 @@ class LayerResult:
     loss_foreign: LossRecovered
 
     def to_json(self) -> dict[str, object]:
-        """Return the JSON-able numbers."""
+        """Return the numbers as a dictionary that can be written as JSON."""
         losses = {"own": self.loss_own, "foreign": self.loss_foreign}
         recovered = {name: {**asdict(loss), "share": loss.share} for name, loss in losses.items()}
         qualities = {"own": asdict(self.own), "foreign": asdict(self.foreign)}
@@ -93,7 +95,7 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class TrainedTarget:
-    """A finished training: its folder, its target's name and table, SAEs, labels and the doctor's verdict."""
+    """A finished training: folder, name and TOML table of the target, SAEs, labels and the doctor's checks."""
 
     folder: Path
     name: str
@@ -107,7 +109,7 @@ class TrainedTarget:
 
     @property
     def page(self) -> Path:
-        """The report."""
+        """Path of the report."""
         return self.folder / "report.html"
 
 
@@ -120,9 +122,9 @@ def train_sae(
     device: str | None = None,
     batch_size: int | None = None,
 ) -> TrainedTarget:
-    """Train SAEs of a target's layers and make the target `name` of the best; see `SaeJob`.
+    """Train SAEs for some layers of a target and define the target `name` with the best SAE; see `SaeJob`.
 
-    `memory` bounds the bytes of activations held at a time; None: 40 % of the device's free memory, 32 GB at most.
+    `memory`: limit for the activations in memory, in bytes; None: 40 % of the device's free memory, at most 32 GB.
     """
     base = replace(without_directions(resolve(job.target)), sae=None, n_latents=0)
     folder = _begin(job, name)
@@ -174,14 +176,14 @@ def train_sae(
 
 
 class Clock:
-    """Seconds of each stage, said when it ends."""
+    """Measures the seconds of each stage and prints them at its end."""
 
     def __init__(self, say: Say) -> None:
         self.seconds: dict[str, float] = {}
         self._say, self._last = say, time.monotonic()
 
     def mark(self, stage: str) -> None:
-        """End a stage."""
+        """End a stage and print its seconds."""
         now = time.monotonic()
         self.seconds[stage] = round(now - self._last, 1)
         self._say(f"{stage}: {self.seconds[stage]:.0f} s")
@@ -189,22 +191,22 @@ class Clock:
 
 
 def _begin(job: SaeJob, name: str) -> Path:
-    """Return the folder of a training, begun or to go on; SteerbackError if it is another training's."""
+    """Return the folder of a new or resumed training. Raises SteerbackError if it belongs to another training."""
     if "/" in name or name.startswith(".") or not name.isprintable() or not name.strip():
-        raise SteerbackError(f"--name {name!r} is the name of a folder and a target: no slash, no dot at its beginning")
+        raise SteerbackError(f"--name {name!r} names a folder and a target: it cannot contain / or start with a dot")
     folder = make_folder(trained_folder(name))
-    said, path = job.model_dump(mode="json"), folder / "job.json"
-    if path.is_file() and (known := read_json_table(path, "training")) != said:
-        changed = ", ".join(sorted(k for k in said if said[k] != known.get(k)))
+    settings, path = job.model_dump(mode="json"), folder / "job.json"
+    if path.is_file() and (stored := read_json_table(path, "training")) != settings:
+        changed = ", ".join(sorted(k for k in settings if settings[k] != stored.get(k)))
         raise SteerbackError(
-            f"target {name!r} was begun with another {changed}; choose another --name, or delete {folder}"
+            f"the training of {name!r} has other values of {changed}; choose another --name, or delete {folder}"
         )
-    write_json(path, said)
+    write_json(path, settings)
     return folder
 
 
 def write_corpus(job: SaeJob, base: Target, path: Path, writer: LoadedTarget) -> list[TrainingText]:
-    """Let the model write its texts, each kept as soon as it is whole; return them all in the order of their keys."""
+    """Let the model write the missing texts, store each when it is complete, and return all texts in order."""
     cap = min(job.new_tokens, base.max_new_tokens or job.new_tokens)
     wanted = corpus_requests(max(job.tokens // cap, 2), cap, base.prompt_format == "plain")
     done = read_corpus(path)
@@ -229,7 +231,7 @@ async def _write(
 
 
 def load_model(base: Target, engine: str, device: str | None, batch_size: int | None) -> LoadedTarget:
-    """Load a model into an engine, with more rows on a GPU than a study has."""
+    """Load a model into an engine, with larger batches on a GPU than in a study."""
     from steerback.engines import check_engine, make_engine
     from steerback.engines.batch import Shape
     from steerback.engines.loading import batch_rows
@@ -243,7 +245,7 @@ def load_model(base: Target, engine: str, device: str | None, batch_size: int | 
 
 
 def _with_sae(loaded: LoadedTarget, target: Target, sae: Sae) -> LoadedTarget:
-    """Return the target with its SAE around the model that is loaded already."""
+    """Return the target with its SAE. The loaded model is used again."""
     from steerback.engines.loading import assemble
     from steerback.engines.transformers import TransformersEngine
 
@@ -256,7 +258,7 @@ def _with_sae(loaded: LoadedTarget, target: Target, sae: Sae) -> LoadedTarget:
 
 
 class Learner:
-    """The texts of a training as activations, the SAEs that learn from them, and their quality."""
+    """Reads activations of the training texts, trains the SAEs on them and measures their quality."""
 
     def __init__(
         self, engine: Engine, job: SaeJob, texts: Sequence[TrainingText], memory: float | None, say: Say
@@ -275,12 +277,12 @@ class Learner:
                 raise SteerbackError(f"--layers {layer} is outside 0..{site.n_layers - 1}, the layers of this model")
         kind, free = free_memory(engine.runner.device)
         bound = min(0.4 * free, 32e9) if memory is None else memory
-        held = texts[::HELD_OUT]
+        held_out = texts[::HELD_OUT]
         learned = [text for n, text in enumerate(texts) if n % HELD_OUT]
         if not learned:
             raise SteerbackError("one text is too few to train an SAE on")
         self.stream = ActivationStream(engine, readings(learned), self.layers, bound, job.training.seed)
-        self.own = readings(held)
+        self.own = readings(held_out)
         self.foreign = [TrainingText("", text) for text in usual_texts(resolve(job.target))]
         self.batch = min(job.training.batch, max(self.stream.sizes))
         self.steps = self.stream.steps(self.batch, job.passes)
@@ -291,9 +293,9 @@ class Learner:
         )
 
     def train(self, checkpoint: Path | None) -> dict[int, SaeTrainer]:
-        """Return the trained SAEs by layer, going on from a checkpoint if there is one of this training.
+        """Return the trained SAEs by layer. Resume from `checkpoint` if it belongs to this training.
 
-        Without a `checkpoint` nothing is kept on the way.
+        If `checkpoint` is None, no checkpoints are written.
         """
         import torch
 
@@ -303,23 +305,23 @@ class Learner:
         if checkpoint is not None and checkpoint.is_file():
             saved = torch.load(checkpoint, map_location=self.engine.runner.device, weights_only=True)
             if all(layer in saved and trainers[layer].load(saved[layer]) for layer in self.layers):
-                self.say(f"goes on at step {trainers[self.layers[0]].done:,}")
+                self.say(f"resumes at step {trainers[self.layers[0]].done:,}")
         done = trainers[self.layers[0]].done
-        began = spoke = kept = time.monotonic()
+        began = reported = saved_at = time.monotonic()
         for n, batch in enumerate(self.stream.batches(self.batch, self.job.passes, done), done + 1):
             lost = {layer: trainers[layer].step(h) for layer, h in batch.items()}
             now = time.monotonic()
-            if now - spoke >= SPEAK or n == self.steps:
+            if now - reported >= PROGRESS or n == self.steps:
                 left = (now - began) / (n - done) * (self.steps - n)
                 self.say(f"step {n:,} of {self.steps:,}: {_states(trainers, lost)}; {left:.0f} s left")
-                spoke = now
-            if checkpoint is not None and now - kept >= CHECKPOINT and n < self.steps:
+                reported = now
+            if checkpoint is not None and now - saved_at >= CHECKPOINT and n < self.steps:
                 _checkpoint(checkpoint, trainers)
-                kept = now
+                saved_at = now
         return trainers
 
     def measure(self, trainer: SaeTrainer) -> LayerResult:
-        """Return how well a trained SAE explains held-out and foreign texts."""
+        """Return the quality of a trained SAE on held-out texts of the model and on foreign texts."""
         from steerback.latents.activations import collect, loss_recovered
 
         sae = trainer.sae()
@@ -327,8 +329,8 @@ class Learner:
         def quality(texts: Sequence[TrainingText]) -> SaeQuality:
             read = [self.engine.words(self.engine.runner.prompter.conversation(t.prompt, t.text)) for t in texts]
             read = [text for text in read if text[1]]
-            found = collect(self.engine, read, (sae.layer,), sum(len(words) for _, words in read))
-            return sae_quality(sae, [found[sae.layer]])
+            residuals = collect(self.engine, read, (sae.layer,), sum(len(words) for _, words in read))
+            return sae_quality(sae, [residuals[sae.layer]])
 
         dead = float((trainer.idle >= trainer.options.dead_after).float().mean())
         result = LayerResult(
@@ -346,11 +348,11 @@ class Learner:
         return result
 
     def norms(self) -> dict[int, float]:
-        """Return the median norm of the residual at each layer, over a part of the activations."""
+        """Return the median residual norm of each layer over a sample of the activations."""
         return {layer: float(_sample(h).norm(dim=1).median()) for layer, h in self.stream.part(0).items()}
 
     def density(self, sae: Sae) -> list[float]:
-        """Return the share of positions at which each latent is active, over up to 262,144 of them."""
+        """Return the share of positions at which each latent is active, over at most 262,144 positions."""
         import torch
 
         h = _sample(self.stream.part(0)[sae.layer], 262_144)
@@ -359,7 +361,7 @@ class Learner:
 
 
 def _sample(h: Tensor, n: int = 65_536) -> Tensor:
-    """Return up to `n` rows of residuals, drawn at random, as float32: they are stored by length of their texts."""
+    """Return up to `n` rows of residuals as float32, drawn at random because rows are sorted by text length."""
     import torch
 
     return h[torch.randperm(len(h), generator=torch.Generator().manual_seed(0))[:n].to(h.device)].float()
@@ -385,7 +387,7 @@ def _checkpoint(path: Path, trainers: dict[int, SaeTrainer]) -> None:
 def _save(
     folder: Path, name: str, base: Target, results: Sequence[LayerResult], best: LayerResult, learner: Learner
 ) -> str:
-    """Write the SAEs and the table of the target; return the table as TOML."""
+    """Write the SAEs and the target's table. Return the table as TOML."""
     from steerback.targets.saelens import save_saelens
 
     for result in results:
@@ -441,14 +443,14 @@ def _prior(norm: float) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Return a string of TOML."""
+    """Return a text as a TOML string."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def _labels(
     folder: Path, engine: Engine, texts: Sequence[TrainingText], learner: Learner, best: LayerResult
 ) -> tuple[dict[int, str], dict[int, tuple[str, ...]]]:
-    """Name latents by their top words and write labels, contexts and the table of latents beside the SAE."""
+    """Label latents by their top words; write labels, contexts and the table of latents into the folder of the SAE."""
     import random
 
     from steerback.engines.transformers import TransformersEngine
@@ -459,14 +461,14 @@ def _labels(
     read = [reading.text for reading in readings(texts) if not reading.prompt]
     random.Random(0).shuffle(read)
     labels = top_words(engine, read[:LABELLING])
-    found = snippets(top_contexts(engine, read[:CONTEXTS], n=5), labels)
+    contexts = snippets(top_contexts(engine, read[:CONTEXTS], n=5), labels)
     density = learner.density(best.sae)
     labelled = [(k, label, "steerback sae train") for k, label in sorted(labels.items())]
     _write_csv(folder / "labels.csv", COLUMNS, labelled)
     rows = [(k, labels.get(k, ""), f"{share:.6g}") for k, share in enumerate(density)]
     _write_csv(folder / "latents.csv", ("index", "label", "density"), rows)
-    write_json(folder / "contexts.json", {str(k): list(v) for k, v in sorted(found.items())})
-    return labels, found
+    write_json(folder / "contexts.json", {str(k): list(v) for k, v in sorted(contexts.items())})
+    return labels, contexts
 
 
 def _write_csv(path: Path, names: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -1,7 +1,7 @@
-"""Targets measured side by side: one process for each small model on a CPU, all of them writing into one ledger.
+"""Measure several small models on a CPU in parallel, with one process per target and one shared ledger.
 
-A model this small keeps one core busy with one batch, and several batches in one process wait for each other's Python.
-A trial's response is the same as in one process: it depends on the batch shape alone.
+A model of this size uses one core, and batches in one process would compete for Python's interpreter lock. Responses
+are the same as in one process, because they depend only on the batch shape.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def possible(job: PreparedRun) -> bool:
-    """Return whether the job's targets can be measured side by side: several small models on the CPU, a free judge.
+    """Return True if the targets of the job can be measured in parallel: several small models on the CPU, a free judge.
 
-    Only before torch is loaded, because a process with its threads cannot be forked safely, and only on Linux, where
-    a child ends with its parent.
+    torch must not be loaded yet, because a process with torch's threads cannot be forked safely. The system must be
+    Linux, where a child process ends with its parent.
     """
     options, targets = job.engine, job.targets
     return (
@@ -50,9 +50,9 @@ def possible(job: PreparedRun) -> bool:
 
 
 def each(targets: Sequence[Target], work: Callable[[Target], None]) -> None:
-    """Call `work` for each target, as many at one time as there are cores, in processes of their own.
+    """Call `work` for each target in a child process, with at most one process per core.
 
-    Raises SteerbackError of the first that failed, after the others have ended.
+    If a target fails, the others finish first; then the first SteerbackError is raised.
     """
     context = multiprocessing.get_context("fork")
     cores = min(os.cpu_count() or 1, len(targets))
@@ -71,7 +71,7 @@ def each(targets: Sequence[Target], work: Callable[[Target], None]) -> None:
             ended = [(process, receiver) for process, receiver in running if not process.is_alive()]
             running = [one for one in running if one not in ended]
             errors += [_reason(process, receiver) for process, receiver in ended if process.exitcode]
-    finally:  # an interrupt has reached the children as well: they keep what they have
+    finally:  # the terminal sends an interrupt to the children as well, and they commit their work
         for process, _ in running:
             process.join()
     if errors:
@@ -81,7 +81,7 @@ def each(targets: Sequence[Target], work: Callable[[Target], None]) -> None:
 def _reason(process: BaseProcess, receiver: Connection) -> str:
     try:
         return str(receiver.recv())
-    except EOFError:  # its own messages stand above
+    except EOFError:  # the process has printed its messages already
         return f"the process of a target ended with exit code {process.exitcode}"
 
 

@@ -1,4 +1,4 @@
-"""Writing the viewer of finished or unfinished runs: their analysis, their labels, and activations where asked."""
+"""Write the viewer of finished or unfinished runs: analyses, labels and, on request, activations."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from steerback.study.study import same_weights
 from steerback.targets import Target
 
 RECORDED = 40
-"""Trials whose activations `record` reads unless others are named."""
+"""Number of trials that `record` reads by default."""
 
 
 @dataclass(frozen=True, slots=True)
 class ViewSettings:
-    """Choices of `steerback view`: the judge (None: each run's), stages, most trials, and whether to read activations.
+    """Settings of `steerback view`: judge (None: that of each run), stages, largest number of trials, activations.
 
-    `trials` are the keys of the trials to read; without them, up to `RECORDED` with the largest gains and the trials
-    of the same latent, prompt and seed.
+    `trials` are keys of trials to read activations of. By default these are up to `RECORDED` trials with the largest
+    gains, and the paired trials (same latent, prompt and seed).
     """
 
     judge: str | None = None
@@ -71,7 +71,7 @@ def _shown(run: Run, settings: ViewSettings, progress: Progress, makers: Makers)
     analysis: Presentation | None = None
     try:
         analysis = analysed(run, judge).shown
-    except SteerbackError as error:  # an unfinished run is shown without its analysis
+    except SteerbackError as error:  # an unfinished run has no analysis, but its trials can be shown
         problem = str(error)
     tables = dict(analysis.tables) if analysis else {}
     if not any("multi-attempt" in str(column) for table in tables.values() for column in table.shown.columns):
@@ -82,7 +82,7 @@ def _shown(run: Run, settings: ViewSettings, progress: Progress, makers: Makers)
         try:
             settings = run.config.of(target).calibration
             return settings.prior(targets[target].prior_of(key)) if target in targets else None
-        except SteerbackError:  # a direction whose file is gone
+        except SteerbackError:  # the file of this direction does not exist any more
             return None
 
     return ShownRun(
@@ -100,13 +100,13 @@ def _shown(run: Run, settings: ViewSettings, progress: Progress, makers: Makers)
 
 
 def _figures(analysis: Presentation) -> dict[str, tuple[bytes, str]]:
-    """Draw every figure: its image and its caption."""
+    """Draw all figures; return image and caption by name."""
     drawn = {name: figure() for name, figure in analysis.figures.items()}
     return {name: (png(figure), caption_of(figure)) for name, figure in drawn.items()}
 
 
 def _rates(run: Run, judge: str) -> dict[str, Table]:
-    """Return the table of rates of a run whose experiment reports something else, or whose analysis has to wait."""
+    """Return the table of rates, for a run whose analysis is not possible yet or contains no such table."""
     if not run.ledger.conditions():
         return {}
     return {"rates": measured_tables(measured(run.ledger, judge, run.config.draws))["table"]}
@@ -114,19 +114,19 @@ def _rates(run: Run, judge: str) -> dict[str, Table]:
 
 def _targets(run: Run, makers: Makers) -> dict[str, Target]:
     """Return the targets of a run that are defined on this machine."""
-    found = {}
+    defined = {}
     for name in run.config.targets:
         try:
-            found[name] = with_directions(makers.target(name, run.config.definitions), run.config)
-        except SteerbackError:  # an imported run need not have a target of ours
+            defined[name] = with_directions(makers.target(name, run.config.definitions), run.config)
+        except SteerbackError:  # the model of an imported run can be unknown here
             continue
-    return found
+    return defined
 
 
 def _readings(
     run: Run, judge: str, settings: ViewSettings, targets: Mapping[str, Target], progress: Progress, makers: Makers
 ) -> dict[str, Reading]:
-    """Read the activations of chosen trials, one engine after the other."""
+    """Read the activations of the chosen trials, target by target."""
     readings: dict[str, Reading] = {}
     rows = _to_read(run, judge, settings)
     for name in dict.fromkeys(row.trial.target for row in rows):
@@ -153,9 +153,9 @@ def _readings(
 
 
 def _reading(run: Run, engine: Rereads, row: Row, target: Target) -> Reading:
-    """Read the steered latent and the detectors of the run along one response."""
+    """Read the activations of the steered latent and of the run's detectors along one response."""
     done, trial = row.completion, row.trial
-    assert done is not None  # `_to_read` takes no others
+    assert done is not None  # `_to_read` requires a response
     latents = dict.fromkeys((trial.latent,) if isinstance(trial.latent, int) else ())
     groups = run.ledger.get(trial.target, RECORDED_LATENTS) or {}
     detectors = run.ledger.get(trial.target, DETECTOR_SET)
@@ -166,14 +166,14 @@ def _reading(run: Run, engine: Rereads, row: Row, target: Target) -> Reading:
     values = engine.reread(request, done.token_ids)
     if len(values) != done.prompt_tokens + max(len(done.token_ids) - 1, 0):
         raise SteerbackError(
-            f"{trial.key}: the prompt has other tokens than when the run was made, so its activations cannot be read; "
-            "use the versions in the run's manifest.json"
+            f"{trial.key}: the prompt is tokenized differently now, so its activations cannot be read; use the package "
+            "versions in the run's manifest.json"
         )
     return Reading(engine.token_ends(done, trial.prefix), tuple(latents), values[done.prompt_tokens :])
 
 
 def _to_read(run: Run, judge: str, settings: ViewSettings) -> list[Row]:
-    """Return the rows whose activations are read: the named ones, or the largest gains with what compares with them."""
+    """Return the rows to read activations of: the named ones, or those with the largest gains and their pairs."""
     ledger = run.ledger
     if settings.trials:
         rows = {row.trial.key: row for row in ledger.rows(keys=settings.trials, judge=judge)}

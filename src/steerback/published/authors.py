@@ -1,8 +1,8 @@
-"""The authors' result files as a run of ours; all files of one model are pooled, as their plots do.
+"""Import of the authors' result files as a run. Files of the same model are pooled, as in the authors' plots.
 
-After import every analysis and figure works on the ledger. The files hold no token ids, receipts or restart phrases,
-and none are made up: the run's fact `imported` says so, and counts irregular trials. Files are read one latent at a
-time, so memory does not grow with their texts.
+All analyses and figures work on the imported ledger. The files contain no token ids, receipts or restart phrases, and
+the import does not invent them: the fact `imported` marks the run and counts irregular trials. Files are read one
+latent at a time, so memory does not grow with their size.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from steerback.store.manifest import ImportedFile
 from steerback.store.run import Run, new_or_nothing
 
 ENGINE = "imported"
-SETS = {  # kinds of the files of one import: the experiment that they make up, condition of the plain files
+SETS = {  # kinds of the imported files: (experiment, condition of the plain files)
     frozenset({"plain"}): ("esr", "steered"),
     frozenset({"sweep"}): ("boost-sweep", ""),
     frozenset({"unsteered"}): ("no-steering", BASELINE),
@@ -68,11 +68,11 @@ SETS = {  # kinds of the files of one import: the experiment that they make up, 
     frozenset({"plain", "ablated", "random"}): ("random-ablation", BASELINE),
 }
 WHOLE = ("esr", "no-steering", "boost-sweep", "meta-prompts", "held-out")
-"""Experiments that need nothing but trials and the facts that our exports hold."""
+"""Experiments whose analysis needs only trials and exported facts."""
 SMALLEST_SD = 1e-6
-"""Boosts are rounded and compared in steps of the standard deviation, so a smaller one tells none apart."""
+"""Smallest standard deviation of thresholds. Below it, boosts in units of the standard deviation are not distinct."""
 BATCH = 500
-"""Trials that are written to the ledger at once."""
+"""Number of trials in one write to the ledger."""
 KNOWN: Mapping[str, tuple[str, float]] = {
     "calibration.target_score": ("target_score_normalized", 100),
     "calibration.max_iterations": ("threshold_n_trials", 1),
@@ -81,14 +81,14 @@ KNOWN: Mapping[str, tuple[str, float]] = {
     "trials_per_latent": ("n_trials_per_feature", 1),
     "selection.concreteness_threshold": ("min_feature_concreteness", 1),
 }
-"""Setting of ours: the field of the authors' settings that holds it, and the factor between the two."""
+"""Maps a setting of a run to the field of the authors' settings and the factor between the two values."""
 GENERATED = ("sampling", "calibration", "selection", "seeds")
-"""Groups of settings that shaped the responses: those that the files do not hold are unknown."""
+"""Groups of settings that affect responses. A setting of these groups is unknown if the files do not contain it."""
 
 
 @dataclass(frozen=True)
 class OwnCompletion:
-    """A response in our own exports; `activations` are packed (`store.database.pack_array`) and in base64."""
+    """A response in an export of steerback. `activations` are packed (`store.database.pack_array`), in base64."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -102,14 +102,14 @@ COMPLETION: TypeAdapter[OwnCompletion] = TypeAdapter(OwnCompletion)
 
 @dataclass(frozen=True)
 class Levels:
-    """Boost levels of a sweep in standard deviations of the thresholds around their mean."""
+    """Boost levels of a sweep: distances from the mean threshold in standard deviations of the thresholds."""
 
     mean: float
     sd: float
     latents: int
 
     def of(self, boost: float | None) -> float:
-        """The level of a boost."""
+        """Return the level of a boost, rounded to two decimals."""
         if boost is None:
             raise SteerbackError("a trial of a sweep has no boost (its threshold field)")
         return round((boost - self.mean) / self.sd, 2)
@@ -117,7 +117,7 @@ class Levels:
 
 @dataclass
 class Imported:
-    """The result of an import: the experiment it is analysed as, and counts of irregular trials."""
+    """Result of an import: the experiment whose analysis applies, and counts of irregular trials."""
 
     experiment: str
     targets: list[str]
@@ -125,7 +125,7 @@ class Imported:
     counts: Counter[str] = field(default_factory=Counter)
     failed: set[tuple[str, str, LatentKey]] = field(default_factory=set)
     levels: dict[str, set[float]] = field(default_factory=dict)
-    """Levels of a sweep by target."""
+    """Boost levels of a sweep by target."""
 
     def counted(self, entry: ImportedTrial) -> ImportedTrial:
         """Count a trial and return it."""
@@ -136,7 +136,7 @@ class Imported:
         return entry
 
     def lines(self) -> list[str]:
-        """One line for the terminal."""
+        """Return the line to print."""
         counts = ", ".join(f"{n:,} {name}" for name, n in self.counts.items() if n)
         return [f"imported as {self.experiment}, targets {', '.join(self.targets)}, judge {self.judge}: {counts}"]
 
@@ -149,19 +149,21 @@ def import_authors(
     condition: str | None = None,
     detectors: Sequence[int] | None = None,
 ) -> Imported:
-    """Write the files into the run `folder`.
+    """Import result files into the run `folder`.
 
-    `target` and `judge` replace the names in the files; `condition` names the condition of all of them; `detectors`
-    says which of several ablated sets is the detectors'. Trials of the same condition are pooled, and paired across
-    conditions (`TrialNumbers`). A file that is given twice counts once. Every file is checked before the folder is
-    made; a run of the same name must come from the same files.
+    `target` and `judge` replace the names in the files. `condition` is the condition of all files. `detectors` is
+    the ablated set that contains the detectors, if the files ablate several sets. Trials of the same condition are
+    pooled, and paired across conditions (`TrialNumbers`). Duplicate files count once.
+
+    Raises SteerbackError for an invalid file, before the folder is created, and if the folder contains a run that was
+    imported from other files.
     """
     for option, name in (("--target", target), ("--judge", judge), ("--condition", condition)):
         if name is not None and not name.strip():
-            raise SteerbackError(f"{option} is empty; give it a name or leave it out")
+            raise SteerbackError(f"{option} is empty; add a name or leave the option out")
     sources = list({s.sha256: s for s in (read_source(path, condition) for path in paths)}.values())
     if not sources:
-        raise SteerbackError("name at least one result file to import")
+        raise SteerbackError("no result file to import; name at least one")
     judges = {judge} if judge else {s.judge for s in sources}
     if len(judges) > 1:
         raise SteerbackError(
@@ -188,7 +190,7 @@ def import_authors(
 
 
 class ImportedTrial(NamedTuple):
-    """A trial with what came of it."""
+    """A trial with its response, verdicts and window scores."""
 
     trial: Trial
     completion: Completion | None
@@ -197,7 +199,7 @@ class ImportedTrial(NamedTuple):
 
 
 def _write(run: Run, entries: Iterable[ImportedTrial]) -> None:
-    """Write trials with their responses and verdicts, `BATCH` at a time."""
+    """Write trials with their responses and verdicts to the ledger, `BATCH` trials at a time."""
     batch: list[ImportedTrial] = []
 
     def flush() -> None:
@@ -226,7 +228,7 @@ def _same_files(folder: Path, sources: Sequence[Source]) -> None:
 
 
 def _experiment(sources: Sequence[Source], sets: Ablations) -> tuple[str, str]:
-    """The experiment of the files together, and the condition of the plain ones."""
+    """Return the experiment of all files together, and the condition of the plain files."""
     ours = {s.file.steerback.experiment for s in sources if s.kind == "ours" and s.file.steerback is not None}
     if ours:
         name = ours.pop()
@@ -240,7 +242,7 @@ def _experiment(sources: Sequence[Source], sets: Ablations) -> tuple[str, str]:
 
 
 def _analysable(result: Imported, sources: Sequence[Source], target: str | None) -> str:
-    """Return the experiment, or "imported" where a target lacks a condition or fact that its analysis reads."""
+    """Return the experiment, or "imported" if a target lacks a condition or fact that the analysis needs."""
     needed: dict[str, set[str]] = {
         "no-steering": {UNSTEERED},
         "detector-ablation": {ABLATED},
@@ -264,9 +266,9 @@ def _analysable(result: Imported, sources: Sequence[Source], target: str | None)
 
 
 def _config(result: Imported, sources: Sequence[Source], target: str | None) -> tuple[RunConfig, list[str]]:
-    """Return the settings of the files, each target's own, and the names of those that are not known from the files.
+    """Return the config with the settings in the files, by target, and the names of unknown settings.
 
-    The config's value of an unknown setting is the preset's and means nothing.
+    An unknown setting has the value of preset `authors` in the config, which has no meaning.
     """
     own_settings = [x for s in sources if (x := _settings_of(s)) is not None]
     if own_settings and target is None and all(x == own_settings[0] for x in own_settings):
@@ -305,7 +307,7 @@ def _config(result: Imported, sources: Sequence[Source], target: str | None) -> 
 
 
 def _settings_of(source: Source) -> dict[str, object] | None:
-    """Return the settings in the file of a run's facts; None for other files."""
+    """Return the settings of the exported run, if this file contains its facts; else None."""
     own = source.file.steerback
     return dict(own.config) if own is not None and isinstance(own.config, dict) else None
 
@@ -316,20 +318,20 @@ def _group(values: Mapping[str, object], name: str) -> dict[str, object]:
 
 
 def _settings(sources: Sequence[Source]) -> dict[str, float | None]:
-    """Return the settings `KNOWN` on which all files of a target agree; None: unknown."""
-    found: dict[str, float | None] = {}
+    """Return the value of each setting in `KNOWN`; None (unknown) if the files of a target differ."""
+    agreed: dict[str, float | None] = {}
     for key, (name, factor) in KNOWN.items():
         given = {getattr(s.file.experiment_config, name) for s in sources}
         value = given.pop() if len(given) == 1 else None
         usable = value is not None and value > 0 and (factor == 1 or value < 1)
-        found[key] = value * factor if value is not None and usable else None
-    return found
+        agreed[key] = value * factor if value is not None and usable else None
+    return agreed
 
 
 def _trials(
     source: Source, target: str, condition: str, result: Imported, pairs: TrialNumbers
 ) -> Iterator[ImportedTrial]:
-    """Yield a file's trials with what came of them, and count the irregular ones."""
+    """Yield the trials of a file with their responses and verdicts, and count irregular trials."""
     levels = _levels(source)
     for feature in source.features():
         if feature.error:
@@ -374,7 +376,7 @@ def _trials(
 
 
 def _own_entry(source: Source, entry: AuthorsTrial, target: str, judge: str) -> ImportedTrial:
-    """Return a trial of one of our exports as it was. Raises SteerbackError if it is damaged."""
+    """Return the original trial from an export of steerback. Raises SteerbackError if it is damaged."""
     own = entry.steerback or OwnTrial()
     try:
         trial = TRIAL.validate_python(own.trial)
@@ -398,7 +400,7 @@ def _own_entry(source: Source, entry: AuthorsTrial, target: str, judge: str) -> 
 
 
 def _prompts(source: Source, feature: AuthorsFeature, entry: AuthorsTrial) -> tuple[str, str]:
-    """Object-level prompt and meta-prompt of a trial."""
+    """Return the object-level prompt and the meta-prompt of a trial."""
     meta = (entry.steerback or OwnTrial()).meta_prompt
     if meta is not None:
         return entry.prompt.removesuffix(meta).strip(), meta
@@ -414,7 +416,7 @@ def _answer(entry: AuthorsTrial, judge: str) -> tuple[Completion, Judgement | No
 
 
 def _levels(source: Source) -> Levels | None:
-    """The levels of a sweep; None for other files."""
+    """Return the boost levels of a sweep; None for other files."""
     if source.kind != "sweep":
         return None
     stats = source.file.threshold_cache_stats
@@ -426,8 +428,8 @@ def _levels(source: Source) -> Levels | None:
         mean, sd = float(np.mean(source.thresholds)), float(np.std(source.thresholds))
     if not (math.isfinite(mean) and SMALLEST_SD < sd < math.inf):
         raise SteerbackError(
-            f"{source.path}: the standard deviation of the thresholds is {sd:g}, so its boosts have no levels; "
-            "give threshold_cache_stats a finite mean and a std above 0"
+            f"{source.path}: the standard deviation of the thresholds is {sd:g}, so boosts cannot be normalised; "
+            "set a finite mean and a std above 0 in threshold_cache_stats"
         )
     return Levels(mean, sd, len(source.labels))
 
@@ -435,7 +437,7 @@ def _levels(source: Source) -> Levels | None:
 def _facts(
     sources: Sequence[Source], target: str | None, result: Imported, sets: Ablations, unknown: list[str]
 ) -> dict[tuple[str, str], JsonValue]:
-    """Return the facts that analyses read besides the trials, by target and name, in the form they are stored in."""
+    """Return the facts that analyses need besides trials, by (target, name), in the form of the ledger."""
     facts: dict[tuple[str, str], JsonValue] = {}
     for name in result.targets:
         own = [s for s in sources if (target or s.model) == name]
@@ -462,7 +464,7 @@ def _facts(
 
 
 def _ablation_facts(sets: Ablations, labels: Mapping[LatentKey, str | None]) -> dict[str, JsonValue]:
-    """Return the facts of an ablation: detectors, doses, random sets. How well they separate is not in the files."""
+    """Return the facts of an ablation: detectors, doses, random sets. AUC and level are NaN: the files lack them."""
     facts: dict[str, JsonValue] = {}
     if sets.detectors:
         members = [Detector(latent=k, label=labels.get(k), level=math.nan, auc=math.nan) for k in sets.detectors]
@@ -486,7 +488,7 @@ def _ablation_facts(sets: Ablations, labels: Mapping[LatentKey, str | None]) -> 
 
 
 def _own_fact(source: Source, name: str, value: JsonValue) -> JsonValue:
-    """Return a fact of one of our exports, checked. Raises SteerbackError for facts that exports do not hold."""
+    """Check and return a fact of an export of steerback. Raises SteerbackError for a fact that is never exported."""
     kind, by, judge = name.partition(" by ")
     fact: Fact[Any] | None = EXPORTED.get(name)
     if fact is None and by and kind in ("boundaries", "whole"):
@@ -494,5 +496,5 @@ def _own_fact(source: Source, name: str, value: JsonValue) -> JsonValue:
     if fact is not None:
         return fact.dump(fact.load(value, str(source.path)))
     raise SteerbackError(
-        f"{source.path}: steerback.facts holds {name[:80]!r}; an export holds only: {', '.join(EXPORTED)}"
+        f"{source.path}: unknown fact {name[:80]!r} in steerback.facts; choose from: {', '.join(EXPORTED)}"
     )

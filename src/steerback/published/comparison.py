@@ -1,7 +1,7 @@
-"""Published numbers compared with ours: measured value, verdict, and the settings that differ.
+"""Comparison of published numbers with finished runs: measured value, verdict, and different settings.
 
-Reads summaries and configs of finished runs and the table `data/published.toml`; computes nothing from trials. A number
-from a model with planted behaviour, or from a judge that is no model, never gets a verdict about a real model.
+The sources are summaries and configs of finished runs and the table `data/published.toml`; no metric is recomputed. A
+number from a model with planted behaviour, or from the offline judge, never gets a verdict about a real model.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from steerback.store.run import stored_config
 SourceName = Literal["specification", "paper", "reader"]
 Column = Literal["specification", "authors"]
 SOURCES: dict[SourceName, Column] = {"specification": "specification", "paper": "authors", "reader": "authors"}
-"""Settings that the numbers of a source were measured with."""
+"""Column of settings that the numbers of each source were measured with."""
 Value = float | tuple[float, float]
-"""A number or a range."""
+"""A number, or the ends of a range."""
 SettingValue = int | float | str | tuple[int | float, int | float] | None
 Verdict = Literal["agrees", "higher", "lower", "open", "no interval"]
 
 LOCAL_JUDGES = ("offline", "scripted")
-MAIN = "llama-3.3-70b"  # the rows that are shown next to a planted model's numbers
-FINE_TUNED = "llama-3.1-8b"  # the same for fine-tuning
+MAIN = "llama-3.3-70b"  # planted models are compared with the rows of this model
+FINE_TUNED = "llama-3.1-8b"  # planted models after fine-tuning are compared with the rows of this model
 ALL = "all"  # rows about no single model
 
 
@@ -45,7 +45,7 @@ class _Entry(BaseModel):
 
 
 class Published(_Entry):
-    """One row of the table; `path` and `field` say where a run's summary has our number."""
+    """One row of the table. `path` and `field` locate the measured number in the summary of a run."""
 
     quantity: str
     experiment: str
@@ -63,20 +63,20 @@ class Published(_Entry):
 
     @property
     def published(self) -> dict[SourceName, Value]:
-        """The value of each source that has one."""
+        """Published values by source."""
         values = {name: getattr(self, name) for name in get_args(SourceName)}
         return {name: value for name, value in values.items() if value is not None}
 
 
 class Setting(_Entry):
-    """A setting in which the sources differ, from specification and authors: a value, or the ends of a range."""
+    """A setting with its value, or the ends of its range, in the specification and in the authors' code."""
 
     topic: str
     key: str
     specification: SettingValue = None
     authors: SettingValue = None
     ours: SettingValue = None
-    """Our value in place of the published one, which `note` describes."""
+    """Value of steerback that replaces the published one; `note` explains it."""
     note: str | None = None
 
 
@@ -96,7 +96,7 @@ class RunSummary(BaseModel):
 
 @dataclass(frozen=True)
 class Ours:
-    """Our value with its 95 % interval (None: unknown) and the number of trials behind it."""
+    """Measured value with its 95 % confidence interval (None: unknown) and its number of trials."""
 
     value: float
     low: float | None
@@ -106,10 +106,10 @@ class Ours:
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run: its folder's name, config and summary.
+    """A finished run: name of the folder, config and summary.
 
-    `planted` are the targets whose behaviour was trained into them on purpose, `unknown` the settings that the files
-    of an imported run do not hold.
+    `planted` are the targets with planted behaviour. `unknown` are the settings that the files of an imported run do
+    not contain.
     """
 
     name: str
@@ -121,7 +121,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the comparison: a published number about `target`, and ours, measured on `measured`."""
+    """One line of the comparison: a published number for `target`, and our number for the target `measured`."""
 
     row: Published
     target: str
@@ -135,25 +135,25 @@ class Line:
 
     @property
     def range(self) -> tuple[float, float]:
-        """The published range; for a number its interval where that is known."""
+        """Published range, or the confidence interval of a published number if it can be computed."""
         return interval_of(self.published, self.row.rate, self.row.n.get(self.source))
 
 
 def table_of_numbers() -> PublishedTable:
-    """The published rows, and the settings in which the sources differ."""
+    """Return the published rows, and the settings that differ between the sources."""
     text = resources.files("steerback.data").joinpath("published.toml").read_text("utf-8")
     return PublishedTable.model_validate(tomllib.loads(text))
 
 
 def finished(folders: Sequence[Path]) -> list[Finished]:
-    """The runs with their summaries. Raises SteerbackError for a run without one, saying how to get it."""
+    """Return the runs with their summaries. Raises SteerbackError for an unfinished run or a damaged summary."""
     runs = []
     for folder in folders:
         config = stored_config(folder)
         try:
             summary = RunSummary.model_validate_json((folder / "summary.json").read_bytes())
         except FileNotFoundError:
-            raise SteerbackError(f"run {folder} is not finished; go on with: steerback resume {folder.name}") from None
+            raise SteerbackError(f"run {folder} is not finished; resume it: steerback resume {folder.name}") from None
         except ValidationError:
             raise SteerbackError(
                 f"{folder / 'summary.json'} is damaged; make it again: steerback figures {folder}"
@@ -166,7 +166,7 @@ def finished(folders: Sequence[Path]) -> list[Finished]:
 
 
 def compare_published(folders: Sequence[Path]) -> list[Line]:
-    """Every published number, once per run that measured it; `not measured` where none did."""
+    """Return one line for each published number and run that measured it, or one line with `not measured`."""
     table, runs = table_of_numbers(), finished(folders)
     return [line for row in table.rows for target in row.target for line in _lines(row, target, runs, table.settings)]
 
@@ -191,7 +191,7 @@ def _lines(row: Published, target: str, runs: Sequence[Finished], settings: Sequ
 
 
 def our_number(summary: JsonValue, row: Published) -> Ours | None:
-    """The row's value in a target's summary. `*` in the path: the mean over all that match, ends likewise."""
+    """Return the row's value in the summary of a target. `*` in the path: mean over all matches, also of the ends."""
     leaves = [x for x in _follow(summary, row.path.split(".")) if x is not None]
     if row.field == "count":
         return Ours(len(leaves[0]), None, None, None) if leaves and isinstance(leaves[0], list) else None
@@ -238,14 +238,17 @@ def _verdict(row: Published, source: SourceName, value: Value, ours: Ours | None
 
 
 def interval_of(value: Value, rate: bool, n: int | None) -> tuple[float, float]:
-    """A range as it is; a rate with known n with its Wilson interval; any other number as both ends."""
+    """Return a range unchanged, the Wilson interval of a rate with known n, or (value, value) for other numbers."""
     if isinstance(value, tuple):
         return value
     return wilson(round(value * n), n) if rate and n else (value, value)
 
 
 def verdict(ours: Ours, published: tuple[float, float], at_most: bool = False) -> Verdict:
-    """agrees (the intervals overlap), higher, lower; for an upper bound: agrees, open (could be above), higher."""
+    """Return `agrees` (the intervals overlap), `higher`, `lower`, or `no interval` if ours is unknown.
+
+    For a published upper bound (`at_most`): `agrees`, `open` (the interval contains the bound) or `higher`.
+    """
     if ours.low is None or ours.high is None:
         return "no interval"
     if at_most:
@@ -258,9 +261,9 @@ def verdict(ours: Ours, published: tuple[float, float], at_most: bool = False) -
 def deviations(
     config: RunConfig, column: Column, settings: Sequence[Setting], unknown: Collection[str] = ()
 ) -> tuple[str, ...]:
-    """Settings of a run that differ from those of a column (specification or authors), in words.
+    """Return texts about the settings of a run that differ from a column (specification or authors).
 
-    Settings that are not known are listed as such and compared with nothing.
+    Unknown settings are listed but not compared.
     """
     differing = []
     if missing := [setting.topic for setting in settings if setting.key in unknown]:
@@ -296,7 +299,7 @@ COLUMNS = ("quantity", "model", "source", "published", "run", "measured on", "ou
 
 
 def comparison(lines: Sequence[Line]) -> tuple[Table, list[str]]:
-    """The table, and the numbered deviations that its last column refers to."""
+    """Return the table, and the numbered deviations that its last column refers to."""
     notes: dict[str, int] = {}
     cells = []
     for line in lines:

@@ -1,7 +1,7 @@
-"""A run as result files in the form that the authors' code writes.
+"""Export of a run as result files in the format of the authors' code.
 
-What their form has no place for stands under `steerback`: in each trial its plan, receipt and recorded activations, and
-in a file without trials the run's settings and facts. `steerback import` reads them all back.
+Data that this format does not cover is stored under the key `steerback`: plan, receipt and recorded activations in
+each trial, settings and facts in a file without trials. `steerback import` restores all of it.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ from steerback.store.run import Run, write_json
 TRIAL: TypeAdapter[Trial] = TypeAdapter(Trial)
 WINDOWS: TypeAdapter[WindowScores] = TypeAdapter(WindowScores)
 NO_LATENT = "unsteered"
-"""In the place of a latent's number where a trial has none."""
+"""Replaces the index of the latent in a trial without a latent."""
 SMALL = (SWEEP.name, META_PROMPTS.name)
-"""Facts that stand in every file, so that each file can be imported alone."""
+"""Facts that every file contains, so that each file can be imported alone."""
 KEPT = (facts.CONFIG, facts.ENGINE, facts.IMPORTED, facts.JUDGES, facts.JUDGE_SPEND, facts.PROBES, facts.FORKS)
 EXPORTED: Mapping[str, Fact[object]] = {
     fact.name: fact
     for fact in [THRESHOLDS, *vars(facts).values()]
     if isinstance(fact, Fact) and fact not in KEPT and fact is not facts.LABEL_SAMPLES
 }
-"""Facts that exports hold, by name; what belongs to the run itself (settings, engine, judges, forks) is left out."""
+"""Exported facts by name. Facts about the run itself (settings, engine, judges, forks) are not exported."""
 
 
 @dataclass
 class Verdicts:
-    """Verdicts on one response besides the main judge's: by judge, and the scores of its windows."""
+    """Further verdicts on one response, by judge, and its window scores."""
 
     judgements: dict[str, Judgement] = field(default_factory=dict)
     windows: list[WindowScores] = field(default_factory=list)
 
 
 def export_authors(run: Run, folder: Path, judge: str) -> list[Path]:
-    """Write one file in the authors' form for each target and condition, and one with each target's facts.
+    """Write one file in the authors' format for each target and condition, and one file with the facts of each target.
 
-    Files of the measured trials are named as the authors name theirs; those of other stages begin with `steerback_`.
+    Files with measured trials have the authors' file names. Names of files with other stages begin with `steerback_`.
     """
     make_folder(folder)
     paths, files = [], Counter[str]()
@@ -135,15 +135,15 @@ def _rows(run: Run, keys: Sequence[str], judge: str) -> Iterator[Row]:
 
 
 def _others(run: Run, judge: str, keys: Sequence[str]) -> dict[str, Verdicts]:
-    """Return the verdicts of further judges, and the window scores of all judges, by trial key."""
-    found: dict[str, Verdicts] = {}
+    """Return the verdicts of all judges except `judge`, and the window scores of all judges, by trial key."""
+    verdicts: dict[str, Verdicts] = {}
     for name in run.ledger.judges():
         for key, scores in run.ledger.windows(name, keys).items():
-            found.setdefault(key, Verdicts()).windows.append(scores)
+            verdicts.setdefault(key, Verdicts()).windows.append(scores)
         for outline in run.ledger.outlines(judge=name, keys=keys) if name != judge else ():
             if outline.judgement is not None:
-                found.setdefault(outline.trial.key, Verdicts()).judgements[name] = outline.judgement
-    return found
+                verdicts.setdefault(outline.trial.key, Verdicts()).judgements[name] = outline.judgement
+    return verdicts
 
 
 def _named(trial: Trial) -> dict[str, object]:

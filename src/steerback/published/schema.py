@@ -1,9 +1,10 @@
-"""The authors' result files as typed records. Their texts are untrusted and stay text.
+"""Typed records of the authors' result files. All texts in them are untrusted.
 
 A file is `{experiment_config, results_by_feature: [{feature_index_in_sae, feature_label, threshold, error, trials:
 [{prompt, threshold, seed, response, score: {attempts: [{attempt_text, score}]} | {error}, error}]}]}`, with further
-keys by experiment. Thresholds are numbers, or in older files objects with a `threshold`; labels of SAEs without labels
-are `feature_<index>`. A field of another form than expected counts as missing, unless a run could not be built from it.
+keys by experiment. Thresholds are numbers, or in older files objects with a `threshold`. Latents without a label have
+the label `feature_<index>`. A field of an unexpected type counts as missing; an error is raised only if the run needs
+it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from steerback.records import Attempt, FinishReason, Judgement, LatentKey
 
 RUBRIC = "imported"
 LARGEST = 2**63 - 1
-"""The largest whole number that a ledger holds."""
+"""Largest integer that SQLite can store."""
 
 FileKind = Literal["ours", "plain", "variant", "ablated", "unsteered", "sweep"]
 
@@ -42,14 +43,14 @@ def _whole(value: object) -> int | None:
     if not isinstance(value, int):
         return None
     if abs(value) > LARGEST:
-        raise ValueError(f"a whole number beyond {LARGEST}")
+        raise ValueError(f"integer above {LARGEST}")
     return int(value)
 
 
 def _latent(value: object) -> object:
     valid = 0 <= value <= LARGEST if isinstance(value, int) else isinstance(value, str)
     if not valid or isinstance(value, bool):
-        raise ValueError(f"no valid feature_index_in_sae: {value!r}")
+        raise ValueError(f"invalid feature_index_in_sae: {value!r}")
     return value
 
 
@@ -73,7 +74,7 @@ class _Shape(BaseModel):
 
 
 class OwnTrial(_Shape):
-    """Fields that our own exports add to a trial."""
+    """Fields that exports of steerback add to a trial."""
 
     index: Whole = None
     meta_prompt: Annotated[str | None, BeforeValidator(str)] = None
@@ -85,7 +86,7 @@ class OwnTrial(_Shape):
 
 
 class AuthorsTrial(_Shape):
-    """One response with its verdict. `score` stays as it is, see `judgement_of`."""
+    """One response with its verdict. `score` is not parsed here, see `judgement_of`."""
 
     prompt: Text = ""
     threshold: Boost = None
@@ -109,11 +110,11 @@ class AuthorsFeature(_Shape):
 
     @property
     def label(self) -> str | None:
-        """The label, or None for the placeholder that the authors' code writes where an SAE has none."""
+        """Label of the latent; None for the placeholder `feature_<index>` of the authors' code."""
         return self.text if self.text and self.text != f"feature_{self.index}" else None
 
     def boost(self, trial: AuthorsTrial) -> float | None:
-        """Boost of a trial: its own, or that of the feature if the trial has no such field."""
+        """Return the boost of a trial, or that of the feature if the trial has no field `threshold`."""
         return trial.threshold if "threshold" in trial.model_fields_set else self.threshold
 
 
@@ -140,14 +141,14 @@ class AuthorsConfig(Variant):
 
 
 class ThresholdStatistics(_Shape):
-    """Mean and standard deviation of the thresholds, by which a sweep's boosts are normalised."""
+    """Mean and standard deviation of the thresholds, which normalise the boosts of a sweep."""
 
     mean: Boost = None
     std: Boost = None
 
 
 class OwnFile(_Shape):
-    """Fields that our own exports add to a file."""
+    """Fields that exports of steerback add to a file."""
 
     experiment: Text = ""
     condition: Annotated[str | None, BeforeValidator(str)] = None
@@ -169,7 +170,7 @@ class AuthorsFile(_Shape):
 
     @property
     def variant(self) -> Variant:
-        """The prompt variant, from the settings or, in older files, from the metadata."""
+        """Prompt variant from the settings, or in older files from the metadata."""
         new, old = self.experiment_config, self.experiment_metadata
         return Variant(prompt_variant_id=new.id or old.id, prompt_variant_template=new.template or old.template)
 
@@ -189,7 +190,7 @@ class AuthorsFile(_Shape):
 
 
 def split_prompt(prompt: str, template: str | None, label: str | None) -> tuple[str, str]:
-    """Return object-level and meta-prompt of a rendered variant; the whole prompt if the template does not fit."""
+    """Return object-level prompt and meta-prompt of a variant; (prompt, "") if the template does not match."""
     if not template or "{prompt}" not in template:
         return prompt, ""
     before, _, after = template.replace("{latent_label}", label or "").partition("{prompt}")
@@ -199,7 +200,7 @@ def split_prompt(prompt: str, template: str | None, label: str | None) -> tuple[
 
 
 class AuthorsAttempt(_Shape):
-    """One attempt of a verdict; `phrase` and `gated` are in our own exports only."""
+    """One attempt of a verdict. Only exports of steerback contain `phrase` and `gated`."""
 
     score: Number = None
     attempt_text: Text = ""
@@ -212,9 +213,9 @@ class AuthorsAttempt(_Shape):
 def judgement_of(score: JsonValue, response: str, judge: str) -> tuple[Judgement, int]:
     """Return the verdict, and the number of attempts whose text does not occur in the response.
 
-    No attempts is the authors' sign of a clarifying question (empty). As in their plots, an attempt without a score is
-    dropped; an error, a missing list, no scored attempt or a score outside 0 to 100 is unscored, never 0. The files
-    name no restart phrases, so attempts are not gated.
+    An empty list of attempts means a clarifying question (status `empty`). An attempt without a score is dropped, as
+    in the authors' plots. A verdict with an error, without a list, without any score or with a score outside 0 to 100
+    is `unscored`; it never counts as 0. The authors' files contain no restart phrases, so gating does not apply.
     """
     raw = json.dumps(score, ensure_ascii=False, sort_keys=True)
 
@@ -243,9 +244,10 @@ def judgement_of(score: JsonValue, response: str, judge: str) -> tuple[Judgement
 
 
 def _spans(attempts: Sequence[AuthorsAttempt], response: str) -> tuple[list[tuple[int, int]], int]:
-    """Return each attempt's own span, else that of its text after the one before.
+    """Return the span of each attempt, and the number of attempts whose text does not occur in the response.
 
-    A text that does not occur starts where that one ended.
+    Without a valid stored span, the text is searched after the previous attempt. A text that does not occur gets an
+    empty span at the end of the previous attempt.
     """
     spans: list[tuple[int, int]] = []
     cursor, lost = 0, 0

@@ -1,4 +1,4 @@
-"""Result files of the authors' code: their settings, and their trials one latent after the other."""
+"""Readers of the authors' result files: settings, and trials one latent at a time."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ MODELS = ("llama-3.3-70b", "llama-3.1-8b", "gemma-2-2b", "gemma-2-9b", "gemma-2-
 M = TypeVar("M", bound=BaseModel)
 FEATURES = "results_by_feature"
 NO_JUDGE = "imported"
-"""Name of the judge of files that do not name it."""
+"""Judge name for files that do not name their judge."""
 RANDOM = "random"
-"""Part of the names of files in which random latents are ablated; the authors' files say it nowhere else."""
+"""Part of the name of a file with randomly chosen ablated latents. Its content does not mark it as random."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checked result file. `condition` is its name in a ledger, `labels` those of its latents.
+    """A checked result file with its condition, the labels and thresholds of its latents, and its number of trials.
 
-    `thresholds` are the latents' own; `trials` counts trials. The trials themselves are read again by `features`.
+    The trials themselves are not kept in memory; `features` reads them again.
     """
 
     path: Path
@@ -43,7 +43,7 @@ class Source:
 
     @property
     def model(self) -> str:
-        """Short name of the model, the registry's where it is one of the paper's five."""
+        """Short name of the model; for the five models of the paper, their name as a target."""
         name = _last_part(self.file.experiment_config.model_name or self.path.name.split(".json")[0])
         lower = name.lower().removeprefix("meta-")
         merged = "merged" in lower or "masked" in lower  # the authors' fine-tuned models
@@ -67,28 +67,28 @@ class Source:
 
 
 def read_source(path: Path, condition: str | None = None) -> Source:
-    """Check one file; `condition` replaces the condition that follows from its content."""
+    """Read and check one file. `condition` replaces the condition derived from its content."""
     head: dict[str, object] = {}
     labels: dict[LatentKey, str | None] = {}
     thresholds: list[float] = []
-    found, trials, number = False, 0, 0
+    has_features, trials, number = False, 0, 0
     for key, value in _items(path):
         if key != FEATURES:
             head[key] = value
             continue
         if not isinstance(value, dict):
             raise _other(path)
-        found = True
+        has_features = True
         feature = _checked(AuthorsFeature, value, path, f"{FEATURES}.{number}.")
         labels[feature.index] = feature.label
         thresholds += [feature.threshold] if feature.threshold is not None else []
         trials, number = trials + len(feature.trials or ()), number + 1
     file = _checked(AuthorsFile, head, path, "")
-    if not found and not file.experiment_config.model_name:
+    if not has_features and not file.experiment_config.model_name:
         raise _other(path)
     kind, named = file.kind()
     if not named.strip() or (file.experiment_config.model_name and not _last_part(file.experiment_config.model_name)):
-        raise SteerbackError(f"{path}: experiment_config.model_name or the condition is empty; mend the file")
+        raise SteerbackError(f"{path}: experiment_config.model_name or the condition is empty; correct the file")
     with path.open("rb") as raw:
         sha256 = hashlib.file_digest(raw, "sha256").hexdigest()
     return Source(path, sha256, file, kind, condition or named, labels, tuple(thresholds), trials)
@@ -107,38 +107,42 @@ def _last_part(name: str) -> str:
 
 
 def _checked(model: type[M], value: object, path: Path, place: str) -> M:
-    """Return a part of a file as a record. Raises SteerbackError naming the first wrong field."""
+    """Return a part of a file as a record. Raises SteerbackError, which names the first invalid field."""
     try:
         return model.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
         message = first["msg"].partition(" or instance of ")[0].removeprefix("Value error, ")
-        raise SteerbackError(f"{path}: {place}{'.'.join(map(str, first['loc']))}: {message}; mend the file") from None
+        raise SteerbackError(
+            f"{path}: {place}{'.'.join(map(str, first['loc']))}: {message}; correct the file"
+        ) from None
 
 
 @dataclass(frozen=True)
 class Ablations:
-    """The ablated sets of one import: the detectors (empty: none) and the random sets in the order of the files."""
+    """Ablated sets of one import: the detectors (can be empty) and the random sets in the order of the files."""
 
     detectors: tuple[int, ...] = ()
     random: tuple[tuple[int, ...], ...] = ()
 
     def condition(self, ablated: tuple[int, ...]) -> str:
-        """Name of the condition in which a set is clamped to zero."""
+        """Return the name of the condition that clamps a set to zero."""
         return ControlSets.condition(self.random.index(ablated) + 1) if ablated in self.random else ABLATED
 
 
 def ablations(sources: Sequence[Source], detectors: Sequence[int] | None = None) -> Ablations:
-    """Find out which ablated sets are the detectors': those of `detectors`, else those of files not named `random`.
+    """Separate the ablated sets into detectors and random sets.
 
-    Several sets of detectors are pooled, as the authors' plots do, if they share at least half of their latents.
+    The detectors are the set `detectors`, or else the sets of files whose names do not contain `random`. Several sets
+    of detectors are pooled, as in the authors' plots, if they share at least half of their latents. Raises
+    SteerbackError if the choice is ambiguous.
     """
     ablated = [s for s in sources if s.kind == "ablated"]
     sets = list(dict.fromkeys(s.ablated for s in ablated))
     if detectors is not None:
         own = tuple(sorted(set(detectors)))
         if own not in sets:
-            raise SteerbackError("--detectors: no file ablates this set of latents; name the set of one of the files")
+            raise SteerbackError("--detectors: no file ablates this set of latents; choose the set of one of the files")
         return Ablations(own, tuple(x for x in sets if x != own))
     random = [x for x in sets if all(RANDOM in s.path.name.lower() for s in ablated if s.ablated == x)]
     others = [x for x in sets if x not in random]
@@ -146,13 +150,13 @@ def ablations(sources: Sequence[Source], detectors: Sequence[int] | None = None)
     if apart:
         files = ", ".join(s.path.name for s in ablated)
         raise SteerbackError(
-            f"the files {files} ablate {len(sets)} different sets of latents; say which set is the detectors' with "
+            f"the files {files} ablate {len(sets)} different sets of latents; choose the set of detectors with "
             "--detectors FILE, a JSON list of latents"
         )
     return Ablations(tuple(sorted({k for x in others for k in x})), tuple(random))
 
 
 def named(sources: Sequence[Source], sets: Ablations) -> list[Source]:
-    """Return the sources with the conditions of their ablated sets, those that ablate nothing first."""
+    """Return the sources with the conditions of their ablated sets. Sources without ablation come first."""
     renamed = [replace(s, condition=sets.condition(s.ablated)) if s.kind == "ablated" else s for s in sources]
     return sorted(renamed, key=lambda s: s.kind == "ablated")
