@@ -121,7 +121,7 @@ def test_options_of_the_search_are_those_of_the_base_unless_changed(runs: Runs) 
     assert options("traces", "options.limit=25", "options.window=2") == ({**few, "limit": 25, "window": 2}, True)
     assert options("traces", "options.rule=top") == ({**few, "rule": "top"}, False)
     assert options("detector-ablation", "options.detectors=[3]") == ({"detectors": [3]}, False)
-    with pytest.raises(SteerbackError, match="detectors says which they are, so these would do nothing: limit, rule"):
+    with pytest.raises(SteerbackError, match="detectors sets the latents, so these have no effect: limit, rule"):
         options("traces", "options.detectors=[3]", "options.rule=top", "options.limit=2")
 
 

@@ -76,7 +76,7 @@ def test_code_in_a_models_folder_is_refused_without_a_question(
     assert ended.value.code == 2, err
     said = err.strip().splitlines()[-1]  # the library may have warned about the architecture before
     assert said.startswith("steerback: error: ")
-    assert "needs Python code from its own folder, which is never run" in said
+    assert "needs Python code from the model's folder, which steerback never runs" in said
     assert "[y/N]" not in out
     assert sys.stdin.read().startswith("y\ny\ny\n")  # nothing was asked
 

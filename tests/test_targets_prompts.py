@@ -98,7 +98,7 @@ def test_the_users_words_are_found_whatever_they_are(template: str, prompt: str)
 def test_a_template_that_writes_prompts_in_other_forms_is_refused() -> None:
     """Positions of the user's words could not be told."""
     odd = Prompter(tokenizer(GEMMA.replace("m.content", "(m.content | length | string) + m.content")))
-    with pytest.raises(SteerbackError, match="writes this prompt in another form"):
+    with pytest.raises(SteerbackError, match="writes this prompt in a changed form"):
         odd.conversation("the cat", "a stone")
 
 

@@ -1,6 +1,6 @@
-"""From ledger rows to results: one module for each experiment's analysis. Knows metrics and the store alone.
+"""Analyses: one module per experiment computes results from ledger rows, using only metrics and the store.
 
-Every module has one function `analyse(ledger, judge, draws, options)` that returns its `Results`.
+Every module has a function `analyse(ledger, judge, draws, options)` that returns its `Results`.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ MODULES = {
 
 
 def analyse(experiment: str, ledger: Ledger, judge: str, draws: int, options: object = None) -> Results:
-    """Everything that an experiment reports of a ledger, by one judge, with `draws` bootstrap draws.
+    """Return the results of a ledger's experiment by one judge, with `draws` bootstrap draws.
 
-    `options` are the experiment's parsed options; each analysis states in a protocol which of them it reads.
+    `options` are the experiment's parsed options. Each analysis declares the options that it uses in a protocol.
     """
     if experiment not in MODULES:
         raise unknown("experiment", experiment, sorted(MODULES))

@@ -1,4 +1,4 @@
-"""Shared by all analyses: rows to outcomes, summaries of conditions, and their paired comparisons."""
+"""Code shared by all analyses: convert rows to outcomes, summarise conditions, and compare them in pairs."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from steerback.store.rows import Outline, TrialRow
 
 
 class Results(ABC):
-    """The results of an analysis. `planted` are the targets whose behaviour was trained into them on purpose."""
+    """Results of an analysis. `planted` lists the targets with planted behaviour (see docs/glossary.md)."""
 
     planted: Sequence[str]
 
     @abstractmethod
     def to_json(self) -> dict[str, object]:
-        """The content of summary.json."""
+        """Return the content of summary.json."""
 
     def data(self) -> dict[str, JsonValue]:
-        """Further JSON files by their names."""
+        """Return further JSON files by name."""
         return {}
 
 
@@ -39,7 +39,7 @@ def outcomes_of(
     include_degraded: bool,
     cluster: Callable[[Trial], LatentKey | None] = lambda t: t.latent,
 ) -> Outcomes:
-    """The statistics' input: one entry per planned trial, whatever became of it, clustered by latent (or `cluster`).
+    """Return the outcomes for the statistics: one per planned trial, clustered by latent or by `cluster`.
 
     `include_degraded` is a setting of the run, `Ledger.includes_degraded`.
     """
@@ -50,10 +50,10 @@ def outcomes_of(
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """The measured conditions of a ledger, and how each compares with the one it is paired with.
+    """Measured conditions of a ledger, and their paired comparisons.
 
-    `comparisons[target, condition]` is that condition minus `against[target, condition]`, Holm-corrected over all
-    comparisons of the experiment, within each metric.
+    `comparisons[target, condition]` is that condition minus `against[target, condition]`. Within each metric, the
+    p-values are Holm-corrected over all comparisons of the experiment.
     """
 
     judge: str
@@ -62,19 +62,19 @@ class Measured:
     comparisons: Mapping[Key, Comparison]
     against: Mapping[Key, str]
     labels: Labelling | None = None
-    """Human labels of the run, with the rates they correct; None where there are none."""
+    """Human labels of the run, with corrected rates; None if the run has no labels."""
     floors: Mapping[Key, Floor] = field(default_factory=dict)
-    """The judge's floor under each condition; empty where none was measured."""
+    """Judge's floor for each condition; empty if it was not measured."""
     recovery: Recoveries = field(default_factory=Recoveries)
-    """Recovery without a restart phrase; it enters no other metric."""
+    """Recovery without a restart phrase; no other metric counts it."""
 
     @property
     def targets(self) -> list[str]:
-        """Targets in the order in which they were measured."""
+        """Targets in measurement order."""
         return list(dict.fromkeys(target for target, _ in self.summaries))
 
     def conditions(self, target: str) -> list[str]:
-        """Conditions of a target in the order in which they were planned."""
+        """Conditions of a target in planned order."""
         return [condition for t, condition in self.summaries if t == target]
 
     def of(self, target: str) -> dict[str, Summary]:
@@ -84,9 +84,9 @@ class Measured:
     def to_json(
         self, experiment: str, per_target: Mapping[str, Mapping[str, object]] | None = None, **further: object
     ) -> dict[str, object]:
-        """The form of every summary.json: per target `conditions` (all metrics), `comparisons` (all tests).
+        """Return the content of summary.json: per target `conditions` (all metrics) and `comparisons` (all tests).
 
-        `per_target` adds an experiment's own results to a target, `further` to the whole.
+        `per_target` adds an experiment's results to a target, `further` adds them at the top level.
         """
         targets = {
             target: {
@@ -110,13 +110,13 @@ class Measured:
 
 
 def measured_of(results: Results) -> Measured | None:
-    """Return the measured conditions of an experiment's results; None for those that have none."""
-    found = getattr(results, "measured", None)
-    return found if isinstance(found, Measured) else None
+    """Return the measured conditions of an experiment's results, or None if there are none."""
+    measured = getattr(results, "measured", None)
+    return measured if isinstance(measured, Measured) else None
 
 
 def to_baseline(condition: str) -> str | None:
-    """Every condition but the baseline is compared with the baseline."""
+    """Compare every condition except the baseline with the baseline."""
     return None if condition == BASELINE else BASELINE
 
 
@@ -128,7 +128,8 @@ def measured(
     stage: str = "measure",
     prepare: Prepare = list,
 ) -> Measured:
-    """Summaries of every condition of `stage`, each compared with the condition that `against` names (None: none).
+    """Return summaries of all conditions of `stage`, each compared with the condition that `against` returns (None: no
+    comparison).
 
     `prepare` may drop or change a condition's rows before they are counted.
     """
@@ -153,7 +154,7 @@ def with_floors(
     draws: int,
     rows: Mapping[Key, Sequence[Outline]],
 ) -> Measured:
-    """Return the same with the judge's floor under each condition, and with recovery without a restart phrase."""
+    """Return a copy with the judge's floor of each condition, and with recovery without a restart phrase."""
     targets = {target for target, _ in ledger.conditions(FLOOR)}
     unsteered = {t: [*ledger.outlines(t, FLOOR, judge=measured.judge)] for t in targets}
     restarts = {t: outcomes_of(own, ledger.includes_degraded, lambda x: x.prompt) for t, own in unsteered.items()}
@@ -169,7 +170,7 @@ def paired(
     draws: int,
     labels: Labelling | None = None,
 ) -> Measured:
-    """Summaries of the outcomes, and each one's tests against the condition of its target that `against` names."""
+    """Return summaries of the outcomes, and the tests of each condition against the one that `against` returns."""
     tests = correct({f"{t}\n{c}": compare(outcomes[t, other], outcomes[t, c]) for (t, c), other in against.items()})
     return Measured(
         judge=judge,
@@ -182,7 +183,7 @@ def paired(
 
 
 def planted(ledger: Ledger, targets: Iterable[str]) -> list[str]:
-    """Those of the targets whose behaviour is planted; ledgers of 0.1 know the built-in organisms by name."""
+    """Return the targets with planted behaviour; ledgers of version 0.1 identify the built-in organisms by name."""
 
     def is_planted(target: str) -> bool:
         stored = ledger.get(target, PROVENANCE)

@@ -15,7 +15,7 @@ PEAKS = ("multi_attempt_rate", "esr_rate", "improvement_rate", "msi", "mean_atte
 
 @dataclass(frozen=True, eq=False)
 class SweepResults(Results):
-    """Summaries per level and peaks per metric, by target (None: no peak, as nothing was scored)."""
+    """Summaries per level and peaks per metric, by target (None: no peak, because nothing was scored)."""
 
     measured: Measured
     sweeps: Mapping[str, Sweep]
@@ -23,11 +23,11 @@ class SweepResults(Results):
     planted: Sequence[str]
 
     def curve(self, target: str) -> dict[float, Summary]:
-        """Summary per level, for the levels at which anything was measured."""
+        """Return the summaries of the measured levels."""
         return curve_of(self.measured, target, self.sweeps[target])
 
     def to_json(self) -> dict[str, object]:
-        """The content of summary.json."""
+        """Return the content of summary.json."""
         return self.measured.to_json(
             "boost-sweep",
             {
@@ -41,7 +41,7 @@ class SweepResults(Results):
 
 
 def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> SweepResults:
-    """Summaries of every level, and the peak of every metric with an interval from resampled latents."""
+    """Return summaries of every level, and each metric's peak with an interval from resampled latents."""
     conditions = measured(ledger, judge, draws, against=lambda _: None)
     stored = ledger.targets_with(SWEEP)
     sweeps = {target: stored[target] for target in conditions.targets}
@@ -50,14 +50,14 @@ def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> S
 
 
 def curve_of(measured: Measured, target: str, sweep: Sweep) -> dict[float, Summary]:
-    """Summary per level, for the levels at which anything was measured."""
+    """Return the summaries of the measured levels."""
     summaries = measured.of(target)
     named = {level: sweep.condition(level) for level in sweep.levels}
     return {level: summaries[name] for level, name in named.items() if name in summaries}
 
 
 def peaks_of(measured: Measured, target: str, sweep: Sweep, draws: int) -> dict[str, Peak | None]:
-    """The peak of every metric over the levels."""
+    """Return the peak of every metric over the levels."""
     levels = list(curve_of(measured, target, sweep))
     outcomes = [measured.outcomes[target, sweep.condition(level)] for level in levels]
     return {name: find_peak(levels, outcomes, name, draws) for name in PEAKS}

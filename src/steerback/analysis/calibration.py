@@ -1,4 +1,4 @@
-"""Calibration latent by latent: the scores of every boost that was tried, and the curve fitted to them."""
+"""Calibration by latent: the scores at every tried boost, and the curve fitted to them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ STAGE = "calibration"
 POINTS, DRAWS = 60, 200
 
 Scores = Sequence[tuple[float, float | None]]
-"""Boost and first score of each trial; None where it has none."""
+"""Boost and first score of each trial; the score is None if the trial was not scored."""
 
 
 @dataclass(frozen=True, slots=True)
 class CalibratedLatent:
-    """The threshold of one latent with the trials that it comes from (none where they are not in this ledger)."""
+    """Threshold of one latent with the trials of its calibration (empty if this ledger does not contain them)."""
 
     latent: LatentKey
     label: str
@@ -34,7 +34,7 @@ class CalibratedLatent:
 
 
 def calibrated_latents(ledger: Ledger, target: str, judge: str) -> list[CalibratedLatent]:
-    """Return the latents of a target with their thresholds, in the order in which they were chosen."""
+    """Return the latents of a target with their thresholds, in the order of their selection."""
     stored = ledger.get(target, THRESHOLDS) or []
     chosen = ledger.get(target, LATENTS)
     labels = {x.key: x.label or "" for x in chosen.chosen} if chosen else {}
@@ -45,9 +45,9 @@ def calibrated_latents(ledger: Ledger, target: str, judge: str) -> list[Calibrat
 
 @contextmanager
 def calibrated(ledger: Ledger) -> Iterator[tuple[Ledger, str | None]]:
-    """Yield the ledger that holds the calibration's trials: this one (with None), or one it starts from, with its name.
+    """Yield the ledger with the calibration's trials and None, or a base run's ledger and its name.
 
-    This one where none of them has any.
+    Yields this ledger if no ledger has such trials.
     """
     earlier = (ledger.get("", CONFIG) or {}).get("from_run")
     if ledger.stage_sizes().get(STAGE):
@@ -62,19 +62,20 @@ def calibrated(ledger: Ledger) -> Iterator[tuple[Ledger, str | None]]:
 
 
 def tried(ledger: Ledger, target: str, judge: str) -> Mapping[LatentKey, Scores]:
-    """Return by latent the boost and first score of each trial of the search, in its order."""
-    found: dict[LatentKey, list[tuple[float, float | None]]] = defaultdict(list)
+    """Return by latent the boost and first score of each trial of the search, in search order."""
+    trials: dict[LatentKey, list[tuple[float, float | None]]] = defaultdict(list)
     for row in ledger.outlines(target, STAGE, judge=judge):
         if row.trial.latent is not None and row.trial.boost is not None:
             counts = row.attempts and (ledger.includes_degraded or not row.degraded)
-            found[row.trial.latent].append((row.trial.boost, row.attempts[0].score if counts else None))
-    return found
+            trials[row.trial.latent].append((row.trial.boost, row.attempts[0].score if counts else None))
+    return trials
 
 
 def curve(threshold: Threshold, tried: Scores, prior: BoostPrior | None = None) -> dict[str, list[float]] | None:
-    """Return the fitted curve (`boost`, `score`, 95 % band `low`, `high`); None with scores at fewer than two boosts.
+    """Return the fitted curve (`boost`, `score`, 95 % band `low`, `high`), or None if fewer than two boosts have
+    scores.
 
-    Without the target's prior (its definition is not here) the range of the boosts takes its place.
+    If the target's prior is not available on this machine, the range of the boosts replaces it.
     """
     boosts = np.array([boost for boost, score in tried if score is not None], dtype=np.float64)
     scores = np.array([score for _, score in tried if score is not None], dtype=np.float64)

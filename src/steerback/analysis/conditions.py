@@ -1,4 +1,4 @@
-"""Conditions and their paired comparisons with the baseline, for experiments that report nothing more."""
+"""Conditions and their paired comparisons with the baseline, for experiments without further results."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class ConditionResults(Results):
     planted: Sequence[str]
 
     def to_json(self) -> dict[str, object]:
-        """The content of summary.json."""
+        """Return the content of summary.json."""
         return self.measured.to_json(self.experiment)
 
 
 def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> ConditionResults:
-    """Every condition, and each against the baseline where there is one."""
+    """Return every condition, compared with the baseline if there is one."""
     conditions = measured(ledger, judge, draws)
     experiment = str((ledger.get("", CONFIG) or {}).get("experiment", "imported"))
     return ConditionResults(experiment, conditions, planted(ledger, conditions.targets))

@@ -21,7 +21,8 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class JudgePair:
-    """How two judges agree: on whether there are several attempts, on better / same / worse, on first scores."""
+    """Agreement of two judges on three verdicts: several attempts (yes or no), better / same / worse, and first
+    scores."""
 
     several: Estimate
     several_kappa: Estimate
@@ -32,10 +33,10 @@ class JudgePair:
 
 @dataclass(frozen=True, eq=False)
 class Compared(Results):
-    """Everything the figures and tables need. `first[judge]` are first scores (n responses), nan where unscored.
+    """Results for the figures and tables. `first[judge]` are first scores (n responses), nan if unscored.
 
-    `with_labels` has the pairs of a labeller with each judge, over the labelled responses. Labellers are not among
-    the judges: they see a sample that was drawn by another judge's verdicts, so their rates over it mean nothing.
+    `with_labels` pairs each labeller with each judge over the labelled responses. Labellers do not count as judges:
+    their sample was drawn by another judge's verdicts, so their uncorrected rates are biased.
     """
 
     judges: Sequence[str]
@@ -54,11 +55,11 @@ class Compared(Results):
     planted: Sequence[str]
 
     def same_order(self, metric: str) -> bool:
-        """Whether all judges rank the models alike."""
+        """Whether all judges rank the models in the same order."""
         return len({tuple(order) for order in self.orders[metric].values()}) == 1
 
     def to_json(self) -> dict[str, object]:
-        """The content of summary.json."""
+        """Return the content of summary.json."""
         return {
             "experiment": "cross-judge",
             "judges": list(self.judges),
@@ -89,11 +90,12 @@ class Compared(Results):
 
 
 def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> Compared:
-    """Agreement of every pair of judges, alpha over all, rates per judge and model, and the models' order."""
+    """Return the agreement of every pair of judges, alpha over all judges, rates per judge and model, and model
+    rankings."""
     labellers = [name for name in ledger.judges() if name.startswith(HUMAN)]
     judges = [name for name in ledger.judges() if name not in labellers]
     if len(judges) < 2:
-        raise SteerbackError(f"cross-judge needs two judges or more; this run has: {', '.join(judges) or 'none'}")
+        raise SteerbackError(f"cross-judge needs at least two judges; this run has: {', '.join(judges) or 'none'}")
     rows = {judge: [*ledger.outlines(stage="measure", judge=judge)] for judge in [*judges, *labellers]}
     plan = rows[judges[0]]
     targets = list(dict.fromkeys(r.trial.target for r in plan))
@@ -139,7 +141,7 @@ def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> C
 
 
 def _pair(a: Floats, b: Floats, cluster: NDArray[np.intp], draws: int) -> JudgePair:
-    """Agreement of two judges' verdicts (3, n responses), as `_verdict` gives them."""
+    """Return the agreement of two judges' verdicts, each (3, n responses) as returned by `_verdict`."""
     both = (a[0] == 1) & (b[0] == 1)
     several = agreement(a[0], b[0], cluster, draws)
     direction = agreement(a[1][both], b[1][both], cluster[both], draws)
@@ -152,7 +154,7 @@ def _shares(pair: JudgePair) -> dict[str, object]:
 
 
 def _verdict(row: TrialRow) -> tuple[float, float, float]:
-    """(several attempts, direction of change, first score) after gating; nan where there is no score."""
+    """Return (several attempts, direction of change, first score) after gating; nan if there is no score."""
     attempts = row.attempts
     if not attempts:
         return (np.nan, np.nan, np.nan)
@@ -160,7 +162,7 @@ def _verdict(row: TrialRow) -> tuple[float, float, float]:
 
 
 def _weighted(sample: JudgedSample, rows: Sequence[TrialRow]) -> dict[str, float | None]:
-    """Rates and MSI over the runs the sample was drawn from, single-attempt trials weighed up again."""
+    """Return rates and MSI over the source runs; weights correct for the undersampled single-attempt trials."""
     several = set(sample.several_keys)
     total = events = improved = gain = 0.0
     for row in rows:
@@ -178,5 +180,5 @@ def _weighted(sample: JudgedSample, rows: Sequence[TrialRow]) -> dict[str, float
 
 
 def _order(values: Mapping[str, float | None]) -> list[str]:
-    """Names from the highest value to the lowest; equal ones by name, unknown ones last."""
+    """Return names from the highest value to the lowest; ties are ordered by name, unknown values last."""
     return sorted(values, key=lambda t: (values[t] is None, -(values[t] or 0.0), t))

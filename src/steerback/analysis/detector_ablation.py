@@ -1,4 +1,4 @@
-"""Detector ablation: every dose against the baseline, paired, and the slope of the dose response (Fig. 5)."""
+"""Detector ablation: every dose compared with the baseline in pairs, and the slope of the dose response (Fig. 5)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TRENDS = ("multi_attempt_rate", "esr_rate", "msi", "mean_first")
 
 @dataclass(frozen=True, eq=False)
 class AblationResults(Results):
-    """Summaries and comparisons of the doses; per target its detectors, its doses and the trends by metric."""
+    """Summaries and comparisons of the doses; per target the detectors, the doses, and the trend of each metric."""
 
     measured: Measured
     detectors: Mapping[str, DetectorSet]
@@ -24,7 +24,7 @@ class AblationResults(Results):
     planted: Sequence[str]
 
     def to_json(self) -> dict[str, object]:
-        """The content of summary.json."""
+        """Return the content of summary.json."""
         return self.measured.to_json(
             "detector-ablation",
             {
@@ -39,7 +39,7 @@ class AblationResults(Results):
 
 
 def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> AblationResults:
-    """Every dose against the baseline, paired; trends over the share of detectors clamped to zero."""
+    """Compare every dose with the baseline in pairs; fit trends over the share of detectors clamped to zero."""
     conditions = measured(ledger, judge, draws)
     detectors, doses = ledger.targets_with(DETECTOR_SET), ledger.targets_with(DOSES)
     return AblationResults(
@@ -52,7 +52,7 @@ def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> A
 
 
 def dose_trend(measured: Measured, target: str, doses: Sequence[Dose], metric: str, draws: int) -> Trend:
-    """Slope of a metric over the share of detectors clamped to zero (0 to 1)."""
+    """Return the slope of a metric over the share of detectors clamped to zero (0 to 1)."""
     zeroed = [d for d in doses if not d.level and (target, d.condition) in measured.outcomes]
     outcomes = [measured.outcomes[target, d.condition] for d in zeroed]
     return trend([d.share for d in zeroed], outcomes, metric, draws)

@@ -1,4 +1,4 @@
-"""Statistics of the detectors on matched and shuffled pairs that the search has not used (Table A1)."""
+"""Statistics of the detectors on matched and shuffled pairs that were not used in the search (Table A1)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class PairStatistics:
-    """Detectors of one target with both arms, (n pairs, k detectors), and per detector the numbers of Table A1."""
+    """Detectors of one target with their matched and shuffled activations, (n pairs, k detectors), and Table A1's
+    numbers."""
 
     latents: Sequence[int]
     labels: Sequence[str | None]
@@ -34,7 +35,7 @@ class PairStatistics:
     auc: Sequence[Estimate]
 
     def to_json(self) -> dict[str, object]:
-        """The part of summary.json about one target."""
+        """Return the part of summary.json for one target."""
         return {
             "detectors": list(self.latents),
             "pairs": len(self.matched),
@@ -46,13 +47,13 @@ class PairStatistics:
 
 @dataclass(frozen=True, eq=False)
 class DetectorStatisticsResults(Results):
-    """The statistics of each target."""
+    """Statistics of each target."""
 
     statistics: Mapping[str, PairStatistics]
     planted: Sequence[str]
 
     def to_json(self) -> dict[str, object]:
-        """The content of summary.json."""
+        """Return the content of summary.json."""
         return {
             "experiment": "detector-statistics",
             "targets": {target: s.to_json() for target, s in self.statistics.items()},
@@ -60,7 +61,7 @@ class DetectorStatisticsResults(Results):
 
 
 def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> DetectorStatisticsResults:
-    """Statistics of every target whose pairs were read; nothing is judged."""
+    """Return statistics of every target with activations of the pairs; needs no judge."""
     detectors = ledger.targets_with(DETECTOR_SET)
     pairs = ledger.targets_with(PAIR_ACTIVATIONS)
     statistics = {target: statistics_of(p, detectors[target], draws) for target, p in pairs.items()}
@@ -68,7 +69,7 @@ def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> D
 
 
 def statistics_of(pairs: PairActivations, detectors: DetectorSet, draws: int) -> PairStatistics:
-    """Statistics of the pairs; the AUC has an interval from resampled prompts."""
+    """Return statistics of the pairs; the interval of the AUC resamples prompts."""
     matched, mismatched = (np.array(arm, dtype=np.float64) for arm in (pairs.matched, pairs.mismatched))
     prompt = np.array(pairs.prompts, dtype=np.int64)
     return PairStatistics(

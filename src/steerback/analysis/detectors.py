@@ -1,4 +1,5 @@
-"""Detectors: how well each separates matched from mismatched pairs, on the searched and on the held-out prompts."""
+"""Detectors: how well each separates matched from mismatched pairs, on the prompts of the search and on held-out
+ones."""
 
 from __future__ import annotations
 
@@ -14,24 +15,24 @@ from steerback.store.ledger import Ledger
 
 @dataclass(frozen=True, eq=False)
 class DetectorResults(Results):
-    """The detectors of each target."""
+    """Detectors of each target."""
 
     detectors: Mapping[str, DetectorSet]
     planted: Sequence[str]
 
     def to_json(self) -> dict[str, object]:
-        """The content of summary.json."""
+        """Return the content of summary.json."""
         return {
             "experiment": "detectors",
             "targets": {target: DETECTOR_SET.dump(d) for target, d in self.detectors.items()},
         }
 
     def data(self) -> dict[str, JsonValue]:
-        """One list of latents per target, in the authors' format."""
+        """Return one list of latents per target, in the authors' format."""
         return {f"off_topic_detectors_{target}": list(d.latents) for target, d in self.detectors.items()}
 
 
 def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> DetectorResults:
-    """Return the stored detectors; nothing is judged or resampled."""
+    """Return the stored detectors; needs neither judge nor bootstrap."""
     detectors = ledger.targets_with(DETECTOR_SET)
     return DetectorResults(detectors, planted(ledger, detectors))

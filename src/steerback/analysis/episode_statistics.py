@@ -1,7 +1,7 @@
-"""Appendix A.7: activity of detectors and backtracking latents before, in and after corrections (Figs. A5, A6).
+"""Appendix A.7: activity of detectors and backtracking latents before, during and after corrections (Figs. A5, A6).
 
-Episodes of exactly two attempts that improve, against controls: unsteered responses, steered ones that drift and never
-restart, and steered ones that keep to the topic, read again without steering (the authors' baseline). The value of a
+Compares episodes of exactly two attempts that improve with controls: unsteered responses, steered responses that drift
+without a restart, and steered on-topic responses, read again without steering (the authors' baseline). The value of a
 region is the mean over its tokens of the group's summed activation.
 """
 
@@ -46,7 +46,7 @@ AGAINST_REREAD = tuple((REREAD, region) for region in REGIONS)
 
 
 class ActivityOptions(Protocol):
-    """The options that the analysis reads."""
+    """Options that the analysis uses."""
 
     @property
     def drift_below(self) -> float: ...
@@ -58,10 +58,11 @@ class ActivityOptions(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class RegionActivity:
-    """Activity of one target's recorded episodes; all mappings by group, then by region or (a, b) of a test.
+    """Activity of one target's recorded episodes; all mappings are by group, then by region or by pair (a, b) of a
+    test.
 
-    `ratios` are those of each region to the unsteered responses and to those that were read again, and of off-topic to
-    steered without restart. `latents` has the regions of every single latent.
+    `ratios` divide each region by the unsteered responses and by the responses that were read again; they also contain
+    off-topic divided by steered without restart. `latents` has the regions of every single latent.
     """
 
     recorded: Recorded
@@ -72,7 +73,7 @@ class RegionActivity:
     latents: Sequence[LatentRegions]
 
     def to_json(self) -> dict[str, object]:
-        """The part of summary.json about one target."""
+        """Return the part of summary.json for one target."""
         return {
             "counts": self.recorded.counts,
             "latents": {group: list(latents) for group, latents in self.recorded.groups.items()},
@@ -87,7 +88,7 @@ class RegionActivity:
 class AlignedCurve:
     """Mean activation at each offset (tokens) from the correction's first token, each (2 reach + 1,); nan: no data.
 
-    `clusters` counts the latents that have a response at an offset, `n` is the number of responses in the curve.
+    `clusters` counts the latents with a response at an offset, `n` is the number of responses in the curve.
     """
 
     offsets: NDArray[np.int64]
@@ -100,7 +101,7 @@ class AlignedCurve:
 
 @dataclass(frozen=True, eq=False)
 class EpisodeStatisticsResults(Results):
-    """Activity of each target by region, and its aligned curves by group and kind of response."""
+    """Activity of each target by region, and its aligned curves by group and type of response."""
 
     judge: str
     activity: Mapping[str, RegionActivity]
@@ -108,7 +109,7 @@ class EpisodeStatisticsResults(Results):
     planted: Sequence[str]
 
     def to_json(self) -> dict[str, object]:
-        """The content of summary.json."""
+        """Return the content of summary.json."""
         return {
             "experiment": "episode-statistics",
             "judge": self.judge,
@@ -117,7 +118,7 @@ class EpisodeStatisticsResults(Results):
 
 
 def analyse(ledger: Ledger, judge: str, draws: int, options: ActivityOptions) -> EpisodeStatisticsResults:
-    """Means, ratios to the unsteered responses and tests by region; curves aligned at the correction."""
+    """Return means, ratios to the unsteered responses and tests by region, and curves aligned at the correction."""
     recorded = recorded_targets(ledger, judge, options.drift_below, options.baseline_from)
     activity = {target: activity_of(r, draws) for target, r in recorded.items()}
     curves = {target: {g: aligned(a.recorded, g, options.reach) for g in a.groups} for target, a in activity.items()}
@@ -125,7 +126,7 @@ def analyse(ledger: Ledger, judge: str, draws: int, options: ActivityOptions) ->
 
 
 def activity_of(recorded: Recorded, draws: int) -> RegionActivity:
-    """Region means, ratios and Holm-corrected tests of every group that has latents."""
+    """Return region means, ratios and Holm-corrected tests of every group with latents."""
     groups = [g for g in (DETECTORS, BACKTRACKING) if recorded.groups[g]]
     means: dict[str, dict[str, Estimate]] = {}
     ratios: dict[str, dict[str, Estimate]] = {}
@@ -147,7 +148,8 @@ def activity_of(recorded: Recorded, draws: int) -> RegionActivity:
 
 
 def region_values(recorded: Recorded, group: str) -> dict[str, tuple[Floats, Codes]]:
-    """Per region (values, latents' codes), one value a response: its mean activation per token, nan without tokens."""
+    """Return per region (values, codes of latents); a response's value is its mean activation per token, nan without
+    tokens."""
 
     def mean(values: Floats) -> float:
         return float(values.mean()) if len(values) else float("nan")
@@ -168,7 +170,7 @@ def region_values(recorded: Recorded, group: str) -> dict[str, tuple[Floats, Cod
 
 
 def aligned(recorded: Recorded, group: str, reach: int) -> dict[str, AlignedCurve]:
-    """Curves of the episodes with two attempts, and of their controls at the same positions.
+    """Return curves of the episodes with two attempts, and of their controls at the same positions.
 
     An episode ends with its second attempt. A control's row is the mean over the controls of one episode
     (`episodes.controls_of`), so that every episode counts once in each curve.
@@ -197,7 +199,8 @@ def aligned(recorded: Recorded, group: str, reach: int) -> dict[str, AlignedCurv
 
 
 def _nanmean(rows: Floats) -> Floats:
-    """Mean of each column's finite values, nan without any; `np.nanmean` warns about the latter."""
+    """Return the mean of each column's finite values, nan if there are none; `np.nanmean` would warn about empty
+    columns."""
     finite = np.isfinite(rows)
     count = finite.sum(axis=0)
     mean: Floats = np.where(count > 0, np.where(finite, rows, 0.0).sum(axis=0) / np.maximum(count, 1), np.nan)

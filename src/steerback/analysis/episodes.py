@@ -1,7 +1,7 @@
-"""Recorded episodes: the activations of a response in which a model corrects itself, by region and group of latents.
+"""Recorded episodes: activations of responses with a self-correction, by region and group of latents.
 
-Shared by `traces` and `episode_statistics`. Controls of an episode are steered responses that drift and never restart,
-and unsteered ones.
+Shared by `traces` and `episode_statistics`. The controls of an episode are steered responses that drift without a
+restart, and unsteered responses.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ if TYPE_CHECKING:
 class Trace:
     """One recorded response of T fed-back tokens.
 
-    `pieces` are the tokens as text (T,), `sums` maps a group of latents to its summed activation per token (T,).
-    For an episode `begin` is the first token off the topic (0 unless a judge has marked boundaries), `start` is the
-    first token of the correction (the restart phrase), `resume` the first token after it, `stop` the end of the second
-    attempt; otherwise these three are None.
+    `pieces` are the tokens as text (T,); `sums` maps a group of latents to its summed activation per token (T,).
+    Boundaries of an episode: `begin` is the first off-topic token (0 unless a judge marked boundaries), `start` the
+    first token of the correction (the restart phrase), `resume` the first token after that phrase, and `stop` the end
+    of the second attempt. For other responses, the last three are None.
     """
 
     row: Row
@@ -63,16 +63,17 @@ class Trace:
 
     @property
     def latent(self) -> LatentKey | None:
-        """The latent of the trial."""
+        """Latent of the trial."""
         return self.row.trial.latent
 
     @property
     def cluster(self) -> int:
-        """Code of the latent, by which statistics are clustered."""
+        """Code of the latent, used as cluster in the statistics."""
         return cluster_code(self.latent)
 
     def regions(self) -> dict[str, slice]:
-        """An episode's tokens before the correction, in its restart phrase, and after it in the second attempt."""
+        """Return an episode's tokens before the correction, in its restart phrase, and after it in the second
+        attempt."""
         if self.start is None or self.resume is None or self.stop is None:
             raise ValueError(f"{self.row.trial.key} is no episode")
         return {
@@ -84,10 +85,10 @@ class Trace:
 
 @dataclass(frozen=True, eq=False)
 class Recorded:
-    """The recorded responses of one target.
+    """Recorded responses of one target.
 
-    `changed` counts replays whose text is not the measured one, `lost` replays of episodes that are no episode any
-    more, `unmarked` episodes left out because a judge was asked for boundaries and gave none that hold.
+    `changed` counts replays whose text differs from the measured one, `lost` counts replays that are no longer
+    episodes, and `unmarked` counts episodes excluded because the judge gave no valid boundaries.
     """
 
     episodes: Sequence[Trace]
@@ -103,7 +104,7 @@ class Recorded:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Numbers of responses by kind; those of replays that went differently come last."""
+        """Numbers of responses by type; replays with another result come last."""
         return {
             "episodes": len(self.episodes),
             "episodes with two attempts": len(self.twice),
@@ -123,14 +124,14 @@ class Recorded:
 
 
 def recorded_targets(ledger: Ledger, judge: str, below: float, least: float = 0.0) -> dict[str, Recorded]:
-    """Recorded responses of every target that has any."""
+    """Return the recorded responses of every target that has any."""
     return {target: recorded(ledger, target, judge, below, least) for target in ledger.targets_with(TOKEN_ENDS)}
 
 
 def recorded(ledger: Ledger, target: str, judge: str, below: float, least: float = 0.0) -> Recorded:
-    """Read the recorded responses of a target; controls that turned out to restart are left out.
+    """Return the recorded responses of a target, without controls that contain a restart.
 
-    A drift is a single attempt that scores less than `below`; one that was read again scores at least `least`.
+    A drift is a single attempt that scores below `below`; a response that was read again scores at least `least`.
     """
     groups, ends = ledger.get(target, RECORDED_LATENTS), ledger.get(target, TOKEN_ENDS)
     if groups is None or ends is None:
@@ -176,7 +177,7 @@ def recorded(ledger: Ledger, target: str, judge: str, below: float, least: float
 def _reread(
     ledger: Ledger, target: str, judge: str, groups: Mapping[str, Sequence[int]], least: float
 ) -> dict[str, Sample]:
-    """Return the activity of each group in the responses that were read again, as far as the judge finds them so."""
+    """Return each group's activity in the responses that were read again and that are on-topic by the judge's score."""
     stored = ledger.get(target, REREAD_ACTIVITY)
     if stored is None:
         return {}
@@ -191,13 +192,13 @@ def _reread(
 
 
 def _texts(ledger: Ledger, target: str, indices: AbstractSet[int]) -> dict[int, str]:
-    """Return the measured responses with these indices, by index."""
+    """Return the measured responses by index."""
     keys = [row.trial.key for row in ledger.outlines(target, "measure") if row.trial.index in indices]
     return {r.trial.index: r.completion.text for r in ledger.stream(keys) if r.completion is not None}
 
 
 def trace(row: Row, ends: Sequence[int], groups: Mapping[str, Sequence[int]]) -> Trace:
-    """A row's generated tokens with the summed activations of each group; regions where it is an episode."""
+    """Return a row's generated tokens with each group's summed activations; an episode also gets its regions."""
     done, record = row.completion, row.trial.record
     if done is None or record is None:
         raise ValueError(f"{row.trial.key} was not recorded")
@@ -218,7 +219,7 @@ def trace(row: Row, ends: Sequence[int], groups: Mapping[str, Sequence[int]]) ->
 
 
 def bounded(episode: Trace, ends: Sequence[int], marks: Boundaries) -> Trace | None:
-    """The episode with regions from marked boundaries (characters); None where one of the three is missing."""
+    """Return the episode with regions from marked boundaries (characters), or None if one of the three is missing."""
     if marks.off_topic is None or marks.correction is None or marks.on_topic is None or episode.stop is None:
         return None
     places = (marks.off_topic, marks.correction, marks.on_topic)
@@ -228,12 +229,13 @@ def bounded(episode: Trace, ends: Sequence[int], marks: Boundaries) -> Trace | N
 
 
 def token_at(ends: Sequence[int], character: int) -> int:
-    """Index of the token that holds a character of the text (the number of tokens if it is past the end)."""
+    """Return the index of the token that contains a character of the text, or the number of tokens if it is past the
+    end."""
     return int(np.searchsorted(np.asarray(ends), character, side="right"))
 
 
 def controls_of(episode: Trace, controls: Sequence[Trace]) -> list[Trace]:
-    """Controls of an episode that reach the position of its correction: of its latent where there are any, else all."""
+    """Return the episode's controls that reach its correction: those of its latent if there are any, else all."""
     start = episode.start
     if start is None:
         raise ValueError(f"{episode.row.trial.key} is no episode")

@@ -1,4 +1,4 @@
-"""ESR across models: rates, MSI and intervals per target, and how well its latents were calibrated (Fig. 2)."""
+"""ESR across models: rates, MSI and intervals per target, and the quality of the calibration (Fig. 2)."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from steerback.store.ledger import Ledger
 
 @dataclass(frozen=True, eq=False)
 class EsrResults(Results):
-    """Summaries of each target, with its calibration and how its latents were selected."""
+    """Summaries of each target, with its calibration and the selection of its latents."""
 
     measured: Measured
     calibration: Mapping[str, CalibrationReport]
     selection: Mapping[str, Selection | None]
     planted: Sequence[str]
     latents: Mapping[str, Sequence[CalibratedLatent]] = field(default_factory=dict)
-    """Calibration of each target latent by latent."""
+    """Calibration of each target by latent."""
     between: Mapping[tuple[str, str], Mapping[str, TwoSampleTest]] = field(default_factory=dict)
     """Tests of every pair of targets (a, b): b minus a, Holm-corrected over the pairs; empty for a single target."""
 
     def to_json(self) -> dict[str, object]:
-        """The content of summary.json."""
+        """Return the content of summary.json."""
         calibration = {
             target: {**asdict(report), "selection": selected.counts if (selected := self.selection[target]) else {}}
             for target, report in self.calibration.items()
@@ -46,7 +46,7 @@ class EsrResults(Results):
 
 
 def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> EsrResults:
-    """Rates, MSI and intervals per target; the calibration of its latents."""
+    """Return rates, MSI and intervals per target, and the calibration of its latents."""
     conditions = measured(ledger, judge, draws)
     thresholds = {target: ledger.get(target, THRESHOLDS) or [] for target in conditions.targets}
     return EsrResults(

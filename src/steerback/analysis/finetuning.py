@@ -1,6 +1,6 @@
-"""Fine-tuning on self-corrections: every adapter against its base, and trends over the mixes (Fig. 6).
+"""Fine-tuning on self-corrections: every adapter compared with its base, and trends over the mixes (Fig. 6).
 
-Adapters are targets of their own in the ledger; here they are conditions of their base.
+Adapters are separate targets in the ledger; this module treats them as conditions of their base.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TRENDS = {STEERED: SHOWN, HELD_OUT: SHOWN, UNSTEERED: SHOWN[:2], HELD_OUT_UNSTEE
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """Multi-attempt responses that ended in one way: their number, and the mean gain in points."""
+    """Multi-attempt responses with one type of ending: their number, and the mean gain in points."""
 
     n: int
     gain: float
@@ -30,7 +30,8 @@ class Ending:
 
 @dataclass(frozen=True, eq=False)
 class MixResults:
-    """One base: percentages of its mixes, attempts without and with most corrections, the peak of MSI, trends."""
+    """One base: percentages of its mixes, attempts of the base and of the mix with most corrections, peak of MSI,
+    trends."""
 
     percents: Sequence[float]
     attempts_base: Estimate | None
@@ -40,7 +41,7 @@ class MixResults:
     trends: Mapping[str, Trend]
 
     def to_json(self) -> dict[str, object]:
-        """Plain numbers; the peak's place as a share with the number of responses there."""
+        """Return plain numbers; the peak is a share, with the number of responses at it."""
         peak = self.msi_peak
         at = None if peak is None or self.msi_peak_at is None else {"value": self.msi_peak_at / 100, "n": peak.n}
         named = {"attempts_base": self.attempts_base, "attempts_last": self.attempts_last, "msi_peak": peak}
@@ -54,7 +55,7 @@ class MixResults:
 
 @dataclass(frozen=True, eq=False)
 class FinetuningResults(Results):
-    """Conditions of each base, its adapters, results over the mixes, and how multi-attempt responses ended."""
+    """Conditions of each base, its adapters, results over the mixes, and endings of multi-attempt responses."""
 
     measured: Measured
     adapters: Mapping[str, Adapter]
@@ -63,11 +64,11 @@ class FinetuningResults(Results):
     planted: Sequence[str]
 
     def levels(self, target: str, condition: str) -> list[tuple[float, str]]:
-        """(percentage of self-corrections, name of the condition) of the adapters, ascending."""
+        """Return (percentage of self-corrections, name of the condition) of the adapters, ascending."""
         return levels(self.measured, target, self.adapters, condition)
 
     def to_json(self) -> dict[str, object]:
-        """The content of summary.json."""
+        """Return the content of summary.json."""
 
         def ended(target: str) -> dict[str, object]:
             own = {name: a for name, a in self.adapters.items() if a.base == target}
@@ -80,7 +81,7 @@ class FinetuningResults(Results):
 
 
 def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> FinetuningResults:
-    """Every adapter against the base, paired by cell; trends over the mixes."""
+    """Compare every adapter with the base in pairs of grid points; fit trends over the mixes."""
     adapters = ledger.targets_with(ADAPTER)
     conditions = by_mix(ledger, judge, draws, adapters)
     return FinetuningResults(
@@ -96,12 +97,14 @@ def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> F
 
 
 def condition_name(adapter: str, condition: str) -> str:
-    """`mix-50` steered on the run's prompts, `mix-50 unsteered`, `mix-50 held-out`, ..."""
+    """Return the name of a condition: `mix-50` (steered on the run's prompts), `mix-50 unsteered`, `mix-50
+    held-out`, ..."""
     return adapter if condition == STEERED else f"{adapter} {condition}"
 
 
 def by_mix(ledger: Ledger, judge: str, draws: int, adapters: Mapping[str, Adapter]) -> Measured:
-    """All conditions as conditions of the base; each adapter's is compared with the base's of the same kind."""
+    """Return all conditions as conditions of the base; each adapter's condition is compared with the base's
+    equivalent."""
     rows: dict[Key, list[Outline]] = {}
     against: dict[Key, str] = {}
     places: dict[Key, LedgerPlace] = {}
@@ -120,13 +123,13 @@ def by_mix(ledger: Ledger, judge: str, draws: int, adapters: Mapping[str, Adapte
 
 
 def steered_comparisons(measured: Measured) -> Measured:
-    """The same with the comparisons of steered responses on the run's prompts alone, for tables that can be read."""
+    """Return a copy with the comparisons of steered responses on the run's prompts only, which keeps tables short."""
     shown = {key: test for key, test in measured.comparisons.items() if measured.against[key] == BASE}
     return replace(measured, comparisons=shown)
 
 
 def levels(measured: Measured, target: str, adapters: Mapping[str, Adapter], condition: str) -> list[tuple[float, str]]:
-    """(percentage of self-corrections, name of the condition) of the adapters with a known percentage, ascending."""
+    """Return (percentage of self-corrections, name of the condition) of adapters with a known percentage, ascending."""
     named = [
         (a.percent, condition_name(a.adapter, condition))
         for a in adapters.values()
@@ -136,7 +139,7 @@ def levels(measured: Measured, target: str, adapters: Mapping[str, Adapter], con
 
 
 def mix_results(measured: Measured, target: str, adapters: Mapping[str, Adapter]) -> MixResults:
-    """Where MSI peaks, attempts of the base and at the mix of most corrections; trends over the mixes by metric."""
+    """Return the peak of MSI, attempts of the base and at the mix with most corrections, and trends of each metric."""
     trends: dict[str, Trend] = {}
     for condition, metrics in TRENDS.items():
         along = levels(measured, target, adapters, condition)
@@ -160,9 +163,9 @@ def mix_results(measured: Measured, target: str, adapters: Mapping[str, Adapter]
 
 
 def endings(rows: Sequence[TrialRow], include_degraded: bool) -> dict[str, Ending]:
-    """Multi-attempt responses by how they ended: `n`, and `gain`, the mean of last minus first score in points.
+    """Return multi-attempt responses by ending: `n`, and `gain`, the mean of last minus first score in points.
 
-    Those `cut` at the length limit had no time to finish their last attempt, which counts against MSI.
+    Responses `cut` at the length limit could not finish their last attempt, which lowers MSI.
     """
     outcomes = outcomes_of(rows, include_degraded)
     counted = (outcomes.state == VALID) & (include_degraded | ~outcomes.degraded)

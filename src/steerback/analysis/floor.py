@@ -1,4 +1,4 @@
-"""The judge's floor: how often it sees a restart in unsteered responses, where none is expected."""
+"""The judge's floor: its rate of reported restarts in unsteered responses, where none are expected."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ RATES = ("multi_attempt_rate", "esr_rate")
 
 @dataclass(frozen=True, eq=False)
 class Floor:
-    """The floor under one condition: rates of unsteered responses of its target, clustered by prompt.
+    """The floor of one condition: rates of its target's unsteered responses, clustered by prompt.
 
-    `p` is by metric the p-value of "the condition's rate is not larger than the floor"; None if it cannot be said.
+    `p` has for each metric the p-value of the null hypothesis "the condition's rate is not larger than the floor"; None
+    if it cannot be computed.
     """
 
     summary: Summary
@@ -36,7 +37,7 @@ class Floor:
         return p is not None and p <= ALPHA
 
     def to_json(self) -> dict[str, object]:
-        """Return the floor as a condition of summary.json holds it."""
+        """Return the floor in its form for a condition in summary.json."""
         rates = {metric: asdict(self[metric]) | {"p": self.p[metric]} for metric in RATES}
         return {"floor": {"counts": self.summary.counts, **rates, "test": FLOOR_TEST}}
 
@@ -44,11 +45,11 @@ class Floor:
 def floors_under(
     outcomes: Mapping[Key, Outcomes], places: Mapping[Key, LedgerPlace], unsteered: Mapping[str, Outcomes], draws: int
 ) -> dict[Key, Floor]:
-    """Return the floor under each condition; `unsteered` are the judged unsteered responses by target of the ledger."""
+    """Return the floor of each condition; `unsteered` has by target the judged unsteered responses of the ledger."""
     summaries = {target: summarize(own, draws) for target, own in unsteered.items() if len(own)}
-    found = {}
+    floors = {}
     for key, place in places.items():
         if place.target in summaries:
             both = view(outcomes[key]), view(unsteered[place.target])
-            found[key] = Floor(summaries[place.target], {m: above_floor(*both, m) for m in RATES})
-    return found
+            floors[key] = Floor(summaries[place.target], {m: above_floor(*both, m) for m in RATES})
+    return floors

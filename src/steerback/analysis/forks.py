@@ -1,8 +1,8 @@
-"""Forks of single responses: rates of each arm, and each arm against the first, paired by seed.
+"""Forks of single responses: rates of each arm, and comparisons with the first arm, paired by seed.
 
-Trials are the seeds of one response, which are independent draws given its beginning: each seed is a cluster of its
-own, and results hold for this response alone. Only attempts that begin after the fork count; the text before them,
-from the beginning of the response, is their first attempt.
+The trials of a fork differ only in their seed. Given the beginning of the response, they are independent draws, so each
+seed is a separate cluster, and results apply to this response only. Only attempts that begin after the fork count; the
+text before them, from the beginning of the response, is the first attempt.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from steerback.store.ledger import Ledger, Row
 
 @dataclass(frozen=True, eq=False)
 class ForkedArm:
-    """An arm's continuations with their summary, and its tests against the first arm (None: it is the first)."""
+    """Continuations of an arm with their summary, and tests against the first arm (None: this is the first arm)."""
 
     name: str
     rows: Sequence[Row]
@@ -37,7 +37,7 @@ class Forked:
     arms: Sequence[ForkedArm]
 
     def to_json(self) -> dict[str, object]:
-        """Plain dicts, lists and numbers."""
+        """Return the results as plain dicts, lists and numbers."""
         return {
             "target": self.target,
             "parent": self.fork.parent,
@@ -60,7 +60,7 @@ class Forked:
 
 def forks(ledger: Ledger, judge: str, parent: str | None = None) -> list[Forked]:
     """Return the results of every fork of a run, or of one trial."""
-    stored = [(t, fork) for t, found in ledger.targets_with(FORKS).items() for fork in found.values()]
+    stored = [(t, fork) for t, by_name in ledger.targets_with(FORKS).items() for fork in by_name.values()]
     chosen = [(t, fork) for t, fork in stored if parent in (None, fork.parent)]
     return [forked(ledger, target, fork, judge) for target, fork in chosen]
 
@@ -68,7 +68,7 @@ def forks(ledger: Ledger, judge: str, parent: str | None = None) -> list[Forked]
 def forked(ledger: Ledger, target: str, fork: Fork, judge: str) -> Forked:
     """Return the results of one fork."""
     rows = {arm.name: ledger.rows(target, FORK, fork.condition(arm), judge) for arm in fork.arms}
-    outcomes = {name: _outcomes(found, ledger.includes_degraded) for name, found in rows.items()}
+    outcomes = {name: _outcomes(arm, ledger.includes_degraded) for name, arm in rows.items()}
     first, *others = outcomes
     tests = correct({name: compare(outcomes[first], outcomes[name]) for name in others})
     arms = [ForkedArm(n, rows[n], summarize(outcomes[n], draws=0), tests.get(n)) for n in outcomes]
@@ -81,7 +81,7 @@ def _outcomes(rows: Sequence[Row], include_degraded: bool) -> Outcomes:
 
 
 def _by_seed(value: object) -> object:
-    """Return JSON whose methods name what their clusters are here."""
+    """Return a copy of the JSON whose methods describe the clusters as seeds."""
     if isinstance(value, dict):
         return {key: _by_seed(inner) for key, inner in value.items()}
     if isinstance(value, str):

@@ -1,7 +1,7 @@
-"""Human labels of a run: precision and recall of each judge on it, and rates corrected for the judge's errors.
+"""Human labels of a run: precision and recall of each judge, and rates corrected for the judge's errors.
 
-Labelled trials are a random sample within each condition and verdict of the judge they were drawn by, so each stands
-for the trials of its stratum. Several labellers count as one label, their mean.
+Labelled trials are a random sample within strata: condition and verdict of the judge that the sample was drawn by. Each
+labelled trial therefore represents the trials of its stratum. The labels of several people are averaged.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from steerback.store.rows import Outline
 Key = tuple[str, str]  # (target, condition)
 CORRECTED = ("multi_attempt_rate", "esr_rate")
 Prepare = Callable[[Iterable[Outline]], list[Outline]]
-"""Drops or changes the rows of a condition before they are counted."""
+"""Function that drops or changes the rows of a condition before they are counted."""
 
 
 @dataclass(frozen=True, slots=True)
 class LedgerPlace:
-    """Where the rows of a condition stand in the ledger."""
+    """Target and condition of rows in the ledger."""
 
     target: str
     stage: str
@@ -44,7 +44,8 @@ class LedgerPlace:
 
 @dataclass(frozen=True, slots=True)
 class CorrectedRate:
-    """A rate by the judge alone, by prediction-powered inference, and by Rogan and Gladen, with `labels` labels."""
+    """A rate by the judge alone, by prediction-powered inference, and by the Rogan-Gladen estimator, from `labels`
+    labels."""
 
     judged: float | None
     corrected: Estimate
@@ -54,7 +55,7 @@ class CorrectedRate:
 
 @dataclass(frozen=True, slots=True)
 class LabellerAgreement:
-    """Agreement of two labellers, or of a labeller and a judge, on whether there are several attempts."""
+    """Agreement of two labellers, or of a labeller and a judge, on the verdict "several attempts"."""
 
     a: str
     b: str
@@ -63,10 +64,10 @@ class LabellerAgreement:
 
 @dataclass(frozen=True, slots=True)
 class Labelling:
-    """All that the labels of a run say about `judge` and the other judges.
+    """Results of a run's labels for `judge` and the other judges.
 
-    `rates` by condition and metric, `differences` by compared condition and metric, `judges` by target and judge (its
-    verdict on several attempts). `alpha_several` and `alpha_first` are over all labellers (None: there is one).
+    `rates` are by condition and metric, `differences` by compared condition and metric, `judges` by target and judge
+    (verdict "several attempts"). `alpha_several` and `alpha_first` cover all labellers (None: only one).
     """
 
     judge: str
@@ -79,7 +80,7 @@ class Labelling:
     alpha_first: Estimate | None
 
     def to_json(self, target: str) -> dict[str, object]:
-        """The part of a target in summary.json."""
+        """Return the part of summary.json for a target."""
         return {
             "labellers": list(self.labellers),
             "rates": {
@@ -99,9 +100,10 @@ class Labelling:
 
 @dataclass(frozen=True, eq=False)
 class _LabelledRows:
-    """The rows of the labelled conditions, as each judge and each labeller sees them.
+    """Rows of the labelled conditions, with the verdicts of each judge and each labeller.
 
-    `places` are the conditions by the names they are shown under, `drawn_by` the judge that made the strata, by target.
+    `places` maps displayed condition names to rows of the ledger; `drawn_by` is, by target, the judge that defined the
+    strata.
     """
 
     ledger: Ledger
@@ -112,36 +114,36 @@ class _LabelledRows:
 
     @cached_property
     def people(self) -> dict[Key, list[dict[str, Outline]]]:
-        """The rows of each labeller."""
+        """Rows by labeller."""
         return {key: [self.read(name, place) for name in self.labellers] for key, place in self.places.items()}
 
     @cached_property
     def strata(self) -> dict[Key, dict[str, Outline]]:
-        """The rows by which the sample was drawn: `prepare` leaves trials out, but no trial changes its stratum."""
-        found = {}
+        """Rows that define the sample's strata. `prepare` may drop trials, but a trial keeps its stratum."""
+        strata = {}
         for key, place in self.places.items():
             judge = self.drawn_by[place.target]
             counted = self.read(judge, place)
             rows = self.ledger.outlines(place.target, place.stage, place.condition, judge)
-            found[key] = {r.trial.key: r for r in rows if r.trial.key in counted}
-        return found
+            strata[key] = {r.trial.key: r for r in rows if r.trial.key in counted}
+        return strata
 
     def read(self, name: str, place: LedgerPlace) -> dict[str, Outline]:
-        """A condition's rows with the verdicts of one judge, by trial key."""
+        """Return a condition's rows with the verdicts of one judge, by trial key."""
         rows = self.ledger.outlines(place.target, place.stage, place.condition, name)
         return {r.trial.key: r for r in self.prepare(rows)}
 
     def trials(self, name: str) -> dict[str, dict[Key, LabelledTrials]]:
-        """The trials of every condition, by metric, with the verdicts of judge `name`."""
-        found: dict[str, dict[Key, LabelledTrials]] = {metric: {} for metric in CORRECTED}
+        """Return the trials of every condition, by metric, with the verdicts of judge `name`."""
+        trials: dict[str, dict[Key, LabelledTrials]] = {metric: {} for metric in CORRECTED}
         for key, place in self.places.items():
             if name in self.labellers:
                 judged, people = {}, [self.people[key][self.labellers.index(name)]]
             else:
                 judged, people = self.read(name, place), self.people[key]
             for metric in CORRECTED:
-                found[metric][key] = _trials(self.strata[key], judged, people, metric, self.ledger.includes_degraded)
-        return found
+                trials[metric][key] = _trials(self.strata[key], judged, people, metric, self.ledger.includes_degraded)
+        return trials
 
 
 def labelling(
@@ -152,9 +154,9 @@ def labelling(
     draws: int,
     prepare: Prepare = list,
 ) -> Labelling | None:
-    """Return what the labels of a ledger say, None without labels.
+    """Return the results of a ledger's labels, or None without labels.
 
-    `places` are the conditions by the names they are shown under; `against` names the condition each is compared with.
+    `places` maps displayed condition names to rows of the ledger; `against` names the condition for each comparison.
     """
     labellers = [name for name in ledger.judges() if name.startswith(HUMAN)]
     drawn_by = {t: next(iter(s.values())).judge for t, s in ledger.targets_with(LABEL_SAMPLES).items() if s}
@@ -188,7 +190,8 @@ def labelling(
 
 
 def _agreement(rows: _LabelledRows, draws: int) -> tuple[list[LabellerAgreement], Estimate | None, Estimate | None]:
-    """Agreement of each pair of labellers, and alpha over all on several attempts and on first scores."""
+    """Return the agreement of each pair of labellers, and alpha over all labellers for several attempts and first
+    scores."""
     names = rows.labellers
     if len(names) < 2:
         return [], None, None
@@ -204,7 +207,7 @@ def _agreement(rows: _LabelledRows, draws: int) -> tuple[list[LabellerAgreement]
 
 
 def _rate(conditions: Mapping[Key, LabelledTrials], key: Key, judged: bool) -> CorrectedRate:
-    """Corrected rate of one condition; for Rogan and Gladen, the judge's errors are those in all conditions."""
+    """Return the corrected rate of one condition; Rogan-Gladen uses the judge's errors over all conditions."""
     own = conditions[key]
     together = [x for (target, _), x in conditions.items() if target == key[0]]
     return CorrectedRate(
@@ -224,9 +227,9 @@ def _trials(
     metric: str,
     include_degraded: bool,
 ) -> LabelledTrials:
-    """The trials that count in the headline rate of a judge, each with its stratum and label.
+    """Return the trials in a judge's headline rate, each with its stratum and label.
 
-    Without a judge (`judged` is empty) the labels alone are weighted back: every verdict is "no".
+    Without a judge (`judged` is empty) every verdict is "no", and the estimate uses only the weighted labels.
     """
     table = []
     for key, stratum in strata.items():
@@ -236,7 +239,7 @@ def _trials(
         given = [_event(p[key], metric) for p in people if key in p and p[key].attempts]
         truth = float(np.mean(given)) if given else np.nan
         verdict = _event(row, metric) if judged else False
-        # the same cells for all metrics, so that no corrected ESR rate exceeds the corrected multi-attempt rate
+        # the same strata for all metrics, so that no corrected ESR rate exceeds the corrected multi-attempt rate
         cell = 1 + (len(row.attempts) > 1) + row.is_episode if judged else 0
         table.append((cluster_code(row.trial.latent), len(stratum.attempts) > 1, verdict, truth, cell))
     columns = zip(*table, strict=True) if table else [()] * 5
@@ -244,12 +247,12 @@ def _trials(
 
 
 def _event(row: Outline, metric: str) -> bool:
-    """Whether a scored row is an event of the metric."""
+    """Return whether a scored row is an event of the metric."""
     return row.is_episode if metric == "esr_rate" else len(row.attempts) > 1
 
 
 def _verdict(row: Outline | None) -> tuple[float, float]:
-    """(several attempts, first score); nan where there is no score."""
+    """Return (several attempts, first score); nan if there is no score."""
     if row is None or not row.attempts:
         return (np.nan, np.nan)
     return (float(len(row.attempts) > 1), row.attempts[0].score)

@@ -1,4 +1,5 @@
-"""Regions of episodes latent by latent (appendix A.7): means, and how much more a latent does off the topic than on it.
+"""Regions of episodes by latent (appendix A.7): mean activation, and its difference between off-topic and on-topic
+text.
 
 The value of a latent in a region of an episode is its mean activation over the region's tokens.
 """
@@ -25,7 +26,7 @@ DRAWS = 2000
 
 @dataclass(frozen=True)
 class RegionValues:
-    """A latent's mean and sd over the episodes in one region, and the share of them in which it is active at all."""
+    """Mean and sd of a latent in one region over the episodes, and the share of episodes in which it is active."""
 
     mean: float | None
     sd: float | None
@@ -35,7 +36,8 @@ class RegionValues:
 
 @dataclass(frozen=True)
 class LatentRegions:
-    """A latent by region, and the paired test of off-topic minus on-topic; Holm over all latents of the target."""
+    """Regions of one latent, and the paired test of off-topic minus on-topic; Holm-corrected over the target's
+    latents."""
 
     group: str
     latent: int
@@ -45,7 +47,7 @@ class LatentRegions:
 
 
 def latent_regions(recorded: Recorded) -> list[LatentRegions]:
-    """Return every latent of every group over the episodes of two attempts, largest effect first in each group."""
+    """Return every latent of every group over the episodes with two attempts, largest effect first in each group."""
     if not recorded.twice:
         return []
     latents = list(dict.fromkeys(k for group in recorded.groups.values() for k in group))
@@ -55,7 +57,7 @@ def latent_regions(recorded: Recorded) -> list[LatentRegions]:
     tests = {str(k): paired_regions(on[:, i], off[:, i], cluster, DRAWS) for i, k in enumerate(latents)}
     tests = correct_regions(tests)
     column = {k: i for i, k in enumerate(latents)}
-    found = [
+    rows = [
         LatentRegions(
             group=group,
             latent=k,
@@ -67,12 +69,12 @@ def latent_regions(recorded: Recorded) -> list[LatentRegions]:
         for k in members
     ]
     order = {group: n for n, group in enumerate(recorded.groups)}
-    return sorted(found, key=lambda x: (order[x.group], -np.inf if x.test.cohens_d is None else -x.test.cohens_d))
+    return sorted(rows, key=lambda x: (order[x.group], -np.inf if x.test.cohens_d is None else -x.test.cohens_d))
 
 
 def _values(recorded: Recorded, latents: list[int]) -> dict[str, Floats]:
-    """By region (episodes, latents): mean activation over its tokens, nan without any."""
-    found: dict[str, list[Floats]] = {name: [] for name in REGIONS}
+    """Return by region (episodes, latents): mean activation over the region's tokens, nan without tokens."""
+    values: dict[str, list[Floats]] = {name: [] for name in REGIONS}
     for trace in recorded.twice:
         done, record = trace.row.completion, trace.row.trial.record
         if done is None or done.activations is None or record is None:
@@ -80,8 +82,8 @@ def _values(recorded: Recorded, latents: list[int]) -> dict[str, Floats]:
         columns = [record.latents.index(k) for k in latents]
         z = np.asarray(done.activations[done.prompt_tokens :][:, columns], dtype=np.float64)
         for name, part in trace.regions().items():
-            found[name].append(z[part].mean(axis=0) if len(z[part]) else np.full(len(latents), np.nan))
-    return {name: np.array(rows) for name, rows in found.items()}
+            values[name].append(z[part].mean(axis=0) if len(z[part]) else np.full(len(latents), np.nan))
+    return {name: np.array(rows) for name, rows in values.items()}
 
 
 def _summary(values: Floats) -> RegionValues:

@@ -1,4 +1,4 @@
-"""Matched prefix: own correction against a generic prefix, paired by episode and seed."""
+"""Matched prefix: the model's correction compared with a generic prefix, paired by episode and seed."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from steerback.store.ledger import Ledger
 
 @dataclass(frozen=True, eq=False)
 class MatchedPrefixResults(Results):
-    """Summaries of the continuations, and how many pairs of prefixes each target gave."""
+    """Summaries of the continuations, and the number of prefix pairs per target."""
 
     measured: Measured
     pairs: Mapping[str, PrefixPairs]
     planted: Sequence[str]
 
     def to_json(self) -> dict[str, object]:
-        """The content of summary.json."""
+        """Return the content of summary.json."""
         stored = {target: MATCHED_PREFIX.dump(p) for target, p in self.pairs.items()}
         per_target = {target: {"matched_prefix": p} for target, p in stored.items()}
         return self.measured.to_json("matched-prefix", per_target, episodes=stored)
 
 
 def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> MatchedPrefixResults:
-    """Every kind of prefix against the generic one; scores are of the continuation alone."""
+    """Compare every type of prefix with the generic one; only the continuation is scored."""
     conditions = measured(
         ledger, judge, draws, against=lambda c: None if c == GENERIC_PREFIX else GENERIC_PREFIX, stage=CONTINUATION
     )

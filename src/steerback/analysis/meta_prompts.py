@@ -1,4 +1,4 @@
-"""Meta-prompts: every variant against the baseline, paired (Fig. 4)."""
+"""Meta-prompts: every variant compared with the baseline, paired (Fig. 4)."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class MetaPromptResults(Results):
     planted: Sequence[str]
 
     def to_json(self) -> dict[str, object]:
-        """The content of summary.json."""
+        """Return the content of summary.json."""
         return self.measured.to_json(
             "meta-prompts", {target: {"meta_prompts": META_PROMPTS.dump(v)} for target, v in self.variants.items()}
         )
 
 
 def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> MetaPromptResults:
-    """Every variant against the baseline, paired by latent, prompt and seed."""
+    """Compare every variant with the baseline, paired by latent, prompt and seed."""
     conditions = measured(ledger, judge, draws)
     stored = ledger.targets_with(META_PROMPTS)
     return MetaPromptResults(

@@ -19,8 +19,8 @@ ALL = "all targets"
 class RestartBound:
     """Restarts among `n` unsteered responses, with upper ends of 95 % intervals of their rate.
 
-    `upper_by_latent` and `upper_by_prompt` are clustered; `upper_clopper_pearson` takes all trials as independent;
-    `upper` is the larger of the two clustered ones.
+    `upper_by_latent` and `upper_by_prompt` are clustered; `upper_clopper_pearson` treats trials as independent; `upper`
+    is the larger of the two clustered ones.
     """
 
     n: int
@@ -34,24 +34,24 @@ class RestartBound:
 
 @dataclass(frozen=True, eq=False)
 class NoSteeringResults(Results):
-    """Summaries, and the bounds of each target and, with several, of all together (`ALL`)."""
+    """Summaries, and the bounds of each target. With several targets, `ALL` has the bounds of all together."""
 
     measured: Measured
     bounds: Mapping[str, RestartBound]
     planted: Sequence[str]
 
     def unsteered(self) -> dict[str, Outcomes]:
-        """Outcomes without steering by target."""
+        """Outcomes without steering, by target."""
         return {t: self.measured.outcomes[t, UNSTEERED] for t in self.measured.targets}
 
     def steered(self) -> dict[str, Outcomes]:
-        """Outcomes of the steered baseline, for the targets that have one."""
+        """Outcomes of the steered baseline, for targets that have one."""
         return {
             t: self.measured.outcomes[t, BASELINE] for t in self.unsteered() if (t, BASELINE) in self.measured.outcomes
         }
 
     def to_json(self) -> dict[str, object]:
-        """The content of summary.json."""
+        """Return the content of summary.json."""
         pooled = self.bounds.get(ALL)
         return self.measured.to_json(
             "no-steering",
@@ -61,7 +61,7 @@ class NoSteeringResults(Results):
 
 
 def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> NoSteeringResults:
-    """Restart rate with upper bounds clustered by latent and by prompt."""
+    """Return the restart rate with upper bounds clustered by latent and by prompt."""
     conditions = measured(ledger, judge, draws)
     rows = {target: [*ledger.outlines(target, "measure", UNSTEERED, judge)] for target in conditions.targets}
     bounds = {target: bounds_of({target: r}, draws, ledger.includes_degraded) for target, r in rows.items()}
@@ -71,10 +71,11 @@ def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> N
 
 
 def bounds_of(rows: Mapping[str, Sequence[TrialRow]], draws: int, include_degraded: bool) -> RestartBound:
-    """Multi-attempt rate of the rows with its interval clustered by latent, by prompt, and as if independent.
+    """Return the multi-attempt rate with intervals clustered by latent, clustered by prompt, and for independent
+    trials.
 
-    Unsteered responses to one prompt differ in their seed alone, so the prompt is the cluster that matters there; the
-    headline is the wider of the two.
+    Unsteered responses to one prompt differ only in their seed, so the prompt is the relevant cluster; the headline is
+    the wider of the two clustered intervals.
     """
     latents = _rate(rows, lambda t: f"{t.target}/{t.latent}", draws, include_degraded)
     prompts = _rate(rows, lambda t: f"{t.target}/{t.prompt}", draws, include_degraded)

@@ -1,4 +1,4 @@
-"""Prefill control: restarts after the cut, by length of the prefix, unsteered against steered."""
+"""Prefill control: restarts after the cut by prefix length, unsteered compared with steered."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ Kind = TypeVar("Kind", Row, Outline)
 
 @dataclass(frozen=True, eq=False)
 class PrefillResults(Results):
-    """Summaries of both arms by length of the prefix, and how many prefixes there were."""
+    """Summaries of both arms by prefix length, and the number of prefixes."""
 
     measured: Measured
     prefixes: Mapping[str, PrefixCounts]
     planted: Sequence[str]
 
     def to_json(self) -> dict[str, object]:
-        """The content of summary.json."""
+        """Return the content of summary.json."""
         return self.measured.to_json(
             "prefill-control", {target: {"prefill": PREFILL.dump(p)} for target, p in self.prefixes.items()}
         )
 
 
 def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> PrefillResults:
-    """Restart and improvement rates by length of the prefix; unsteered against steered, paired."""
+    """Return restart and improvement rates by prefix length, and paired tests of unsteered against steered."""
     conditions = measured(ledger, judge, draws, against=other_arm, prepare=after_cut)
     stored = ledger.targets_with(PREFILL)
     return PrefillResults(conditions, {t: stored[t] for t in conditions.targets}, planted(ledger, conditions.targets))
 
 
 def other_arm(condition: str) -> str | None:
-    """Unsteered continuations are compared with steered ones of the same prefixes."""
+    """Compare unsteered continuations with steered ones of the same prefixes."""
     arm, _, length = condition.partition(" ")
     return f"{PREFILL_ARMS[1]} {length}" if arm == PREFILL_ARMS[0] else None
 
 
 def after_cut(rows: Iterable[Kind]) -> list[Kind]:
-    """Rows whose judgements count no attempt that begins before the cut; it is merged into the one before."""
+    """Return rows without attempts that begin before the cut; such an attempt is merged into the previous one."""
     return [replace(row, judgement=_merged(row.judgement, len(row.trial.lead))) for row in rows]
 
 

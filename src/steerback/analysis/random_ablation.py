@@ -1,4 +1,4 @@
-"""Random ablation: the detectors' ablation against that of every random set, and its rank among them (Fig. A9)."""
+"""Random ablation: the detector ablation compared with every random set, and its rank among them (Fig. A9)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ RANKED = ("multi_attempt_rate", "esr_rate", "msi", "mean_attempts", "mean_first"
 class Rank:
     """Rank of the detectors' value of a metric among the values of the random sets.
 
-    `below` of the `sets` have a smaller value, `above` a larger one; `mean`, `low` and `high` are those of the sets.
-    `p` is a two-sided permutation p-value: the share of all sets, detectors included, whose distance to the mean of the
-    others is at least that of the detectors.
+    `below` of the `sets` have a smaller value, `above` a larger one. `mean`, `low` and `high` describe the sets. `p` is
+    a two-sided permutation p-value: the share of all sets, detectors included, whose distance to the mean of the other
+    sets is at least that of the detectors.
     """
 
     value: float
@@ -35,9 +35,9 @@ class Rank:
 
 @dataclass(frozen=True, eq=False)
 class RandomAblationResults(Results):
-    """Summaries and comparisons with the baseline; per target its random sets and the detectors' ranks by metric.
+    """Summaries and comparisons with the baseline; per target the random sets, and the detectors' rank for each metric.
 
-    `against_sets[target, condition]` is the detectors' ablation minus that of the random set of this condition.
+    `against_sets[target, condition]` is the detector ablation minus the random set of this condition.
     """
 
     measured: Measured
@@ -47,7 +47,7 @@ class RandomAblationResults(Results):
     planted: Sequence[str]
 
     def to_json(self) -> dict[str, object]:
-        """The content of summary.json."""
+        """Return the content of summary.json."""
         return self.measured.to_json(
             "random-ablation",
             {
@@ -64,7 +64,7 @@ class RandomAblationResults(Results):
 
 
 def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> RandomAblationResults:
-    """The detectors against the baseline and against each set, paired; the rank of their effect."""
+    """Compare the detectors with the baseline and with each set, in pairs; rank their effect."""
     conditions = measured(ledger, judge, draws)
     stored = ledger.targets_with(RANDOM_SETS)
     sets = {target: stored[target] for target in conditions.targets}
@@ -78,14 +78,14 @@ def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> R
 
 
 def rank_of(measured: Measured, target: str, sets: ControlSets, metric: str) -> Rank | None:
-    """The detectors' rank in `metric`; None where a value is missing."""
+    """Return the detectors' rank in `metric`, or None if a value is missing."""
     values = {condition: s[metric].value for condition, s in measured.of(target).items()}
     random = [values.get(condition) for condition in sets.conditions]
     return rank(values.get(ABLATED), [v for v in random if v is not None], values.get(BASELINE))
 
 
 def rank(value: float | None, others: Sequence[float], baseline: float | None = None) -> Rank | None:
-    """Rank of a value among others; None if there is no value or no other."""
+    """Return the rank of a value among others, or None if there is no value or no other."""
     if value is None or not others:
         return None
     everything = [value, *others]
@@ -104,7 +104,7 @@ def rank(value: float | None, others: Sequence[float], baseline: float | None = 
 
 
 def compare_with_sets(measured: Measured, sets: Mapping[str, ControlSets]) -> dict[Key, Comparison]:
-    """The detectors' ablation minus each random set's, paired, Holm-corrected over the sets."""
+    """Return the detector ablation minus each random set, paired, Holm-corrected over the sets."""
     outcomes = measured.outcomes
     pairs = [
         (target, condition)

@@ -19,9 +19,9 @@ from steerback.store.rows import Outline
 
 @dataclass(frozen=True, eq=False)
 class Recoveries:
-    """Recovery by condition; `floors`: that of the unsteered responses of the condition's target, where there are any.
+    """Recovery by condition. `floors` has the recovery in the unsteered responses of the condition's target, if any.
 
-    Both are empty where the judge has scored no windows.
+    Both are empty if the judge scored no windows.
     """
 
     rule: Rule = field(default_factory=Rule)
@@ -29,7 +29,7 @@ class Recoveries:
     floors: Mapping[Key, Recovery] = field(default_factory=dict)
 
     def to_json(self, key: Key) -> dict[str, object]:
-        """The content of `recovery` of a condition in summary.json."""
+        """Return the content of `recovery` for a condition in summary.json."""
         if key not in self.conditions:
             return {}
         unsteered = {"unsteered": self.floors[key].to_json()} if key in self.floors else {}
@@ -45,16 +45,16 @@ def recoveries(
 ) -> Recoveries:
     """Return the recovery of every condition whose windows `judge` has scored.
 
-    `rows` are those of each condition, `floors` the unsteered ones of each target, all as `judge` sees them.
+    `rows` are the rows of each condition, `floors` the unsteered rows of each target, all with the verdicts of `judge`.
 
-    Degraded responses, and those that the judge has not scored as a whole, are left out, as in the other metrics.
+    Degraded responses, and responses without a score for the whole text, are excluded, as in the other metrics.
     """
     rule = rule_of(ledger)
-    found: dict[Key, Recovery] = {}
+    measured: dict[Key, Recovery] = {}
     for key, place in places.items():
         series = _series(ledger, judge, place, rows[key], lambda trial: trial.latent)
         if series is not None:
-            found[key] = recovery(series, rule)
+            measured[key] = recovery(series, rule)
     unsteered: dict[str, Recovery] = {}
     for target, condition in ledger.conditions(FLOOR):
         own = [row for row in floors[target] if row.trial.condition == condition]
@@ -62,11 +62,11 @@ def recoveries(
         if floor is not None:
             unsteered[target] = recovery(floor, rule)
     under = {key: unsteered[place.target] for key, place in places.items() if place.target in unsteered}
-    return Recoveries(rule, found, under)
+    return Recoveries(rule, measured, under)
 
 
 def rule_of(ledger: Ledger) -> Rule:
-    """Return the rule of recovery that a run was started with."""
+    """Return the recovery rule of a run's settings."""
     stored = (ledger.get("", CONFIG) or {}).get("recovery")
     settings = RecoveryConfig.model_validate(stored) if isinstance(stored, dict) else RecoveryConfig()
     return Rule(settings.low, settings.high, settings.early, settings.least_windows)

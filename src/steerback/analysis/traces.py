@@ -1,8 +1,8 @@
 """Lead times of the detectors: tokens from their onset to the first token of the correction (Fig. 7).
 
-The rule of the onset is fixed before anything is measured: the summed activation, averaged over the last `window`
-tokens (never later ones), first exceeds what a share `quantile` of the unsteered responses never reach. The same rule
-is applied to responses without a restart, cut at the same position.
+The onset rule is fixed before the measurement. The summed activation is averaged over the last `window` tokens (never
+later ones). The onset is the first token at which this running mean exceeds the quantile `quantile` of its maximum in
+unsteered responses. The same rule applies to responses without a restart, cut at the same position.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ARMS = ("episodes", "steered without restart", "unsteered")
 
 
 class OnsetOptions(Protocol):
-    """The options that the analysis reads."""
+    """Options that the analysis uses."""
 
     @property
     def drift_below(self) -> float: ...
@@ -47,10 +47,10 @@ class OnsetOptions(Protocol):
 class Leads:
     """Onsets of a target's n episodes.
 
-    `lead` (n,): tokens from onset to correction, nan where there is no onset before it. `onset` and `last` map each of
-    ARMS to (n,): whether there is an onset before the correction, and whether the activity is above the threshold at
-    the very last token before it. For controls it is the share of the episode's controls (`episodes.controls_of`), nan
-    where there is none.
+    `lead` (n,): tokens from onset to correction, nan if there is no onset before the correction. `onset` and `last` map
+    each of ARMS to (n,): whether there is an onset before the correction, and whether the activity exceeds the
+    threshold at the last token before it. For controls the value is the share of the episode's controls
+    (`episodes.controls_of`), nan without controls.
     """
 
     threshold: float
@@ -60,7 +60,7 @@ class Leads:
     last: Mapping[str, Floats]
 
     def estimates(self, draws: int) -> dict[str, Estimate]:
-        """Lead times in tokens and shares of responses, clustered by latent."""
+        """Return lead times in tokens and shares of responses, clustered by latent."""
         estimates = {
             "median lead": median_of(self.lead, self.cluster, draws),
             "mean lead": mean_of(self.lead, self.cluster, (0.0, np.inf)),
@@ -78,10 +78,10 @@ class Leads:
 
 @dataclass(frozen=True, eq=False)
 class TraceResults(Results):
-    """Per target its recorded responses, the onsets, their estimates by name, and the episodes chosen for the figure.
+    """Per target: recorded responses, onsets, estimates by name, and the episodes for the figure.
 
-    `window` is the number of tokens in the running mean, `rule` the rule of the onset in words; an attempt that scores
-    less than `drift_below` is off topic.
+    `window` is the number of tokens in the running mean, `rule` describes the onset rule. An attempt that scores below
+    `drift_below` is off-topic.
     """
 
     judge: str
@@ -95,7 +95,7 @@ class TraceResults(Results):
     planted: Sequence[str]
 
     def to_json(self) -> dict[str, object]:
-        """The content of summary.json."""
+        """Return the content of summary.json."""
         return {
             "experiment": "traces",
             "judge": self.judge,
@@ -112,7 +112,7 @@ class TraceResults(Results):
 
 
 def analyse(ledger: Ledger, judge: str, draws: int, options: OnsetOptions) -> TraceResults:
-    """Lead times of all episodes with intervals, and how often controls have an onset at the same positions."""
+    """Return lead times of all episodes with intervals, and how often controls have an onset at the same positions."""
     recorded = recorded_targets(ledger, judge, options.drift_below)
     leads = {target: lead_times(r, options.window, options.quantile) for target, r in recorded.items()}
     rule = (
@@ -133,14 +133,15 @@ def analyse(ledger: Ledger, judge: str, draws: int, options: OnsetOptions) -> Tr
 
 
 def choose(episodes: Sequence[Trace], count: int, indices: Sequence[int] | None) -> list[Trace]:
-    """Episodes by trial index, or the `count` that gained most."""
+    """Return episodes by trial index, or the `count` episodes with the largest gain."""
     if indices is not None:
         return [t for t in episodes if t.row.trial.index in indices]
     return sorted(episodes, key=lambda t: (-t.row.gain, t.row.trial.index))[:count]
 
 
 def smoothed(values: Floats, window: int) -> Floats:
-    """Mean of each value and the `window` - 1 before it (fewer at the beginning); later values play no part."""
+    """Return the mean of each value and the `window` - 1 values before it (fewer at the beginning), without later
+    values."""
     total = np.cumsum(values)
     before = np.concatenate([np.zeros(min(window, len(values))), total[:-window]])
     means: Floats = (total - before) / np.minimum(np.arange(len(values)) + 1, window)
@@ -148,20 +149,21 @@ def smoothed(values: Floats, window: int) -> Floats:
 
 
 def onset(values: Floats, threshold: float, stop: int) -> int | None:
-    """First position before `stop` at which `values` exceed the threshold."""
+    """Return the first position before `stop` at which `values` exceed the threshold, or None."""
     above = np.flatnonzero(values[:stop] > threshold)
     return int(above[0]) if len(above) else None
 
 
 def lead_times(recorded: Recorded, window: int, quantile: float) -> Leads:
-    """Apply the onset rule to every episode and, before the same positions, to its controls."""
+    """Apply the onset rule to every episode, and to its controls before the same positions."""
     every = (*recorded.episodes, *recorded.drifts, *recorded.unsteered)
     curves = {id(t): smoothed(t.sums[DETECTORS], window) for t in every}
     peaks = [float(curves[id(t)].max()) for t in recorded.unsteered if len(t)]
     threshold = float(np.quantile(peaks, quantile)) if peaks else 0.0
 
     def flags(traces: Sequence[Trace], stop: int) -> tuple[float, float]:
-        """Shares of responses with an onset before `stop`, and above the threshold at the last token before it."""
+        """Return the shares of responses with an onset before `stop`, and above the threshold at the last token
+        before it."""
         before = [curves[id(t)][:stop] > threshold for t in traces]
         if not before or not stop:
             return np.nan, np.nan

@@ -1,4 +1,4 @@
-"""Two runs compared: paired where they replay the same prompts, seeds and latents, else as two samples of latents."""
+"""Comparison of two runs: paired if they share prompts, seeds and latents, else as two samples of latents."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Place = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class TwoRuns:
-    """Tests of run b against run a, by their names for each compared condition; differences are b - a.
+    """Tests of run b against run a, by the names of each compared condition; differences are b - a.
 
-    `rates` are those of each run by itself, over all its valid trials; `floors` the judge's floor of each run, None
-    where it was not measured. `samples` are conditions of which the two runs share no prompt, seed and latent. Holm's
-    correction covers all pairs, and all samples.
+    `rates` are those of each run separately, over all its valid trials. `floors` are the judge's floor of each run,
+    None if not measured. `samples` are conditions in which the two runs share no combination of prompt, seed and
+    latent. Holm's correction covers all pairs, and separately all samples.
     """
 
     rates: dict[str, tuple[Summary, Summary]]
@@ -32,7 +32,8 @@ class TwoRuns:
 
 
 def compare_runs(a: Ledger, b: Ledger, judges: tuple[str, str]) -> TwoRuns:
-    """Compare the measured conditions that both ledgers have; runs of one target each need not have the same one."""
+    """Compare the measured conditions that both ledgers have; two runs with one target each may have different
+    targets."""
     matches = _matched(a.conditions(), b.conditions())
     rates: dict[str, tuple[Summary, Summary]] = {}
     floors: dict[str, tuple[Summary | None, Summary | None]] = {}
@@ -57,19 +58,19 @@ def compare_runs(a: Ledger, b: Ledger, judges: tuple[str, str]) -> TwoRuns:
 
 
 def _matched(a: Sequence[Place], b: Sequence[Place]) -> list[tuple[Place, Place]]:
-    """Return the places that are compared: of equal target and condition, or of equal condition for one target each."""
+    """Return the places to compare: equal target and condition, or equal condition if each run has one target."""
     alone = len({t for t, _ in a}) == len({t for t, _ in b}) == 1
     return [(x, y) for x in a for y in b if x == y or (alone and x[1] == y[1])]
 
 
 def _floor(ledger: Ledger, target: str, judge: str) -> Summary | None:
-    """Return the rates of the unsteered responses of a target, clustered by prompt."""
+    """Return the rates of a target's unsteered responses, clustered by prompt."""
     rows = [*ledger.outlines(target, FLOOR, judge=judge)]
     return summarize(outcomes_of(rows, ledger.includes_degraded, lambda trial: trial.prompt)) if rows else None
 
 
 def _keys(rows: Sequence[Outline]) -> list[str]:
-    """Return latent, prompt and seed of each trial, and its number among equal ones (imported files may lack seeds)."""
+    """Return latent, prompt and seed of each trial, and a number for duplicates (imported files may lack seeds)."""
     seen: Counter[str] = Counter()
     keys = []
     for row in rows:
@@ -80,5 +81,5 @@ def _keys(rows: Sequence[Outline]) -> list[str]:
 
 
 def _numbered(rows: Sequence[Outline], keys: Sequence[str], place: Mapping[str, int]) -> list[Outline]:
-    """Return the rows with the places of their keys as indices, by which pairs are matched."""
+    """Return the rows with their keys as indices, which match the pairs."""
     return [replace(row, trial=replace(row.trial, index=place[key])) for row, key in zip(rows, keys, strict=True)]

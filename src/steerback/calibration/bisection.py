@@ -1,6 +1,6 @@
-"""The search for one latent's threshold: probabilistic bisection with a memory of its rounds.
+"""Search for one latent's threshold: probabilistic bisection that keeps its rounds.
 
-Knows one latent's boosts and scores; how a curve is fitted to them is `curves`, what is reported is `thresholds`.
+This module uses one latent's boosts and scores. `curves` fits a curve to them; `thresholds` reports the result.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from steerback.records import BoostPrior
 DRAWS = 1000
 """Bootstrap draws for the interval of a threshold."""
 GRID_POINTS = 10_000
-"""Boosts at which the posterior is kept."""
+"""Number of boosts in the posterior's grid."""
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One batch of trials at one boost: the scored ones, and how many were not scored."""
+    """One batch of trials at one boost: the scored trials, and the number of unscored ones."""
 
     boost: float
     scores: tuple[float, ...]
@@ -34,15 +34,16 @@ class Round:
 
     @property
     def mean(self) -> float:
-        """Mean score, 0-100; NaN when nothing was scored."""
+        """Mean score, 0-100; NaN if nothing was scored."""
         return math.fsum(self.scores) / len(self.scores) if self.scores else math.nan
 
 
 def probability_above(mean_score: float, target_score: float, weight: float) -> float:
-    """P(true mean > target) under Beta(1/2 + w s, 1/2 + w (1 - s)), s = mean_score / 100, w = weight (pseudo-counts).
+    """Return P(true mean > target) under Beta(1/2 + w s, 1/2 + w (1 - s)), s = mean_score / 100, w = weight
+    (pseudo-counts).
 
-    Jeffreys' prior updated as if the round were `weight` yes/no trials: scores within 0-100 can vary no more than
-    that, so with weight = number of trials it never overstates what a round says.
+    This updates Jeffreys' prior as if the round were `weight` yes/no trials. Scores within 0-100 cannot vary more than
+    that, so with weight = number of trials it never overstates the evidence of a round.
     """
     from scipy.special import betainc
 
@@ -51,7 +52,7 @@ def probability_above(mean_score: float, target_score: float, weight: float) -> 
 
 
 class Calibrator:
-    """The search for one latent. Scores are assumed to fall with boost."""
+    """Search for one latent's threshold. Scores are assumed to fall with boost."""
 
     def __init__(
         self,
@@ -68,7 +69,8 @@ class Calibrator:
         self._log_density = -0.5 * ((self._grid - prior.mean) / prior.sd) ** 2  # up to a constant
 
     def replay(self, history: Iterable[tuple[float, Scores]]) -> Calibrator:
-        """Add the rounds of `history`, as when a killed run is resumed. The state is the same bit for bit."""
+        """Add the rounds of `history`, for example when a run is resumed. The resulting state is identical bit for
+        bit."""
         for boost, scores in history:
             self.update(boost, scores)
         return self
@@ -79,10 +81,10 @@ class Calibrator:
         return stopped or len(self.rounds) >= self.settings.max_iterations
 
     def next_boost(self) -> float | None:
-        """Return the boost to sample next, the posterior median, or None when the search is over.
+        """Return the next boost to sample, which is the posterior median, or None when the search is over.
 
-        If half of the rounds never crossed the target, one round is spent on the bound the search is heading for,
-        so that "at bound" is measured, not inferred.
+        If half of the rounds have not crossed the target, one round is spent on the bound in the direction of the
+        search. The status "at bound" is then measured, not inferred.
         """
         if self.done:
             return None
@@ -94,11 +96,12 @@ class Calibrator:
         return self._quantile(0.5)
 
     def update(self, boost: float, scores: Scores) -> None:
-        """Adds one round: first-attempt scores (0-100) at `boost`; None marks an unscored trial, counted and skipped.
+        """Add one round: first-attempt scores (0-100) at `boost`; None is an unscored trial, which is counted and
+        skipped.
 
-        Bayes on the grid: a threshold above `boost` is as likely as the mean being above the target, one below as
-        its complement, one at `boost` 1/2. (The authors' "probability that the sign is right, flipped if below one
-        half" is the same update.) A round without any score leaves the posterior alone.
+        Bayesian update on the grid: a threshold above `boost` is weighted by the probability p that the mean is above
+        the target, one below by 1 - p, and one at `boost` by 1/2. (The authors' "probability that the sign is right,
+        flipped if below one half" is the same update.) A round without scores does not change the posterior.
         """
         scored = tuple(float(s) for s in scores if s is not None)
         if not math.isfinite(boost):
@@ -118,12 +121,12 @@ class Calibrator:
         self._log_density -= self._log_density.max()
 
     def posterior(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Grid of boosts and their probabilities (sum 1), both of shape (grid_points,)."""
+        """Return the grid of boosts and their probabilities (sum 1), both of shape (grid_points,)."""
         density = np.exp(self._log_density - self._log_density.max())
         return self._grid, density / density.sum()
 
     def finish(self) -> Threshold:
-        """The threshold from everything seen so far; never a number without a status."""
+        """Return the threshold from all rounds, always with a status."""
         scored = [r for r in self.rounds if r.scores]
         if not scored:
             return self._threshold(self._quantile(0.5), self.prior.low, self.prior.high, "no trial was scored")
@@ -136,7 +139,7 @@ class Calibrator:
             return self._threshold(self._quantile(0.5), fit.low, fit.high, "", fit)
         return self._from_fit(fit)
 
-    # -- how a status is reached -------------------------------------------------------------------------------
+    # ---- status of a threshold
 
     def _from_fit(self, fit: FallingFit) -> Threshold:
         if fit.side is not None:
@@ -145,7 +148,7 @@ class Calibrator:
         left, right = fit.bracket(fit.boost)
         if se > 2 * self.settings.tolerance:
             why = f"standard error {se:.1f} of the score at the threshold exceeds twice the tolerance"
-        elif right - left > self.prior.sd / 2:  # the curve between them is a guess, and so is its interval
+        elif right - left > self.prior.sd / 2:  # the curve between them is not supported by data, nor is its interval
             why = f"no boost was tried between {left:.3g} and {right:.3g}"
             return self._threshold(fit.boost, min(left, fit.low), max(right, fit.high), why, fit)
         else:
@@ -153,7 +156,7 @@ class Calibrator:
         return self._threshold(fit.boost, fit.low, fit.high, why, fit)
 
     def _uncrossed(self, fit: FallingFit, side: Literal["above", "below"]) -> Threshold:
-        """Every boost tried scores on the same side of the target."""
+        """Return the threshold if all tried boosts score on the same side of the target."""
         edge, bound = (fit.boosts[-1], self.prior.high) if side == "above" else (fit.boosts[0], self.prior.low)
         low, high = sorted((float(edge), bound))
         if edge == bound:
@@ -189,7 +192,7 @@ class Calibrator:
             posterior_high=self._quantile(0.975),
         )
 
-    # -- small parts -------------------------------------------------------------------------------------------
+    # ---- helpers
 
     def _fit(self, scored: Sequence[Round]) -> FallingFit:
         boosts = np.concatenate([np.full(len(r.scores), r.boost) for r in scored])
@@ -203,7 +206,7 @@ class Calibrator:
         return probability_above(this.mean, self.settings.target_score, weight)
 
     def _heading(self) -> float | None:
-        """The bound that a search is heading for whose rounds all lay on one side of the target."""
+        """Return the bound in the direction of a search whose rounds are all on one side of the target."""
         sides = {r.mean > self.settings.target_score for r in self.rounds if r.scores}
         return None if len(sides) != 1 else (self.prior.high if sides.pop() else self.prior.low)
 

@@ -1,11 +1,11 @@
-"""A falling curve through noisy scores at a few boosts, and where it crosses a target.
+"""Fit of a falling curve to noisy scores at a few boosts, and its crossing of a target.
 
-Arithmetic alone: it knows nothing of how the boosts were chosen. The curve is a logistic that falls between two
-plateaus. The plateaus are the ends of an isotonic (never rising) regression of the same trials, so that a curve which
-starts at 92 or levels off at 25 is not forced through 100 and 0; the crossing stays within the boosts tried if that
-regression crosses there. Everything runs on many weightings of the trials at once, which makes the bootstrap cheap.
-Why this curve and these intervals: docs/calibration.md, where isotonic interpolation, a plain logistic and the
-bisection posterior are compared with it.
+Pure arithmetic; this module does not know how the boosts were chosen. The curve is a logistic between two plateaus. The
+plateaus are the ends of an isotonic (non-increasing) regression of the same trials, so that a curve which starts at 92
+or ends at 25 is not forced through 100 and 0. If that regression crosses the target within the tried boosts, the
+crossing stays within them. All functions run on many weightings of the trials at once, which makes the bootstrap fast.
+docs/calibration.md compares the curve and its intervals with isotonic interpolation, a plain logistic and the bisection
+posterior.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 DRAW_SHAPE = 0.6
-"""Shape of the gamma weights of a bootstrap draw. 1 is the Bayesian bootstrap (Rubin, 1981), whose intervals cover
-too little, as it ignores that the boosts follow the scores. Variance 1 / 0.6 covers 93 % (docs/calibration.md)."""
+"""Shape of the gamma weights of a bootstrap draw. 1 is the Bayesian bootstrap (Rubin, 1981). Its intervals cover too
+little, because it ignores that the boosts depend on the scores. Variance 1 / 0.6 covers 93 %
+(docs/calibration.md)."""
 RIDGE = 0.002
-"""Pulls the slope weakly towards -3 per `scale`, so that it stays finite where the data are a clean step."""
+"""Weak ridge penalty towards a slope of -3 per `scale`, which keeps the slope finite if the data are a clean step."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,19 +46,19 @@ class Logistic:
         )
 
     def crossing(self, target: float) -> Floats:
-        """Boost at which each row meets `target`, (rows,); it always lies between the plateaus."""
+        """Return the boost at which each row meets `target`, (rows,), limited to targets between the plateaus."""
         share = (target - self.floor) / (self.ceiling - self.floor)
         return self.centre + self.scale * (np.log(share / (1 - share)) - self.level) / self.slope
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FallingFit:
-    """The place where the curve crosses the target: `boost` with its 95 % interval, clipped to the search range.
+    """Crossing of the fitted curve with the target: `boost` with its 95 % interval, clipped to the search range.
 
-    The interval joins that of the bootstrap draws and the step of the isotonic fit, as a cliff is steeper than any
-    logistic fitted to it.
+    The interval is the union of the bootstrap interval and the step of the isotonic fit, because a cliff is steeper
+    than any fitted logistic.
 
-    `side` is "above" or "below" when the trials, pooled until they fall, never cross the target.
+    `side` is "above" or "below" if the pooled trials never cross the target.
     """
 
     boost: float
@@ -66,7 +67,7 @@ class FallingFit:
     side: Literal["above", "below"] | None
     boosts: Floats  # (g,) distinct boosts, rising
     curve: Logistic  # one row
-    drawn: Logistic  # one row a bootstrap draw
+    drawn: Logistic  # one row per bootstrap draw
 
     def score(self, boost: float) -> float:
         """Fitted mean score at `boost`, 0-100."""
@@ -77,7 +78,7 @@ class FallingFit:
         return float(self.drawn.score(boost).std())
 
     def bracket(self, boost: float) -> tuple[float, float]:
-        """The tried boosts next to `boost` on either side; the outermost one where there is none."""
+        """Return the nearest tried boosts below and above `boost`, or the outermost one if there is none."""
         below, above = self.boosts[self.boosts <= boost], self.boosts[self.boosts >= boost]
         return float(below[-1] if below.size else self.boosts[0]), float(above[0] if above.size else self.boosts[-1])
 
@@ -91,7 +92,7 @@ def fit_falling(
     draws: int = 1000,
     seed: int = 0,
 ) -> FallingFit:
-    """Fits trials (`boosts`, `scores` 0-100: one entry each, shape (trials,)) and finds the crossing of `target`.
+    """Fit trials (`boosts`, `scores` 0-100: one entry each, shape (trials,)) and return the crossing of `target`.
 
     `scale` is the order of magnitude of boosts over which scores change (the sd of the boost prior).
     """
@@ -129,7 +130,7 @@ def falling_means(weights: Floats, means: Floats) -> Floats:
     """Weighted least-squares fit that never rises, per row: min over i <= k of max over j >= k of mean(i..j).
 
     `weights`, `means`: (rows, g), weights positive; returns (rows, g). The min-max form of isotonic regression is
-    quadratic in g (a dozen or two) and runs on all rows at once.
+    quadratic in g (about 12 to 24) and runs on all rows at once.
     """
     rows, g = means.shape
     edge = np.zeros((rows, 1))
@@ -145,16 +146,16 @@ def falling_means(weights: Floats, means: Floats) -> Floats:
 
 
 def _within_tried(crossings: Floats, places: Floats, fitted: Floats, target: float) -> Floats:
-    """`crossings` (rows,) kept within the boosts tried, for rows whose isotonic fit crosses the target there.
+    """Return `crossings` (rows,), clipped to the tried boosts in rows whose isotonic fit crosses the target there.
 
-    A nearly flat logistic would put the crossing far outside, where the data already say it is not.
+    A nearly flat logistic would place the crossing far outside, which contradicts the data.
     """
     crosses = (fitted.max(axis=1) >= target) & (fitted.min(axis=1) <= target)
     return np.where(crosses, np.clip(crossings, places[0], places[-1]), crossings)
 
 
 def _step(places: Floats, fitted: Floats, target: float, bounds: tuple[float, float]) -> tuple[float, float]:
-    """The boosts between which the isotonic fit (g,) steps over `target`: where a cliff would be."""
+    """Return the boosts between which the isotonic fit (g,) steps over `target`, the place of a possible cliff."""
     reached = int((fitted >= target).sum())
     left = float(places[reached - 1]) if reached else bounds[0]
     right = float(places[reached]) if reached < len(places) else bounds[1]
@@ -164,10 +165,10 @@ def _step(places: Floats, fitted: Floats, target: float, bounds: tuple[float, fl
 def _fit_logistic(
     places: Floats, totals: Floats, means: Floats, fitted: Floats, target: float, scale: float, steps: int = 30
 ) -> Logistic:
-    """Quasi-binomial Newton steps with a ridge on the slope, all rows at once.
+    """Fit level and slope by quasi-binomial Newton steps with a ridge on the slope, all rows at once.
 
-    The plateaus are the ends of the isotonic fit, but leave at least half of the way from target to 100 and to 0: a
-    search that only saw scores near the target knows nothing of plateaus.
+    The plateaus are the ends of the isotonic fit, but at least halfway from the target to 100 and to 0, because scores
+    near the target give no information about plateaus.
     """
     ceiling = np.maximum(fitted[:, 0], (100.0 + target) / 2)
     floor = np.minimum(fitted[:, -1], target / 2)
@@ -183,7 +184,8 @@ def _fit_logistic(
         h11 = (curvature * z * z).sum(axis=1) + RIDGE
         determinant = h00 * h11 - h01**2
         d0, d1 = (h11 * g0 - h01 * g1) / determinant, (h00 * g1 - h01 * g0) / determinant
-        # Saturated rows overshoot: move the level by at most 3 and the slope by at most its own size.
+        # Saturated rows overshoot, so limit the step: at most 3 in the level, and at most the slope's size in the
+        # slope.
         limit = np.minimum(3 / np.maximum(np.abs(d0), 3), np.maximum(-slope, 1) / np.maximum(np.abs(d1), -slope + 1e-9))
         step = np.minimum(1.0, limit)
         level = level + step * d0
@@ -197,10 +199,10 @@ def _sigmoid(x: Floats) -> Floats:
 
 
 def mean_interval(scores: Sequence[float]) -> tuple[float, float]:
-    """95 % t interval for the mean of scores in 0-100, clipped to that range.
+    """Return a 95 % t interval for the mean of scores in 0-100, clipped to that range.
 
-    The variance is shrunk towards that of a yes/no score with the same mean (two pseudo-trials), so that a handful of
-    equal scores does not claim certainty.
+    The variance is shrunk towards that of a yes/no score with the same mean (two pseudo-trials), so that a few equal
+    scores do not give a zero-width interval.
     """
     from scipy.stats import t
 

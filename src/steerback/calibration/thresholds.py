@@ -1,6 +1,6 @@
 """Results of a calibration: thresholds, their verification on fresh trials, and a report over all latents.
 
-Knows nothing of how a threshold was searched for.
+This module does not know how a threshold was searched for.
 """
 
 from __future__ import annotations
@@ -36,46 +36,46 @@ class Verification:
 
 @dataclass(frozen=True, slots=True)
 class Threshold:
-    """A calibrated boost and how far it can be trusted. `low`, `high`: 95 % interval, in boost units."""
+    """A calibrated boost with its status. `low`, `high`: 95 % interval, in boost units."""
 
     boost: float
     low: float
     high: float
     status: ThresholdStatus
     reason: str
-    """One clause for people to read: why this status."""
+    """Explanation of the status, one clause."""
     target_score: float
     tolerance: float
     score: float | None
-    """Mean first-attempt score that the fitted curve gives at `boost`; None when nothing was scored."""
+    """Mean first-attempt score of the fitted curve at `boost`; None if nothing was scored."""
     score_se: float | None
-    """Its standard error, points."""
+    """Standard error of `score`, points."""
     n_rounds: int
     n_trials: int
     n_unscored: int
     posterior_median: float
     posterior_low: float
     posterior_high: float
-    """Median and central 95 % of the bisection posterior (authors' estimate); not calibrated as an interval."""
+    """Median and central 95 % of the bisection posterior (authors' estimate); not a calibrated interval."""
     verification: Verification | None = None
     contradicted: bool = False
-    """Whether the curve converged but fresh trials lie outside the tolerance, so that the status was taken away."""
+    """Whether the curve converged but fresh trials are outside the tolerance, so that the threshold lost its status."""
 
     @property
     def usable(self) -> bool:
-        """Whether the boost stands for the target score."""
+        """Whether the boost may be used for the target score."""
         return self.status == "converged"
 
     @property
     def mean_first_score(self) -> float | None:
-        """Verified mean score where there is one, else the fitted one."""
+        """Verified mean score if there is one, else the fitted one."""
         return self.verification.score if self.verification else self.score
 
 
 def verified(threshold: Threshold, scores: Scores) -> Threshold:
-    """`threshold` with the mean of fresh first-attempt scores at its boost (None: unscored).
+    """Return `threshold` with the mean of fresh first-attempt scores at its boost (None: unscored).
 
-    A converged threshold whose verification interval lies wholly outside target +- tolerance loses that status.
+    A converged threshold loses that status if its verification interval is entirely outside target +- tolerance.
     """
     scored = [float(s) for s in scores if s is not None]
     if not scored:
@@ -92,12 +92,13 @@ def verified(threshold: Threshold, scores: Scores) -> Threshold:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationReport:
-    """Calibration of all latents of a target. Tolerance is judged on the average over latents."""
+    """Calibration of all latents of a target. The tolerance applies to the average over latents."""
 
     n: int
     statuses: Mapping[ThresholdStatus, int] = field(default_factory=dict)
     n_judged: int = 0
-    """Converged thresholds with a score, verified where fresh trials exist; the numbers below are over these."""
+    """Converged thresholds with a score, which is the verified one if fresh trials exist. The numbers below cover
+    these."""
     n_verified: int = 0
     mean_score: float | None = None
     mean_low: float | None = None
@@ -105,20 +106,21 @@ class CalibrationReport:
     """Average over latents of the mean first-attempt score, with a 95 % t interval over latents."""
     within_tolerance: bool | None = None
     share_outside: float | None = None
-    """Share of latents whose own mean is off by more than the tolerance; includes the noise of few fresh trials."""
+    """Share of latents whose mean differs by more than the tolerance; includes the noise of few fresh trials."""
     share_clearly_outside: float | None = None
-    """Share whose 95 % verification interval lies wholly outside target +- tolerance (all verified latents)."""
+    """Share of latents whose 95 % verification interval is entirely outside target +- tolerance (all verified
+    latents)."""
     spread: float | None = None
-    """Estimated sd across latents of the true mean score, the noise of the verification taken off (points)."""
+    """Estimated sd across latents of the true mean score, without the noise of the verification (points)."""
     boost_mean: float | None = None
     boost_sd: float | None = None
-    """Over converged thresholds; the unit of the boost sweep. None below two of them."""
+    """Standard deviation of the converged thresholds, the unit of the boost sweep. None if fewer than two converged."""
     n_trials: int = 0
     n_unscored: int = 0
 
 
 def assess(thresholds: Sequence[Threshold]) -> CalibrationReport:
-    """Assess the calibration of a set of latents as a whole."""
+    """Return the report on the calibration of a set of latents."""
     counts = Counter(t.status for t in thresholds)
     checks = [t.verification for t in thresholds if t.verification]
     report = CalibrationReport(
@@ -128,7 +130,8 @@ def assess(thresholds: Sequence[Threshold]) -> CalibrationReport:
         n_trials=sum(t.n_trials + (t.verification.n_trials if t.verification else 0) for t in thresholds),
         n_unscored=sum(t.n_unscored + (t.verification.n_unscored if t.verification else 0) for t in thresholds),
     )
-    # A contradicted threshold stays in the average: dropping it would hide the error that its verification shows.
+    # A contradicted threshold stays in the average, because dropping it would hide the error that its verification
+    # shows.
     judged = [t for t in thresholds if t.mean_first_score is not None and (t.usable or t.contradicted)]
     if not judged:
         return report
@@ -164,7 +167,7 @@ def _t_half_width(values: NDArray[np.float64]) -> float | None:
 
 
 class LatentThreshold(BaseModel):
-    """The threshold of one latent, as the ledger keeps it: the threshold's fields with `latent` among them."""
+    """Threshold of one latent as stored in the ledger: the fields of the threshold and `latent`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -173,7 +176,7 @@ class LatentThreshold(BaseModel):
 
     @classmethod
     def of(cls, latent: LatentKey, threshold: Threshold) -> LatentThreshold:
-        """Pair a latent with its threshold."""
+        """Combine a latent with its threshold."""
         return cls(latent=latent, threshold=threshold)
 
     @model_validator(mode="before")
@@ -183,7 +186,7 @@ class LatentThreshold(BaseModel):
             return stored
         threshold = {k: v for k, v in stored.items() if k != "latent"}
         if threshold.get("verification") is not None:
-            # ledgers of 0.1 do not say so, but only converged thresholds are verified
+            # ledgers of version 0.1 lack this field, but only converged thresholds are verified
             threshold.setdefault("contradicted", threshold.get("status") == "not converged")
         return {"latent": stored.get("latent"), "threshold": threshold}
 

@@ -1,4 +1,5 @@
-"""Engines turn requests into completions: `base` is the protocol, `transformers` the reference, `scripted` the fake."""
+"""Engines turn requests into completions. `base` defines the protocol, `transformers` is the reference, `scripted` a
+fake."""
 
 from __future__ import annotations
 
@@ -28,31 +29,31 @@ __all__ = ["ENGINES", "EngineOptions", "TransformersOptions", "check_engine", "d
 
 
 def default_engine() -> str:
-    """Return the engine that `auto` stands for: vLLM where it is installed and has a GPU, else transformers."""
+    """Return the engine for `auto`: vLLM if it is installed and a GPU is visible, else transformers."""
     if find_spec("vllm") is None:
         return "transformers"
     import torch
 
-    return "vllm" if torch.cuda.device_count() else "transformers"  # counting does not initialise CUDA
+    return "vllm" if torch.cuda.device_count() else "transformers"  # device_count() does not initialise CUDA
 
 
 def check_engine(name: str, values: Mapping[str, object], batch_size: int | None = None) -> EngineOptions:
-    """Return the checked options of the engine `name` ("auto": `default_engine()`).
+    """Return the checked options of engine `name`; "auto" selects `default_engine()`.
 
-    Raises SteerbackError if the engine is unknown or not installed, or an option is unknown or has a wrong value.
+    Raises SteerbackError if the engine is unknown or not installed, or if an option is unknown or has an invalid value.
     """
     options = parse_options(default_engine() if name == "auto" else name, values, batch_size)
     if isinstance(options, VllmOptions) and find_spec("vllm") is None:
         from steerback.engines.vllm.loading import require_vllm
 
-        require_vllm()  # raises the error that says how to install it; a real import would take seconds
+        require_vllm()  # raises an error with the install command; importing vllm would take seconds
     if isinstance(options, RayOptions) and find_spec("ray") is None:
         raise SteerbackError("the ray engine needs Ray: pip install 'steerback[ray]'")
     return options
 
 
 def make_engine(target: Target, options: EngineOptions, directions: Mapping[str, Tensor] | None = None) -> Engine:
-    """Load a target into the engine that `options` belong to; `directions` default to the target's own."""
+    """Load a target into the engine that matches the type of `options`; `directions` default to those of the target."""
     if isinstance(options, ScriptedOptions):
         from steerback.engines.scripted import PlantedModel, ScriptedEngine
 
@@ -66,8 +67,8 @@ def make_engine(target: Target, options: EngineOptions, directions: Mapping[str,
             shuffled=options.shuffled,
         )
     if isinstance(options, VllmOptions):
-        found = gpus()
-        memory = sum(size for _, size in found[: options.tensor_parallel]) // options.per_gpu(len(found))
+        devices = gpus()
+        memory = sum(size for _, size in devices[: options.tensor_parallel]) // options.per_gpu(len(devices))
         quantization = options.options.get("quantization")
         check_ready(target, "GPU memory", memory, None if quantization is None else str(quantization))
         fetch(target)

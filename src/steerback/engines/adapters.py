@@ -1,8 +1,8 @@
-"""Put a LoRA adapter beside a model's weights, and refuse one that does not fit them.
+"""Load a LoRA adapter without merging it into the model's weights, and refuse an adapter that does not fit.
 
-peft loads what fits and keeps quiet about the rest, so its account of missing and unexpected weights is checked here.
-Module patterns of a configuration are regular expressions of somebody else's and could run for ever: the modules are
-read from the names of the adapter's weights instead.
+peft loads the weights that match and ignores the others, so this module checks its lists of missing and unexpected
+weights. Module patterns in an adapter's configuration are untrusted regular expressions that may never finish. The
+modules are therefore taken from the names of the adapter's weights.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
 REPEATED = re.compile(r"\)[*+?{]|(?:[*+{].*){4}", re.DOTALL)
-"""A pattern with a repeated group, or with many repetitions: matching it can take exponential time."""
+"""Matches patterns with a repeated group or many repetitions, which can take exponential time."""
 
 
 def with_adapter(target: Target, model: CausalModel) -> CausalModel:
-    """Return the model with the target's LoRA adapter beside its weights, not merged into them."""
+    """Return the model with the target's LoRA adapter loaded, not merged."""
     if find_spec("peft") is None:
         raise SteerbackError(f"target {target.name!r} has an adapter: pip install 'steerback[finetune]'")
     from peft import PeftConfig, PeftModel
@@ -39,7 +39,7 @@ def with_adapter(target: Target, model: CausalModel) -> CausalModel:
     check_fits(where, folder, model)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of peft's use of transformers
+            warnings.simplefilter("ignore", FutureWarning)  # peft uses a deprecated function of transformers
             config = _without_patterns(PeftConfig.from_pretrained(str(folder)), folder, where)
             config.inference_mode = True
             adapted = PeftModel(model, config)
@@ -49,7 +49,7 @@ def with_adapter(target: Target, model: CausalModel) -> CausalModel:
         raise SteerbackError(f"{where}: {one_line(error)[:300]}") from error
     for keys, problem in (
         (result.missing_keys, "it lacks {} weights that its configuration names"),
-        (result.unexpected_keys, "it has {} weights that the model has no place for"),
+        (result.unexpected_keys, "it has {} weights for modules that the model lacks"),
     ):
         if keys:
             raise SteerbackError(
@@ -61,9 +61,9 @@ def with_adapter(target: Target, model: CausalModel) -> CausalModel:
 
 
 def check_fits(where: str, folder: Path, model: CausalModel) -> None:
-    """Raise SteerbackError unless an adapter's weights and a model's modules fit: names, sizes, and none missing.
+    """Raise SteerbackError if an adapter does not fit a model: unknown modules, wrong shapes or missing weights.
 
-    It reads the header of the adapter's file alone, and the model may be on the meta device, without any weights.
+    Reads only the header of the adapter file, so the model may be on the meta device, without weights.
     """
     check_adapter(where, folder)
     modules = {name: module for name, module in model.named_modules() if name}
@@ -73,13 +73,14 @@ def check_fits(where: str, folder: Path, model: CausalModel) -> None:
         if key == "__metadata__":
             continue
         name, lora, part = key.removeprefix("base_model.model.").partition(".lora_")
-        name = name if lora else name.rpartition(".")[0].removesuffix(".base_layer")  # a layer that was saved whole
+        name = name if lora else name.rpartition(".")[0].removesuffix(".base_layer")  # stored in full
         if name not in modules:
             name = next((n for old, new in renamed.items() if (n := re.sub(old, new, name)) in modules), name)
         shape = entry.get("shape")
         parts.setdefault(name, {})[part] = [n for n in shape if isinstance(n, int)] if isinstance(shape, list) else []
     misfit = next(
-        (f"has weights of {one_line(name)[:200]}, which the model lacks" for name in parts if name not in modules), None
+        (f"has weights of {one_line(name)[:200]}, which the model lacks" for name in parts if name not in modules),
+        None,
     )
     misfit = misfit or next((_misfit(name, own, modules[name]) for name, own in parts.items()), None)
     missing = [name for name in modules if name not in parts and _is_meant(name, modules[name], adapter_config(folder))]
@@ -90,7 +91,7 @@ def check_fits(where: str, folder: Path, model: CausalModel) -> None:
 
 
 def _misfit(name: str, parts: Mapping[str, list[int]], module: Module) -> str | None:
-    """Return why the matrices of one module do not fit it: A has shape (rank, inputs) and B (outputs, rank)."""
+    """Return why the matrices of one module do not fit, or None. A has shape (rank, inputs), B (outputs, rank)."""
     a, b = parts.get("A.weight"), parts.get("B.weight")
     if (a is None) != (b is None):
         return f"has one of the two matrices of {name}"
@@ -103,7 +104,7 @@ def _misfit(name: str, parts: Mapping[str, list[int]], module: Module) -> str | 
 
 
 def _is_meant(name: str, module: Module, config: Mapping[str, Json]) -> bool:
-    """Return whether a configuration that lists modules by name means this one."""
+    """Return whether the configuration lists this module by name."""
     wanted, excluded, layers = (config.get(k) for k in ("target_modules", "exclude_modules", "layers_to_transform"))
     excluded = excluded or []
     if not isinstance(wanted, list) or not isinstance(excluded, list) or not hasattr(module, "in_features"):
@@ -118,7 +119,7 @@ def _is_meant(name: str, module: Module, config: Mapping[str, Json]) -> bool:
 
 
 def _without_patterns(config: PeftConfig, folder: Path, where: str) -> PeftConfig:
-    """Return a configuration whose modules are a list of names, never a pattern to be matched."""
+    """Return the configuration with its module patterns replaced by a list of names."""
     if config.is_prompt_learning:
         raise SteerbackError(f"{where}: {config.peft_type} is no adapter of weights; use LoRA")
     patterned = isinstance(config.target_modules, str) and config.target_modules != "all-linear"

@@ -1,4 +1,7 @@
-"""The protocol that every engine keeps, and the record of what made a response. Knows nothing of judges or ledgers."""
+"""The protocol of all engines, and the record of the settings that shape a response.
+
+This module does not know about judges or ledgers.
+"""
 
 from __future__ import annotations
 
@@ -18,30 +21,30 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 Pooling = Literal["max", "mean", "active"]
-"""Over tokens: the largest activation, the mean one, or the share of tokens at which a latent is active."""
+"""Pooling over tokens: the largest activation, the mean, or the share of tokens at which a latent is active."""
 
 START_LOG: ContextVar[Path | None] = ContextVar("start_log", default=None)
-"""File for the output of an engine's own libraries: while it starts, and of its processes from then on."""
+"""Log file for the output of an engine's libraries and processes, from their start on."""
 
 
 ReadAt = Literal["read", "clamp"]
-"""The layer at which activations are read: the target's read layer, or the one at which its clamps act."""
+"""Layer at which activations are read: the target's read layer, or the layer of its clamps."""
 
 
 Over = Literal["response", "words", "all"]
-"""Tokens that are pooled: those of the response, these and the user's words, or the whole conversation as the template
-writes it, special and template tokens included."""
+"""Tokens to pool over: the response, the response and the user's words, or the whole conversation with all special
+and template tokens."""
 
 
 Arriving = Callable[[], Coroutine[object, None, Sequence[Request] | None]]
-"""Waits for further requests while an engine works; None: no more will come."""
+"""Wait for further requests while an engine works; None means that no more will come."""
 
 
 class EngineRecord(TypedDict):
-    """Everything but the request that shapes a response, JSON-able: `Engine.describe()`.
+    """JSON-able settings, other than the request, that shape a response; returned by `Engine.describe()`.
 
-    It is stored in the manifest and hashed into the fingerprint, so a key that is renamed ends the cache and makes
-    old runs impossible to resume.
+    It is stored in the manifest and hashed into the fingerprint. Renaming a key therefore invalidates the cache, and
+    old runs can no longer be resumed.
     """
 
     engine: str
@@ -62,7 +65,7 @@ class ModelProvenance(TypedDict, total=False):
 
 
 class LayerNumbers(TypedDict):
-    """Layers at which a target is steered, clamped and read."""
+    """Layers for steering, clamping and reading."""
 
     steer: int
     sae: int
@@ -70,7 +73,7 @@ class LayerNumbers(TypedDict):
 
 
 class ModelRecord(EngineRecord, ModelProvenance):
-    """The part of the record that all engines with a real model share."""
+    """Fields of the record that all engines with a real model share."""
 
     arithmetic: str
     steerback: str
@@ -85,10 +88,10 @@ class ModelRecord(EngineRecord, ModelProvenance):
 
 @runtime_checkable
 class Engine(Protocol):
-    """Generates steered responses and reads activations for one target.
+    """Generate steered responses and read activations for one target.
 
-    `fingerprint` hashes everything but the request that shapes a completion (model, revision, SAE, engine and its
-    version, dtype, batch shape, threads, version of the steering arithmetic); completions are cached under it.
+    `fingerprint` hashes everything except the request that shapes a completion: model, revision, SAE, engine and its
+    version, dtype, batch shape, threads, and version of the steering arithmetic. Completions are cached under it.
     """
 
     @property
@@ -99,10 +102,10 @@ class Engine(Protocol):
     def generate(
         self, requests: Sequence[Request], more: Arriving | None = None
     ) -> AsyncIterator[tuple[str, Completion]]:
-        """Yield (request key, completion) in completion order; those that `more` brings join as they come.
+        """Yield (request key, completion) in completion order. Requests from `more` join while the engine runs.
 
-        Raises SteerbackError before anything is generated if a request is impossible (latent out of range, prompt
-        too long, ...), naming the field.
+        Raises SteerbackError before any generation if a request is impossible (latent out of range, prompt too long,
+        ...). The message names the field.
         """
         ...
 
@@ -115,9 +118,9 @@ class Engine(Protocol):
         pool: Pooling = "max",
         at: ReadAt = "read",
     ) -> NDArray[np.float32]:
-        """Return unsteered SAE activations at the layer `at`, pooled over tokens: (n texts, n latents).
+        """Return unsteered SAE activations at layer `at`, pooled over tokens: (n texts, n latents).
 
-        `latents` None means all latents of the SAE. `over` says which tokens are pooled; a text without such tokens
+        `latents=None` selects all latents of the SAE. `over` selects the tokens to pool; a text without such tokens
         gets zeros.
         """
         ...
@@ -127,9 +130,10 @@ class Engine(Protocol):
         ...
 
     def token_ends(self, completion: Completion, prefix: Prefix | None = None) -> list[int]:
-        """Return the character of `completion.text` at which each token ends, never decreasing: (n tokens,).
+        """Return the character offset in `completion.text` at which each token ends: (n tokens,), non-decreasing.
 
-        A character of several tokens ends with its last token. `prefix` is the one that the completion continues.
+        If several tokens form one character, it ends at the last of them. `prefix` is the prefix that the completion
+        continues.
         """
         ...
 
@@ -138,10 +142,10 @@ class Engine(Protocol):
 
 @runtime_checkable
 class Rereads(Engine, Protocol):
-    """An engine that also reads activations along an existing response."""
+    """Engine that can also read activations along an existing response."""
 
     def reread(self, request: Request, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        """Return what `request.record` asks for along prompt and response, steered as the request says.
+        """Return the activations that `request.record` selects along prompt and response, with the request's steering.
 
         Shape (prompt tokens + fed-back tokens, recorded latents), as in `Completion.activations`.
         """
@@ -153,7 +157,7 @@ async def in_waves(
     requests: Sequence[Request],
     more: Arriving | None,
 ) -> AsyncIterator[tuple[str, Completion]]:
-    """Serve requests that arrive later with an engine that takes none while it works: one call after another."""
+    """Call `generate` once for each group of requests, for an engine that cannot take new requests while it runs."""
     wave: Sequence[Request] | None = requests
     while wave is not None:
         async with contextlib.aclosing(generate(wave)) as answers:
@@ -163,9 +167,10 @@ async def in_waves(
 
 
 def finish(work: Coroutine[object, None, Result]) -> Result:
-    """Run a coroutine to its end and return its result, also where an event loop is running already (notebooks).
+    """Run a coroutine and return its result, even if an event loop is already running (notebooks).
 
-    There it runs in a thread of its own; an interrupt (a notebook's stop button) cancels it before it is raised.
+    In a running loop the coroutine gets a separate thread. An interrupt, such as a notebook's stop button, cancels the
+    coroutine first and is then raised.
     """
     try:
         asyncio.get_running_loop()
@@ -179,11 +184,11 @@ def finish(work: Coroutine[object, None, Result]) -> Result:
         return await task
 
     with ThreadPoolExecutor(1, "steerback-loop") as pool:
-        pool.submit(int).result()  # an interrupt while a thread starts would leave it running
+        pool.submit(int).result()  # wait for the thread to start; an interrupt during the start would leave it running
         try:
             return pool.submit(asyncio.run, cancellable()).result()
         except KeyboardInterrupt:
-            with contextlib.suppress(RuntimeError, TimeoutError):  # it has ended already, or never begun
+            with contextlib.suppress(RuntimeError, TimeoutError):  # it has ended already, or never started
                 loop, task = cancel.result(5)
                 loop.call_soon_threadsafe(task.cancel)
             raise

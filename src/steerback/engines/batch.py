@@ -1,8 +1,8 @@
-"""Continuous batching in fixed shapes: slots that requests enter and leave while all of them decode together.
+"""Continuous batching with fixed shapes: requests enter and leave slots, and all slots decode together.
 
-Prompts are prefilled a few at a time in a shape that depends on the prompt alone, decoding always runs all slots.
-Whatever the company, the order or the slot, a request meets the same shapes, hence the same floating-point numbers.
-Knows the runner's forward pass and nothing of how the model was loaded.
+Prompts are prefilled in small groups, padded to a length that depends only on the prompt. Each decoding step runs all
+slots. Every request therefore gets the same tensor shapes, and the same floating-point numbers, whatever its slot, its
+neighbours or the order of arrival. This module uses the runner's forward pass; it does not load models.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ if TYPE_CHECKING:
 
 
 PAGE = 64
-"""Positions of a page of the cache on a CPU."""
+"""Positions per cache page on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The fixed shapes of a batch; part of the engine's fingerprint, as other shapes give other floats."""
+    """Tensor shapes of a batch. They are part of the engine's fingerprint, because other shapes give slightly
+    different floats."""
 
     rows: int
     prefill_rows: int = 8
@@ -42,7 +43,7 @@ class Shape:
 
     @staticmethod
     def bucket(prompt: int) -> int:
-        """Return the padded length of a prompt, which depends on this prompt alone."""
+        """Return the padded length of a prompt, which depends only on the prompt's length."""
         step = 16 if prompt <= 256 else 64
         return -(-prompt // step) * step
 
@@ -53,23 +54,23 @@ class DecodingSlot:
 
     request: Request
     prompt: int
-    planned: tuple[tuple[int, ...], tuple[int, ...]]  # layers edited in prompt and in generated positions
+    planned: tuple[tuple[int, ...], tuple[int, ...]]  # edited layers of the prompt and of the generated part
     tokens: list[int] = field(default_factory=list)
     checked: int = 0
 
     @property
     def boundary(self) -> int:
-        """The first position that is edited as a generated one."""
+        """First position that gets the edits of the generated phase."""
         return self.request.boundary(self.prompt)
 
 
-Item = tuple[Request, tuple[int, ...]]  # a request and the tokens of its prompt
+Item = tuple[Request, tuple[int, ...]]  # a request and its prompt tokens
 BLOCK = 8
-"""Decoding steps between two checks for finished rows; a row that ends within a block idles until its end."""
+"""Decoding steps between two checks for finished rows. A row that ends within a block idles until the block ends."""
 
 
 class Queue:
-    """Requests that wait for a slot, by padded length of their prompt; batches in several threads take from it."""
+    """Waiting requests, grouped by padded prompt length; batches in several threads take from the same queue."""
 
     def __init__(self, items: Sequence[Item]) -> None:
         self._lock = threading.Lock()
@@ -81,7 +82,7 @@ class Queue:
         self.length = max(longest + BLOCK, *self._buckets, 1)
 
     def put(self, item: Item) -> bool:
-        """Add a request, unless it is longer than the batches that take from this queue have room for."""
+        """Add a request and return True; return False if it is too long for the current batches."""
         request, ids = item
         steps, bucket = request.sampling.max_new_tokens, Shape.bucket(len(ids))
         if steps > self.steps or len(ids) + steps + BLOCK > self.length or bucket > self.length:
@@ -94,9 +95,10 @@ class Queue:
         return sum(map(len, self._buckets.values()))
 
     def take(self, free: int, rows: int, idle: bool) -> tuple[int, list[Item]]:
-        """Return a bucket and up to `rows` of its requests for `free` slots, or none where it is better to wait.
+        """Return a bucket and up to `rows` of its requests for `free` slots, or no requests if waiting is better.
 
-        A prefill costs the same for one prompt as for `rows`, so unless the batch is idle it waits for free slots.
+        A prefill costs the same for one prompt as for `rows` prompts, so a busy batch waits until enough slots are
+        free.
         """
         with self._lock:
             left = len(self)
@@ -115,7 +117,7 @@ class Queue:
 
 
 class DecodingBatch:
-    """Slots that decode together. `advance` does a block of steps and returns the finished responses."""
+    """Slots that decode together; `advance` runs one block of steps and returns the finished responses."""
 
     def __init__(
         self, runner: Runner, queue: Queue, shape: Shape, sae: Sae | None, directions: Mapping[str, Tensor]
@@ -131,7 +133,7 @@ class DecodingBatch:
         self._first = Sampler(shape.prefill_rows, runner.vocabulary, steps, device)
         place = (longest, runner.site, sae, directions, device)
         self._prompts = Steering("prompt", shape.prefill_rows, *place)
-        self._continued = Steering("generated", shape.prefill_rows, *place)  # the last position of a prefix
+        self._continued = Steering("generated", shape.prefill_rows, *place)  # for the last position of a prefix
         self._decode = Steering("generated", rows, *place)
         self._tokens = torch.zeros(rows, dtype=torch.long, device=device)
         self._positions = torch.zeros(rows, dtype=torch.long, device=device)
@@ -144,13 +146,14 @@ class DecodingBatch:
         return bool(self.slots or len(self.queue))
 
     def unfinished(self) -> list[Item]:
-        """Return the requests taken from the queue and not finished, to be started anew in another batch."""
+        """Return the requests that were taken from the queue but not finished, so that another batch can restart
+        them."""
         running = {s.request.key: (s.request, self.runner.prompt_of(s.request)) for s in self.slots.values()}
         return [*(running | {item[0].key: item for item in self._entering}).values()]
 
     @torch.inference_mode()
     def advance(self) -> list[tuple[str, Completion]]:
-        """Fill free slots, decode a block of steps for all slots, and empty the slots that finished."""
+        """Fill free slots, decode one block of steps in all slots, and release finished slots."""
         self._fill()
         left = max((s.request.sampling.max_new_tokens - len(s.tokens) for s in self.slots.values()), default=0)
         drawn = [self._step(ahead) for ahead in range(min(BLOCK, left))]
@@ -161,7 +164,7 @@ class DecodingBatch:
         return [done for n in list(self.slots) if (done := self._finish(n)) is not None]
 
     def _fill(self) -> None:
-        """Prefill the requests that the queue hands out."""
+        """Prefill waiting requests until no slot is free or the queue holds them back."""
         while True:
             bucket, self._entering = self.queue.take(len(self._free), self.shape.prefill_rows, not self.slots)
             if not self._entering:
@@ -204,7 +207,7 @@ class DecodingBatch:
             self._first.release(n)
 
     def _enter(self, slot: int, row: int, state: DecodingSlot, prompt: tuple[int, ...]) -> None:
-        """Carry a prefilled row into its slot: tokens, draws, receipts and recordings."""
+        """Copy a prefilled row into its slot: tokens, sampling state, receipts and recordings."""
         known = torch.tensor([*prompt, *state.tokens], device=self.runner.device)
         self._sampler.admit(slot, state.request.sampling, state.request.seed, known)
         size = len(prompt)
@@ -225,7 +228,7 @@ class DecodingBatch:
         self.slots[slot] = state
 
     def _step(self, ahead: int) -> Tensor:
-        """Feed every slot its last token, `ahead` tokens beyond those known here; return the next tokens (rows,)."""
+        """Feed every slot its last token, `ahead` steps after the tokens in `slots`; return the next tokens (rows,)."""
         far = max(s.prompt + len(s.tokens) for s in self.slots.values()) + ahead
         self._cache.seek(self._positions, far)
         positions = self._positions[:, None]

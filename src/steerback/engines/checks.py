@@ -1,6 +1,6 @@
-"""Checks that every engine makes of its target and requests before anything is generated; errors name the field.
+"""Checks of a target and its requests before generation, shared by all engines; errors name the field.
 
-Knows nothing of models in memory.
+This module needs no loaded model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def site_of(target: Target, n_layers: int, d_model: int, sae: Sae | None, directions: tuple[str, ...]) -> Site:
-    """Return where a target is edited and read; SteerbackError if model, SAE and layers do not fit together."""
+    """Return the layers for editing and reading; raise SteerbackError if model, SAE and layers do not fit together."""
     if sae is not None:
         sae.check(f"SAE of target {target.name!r}", d_model, n_layers)
         if target.n_latents and target.n_latents != sae.n_latents:
@@ -45,7 +45,7 @@ def site_of(target: Target, n_layers: int, d_model: int, sae: Sae | None, direct
 
 
 def checked(requests: Sequence[Request], site: Site) -> Iterator[tuple[str, Request]]:
-    """Yield ("request 'key'", request) for each request once it is checked; no key may occur twice."""
+    """Yield ("request 'key'", request) for each request after checking it; each key may occur only once."""
     keys: set[str] = set()
     for request in requests:
         where = f"request {request.key!r}"
@@ -58,7 +58,7 @@ def checked(requests: Sequence[Request], site: Site) -> Iterator[tuple[str, Requ
 
 
 def check_sampling(where: str, sampling: Sampling) -> None:
-    """Raise SteerbackError naming the field if tokens cannot be drawn with these settings."""
+    """Raise SteerbackError if a sampling setting is out of range; the message names the field."""
     whole = isinstance(sampling.max_new_tokens, int)
     for field, good, valid in (
         ("temperature", is_temperature(sampling.temperature), f"0 (greedy) or at least {LEAST_TEMPERATURE:g}"),
@@ -74,7 +74,8 @@ def check_sampling(where: str, sampling: Sampling) -> None:
 
 
 def check_length(where: str, prompt: int, new: int, most: int, limit: str, advice: str) -> None:
-    """Raise SteerbackError if a prompt is empty or cannot fit with its response into `most` tokens, the `limit`."""
+    """Raise SteerbackError if a prompt is empty, or if prompt and response exceed `most` tokens; `limit` names the
+    limit."""
     if prompt == 0:
         raise SteerbackError(f"{where}: the prompt has no tokens")
     if prompt + new > most:
@@ -85,9 +86,9 @@ def check_length(where: str, prompt: int, new: int, most: int, limit: str, advic
 
 
 def check_texts(prompts: Sequence[str], responses: Sequence[str], latents: Sequence[int] | None, site: Site) -> None:
-    """Raise SteerbackError if the activations of these texts cannot be computed."""
+    """Raise SteerbackError if no activations can be computed for these texts."""
     if not site.n_latents:
-        raise SteerbackError("activations need an SAE and this target has none")
+        raise SteerbackError("activations need an SAE, but this target has none")
     if len(prompts) != len(responses):
         raise SteerbackError(f"activations: {len(prompts)} prompts and {len(responses)} responses")
     for latent in latents or ():

@@ -1,11 +1,11 @@
-"""The arithmetic of steering: the single definition that every engine is tested against.
+"""Arithmetic of steering: the reference definition that every engine is tested against.
 
-    h' = h + sum_clamp (v_k - z_k(h)) W_dec[k] + sum_scale (s_k - 1) z_k(h) W_dec[k] + sum_add b d
+h' = h + sum_clamp (v_k - z_k(h)) W_dec[k] + sum_scale (s_k - 1) z_k(h) W_dec[k] + sum_add b d
 
-z_k(h) is read from the residual as it arrives at the block's end: all clamps of a layer see the same h (scaling is a
-clamp of each token to a share of its own z), additions come after, so a latent that is both clamped and added ends at
-v + b and whatever the SAE does not reconstruct is left alone (the authors' `dec(f) + err` arithmetic, rearranged).
-Pure tensor arithmetic on (..., d); it knows nothing of models, batches or caches.
+z_k(h) is computed from the residual at the end of the block, before any edit, so all clamps of a layer use the same h.
+Scaling clamps each token to a share of its own z. Additions come after clamps, so a latent with both a clamp and an
+addition ends at v + b. The reconstruction error of the SAE is left unchanged (the authors' `dec(f) + err`, rearranged).
+Pure tensor arithmetic on (..., d); this module does not know about models, batches or caches.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from steerback.targets.sae import Sae
 
 ARITHMETIC_VERSION = "1"
-"""Part of every cache key: raised whenever the arithmetic below changes what a model computes."""
+"""Version of the arithmetic, part of every cache key. Raise it whenever a change below alters a model's output."""
 
 Phase = Literal["prompt", "generated"]
 
 
 class Clamp(NamedTuple):
-    """What is done to a latent's activation z: z becomes value + (1 - removed) z."""
+    """Effect of a clamp on a latent's activation z: z becomes value + (1 - removed) z."""
 
     latent: int
     value: float = 0.0
@@ -39,7 +39,7 @@ class Clamp(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """The edits of one layer in one phase: clamps first, then additions (latent, boost)."""
+    """Edits of one layer in one phase: clamps first, then additions (latent, boost)."""
 
     add: tuple[tuple[LatentKey, float], ...] = ()
     clamp: tuple[Clamp, ...] = ()
@@ -47,9 +47,9 @@ class LayerPlan:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """The layers at which a target is edited and read, its latents and directions. `n_latents` is 0 without an SAE.
+    """Layers of a target for editing and reading, with its latents and directions. `n_latents` is 0 without an SAE.
 
-    `sae_layer` is where clamps act: the SAE's own layer unless the target says another.
+    `sae_layer` is the layer of clamps: the SAE's layer unless the target sets another one.
     """
 
     n_layers: int
@@ -60,27 +60,28 @@ class Site:
     n_latents: int
     directions: tuple[str, ...] = ()
     undirected: tuple[int, ...] = ()
-    """Latents whose decoder row is zero: steering with one would change nothing."""
+    """Latents with a zero decoder row; steering with one would change nothing."""
 
     def layer_of(self, intervention: Intervention) -> int:
-        """Return the layer of an edit: its own, else the steer layer for an addition and that of clamps for others."""
+        """Return the layer of an edit. The default is the steer layer for an addition and the SAE layer for other
+        edits."""
         if intervention.layer is not None:
             return intervention.layer
         return self.steer_layer if intervention.mode == "add" else self.sae_layer
 
     def layer_named(self, at: ReadAt) -> int:
-        """Return the read layer, or that of clamps."""
+        """Return the number of the read layer or of the clamp layer."""
         return self.read_layer if at == "read" else self.sae_layer
 
     def record_layer(self, record: Recording | None) -> int | None:
-        """Return the layer at which a recording is made: the read layer, unless it names one."""
+        """Return the layer of a recording: the layer that it names, else the read layer."""
         if record is None:
             return None
         return self.read_layer if record.layer is None else record.layer
 
 
 def plan_layers(interventions: Sequence[Intervention], phase: Phase, site: Site) -> dict[int, LayerPlan]:
-    """Return the edits of `phase` by layer; layers without an edit are absent."""
+    """Return the edits of `phase` by layer; layers without edits are absent."""
     adds: dict[int, list[tuple[LatentKey, float]]] = {}
     clamps: dict[int, list[Clamp]] = {}
     for item in interventions:
@@ -100,12 +101,13 @@ def plan_layers(interventions: Sequence[Intervention], phase: Phase, site: Site)
 
 
 def clamp_delta(z: Tensor, values: Tensor, removed: Tensor, decoder: Tensor) -> Tensor:
-    """Return what clamping adds: z, values and removed shares (..., k), decoder rows (..., k, d) -> (..., d)."""
+    """Return the change that clamps make: z, values and removed shares (..., k), decoder rows (..., k, d) -> (...,
+    d)."""
     return (values - removed * z) @ decoder
 
 
 def added_vector(plan: LayerPlan, sae: Sae | None, directions: Mapping[str, Tensor], like: Tensor) -> Tensor:
-    """Return the sum of all additions of one layer, (d,) float32 on the device of `like`."""
+    """Return the sum of a layer's additions, (d,) in float32 on the device of `like`."""
     import torch
 
     total = torch.zeros(like.shape[-1], dtype=torch.float32, device=like.device)
@@ -115,18 +117,18 @@ def added_vector(plan: LayerPlan, sae: Sae | None, directions: Mapping[str, Tens
 
 
 def direction(key: LatentKey, sae: Sae | None, directions: Mapping[str, Tensor]) -> Tensor:
-    """Return the vector (d,) that a boost of 1 adds: a raw decoder row of the SAE, or a named direction."""
+    """Return the vector (d,) that a boost of 1 adds: the latent's raw decoder row, or a named direction."""
     if isinstance(key, str):
         if key not in directions:
             raise unknown("direction", key, sorted(directions) or ["(this target has none)"])
         return directions[key]
     if sae is None:
-        raise SteerbackError(f"latent {key} needs an SAE and this target has none; name a direction instead")
+        raise SteerbackError(f"latent {key} needs an SAE, but this target has none; name a direction instead")
     return sae.W_dec[key]
 
 
 def edit(h: Tensor, plan: LayerPlan, sae: Sae | None, directions: Mapping[str, Tensor] | None = None) -> Tensor:
-    """Return the residual (..., d) after the clamps and additions of one layer; computed in float32 or wider."""
+    """Return the residual (..., d) after the clamps and additions of one layer, computed in float32 or wider."""
     import torch
 
     x = h if h.dtype == torch.float64 else h.float()
@@ -150,7 +152,7 @@ def steer(
     sae: Sae | None,
     directions: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """Return one sequence's residual (T, d) after `layer`; its first `prompt` positions are the prompt."""
+    """Return the steered residual (T, d) of one sequence after `layer`; the first `prompt` positions are the prompt."""
     import torch
 
     parts = []
@@ -162,7 +164,7 @@ def steer(
 
 
 def check(where: str, interventions: Sequence[Intervention], record: Recording | None, site: Site) -> None:
-    """Raise SteerbackError naming the field if `interventions` or `record` cannot be carried out at `site`."""
+    """Raise SteerbackError if `interventions` or `record` are impossible at `site`; the message names the field."""
     seen: set[tuple[int, LatentKey, Phase]] = set()
     phases: tuple[Phase, ...] = ("prompt", "generated")
     for n, item in enumerate(interventions):
@@ -191,7 +193,7 @@ def check(where: str, interventions: Sequence[Intervention], record: Recording |
 
 
 def check_layer(field: str, layer: int | None, site: Site) -> None:
-    """Raise SteerbackError for a layer that the model does not have."""
+    """Raise SteerbackError if the model does not have this layer."""
     if layer is not None and not 0 <= layer < site.n_layers:
         raise SteerbackError(f"{field} {layer} is outside 0..{site.n_layers - 1}, the layers of this model")
 
@@ -202,7 +204,7 @@ def _check_latent(field: str, latent: LatentKey, site: Site) -> None:
             names = ", ".join(site.directions) or "none for this target"
             raise SteerbackError(f"{field} {latent!r} is not a known direction; choose one of: {names}")
     elif site.n_latents == 0:
-        raise SteerbackError(f"{field} {latent} needs an SAE and this target has none; name a direction instead")
+        raise SteerbackError(f"{field} {latent} needs an SAE, but this target has none; name a direction instead")
     elif not 0 <= latent < site.n_latents:
         raise SteerbackError(f"{field} {latent} is outside 0..{site.n_latents - 1}, the latents of this SAE")
 

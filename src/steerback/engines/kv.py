@@ -1,9 +1,9 @@
-"""Key/value storage in which every row has its own position, and the attention that reads it.
+"""Key/value caches in which each row has its own position, and the attention over them.
 
-Decoding works on fixed slots: keys and values lie in pages (page, row, head, position, dim), a row's next token goes
-to its own position, and no row is padded on the left. Attention multiplies page by page in the same shapes whatever the
-longest row is, and masked positions add exact zeros, so that a row's numbers do not depend on its neighbours.
-Knows nothing of steering, sampling or requests.
+Decoding uses fixed slots. Keys and values are stored in pages (page, row, head, position, dim); each row writes its
+next token at its own position, without left padding. Attention multiplies page by page with fixed shapes, and masked
+positions add exact zeros. A row's numbers therefore do not depend on its neighbours. This module does not know about
+steering, sampling or requests.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class PromptCache(Cache):  # type: ignore[misc]
 
 
 class PagedCache(Cache):  # type: ignore[misc]
-    """Keys (page, row, head, dim, position) and values (page, row, head, position, dim) of `rows` slots.
+    """Paged cache for `rows` slots: keys (page, row, head, dim, position), values (page, row, head, position, dim).
 
-    `seek` sets where each row writes next and how many pages attention reads; the rest is masked for every row.
+    `seek` sets each row's next position and the number of pages that attention reads. All other positions are masked.
     """
 
     def __init__(self, rows: int, length: int, page: int) -> None:
@@ -45,7 +45,7 @@ class PagedCache(Cache):  # type: ignore[misc]
 
     @property
     def seen(self) -> int:
-        """Number of positions that the next attention looks at."""
+        """Number of positions that the next attention reads."""
         return self._used * self.page
 
     def admit(self, prompts: PromptCache, rows: list[int], slots: list[int]) -> None:
@@ -59,7 +59,7 @@ class PagedCache(Cache):  # type: ignore[misc]
                 stored[1][first // self.page][slots, :, :size] = values[rows, :, part]
 
     def seek(self, positions: Tensor, far: int) -> None:
-        """Set where the next `update` writes, positions (rows,); no row in use holds more than `far` tokens."""
+        """Set the next write position of each row, positions (rows,); no active row holds more than `far` tokens."""
         row = torch.arange(self.rows, device=positions.device)
         self._index = (positions // self.page, row, positions % self.page)
         self._used = min(-(-far // self.page), self.pages)
@@ -74,8 +74,8 @@ class PagedCache(Cache):  # type: ignore[misc]
         return keys[: self._used].transpose(-1, -2), values[: self._used]
 
     def _make(self, layer: int, like: Tensor) -> Pair:
-        # Keys lie with positions innermost: multiplying a query by them is a third faster that way on a CPU.
-        # Zeros, not garbage: a masked position still meets a multiplication by 0, which NaN would survive.
+        # Keys are stored with positions innermost: on a CPU this makes the product with a query a third faster. Unused
+        # entries are zero, because a masked position is still multiplied by 0, and NaN * 0 is NaN.
         _, heads, _, dim = like.shape
         self._kept[layer] = (
             like.new_zeros(self.pages, self.rows, heads, dim, self.page),
@@ -85,7 +85,7 @@ class PagedCache(Cache):  # type: ignore[misc]
 
 
 class FlatCache(Cache):  # type: ignore[misc]
-    """The same without pages for GPUs, where kernel launches are costly: (row, position, head, dim)."""
+    """Cache without pages, (row, position, head, dim), for GPUs, where each kernel launch is costly."""
 
     def __init__(self, rows: int, length: int) -> None:
         super().__init__(layers=[])
@@ -105,7 +105,7 @@ class FlatCache(Cache):  # type: ignore[misc]
                 stored[slots, : new.shape[2]] = new[rows].transpose(1, 2)
 
     def seek(self, positions: Tensor, far: int) -> None:
-        """Set where the next `update` writes, positions (rows,); no row in use holds more than `far` tokens."""
+        """Set the next write position of each row, positions (rows,); no active row holds more than `far` tokens."""
         self._index = torch.arange(self.rows, device=positions.device) * self.length + positions
         self.seen = min(-(-far // 64) * 64, self.length)
 
@@ -128,10 +128,10 @@ def attention(
     softcap: float | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Compute attention in the interface of transformers: query (B, H, Q, D) -> (B, Q, H, D).
+    """Compute attention with the interface of transformers: query (B, H, Q, D) -> (B, Q, H, D).
 
     key and value are (B, G, L, D), or pages (n, B, G, page, D) while decoding (Q = 1); G divides H. The mask is
-    additive, (B or 1, 1, Q, L). One fused operation where keys lie in one stretch and one token is asked for.
+    additive, (B or 1, 1, Q, L). Uses one fused operation if the keys are contiguous and Q is 1.
     """
     rows, heads, length, dim = query.shape
     groups = key.shape[-3]
@@ -165,7 +165,8 @@ AttentionInterface.register(ATTENTION, attention)
 
 
 def mask(query_positions: Tensor, length: int, dtype: torch.dtype, window: int | None = None) -> Tensor:
-    """Return the additive causal mask (B, 1, Q, length) of queries at positions (B, Q), with a sliding `window`."""
+    """Return the additive causal mask (B, 1, Q, length) for queries at positions (B, Q), with an optional sliding
+    `window`."""
     at = torch.arange(length, device=query_positions.device)
     before = query_positions[..., None] - at
     allowed = before >= 0

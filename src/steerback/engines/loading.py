@@ -1,6 +1,7 @@
-"""Load a target's model, tokenizer and SAE, record exactly what was loaded, and estimate how many rows fit the machine.
+"""Load a target's model, tokenizer and SAE, record their hashes, and estimate the number of rows that fit the machine.
 
-Weights load from safetensors without pickle code; a folder is read offline. Knows nothing of requests.
+Weights are loaded from safetensors, without pickle. Local folders are read offline. This module does not know about
+requests.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to be steered, the name of its target, and the hashes and revisions of what was loaded."""
+    """A loaded model with the name of its target, and the hashes and revisions of the loaded files."""
 
     runner: Runner
     sae: Sae | None
@@ -43,7 +44,7 @@ class LoadedModel:
 
 
 def load(target: Target, device: str | None = None, directions: tuple[str, ...] = ()) -> LoadedModel:
-    """Load everything of a target; SteerbackError in one line for what is missing or does not fit together."""
+    """Load a target. Raises SteerbackError with one line if a part is missing or the parts do not fit together."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -58,7 +59,7 @@ def load(target: Target, device: str | None = None, directions: tuple[str, ...] 
         model, report = AutoModelForCausalLM.from_pretrained(
             target.model, dtype=getattr(torch, target.dtype), use_safetensors=True, output_loading_info=True, **origin
         )
-    if report["missing_keys"]:  # transformers would go on with random numbers in their place
+    if report["missing_keys"]:  # transformers would fill them with random numbers
         raise SteerbackError(
             f"target {target.name!r}: {target.model} lacks {len(report['missing_keys'])} weights of this architecture, "
             f"the first is {min(report['missing_keys'])}; the file is incomplete or belongs to another config.json"
@@ -69,7 +70,7 @@ def load(target: Target, device: str | None = None, directions: tuple[str, ...] 
 
 
 def hub_arguments(target: Target) -> dict[str, str | bool | None]:
-    """Return the arguments of every `from_pretrained`: the pinned revision of a hub model, and no code of its own."""
+    """Return arguments for `from_pretrained`: the pinned revision of a hub model, and no remote code."""
     # Without trust_remote_code=False, transformers asks on the terminal and runs the model's code after a "y".
     code: dict[str, str | bool | None] = {"trust_remote_code": False}
     return code if Path(target.model).is_dir() else {**code, "revision": target.revision}
@@ -77,21 +78,21 @@ def hub_arguments(target: Target) -> dict[str, str | bool | None]:
 
 @contextlib.contextmanager
 def load_errors(target: Target, failure: str) -> Iterator[None]:
-    """Turn what libraries raise for missing and damaged files into one line that names target and file."""
+    """Turn library errors about missing or damaged files into one line that names target and file."""
     try:
         yield
     except SteerbackError:
         raise
-    except Exception as error:  # for damaged files these libraries raise whatever their code stumbles over
+    except Exception as error:  # damaged files raise errors of many types in these libraries
         reason = one_line(error)
         if "trust_remote_code" in reason:
-            reason = "it needs Python code from its own folder, which is never run; use a model of transformers' own"
+            reason = "it needs Python code from the model's folder, which steerback never runs; use another model"
         kind = "" if isinstance(error, OSError | ValueError | RuntimeError) else f"{type(error).__name__}: "
         raise SteerbackError(f"target {target.name!r}: {failure}: {kind}{reason[:500]}") from error
 
 
 def provenance_of(target: Target, tokenizer: Tokenizer, sae: Sae | None) -> ModelProvenance:
-    """Return names, commits and hashes of model, adapter, tokenizer and SAE, and a summary of the decoder norms."""
+    """Return names, commits and hashes of model, adapter, tokenizer and SAE, with a summary of the decoder norms."""
     known: ModelProvenance = {
         "model": target.base if Path(target.model).is_dir() else target.model,
         "revision": target.revision,
@@ -108,25 +109,26 @@ def provenance_of(target: Target, tokenizer: Tokenizer, sae: Sae | None) -> Mode
 
 
 def hash_adapter(folder: str) -> dict[str, str]:
-    """Return the SHA-256 of an adapter's weights and configuration, the only files of it that are loaded."""
+    """Return the SHA-256 of an adapter's weights and configuration; no other file of the adapter is loaded."""
     check_adapter(f"adapter {folder}", Path(folder))
     return {name: _sha256(Path(folder) / name) for name in ADAPTER_FILES}
 
 
 def on_device(sae: Sae, place: torch.device) -> Sae:
-    """Return a TopK SAE on the device, as it has to encode everything; of others the columns in use go there later."""
+    """Move a TopK SAE to the device, because it must encode all latents. Other SAEs copy only the columns in use,
+    later."""
     return sae.to(place) if sae.kind == "topk" and place.type != "cpu" else sae
 
 
 def free_memory(place: torch.device) -> tuple[str, int]:
-    """Return which kind of memory models take on a device, and how many bytes of it are free."""
+    """Return the type of memory that models use on a device, and its free bytes."""
     if place.type == "cuda":
         return "GPU memory", int(torch.cuda.mem_get_info(place)[0])
     return "memory", available_memory()
 
 
 def hash_tokenizer(tokenizer: Tokenizer) -> str:
-    """Return a hash of everything that a fast tokenizer and its chat template do."""
+    """Return a hash of a fast tokenizer's behaviour and of its chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     return digest([rules, tokenizer.chat_template])
@@ -140,7 +142,7 @@ def assemble(
     provenance: ModelProvenance | None = None,
     directions: tuple[str, ...] = (),
 ) -> LoadedModel:
-    """Return model, tokenizer and SAE as one; SteerbackError if they or the target's layers do not fit together."""
+    """Combine model, tokenizer and SAE; raise SteerbackError if they or the target's layers do not fit together."""
     n_layers, d_model = len(decoder_layers(model)), model.get_decoder().config.hidden_size
     site = site_of(target, n_layers, d_model, sae, directions)
     runner = Runner(model, Prompter(tokenizer, target.prompt_format), site)
@@ -148,7 +150,7 @@ def assemble(
 
 
 def pick_device(name: str | None) -> torch.device:
-    """Return the device asked for, or the first that this machine has of cuda, mps and cpu."""
+    """Return the requested device, or the first available of cuda, mps and cpu."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     present = [kind for kind, there in available.items() if there]
     if name is not None and name.split(":")[0] not in present:
@@ -157,12 +159,12 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def batch_rows(runner: Runner, most: int | None = None) -> int:
-    """Return how many rows decode together: what fits in half of the memory the weights leave, and at most `most`.
+    """Return the number of rows that decode together: those that fit in half of the memory left by the weights, at most
+    `most`.
 
-    The most is 256 by default, 48 on a CPU.
-
-    More rows than 48 gain little on a CPU and idle while a small round ends. Estimated for 1,024 tokens a row from the
-    machine's whole memory, not from what happens to be free, so that the same machine gives the same shape again.
+    `most` is 256 by default and 48 on a CPU. More than 48 rows gain little on a CPU, and they idle at the end of a
+    small round. The estimate assumes 1,024 tokens per row. It uses the total memory, not the free memory, so that the
+    same machine always gets the same shape.
     """
     config = runner.config
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -173,26 +175,26 @@ def batch_rows(runner: Runner, most: int | None = None) -> int:
     if runner.device.type == "cuda":
         memory = torch.cuda.get_device_properties(runner.device).total_memory
     else:
-        memory = total_memory() or 2**33  # a system that does not say: assume 8 GiB
+        memory = total_memory() or 2**33  # total memory is unknown: assume 8 GiB
     most = most or (256 if runner.device.type == "cuda" else 48)
     rows = int(max(memory * 0.9 - weights, 0) * 0.5 / (cache + logits))
     return max(1, min(most, rows) // 8 * 8 or min(most, rows, 4))
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory ran out, on any device."""
+    """Return whether an error reports that memory ran out, on any device."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return bool(re.search(r"out of memory|can't allocate memory", str(error)))
 
 
 def hub_commit(model: str, revision: str | None) -> str | None:
-    """Return the commit that a hub model was loaded from, whatever branch or tag was named; None for a folder."""
+    """Return the commit of a loaded hub model, even if a branch or tag was requested; None for a folder."""
     return None if Path(model).is_dir() else commit_of(_folder(model, revision) / "config.json")
 
 
 def _folder(model: str, revision: str | None) -> Path:
-    """Return the folder of a model's files; for a hub model that of the local cache."""
+    """Return the folder with a model's files; for a hub model its folder in the local cache."""
     if Path(model).is_dir():
         return Path(model)
     from transformers.utils import cached_file
@@ -209,7 +211,7 @@ def hash_files(model: str, revision: str | None) -> dict[str, str]:
 
 def _sha256(path: Path) -> str:
     blob = path.resolve().name
-    if re.fullmatch(r"[0-9a-f]{64}", blob):  # the hub's cache names large files by their own SHA-256
+    if re.fullmatch(r"[0-9a-f]{64}", blob):  # the hub's cache names large files by their SHA-256
         return blob
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Options of each engine: parsed once from a run's `engine_options`, before anything is loaded."""
+"""Options of each engine, parsed from a run's `engine_options` before any model is loaded."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from steerback.errors import unknown
 from steerback.records import Completion, Request
 
 GPU_MEMORY = 0.9
-"""Share of a GPU's memory that vLLM's engines take together; the rest is for CUDA itself."""
+"""Share of a GPU's memory for all vLLM engines on it together; CUDA needs the rest."""
 
 
 SMALL = 50_000_000
-"""Models with fewer parameters than this run in one-threaded batches side by side on a CPU."""
+"""Number of parameters below which a model on a CPU decodes in several one-threaded batches."""
 
 
 class TransformersOptions(Settings):
@@ -26,9 +26,9 @@ class TransformersOptions(Settings):
     batch_size: int | None = Field(None, ge=1)
     """Rows that decode together; None: estimated from the machine's memory."""
     device: str | None = None
-    """`cuda`, `mps` or `cpu`; None: the first of these that this machine has."""
+    """`cuda`, `mps` or `cpu`; None: the first of these that is available."""
     workers: int | None = Field(None, ge=1)
-    """Batches that decode side by side; None: one per thread (at most 4) for small models on a CPU, else 1."""
+    """Batches that decode in parallel; None: one per thread (at most 4) for small models on a CPU, else 1."""
 
 
 REFUSED = {
@@ -44,7 +44,7 @@ REFUSED = {
     "enable_dbo": "is refused: steering was not tested with dual-batch overlap",
     "trust_remote_code": "is refused: code in a model's folder is never run",
 }
-"""Arguments of vLLM's engine that a user may not set, with the reason."""
+"""Arguments of vLLM's engine that users may not set, with the reason."""
 
 
 class VllmOptions(Settings):
@@ -53,31 +53,33 @@ class VllmOptions(Settings):
     batch_size: int | None = Field(None, ge=1)
     """Requests that run together (vLLM's `max_num_seqs`); None: 256 with a GPU, else 64."""
     replicas: int = Field(1, ge=1)
-    """Engines side by side, each with `tensor_parallel` GPUs; requests are dealt to them in turn.
+    """Parallel engines, each with `tensor_parallel` GPUs. Requests are dealt to them in turn.
 
-    With `tensor_parallel` 1, more engines than GPUs share them, each with an equal part of the memory.
+    If there are more engines than GPUs (only with `tensor_parallel` 1), engines share GPUs and divide the memory
+    equally.
     """
     tensor_parallel: int = Field(1, ge=1)
     """GPUs per engine."""
     max_model_len: int | None = Field(None, ge=1)
-    """Longest prompt and response together, at most the model's context; None: 4096."""
+    """Maximum length of prompt and response together, at most the model's context; None: 4096."""
     layers: tuple[int, ...] = ()
-    """Layers that interventions and recordings may name besides the target's steer, SAE and read layer."""
+    """Further layers for interventions and recordings, in addition to the target's steer, SAE and read layers."""
     columns: int = Field(128, ge=0)
-    """Distinct latents that may be clamped or recorded at one time, over all requests in flight."""
+    """Distinct latents that can be clamped or recorded at one time, over all running requests."""
     record_latents: int = Field(32, ge=0)
-    """Latents that a request of full length may record; a shorter request may record more."""
+    """Latents that a request of full length can record; a shorter request can record more."""
     poolers: int = Field(128, ge=1)
-    """Texts over which the whole SAE is pooled at one time."""
+    """Texts that can be pooled over the whole SAE at one time."""
     options: Mapping[str, JsonValue] = Field(default_factory=dict)
     """Further arguments of vLLM's engine."""
 
     def per_gpu(self, available: int) -> int:
-        """Return how many replicas share a GPU at most, of `available` ones (0: there are none)."""
+        """Return how many replicas share one GPU at most, for `available` GPUs (may be 0)."""
         return max(1, -(-self.replicas // available)) if available and self.tensor_parallel == 1 else 1
 
     def memory(self, available: int) -> dict[str, JsonValue]:
-        """Return vLLM's argument for the share of a GPU's memory, if replicas share it; a user's own value wins."""
+        """Return vLLM's argument for the share of GPU memory if replicas share a GPU; a user-supplied value has
+        priority."""
         sharing = self.per_gpu(available)
         return {"gpu_memory_utilization": math.floor(1000 * GPU_MEMORY / sharing) / 1000} if sharing > 1 else {}
 
@@ -94,7 +96,7 @@ class ScriptedOptions(Settings):
     """Options of the scripted engine; see `ScriptedEngine`."""
 
     batch_size: int | None = Field(None, ge=1)
-    """Accepted so that a run's batch size may stay set; a script has no batches."""
+    """Accepted so that a run may set a batch size; the scripted engine has no batches."""
     script: Callable[[Request], str | Completion] | None = None
     fail_receipts: Callable[[Request], bool] | None = None
     raise_on: Callable[[Request], bool] | None = None
@@ -102,26 +104,27 @@ class ScriptedOptions(Settings):
 
 
 class RayOptions(Settings):
-    """Options of the Ray engine: workers on the machines of a cluster."""
+    """Options of the Ray engine, which starts workers on the machines of a cluster."""
 
     engine: Literal["transformers", "vllm", "scripted"] = "transformers"
     """Engine of each worker."""
     options: Mapping[str, object] = Field(default_factory=dict)
     """Options of that engine."""
     workers: int = Field(1, ge=1)
-    """Workers asked for. The run starts with the first that is ready; others join when a machine has room."""
+    """Requested number of workers. The run starts with the first ready worker; others join when a machine has room."""
     gpus_per_worker: float | None = Field(None, ge=0)
-    """GPUs of each worker, all on one machine (vLLM: tensor parallelism over them); None: 1 for vLLM, else 0."""
+    """GPUs per worker, all on one machine (with vLLM: for tensor parallelism); None: 1 for vLLM, else 0."""
     cpus_per_worker: int = Field(1, ge=1)
     """CPU cores that the cluster reserves for each worker."""
     address: str | None = None
-    """Address of the cluster (`auto` or HOST:PORT); None: the one on this machine, started if there is none."""
+    """Address of the cluster (`auto` or HOST:PORT); None: the cluster on this machine, which is started if
+    necessary."""
     attempts: int = Field(3, ge=1)
-    """Workers that may end with a request before the request is given up and its trial marked."""
+    """Number of workers that may fail during a request before the request is abandoned and its trial marked."""
     deadline: float = Field(900.0, gt=0)
     """Seconds without a response after which a busy worker is replaced."""
     in_flight: int | None = Field(None, ge=1)
-    """Most requests that a worker holds at one time; None: enough to keep its engine full."""
+    """Maximum number of open requests per worker; None: enough to keep its engine busy."""
     batch_size: int | None = Field(None, ge=1)
     """Requests that decode together in each worker."""
 
@@ -144,13 +147,13 @@ class RayOptions(Settings):
 
     @property
     def gpus(self) -> float:
-        """GPUs of each worker; a fraction where workers share one."""
+        """GPUs per worker; a fraction if workers share one."""
         each = int(self.engine == "vllm") if self.gpus_per_worker is None else self.gpus_per_worker
-        return int(each) if each == int(each) else each  # Ray takes whole numbers or fractions of one
+        return int(each) if each == int(each) else each  # Ray accepts whole numbers, or fractions of one
 
     @property
     def inner(self) -> TransformersOptions | VllmOptions | ScriptedOptions:
-        """Checked options of the workers' engine."""
+        """Checked options of the engine that each worker runs."""
         given = dict(self.options)
         if self.engine == "vllm" and self.gpus > 1:
             given.setdefault("tensor_parallel", self.gpus)
@@ -175,12 +178,13 @@ ENGINES: Mapping[str, type[EngineOptions]] = {
 def parse_options(engine: str, values: Mapping[str, object], batch_size: int | None = None) -> EngineOptions:
     """Return the checked options of an engine; options that are None keep their default.
 
-    `batch_size` is used unless `values` name one. Raises SteerbackError for an unknown engine, option, type or value.
+    `batch_size` applies unless `values` contain one. Raises SteerbackError for an unknown engine, option, type or
+    value.
     """
     if engine not in ENGINES:
         raise unknown("engine", engine, ("auto", *ENGINES))
     chosen = {key: value for key, value in {"batch_size": batch_size, **values}.items() if value is not None}
     options = parse(ENGINES[engine], chosen, f"engine_options of {engine!r}")
     if isinstance(options, RayOptions):
-        _ = options.inner  # a wrong option of the workers' engine shows now
+        _ = options.inner  # report invalid options of the workers' engine early
     return options

@@ -1,6 +1,6 @@
-"""From a request to tokens and back: chat templates, which tokens are the user's words or the response, stop strings.
+"""Convert requests to tokens and tokens to text: chat templates, token roles (user's words, response) and stop strings.
 
-Knows nothing of models or steering.
+This module does not know about models or steering.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 
 class Encoding(TypedDict):
-    """Tokens of a text, with the first character and last + 1 of each where offsets were asked for."""
+    """Tokens of a text. `offsets`, if requested, are the first and last + 1 character of each token."""
 
     input_ids: list[int]
     offset_mapping: list[tuple[int, int]]
 
 
 class Tokenizer(Protocol):
-    """The part of transformers' fast tokenizers that is used here."""
+    """The methods of transformers' fast tokenizers that this package uses."""
 
     chat_template: str | None
     bos_token: str | None
@@ -63,7 +63,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A prompt with its response in tokens; `user` and `response` are positions without special or template tokens."""
+    """Tokens of a prompt with its response; `user` and `response` are positions without special and template tokens."""
 
     token_ids: tuple[int, ...]
     user: tuple[int, ...]
@@ -72,27 +72,27 @@ class Conversation:
 
 STYLES = ("chat", "plain", "authors")
 SECOND_HEADER = "<|begin_of_text|><|start_header_id|>assistant<|end_header_id|>"
-"""The four tokens that the authors' code appends to Llama's chat prompt, which ends in an assistant header already.
+"""Four tokens that the authors' code appends to Llama's chat prompt, although it already ends with an assistant header.
 
-The last one is 128007: no line break follows.
+The last token is 128007, without the line break that normally follows.
 """
 MARK = "\ue000"
-"""Stands for a user's words in a template; a character for private use."""
+"""Placeholder for the user's words in a template (a private-use character)."""
 DATE = "26 Jul 2024"
-"""The date that Llama's templates tell the model: their own default, never the day of the run."""
+"""Date in Llama's templates: the template's default instead of today's date, so that prompts do not change."""
 TEMPLATE_SECONDS = 5.0
-"""A chat template that runs longer is refused: templates come with the model and may loop for ever."""
+"""Time limit for a chat template. Templates come with the model and may never end."""
 _GROWS = re.compile(r"\*\*\s*\w+|\*\s*\d{5,}|\d{5,}\s*\*(?!\*)")
-"""A product that can fill the memory in one step, which no limit of time ends."""
+"""Matches a product that can fill the memory in one step, before a time limit can act."""
 TEMPLATE_ERRORS = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
-"""Exceptions besides jinja's own that an expression in a template can raise."""
+"""Exceptions, besides jinja's, that an expression in a template can raise."""
 
 
 class Prompter:
-    """Renders and tokenises for one tokenizer.
+    """Render and tokenise prompts for one tokenizer.
 
-    `style` is "chat" (the tokenizer's template), "plain" (the prompt as it is) or "authors" (Llama's template with the
-    second header that the authors' prompts had: malformed, and kept for reproduction).
+    `style` is "chat" (the tokenizer's template), "plain" (the unchanged prompt) or "authors" (Llama's template with the
+    second header of the authors' prompts: malformed, kept for reproduction).
     """
 
     def __init__(self, tokenizer: Tokenizer, style: str = "chat") -> None:
@@ -102,21 +102,22 @@ class Prompter:
             raise SteerbackError("the tokenizer has no chat template; give the target prompt_format = 'plain'")
         if style == "authors" and _lacks(tokenizer, SECOND_HEADER):
             raise SteerbackError("prompt_format 'authors' doubles Llama 3's header, which this tokenizer does not know")
-        if style != "plain" and (found := _GROWS.search(str(tokenizer.chat_template))):
-            raise SteerbackError(f"the chat template is refused for {found[0]!r}, which can fill the memory")
+        if style != "plain" and (product := _GROWS.search(str(tokenizer.chat_template))):
+            raise SteerbackError(f"the chat template is refused for {product[0]!r}, which can fill the memory")
         self.tokenizer, self.style = tokenizer, style
         self._tokens: dict[tuple[str, str, str | None], tuple[int, ...]] = {}
         self._heads: dict[str, str] = {}
 
     def render(self, prompt: str, system: str | None = None) -> str:
-        """Return the text before the response; templates without a system role get it in front of the prompt."""
+        """Return the text before the response. If a template has no system role, the system text precedes the
+        prompt."""
         if self.style == "plain":
             return f"{system}\n\n{prompt}" if system else prompt
         user = {"role": "user", "content": prompt}
         if not system:
             return self._template([user])
         text = self._template([{"role": "system", "content": system}, user], may_fail=True)
-        if system.strip() not in text:  # Gemma refuses the role, others drop it
+        if system.strip() not in text:  # Gemma refuses the system role, other templates drop it
             return self._template([{"role": "user", "content": f"{system}\n\n{prompt}"}])
         return text
 
@@ -128,13 +129,13 @@ class Prompter:
         return self._tokens[key]
 
     def prompt(self, request: Request) -> tuple[int, ...]:
-        """Return the token ids that a request's response follows: prompt, prefill, and the prefix's own tokens."""
+        """Return the token ids before a request's response: prompt, prefill and prefix."""
         before = self.tokens(request.prompt, request.prefill, request.system)
         return before if request.prefix is None else (*before, *request.prefix.token_ids)
 
     def conversation(self, prompt: str, response: str) -> Conversation:
-        """Return a prompt with its response in tokens, and which of these are the user's words and the response."""
-        if prompt not in self._heads:  # thousands of texts may follow the same prompt, and templates are slow
+        """Return a prompt with its response as tokens, with the positions of the user's words and of the response."""
+        if prompt not in self._heads:  # cached: thousands of texts may share a prompt, and templates are slow
             self._heads[prompt] = self.render(prompt)
         head, special = self._heads[prompt], self._special
         encoded = self._encode(head + response, offsets=True)
@@ -151,10 +152,10 @@ class Prompter:
         return Conversation(tuple(encoded["input_ids"]), tuple(user), tuple(answer))
 
     def pooled(self, prompt: str, response: str, over: Over) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the tokens of a prompt with its response, and the positions in increasing order that are pooled.
+        """Return the tokens of a prompt with its response, and the positions to pool, in increasing order.
 
-        For `all` the text is what the template makes of the two messages (of the prompt alone without a response),
-        without a header that asks for an answer, as the authors read them.
+        For `all`, the text is the template's rendering of both messages, or of the prompt alone if there is no
+        response. It has no generation header, as in the authors' code.
         """
         if over != "all":
             text = self.conversation(prompt, response)
@@ -166,14 +167,16 @@ class Prompter:
         return ids, tuple(range(len(ids)))
 
     def _words(self, head: str) -> tuple[int, int]:
-        """Return the first character and last + 1 of the user's words in a rendered prompt.
+        """Return the first and last + 1 character of the user's words in a rendered prompt.
 
-        These are the characters that depend on the prompt. A search for the prompt itself would miss one that the
-        template trims, and could match words of the template.
+        These are the characters that depend on the prompt. A search for the prompt would fail if the template trims it,
+        and it could match words of the template.
         """
         before, after = self._around
         if not (head.startswith(before) and head.endswith(after)):
-            raise SteerbackError("the chat template writes this prompt in another form, so its words cannot be located")
+            raise SteerbackError(
+                "the chat template writes this prompt in a changed form, so its words cannot be located"
+            )
         return len(before), len(head) - len(after)
 
     @cached_property
@@ -190,26 +193,27 @@ class Prompter:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def continuation(self, token_ids: Sequence[int], prefix: Prefix | None) -> str:
-        """Return the text that tokens add to a prefix: some tokenizers decode a token differently at the beginning."""
+        """Return the text that tokens add to a prefix; some tokenizers decode a token differently at the start of a
+        text."""
         if prefix is None:
             return self.text(token_ids)
         return self.text([*prefix.token_ids, *token_ids])[len(prefix.text) :]
 
     def ends(self, token_ids: Sequence[int], length: int, prefix: Prefix | None = None) -> list[int]:
-        """Return the character at which each token ends in the decoded text, of which the first `length` were kept."""
-        found, end = [], 0
+        """Return the character at which each token ends in the decoded text, cut to `length` characters."""
+        ends, end = [], 0
         for n in range(1, len(token_ids) + 1):
             end = max(end, len(self.continuation(token_ids[:n], prefix).rstrip("\ufffd")))
-            found.append(min(end, length))
-        return found
+            ends.append(min(end, length))
+        return ends
 
     def finish(
         self, token_ids: Sequence[int], request: Request, ends: Collection[int], checked: int
     ) -> tuple[int, str, FinishReason] | None:
-        """Return (tokens kept, text, reason) of a response that has ended, or None.
+        """Return (kept tokens, text, reason) of a finished response, or None.
 
-        The first `checked` tokens were checked before. The token that ends a response is kept and a stop string is cut
-        off the text, so the number of tokens is always the number that the model generated.
+        The first `checked` tokens were checked earlier. The token that ends the response is kept, and a stop string is
+        removed from the text only, so the number of tokens is always the number that the model generated.
         """
         limit, stops = request.sampling.max_new_tokens, request.sampling.stop
         end = next((n + 1 for n in range(checked, min(len(token_ids), limit)) if token_ids[n] in ends), None)
@@ -222,13 +226,13 @@ class Prompter:
         return (upto, text, reason) if end or upto == limit else None
 
     def _stops(self, token_ids: Sequence[int], request: Request) -> tuple[str] | None:
-        """Return the text before the first stop string as a tuple of one, or None."""
+        """Return a tuple with the text before the first stop string, or None."""
         text = self.continuation(token_ids, request.prefix)
-        found = [at for at in (text.find(stop) for stop in request.sampling.stop) if at >= 0]
-        return (text[: min(found)],) if found else None
+        starts = [at for at in (text.find(stop) for stop in request.sampling.stop) if at >= 0]
+        return (text[: min(starts)],) if starts else None
 
     def _template(self, messages: list[dict[str, str]], may_fail: bool = False, asks: bool = True) -> str:
-        """Return the messages as the template writes them; one that `asks` ends in the header of the answer."""
+        """Return the messages as rendered by the template, with a generation header if `asks` is true."""
         from jinja2 import TemplateError
 
         try:
@@ -243,15 +247,15 @@ class Prompter:
             raise SteerbackError(f"the chat template refuses this prompt: {one_line(error)}") from error
 
     def _encode(self, text: str, offsets: bool = False) -> Encoding:
-        # A template brings its own beginning-of-text token; plain text gets the tokenizer's.
+        # Chat templates contain the beginning-of-text token; for plain text the tokenizer adds it.
         return self.tokenizer(text, add_special_tokens=self.style == "plain", return_offsets_mapping=offsets)
 
 
 @contextlib.contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError once templates have run for `seconds` in this thread.
+    """Raise TimeoutError if the templates of this thread run longer than `seconds`.
 
-    Jinja compiles a template to Python, so a trace function sees each of its lines; works in every thread.
+    Jinja compiles a template to Python, so a trace function sees each line. This works in every thread.
     """
     end, before = time.monotonic() + seconds, sys.gettrace()
 
@@ -268,6 +272,6 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 
 def _lacks(tokenizer: Tokenizer, text: str) -> bool:
-    """Return whether a special token in a text is unknown to this tokenizer."""
+    """Return whether a special token in the text is unknown to this tokenizer."""
     known = tokenizer.get_vocab()
     return any(token not in known for token in re.findall(r"<\|\w+\|>", text))

@@ -1,8 +1,7 @@
-"""A Hugging Face model: its decoder layers, and a forward pass with our own masks and cache.
+"""Access to a Hugging Face model: its decoder layers, and a forward pass with steerback's masks and cache.
 
-Serves decoders whose blocks return the residual stream (Llama, Qwen 2 and 3, Qwen 3's mixture of experts, Gemma 2
-and 3); refuses others in one line.
-Knows nothing of requests, sampling or what a pass edits.
+Supports decoders whose blocks return the residual stream (Llama, Qwen 2 and 3, Qwen 3 mixture of experts, Gemma 2 and
+3) and refuses others with one line. This module does not know about requests, sampling or edits.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ SUPPORTED = ("llama", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text")
 
 
 class EndTokens(Protocol):
-    """A configuration that names the tokens which end a response."""
+    """Configuration with the ids of end tokens."""
 
     eos_token_id: int | list[int] | None
 
 
 class ModelConfig(EndTokens, Protocol):
-    """The part of a model's configuration that is used here."""
+    """The fields of a model's configuration that this package uses."""
 
     model_type: str
     hidden_size: int
@@ -59,7 +58,7 @@ class Decoder(Protocol):
 
 
 class CausalModel(Protocol):
-    """The part of transformers' causal language models that is used here."""
+    """The methods of transformers' causal language models that this package uses."""
 
     config: EndTokens
 
@@ -79,7 +78,7 @@ class CausalModel(Protocol):
 
 
 class Runner:
-    """Model, tokenizer and hooks on one device; `site` says where edits act."""
+    """Model, tokenizer and hooks on one device; `site` defines the layers for edits."""
 
     def __init__(self, model: CausalModel, prompter: Prompter, site: Site) -> None:
         self.model, self.prompter, self.site = model, prompter, site
@@ -107,7 +106,7 @@ class Runner:
         cache: KeyValues | None,
         forward: Pass,
     ) -> Tensor:
-        """Return final hidden states (rows, Q, d) of ids (rows, Q) at positions (rows or 1, Q) over `length` keys."""
+        """Return final hidden states (rows, Q, d) for ids (rows, Q) at positions (rows or 1, Q), with `length` keys."""
         masks: object = (full := mask(positions, length, self.dtype))
         if self._windowed:
             window = mask(positions, length, self.dtype, self.config.sliding_window)
@@ -122,7 +121,7 @@ class Runner:
             ).last_hidden_state
 
     def residuals(self, ids: Tensor, layers: Collection[int]) -> dict[int, Tensor]:
-        """Return unsteered residuals (rows, T, d) of ids (rows, T) after `layers`; later layers are not computed."""
+        """Return unsteered residuals (rows, T, d) of ids (rows, T) after each of `layers`; later layers are skipped."""
         positions = torch.arange(ids.shape[1], device=self.device)[None]
         forward = Pass(positions, [], stop_after=max(layers), keep=frozenset(layers))
         with contextlib.suppress(Enough):
@@ -130,13 +129,13 @@ class Runner:
         return forward.residual
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits (..., vocabulary) of final hidden states (..., d), soft-capped where the model does so."""
+        """Return logits (..., vocabulary) of final hidden states (..., d), with the model's soft cap, if any."""
         logits: Tensor = self.model.get_output_embeddings()(hidden)
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def check_length(self, where: str, prompt: int, new: int) -> None:
-        """Raise SteerbackError if prompt and response cannot both fit the model's context."""
+        """Raise SteerbackError if prompt and response exceed the model's context."""
         most = getattr(self.config, "max_position_embeddings", None) or prompt + new
         check_length(where, prompt, new, most, "the model's context of", "")
 
@@ -150,9 +149,9 @@ def decoder_layers(model: CausalModel) -> Sequence[nn.Module]:
 
 
 def end_tokens(*sources: object) -> frozenset[int]:
-    """Return the token ids that end a response, according to any of the model's configs and the tokenizer."""
-    found: set[int] = set()
+    """Return the ids of all tokens that end a response, from the model's configs and the tokenizer."""
+    ids: set[int] = set()
     for source in sources:
         value: int | list[int] | None = getattr(source, "eos_token_id", None)
-        found.update([value] if isinstance(value, int) else value or [])
-    return frozenset(found)
+        ids.update([value] if isinstance(value, int) else value or [])
+    return frozenset(ids)

@@ -1,7 +1,8 @@
-"""Drawing the next token: repetition penalty, temperature, nucleus, inverse-CDF draw, all rows at once.
+"""Sampling of the next token for all rows at once: repetition penalty, temperature, nucleus, inverse-CDF draw.
 
-A row's draw depends on its own logits, its seed and how many tokens it has, never on other rows or arrival order: each
-request gets one uniform number per token from a counter-based generator. Knows nothing of models or requests' text.
+Each request gets one uniform number per token from a counter-based generator. A draw therefore depends only on the
+row's logits, seed and token count, never on other rows or arrival order. This module does not know about models or
+text.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from steerback.records import Sampling
 
 
 def uniforms(seed: int, n: int) -> Tensor:
-    """Return the draws of one request: n uniform float64 numbers in [0, 1), a function of `seed` alone (Philox)."""
+    """Return n uniform float64 numbers in [0, 1) for one request, a function of `seed` alone (Philox)."""
     generator = np.random.Generator(np.random.Philox(key=seed % 2**64))
     return torch.from_numpy(generator.random(n))
 
 
 class Sampler:
-    """Sampling settings and draws of `rows` slots."""
+    """Sampling settings and random numbers of `rows` slots."""
 
     def __init__(self, rows: int, vocabulary: int, length: int, device: torch.device) -> None:
         self._row = torch.arange(rows, device=device)
-        # No float64 on Apple GPUs; there a cumulative sum has float32 resolution.
+        # Apple GPUs have no float64, so their cumulative sums have float32 precision.
         self._exact = torch.float32 if device.type == "mps" else torch.float64
         self._draws = torch.zeros(rows, length, dtype=self._exact, device=device)
         self._temperature = torch.ones(rows, 1, device=device)
@@ -33,10 +34,10 @@ class Sampler:
         self._penalty = torch.ones(rows, 1, device=device)
         self._seen = torch.zeros(rows, vocabulary, dtype=torch.bool, device=device)
         self._settings: dict[int, Sampling] = {}
-        self._wanted: dict[str, bool] | None = None  # operations that any live row needs
+        self._wanted: dict[str, bool] | None = None  # operations that any active row needs
 
     def admit(self, row: int, sampling: Sampling, seed: int, prompt: Tensor) -> None:
-        """Put a request into a row; `prompt` (n,) are the tokens a repetition penalty starts from."""
+        """Assign a request to a row; `prompt` (n,) are the first tokens that the repetition penalty counts."""
         self._settings[row] = sampling
         self._wanted = None
         self._greedy[row] = sampling.temperature == 0
@@ -50,12 +51,12 @@ class Sampler:
             self._seen[row, prompt] = True
 
     def release(self, row: int) -> None:
-        """Forget a finished row; tokens drawn for idle rows are never read."""
+        """Reset a finished row; tokens drawn for idle rows are ignored."""
         self._settings.pop(row, None)
         self._wanted = None
 
     def _needs(self) -> dict[str, bool]:
-        """Return the operations that any live row needs; the others would not change a row's numbers."""
+        """Return the operations that any active row needs; the others can be skipped without changing a result."""
         live = self._settings.values()
         return {
             "penalty": any(s.repetition_penalty != 1 for s in live),
@@ -65,7 +66,7 @@ class Sampler:
         }
 
     def draw(self, logits: Tensor, step: Tensor) -> Tensor:
-        """Return next tokens (rows,) for logits (rows, vocabulary); `step` (rows,) counts the tokens of each row."""
+        """Return next tokens (rows,) for logits (rows, vocabulary); `step` (rows,) is the token count of each row."""
         wanted = self._wanted = self._wanted or self._needs()
         logits = logits.float()
         if wanted["penalty"]:
@@ -91,7 +92,8 @@ def penalise(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
 
 
 def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
-    """Return the token (rows,) at which the cumulative weight (rows, n) first exceeds u (rows, 1) of the total."""
+    """Return the index (rows,) at which the cumulative weight (rows, n) first exceeds the share u (rows, 1) of the
+    total."""
     cumulative = weights.cumsum(dim=-1)
     total = cumulative[:, -1:]
     below = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))  # u * total may round to total
@@ -99,7 +101,7 @@ def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
 
 
 def nucleus(weights: Tensor, u: Tensor, top_p: Tensor) -> Tensor:
-    """Draw by `inverse_cdf` among the fewest likeliest tokens that together reach top_p (Holtzman et al. 2020)."""
+    """Draw with `inverse_cdf` from the smallest set of likeliest tokens that reaches top_p (Holtzman et al. 2020)."""
     ordered, order = weights.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(dim=-1) - ordered
     kept = torch.where(before < top_p * ordered.sum(dim=-1, keepdim=True), ordered, torch.zeros_like(ordered))

@@ -1,7 +1,7 @@
-"""A fake engine: responses come from a function or a planted model, with the receipts a real engine would give.
+"""Fake engine: a function or a planted model writes the responses, with the same receipts as a real engine.
 
-It runs whole pipelines in milliseconds, its true rates are known, and it can be made to fail. No torch, no model;
-`judging.scripted` reads the true scores back.
+It runs whole pipelines in milliseconds, has known true rates and can simulate failures. It needs neither torch nor a
+model. `judging.scripted` reads the true scores from the text.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from steerback.engines.base import Over, Pooling, ReadAt
 
 RESTART = "Wait, that is not right."
-"""Opens each planted second attempt."""
+"""First words of each planted second attempt."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class PlantedModel:
     unscored_rate: float = 0.0
 
     def mean_first_score(self, latent: LatentKey | None, boost: float) -> float:
-        """Return the expected first score before noise and clipping to 0..100."""
+        """Return the expected first score, without noise and clipping."""
         if latent is None:
             return self.unsteered
         x = (boost - self.thresholds.get(latent, self.threshold)) / self.slope
@@ -68,7 +68,7 @@ class PlantedModel:
         return low + (self.unsteered - low) * (1 - 1 / (1 + math.exp(-max(min(x, 50), -50))))
 
     def restart_probability(self, request: Request) -> float:
-        """Return the probability that this request's response restarts; 0 where nothing is added."""
+        """Return the probability that the response to this request restarts; 0 without an addition."""
         if all(i.mode != "add" or i.value == 0 for i in request.interventions):
             return 0.0
         lost = {i.latent: 1 - i.value if i.mode == "scale" else 1.0 for i in request.interventions if i.mode != "add"}
@@ -81,7 +81,7 @@ class PlantedModel:
     def __call__(self, request: Request) -> str:
         added = next((i for i in request.interventions if i.mode == "add"), None)
         latent, boost = (None, 0.0) if added is None else (added.latent, added.value)
-        # The draws depend on seed and latent alone: conditions that replay both differ in what was planted only.
+        # Draws depend only on seed and latent, so conditions that replay both differ only in the planted effect.
         draw = random.Random(f"{request.seed}/{latent}")
         noise, u_restart, u_success, u_other = draw.gauss(0, self.spread), *(draw.random() for _ in range(3))
         first = min(max(self.mean_first_score(latent, boost) + noise, 0.0), 100.0)
@@ -110,10 +110,10 @@ class ScriptedRecord(EngineRecord):
 
 
 class ScriptedEngine:
-    """Engine protocol over a script; deterministic, in order (or `shuffled` by request hash), with correct receipts.
+    """Engine that runs a script: deterministic, in order (or `shuffled` by request hash), with correct receipts.
 
-    `fail_receipts` picks requests whose receipt is to be wrong, `raise_on` requests at which generation breaks with
-    SteerbackError. `generated` counts completions.
+    `fail_receipts` selects requests that get a wrong receipt, `raise_on` requests that raise SteerbackError.
+    `generated` counts completions.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class ScriptedEngine:
         return digest(self.describe())
 
     def describe(self) -> ScriptedRecord:
-        """Return the script's settings or its name, and what it stands for."""
+        """Return the settings of the planted model, or the name of the script."""
         script = self.script
         settings = {k: str(v) for k, v in asdict(script).items()} if isinstance(script, PlantedModel) else None
         name = f"{getattr(script, '__module__', '')}.{getattr(script, '__qualname__', type(script).__qualname__)}"
@@ -145,12 +145,12 @@ class ScriptedEngine:
     async def generate(
         self, requests: Sequence[Request], more: Arriving | None = None
     ) -> AsyncIterator[tuple[str, Completion]]:
-        """Yield (key, completion); raises SteerbackError for a latent out of range or a repeated key."""
+        """Yield (key, completion). Raises SteerbackError for a latent out of range or a repeated key."""
         pool = self._ordered(requests)
         arrival = None if more is None else asyncio.ensure_future(more())
         try:
             while pool or arrival is not None:
-                await asyncio.sleep(0)  # as with a real engine, others get their turn
+                await asyncio.sleep(0)  # let other tasks run, as a real engine does
                 if more is not None and arrival is not None and (arrival.done() or not pool):
                     arrived = await arrival
                     arrival = None if arrived is None else asyncio.ensure_future(more())
@@ -184,7 +184,7 @@ class ScriptedEngine:
         if isinstance(text, Completion):
             return text
         tokens = tuple(_seed(word) % 50_000 for word in text.split()) or (0,)
-        prompt = len(f"{request.system or ''} {request.prompt} {request.prefill}".split()) + 4  # the chat template's
+        prompt = len(f"{request.system or ''} {request.prompt} {request.prefill}".split()) + 4  # like a chat template
         continued = request.prefix is not None
         prompt += len(request.prefix.token_ids) if request.prefix is not None else 0
         before, after = expected_positions(request.interventions, prompt, len(tokens), continued)
@@ -223,24 +223,25 @@ class ScriptedEngine:
         pool: Pooling = "max",
         at: ReadAt = "read",
     ) -> NDArray[np.float32]:
-        """Return sparse noise that depends on the texts; planted detectors fire where a response is not on its prompt.
+        """Return sparse noise that depends on the texts; planted detectors are active if the response does not match
+        its prompt.
 
-        A latent is active at a tenth of the tokens of a text in which it is active at all.
+        A latent that is active in a text is active at a tenth of its tokens.
         """
         import numpy as np
 
         detectors = self.script.detectors if isinstance(self.script, PlantedModel) else ()
-        found = np.zeros((len(prompts), self.n_latents), dtype=np.float32)
+        values = np.zeros((len(prompts), self.n_latents), dtype=np.float32)
         for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             text = response if over == "response" else f"{prompt} {response}"
-            found[row] = _sparse(text, self.n_latents, 0.02) if text.strip() else 0.0
+            values[row] = _sparse(text, self.n_latents, 0.02) if text.strip() else 0.0
             if response:
-                found[row, list(detectors)] = 0.0 if prompt in response else 2.0 + found[row, list(detectors)]
+                values[row, list(detectors)] = 0.0 if prompt in response else 2.0 + values[row, list(detectors)]
         if pool == "active":
-            found = (found > 0).astype(np.float32)
+            values = (values > 0).astype(np.float32)
         if pool != "max":
-            found *= np.float32(0.1)
-        return found if latents is None else found[:, list(latents)]
+            values *= np.float32(0.1)
+        return values if latents is None else values[:, list(latents)]
 
     def decoder_norms(self) -> NDArray[np.float32]:
         """Return ones: all directions have length 1."""
@@ -249,11 +250,11 @@ class ScriptedEngine:
         return np.ones(self.n_latents, dtype=np.float32)
 
     def token_ends(self, completion: Completion, prefix: Prefix | None = None) -> list[int]:
-        """Return the ends of the words, which are the tokens."""
+        """Return the end of each word; words are the tokens of this engine."""
         return [word.end() for word in re.finditer(r"\S+", completion.text)] or [len(completion.text)]
 
     def close(self) -> None:
-        """Do nothing: there is no model to release."""
+        """Do nothing; there is no model to release."""
 
 
 @functools.lru_cache(100_000)

@@ -1,8 +1,7 @@
-"""Interventions on a batch: tables with one row per slot, applied by a hook on the decoder layers, with receipts.
+"""Interventions on a batch: tables with one row per slot, a hook on the decoder layers that applies them, and receipts.
 
-The arithmetic is `steerback.engines.interventions`; here it is laid out so that every row may carry edits of its own
-while all rows go through the same shapes (so that a row's numbers do not depend on its neighbours). Knows nothing of
-sampling.
+The arithmetic is that of `steerback.engines.interventions`. Each row can have different edits, but all rows use the
+same tensor shapes, so that a row's numbers do not depend on its neighbours. This module does not know about sampling.
 """
 
 from __future__ import annotations
@@ -20,25 +19,25 @@ from steerback.records import Receipt, Request
 from steerback.targets.sae import Sae
 
 GROUP = 8
-"""Latents are read and clamped in groups of this many: a fixed shape, whatever the other rows need."""
+"""Group size in which latents are read and clamped: a fixed shape, independent of other rows."""
 
 
 class Columns:
-    """Latents of each row, padded to groups; reads their activations z_k (rows, Q, k) from h (rows, Q, d)."""
+    """Latents of each row, padded to groups; computes their activations z_k (rows, Q, k) from h (rows, Q, d)."""
 
     def __init__(self, sae: Sae, rows: int, device: torch.device) -> None:
         self.sae, self.rows, self.device = sae, rows, device
         self.groups: list[dict[str, Tensor]] = []
 
     def set(self, row: int, latents: Sequence[int], clamps: Sequence[Clamp] = ()) -> None:
-        """Give a row its latents (and what they are clamped to)."""
+        """Set the latents of a row, and their clamp values if any."""
         while len(self.groups) * GROUP < len(latents):
             self.groups.append(self._empty())
         for n, group in enumerate(self.groups):
             own = list(latents[n * GROUP : (n + 1) * GROUP])
             for tensor in group.values():
                 tensor[row] = 0
-            group["threshold"][row] = float("inf")  # an unused column reads 0
+            group["threshold"][row] = float("inf")  # an infinite threshold makes unused columns read 0
             if not own:
                 continue
             size = len(own)
@@ -54,13 +53,13 @@ class Columns:
                 group["removed"][row, 0, :size] = removed.to(group["removed"])
 
     def read(self, x: Tensor, group: dict[str, Tensor], full: Tensor | None) -> Tensor:
-        """Return z (rows, Q, GROUP) of one group; `full` is the TopK code of x, which cannot be read by columns."""
+        """Return z (rows, Q, GROUP) of one group; `full` is the TopK code of x, which needs all latents."""
         if full is not None:
             return full.gather(2, group["latent"][:, None].expand(-1, x.shape[1], -1)) * group["used"]
         return self.sae.activate(torch.baddbmm(group["bias"], x, group["encoder"]), group["threshold"])
 
     def full(self, x: Tensor) -> Tensor | None:
-        """Return the activations of all latents where the SAE needs them (TopK), else None."""
+        """Return the activations of all latents if the SAE needs them (TopK), else None."""
         return self.sae.encode(x) if self.sae.kind == "topk" else None
 
     def _empty(self) -> dict[str, Tensor]:
@@ -81,7 +80,7 @@ class Columns:
 
 
 class LayerEdits:
-    """The edits of one layer in one phase, one row per slot."""
+    """Edits of one layer in one phase, with one row per slot."""
 
     def __init__(self, rows: int, d_model: int, sae: Sae | None, device: torch.device) -> None:
         self.add = torch.zeros(rows, 1, d_model, device=device)
@@ -91,7 +90,7 @@ class LayerEdits:
         self._columns = None if sae is None else Columns(sae, rows, device)
 
     def set(self, row: int, plan: LayerPlan | None, sae: Sae | None, directions: Mapping[str, Tensor]) -> None:
-        """Give a row its edits, or none."""
+        """Set the edits of a row; None removes them."""
         changed = plan is not None or row in self.live
         if not changed:
             return
@@ -104,7 +103,7 @@ class LayerEdits:
             (self._clamped.add if clamp else self._clamped.discard)(row)
 
     def delta(self, h: Tensor) -> Tensor:
-        """Return the sum of all edits (rows, Q, d) in float32: clamps read h as it arrives, additions come after."""
+        """Return the sum of all edits (rows, Q, d) in float32: clamps use the unedited h, then additions follow."""
         if not self._clamped or self._columns is None:
             return self.add
         x = h.float()
@@ -117,7 +116,7 @@ class LayerEdits:
 
 
 class Tally:
-    """Record of executed edits: for each layer, the norm added at each row and position, -1 where nothing was added."""
+    """Record of executed edits: per layer, row and position the norm of the edit, or -1 if nothing was added."""
 
     def __init__(self, rows: int, length: int, device: torch.device) -> None:
         self._rows, self._length, self._device = rows, length, device
@@ -130,18 +129,18 @@ class Tally:
         return self._norms[layer]
 
     def clear(self, row: int) -> None:
-        """Forget a row."""
+        """Reset a row."""
         for norms in self._norms.values():
             norms[row] = -1
 
     def count(self, layer: int, positions: Tensor, edited: Tensor, norms: Tensor) -> None:
-        """Note one layer's edits: positions, edited (bool) and norms are (rows, Q)."""
+        """Record the edits of one layer: positions, edited (bool) and norms are (rows, Q)."""
         self.at(layer).scatter_(1, positions, norms.masked_fill(~edited, -1.0))
 
     def receipt(self, row: int, boundary: int, tokens: int, planned: Sequence[Sequence[int]]) -> Receipt:
-        """Return the receipt of a finished row: a position counts if all layers `planned` for its phase edited it.
+        """Return the receipt of a finished row. A position counts if all layers in `planned` for its phase edited it.
 
-        `boundary` is the first position of the generated phase; the last of the `tokens` was never fed back.
+        `boundary` is the first position of the generated phase. The last of the `tokens` was never fed back.
         """
         counts, total = [], 0.0
         spans = (slice(0, boundary), slice(boundary, max(tokens - 1, boundary)))
@@ -155,13 +154,13 @@ class Tally:
 
 @dataclass
 class Recorder:
-    """Recorded activations of a batch, (rows, length, latents padded to groups) float32, at one layer."""
+    """Recorded activations of a batch at one layer, (rows, length, latents padded to groups) float32."""
 
     columns: Columns
     kept: Tensor
 
     def take(self, h: Tensor, positions: Tensor, valid: Tensor) -> None:
-        """Store z of the arriving residual h (rows, Q, d) at positions (rows, Q) where valid."""
+        """Store z of the unedited residual h (rows, Q, d) at positions (rows, Q), if valid."""
         x = h.float()
         full = self.columns.full(x)
         for n, group in enumerate(self.columns.groups):
@@ -170,7 +169,7 @@ class Recorder:
 
 
 class Steering:
-    """All edits and recordings of `rows` slots in one phase, and the tally of executed edits."""
+    """Edits and recordings of `rows` slots in one phase, with the record of executed edits."""
 
     def __init__(
         self,
@@ -189,7 +188,7 @@ class Steering:
         self.tally = Tally(rows, length, device)
 
     def admit(self, row: int, request: Request) -> tuple[int, ...]:
-        """Put a request's edits and recording into a row; return the layers it edits in this phase."""
+        """Assign a request's edits and recording to a row; return the layers edited in this phase."""
         plans = plan_layers(request.interventions, self.phase, self.site)
         for layer in plans:
             if layer not in self.tables:
@@ -226,24 +225,24 @@ class Steering:
 
 @dataclass
 class Pass:
-    """One forward pass: which tables act, the position of each token, and which tokens count (not padding, not idle).
+    """One forward pass: the active tables, the position of each token, and a mask without padding and idle rows.
 
-    `parts` pairs a Steering with a mask (rows, Q) of the positions that are in its phase.
+    `parts` pairs each Steering with a mask (rows, Q) of the positions in its phase.
     """
 
     positions: Tensor
     parts: Sequence[tuple[Steering, Tensor]]
     stop_after: int | None = None
-    residual: dict[int, Tensor] = field(default_factory=dict)  # layers to keep -> filled by the hook
+    residual: dict[int, Tensor] = field(default_factory=dict)  # layers to keep, filled by the hook
     keep: frozenset[int] = frozenset()
 
     @property
     def alone(self) -> bool:
-        """Whether there is one token per row and one phase, so that rows without edits simply add zeros."""
+        """Whether each row has one token in one phase; rows without edits then simply add zeros."""
         return len(self.parts) == 1 and self.positions.shape[1] == 1
 
     def at_layer(self, layer: int, h: Tensor) -> Tensor:
-        """Return the residual (rows, Q, d) that leaves `layer`."""
+        """Return the edited residual (rows, Q, d) after `layer`."""
         if layer in self.keep:
             self.residual[layer] = h
         if layer == self.stop_after:
@@ -260,7 +259,7 @@ class Pass:
             norms = torch.linalg.vector_norm(delta, dim=-1).expand_as(edited)
             steering.tally.count(layer, self.positions, edited, norms)
             steered = (h.float() + delta).to(h.dtype)
-            # While decoding, rows without edits have a delta of 0; among prompts, padding has to be spared.
+            # While decoding, rows without edits have a delta of 0. In a prefill, padding must be excluded.
             out = steered if self.alone else torch.where(edited[..., None], steered, out)
         return out
 
@@ -275,7 +274,7 @@ Hook = Callable[[torch.nn.Module, object, BlockOutput], BlockOutput | None]
 
 
 class Hooks:
-    """Hooks on a model's decoder layers; each thread sets its own pass, and without one the model runs unchanged."""
+    """Hooks on a model's decoder layers. Each thread sets a separate pass; without a pass the model runs unchanged."""
 
     def __init__(self, layers: Sequence[torch.nn.Module]) -> None:
         self._thread = threading.local()

@@ -1,6 +1,6 @@
-"""The reference engine: a Hugging Face model, hooks on its blocks, continuous batching in fixed shapes.
+"""Reference engine: a Hugging Face model with hooks on its blocks and continuous batching in fixed shapes.
 
-Every number of another engine is checked against this one. It knows nothing of judges, ledgers or experiments.
+All other engines are tested against its numbers. It does not know about judges, ledgers or experiments.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from steerback.engines.base import Over, Pooling, ReadAt
 
 CHUNK_TOKENS = 1024
-"""Residuals are encoded this many tokens at a time, so that tokens x latents never fills the memory."""
+"""Tokens that are encoded at one time, so that a (tokens, latents) matrix cannot fill the memory."""
 
 
 class TransformersRecord(ModelRecord):
@@ -49,12 +49,12 @@ class TransformersRecord(ModelRecord):
 
 
 class TransformersEngine:
-    """Generates steered responses for one target on CPU, CUDA or MPS.
+    """Generate steered responses for one target on CPU, CUDA or MPS.
 
-    `batch_size` (rows that decode together) is estimated from the machine's memory by default, and halved when memory
-    runs out all the same; small models on a CPU decode in several such batches (`workers`) side by side. A request's
-    tokens do not depend on the others in its batch nor on the number of workers (measured bit for bit on CPU); they
-    do depend on batch size, threads, device and library versions, all of which are in `describe()`.
+    `batch_size` (rows that decode together) is estimated from the machine's memory by default and halved if memory
+    still runs out. Small models on a CPU decode in several such batches (`workers`) in parallel. A request's tokens
+    depend neither on the other requests in its batch nor on the number of workers (measured bit for bit on a CPU). They
+    do depend on batch size, threads, device and library versions, which are all in `describe()`.
     """
 
     def __init__(
@@ -71,8 +71,8 @@ class TransformersEngine:
         on_cpu = self.runner.device.type == "cpu"
         self.shape = Shape(batch_size or batch_rows(self.runner), page=PAGE if on_cpu else None)
         self._halvings: list[str] = []
-        # The event loop stays free for judges. Small models gain more from batches side by side than from threads
-        # within a matrix product: those wait for each other at every operation.
+        # Batches run in threads so that the event loop stays free for judges. Small models gain more from parallel
+        # batches than from threads within a matrix product, which synchronise at every operation.
         small = on_cpu and sum(p.numel() for p in self.runner.model.parameters()) < SMALL
         threads = torch.get_num_threads()
         self.workers = workers or (min(threads, 4) if small else 1)
@@ -83,12 +83,12 @@ class TransformersEngine:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of everything that shapes a completion except the request."""
-        # Halvings show in the batch shape, and batches that run side by side do not touch each other.
+        """Hash of everything except the request that shapes a completion."""
+        # The batch shape shows halvings, and parallel batches do not affect each other.
         return digest({k: v for k, v in self.describe().items() if k not in ("halved_on_out_of_memory", "workers")})
 
     def describe(self) -> TransformersRecord:
-        """Return what is needed to get the same texts again."""
+        """Return the settings that are needed to reproduce the texts."""
         import transformers
 
         site = self.runner.site
@@ -116,7 +116,7 @@ class TransformersEngine:
     def _device_name(self) -> str:
         device = self.runner.device
         if device.type == "cpu":
-            return f"cpu {torch.backends.cpu.get_cpu_capability()}"  # kernels differ, and with them the last bits
+            return f"cpu {torch.backends.cpu.get_cpu_capability()}"  # kernels differ, and so do the last bits
         return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
     @cached_property
@@ -126,7 +126,7 @@ class TransformersEngine:
     async def generate(
         self, requests: Sequence[Request], more: Arriving | None = None
     ) -> AsyncIterator[tuple[str, Completion]]:
-        """Yield (key, completion) as responses finish; requests are checked before any of them is generated."""
+        """Yield (key, completion) as responses finish; all requests are checked before generation starts."""
         queue, later = Queue(self._check(requests)), list[Item]()
         batches: list[DecodingBatch] = []
         running: dict[asyncio.Future[list[tuple[str, Completion]]], DecodingBatch] = {}
@@ -148,7 +148,7 @@ class TransformersEngine:
                         items, arrival = self._check(arrived), asyncio.ensure_future(more())
                         later += [item for item in items if not queue.put(item)]
                 if any(self._short_of_memory(future) for future in running if future in ready):
-                    await asyncio.wait(running)  # no batch may hold memory while the shape shrinks
+                    await asyncio.wait(running)  # all batches must release memory before the shape shrinks
                     ready = set(running)
                 stopped = {future: running.pop(future) for future in list(running) if future in ready}
                 short = {future for future in stopped if self._short_of_memory(future)}
@@ -180,8 +180,8 @@ class TransformersEngine:
     def _halve(self) -> None:
         """Halve the batch after memory ran out, and record it.
 
-        accelerate's `find_executable_batch_size` does not fit: it calls its function again from the start, which would
-        generate finished responses a second time, and keeps no record of the batch shape that the ledger needs.
+        accelerate's `find_executable_batch_size` is not suitable. It restarts its function, which would generate
+        finished responses again, and it does not record the batch shape that the ledger needs.
         """
         before, after = self.shape.rows, self.shape.rows // 2
         self.shape = Shape(after, self.shape.prefill_rows, self.shape.page)
@@ -229,7 +229,7 @@ class TransformersEngine:
 
     @cached_property
     def encoder(self) -> Sae:
-        """The SAE for encoding everything: its encoder goes to the device once, unless there is no room for it."""
+        """The SAE for encoding all latents; its encoder moves to the device once if there is enough memory."""
         assert self.sae is not None
         try:
             return self.sae.encoder_to(self.runner.device)
@@ -240,10 +240,10 @@ class TransformersEngine:
     def residuals(
         self, prompts: Sequence[str], responses: Sequence[str], layers: Collection[int]
     ) -> Iterator[tuple[int, tuple[int, ...], dict[int, Tensor]]]:
-        """Unsteered residuals over the words of each response, as (text, its token ids, {layer: (tokens, d) float32}).
+        """Yield unsteered residuals over the words of each response: (text, token ids, {layer: (tokens, d) float32}).
 
-        Texts come in order of length; special and template tokens are excluded. Raises SteerbackError for a layer that
-        the model does not have or a text that does not fit its context.
+        Texts are ordered by length; special and template tokens are excluded. Raises SteerbackError for a layer that
+        the model does not have, or for a text that exceeds its context.
         """
         for layer in layers:
             if not 0 <= layer < self.runner.site.n_layers:
@@ -255,13 +255,14 @@ class TransformersEngine:
             yield n, ids, {layer: h[chosen].float() for layer, h in states.items()}
 
     def words(self, text: Conversation) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return a conversation's tokens and the positions of its words in prompt and answer, but never the first."""
+        """Return a conversation's tokens and the positions of the words in prompt and answer, without position 0."""
         return text.token_ids, tuple(n for n in (*text.user, *text.response) if n)
 
     def states(
         self, texts: Sequence[Sequence[int]], layers: Collection[int]
     ) -> Iterator[tuple[int, dict[int, Tensor]]]:
-        """Yield (text, residuals (padded T, d) of all its tokens after `layers`) for token ids, shortest text first."""
+        """Yield (text, residuals (padded T, d) of all tokens after each of `layers`) for token ids, shortest text
+        first."""
         rows = self.shape.prefill_rows
         order = sorted(range(len(texts)), key=lambda n: Shape.bucket(len(texts[n])))
         while order:
@@ -272,14 +273,14 @@ class TransformersEngine:
             for row, n in enumerate(part):
                 self.runner.check_length(f"text {n}", len(texts[n]), 0)
                 ids[row, : len(texts[n])] = torch.tensor(texts[n])
-            found = self.runner.residuals(ids, layers)
+            residuals = self.runner.residuals(ids, layers)
             for row, n in enumerate(part):
-                yield n, {layer: h[row] for layer, h in found.items()}
+                yield n, {layer: h[row] for layer, h in residuals.items()}
 
     def decoder_norms(self) -> NDArray[np.float32]:
         """Return the L2 norm of each latent's decoder direction: (n latents,)."""
         if self.sae is None:
-            raise SteerbackError("decoder norms need an SAE and this target has none")
+            raise SteerbackError("decoder norms need an SAE, but this target has none")
         norms: NDArray[np.float32] = self.sae.decoder_norms.numpy()
         return norms
 
@@ -291,7 +292,7 @@ class TransformersEngine:
     def teacher_forced(
         self, token_ids: Sequence[int], interventions: Sequence[Intervention], prompt_tokens: int
     ) -> Tensor:
-        """Return logits (T, vocabulary) of a text, steered, in one pass, for comparisons with other engines.
+        """Return logits (T, vocabulary) of a steered text in one pass, for comparison with other engines.
 
         The first `prompt_tokens` positions are the prompt.
         """
@@ -300,7 +301,7 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def reread(self, request: Request, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        """Return activations along an existing response, read in one pass; see `Rereads.reread`."""
+        """Return activations along an existing response, computed in one pass; see `Rereads.reread`."""
         layer = self.runner.site.record_layer(request.record)
         if request.record is None or layer is None:
             raise SteerbackError("reread needs a request with latents to record")
@@ -315,7 +316,7 @@ class TransformersEngine:
     def _forced(
         self, request: Request, token_ids: Sequence[int], prompt_tokens: int
     ) -> tuple[Tensor, tuple[Steering, Steering]]:
-        """Return final hidden states (1, T, d) of a steered text, and the steering of its prompt and its response."""
+        """Return final hidden states (1, T, d) of a steered text, and the steering objects of prompt and response."""
         site, device = self.runner.site, self.runner.device
         check(request.key, request.interventions, request.record, site)
         ids = torch.tensor([list(token_ids)], device=device)
@@ -328,7 +329,7 @@ class TransformersEngine:
         return self.runner.hidden(ids, positions, ids.shape[1], None, forward), (prompt, generated)
 
     def close(self) -> None:
-        """Waits for the block of steps under way, if any, and lets go of the model."""
+        """Wait for the current block of steps to end, then release the model."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         self.runner.hooks.remove()
         with contextlib.suppress(AttributeError):

@@ -1,7 +1,7 @@
-"""The experiments: each is a plan with typed options over the one pipeline.
+"""The experiments; each is a plan of trials with typed options for the shared pipeline.
 
-An experiment is one module with one class; adding it to `REGISTRY` makes it a choice of `steerback run`. Its analysis
-and its figures are registered under the same name in `analysis` and `figures`.
+An experiment is one module with one class. Adding the class to `REGISTRY` makes it a choice of `steerback run`. Its
+analysis and figures are registered under the same name in `analysis` and `figures`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ REGISTRY = {
 
 
 def experiment_type(name: str) -> type[Experiment[Settings]]:
-    """The experiment's class. Raises SteerbackError listing the names if there is none of that name."""
+    """Return the class of an experiment. Raises SteerbackError with the valid names if the name is unknown."""
     if name not in REGISTRY:
         raise unknown("experiment", name, sorted(REGISTRY))
     module, cls = REGISTRY[name]
@@ -45,7 +45,7 @@ def experiment_type(name: str) -> type[Experiment[Settings]]:
 
 
 def make_experiment(config: RunConfig) -> Experiment[Settings]:
-    """The experiment that a config names, with its options parsed and checked."""
+    """Return the experiment that a config names, with its checked options."""
     from steerback.experiments.base import parse_options
 
     kind = experiment_type(config.experiment)

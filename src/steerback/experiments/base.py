@@ -1,7 +1,7 @@
-"""Base of the experiments: a plan of trials, with typed options.
+"""Base class of the experiments: a plan of trials with typed options.
 
-An experiment knows the study it plans for; how its rows become results lies in `analysis`, how these are drawn in
-`figures`, each under the experiment's name.
+An experiment uses the study that it plans for. Its results are computed in `analysis` and drawn in `figures`, under the
+experiment's name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OptionsType = TypeVar("OptionsType", bound=Settings, covariant=True)
 
 
 SEARCHING = frozenset({"discovery_prompts", "responses", "rule", "auc", "limit"})
-"""Options of a search for detectors, which do nothing where the detectors are named."""
+"""Options of a detector search; they have no effect if the option `detectors` is set."""
 
 
 class NoOptions(Settings):
@@ -31,11 +31,11 @@ class NoOptions(Settings):
 
 
 class Experiment(ABC, Generic[OptionsType]):
-    """A plan. `options` are the settings (types, defaults, bounds) that only this experiment knows.
+    """A plan of trials. `options` are the experiment's settings (types, defaults, bounds).
 
-    `authors` are their values under the preset of that name. An experiment that does not calibrate needs no
-    thresholds; one that does not generate collects rows of finished runs instead. `needs_sae`: it reads or clamps
-    SAE latents, so a target that has directions only will not do. `reports_rates`: the judge's floor is measured.
+    `authors` are the option values of the preset `authors`. An experiment that does not calibrate needs no thresholds.
+    An experiment that does not generate collects rows of finished runs instead. `needs_sae`: reads or clamps SAE
+    latents, so a target with directions only is refused. `reports_rates`: the judge's floor is measured.
     """
 
     name: ClassVar[str]
@@ -52,43 +52,43 @@ class Experiment(ABC, Generic[OptionsType]):
 
     @abstractmethod
     def conditions(self, config: RunConfig) -> int:
-        """Number of conditions that are measured, for the estimate before a run."""
+        """Number of measured conditions, for the estimate before a run."""
 
     def further(self, config: RunConfig) -> dict[str, int]:
-        """Responses per target beyond the usual stages, by stage, for the estimate before a run."""
+        """Number of additional responses per target and stage, for the estimate before a run."""
         return {}
 
     def judges(self, config: RunConfig) -> tuple[str, ...]:
-        """Names of the judges whose verdicts are needed."""
+        """Names of the judges whose verdicts the experiment needs."""
         return (config.judge,)
 
     def measured_targets(self, config: RunConfig, targets: Sequence[Target]) -> tuple[Target, ...]:
-        """The targets that are measured, in order: those of the config unless the experiment has more."""
+        """Measured targets in order; by default the targets of the config."""
         return tuple(targets)
 
     def own_detectors(self) -> str | None:
-        """File that the options name as the source of the detectors, if there is one."""
+        """File or folder of the detectors if the options name one, else None."""
         source = getattr(self.options, "detectors", None)
         return source if isinstance(source, str) else None
 
     async def run(self, study: Study) -> None:
-        """Plan the trials of one target's conditions and complete them, for an experiment that generates."""
+        """Plan and complete the trials of one target's conditions; for experiments that generate."""
         raise NotImplementedError(f"{self.name} generates nothing")
 
     def collect(self, run: Run) -> None:
-        """In place of `run` for one that does not generate: fill the ledger with rows to be judged."""
+        """Fill the ledger with existing rows for judging; for experiments that do not generate."""
         raise NotImplementedError(f"{self.name} generates")
 
 
 def parse_options(kind: type[Experiment[OptionsType]], config: RunConfig) -> Settings:
-    """The experiment's options: its defaults, the authors' values under their preset, then the user's; checked.
+    """Return the checked options: defaults, then the authors' values under their preset, then the user's values.
 
-    Raises SteerbackError naming the option that is wrong.
+    Raises SteerbackError with the name of an invalid option.
     """
     useless = sorted(SEARCHING & config.options.keys()) if config.options.get("detectors") is not None else []
     if useless and "detectors" in kind.options_type.model_fields:
         raise SteerbackError(
-            f"{kind.name} options: detectors says which they are, so these would do nothing: {', '.join(useless)}; "
+            f"{kind.name} options: detectors sets the latents, so these have no effect: {', '.join(useless)}; "
             "leave out either"
         )
     authors: dict[str, object] = {}
@@ -98,9 +98,9 @@ def parse_options(kind: type[Experiment[OptionsType]], config: RunConfig) -> Set
 
 
 def _authors_detectors(kind: type[Experiment[OptionsType]], config: RunConfig) -> dict[str, object]:
-    """The authors' list, where their model is measured and the experiment is not itself the search for detectors."""
+    """Return the authors' list of detectors for their model, except for the detector search."""
     if set(config.targets) != {"llama-3.3-70b@authors"} or "detectors" not in kind.options_type.model_fields:
         return {}
     if kind.name == "detectors" or config.options.get("detectors") is not None or SEARCHING & config.options.keys():
         return {}
-    return {"detectors": str(paper_files.folder() / paper_files.DETECTORS)}  # its presence is checked before a run
+    return {"detectors": str(paper_files.folder() / paper_files.DETECTORS)}  # a run checks that the file exists

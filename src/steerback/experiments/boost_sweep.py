@@ -1,8 +1,8 @@
 """Experiment 2, boost sweep (specification section "Experiment 2", Fig. 3).
 
-Resistance against steering strength: each latent at its threshold plus so many standard deviations, where the
-standard deviation is that of the thresholds across latents. Levels that would be negative are dropped and counted.
-The authors give all latents the same boosts instead: the mean threshold plus so many standard deviations, at least 0.
+Measures resistance at several boosts. Each latent is steered at its threshold plus a multiple of the standard deviation
+of the thresholds across latents. Negative boosts are dropped and counted. The authors instead use the same boosts for
+all latents: the mean threshold plus a multiple of the standard deviation, at least 0.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from steerback.study.study import Study
 
 
 class SweepOptions(Settings):
-    """Levels in standard deviations from a threshold."""
+    """Levels of the boost sweep, in standard deviations from a threshold."""
 
     boosts: Literal["own", "shared"] = "own"
-    """Around each latent's own threshold, or (authors) around the mean of all, the same for every latent."""
+    """`own`: levels around each latent's threshold; `shared` (authors): around the mean threshold, the same boosts
+    for all latents."""
     levels: int = Field(8, ge=2)
     """Number of levels, evenly spaced from `low` to `high`."""
     low: float = -1.5
@@ -39,7 +40,7 @@ class SweepOptions(Settings):
 
 
 class BoostSweep(Experiment[SweepOptions]):
-    """Restarts and recovery from weak to strong steering, and where each peaks."""
+    """Measure restarts and recovery from weak to strong steering, and the boost at which each peaks."""
 
     name = "boost-sweep"
     title = "Resistance against boost (experiment 2)"
@@ -50,14 +51,14 @@ class BoostSweep(Experiment[SweepOptions]):
         return self.options.levels
 
     def levels(self) -> list[float]:
-        """Normalised boosts, in standard deviations from each latent's threshold or the mean of all."""
+        """Levels as normalised boosts: standard deviations from each latent's threshold, or from the mean threshold."""
         import numpy as np
 
         chosen = self.options
         return [round(float(x), 6) for x in np.linspace(chosen.low, chosen.high, chosen.levels)]
 
     async def run(self, study: Study) -> None:
-        """Every cell at every level that is not negative; prompts and seeds are the same at all levels."""
+        """Measure every grid point at every non-negative level; all levels share prompts and seeds."""
         cells = await study.cells()
         thresholds = {c.latent.key: c.boost for c in cells}
         if len(thresholds) < 2:
@@ -73,11 +74,12 @@ class BoostSweep(Experiment[SweepOptions]):
         await study.measure("boost sweep", trials)
 
     def plan(self, thresholds: Sequence[float], target: str) -> tuple[Sweep, list[float | None]]:
-        """Return the sweep of latents with these thresholds and the boost of all latents at each of its levels.
+        """Return the sweep for latents with these thresholds, and for each level the boost shared by all latents.
 
-        The boost is None where each latent has its own. Shared boosts: `numpy.linspace` around the mean, by the
-        population's standard deviation, negative ones set to 0. Several that are 0 are one level: with the seeds of the
-        cells they would be the same responses. So are levels of the same name (within 0.01 sd).
+        The shared boost is None if each latent has a separate boost. Shared boosts are `numpy.linspace` around the
+        mean, in units of the population standard deviation, and negative ones become 0. Levels with the same boost are
+        merged, because with equal seeds they give identical responses. Levels with the same name (closer than 0.01 sd)
+        are merged too.
         """
         import numpy as np
 

@@ -1,11 +1,11 @@
 """Experiment 7, cross-judge validation (specification section "Experiment 7", Figs. A2 to A4).
 
-A sample of finished runs is judged by several judges: do they see the same restarts and the same direction of change,
-and do they rank the models alike? Nothing is generated: `gather` copies responses into a run of its own, judging adds
-each judge's verdicts, and the analysis compares them from the ledger alone.
+Several judges score the same sample of finished responses. The experiment compares which restarts they report, the
+direction of change, and the ranking of the models. Nothing is generated: `gather` copies responses into a new run,
+judging adds each judge's verdicts, and the analysis uses only that run's ledger.
 
-The sample takes multi-attempt trials first, so rates over it are higher than over the runs; `weighted` undoes that by
-weighing trials with how many each stands for.
+The sample takes multi-attempt trials first, so its rates are higher than those of the runs. `weighted` corrects this:
+it weights each trial by the number of trials that it represents.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ SAMPLE_SIZE, MINIMUM, SEED = 1000, 100, 42
 
 
 class CrossJudgeOptions(Settings):
-    """Which responses are judged by whom."""
+    """Judges and responses of the cross-judge validation."""
 
     sources: list[str] = Field([])
-    """Finished runs whose responses are judged."""
+    """Folders of the finished runs whose responses are judged."""
     judges: list[str] = Field([])
-    """The judges, two or more."""
+    """Names of the judges, at least two."""
     sample: int = Field(SAMPLE_SIZE, ge=1)
-    """Responses that every judge reads."""
+    """Number of responses that every judge reads."""
     minimum: int = Field(MINIMUM, ge=1)
-    """Of each target, at least."""
+    """Minimum number of responses per target."""
 
 
 class CrossJudge(Experiment[CrossJudgeOptions]):
-    """Agreement of several judges on one sample of responses."""
+    """Measure the agreement of several judges on one sample of responses."""
 
     name = "cross-judge"
     title = "Cross-judge validation (experiment 7)"
@@ -54,26 +54,27 @@ class CrossJudge(Experiment[CrossJudgeOptions]):
         return 0
 
     def further(self, config: RunConfig) -> dict[str, int]:
-        """How many responses are judged, at most."""
+        """Maximum number of responses to judge."""
         return {"sample": max(self.options.sample, self.options.minimum * len(config.targets))}
 
     def judges(self, config: RunConfig) -> tuple[str, ...]:
-        """Two or more, each named once."""
+        """The judges, at least two, without duplicates."""
         names = tuple(dict.fromkeys(self.options.judges))
         if len(names) < 2:
             raise SteerbackError("cross-judge compares two judges or more: name them with --judges A,B")
         return names
 
     def collect(self, run: Run) -> None:
-        """The sample of the runs it starts from."""
+        """Copy the sample from the source runs."""
         gather(run, [Path(s) for s in self.options.sources], self.options.sample, self.options.minimum)
 
 
 def gather(opened: Run, sources: Sequence[Path], sample: int = SAMPLE_SIZE, minimum: int = MINIMUM) -> int:
-    """Copies the sample, its references and the verdicts it has into `opened`; returns how many trials. Idempotent.
+    """Copy the sample with its references and existing verdicts into `opened`; return the number of trials. Idempotent.
 
-    Stratified by target, `sample` in all but at least `minimum` each: multi-attempt trials (by the source run's judge)
-    first, and at least half of the minimum single-attempt ones, so that agreement on the difference means something.
+    The sample is stratified by target: `sample` responses in total, at least `minimum` per target. Multi-attempt trials
+    (by the source run's judge) come first. At least half of the minimum are single-attempt trials, so that agreement on
+    the difference can be measured.
     """
     pools: dict[str, list[tuple[Row, str, Path]]] = defaultdict(list)
     kept: list[tuple[Row, str, Path]] = []
@@ -120,7 +121,7 @@ def gather(opened: Run, sources: Sequence[Path], sample: int = SAMPLE_SIZE, mini
 
 
 def _weight(stratum: Sequence[object], drawn: Sequence[object]) -> float:
-    """Trials of a stratum that each drawn one stands for."""
+    """Return the number of trials in a stratum per sampled trial."""
     return len(stratum) / len(drawn) if drawn else 0.0
 
 
@@ -141,7 +142,7 @@ def _copy(opened: Run, entries: Sequence[tuple[Row, str, Path]]) -> None:
 
 
 def _copy_labels(opened: Run, sources: Sequence[Path], chosen: Sequence[tuple[Row, str, Path]]) -> None:
-    """Copy what people have said about the chosen trials in the runs they come from."""
+    """Copy the human labels of the sampled trials from the source runs."""
     for folder in sources:
         with Run.read(folder) as source:
             labellers = [name for name in source.ledger.judges() if name.startswith(HUMAN)]
@@ -153,5 +154,5 @@ def _copy_labels(opened: Run, sources: Sequence[Path], chosen: Sequence[tuple[Ro
 
 
 def _renamed(entries: Sequence[tuple[Row, str, Path]]) -> list[tuple[str, tuple[Row, str, Path]]]:
-    """Keys that say which run a trial came from, as two runs may hold the same key."""
+    """Return keys that contain the source run, because two runs may use the same key."""
     return [(f"{entry[0].trial.key}@{entry[2].name}", entry) for entry in entries]

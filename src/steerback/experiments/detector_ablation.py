@@ -1,8 +1,8 @@
 """Experiment 3, second phase: off-topic detectors clamped to zero (Fig. 5).
 
 The baseline's trials are replayed with the same prompts, seeds and boosts, and with the detectors clamped. A dose curve
-clamps the best quarter, half and three quarters of the detectors to zero. Partial clamps leave all of them a part of
-their activity.
+clamps the best quarter, half and three quarters of the detectors to zero. Partial clamps reduce the activity of all
+detectors instead.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from steerback.study.study import Study
 
 
 class DetectorAblationOptions(SearchOptions):
-    """Doses that are measured besides none and all of the detectors at zero."""
+    """Doses to measure, in addition to the baseline and all detectors at zero."""
 
     doses: list[Annotated[float, Field(gt=0, lt=1)]] = Field([0.25, 0.5, 0.75])
-    """Shares of the detectors, best first."""
+    """Shares of the detectors to clamp to zero, best detectors first."""
     levels: list[Annotated[float, Field(gt=0)]] = Field([0.25, 0.5])
-    """Partial clamps: all detectors keep this part of their activity."""
+    """Partial clamps: shares of their activity that all detectors keep."""
     partial: Literal["scale", "level"] = "scale"
-    """`scale`: each token keeps that part of its own activation; `level`: every token is held at that part of the
+    """`scale`: each token keeps this share of its activation; `level`: every token is clamped to this share of the
     detector's mean max-pooled activation on mismatched pairs."""
 
 
 class DetectorAblation(Experiment[DetectorAblationOptions]):
-    """Does resistance need the detectors? Baseline against all of them at zero, and the doses in between."""
+    """Compare the baseline with all detectors clamped to zero, and with the doses in between."""
 
     name = "detector-ablation"
     needs_sae = True
@@ -49,7 +49,7 @@ class DetectorAblation(Experiment[DetectorAblationOptions]):
         return search_responses(self.options)
 
     def doses(self) -> list[Dose]:
-        """All detectors at zero, smaller shares of them at zero, all at a part of their level."""
+        """The doses: all detectors at zero, smaller shares of them at zero, then all of them at partial levels."""
         return [
             Dose(condition=ABLATED, share=1.0, level=0.0),
             *(Dose(condition=f"{ABLATED} {x:.0%}", share=x, level=0.0) for x in sorted(set(self.options.doses))),
@@ -63,7 +63,7 @@ class DetectorAblation(Experiment[DetectorAblationOptions]):
         )
 
     async def run(self, study: Study) -> None:
-        """Measure the baseline, all detectors at zero, then the doses and the partial clamps."""
+        """Measure the baseline, then all detectors at zero, then the other doses and partial clamps."""
         detectors = (await detectors_of(study, self.options)).detectors
         doses = distinct([Dose(condition=BASELINE, share=0.0, level=0.0), *self.doses()], len(detectors))
         study.run.ledger.put(study.name, DOSES, doses)
@@ -74,10 +74,10 @@ class DetectorAblation(Experiment[DetectorAblationOptions]):
 
 
 def distinct(doses: list[Dose], size: int) -> list[Dose]:
-    """The doses with the number of latents that their share of `size` detectors comes to (halves up).
+    """Return the distinct doses with their number of latents: the share of `size` detectors, halves rounded up.
 
-    With few detectors several shares come to the same number: the first of these doses stands for all, in the place of
-    the last.
+    With few detectors several shares give the same number. The first of these doses is kept, at the position of the
+    last.
     """
     kept: dict[tuple[int, float], Dose] = {}
     for dose in doses:
@@ -89,17 +89,17 @@ def distinct(doses: list[Dose], size: int) -> list[Dose]:
 
 
 def clamps_of(dose: Dose, detectors: Sequence[Detector]) -> list[Intervention]:
-    """Return what a dose does to its detectors."""
+    """Return the clamps of a dose."""
     if dose.scaled:
         return [Intervention("scale", d.latent, dose.level) for d in detectors]
     return [Intervention("clamp", d.latent, dose.level * d.level) for d in detectors]
 
 
 async def ablate(study: Study, condition: str, latents: Sequence[int]) -> None:
-    """Replay every grid point with latents clamped to zero."""
+    """Replay every grid point with these latents clamped to zero."""
     await clamp(study, condition, [Intervention("clamp", k, 0.0) for k in latents])
 
 
 async def clamp(study: Study, condition: str, clamps: Sequence[Intervention]) -> None:
-    """Replay every grid point with the clamps besides its own edits."""
+    """Replay every grid point with these clamps in addition to its other edits."""
     await study.measure(condition, [study.at(cell, condition, clamps=clamps) for cell in await study.cells()])

@@ -1,7 +1,7 @@
-"""Table A1: activation of each detector on matched against shuffled pairs.
+"""Table A1: activation of each detector on matched and shuffled pairs.
 
-The pairs are the unsteered responses to the run's own prompts, which the search has not used: each response after its
-own prompt and after another one. The statistics are therefore out of sample.
+The pairs are the unsteered responses to the run's prompts, each after the correct prompt (matched) and after another
+prompt (shuffled). The detector search did not use these prompts, so the statistics are out of sample.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from steerback.study.study import Study
 
 
 class DetectorStatistics(Experiment[SearchOptions]):
-    """Mean, sd, median, frequency, AUC and effect size of each detector, matched against shuffled."""
+    """Report mean, sd, median, frequency, AUC and effect size of each detector on matched and shuffled pairs."""
 
     name = "detector-statistics"
     needs_sae = True
@@ -34,7 +34,7 @@ class DetectorStatistics(Experiment[SearchOptions]):
         return search_responses(self.options)
 
     async def run(self, study: Study) -> None:
-        """Read the activations of the detectors on both arms."""
+        """Read the activations of the detectors on matched and shuffled pairs."""
         if study.run.ledger.get(study.name, PAIR_ACTIVATIONS) is not None:
             return
         detectors = await detectors_of(study, self.options)

@@ -1,8 +1,9 @@
-"""Experiment 3, first phase: the search for latents that tell whether a response belongs to its prompt.
+"""Experiment 3, first phase: search for latents that detect whether a response matches its prompt.
 
-The latents of unsteered responses to discovery prompts are read twice: after the response's own prompt and after
-another prompt. Latents that separate the two on one half of the prompts are the detectors; the other half measures how
-well they separate on new prompts. Nothing is steered or judged. Other plans take their detectors from `detectors_of`.
+Unsteered responses to discovery prompts are read twice: after the correct prompt and after another prompt. On one half
+of the prompts the search selects the latents that separate the two; these are the detectors. The other half measures
+how well they separate on new prompts. Nothing is steered or judged. Other experiments get their detectors from
+`detectors_of`.
 """
 
 from __future__ import annotations
@@ -48,37 +49,39 @@ def _list_or_path(value: object) -> object:
 
 
 class SearchOptions(Settings):
-    """How detectors are searched for, or where they come from."""
+    """Settings of the detector search, or detectors to use instead."""
 
     detectors: Annotated[list[StrictInt | StrictStr] | str | None, BeforeValidator(_list_or_path)] = None
     """Detectors to use instead of a search: a list of latents, a JSON file, or the folder of another run."""
     discovery_prompts: str | None = None
-    """Built-in list or file; default: the target's."""
+    """Prompts of the search: a built-in list or a file; default: the target's list."""
     responses: int = Field(500, ge=1)
-    """Unsteered responses to the discovery prompts."""
+    """Number of unsteered responses to the discovery prompts."""
     rule: Literal["perfect", "authors", "auc", "top"] = "perfect"
-    """Which latents count: AUC 1, the authors' rule, AUC of at least `auc`, or the `limit` best."""
+    """Rule for selecting latents: `perfect` (AUC 1), `authors` (their rule), `auc` (AUC of at least `auc`) or `top`
+    (the `limit` best)."""
     auc: float = Field(0.9, ge=0, le=1)
-    """Smallest AUC for rule `auc`, and for rule `perfect` where no latent separates perfectly."""
+    """Smallest AUC for rule `auc`, and for rule `perfect` if no latent separates perfectly."""
     limit: int | None = Field(25, ge=1)
-    """At most this many detectors, best first."""
+    """Maximum number of detectors, best first."""
     include_prompt: bool = False
-    """Pool over the user's words as well."""
+    """Pool over the user's words as well as the response."""
     template: bool = False
-    """Pool over the whole conversation, special and template tokens included, as the authors do."""
+    """Pool over the whole conversation with all special and template tokens, as the authors do."""
 
     @property
     def over(self) -> Over:
-        """The tokens that are pooled."""
+        """Tokens to pool over."""
         if self.template:
             return "all"
         return "words" if self.include_prompt else "response"
 
 
 def with_search_of(config: RunConfig, before: RunConfig | None) -> RunConfig:
-    """Return a config with the search options of the run that it starts from, as far as it sets none of its own.
+    """Return the config with the search options of its base run, unless it sets search options.
 
-    `before` is that run's config. Between options that name the detectors and options of a search, its own decide.
+    `before` is the config of the base run. If one run names detectors and the other searches, the options of `config`
+    have priority.
     """
     from steerback.experiments import experiment_type
 
@@ -96,7 +99,7 @@ def with_search_of(config: RunConfig, before: RunConfig | None) -> RunConfig:
 
 
 def _searching(config: RunConfig | None) -> RunConfig | None:
-    """Return the first config, from `config` back through the runs that each starts from, that has search options."""
+    """Return the first config with search options, from `config` back through its chain of base runs."""
     from steerback.experiments import experiment_type
 
     while config is not None:
@@ -108,12 +111,12 @@ def _searching(config: RunConfig | None) -> RunConfig | None:
 
 
 def _stored(folder: Path) -> RunConfig | None:
-    """Return the config of a run, None if it is not there any more."""
+    """Return the config of a run, or None if the run no longer exists."""
     return stored_config(folder) if (folder / "ledger.sqlite").is_file() else None
 
 
-def _found_alike(study: Study, options: SearchOptions) -> bool:
-    """Whether the run that this one starts from has searched with these options (True where none has searched)."""
+def _same_search(study: Study, options: SearchOptions) -> bool:
+    """Return whether the base run searched with these options; True if it did not search."""
     from steerback.experiments import make_experiment
 
     folder = study.config.from_run
@@ -125,7 +128,8 @@ def _found_alike(study: Study, options: SearchOptions) -> bool:
 
 
 class DetectorExperiment(Experiment[SearchOptions]):
-    """Which latents are more active when a response does not fit its prompt, and is that more than chance?"""
+    """Search for latents that are more active when a response does not match its prompt, and test them against
+    chance."""
 
     name = "detectors"
     needs_sae = True
@@ -147,12 +151,12 @@ class DetectorExperiment(Experiment[SearchOptions]):
 
 
 def search_responses(options: SearchOptions) -> dict[str, int]:
-    """Number of responses that the search needs, by stage; empty if the user names the detectors."""
+    """Return the number of responses for the search, by stage; empty if the user names the detectors."""
     return {} if options.detectors is not None else {DISCOVERY: options.responses}
 
 
 async def detectors_of(study: Study, options: SearchOptions) -> DetectorSet:
-    """Return at least one detector, as `load_or_search` does. Raises SteerbackError if there is none."""
+    """Return the detectors as `load_or_search` does, at least one. Raises SteerbackError if there are none."""
     detectors = await load_or_search(study, options)
     if not detectors.detectors:
         raise SteerbackError(
@@ -163,12 +167,13 @@ async def detectors_of(study: Study, options: SearchOptions) -> DetectorSet:
 
 
 async def load_or_search(study: Study, options: SearchOptions) -> DetectorSet:
-    """Return the detectors of this run or of its base run; else those that the user names; else search for them.
+    """Return the detectors: those of this run or its base run, else those that the user names, else those of a new
+    search.
 
-    Those of the base run are used if it has found them with the same options. The set may be empty.
+    Detectors of the base run are used if it searched with the same options. The result may be empty.
     """
     detectors = study.run.ledger.get(study.name, DETECTOR_SET)
-    if detectors is None and _found_alike(study, options):
+    if detectors is None and _same_search(study, options):
         detectors = study.fact(DETECTOR_SET)
     if detectors is None:
         if options.detectors is None:
@@ -196,13 +201,13 @@ async def _search(study: Study, options: SearchOptions) -> DetectorSet:
 
 
 async def _discover(study: Study, options: SearchOptions) -> list[Row]:
-    """Complete the unsteered responses to the discovery prompts; the prompts take turns."""
+    """Complete the unsteered responses to the discovery prompts, in rotation over the prompts."""
     source = options.discovery_prompts or study.target.discovery_prompts
     prompts = load_prompts(source)
     shared = sorted(set(prompts) & set(study.prompts))
     if shared:
         raise SteerbackError(
-            f"discovery prompts {source} and the run's own prompts share {shared[0]!r}; detectors have to be found on "
+            f"discovery prompts {source} and the run's own prompts share {shared[0]!r}; search for detectors on "
             "prompts that are not measured"
         )
     trials = [
@@ -220,7 +225,8 @@ def arms(
     latents: Sequence[int] | None = None,
     over: Over = "response",
 ) -> tuple[Activations, Activations]:
-    """Pooled activations (n, latents) of the responses after their own prompt, and after that of row partner[i]."""
+    """Return pooled activations (n, latents) of the responses after the correct prompt, and after the prompt of row
+    partner[i]."""
     texts = [r.completion.text for r in rows if r.completion is not None]
     prompts = [r.trial.prompt for r in rows]
     others = [prompts[j] for j in partner]
@@ -229,7 +235,8 @@ def arms(
 
 
 async def contrast(study: Study, latents: Sequence[int], over: Over) -> tuple[Activations, Activations, list[int]]:
-    """Both arms (n, latents) on the run's own prompts, from its unsteered references, and the prompt's number (n,)."""
+    """Return matched and shuffled activations (n, latents) of the run's unsteered references, and prompt numbers
+    (n,)."""
     from steerback.latents.detectors import make_pairs
 
     rows = [r for r in await study.references() if r.completion is not None]
@@ -239,7 +246,7 @@ async def contrast(study: Study, latents: Sequence[int], over: Over) -> tuple[Ac
 
 
 async def _named(study: Study, source: Sequence[LatentKey] | str, over: Over) -> DetectorSet:
-    """The detectors that the user names: a list, a JSON file as the authors write it, or another run's folder."""
+    """Return the detectors that the user names: a list, a JSON file in the authors' format, or another run's folder."""
     from steerback.latents.sampling import check_latents
     from steerback.latents.separation import separation
 
@@ -264,7 +271,7 @@ def _of_run(study: Study, folder: Path) -> DetectorSet:
 
 
 def read_latents(path: Path) -> list[LatentKey]:
-    """Read a JSON file that holds a list of latents, or one under the key `latents` or `off_topic_detectors`."""
+    """Read a JSON file with a list of latents, at the top level or under `latents` or `off_topic_detectors`."""
     if not path.is_file():
         raise SteerbackError(f"options.detectors: {path} is neither a JSON file nor the folder of a run")
     content = read_json(path, "options.detectors:")
@@ -285,7 +292,8 @@ def _detector_set(
     source: str,
     search: DetectorSearch | None = None,
 ) -> DetectorSet:
-    """The record of detectors: label, level and separation of each, and the search with its null."""
+    """Return the record of detectors: label, level and separation of each, and the search with its null
+    distribution."""
     labels = study.target.labels()
     held_out = search.held_out.separation if search is not None and search.held_out is not None else None
     detectors = [

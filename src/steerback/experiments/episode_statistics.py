@@ -1,7 +1,7 @@
-"""Appendix A.7: activity of detectors and backtracking latents before, in and after corrections (Figs. A5, A6).
+"""Appendix A.7: activity of detectors and backtracking latents before, during and after corrections (Figs. A5, A6).
 
-Episodes are recorded as in `traces`; `analysis.episode_statistics` uses those of exactly two attempts. A further
-baseline is the authors' own: steered responses of a single attempt that keep to the topic, read again without steering.
+Episodes are recorded as in `traces`; `analysis.episode_statistics` uses episodes of exactly two attempts. The authors'
+baseline is recorded too: steered responses with a single on-topic attempt, read again without steering.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from steerback.study.study import Study
 
 
 class EpisodeStatisticsOptions(EpisodeOptions):
-    """What the figures show, and the score from which a response belongs to the authors' baseline."""
+    """Range of the aligned curves, and the minimum score of the authors' baseline."""
 
     reach: int = Field(40, ge=1)
     """Tokens before and after the correction in Fig. A5."""
     baseline_from: float = Field(50.0, ge=0, le=100)
-    """Steered responses of a single attempt that scores at least this much are read again without steering."""
+    """Minimum score of the single-attempt steered responses that are read again without steering."""
 
 
 class EpisodeStatistics(EpisodeExperiment[EpisodeStatisticsOptions]):
-    """Region means, tests and aligned curves of all episodes with two attempts."""
+    """Report region means, tests and aligned curves of all episodes with two attempts."""
 
     name = "episode-statistics"
     title = "Activity around corrections (appendix A.7, Figs. A5, A6)"
     options_type = EpisodeStatisticsOptions
 
     async def run(self, study: Study) -> None:
-        """Record episodes and controls, then read the steered responses that kept to the topic without steering."""
+        """Record episodes and controls, then read the on-topic steered responses without steering."""
         await super().run(study)
         if study.run.ledger.get(study.name, REREAD_ACTIVITY) is not None:
             return

@@ -1,8 +1,9 @@
-"""Recording of episodes: responses in which a model corrects itself, replayed with the activations of chosen latents.
+"""Recording of episodes: responses with a self-correction, replayed while the activations of selected latents are
+recorded.
 
-Shared by `traces` and `episode-statistics`. Two kinds of controls are recorded with the episodes: steered responses
-that drift and never restart, and unsteered ones. Activations are recorded before any addition or clamp, so the
-steering vector itself is never measured.
+Shared by `traces` and `episode-statistics`. Two kinds of controls are recorded too: steered responses that drift
+without a restart, and unsteered responses. Activations are recorded before any addition or clamp, so the steering
+vector itself is not measured.
 """
 
 from __future__ import annotations
@@ -35,23 +36,23 @@ from steerback.study.study import Study
 
 
 class EpisodeOptions(SearchOptions):
-    """Which episodes are recorded, and which latents besides the detectors."""
+    """Selection of episodes, and of recorded latents besides the detectors."""
 
     max_episodes: int = Field(200, ge=1)
-    """At most this many of each kind are recorded, spread evenly over the latents."""
+    """Maximum number of recorded responses of each kind, spread evenly over the latents."""
     drift_below: float = Field(50.0, ge=0, le=100)
-    """A single attempt that scores less has drifted."""
+    """A single attempt with a lower score counts as drifted."""
     backtracking: list[Annotated[int, Field(ge=0)]] | None = None
-    """Latents that accompany corrections; default: those whose labels say so, at most `most_backtracking`."""
+    """Latents that accompany corrections; default: those with a matching label, at most `most_backtracking`."""
     most_backtracking: int = Field(50, ge=0)
-    """At most this many latents from labels, clearest labels first."""
+    """Maximum number of backtracking latents selected by label, best match first."""
 
 
 EpisodeOptionsType = TypeVar("EpisodeOptionsType", bound=EpisodeOptions)
 
 
 class EpisodeExperiment(Experiment[EpisodeOptionsType]):
-    """Base of the experiments about episodes: baseline, then episodes and controls with recording."""
+    """Base class of the experiments about episodes: baseline, then recording of episodes and controls."""
 
     needs_sae = True
     reports_rates = False
@@ -64,7 +65,7 @@ class EpisodeExperiment(Experiment[EpisodeOptionsType]):
         return search_responses(self.options) | {REPLAY: 3 * self.options.max_episodes}
 
     async def run(self, study: Study) -> None:
-        """Measure the baseline, choose episodes and controls from it, and replay them with recording."""
+        """Measure the baseline, select episodes and controls from it, and replay them with recording."""
         latents = await recorded_latents(study, self.options)
         rows = await study.baseline_rows()
         limit, below = self.options.max_episodes, self.options.drift_below
@@ -79,7 +80,7 @@ class EpisodeExperiment(Experiment[EpisodeOptionsType]):
 
 
 async def recorded_latents(study: Study, options: EpisodeOptions) -> dict[str, list[int]]:
-    """The latents that are recorded besides the steered one, by group; chosen once and kept."""
+    """Return the recorded latents besides the steered one, by group; they are chosen once and stored."""
     groups = study.run.ledger.get(study.name, RECORDED_LATENTS)
     if groups is None:
         detectors = await detectors_of(study, options)
@@ -95,7 +96,7 @@ async def recorded_latents(study: Study, options: EpisodeOptions) -> dict[str, l
 
 
 def _replay(study: Study, trial: Trial, condition: str, groups: Mapping[str, Sequence[int]]) -> Trial:
-    """The trial again, with recording of the groups' latents and of its steered one."""
+    """Return the trial with a recording of the groups' latents and of its steered latent."""
     steered = (trial.latent,) if isinstance(trial.latent, int) else ()
     latents = dict.fromkeys((*groups[DETECTORS], *groups[BACKTRACKING], *steered))
     return study.trial(
@@ -112,7 +113,7 @@ def _replay(study: Study, trial: Trial, condition: str, groups: Mapping[str, Seq
 
 
 def spread(rows: Sequence[Row], limit: int) -> list[Row]:
-    """At most `limit` of the rows, evenly over their order (which is by latent)."""
+    """Return at most `limit` rows, spread evenly over their order (sorted by latent)."""
     if len(rows) <= limit:
         return list(rows)
     return [rows[i] for i in np.linspace(0, len(rows) - 1, limit).round().astype(int)]

@@ -1,6 +1,6 @@
 """Experiment 1, ESR across models (specification section "Experiment 1", Fig. 2).
 
-Every latent is steered at its threshold boost; how often does the model restart, and does it come back?
+Steers every latent at its threshold boost, and measures how often the model restarts and improves.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from steerback.study.study import Study
 
 
 class Esr(Experiment[NoOptions]):
-    """Incidence of Endogenous Steering Resistance at calibrated boosts."""
+    """Measure the incidence of Endogenous Steering Resistance at calibrated boosts."""
 
     name = "esr"
     title = "ESR at threshold boosts (experiment 1)"
 
     def conditions(self, config: RunConfig) -> int:
-        """One: steered at threshold."""
+        """1: steered at the threshold."""
         return 1
 
     async def run(self, study: Study) -> None:
-        """Steer every cell of the grid."""
+        """Steer every grid point."""
         await study.baseline("steered")

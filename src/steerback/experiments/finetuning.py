@@ -1,8 +1,8 @@
 """Experiment 4, fine-tuning on self-corrections (specification section "Experiment 4", Fig. 6).
 
-Base and adapters are steered with the base run's latents, prompts and seeds, each at thresholds of its own, and answer
-unsteered as well, on the run's prompts and on held-out ones: the specification trains on the prompts it evaluates.
-Adapters are targets of their own in the ledger; in the analysis they are conditions of their base.
+Base and adapters are steered with the base run's latents, prompts and seeds; each uses separately calibrated
+thresholds. Unsteered responses are measured as well. Held-out prompts are included because the specification trains on
+its evaluation prompts. Adapters are separate targets in the ledger; in the analysis they are conditions of their base.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from steerback.targets import Target
 
 
 class FinetuningOptions(Settings):
-    """What is compared with the base, and where else than on the run's prompts."""
+    """Adapters to compare with the base, and the held-out prompts."""
 
     adapters: (
         Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] | None
     ) = None
-    """Folders of adapters, listed or separated by commas."""
+    """Folders of adapters, as a list or separated by commas."""
     prompts: str = "auto"
-    """Held-out prompts, as in experiment held-out."""
+    """Held-out prompts, as in the experiment held-out."""
 
 
 class Finetuning(Experiment[FinetuningOptions]):
-    """Whether training on corrections makes a model correct itself, and whether that helps."""
+    """Test whether training on corrections makes a model correct itself, and whether this improves its responses."""
 
     name = "finetuning"
     title = "Fine-tuning on self-corrections (experiment 4)"
@@ -44,9 +44,11 @@ class Finetuning(Experiment[FinetuningOptions]):
 
     def conditions(self, config: RunConfig) -> int:
         if config.from_run is None:
-            raise SteerbackError("finetuning takes its latents and prompts from a run: give --from, an esr run say")
+            raise SteerbackError(
+                "finetuning takes its latents and prompts from a run: give --from RUN, for example an esr run"
+            )
         if len(config.targets) != 1:
-            raise SteerbackError("finetuning is about one base and its adapters: give one --target")
+            raise SteerbackError("finetuning compares one base with its adapters: give exactly one --target")
         if self.options.adapters is None:
             raise SteerbackError(
                 "finetuning needs trained adapters: --set options.adapters=FOLDER (made with: steerback finetune train)"
@@ -63,15 +65,16 @@ class Finetuning(Experiment[FinetuningOptions]):
         }
 
     def measured_targets(self, config: RunConfig, targets: Sequence[Target]) -> tuple[Target, ...]:
-        """The base, then the base with each adapter, fewest corrections first."""
+        """The measured targets: the base, then the base with each adapter, fewest corrections first."""
         from steerback.finetuning.adapters import find_adapters
 
         base = targets[0]
-        found = find_adapters(self.options.adapters or [])
-        return (base, *(base.with_adapter(adapter.folder.resolve()) for adapter in found))
+        adapters = find_adapters(self.options.adapters or [])
+        return (base, *(base.with_adapter(adapter.folder.resolve()) for adapter in adapters))
 
     async def run(self, study: Study) -> None:
-        """Thresholds, then the four conditions; the held-out ones last, so that thresholds do not depend on them."""
+        """Calibrate, then measure the four conditions; held-out prompts come last, so that thresholds do not depend
+        on them."""
         if study.target.adapter is not None:
             self._adopt(study)
         further = held_out_prompts(study, self.options.prompts)
@@ -90,7 +93,7 @@ class Finetuning(Experiment[FinetuningOptions]):
         await study.measure(names[1], [study.at(cell, names[1], boost=0.0) for cell in every])
 
     def _adopt(self, study: Study) -> None:
-        """The base's latents, and what the analysis has to know of the adapter."""
+        """Copy the base's latents, and the adapter's properties that the analysis needs."""
         from steerback.finetuning.adapters import CARD, percent_of
 
         ledger, folder = study.run.ledger, Path(study.target.adapter or "")
@@ -103,9 +106,9 @@ class Finetuning(Experiment[FinetuningOptions]):
         ledger.put(study.name, ADAPTER, adapter)
 
     async def _grids(self, study: Study) -> tuple[list[Cell], list[Cell]]:
-        """Cells to be steered and cells for unsteered responses: the base's grid, at this adapter's own thresholds.
+        """Return grid points for steering and for unsteered responses: the base's grid at this adapter's thresholds.
 
-        Latents without a usable threshold of this adapter are not steered.
+        Latents without a usable threshold for this adapter are not steered.
         """
         if study.target.adapter is None:
             cells = await study.cells()

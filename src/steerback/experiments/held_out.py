@@ -1,7 +1,7 @@
 """Held-out prompts (control of the paper's second version).
 
-The latents and thresholds were calibrated on the evaluation prompts; do the numbers hold on prompts that were used
-neither for calibration nor for detector search? Same latents, boosts and seeds; the prompts differ.
+Latents and thresholds were calibrated on the evaluation prompts. This control repeats the measurement on prompts that
+neither calibration nor detector search used, with the same latents, boosts and seeds.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ CONDITION = "held-out"
 
 
 class HeldOutOptions(Settings):
-    """Which prompts are held out."""
+    """Choice of the held-out prompts."""
 
     prompts: str = "auto"
-    """Built-in list or file; `auto`: the list that belongs to the target."""
+    """Built-in list or file; `auto`: the target's list."""
 
 
 class HeldOut(Experiment[HeldOutOptions]):
-    """Resistance on prompts that nothing was fitted to."""
+    """Measure resistance on prompts that were not used for calibration or detector search."""
 
     name = "held-out"
     title = "Held-out prompts"
@@ -36,7 +36,7 @@ class HeldOut(Experiment[HeldOutOptions]):
         return {"reference to held-out prompts": 20 * config.reference_responses}
 
     async def run(self, study: Study) -> None:
-        """The baseline first, so that its thresholds and verdicts do not depend on the further prompts."""
+        """Measure the baseline first, so that its thresholds and verdicts do not depend on the held-out prompts."""
         prompts = held_out_prompts(study, self.options.prompts)
         await study.baseline()
         await study.prepare(prompts)
@@ -46,7 +46,7 @@ class HeldOut(Experiment[HeldOutOptions]):
 
 
 def held_out_prompts(study: Study, source: str) -> tuple[str, ...]:
-    """The list of that name, file, or `auto`; refused where it shares a prompt with the run's own."""
+    """Return the prompts of a list, a file or `auto`. Raises SteerbackError if they share a prompt with the run."""
     if source == "auto":
         source = "organism-held-out" if study.target.planted else "held-out"
     prompts = load_prompts(source)

@@ -1,4 +1,4 @@
-"""Imported results of any conditions, for files that are not the conditions of one of the other experiments."""
+"""Imported results whose conditions do not match those of another experiment."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from steerback.study.study import Study
 
 
 class ImportedConditions(Experiment[NoOptions]):
-    """An analysis without a plan: results that another program has generated."""
+    """Analyse conditions that another program generated; nothing is planned."""
 
     name = "imported"
     title = "Imported results"
 
     def conditions(self, config: RunConfig) -> int:
-        """None: nothing is generated."""
+        """0: nothing is generated."""
         return 0
 
     async def run(self, study: Study) -> None:
-        """Refuse: there is nothing to run."""
-        raise SteerbackError("experiment 'imported' holds results of elsewhere; see them with: steerback figures RUN")
+        """Raise SteerbackError, because imported results cannot be run."""
+        raise SteerbackError(
+            "experiment 'imported' contains the results of another program; show them with: steerback figures RUN"
+        )

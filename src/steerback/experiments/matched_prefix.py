@@ -1,8 +1,8 @@
-"""Matched prefix (paper's second version): does the model's own correction hold better than any on-topic text?
+"""Matched prefix (paper's second version): tests whether the model's correction lasts longer than other on-topic text.
 
-With steering on throughout, the model goes on from the corrective text of a response in which it restarted, or from
-equally much of an unsteered response to the same prompt; and from its own correction with all that was before it, the
-drift included, which is how it really went on. The continuation alone is judged.
+Steering stays on. The model continues from the corrective text of a response with a restart, or from equally long text
+of an unsteered response to the same prompt. A third arm continues the whole response up to the same point, with the
+drift. Only the continuation is judged.
 """
 
 from __future__ import annotations
@@ -26,40 +26,40 @@ from steerback.store.facts import (
 from steerback.store.ledger import Row
 from steerback.study.study import Study
 
-SHORTEST = 20  # characters; less than this is hardly more than the restart phrase
+SHORTEST = 20  # characters; shorter prefixes contain little more than the restart phrase
 
 
 class MatchedPrefixOptions(Settings):
-    """Which prefixes are continued, and how often."""
+    """Selection of prefixes, and number of continuations."""
 
     characters: int = Field(200, ge=SHORTEST)
-    """Of corrective text, at most."""
+    """Maximum length of the corrective text."""
     repeats: int = Field(4, ge=1)
-    """Continuations of each prefix."""
+    """Continuations per prefix."""
     episodes: int = Field(100, ge=1)
-    """At most so many, latents taking turns."""
+    """Maximum number of episodes, in rotation over the latents."""
     in_context: bool = True
     """Also continue the whole response up to the same point."""
     improved_only: bool = True
-    """Whether the restart has to score higher than what was before it."""
+    """Use only restarts that score higher than the text before them."""
 
 
 class MatchedPrefix(Experiment[MatchedPrefixOptions]):
-    """Continuations under steering from corrective text against length-matched on-topic text."""
+    """Compare continuations under steering: corrective text against length-matched on-topic text."""
 
     name = "matched-prefix"
     title = "Matched prefix: does a correction last?"
     options_type = MatchedPrefixOptions
 
     def conditions(self, config: RunConfig) -> int:
-        return 1  # the baseline; what continues its restarts is counted by `further`
+        return 1  # the baseline; `further` counts the continuations
 
     def further(self, config: RunConfig) -> dict[str, int]:
         chosen = self.options
         return {CONTINUATION: (2 + chosen.in_context) * chosen.repeats * chosen.episodes}
 
     async def run(self, study: Study) -> None:
-        """Pairs of prefixes of equal length, each continued `repeats` times with the same seeds."""
+        """Build pairs of prefixes of equal length, and continue each `repeats` times with the same seeds."""
         chosen = self.options
         rows, tally = await study.baseline_rows(), Counter[str]()
         unsteered = responses_by_prompt(await study.references())
@@ -76,16 +76,16 @@ class MatchedPrefix(Experiment[MatchedPrefixOptions]):
 
 
 def responses_by_prompt(rows: Sequence[Row]) -> dict[str, list[str]]:
-    """Unsteered responses that can lend a prefix."""
-    found: dict[str, list[str]] = {}
+    """Return by prompt the unsteered responses that can supply a prefix."""
+    responses: dict[str, list[str]] = {}
     for row in rows:
         if row.completion is not None and not is_degraded(row.completion.text):
-            found.setdefault(row.trial.prompt, []).append(row.completion.text)
-    return found
+            responses.setdefault(row.trial.prompt, []).append(row.completion.text)
+    return responses
 
 
 def prefixes_of(row: Row, unsteered: Sequence[str], chosen: MatchedPrefixOptions) -> tuple[dict[str, str], str]:
-    """(prefix per condition, "used"), or ({}, why there are none).
+    """Return (prefix by condition, "used"), or ({}, reason).
 
     Corrective text is the second attempt from its restart phrase on, at most `characters` long.
     """
@@ -113,7 +113,7 @@ def prefixes_of(row: Row, unsteered: Sequence[str], chosen: MatchedPrefixOptions
 
 
 def shorten(text: str, characters: int) -> str:
-    """The longest beginning of at most `characters` that ends where a word does."""
+    """Return the longest beginning of at most `characters` that ends at a word boundary."""
     if len(text) <= characters:
         return text
     end = text.rfind(" ", 1, characters + 1)
@@ -121,7 +121,7 @@ def shorten(text: str, characters: int) -> str:
 
 
 def continuations(study: Study, trial: Trial, prefixes: Mapping[str, str], repeats: int) -> list[Trial]:
-    """Every prefix `repeats` times; the index pairs them."""
+    """Return trials that continue every prefix `repeats` times; their index pairs the arms."""
     return [
         study.trial(
             CONTINUATION,

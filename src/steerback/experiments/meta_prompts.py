@@ -1,6 +1,7 @@
 """Experiment 5, meta-prompts (specification section "Experiment 5", Fig. 4).
 
-The same latents, thresholds, prompts and seeds as the baseline, with a sentence about distraction after the prompt.
+Repeats the baseline with the same latents, thresholds, prompts and seeds, and adds a sentence about distraction after
+the prompt.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ SETS = {"specification": tuple(META_PROMPTS), "authors": tuple(AUTHORS_META_PROM
 
 
 def _named(value: object) -> object:
-    """Return the meta-prompts that `variants` names, with their texts where the user gives them (None: built in)."""
+    """Return the meta-prompts that `variants` names; the text is None for built-in ones."""
     if isinstance(value, str):
         value = SETS.get(value) or ([value] if "=" in value else [part.strip() for part in value.split(",")])
     if isinstance(value, dict):
@@ -38,16 +39,17 @@ def _named(value: object) -> object:
 
 
 class MetaPromptOptions(Settings):
-    """Which meta-prompts are measured."""
+    """Choice of the meta-prompts."""
 
     variants: Annotated[dict[str, str | None], BeforeValidator(_named)] = Field(
         default_factory=lambda: dict.fromkeys(SETS["specification"])
     )
-    """A set's name, names separated by commas, or own texts: `{name: text}` or NAME=TEXT; `{label}` is the label."""
+    """A set's name, names separated by commas, or custom texts (`{name: text}` or NAME=TEXT); `{label}` inserts the
+    label."""
 
 
 def _checked(name: str, text: str | None) -> str:
-    """Return the text of a meta-prompt, built in or the user's own; an error says what is wrong with it."""
+    """Return the checked text of a built-in or custom meta-prompt; raise SteerbackError if it is invalid."""
     if text is None and name in KNOWN:
         return KNOWN[name]
     if text is None:
@@ -69,7 +71,7 @@ def _checked(name: str, text: str | None) -> str:
 
 
 class MetaPrompts(Experiment[MetaPromptOptions]):
-    """Whether telling the model to watch itself makes it resist more."""
+    """Test whether a prompt that tells the model to watch for distraction increases resistance."""
 
     name = "meta-prompts"
     title = "Meta-prompts (experiment 5)"
@@ -84,7 +86,8 @@ class MetaPrompts(Experiment[MetaPromptOptions]):
         return {name: _checked(name, text) for name, text in self.options.variants.items()}
 
     async def run(self, study: Study) -> None:
-        """The baseline, then every variant on the same cells; variants with the label need latents that have one."""
+        """Measure the baseline, then every variant on the same grid points; variants with a label need labelled
+        latents."""
         await study.baseline()
         cells, variants = await study.cells(), self.variants()
         labelled = [cell for cell in cells if cell.latent.label]

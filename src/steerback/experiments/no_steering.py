@@ -1,7 +1,7 @@
 """Experiment 8, no steering (specification section "Experiment 8", Figs. A7 and A8).
 
-The identical protocol with the addition left out. The judge is told the label that the trial would have had, so that
-it looks for the same thing. Expected is no restart at all, so what matters is the upper bound.
+Repeats the protocol without the addition. The judge gets the label of the latent that the trial would have used, so
+that it looks for the same content. No restarts are expected, so the main result is the upper bound of the rate.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from steerback.study.study import Study
 
 
 class NoSteering(Experiment[NoOptions]):
-    """How often the model restarts when nothing pushes it."""
+    """Measure how often the model restarts without steering."""
 
     name = "no-steering"
     title = "No steering (experiment 8)"
@@ -23,9 +23,9 @@ class NoSteering(Experiment[NoOptions]):
         return 1 if config.from_run is None else 2
 
     async def run(self, study: Study) -> None:
-        """Every cell without steering; in a run that starts from another one, its steered baseline as well.
+        """Measure every grid point without steering, and the steered baseline if the run has a base run.
 
-        On its own it needs no thresholds, so none are searched and all chosen latents take part.
+        Without a base run it needs no thresholds, so nothing is calibrated and all selected latents take part.
         """
         paired = study.config.from_run is not None
         if paired:

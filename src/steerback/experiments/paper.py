@@ -1,4 +1,4 @@
-"""Several experiments: the paper's, and which one each starts from. A plan; it runs nothing."""
+"""Plan of several experiments: the paper's experiments and the base run of each. Nothing is run here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from steerback.config import RunConfig, build_config
 from steerback.errors import SteerbackError, unknown
 from steerback.experiments.detectors import with_search_of
 
-# Each with the one whose latents, thresholds, prompts and seeds (and detectors) it takes over, in order of dependency.
+# Each experiment with its base, which supplies latents, thresholds, prompts and seeds (and detectors), in order of
+# dependency.
 STEPS: tuple[tuple[str, str | None], ...] = (
     ("esr", None),
     ("no-steering", "esr"),
@@ -33,7 +34,7 @@ SPECIFIED = ("sonnet-4.5", "gpt-5-mini", "qwen3-32b", "haiku-4.5", "gemini-2.5-f
 
 @dataclass(frozen=True)
 class Step:
-    """One run of the plan: its folder, its config, and the step that must be there first."""
+    """One run of the plan: its folder, its config, and the step that must precede it."""
 
     folder: Path
     config: RunConfig
@@ -48,11 +49,11 @@ def plan(
     skip: Sequence[str] = (),
     options: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Step]:
-    """Every experiment as a run `<prefix>-<experiment>` under `root`, in dependency order.
+    """Return every experiment as a run `<prefix>-<experiment>` under `root`, in order of dependency.
 
-    `first` is the config of the first step (esr); the others take it over, with `options` of their own
-    (`key=value` texts per experiment). `only` keeps the named experiments and what they start from; `skip` drops the
-    named ones and what starts from them.
+    `first` is the config of the first step (esr). The other steps copy it and add their `options` (`key=value` texts
+    per experiment). `only` keeps the named experiments and their bases; `skip` drops the named experiments and those
+    that build on them.
     """
     names = [name for name, _ in STEPS]
     for name in (*only, *skip):
@@ -75,7 +76,7 @@ def plan(
 
 
 Base = tuple[str, RunConfig]
-"""Folder and config of the run that another one starts from."""
+"""Folder and config of the base run of another run."""
 
 
 def in_order(
@@ -86,7 +87,7 @@ def in_order(
 ) -> list[Step]:
     """Return the runs of several experiments in order of dependency.
 
-    Each starts from the nearest named one that it builds on, else from `base`, else from the first.
+    The base of each is the nearest named experiment that it builds on, else `base`, else the first.
     """
     order, origin = [name for name, _ in STEPS], dict(STEPS)
     steps: dict[str, Step] = {}
@@ -104,15 +105,17 @@ def in_order(
 
 
 def _judged_again(judge: str, source: Path) -> dict[str, object]:
-    """Options of cross-judge: the run's judge and others of its kind, which are the specification's for a model."""
+    """Return options of cross-judge: the run's judge and others of its kind; for a model judge, those of the
+    specification."""
     others = OFFLINE if judge in (*OFFLINE, "scripted") else SPECIFIED
     return {"options": {"sources": [str(source)], "judges": list(dict.fromkeys((judge, *others)))}}
 
 
 def own_options(settings: Sequence[str], more: Sequence[str] = ()) -> tuple[list[str], dict[str, list[str]]]:
-    """(settings of all steps, options per step) from `key=value` texts; `boost-sweep.high=6` is one of boost-sweep.
+    """Return (settings of all steps, options per step) from `key=value` texts; `boost-sweep.high=6` belongs to
+    boost-sweep.
 
-    `more` are experiments beside the paper's.
+    `more` are experiments besides those of the paper.
     """
     names = {name for name, _ in STEPS} | {*more}
     common: list[str] = []
@@ -131,9 +134,9 @@ def _with(names: Sequence[str], origin: Callable[[str], str | None]) -> set[str]
 
 
 def _chain(name: str, origin: Callable[[str], str | None]) -> set[str]:
-    """A step and everything it starts from."""
-    found = {name}
+    """Return a step and all its bases."""
+    chain = {name}
     while (before := origin(name)) is not None:
-        found.add(before)
+        chain.add(before)
         name = before
-    return found
+    return chain

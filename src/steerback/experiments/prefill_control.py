@@ -1,7 +1,8 @@
-"""Prefill control (paper's second version): is drift noticed when somebody else wrote it?
+"""Prefill control (paper's second version): tests whether a model notices drift that it did not generate itself.
 
-The first n, 2n, 3n, 4n characters of steered responses are handed to the model as its own beginning, and it goes on
-without steering, and with it. Prefix and continuation are judged together; only restarts after the cut count.
+The first n, 2n, 3n and 4n characters of steered responses are prefilled as the beginning of the response. The model
+continues them without steering and with steering. Prefix and continuation are judged together; only restarts after the
+cut count.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ class PrefillOptions(Settings):
     """Lengths of the prefixes."""
 
     characters: int | None = Field(None, ge=1)
-    """The shortest prefix; default: to the mean first restart."""
+    """Length n of the shortest prefix in characters; default: the mean position of the first restart."""
     multiples: list[Annotated[int, Field(ge=1)]] = Field([1, 2, 3, 4], min_length=1)
-    """Lengths as multiples of `characters`."""
+    """Lengths of the prefixes as multiples of `characters`."""
 
 
 class PrefillControl(Experiment[PrefillOptions]):
-    """Restarts from prefixes of steered responses, with steering off and on."""
+    """Measure restarts in continuations of drifted prefixes, with steering off and on."""
 
     name = "prefill-control"
     title = "Prefill control: continuing drifted prefixes unsteered and steered"
@@ -47,7 +48,7 @@ class PrefillControl(Experiment[PrefillOptions]):
         return sorted(set(self.options.multiples))
 
     async def run(self, study: Study) -> None:
-        """The baseline's responses, cut; each prefix goes on in both arms with the cell's seed."""
+        """Cut the baseline's responses, and continue each prefix in both arms with the grid point's seed."""
         rows = await study.baseline_rows()
         cells = {cell.index: cell for cell in await study.cells()}
         characters = self.characters(rows)
@@ -65,7 +66,7 @@ class PrefillControl(Experiment[PrefillOptions]):
         await study.measure("prefill control", trials)
 
     def characters(self, rows: Sequence[Row]) -> int:
-        """n: the mean position of the first restart, or a quarter of the mean response where nothing restarts."""
+        """Return n: the mean position of the first restart, or a quarter of the mean length if nothing restarts."""
         if self.options.characters is not None:
             return self.options.characters
         starts = [s for row in rows if (s := first_restart(row)) is not None]
@@ -76,7 +77,7 @@ class PrefillControl(Experiment[PrefillOptions]):
 
 
 def arms(study: Study, cell: Cell, prefix: str, k: int) -> list[Trial]:
-    """The same prefix with steering off and on."""
+    """Return the trials of one prefix with steering off and on."""
     return [
         study.at(cell, f"{PREFILL_ARMS[0]} {k}n", prefill=prefix, boost=0.0),
         study.at(cell, f"{PREFILL_ARMS[1]} {k}n", prefill=prefix),
@@ -84,17 +85,17 @@ def arms(study: Study, cell: Cell, prefix: str, k: int) -> list[Trial]:
 
 
 def first_restart(row: Row) -> int | None:
-    """Character at which the second attempt begins (gated or not), or None."""
+    """Return the character at which the second attempt begins (gated or not), or None."""
     if not row.attempts or row.judgement is None or len(row.judgement.attempts) < 2:
         return None
     return row.judgement.attempts[1].start
 
 
 def cut(row: Row, characters: int, engine: Engine) -> tuple[str, str]:
-    """(prefix of at most `characters`, "used"), or ("", why there is none).
+    """Return (prefix of at most `characters`, "used"), or ("", reason).
 
-    The cut is where a token ends, and before a space where there is one: there the tokens of the prefix alone are
-    those of the response.
+    The cut is at the end of a token, and before a space if possible, so that the prefix is tokenised as in the
+    response.
     """
     done = row.completion
     if done is None or not row.attempts:

@@ -1,7 +1,8 @@
-"""Random ablation control (specification section "Random Ablation Control", Fig. A9): does it take the detectors?
+"""Random ablation control (specification section "Random Ablation Control", Fig. A9): is the effect specific to the
+detectors?
 
-Clamping any active latents to zero disturbs a model. The ablation of the detectors is therefore compared with
-ablations of random sets of as many latents, matched to the detectors in activity on the baseline's responses.
+Clamping any active latents to zero disturbs a model. The detector ablation is therefore compared with ablations of
+random sets of equal size, matched to the detectors in activity on the baseline's responses.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from steerback.study.study import Study
 
 
 class RandomAblationOptions(SearchOptions):
-    """Which random sets the detectors are compared with."""
+    """Random sets for comparison with the detectors."""
 
     sets: int | None = Field(None, ge=1)
-    """How many; default: the target's (3; 19 for the built-in organisms)."""
+    """Number of random sets; default: the target's (3; 19 for the built-in organisms)."""
     draw: Literal["matched", "uniform"] = "matched"
-    """`uniform` over live latents, as the authors draw."""
+    """`matched`: sets matched to the detectors in activity; `uniform` (authors): drawn from all live latents."""
 
 
 class RandomAblation(Experiment[RandomAblationOptions]):
-    """Detector ablation against ablations of random sets."""
+    """Compare the detector ablation with ablations of random sets."""
 
     name = "random-ablation"
     needs_sae = True
@@ -61,10 +62,10 @@ class RandomAblation(Experiment[RandomAblationOptions]):
             await ablate(study, condition, members)
 
     def _draw(self, study: Study, rows: Sequence[Row], latents: Sequence[int]) -> ControlSets:
-        """Draw random sets that are matched on the responses of `rows`; steered latents are never drawn.
+        """Draw random sets matched on the responses of `rows`; steered latents are never drawn.
 
-        Activities are read on the steered texts at the layer where clamps act, without steering: where that is the
-        layer that is steered, a clamp acts on just these.
+        Activities are read without steering on the steered texts, at the layer of the clamps. If that is also the
+        steered layer, a clamp changes exactly these activations.
         """
         from steerback.latents.matching import LatentActivity, matched_sets, uniform_sets
 

@@ -1,4 +1,4 @@
-"""Settings with type, default and meaning, read from the pydantic models: for help pages and the documentation."""
+"""Settings with type, default and description, read from the pydantic models for help pages and documentation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from steerback.experiments import experiment_type
 
 
 class SettingRow(NamedTuple):
-    """One setting: its key as `--set` takes it, its type with bounds, its default and what it means."""
+    """One setting: its key for `--set`, its type with bounds, its default and its description."""
 
     key: str
     kind: str
@@ -23,7 +23,7 @@ class SettingRow(NamedTuple):
 
 
 def setting_rows(model: type[BaseModel], prefix: str = "") -> Iterator[SettingRow]:
-    """Yield every setting of a model, those of nested tables under their dotted keys."""
+    """Yield every setting of a model; settings of nested models have dotted keys."""
     texts = _field_docs(model)
     for name, info in model.model_fields.items():
         inner = _inner_model(info.annotation)
@@ -41,12 +41,12 @@ def setting_rows(model: type[BaseModel], prefix: str = "") -> Iterator[SettingRo
 
 
 def experiment_rows(name: str) -> list[SettingRow]:
-    """Return the settings that only this experiment has, under the keys that `--set` takes."""
+    """Return the settings of one experiment, with their keys for `--set`."""
     return [*setting_rows(experiment_type(name).options_type, "options.")]
 
 
 def plain_type(kind: object) -> str:
-    """Return a type as a reader wants it: `int`, `list of int`, `'a' | 'b' | None`, without constraints."""
+    """Return a readable type without constraints: `int`, `list of int`, `'a' | 'b' | None`."""
     inner = get_args(kind)
     if isinstance(kind, type) and not inner:
         return "None" if kind is type(None) else kind.__name__
@@ -64,7 +64,7 @@ def plain_type(kind: object) -> str:
 
 
 def _field_docs(model: type[BaseModel]) -> dict[str, str]:
-    """Return the text under each field of a model and of the models it extends."""
+    """Return the docstring under each field of a model and of its base classes."""
     texts: dict[str, str] = {}
     for cls in reversed(model.__mro__):
         if not (isinstance(cls, type) and issubclass(cls, BaseModel)) or cls is BaseModel:
@@ -78,7 +78,7 @@ def _field_docs(model: type[BaseModel]) -> dict[str, str]:
 
 
 def _inner_model(annotation: object) -> type[BaseModel] | None:
-    """Return the model that a field holds, also where the field may be None."""
+    """Return the model type of a field, even if the field may be None."""
     for kind in (annotation, *get_args(annotation)):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind

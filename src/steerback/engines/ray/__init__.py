@@ -1,4 +1,4 @@
-"""The Ray engine: a run's requests spread over actors on a cluster, each with an engine of its own.
+"""The Ray engine: distributes a run's requests over actors on a cluster, each with a separate engine.
 
-`actor` is the worker's side, `workers` starts, checks and replaces workers, `engine` deals requests to them.
+`actor` is the worker's side, `workers` starts, checks and replaces workers, `engine` sends requests to them.
 """

@@ -1,6 +1,6 @@
-"""The worker's side of the Ray engine: one process on some machine of the cluster that holds one loaded engine.
+"""The worker's side of the Ray engine: a process on a machine of the cluster with one loaded engine.
 
-It knows nothing of other workers, of retries or of the run.
+It does not know about other workers, retries or the run.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ if TYPE_CHECKING:
     from steerback.targets import Target
 
 EngineMaker = Callable[["Target", EngineOptions, "Mapping[str, Tensor] | None"], "Engine"]
-"""`engines.make_engine`, handed in because that module imports this one."""
+"""`engines.make_engine`; passed as an argument because that module imports this one."""
 Batch = tuple[str, list[tuple[str, Completion]]]
-"""The worker's fingerprint, and (request key, completion) pairs that were generated under it."""
+"""The worker's fingerprint, and the (request key, completion) pairs that were generated under it."""
 BATCH_SIZE, BATCH_SECONDS = 32, 0.05
-"""Completions travel together: one message for each of them would cost more than generating a short one."""
+"""Limits of a batch of completions. Messages are batched because one message costs more than a short completion."""
 PACKAGES = ("steerback", "torch", "transformers", "vllm", "numpy")
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedWorker:
-    """Identity of a worker: its machine, its engine's record and fingerprint, and the package versions it runs.
+    """Identity of a worker: its machine, its engine's record and fingerprint, and its package versions.
 
-    `rows` is how many requests decode together. `continuous` engines take new requests while others decode.
+    `rows` is the number of requests that decode together. `continuous` engines accept new requests while others decode.
     """
 
     node: str
@@ -55,19 +55,19 @@ class LoadedWorker:
 
 
 class EngineActor:
-    """A loaded engine behind Ray's messages; `load` comes first."""
+    """A loaded engine that Ray can call; call `load` first."""
 
     def __init__(
         self, make: EngineMaker, target: Target, options: EngineOptions, directions: Mapping[str, Tensor] | None
     ) -> None:
         self._make, self._target, self._options, self._directions = make, target, options, directions
-        # A transformers engine decodes one list of requests at a time; the next list waits here, already delivered.
+        # A transformers engine decodes one list of requests at a time, so the next list waits in the worker.
         self._turn: contextlib.AbstractAsyncContextManager[object] = contextlib.nullcontext()
         if isinstance(options, TransformersOptions):
             self._turn = asyncio.Semaphore(1)
 
     async def load(self) -> LoadedWorker:
-        """Load the target. Raises SteerbackError, with the machine's name, for what is missing or does not fit."""
+        """Load the target. Raises SteerbackError with the machine's name if a part is missing or does not fit."""
         node = f"{socket.gethostname()} ({_address()})"
         try:
             self.engine: Engine = self._make(self._target, self._options, self._directions)
@@ -87,7 +87,7 @@ class EngineActor:
         )
 
     async def ping(self) -> bool:
-        """Answer, so that the driver knows that the machine can be reached again."""
+        """Return at once; the call shows the driver that the machine can be reached again."""
         return True
 
     async def generate(self, requests: Sequence[Request]) -> AsyncIterator[Batch]:
@@ -127,7 +127,7 @@ class EngineActor:
         return self.engine.token_ends(completion, prefix)
 
     async def close(self) -> None:
-        """Release the model and end what the engine has started."""
+        """Release the model and end the processes of the engine."""
         self.engine.close()
 
 

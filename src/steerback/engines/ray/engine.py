@@ -1,7 +1,7 @@
-"""The Ray engine of a target: deals requests to workers on a cluster and takes over from those that die.
+"""The Ray engine of a target: sends requests to workers on a cluster, and resends the requests of workers that die.
 
-Responses, receipts and fingerprint are those of the engine that the workers hold, so a run's ledger does not depend on
-where it was made. Knows nothing of judges, ledgers or experiments.
+Responses, receipts and fingerprint are those of the workers' engine, so a run's ledger does not depend on the machines.
+This module does not know about judges, ledgers or experiments.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from steerback.targets import Target
 
 POLL = 1.0
-"""Seconds between two looks for workers that have joined or that hang."""
+"""Seconds between two checks for workers that have joined or that hang."""
 
 
 class RayEngine:
-    """Generates steered responses for one target with engines on the machines of a Ray cluster."""
+    """Generate steered responses for one target with engines on the machines of a Ray cluster."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class RayEngine:
 
     @property
     def fingerprint(self) -> str:
-        """Fingerprint of the workers' engine: the same as without Ray on such a machine."""
+        """Fingerprint of the workers' engine, the same as without Ray on such a machine."""
         return self.pool.fingerprint()
 
     def describe(self) -> EngineRecord:
@@ -66,9 +66,9 @@ class RayEngine:
     def generate(
         self, requests: Sequence[Request], more: Arriving | None = None
     ) -> AsyncIterator[tuple[str, Completion]]:
-        """Yield (key, completion) in completion order; requests of a worker that dies go to others.
+        """Yield (key, completion) in completion order; requests of a worker that dies are sent to other workers.
 
-        A request whose worker died `attempts` times gets an empty completion with finish "error".
+        If `attempts` workers die with a request, it gets an empty completion with finish "error".
         """
         return in_waves(self._generate, requests, more)
 
@@ -92,12 +92,12 @@ class RayEngine:
         pool: Pooling = "max",
         at: ReadAt = "read",
     ) -> NDArray[np.float32]:
-        """Return pooled activations, read by all workers; see `Engine.activations`."""
+        """Return pooled activations, computed by all workers; see `Engine.activations`."""
         import numpy as np
 
         size = max(1, min(64, -(-len(prompts) // max(self.options.workers, 1))))
         chosen = None if latents is None else list(latents)
-        starts = range(0, max(len(prompts), 1), size)  # no text at all: one empty piece, for the checks and the shape
+        starts = range(0, max(len(prompts), 1), size)  # without texts: one empty piece, for the checks and the shape
         pieces = [(list(prompts[n : n + size]), list(responses[n : n + size]), chosen, over, pool, at) for n in starts]
         return np.concatenate(self._everywhere("activations", pieces))
 
@@ -112,11 +112,11 @@ class RayEngine:
         return ends
 
     def close(self) -> None:
-        """End the workers; the cluster goes on."""
+        """End the workers; the cluster keeps running."""
         self.pool.close()
 
     def _everywhere(self, method: str, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Return the results of a method of the workers' engine for each tuple of arguments, in their order."""
+        """Call a method of the workers' engine for each tuple of arguments; return the results in order."""
         import ray
 
         results: dict[int, Any] = {}
@@ -147,19 +147,19 @@ class RayEngine:
         return [results[n] for n in range(len(calls))]
 
     def _free(self) -> Worker | None:
-        """Return the least busy worker that has fewer than two calls open."""
+        """Return the least busy worker with fewer than two open calls."""
         worker = self.pool.first()
         return worker if worker.open < 2 else None
 
 
 class Deal:
-    """Requests of one call of `generate` on their way to workers and back."""
+    """Requests of one call of `generate`: distribution to workers and collection of answers."""
 
     def __init__(self, pool: Workers, options: RayOptions, requests: Sequence[Request]) -> None:
         self.pool, self.options = pool, options
         self.waiting = deque(requests)
         self.last_tries: deque[Request] = deque()
-        self._alone: dict[Worker, str] = {}  # workers that hold one request on its last try, and nothing else
+        self._alone: dict[Worker, str] = {}  # workers with a single request on its last attempt
         self.unanswered = {request.key for request in requests}
         self.tries = Counter[str]()
         self.inbox: asyncio.Queue[tuple[Worker, Sequence[Request], Batch | BaseException | None]] = asyncio.Queue()
@@ -181,7 +181,7 @@ class Deal:
                 fingerprint, batch = event
                 self.pool.noted(worker, fingerprint, len(batch))
                 for key, completion in batch:
-                    if key in self.unanswered:  # not so if a worker that was given up answers after all
+                    if key in self.unanswered:  # false if a worker answers after it was abandoned
                         self.unanswered.remove(key)
                         worker.open -= 1
                         yield key, completion
@@ -190,7 +190,7 @@ class Deal:
                     yield done
 
     async def cancel(self) -> None:
-        """Stop waiting for workers; what they still compute is lost."""
+        """Stop waiting for workers; their unfinished results are lost."""
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
@@ -198,7 +198,8 @@ class Deal:
             worker.open = 0
 
     def _look(self) -> None:
-        """Once a second: take in workers that have joined and give up those that have been silent for too long."""
+        """Add workers that have joined, and replace workers that were silent for too long; runs at most once a
+        second."""
         now = time.monotonic()
         if now - self._looked < POLL and self._ready:
             return
@@ -213,10 +214,10 @@ class Deal:
             self.pool.say(f"no worker is ready yet: {self.pool.shortage()}")
 
     def _send(self) -> None:
-        """Fill every worker up to its limit, the emptiest first.
+        """Send requests to every worker up to its limit, the least busy worker first.
 
-        A request on its last try comes at the end and has a worker for itself, so that one that ends every worker is
-        given up and no other with it.
+        A request on its last attempt is sent last and alone, so that a request that kills workers takes no other
+        request with it.
         """
         while self.waiting or self.last_tries:
             rooms = {w: self._room(w) for w in self._ready if w in self.pool.workers and w.away is None}
@@ -246,19 +247,20 @@ class Deal:
         return (self.options.in_flight or 2 * self._list(worker)) - worker.open
 
     def _list(self, worker: Worker) -> int:
-        """Return the longest list of requests that a worker gets at once."""
+        """Return the maximum number of requests in one list for a worker."""
         assert worker.loaded is not None
         return worker.loaded.rows if worker.loaded.continuous else 4 * worker.loaded.rows
 
     def _piece(self, worker: Worker) -> int:
-        """Return how many requests go out together: shorter lists towards the end, so that all workers end together."""
+        """Return the number of requests to send together; lists get shorter at the end, so that all workers end
+        together."""
         assert worker.loaded is not None
         share = -(-len(self.waiting) // len(self._ready))
         longest = self._list(worker)
         return max(1, min(longest // 8 or 1, -(-share // 2)) if worker.loaded.continuous else min(longest, share))
 
     async def _ask(self, worker: Worker, part: Sequence[Request]) -> None:
-        """Send requests to a worker and put its answers, and how it ended, into the inbox."""
+        """Send requests to a worker; put its answers, and its final status, into the inbox."""
         import ray
 
         try:
@@ -271,7 +273,7 @@ class Deal:
             self.inbox.put_nowait((worker, part, None))
 
     def _failed(self, worker: Worker, part: Sequence[Request], error: BaseException) -> list[tuple[str, Completion]]:
-        """Give a failed worker's unanswered requests to others, or up; return those that are given up."""
+        """Resend a failed worker's open requests to others; return those that have no attempts left."""
         if isinstance(mistake := cause(error), SteerbackError):
             raise SteerbackError(str(mistake)) from error
         fell(self.pool, worker, error)
@@ -295,7 +297,7 @@ class Deal:
 
 
 def fell(pool: Workers, worker: Worker, error: BaseException) -> None:
-    """Replace a worker that failed; one that is only out of reach is kept until it answers again."""
+    """Replace a worker that failed; keep one that is only unreachable until it answers again."""
     import ray
 
     if isinstance(error, ray.exceptions.ActorUnavailableError):

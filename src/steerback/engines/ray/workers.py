@@ -1,7 +1,7 @@
-"""Workers of the Ray engine: started, compared with each other, watched and replaced.
+"""Workers of the Ray engine: start, comparison, monitoring and replacement.
 
-A worker is refused if its weights, SAE or package versions differ from those of the first one: its responses would be
-those of another model. Knows nothing of requests.
+A worker is refused if its weights, SAE or package versions differ from those of the first one, because its responses
+would come from another model. This module does not know about requests.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ if TYPE_CHECKING:
 MAY_DIFFER = frozenset(
     {"device", "threads", "batch", "workers", "halved_on_out_of_memory", "arguments", "replicas", "runner"}
 )
-"""Parts of an engine's record that say how a worker computes, not what: they change the last bits of floats only."""
+"""Fields of an engine's record that may differ between workers, because they change only the last bits of floats."""
 FAILURES = 3
-"""Workers in a row that may end without one completion before the run gives up."""
+"""Number of consecutive workers that may end without a completion before the run stops."""
 PATIENCE = 10.0
-"""Seconds between two lines that say that no worker is ready yet."""
+"""Seconds between two messages that no worker is ready yet."""
 
 
 def notice(line: str) -> None:
-    """Print one line about the cluster to standard error, where it does not mix with results."""
+    """Print one line about the cluster to standard error, separate from results."""
     print(visible(line), file=sys.stderr, flush=True)
 
 
 @dataclass(slots=True, eq=False)
 class Worker:
-    """One actor as the driver sees it. `open` counts its requests in flight, `heard` is when it last answered."""
+    """One actor, as seen by the driver. `open` counts its running requests, `heard` is the time of its last answer."""
 
     number: int
-    actor: Any  # ray.actor.ActorHandle has no types of its own
+    actor: Any  # ray.actor.ActorHandle is untyped
     starting: Any  # ray.ObjectRef of its `load`
     options: EngineOptions
     loaded: LoadedWorker | None = None
-    away: Any = None  # ray.ObjectRef of a `ping` while its machine cannot be reached
+    away: Any = None  # ray.ObjectRef of a `ping` while its machine is unreachable
     open: int = 0
     heard: float = field(default_factory=time.monotonic)
     completed: int = 0
@@ -59,7 +59,7 @@ class Worker:
 
 
 def connect(address: str | None) -> None:
-    """Connect this process to a Ray cluster, or start a local one where there is none and no address is given."""
+    """Connect this process to a Ray cluster. Without an address, start a local cluster if none is running."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
@@ -96,7 +96,7 @@ class Workers:
             self.start()
 
     def start(self, options: EngineOptions | None = None) -> None:
-        """Ask the cluster for one more worker; it waits there until a machine has room."""
+        """Request one more worker from the cluster; it waits in Ray's queue until a machine has room."""
         import ray
 
         options = options or self.options.inner
@@ -109,7 +109,8 @@ class Workers:
         self.workers.append(Worker(self._started, handle, handle.load.remote(), options))
 
     def ready(self, wait: float = 0.0) -> list[Worker]:
-        """Return the workers that can take requests, after at most `wait` seconds for those that are starting."""
+        """Return the workers that can accept requests, after waiting at most `wait` seconds for workers that are
+        starting."""
         import ray
 
         pending = {w.starting: w for w in self.workers if w.loaded is None}
@@ -123,7 +124,7 @@ class Workers:
         return [w for w in self.workers if w.loaded is not None and w.away is None]
 
     def first(self) -> Worker:
-        """Return a ready worker; wait for one as long as the cluster needs, and say so."""
+        """Return a ready worker; if necessary, wait for one and print why."""
         said = time.monotonic()
         while True:
             if ready := self.ready(wait=1.0):
@@ -133,7 +134,7 @@ class Workers:
                 self.say(f"no worker is ready yet: {self.shortage()}")
 
     def shortage(self) -> str:
-        """Return what the cluster lacks for the workers that were asked for, as part of a sentence."""
+        """Return the resources that the cluster lacks for the requested workers, as part of a sentence."""
         import ray
 
         total = ray.cluster_resources()
@@ -142,9 +143,9 @@ class Workers:
         return f"{len(self.workers)} load the target or wait for a machine with {need}; the cluster has {has}"
 
     def lost(self, worker: Worker, reason: str, batch: int | None = None) -> None:
-        """End a worker and start another in its place, with `batch` rows if given.
+        """End a worker and start a replacement, with `batch` rows if set.
 
-        Raises SteerbackError when several workers in a row ended before they completed anything.
+        Raises SteerbackError if several workers in a row ended before they completed a request.
         """
         if worker not in self.workers:
             return
@@ -153,7 +154,7 @@ class Workers:
         if self.failures >= max(FAILURES, self.options.workers):
             raise SteerbackError(
                 f"{self.failures} workers in a row ended without a response, the last one: {reason}; "
-                "what was finished is kept, resume the run once this is mended"
+                "finished responses are kept; fix the cause and resume the run"
             )
         self.say(f"{worker.name} ended: {reason}; its open requests go to others, and a new worker starts")
         options = worker.options
@@ -162,20 +163,21 @@ class Workers:
         self.start(options.model_copy(update={"batch_size": batch}) if batch else None)
 
     def unreachable(self, worker: Worker) -> None:
-        """Send nothing more to a worker whose machine does not answer until it does."""
+        """Send no requests to a worker whose machine does not answer, until it does."""
         if worker.away is None and worker in self.workers:
             self.say(f"{worker.name} cannot be reached; its open requests go to others until it answers")
             worker.away = worker.actor.ping.remote()
 
     def fingerprint(self) -> str:
-        """Return the workers' common fingerprint, or a hash of all where they differ (other GPUs, smaller batches)."""
+        """Return the workers' common fingerprint, or a hash of all fingerprints if they differ (other GPUs, smaller
+        batches)."""
         prints = sorted({w.loaded.fingerprint for w in self.workers if w.loaded is not None})
         if not prints and self.reference is not None:
             return self.reference.fingerprint
         return prints[0] if len(prints) == 1 else digest(prints)
 
     def noted(self, worker: Worker, fingerprint: str, completions: int) -> None:
-        """Count a worker's completions and note the fingerprint that they were made under."""
+        """Count a worker's completions and record their fingerprint."""
         worker.heard = time.monotonic()
         worker.completed += completions
         self.failures = 0
@@ -196,7 +198,7 @@ class Workers:
         ray.kill(worker.actor)
 
     def _answered(self, worker: Worker, reference: Any) -> None:
-        """Take note of a worker that has loaded its target, can be reached again, or has failed to do so."""
+        """Update the state of a worker that has loaded its target, can be reached again, or has failed."""
         import ray
 
         try:
@@ -215,7 +217,7 @@ class Workers:
         return None
 
     def _refuse(self, worker: Worker, reason: str) -> None:
-        """End a worker for good; the run goes on with the others, or ends if there is none."""
+        """End a worker for good; the run continues with the others, or ends if no worker is left."""
         self._end(worker)
         if not self.workers:
             raise SteerbackError(reason)
@@ -223,15 +225,15 @@ class Workers:
 
 
 def cause(error: BaseException) -> BaseException:
-    """Return what a worker raised, without Ray's wrapping."""
+    """Return the error that a worker raised, without Ray's wrapping."""
     return getattr(error, "cause", None) or error
 
 
 def differences(one: LoadedWorker, other: LoadedWorker) -> list[str]:
-    """Return "field: this -> that" for everything in which two workers' models or packages differ."""
-    found = []
+    """Return "field: this -> that" for each difference between the models or packages of two workers."""
+    changes = []
     for before, after in ((one.versions, other.versions), (dict(one.record), dict(other.record))):
         for name in sorted(before.keys() | after.keys()):
             if name not in MAY_DIFFER and before.get(name) != after.get(name):
-                found.append(f"{name}: {one_line(before.get(name))[:80]} -> {one_line(after.get(name))[:80]}")
-    return found
+                changes.append(f"{name}: {one_line(before.get(name))[:80]} -> {one_line(after.get(name))[:80]}")
+    return changes

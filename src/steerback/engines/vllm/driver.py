@@ -1,8 +1,9 @@
-"""vLLM's asynchronous engine in a thread of its own, fed no faster than the worker's tables allow.
+"""Runs vLLM's asynchronous engine in a separate thread and never submits more than the worker's tables can hold.
 
 The thread's event loop outlives the callers' loops and keeps running while a caller blocks. A job that needs rows,
-columns or recording room waits, first come first served, until finished jobs have given theirs back; results are read
-from the worker for all jobs that finished in the meantime at once. Knows vLLM's client interface, nothing of targets.
+columns or recording space waits in a first-come queue until finished jobs free them. Results of all jobs that finished
+in the meantime are read from the worker at once. This module uses vLLM's client interface; it does not know about
+targets.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from steerback.engines.vllm.settings import Entry, TableSettings, Ticket
 Result = TypeVar("Result")
 
 PAUSE, GLANCE = 0.02, 0.002
-"""Seconds between two readings of results (each stops the worker for about a millisecond), and between two looks
-whether anything that is worth waiting for is still running."""
+"""Seconds between two readings of results (each stops the worker for about a millisecond), and between two checks
+whether jobs that should finish first are still running."""
 RELEASE = 5
-"""Seconds that cancelled jobs have to give back their rows before the engine ends."""
+"""Seconds in which cancelled jobs must free their rows before the engine ends."""
 
 
 class SamplingFields(TypedDict, total=False):
-    """The fields of vLLM's SamplingParams that are set here."""
+    """The fields of vLLM's SamplingParams that steerback sets."""
 
     temperature: float
     top_p: float
@@ -50,7 +51,7 @@ class TokenProbability(Protocol):
 
 
 class Response(Protocol):
-    """One response in vLLM's output; `logprobs` has a mapping for each of its tokens if they were asked for."""
+    """One response in vLLM's output; `logprobs`, if requested, has one mapping per token."""
 
     token_ids: Sequence[int]
     logprobs: Sequence[Mapping[int, TokenProbability]]
@@ -65,7 +66,7 @@ class Output(Protocol):
 
 
 class AsyncEngine(Protocol):
-    """The part of vLLM's AsyncLLM that is used here."""
+    """The methods of vLLM's AsyncLLM that this package uses."""
 
     def generate(
         self, prompt: Mapping[str, object], sampling_params: object, request_id: str, *, lora_request: object
@@ -78,7 +79,7 @@ class AsyncEngine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class VllmJob:
-    """One request as vLLM sees it."""
+    """One request in vLLM's form."""
 
     ticket: Ticket
     token_ids: tuple[int, ...]
@@ -87,7 +88,7 @@ class VllmJob:
 
 @dataclass(frozen=True, slots=True)
 class VllmAnswer:
-    """vLLM's own output, and the worker's entry (receipt, recordings) if the job's ticket had instructions."""
+    """vLLM's output, and the worker's entry (receipt, recordings) if the job's ticket has instructions."""
 
     output: Output
     entry: Entry | None
@@ -95,7 +96,7 @@ class VllmAnswer:
 
 @dataclass(slots=True)
 class Gate:
-    """Counts what jobs in flight hold of the worker's tables; never lets in what would not fit."""
+    """Counts the table space of running jobs, and admits a job only if its tables fit."""
 
     settings: TableSettings
     running: int = 0
@@ -104,7 +105,7 @@ class Gate:
     waiting: deque[tuple[Ticket, asyncio.Future[None]]] = field(default_factory=deque)
 
     async def enter(self, ticket: Ticket) -> None:
-        """Wait for a turn."""
+        """Wait until the ticket's rows, columns and recording space are free."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.waiting.append((ticket, turn))
         self._admit()
@@ -112,13 +113,13 @@ class Gate:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
-                self.leave(ticket)  # the turn came in the same moment
+                self.leave(ticket)  # admitted at the moment of cancellation
             else:
-                self._admit()  # lets in those that waited behind this one
+                self._admit()  # admit the jobs that waited behind this one
             raise
 
     def leave(self, ticket: Ticket) -> None:
-        """Give back what `enter` took."""
+        """Free the space that `enter` reserved."""
         self._count(ticket, -1)
         self._admit()
 
@@ -150,7 +151,7 @@ class Gate:
 
 
 class Driver:
-    """One vLLM engine. Methods may be called from any thread."""
+    """One vLLM engine. Its methods are thread-safe."""
 
     def __init__(self, settings: TableSettings, start: Callable[[], AsyncEngine], lora: object = None) -> None:
         self.settings, self._lora = settings, lora
@@ -166,7 +167,7 @@ class Driver:
         try:
             self.wait(self._start(start))
         except BaseException:
-            self.close()  # also what has started after an interrupt
+            self.close()  # end a partly started engine after an interrupt
             raise
 
     async def _start(self, start: Callable[[], AsyncEngine]) -> None:
@@ -177,7 +178,7 @@ class Driver:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def submit(self, job: VllmJob) -> Future[VllmAnswer]:
-        """Start a job; cancelling the future aborts it. The same key may be used again, also at the same time."""
+        """Start a job; cancelling the future aborts it. A key may be used again, even at the same time."""
         job = replace(job, ticket=replace(job.ticket, key=f"{next(self._numbers)}:{job.ticket.key}"))
         return asyncio.run_coroutine_threadsafe(self._run(job), self._loop)
 
@@ -211,7 +212,7 @@ class Driver:
             if (salt := job.ticket.salt(len(job.token_ids))) is not None:
                 prompt["cache_salt"] = salt
             stream = self.llm.generate(prompt, params, job.ticket.key, lora_request=self._lora)
-            output = [found async for found in stream][-1]
+            output = [step async for step in stream][-1]
             entry = None
             if not job.ticket.empty:
                 entry = await self._collect(job, output)
@@ -225,7 +226,7 @@ class Driver:
                 self._gate.leave(job.ticket)
 
     async def _collect(self, job: VllmJob, output: Output) -> Entry:
-        """Return the worker's entry for a finished job, read together with those of others."""
+        """Return the worker's entry for a finished job; entries of several jobs are read together."""
         result: asyncio.Future[Entry] = asyncio.get_running_loop().create_future()
         self._finished.append((job, output, result))
         if self._collecting is None or self._collecting.done():
@@ -238,12 +239,12 @@ class Driver:
                 await asyncio.sleep(GLANCE)
                 if len(self._finished) == self._gate.running:
                     break
-            batch = [one for one in self._finished if not one[2].done()]  # without those cancelled meanwhile
+            batch = [one for one in self._finished if not one[2].done()]  # without cancelled jobs
             self._finished = []
             wanted = [(job.ticket.key, positions_fed(output)) for job, output, _ in batch]
             try:
                 workers = await self._call("steerback_fetch", wanted) if wanted else []
-            except Exception as error:  # noqa: BLE001 - handed on to every job that waits for this reading
+            except Exception as error:  # noqa: BLE001 - every job that waits for this reading gets the error
                 for _, _, result in batch:
                     if not result.done():
                         result.set_exception(error)
@@ -257,7 +258,7 @@ class Driver:
                     result.set_exception(error)
 
     def close(self) -> None:
-        """End the engine and its processes; jobs that are not done are cancelled."""
+        """End the engine and its processes; unfinished jobs are cancelled."""
         if self._thread.is_alive():
             try:
                 self.wait(self._shutdown())
@@ -281,16 +282,17 @@ class Driver:
 
 
 def positions_fed(output: Output) -> int:
-    """Return the positions that a finished request fed to the model: its last token was sampled, never fed."""
+    """Return the number of positions that a finished request fed to the model; its last token is sampled but never
+    fed."""
     return len(output.prompt_token_ids) + max(len(output.outputs[0].token_ids) - 1, 0)
 
 
 def _agreed(key: str, workers: Sequence[Mapping[str, Sequence[Entry]]]) -> Entry:
-    """Return the first worker's entry; under tensor parallelism all must have edited the same positions."""
-    found = [worker[key] for worker in workers]
-    if any(len(entries) != 1 for entries in found):
-        raise RuntimeError(f"request {key!r} left {len(found[0])} receipts in the worker instead of one")
-    counts = {(entries[0]["prompt"], entries[0]["generated"]) for entries in found}
+    """Return the first worker's entry; under tensor parallelism all workers must have edited the same positions."""
+    entries_of = [worker[key] for worker in workers]
+    if any(len(entries) != 1 for entries in entries_of):
+        raise RuntimeError(f"request {key!r} left {len(entries_of[0])} receipts in the worker instead of one")
+    counts = {(entries[0]["prompt"], entries[0]["generated"]) for entries in entries_of}
     if len(counts) != 1:
         raise RuntimeError(f"request {key!r}: the workers edited different positions {sorted(counts)}")
-    return found[0][0]
+    return entries_of[0][0]

@@ -1,7 +1,7 @@
-"""The vLLM engine of a target: checks requests, hands them to one or more vLLM engines, builds completions.
+"""The vLLM engine of a target: checks requests, sends them to one or more vLLM engines and builds completions.
 
-Everything a worker cannot do is refused here, before anything is sent, in one line that names the field. Knows
-nothing of judges, ledgers or experiments.
+A request that a worker cannot handle is refused before anything is sent, with one line that names the field. This
+module does not know about judges, ledgers or experiments.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from steerback.targets import Target
 
 QUESTION = "What is the capital of France?"
-"""What an engine that has just started is asked, steered and unsteered."""
+"""Prompt of the self-test of a new engine, which is run steered and unsteered."""
 WORKER = "steerback.engines.vllm.worker.SteeredWorker"
 
 
@@ -59,9 +59,9 @@ class VllmRecord(ModelRecord):
 
 
 class VllmEngine:
-    """Generates steered responses for one target on stock vLLM.
+    """Generate steered responses for one target on unmodified vLLM.
 
-    A target's LoRA adapter is served beside its model, not merged.
+    A target's LoRA adapter is served with its model, not merged.
     """
 
     def __init__(self, target: Target, options: VllmOptions, directions: Mapping[str, Tensor] | None = None) -> None:
@@ -94,7 +94,7 @@ class VllmEngine:
             directions=save_directions(directions or {}),
         )
         asked = len(self._loaded.prompter.tokens(QUESTION))
-        jobs.check_length(self.settings, "the vLLM engine's test of itself", asked, 3)
+        jobs.check_length(self.settings, "self-test of the vLLM engine", asked, 3)
         own = engine_arguments(target, length, rows, options.tensor_parallel)
         self._arguments = own | options.memory(available) | dict(options.options)
         self._log = start_log()
@@ -111,7 +111,7 @@ class VllmEngine:
     # ---- start and end
 
     def _start(self, shares: Sequence[str]) -> list[Driver]:
-        """Start one engine after another, each on its GPUs: one that starts measures the memory that is left."""
+        """Start the engines in sequence, because each measures the free memory of its GPUs at its start."""
         adapter = None
         if self.target.adapter:
             from vllm.lora.request import LoRARequest
@@ -129,7 +129,7 @@ class VllmEngine:
             if isinstance(error, (RuntimeError, ValueError, OSError, TypeError)):
                 reason = one_line(error)[:300]
                 raise SteerbackError(
-                    f"vLLM could not start {self.target.name!r} ({reason}); its own messages are in {self._log}"
+                    f"vLLM could not start {self.target.name!r} ({reason}); its messages are in {self._log}"
                 ) from error
             raise
         finally:
@@ -159,23 +159,24 @@ class VllmEngine:
     def _self_test(self, version: str) -> None:
         prompt = self._loaded.prompter.tokens(QUESTION)
         norms = self._loaded.norms
-        latent = None if norms is None else int((norms > 0).argmax())  # some SAEs have latents that write nothing
+        latent = None if norms is None else int((norms > 0).argmax())  # some SAEs have latents with a zero decoder row
         for driver in self._drivers:
-            found = jobs.steering_fault(driver, self.settings, prompt, self.target.boost_prior.high, latent)
-            if found:
+            fault = jobs.steering_fault(driver, self.settings, prompt, self.target.boost_prior.high, latent)
+            if fault:
                 raise SteerbackError(
-                    f"vLLM {version} (tested: {TESTED}) does not steer this model: {found}; use --engine transformers"
+                    f"vLLM {version} (tested: {TESTED}) does not steer this model: {fault}; use --engine transformers"
                 )
 
     # ---- identity
 
     @property
     def fingerprint(self) -> str:
-        """Hash of everything that shapes a completion except the request."""
+        """Hash of everything except the request that shapes a completion."""
         return digest(self._record)
 
     def describe(self) -> VllmRecord:
-        """Return what is needed to repeat a run. vLLM promises equal plans and seeds, not equal texts."""
+        """Return the settings that are needed to repeat a run. With vLLM, a repeated run has the same plan and
+        seeds; its texts may differ."""
         return self._record.copy()
 
     def _describe(self, version: str, replicas: int, directions: Mapping[str, Tensor]) -> VllmRecord:
@@ -209,7 +210,7 @@ class VllmEngine:
     async def generate(
         self, requests: Sequence[Request], more: Arriving | None = None
     ) -> AsyncIterator[tuple[str, Completion]]:
-        """Yield (key, completion) as responses finish; everything is checked before anything is generated."""
+        """Yield (key, completion) as responses finish; all requests are checked before generation starts."""
         loop = asyncio.get_running_loop()
         done: asyncio.Queue[tuple[Request, Future[VllmAnswer]] | list[Request] | None] = asyncio.Queue()
         running: set[Future[VllmAnswer]] = set()
@@ -245,7 +246,7 @@ class VllmEngine:
                 if event is None:
                     open_ended = False
                     if listening is not None:
-                        await listening  # raises its error, if any
+                        await listening  # raises the error of `listening`, if any
                 elif isinstance(event, tuple):
                     request, finished = event
                     running.discard(finished)
@@ -307,7 +308,7 @@ class VllmEngine:
         check_texts(prompts, responses, latents, site)
         chosen = None if latents is None else list(latents)
         out = np.zeros((len(prompts), site.n_latents if chosen is None else len(chosen)), dtype=np.float32)
-        pending: deque[tuple[int, Future[VllmAnswer]]] = deque()  # forgotten as they are read: each holds all latents
+        pending: deque[tuple[int, Future[VllmAnswer]]] = deque()  # dropped after reading: large
         for n, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             ids, positions = self._loaded.prompter.pooled(prompt, response, over)
             jobs.check_length(self.settings, f"text {n}", len(ids), 1)
@@ -320,7 +321,7 @@ class VllmEngine:
             n, future = pending.popleft()
             with _one_line():
                 entry = future.result().entry
-            assert entry is not None  # the ticket asks for pooling
+            assert entry is not None  # the ticket requests pooling
             whole = np.frombuffer(entry["pooled"], dtype=np.float32)
             out[n] = whole if chosen is None else whole[chosen]
         return out
@@ -328,7 +329,7 @@ class VllmEngine:
     def decoder_norms(self) -> NDArray[np.float32]:
         """Return the L2 norm of each latent's decoder direction: (n latents,)."""
         if self._loaded.norms is None:
-            raise SteerbackError("decoder norms need an SAE and this target has none")
+            raise SteerbackError("decoder norms need an SAE, but this target has none")
         return self._loaded.norms
 
     def token_ends(self, completion: Completion, prefix: Prefix | None = None) -> list[int]:
@@ -340,7 +341,7 @@ class VllmEngine:
     def teacher_forced(
         self, token_ids: Sequence[int], interventions: Sequence[Intervention], prompt_tokens: int
     ) -> NDArray[np.float32]:
-        """Return log-probabilities (T, vocabulary) of a text, steered, for the comparison with the reference engine.
+        """Return log-probabilities (T, vocabulary) of a steered text, for comparison with the reference engine.
 
         The first `prompt_tokens` positions are the prompt. The text is prefilled; needs `max_logprobs=-1` in options.
         """
@@ -353,13 +354,13 @@ class VllmEngine:
         rows = [*output.prompt_logprobs[1:], output.outputs[0].logprobs[0]]
         out = np.full((len(rows), len(rows[0])), -np.inf, dtype=np.float32)
         for n, row in enumerate(rows):
-            for token, found in row.items():
-                out[n, token] = found.logprob
+            for token, entry in row.items():
+                out[n, token] = entry.logprob
         return out
 
 
 def _close(drivers: Sequence[Driver]) -> None:
-    """End all drivers, also when one of them cannot be ended."""
+    """End all drivers, even if one of them fails to end."""
     with contextlib.ExitStack() as ending:
         for driver in drivers:
             ending.callback(driver.close)
@@ -374,7 +375,7 @@ def _one_line() -> Iterator[None]:
         yield
     except EngineDeadError as error:
         raise SteerbackError(
-            "vLLM stopped (its own messages are in engine.log of the run); what was finished is kept, resume the run"
+            "vLLM stopped (its messages are in the run's engine.log); finished responses are kept, resume the run"
         ) from error
 
 

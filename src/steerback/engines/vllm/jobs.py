@@ -1,6 +1,6 @@
-"""From a request to what vLLM is sent, once it is known to fit the worker's tables; and the test of a new engine.
+"""Convert a request to vLLM's form after checking that it fits the worker's tables; self-test of a new engine.
 
-Everything a worker cannot do is refused here, in one line that names the field.
+A request that a worker cannot handle is refused with one line that names the field.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from steerback.errors import SteerbackError
 from steerback.records import Intervention, LatentKey, Request
 
 TOLERANCE = 1e-3
-"""Largest error of an edit, relative to its size, on random residuals in float32."""
+"""Maximum relative error of an edit on random residuals in float32."""
 
 
 def job_of(where: str, request: Request, settings: TableSettings, prepared: PreparedTarget) -> VllmJob:
-    """Return prompt tokens, ticket and sampling of a checked request; SteerbackError for what vLLM cannot do."""
+    """Return prompt tokens, ticket and sampling of a checked request; raise SteerbackError if vLLM cannot run it."""
     prompt = prepared.prompter.prompt(request)
     until = len(prompt) + request.sampling.max_new_tokens
     check_length(settings, where, len(prompt), request.sampling.max_new_tokens)
@@ -31,7 +31,7 @@ def job_of(where: str, request: Request, settings: TableSettings, prepared: Prep
 
 
 def check_length(settings: TableSettings, where: str, prompt: int, new: int) -> None:
-    """Raise SteerbackError if prompt and response cannot both fit the engine's context."""
+    """Raise SteerbackError if prompt and response exceed the engine's context."""
     checks.check_length(where, prompt, new, settings.length, "the engine's max_model_len of", " or raise max_model_len")
 
 
@@ -51,7 +51,8 @@ def _ticket(where: str, request: Request, settings: TableSettings, until: int) -
 
 
 def check_ticket(where: str, ticket: Ticket, settings: TableSettings) -> None:
-    """Raise SteerbackError if the tables lack a layer or the columns for a request, which would wait for ever."""
+    """Raise SteerbackError if the tables can never hold the request (missing layer or too few columns); it would
+    wait forever."""
     used = [(f"interventions[{n}].layer", settings.site.layer_of(edit)) for n, edit in enumerate(ticket.edits)]
     for field, wanted in [*used, *([("record.layer", ticket.layer)] if ticket.layer >= 0 else [])]:
         if wanted not in settings.layers:
@@ -67,7 +68,7 @@ def check_ticket(where: str, ticket: Ticket, settings: TableSettings) -> None:
 
 
 def _sampling(request: Request, prepared: PreparedTarget) -> SamplingFields:
-    """Return vLLM's sampling parameters; a response ends where it does in the reference engine."""
+    """Return vLLM's sampling parameters, with the same end tokens as the reference engine."""
     sampling = request.sampling
     return {
         "temperature": sampling.temperature,
@@ -85,10 +86,10 @@ def _sampling(request: Request, prepared: PreparedTarget) -> SamplingFields:
 def steering_fault(
     driver: Driver, settings: TableSettings, prompt: tuple[int, ...], boost: float, latent: int | None
 ) -> str | None:
-    """Return how an engine that has just started fails to steer, or None: arithmetic, hooks and effect on each worker.
+    """Test arithmetic, hooks and effect of steering on each worker of a new engine; return the fault, or None.
 
-    A release of vLLM may move a hook point without an error; an unsteered model would then look steered. `boost` is a
-    strong one for this target, `latent` one with a decoder direction (None: the target has no SAE).
+    A release of vLLM may move a hook point without an error, and an unsteered model would then be reported as steered.
+    `boost` is a strong one for this target, `latent` one with a nonzero decoder row (None: the target has no SAE).
     """
     site = settings.site
     latents: list[LatentKey] = [*([] if latent is None else [latent]), *site.directions[:1]]
@@ -98,7 +99,7 @@ def steering_fault(
     clamps = [Intervention("scale" if k % 2 else "clamp", k, 1.5, layer=n) for k in few for n in settings.layers]
     mixed = Ticket("check", (Intervention("add", latents[0], 2.0, "generated"), *clamps))
     for error in driver.call("steerback_check", mixed.as_args(), 0):
-        if not error < TOLERANCE:  # nor NaN
+        if not error < TOLERANCE:  # also true for NaN
             return f"its edits are off by {error:.1e} of their size"
     edits = (Intervention("add", latents[0], boost),)
     sampling = SamplingFields(temperature=0.0, max_tokens=3, logprobs=5, ignore_eos=True, detokenize=False)
@@ -112,8 +113,8 @@ def steering_fault(
         for answer in (plain, steered, again)
     )
     if all(abs(value - pushed.get(token, -math.inf)) < 1e-6 for token, value in first.items()):
-        return "a strong addition leaves the next token's probabilities as they were"
+        return "a strong addition does not change the next token's probabilities"
     best = max(first, key=lambda token: first[token])
-    if abs(first[best] - later.get(best, -math.inf)) > 0.1:  # two equally good tokens may change places
+    if abs(first[best] - later.get(best, -math.inf)) > 0.1:  # two equally likely tokens may change places
         return "an unsteered request differs before and after a steered one"
     return None

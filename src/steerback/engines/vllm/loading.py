@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from steerback.targets import Target
 
 TESTED = "0.26.0 and 0.32.0"
-"""The vLLM releases that the tests ran on; with any release, every engine has to pass a self-test at its start."""
+"""vLLM releases that were tested. With any release, every engine must pass a self-test at its start."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class PreparedTarget:
 
 
 def require_vllm() -> str:
-    """Return vLLM's version; SteerbackError that says how to install it. Its log is kept to errors by default."""
+    """Return vLLM's version, or raise SteerbackError with the install command. By default vLLM then logs errors
+    only."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
         import vllm
@@ -60,13 +61,13 @@ def require_vllm() -> str:
 
 
 def start_log() -> Path:
-    """Return the file for vLLM's own output: that of the run which starts it, else one in the user's folder."""
+    """Return the log file for vLLM's output: that of the current run, else one in the user's folder."""
     return START_LOG.get() or make_folder(user_folder("logs")) / "vllm.log"
 
 
 @contextmanager
 def output_to(file: Path) -> Iterator[None]:
-    """Append what this process and the processes that it starts print to `file`, instead of the terminal."""
+    """Redirect the output of this process and of its child processes to the end of `file`."""
     kept = []
     try:
         with file.open("ab") as log:
@@ -83,16 +84,17 @@ def output_to(file: Path) -> Iterator[None]:
 
 
 def gpus() -> int:
-    """Return how many GPUs vLLM will find here, without initialising CUDA."""
+    """Return the number of GPUs that vLLM can use, without initialising CUDA."""
     import torch
 
     return torch.cuda.device_count()
 
 
 def device_shares(replicas: int, tensor_parallel: int, available: int = 0) -> list[str]:
-    """Return CUDA_VISIBLE_DEVICES for each replica: `tensor_parallel` GPUs of those visible now.
+    """Return CUDA_VISIBLE_DEVICES for each replica: `tensor_parallel` of the visible GPUs.
 
-    Replicas of one GPU each take the `available` GPUs in turn, so more replicas than GPUs share them.
+    Replicas with one GPU each take the `available` GPUs in turn, so replicas share GPUs if there are more replicas than
+    GPUs.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = (
@@ -104,7 +106,7 @@ def device_shares(replicas: int, tensor_parallel: int, available: int = 0) -> li
 
 
 def prepare(target: Target, directions: tuple[str, ...]) -> PreparedTarget:
-    """Return tokenizer, layers and hashes of a target; SteerbackError for what is missing or does not fit together."""
+    """Return tokenizer, layers and hashes of a target; raise SteerbackError if a part is missing or does not fit."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -117,7 +119,7 @@ def prepare(target: Target, directions: tuple[str, ...]) -> PreparedTarget:
     with load_errors(target, f"cannot load {target.model}"):
         config = AutoConfig.from_pretrained(target.model, **origin)
         tokenizer = AutoTokenizer.from_pretrained(target.model, **origin)
-        if target.adapter is not None:  # vLLM would go on with the part of it that fits
+        if target.adapter is not None:  # vLLM would load only the weights that fit
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
             check_fits(f"target {target.name!r}: cannot use adapter {target.adapter}", Path(target.adapter), model)
@@ -140,9 +142,9 @@ def prepare(target: Target, directions: tuple[str, ...]) -> PreparedTarget:
 
 
 def model_alone(target: Target) -> str:
-    """Return a folder with the model's files only: vLLM takes every safetensors file it finds for weights of the model.
+    """Return a folder with links to the model's files only, because vLLM loads every safetensors file of a folder.
 
-    Links under a name that stays, as the path is part of the key of vLLM's compile cache.
+    The folder has a fixed name, because its path is part of the key of vLLM's compile cache.
     """
     folder = Path(target.model)
     if not (folder / "sae.safetensors").is_file():
@@ -154,7 +156,7 @@ def model_alone(target: Target) -> str:
     for old in links.iterdir():
         if old.name not in wanted and not old.name.startswith("."):
             old.unlink(missing_ok=True)
-    for name, path in wanted.items():  # a right link stays: another process may be reading it
+    for name, path in wanted.items():  # keep a correct link: another process may be reading it
         link, fresh = links / name, links / f".{os.getpid()}-{threading.get_ident()}-{name}"
         if not (link.is_symlink() and link.readlink() == path):
             fresh.symlink_to(path)
@@ -163,7 +165,7 @@ def model_alone(target: Target) -> str:
 
 
 def save_directions(directions: Mapping[str, Tensor]) -> str | None:
-    """Return a file with the directions, named by its contents for the same reason."""
+    """Return a file with the directions. Its name is a hash of the contents, so that the compile cache stays valid."""
     if not directions:
         return None
     import torch
@@ -175,7 +177,8 @@ def save_directions(directions: Mapping[str, Tensor]) -> str | None:
 
 
 def cpu_arguments(length: int) -> dict[str, JsonValue]:
-    """vLLM's CPU build fails on a seeded request whose prefill is split over steps, so it is not split there."""
+    """Return arguments for vLLM's CPU build, which fails if the prefill of a seeded request is split over several
+    steps."""
     return {
         "kv_cache_memory_bytes": 1 << 30,
         "enable_chunked_prefill": False,
@@ -184,7 +187,7 @@ def cpu_arguments(length: int) -> dict[str, JsonValue]:
 
 
 def lora_arguments(folder: str, dtype: str) -> dict[str, JsonValue]:
-    """Return vLLM's arguments for an adapter; SteerbackError where vLLM could not serve it."""
+    """Return vLLM's arguments for an adapter; raise SteerbackError if vLLM cannot serve it."""
     if gpus() and dtype == "float32":
         raise SteerbackError(
             f"lora {folder!r}: vLLM's adapter kernels take no float32 on a GPU; use a target in bfloat16, or --engine "
@@ -193,9 +196,7 @@ def lora_arguments(folder: str, dtype: str) -> dict[str, JsonValue]:
     check_adapter(f"lora {folder!r}", Path(folder))
     rank = adapter_config(Path(folder)).get("r")
     if not isinstance(rank, int) or rank < 1:
-        raise SteerbackError(
-            f"lora {folder!r}: its configuration gives the rank r as {rank!r}, not as a number above 0"
-        )
+        raise SteerbackError(f"lora {folder!r}: rank r in its configuration is {rank!r}; it must be a number above 0")
     return {"enable_lora": True, "max_lora_rank": next((r for r in (8, 16, 32, 64, 128, 256, 512) if r >= rank), rank)}
 
 

@@ -1,4 +1,4 @@
-"""Hook points of vLLM's model runners: they keep the worker's `Slots` informed of arrivals and of each step."""
+"""Hook points in vLLM's model runners, which report new requests and each step to the worker's `Slots`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from steerback.errors import SteerbackError
 
 
 class SamplingArguments(Protocol):
-    """Sampling parameters of a request, as vLLM's scheduler has them."""
+    """Sampling parameters of a request, as stored by vLLM's scheduler."""
 
     extra_args: Mapping[str, str] | None
 
 
 class NewRequest(Protocol):
-    """A request that a step computes for the first time, or again where the runner forgot it after a preemption."""
+    """A request in its first step, or in its first step after a preemption that made the runner drop it."""
 
     req_id: str
     prompt_token_ids: Sequence[int] | None
@@ -37,7 +37,7 @@ class SchedulerOutput(Protocol):
 
 
 class ModelRunner(Protocol):
-    """The part of vLLM's model runners that is used here; only the first generation has `input_batch`."""
+    """The parts of vLLM's model runners that this package uses; only the first generation has `input_batch`."""
 
     max_num_tokens: int
     compilation_config: Any
@@ -62,8 +62,8 @@ class StepInputs(Protocol):
 class Generation:
     """A generation of vLLM's model runner.
 
-    `prepare` is the method that gets a step's inputs ready; `step(runner, result, *its arguments)` describes the step;
-    `needs` are the attributes by which the generation is recognised.
+    `prepare` names the method that prepares a step's inputs, `step(runner, result, *its arguments)` describes the step,
+    and `needs` lists the attributes that identify the generation.
     """
 
     name: str
@@ -91,7 +91,7 @@ GENERATIONS = (
 
 
 def generation(runner: object) -> Generation:
-    """Return the generation that a model runner belongs to; SteerbackError if its hook points are not known."""
+    """Return the generation of a model runner; raise SteerbackError if its hook points are unknown."""
     for known in GENERATIONS:
         if all(hasattr(runner, name) for name in known.needs):
             return known
@@ -103,12 +103,12 @@ def generation(runner: object) -> Generation:
 
 
 def token_room(runner: ModelRunner) -> int:
-    """Return a bound on the tokens, padding included, that one forward pass can have."""
+    """Return an upper bound on the tokens of one forward pass, with padding."""
     return max(int(runner.max_num_tokens), int(runner.compilation_config.max_cudagraph_capture_size or 0)) + 8
 
 
 def follow(runner: ModelRunner, slots: Slots) -> None:
-    """Tell `slots` what arrives and what a step computes before its forward pass, and that it is under way after it."""
+    """Report new requests and each step to `slots` before the forward pass, and again after its launch."""
     kind = generation(runner)
     prepare, dummy, execute = getattr(runner, kind.prepare), runner._dummy_run, runner.execute_model
 
@@ -133,7 +133,7 @@ def follow(runner: ModelRunner, slots: Slots) -> None:
 
 
 def arrivals(scheduler_output: SchedulerOutput) -> list[Arrival]:
-    """Return the requests that a step brings."""
+    """Return the new requests of a step."""
     return [
         Arrival(
             request=new.req_id,

@@ -1,7 +1,8 @@
-"""What engine and worker agree on before a model is loaded, and what travels with each request: plain JSON-able data.
+"""Data that engine and worker exchange: table settings before a model is loaded, and a ticket for each request.
 
-`TableSettings` go into vLLM's `additional_config`, which is part of the key of its compile cache: a plain engine never
-loads a steered graph, and a steered engine never a plain one. Knows nothing of vLLM itself.
+All of it is JSON-able. `TableSettings` are stored in vLLM's `additional_config`, which is part of the key of its
+compile cache. An unsteered engine therefore never loads a steered graph, nor the reverse. This module does not import
+vLLM.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from steerback.records import Intervention, digest
 from steerback.targets.target import SaeSource
 
 KEY = "steerback"
-"""Under this name settings lie in `additional_config` and tickets in a request's `extra_args`."""
+"""Key of the settings in `additional_config`, and of tickets in a request's `extra_args`."""
 
 PHASES: tuple[Phase, Phase] = ("prompt", "generated")
 
 
 class Entry(TypedDict, total=False):
-    """A worker's results for one request: edited prompt and generated positions with the mean norm of what was added,
-    and the float32 values that were recorded or pooled (from the first worker alone)."""
+    """A worker's results for one request: edited prompt and generated positions, the mean norm of the edits, and the
+    recorded or pooled float32 values (from the first worker only)."""
 
     prompt: int
     generated: int
@@ -36,11 +37,11 @@ class Entry(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class TableSettings:
-    """Sizes of the tables and where their contents come from.
+    """Sizes of the tables and sources of their contents.
 
-    rows: requests that may be in flight, each of which may record; columns: distinct latents that may be clamped or
-    recorded at one time, over all requests in flight; room: float32 values that one request may record (positions x
-    latents); poolers: texts over which the whole SAE is pooled at one time (0: not prepared); length: positions of a
+    rows: requests that may run at one time, each with a recording; columns: distinct latents that may be clamped or
+    recorded at one time, over all running requests; room: float32 values that one request may record (positions x
+    latents); poolers: texts that may be pooled over the whole SAE at one time (0: no pooling); length: positions of a
     request; directions: a safetensors file.
     """
 
@@ -58,7 +59,7 @@ class TableSettings:
 
     @property
     def pooled_layers(self) -> tuple[int, ...]:
-        """Return the layers at which texts can be pooled."""
+        """Layers at which texts can be pooled."""
         return tuple(sorted({self.site.read_layer, self.site.sae_layer})) if self.poolers else ()
 
     def as_config(self) -> dict[str, object]:
@@ -73,11 +74,11 @@ class TableSettings:
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """A request's instructions to the worker, small enough to be sent with each. `key` is unique in an engine's life.
+    """A request's instructions to the worker, sent with each request. `key` is unique in an engine's lifetime.
 
-    `prompt` is the first generated position (None: the request's own prompt length); `until` the last position + 1 it
-    can reach; `pool` pairs [first, last + 1) of positions over which all latents are pooled, in the way `how`. `layer`:
-    where is recorded or pooled.
+    `prompt` is the first generated position (None: the request's prompt length), `until` the last possible position +
+    1. `pool` lists [first, last + 1) ranges of positions that are pooled over all latents by method `how`. `layer` is
+    the layer of the recording or pooling.
     """
 
     key: str
@@ -91,20 +92,20 @@ class Ticket:
 
     @property
     def empty(self) -> bool:
-        """Whether the worker has nothing to do for this request."""
+        """Whether the worker can ignore this request."""
         return not (self.edits or self.record or self.pool)
 
     def latents(self) -> frozenset[int]:
-        """Return the latents that need a column: those clamped or scaled and those recorded."""
+        """Return the latents that need a column: clamped, scaled or recorded ones."""
         clamped = {i.latent for i in self.edits if i.mode != "add" and isinstance(i.latent, int)}
         return frozenset(clamped | set(self.record))
 
     def salt(self, prompt_tokens: int) -> str | None:
-        """Return what keeps this request's blocks in the prefix cache apart from those computed with other edits.
+        """Return a salt that separates this request's blocks in the prefix cache from blocks with other edits.
 
-        None for a plain request. Where prompt and generated positions are treated differently, the boundary belongs to
-        it: the same tokens with another boundary are other states. What is recorded or pooled has to be computed, so
-        such a request shares with none.
+        None for a request without edits. If the edits differ between prompt and generated positions, the salt contains
+        the boundary, because it changes the states of the same tokens. Recorded or pooled positions must be computed,
+        so such a request shares no blocks.
         """
         if self.empty:
             return None
@@ -116,7 +117,7 @@ class Ticket:
         return digest(body)
 
     def as_args(self) -> dict[str, str]:
-        """Return the form for `SamplingParams.extra_args`: one text, because vLLM copies its arguments deeply."""
+        """Return the form for `SamplingParams.extra_args`: one string, because vLLM deep-copies its arguments."""
         return {KEY: TICKETS.dump_json(self).decode()}
 
     @classmethod

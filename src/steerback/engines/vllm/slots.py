@@ -1,8 +1,8 @@
-"""The worker's book-keeping: which request sits in which row, what the rows hold, and what comes back from them.
+"""Assignment of requests to rows in the worker, the contents of the rows, and the collection of results.
 
-Tables are written only when requests arrive, all arrivals of a step together; a step without arrivals copies one small
-array of rows. Works by request, not by the runner's own slots, so that a preempted request finds its row again.
-Knows nothing of vLLM's classes: an `EngineStep` is what a runner is about to compute.
+Tables are written only when requests arrive, once for all arrivals of a step. A step without arrivals copies one small
+array of row numbers. Rows belong to requests, not to the runner's slots, so a preempted request keeps its row. This
+module does not use vLLM's classes; an `EngineStep` describes the next step of a runner.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from steerback.records import Intervention
 from steerback.targets.sae import Sae
 
 POOL_CHUNK = 1024
-"""Tokens encoded over the whole SAE at a time; the code of a chunk is all of tokens x latents that ever exists."""
+"""Tokens that are encoded over the whole SAE at one time, which limits the memory for (tokens, latents) activations."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A request that a runner sees for the first time (or again, after a preemption)."""
+    """A request that a runner sees for the first time, or for the first time after a preemption."""
 
     request: str
     args: Mapping[str, str] | None
@@ -38,7 +38,7 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class EngineStep:
-    """One step: requests in the order of their tokens, the number of tokens of each, and how many came before."""
+    """One step: requests in token order, the number of tokens of each, and the number of earlier tokens."""
 
     requests: Sequence[str]
     counts: NDArray[np.integer]
@@ -47,19 +47,19 @@ class EngineStep:
 
 @dataclass(slots=True)
 class Slot:
-    """A request with a ticket, from its arrival until its results were fetched."""
+    """A request with a ticket, from its arrival until its results are fetched."""
 
     ticket: Ticket
     row: int
     prompt: int
     pooler: int = -1
-    pooled: int = 0  # positions below are in the pool, and are not taken again after a preemption
+    pooled: int = 0  # positions below this are pooled; they are skipped after a preemption
     columns: dict[int, int] = field(default_factory=dict)
-    plans: tuple[dict[int, LayerPlan], ...] = ({}, {})  # edits by layer of prompt and generated positions
+    plans: tuple[dict[int, LayerPlan], ...] = ({}, {})  # edits by layer of the prompt and of the generated part
 
     @property
     def boundary(self) -> int:
-        """The first position that counts as generated."""
+        """First position that counts as generated."""
         return self.prompt if self.ticket.prompt is None else self.ticket.prompt
 
 
@@ -81,8 +81,8 @@ class Slots:
         self._free_rows = list(range(settings.rows, 0, -1))
         self._free_columns = list(range(settings.columns - 1, -1, -1))
         self._free_poolers = list(range(settings.poolers - 1, -1, -1))
-        self._columns: dict[int, list[int]] = {}  # latent -> [column, requests that use it]
-        self._dirty: dict[int, set[int]] = {layer: set() for layer in tables}  # rows that hold edits, or did
+        self._columns: dict[int, list[int]] = {}  # latent -> [column, number of requests]
+        self._dirty: dict[int, set[int]] = {layer: set() for layer in tables}  # rows with edits, now or earlier
         self._by_request: dict[str, Slot] = {}
         self._by_key: dict[str, list[str]] = {}
         self._mapping = np.zeros(0, dtype=np.int64)
@@ -96,11 +96,11 @@ class Slots:
 
     @property
     def transient_bytes(self) -> int:
-        """Bytes that pooling takes for a moment: the activations of a chunk, and a mask of the same shape."""
+        """Temporary memory of pooling, in bytes: the activations of a chunk and a mask of the same shape."""
         return 5 * POOL_CHUNK * self.pooled.shape[1]
 
     def state(self) -> dict[str, int]:
-        """Return how much of each table is free, and how often a request had to be computed again."""
+        """Return the free space of each table, and how often a request was computed again."""
         return {
             "rows": len(self._free_rows),
             "columns": len(self._free_columns),
@@ -111,7 +111,7 @@ class Slots:
     # ---- arrivals
 
     def admit(self, arrivals: Iterable[Arrival]) -> None:
-        """Give rows to the requests that need one, and write their contents."""
+        """Assign rows to the requests that need one, and write their contents."""
         fresh: list[tuple[Slot, int]] = []
         latents: list[int] = []
         for arrival in arrivals:
@@ -139,7 +139,7 @@ class Slots:
                 self._write_layer(layer, table, fresh)
 
     def _plans(self, edits: Sequence[Intervention]) -> tuple[dict[int, LayerPlan], ...]:
-        """Return the edits by layer of prompt and generated positions; planned once where both are the same."""
+        """Return the edits by layer of prompt and generated positions; equal plans are computed only once."""
         if all(edit.positions == "all" for edit in edits):
             return (plan_layers(edits, "prompt", self.settings.site),) * 2
         return tuple(plan_layers(edits, phase, self.settings.site) for phase in PHASES)
@@ -170,11 +170,11 @@ class Slots:
                 self.pooled[slot.pooler] = 0
 
     def _record_start(self, slot: Slot) -> int:
-        """Return the place of a slot's record; rows count from 1, and cell 0 is for waste."""
+        """Return the start of a slot's record; rows count from 1, and entry 0 is a dummy target."""
         return 1 + (slot.row - 1) * self.settings.room
 
     def _write_layer(self, layer: int, table: LayerTable, fresh: Sequence[tuple[Slot, int]]) -> None:
-        """Write one layer's cells and marks for the rows of new requests."""
+        """Write one layer's edits and marks for the rows of new requests."""
         dirty = self._dirty[layer]
         chosen: list[tuple[Slot, int, tuple[LayerPlan | None, ...]]] = []
         for slot, cached in fresh:
@@ -203,7 +203,7 @@ class Slots:
                     marks[slot.row, first:last] = CACHED
 
     def _additions(self, plans: Sequence[LayerPlan | None]) -> tuple[Tensor, Tensor]:
-        """Return sums of additions (k, d), one for each distinct plan, and the index of each plan's sum (n,)."""
+        """Return sums of additions (k, d), one per distinct plan, and the index of each plan's sum (n,)."""
         first: dict[int, int] = {}
         which = [first.setdefault(id(plan), len(first)) for plan in plans]
         out = torch.zeros(len(first), self.settings.site.d_model)
@@ -241,7 +241,7 @@ class Slots:
     # ---- steps
 
     def step(self, batch: EngineStep) -> None:
-        """Write which row each token of the coming step belongs to."""
+        """Write the row of each token of the next step."""
         rows = [self._row(request) for request in batch.requests]
         self._pooling = []
         if not any(rows):
@@ -252,14 +252,14 @@ class Slots:
             self._plan_pooling(batch)
         if np.array_equal(mapping, self._mapping):
             return
-        size = max(len(mapping), len(self._mapping))  # what was written before and is not now becomes null
+        size = max(len(mapping), len(self._mapping))  # entries of the previous step that are now unused become null
         padded = np.zeros(size, dtype=np.int64)
         padded[: len(mapping)] = mapping
         self.shared.row[:size].copy_(self._send(torch.from_numpy(padded)))
         self._mapping = mapping
 
     def idle(self) -> None:
-        """Prepare for a step without steered requests (or a dummy)."""
+        """Prepare for a step without steered requests, or for a dummy step."""
         if len(self._mapping):
             self.shared.row[: len(self._mapping)].zero_()
             self._mapping = np.zeros(0, dtype=np.int64)
@@ -285,7 +285,7 @@ class Slots:
             first += count
 
     def after(self) -> None:
-        """Pool activations of the step's texts; called once its forward pass is under way."""
+        """Pool activations of the step's texts; called after its forward pass was launched."""
         for slot, at in self._pooling:
             assert self.whole is not None
             total = self.pooled[slot.pooler]
@@ -305,8 +305,8 @@ class Slots:
     def fetch(self, wanted: Sequence[tuple[str, int]], records: bool) -> dict[str, list[Entry]]:
         """Return receipts and recordings of finished requests, and free their rows.
 
-        `wanted` has (key, positions fed); the result has one entry for each request of that key: prompt
-        and generated positions edited, their mean norm, and the bytes of what was recorded or pooled.
+        `wanted` has (key, positions fed). The result has one entry per request of that key: edited prompt and generated
+        positions, their mean norm, and the recorded or pooled values as bytes.
         """
         slots = [(k, self._by_request[r], fed) for k, fed in wanted for r in self._by_key.get(k, ())]
         out: dict[str, list[Entry]] = {key: [] for key, _ in wanted}
@@ -326,10 +326,10 @@ class Slots:
 
     @contextlib.contextmanager
     def _reading(self, pooled: bool) -> Iterator[None]:
-        """Read in parallel with the running steps: waiting for them would leave the device idle.
+        """Select a CUDA stream that reads in parallel with the running steps, so that the device does not idle.
 
-        The results of a finished request are complete before its last token is known, except for pooled activations:
-        some runners sample before these are added.
+        The results of a finished request are complete before its last token is known. Pooled activations are the
+        exception: some runners sample before these are added.
         """
         if self._reader is None or self._pooled_last is None:
             yield
@@ -353,7 +353,7 @@ class Slots:
         }
 
     def _recorded(self, slots: Sequence[tuple[Slot, int]]) -> list[bytes]:
-        """Return the recordings of all requests in the positions they fed, read from the device at once."""
+        """Return the recordings of all requests at the positions they fed, with one read from the device."""
         parts = []
         for slot, fed in slots:
             first = self._record_start(slot)
@@ -363,7 +363,7 @@ class Slots:
         return [part.tobytes() for part in np.split(whole, ends[:-1])]
 
     def _pooled(self, slots: Sequence[Slot]) -> list[bytes]:
-        """Return the pooled activations of all requests, read from the device at once."""
+        """Return the pooled activations of all requests, with one read from the device."""
         rows = [slot.pooler for slot in slots if slot.pooler >= 0]
         read = iter(self.pooled[self._send(torch.tensor(rows, dtype=torch.long))].cpu().numpy())
         counts = [1 if s.ticket.how == "max" else sum(b - a for a, b in s.ticket.pool) for s in slots]
@@ -390,7 +390,7 @@ class Slots:
 def _encode(sae: Sae, h: Tensor) -> Tensor:
     """Return all activations (T, n) of h (T, d), computed in place to save memory."""
     before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True  # six times faster on GPUs, and no coarser than bfloat16 residuals
+    torch.backends.cuda.matmul.allow_tf32 = True  # six times faster; bfloat16 residuals are coarser
     z = torch.addmm(sae.b_enc, h, sae.W_enc)
     torch.backends.cuda.matmul.allow_tf32 = before
     z.masked_fill_(z <= sae.threshold, 0)

@@ -1,8 +1,8 @@
-"""The device side of steering: tables with one row per request, and decoder layers that read them as they run.
+"""Steering on the device: tables with one row per request, and decoder layers that read the tables.
 
-Everything a layer does is plain tensor arithmetic on fixed storage, so that torch.compile fuses it and CUDA graphs
-replay it. Row 0 is the null row of padding and of requests without interventions. Each row has two cells, one for
-prompt and one for generated positions. Knows nothing of requests or of vLLM.
+Layers use only plain tensor arithmetic on fixed storage, so that torch.compile can fuse it and CUDA graphs can replay
+it. Row 0 is the null row for padding and for requests without interventions. Each row has two entries, one for prompt
+and one for generated positions. This module does not know about requests or vLLM.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from steerback.errors import SteerbackError
 from steerback.targets.sae import Sae
 
 UNEDITED = -1.0
-"""Mark of a position at which nothing was added; others hold the norm that was."""
+"""Mark of a position without an edit; other marks are the norm of the edit."""
 CACHED = -2.0
-"""Mark of a position that came out of the prefix cache, computed with the same interventions."""
+"""Mark of a position from the prefix cache, which was computed with the same interventions."""
 
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """Storage that all edited layers read; R rows (with the null row), U columns, T tokens, d model width.
+    """Storage for all edited layers; R rows (with the null row), U columns, T tokens, d model width.
 
-    row (T,) the row of each token of this step; prompt (R,) its prompt length; encoder (d, U), bias (U,),
-    threshold (U,), decoder (U, d) the latents in use; latent (U,) their numbers; start, width, until (R,) where a row
-    records; slot (R, U) each column's place in that record, -1 for none; kept (n,) all records, cell 0 for waste.
+    row (T,): row of each token of this step; prompt (R,): prompt length; encoder (d, U), bias (U,), threshold (U,),
+    decoder (U, d): the latents in use; latent (U,): their numbers; start, width, until (R,): place of a row's record;
+    slot (R, U): each column's place in that record, -1 for none; kept (n,): all records, with entry 0 as dummy target.
     """
 
     row: Tensor
@@ -75,10 +75,10 @@ class Shared:
 
 @dataclass(frozen=True, eq=False)
 class LayerTable:
-    """One layer's edits: add (2R, d), active (2R,) whether the cell edits; value and removed (2R, U) its clamps.
+    """Edits of one layer: add (2R, d); active (2R,), whether the entry edits; value and removed (2R, U), its clamps.
 
-    marks (R * L,) is what was done: the norm added at each position of each row. slot (R, U) says which columns a row
-    records here. residual (T, d) is what arrived here (T = 0 where no text is pooled).
+    marks (R * L,): norm of the executed edit at each position of each row; slot (R, U): columns that a row records at
+    this layer; residual (T, d): unedited residual at this layer (T = 0 if no text is pooled).
     """
 
     add: Tensor
@@ -93,7 +93,7 @@ class LayerTable:
     def empty(
         cls, settings: TableSettings, device: torch.device, pooled: int = 0, dtype: torch.dtype = torch.float32
     ) -> LayerTable:
-        """Return empty tables; `pooled`: the tokens of a step whose residuals are kept, in `dtype`."""
+        """Return empty tables; `pooled` is the number of tokens per step whose residuals are kept in `dtype`."""
         rows = settings.rows + 1
         columns = settings.columns if settings.sae else 0
         return cls(
@@ -108,9 +108,9 @@ class LayerTable:
 
 
 class Steered(nn.Module):
-    """Mixed into the class of a decoder layer: edits and records the residual that leaves the layer.
+    """Mixin for the class of a decoder layer: edits and records the layer's output residual.
 
-    The layer's output is (hidden, residual), whose sum is the residual stream, or that stream itself. The buffers are
+    The layer's output is (hidden, residual), whose sum is the residual stream, or the stream itself. The buffers are
     the tables of `Shared` and `LayerTable`, and for a TopK SAE its whole encoder.
     """
 
@@ -150,7 +150,7 @@ class Steered(nn.Module):
 
 
 def edit(layer: Steered, positions: Tensor, hidden: Tensor, residual: Tensor | None) -> Tensor:
-    """Return `hidden` (T, d) with this step's edits added; write marks, records and the arriving residual."""
+    """Return `hidden` (T, d) with this step's edits; write marks, records and the unedited residual."""
     row = layer.steerback_row[: hidden.shape[0]]
     cell = 2 * row + (positions >= layer.steerback_prompt[row]).long()
     delta = layer.steerback_add[cell]
@@ -170,17 +170,17 @@ def edit(layer: Steered, positions: Tensor, hidden: Tensor, residual: Tensor | N
 
 
 def _read(layer: Steered, h: Tensor) -> Tensor:
-    """Return the activations (T, U) of the latents in use, from the arriving residual (T, d) in float32."""
+    """Return the activations (T, U) of the latents in use for the unedited residual (T, d) in float32."""
     if layer.steerback_kind == "topk":
         whole = (layer.steerback_whole_encoder, layer.steerback_whole_bias, layer.steerback_whole_threshold)
         z: Tensor = torch.ops.steerback.topk_columns(h, *whole, layer.steerback_latent, layer.steerback_k)
         return z
     pre = torch.addmm(layer.steerback_bias, h, layer.steerback_encoder)
-    return pre * (pre > layer.steerback_threshold) + 0.0  # not -0.0
+    return pre * (pre > layer.steerback_threshold) + 0.0  # turn -0.0 into 0.0
 
 
 def _record(layer: Steered, row: Tensor, positions: Tensor, z: Tensor) -> None:
-    """Write z (T, U) to its places in the records; columns that a row does not record go to the waste cell."""
+    """Write z (T, U) into the records; columns that a row does not record go to the dummy entry."""
     slot = layer.steerback_slot[row].long()
     wanted = (slot >= 0) & (positions < layer.steerback_until[row])[:, None]
     line = layer.steerback_start[row] + positions * layer.steerback_width[row]
@@ -190,7 +190,8 @@ def _record(layer: Steered, row: Tensor, positions: Tensor, z: Tensor) -> None:
 def steer_layer(layer: nn.Module, shared: Shared, table: LayerTable, settings: TableSettings, sae: Sae | None) -> None:
     """Turn a loaded decoder layer into a steered one, in place.
 
-    The class is swapped rather than the module wrapped: names of weights stay what vLLM's loaders and LoRA expect.
+    The class is replaced instead of wrapping the module, because vLLM's loaders and LoRA rely on the names of the
+    weights.
     """
     kind = type(layer)
     names = list(inspect.signature(kind.forward).parameters)[1:]
@@ -213,11 +214,11 @@ def steer_layer(layer: nn.Module, shared: Shared, table: LayerTable, settings: T
 
 
 TOPK_CHUNK = 512
-"""Tokens encoded at a time where all latents are needed, so that tokens x latents stays small."""
+"""Tokens that are encoded at one time if all latents are needed, which limits the memory."""
 
 
 def register_topk() -> None:
-    """Defines the operator for TopK, where all latents have to be encoded to know which win, but not to be kept."""
+    """Define the operator for TopK, which must encode all latents to select the largest but keeps only those in use."""
     if hasattr(torch.ops.steerback, "topk_columns"):
         return
 
@@ -227,7 +228,7 @@ def register_topk() -> None:
         for first in range(0, h.shape[0], TOPK_CHUNK):
             part = slice(first, first + TOPK_CHUNK)
             pre = h[part] @ encoder + bias
-            z = pre * (pre > threshold) + 0.0  # not -0.0
+            z = pre * (pre > threshold) + 0.0  # turn -0.0 into 0.0
             least = z.topk(min(k, z.shape[-1]), dim=-1).values[:, -1:]
             chosen = z[:, latent]
             out[part] = chosen * (chosen >= least)
@@ -244,12 +245,12 @@ def receipts(
     fed: Sequence[int],
     marks: Mapping[int, NDArray[np.float32]],
 ) -> list[Entry]:
-    """Return the prompt and generated positions edited and their mean norm, for n requests at once.
+    """Return the edited prompt and generated positions and their mean norm, for n requests at once.
 
-    plans: the layers that edit each request's prompt and generated positions; boundaries: its first generated position;
-    fed: how many positions it had; marks: (n, longest) of every layer in `plans`. A position counts when every layer
-    that was to edit it did. What came out of the prefix cache was edited when it was computed, and its norm is not
-    known here: it counts, and the mean is over the others (0.0 if there are none).
+    plans: layers that edit each request's prompt and generated positions; boundaries: first generated position; fed:
+    number of positions; marks: (n, longest) for every layer in `plans`. A position counts if every planned layer edited
+    it. Positions from the prefix cache were edited when they were computed; they count, but their norm is unknown, so
+    the mean is over the other positions (0.0 if there are none).
     """
     position = np.arange(max(fed))
     end, generated = np.array(fed)[:, None], position >= np.array(boundaries)[:, None]

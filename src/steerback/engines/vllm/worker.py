@@ -1,7 +1,7 @@
-"""vLLM's own worker, with tables beside the model; `worker_cls` names it, so no steered engine runs without it.
+"""A subclass of vLLM's worker that adds steering tables; `worker_cls` names it, so a steered engine always uses it.
 
-Runs in vLLM's worker processes, one per GPU. Under tensor parallelism every worker holds the same tables; the residual
-stream is whole on each of them, so all edit alike.
+It runs in vLLM's worker processes, one per GPU. Under tensor parallelism every worker has the same tables and the whole
+residual stream, so all workers make the same edits.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ else:
 
 
 class SteeredWorker(Base):  # type: ignore[misc]
-    """Loads the model as usual, then puts tables into the layers and hooks onto the model runner."""
+    """Load the model as usual, then attach tables to the layers and hooks to the model runner."""
 
     steerback: Slots
 
@@ -37,7 +37,8 @@ class SteeredWorker(Base):  # type: ignore[misc]
         settings = TableSettings.from_config(self.vllm_config.additional_config)
         before = allocated(self.device)
         self.steerback = install(self.model_runner, settings, self.device, first=self.rank == 0)
-        # Some releases size their cache by the memory that loading the weights took, so tables are counted with them.
+        # Some releases size their cache by the memory used while loading the weights, so tables are allocated in that
+        # phase.
         taken = allocated(self.device) - before + self.steerback.transient_bytes
         self.model_runner.model_memory_usage = getattr(self.model_runner, "model_memory_usage", 0) + taken
         if self.device.type != "cpu":
@@ -45,7 +46,7 @@ class SteeredWorker(Base):  # type: ignore[misc]
         return out
 
     def steerback_fetch(self, wanted: list[tuple[str, int]]) -> dict[str, list[Entry]]:
-        """Return the results of finished requests; recordings come from the first worker alone."""
+        """Return the results of finished requests; recordings come from the first worker only."""
         return self.steerback.fetch(wanted, records=self.rank == 0)
 
     def steerback_release(self, keys: list[str]) -> None:
@@ -53,12 +54,12 @@ class SteeredWorker(Base):  # type: ignore[misc]
         self.steerback.release(keys)
 
     def steerback_state(self) -> dict[str, str | int]:
-        """Return the generation of the model runner, its device, and how much of its tables is free."""
+        """Return the generation of the model runner, its device, and the free space of its tables."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         return {"runner": generation(self.model_runner).name, "device": name, **self.steerback.state()}
 
     def steerback_memory(self) -> int:
-        """Return the most bytes that tensors held on this device since the last call."""
+        """Return the peak number of bytes in tensors on this device since the last call."""
         if self.device.type == "cpu":
             return 0
         peak = torch.cuda.max_memory_allocated(self.device)
@@ -66,26 +67,26 @@ class SteeredWorker(Base):  # type: ignore[misc]
         return peak
 
     def steerback_check(self, ticket: dict[str, str], seed: int) -> float:
-        """Return the largest error of the tables against `interventions.steer` on this device, relative to the edit."""
+        """Return the largest relative error of the tables' edits against `interventions.steer` on this device."""
         layers = decoder_layers(self.model_runner.get_model(), self.steerback.settings)
         return check_arithmetic(self.steerback, layers, ticket, seed)
 
 
 def allocated(device: torch.device) -> int:
-    """Return the bytes that tensors hold on a device (0 on a CPU, where vLLM is started with a fixed amount)."""
+    """Return the number of bytes in tensors on a device (0 on a CPU, where vLLM gets a fixed amount)."""
     return 0 if device.type == "cpu" else torch.cuda.memory_allocated(device)
 
 
 def install(runner: ModelRunner, settings: TableSettings, device: torch.device, first: bool) -> Slots:
     """Steer the loaded model of `runner`; the `first` worker also pools over the whole SAE."""
-    generation(runner)  # refuses an unknown one before anything is changed
+    generation(runner)  # raises for an unknown runner before any change
     layers = decoder_layers(runner.get_model(), settings)
     if not first:
         settings = replace(settings, poolers=0)
-    sae = None if settings.sae is None else load_sae(settings.sae)  # on the CPU: columns go to the device when used
+    sae = None if settings.sae is None else load_sae(settings.sae)  # stays on the CPU: columns move when used
     whole = None
     if sae is not None and (sae.kind == "topk" or settings.poolers):
-        whole = replace(sae, W_dec=sae.W_dec[:0]).to(device, torch.float32)  # all of the encoder
+        whole = replace(sae, W_dec=sae.W_dec[:0]).to(device, torch.float32)  # the whole encoder
     tokens, dtype = token_room(runner), runner.model_config.dtype
     shared = Shared.empty(settings, tokens, device)
     tables = {
@@ -101,7 +102,7 @@ def install(runner: ModelRunner, settings: TableSettings, device: torch.device, 
 
 @torch.inference_mode()
 def check_arithmetic(slots: Slots, layers: nn.ModuleList, ticket: dict[str, str], seed: int, tokens: int = 12) -> float:
-    """Send random residuals of one request through every edited layer; half of the positions are its prompt."""
+    """Send random residuals of one request through every edited layer; half of the positions are the prompt."""
     settings, shared = slots.settings, slots.shared
     draw = torch.Generator().manual_seed(seed)
     slots.admit([Arrival("steerback_check", ticket, tokens // 2, 0)])
@@ -132,19 +133,19 @@ def check_arithmetic(slots: Slots, layers: nn.ModuleList, ticket: dict[str, str]
 
 
 def decoder_layers(model: nn.Module, settings: TableSettings) -> nn.ModuleList:
-    """Return the list of decoder layers, wherever the model class keeps it."""
-    found = [
+    """Return the list of decoder layers, independent of the attribute's name in the model class."""
+    lists = [
         module
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and name.split(".")[-1] == "layers"
         if len(module) == settings.site.n_layers and "vision" not in name
     ]
-    if len(found) != 1:
+    if len(lists) != 1:
         raise SteerbackError(
             f"{type(model).__name__} has no single list of {settings.site.n_layers} decoder layers; "
             "this model class cannot be steered in vLLM, use --engine transformers"
         )
-    return found[0]
+    return lists[0]
 
 
 def load_directions(settings: TableSettings) -> dict[str, Tensor]:
