@@ -19,7 +19,7 @@ from steerback.data.prompts import load_prompts
 from steerback.errors import SteerbackError
 from steerback.experiments import make_experiment
 from steerback.experiments.detector_ablation import distinct
-from steerback.experiments.detectors import _found_alike
+from steerback.experiments.detectors import _same_search
 from steerback.jobs import check, execute
 from steerback.published.comparison import our_number, table_of_numbers
 from steerback.store.facts import DETECTOR_SET, PAIR_ACTIVATIONS, DetectorSet, Dose
@@ -115,7 +115,7 @@ def test_options_of_the_search_are_those_of_the_base_unless_changed(runs: Runs) 
         built = build_config(experiment, (), assignments=settings, base=(folder, stored_config(Path(folder))))
         job = check.check(built, runs.makers)
         study = SimpleNamespace(config=job.config)
-        return job.config.options, _found_alike(study, job.experiment.options)  # type: ignore[arg-type]
+        return job.config.options, _same_search(study, job.experiment.options)  # type: ignore[arg-type]
 
     assert options("traces") == (few, True)
     assert options("traces", "options.limit=25", "options.window=2") == ({**few, "limit": 25, "window": 2}, True)

@@ -140,7 +140,9 @@ def test_code_in_a_models_folder_is_never_run_nor_asked_about(foreign: Path, mon
         raise AssertionError("a question waits for an answer")
 
     monkeypatch.setattr("builtins.input", asked)
-    with pytest.raises(SteerbackError, match="needs Python code from the model's folder, which steerback never runs") as caught:
+    with pytest.raises(
+        SteerbackError, match="needs Python code from the model's folder, which steerback never runs"
+    ) as caught:
         load_target(str(foreign), "transformers")
     assert "\n" not in str(caught.value)
     assert not (foreign / "ran").exists()

@@ -219,7 +219,9 @@ def test_what_cannot_work_is_refused_before_vllm_starts(
     for layer in (-1, 4):
         with pytest.raises(SteerbackError, match=rf"layers {layer} is outside 0\.\.3, the layers of this model"):
             VllmEngine(target, VllmOptions(layers=(layer,)))
-    with pytest.raises(SteerbackError, match=r"self-test of the vLLM engine: prompt of .* exceed the engine's max_model_len of 20"):
+    with pytest.raises(
+        SteerbackError, match=r"self-test of the vLLM engine: prompt of .* exceed the engine's max_model_len of 20"
+    ):
         VllmEngine(target, VllmOptions(max_model_len=20))
     with pytest.raises(SteerbackError, match=r"direction 'north' has shape \(5,\); this model needs \(64,\)"):
         VllmEngine(target, VllmOptions(), {"north": torch.zeros(5)})

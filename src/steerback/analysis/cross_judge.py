@@ -55,7 +55,7 @@ class Compared(Results):
     planted: Sequence[str]
 
     def same_order(self, metric: str) -> bool:
-        """Whether all judges rank the models in the same order."""
+        """Return True if all judges rank the models in the same order."""
         return len({tuple(order) for order in self.orders[metric].values()}) == 1
 
     def to_json(self) -> dict[str, object]:

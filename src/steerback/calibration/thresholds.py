@@ -59,11 +59,11 @@ class Threshold:
     """Median and central 95 % of the bisection posterior (authors' estimate); not a calibrated interval."""
     verification: Verification | None = None
     contradicted: bool = False
-    """Whether the curve converged but fresh trials are outside the tolerance, so that the threshold lost its status."""
+    """True if the curve converged but fresh trials are outside the tolerance, so that the threshold lost its status."""
 
     @property
     def usable(self) -> bool:
-        """Whether the boost may be used for the target score."""
+        """Return True if the boost may be used for the target score."""
         return self.status == "converged"
 
     @property

@@ -142,7 +142,7 @@ class DecodingBatch:
 
     @property
     def pending(self) -> bool:
-        """Whether requests are running or waiting."""
+        """Return True while requests are running or waiting."""
         return bool(self.slots or len(self.queue))
 
     def unfinished(self) -> list[Item]:

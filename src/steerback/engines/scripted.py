@@ -33,14 +33,15 @@ RESTART = "Wait, that is not right."
 
 @dataclass(frozen=True)
 class PlantedModel:
-    """A model whose resistance is known: a response's text carries its own truth as `[[score 43.0]]` marks.
+    """A model with known resistance: marks in the text such as `[[score 43.0]]` contain the true scores.
 
-    The first score falls from `unsteered` to 100 - `unsteered` along a logistic of the boost, through the middle at the
-    latent's threshold; `slope` is the logistic's scale in boost units and `spread` the sd of the noise. A steered
-    response restarts with `restart_rate`; the second attempt then scores higher with `success_rate`, else lower.
-    Clamping all `detectors` multiplies the restart rate by 1 - `ablation_effect` (a part of them, proportionally);
-    recorded, `detectors` fire at the `lead` words before a restart and `backtrackers` within its phrase;
-    each text of `prompt_factors` that occurs in the prompt multiplies it by its factor.
+    The first score falls from `unsteered` to 100 - `unsteered` along a logistic of the boost, with its midpoint at the
+    latent's threshold. `slope` is the scale of the logistic in boost units, `spread` the sd of the noise. A steered
+    response restarts with probability `restart_rate`. The second attempt then scores higher with probability
+    `success_rate`, else lower. Clamping all `detectors` multiplies the restart rate by 1 - `ablation_effect`; clamping
+    some of them has a proportional effect. In recordings, `detectors` are active at the `lead` words before a restart,
+    and `backtrackers` within its phrase. Each text of `prompt_factors` that occurs in the prompt multiplies the restart
+    rate by its factor.
     """
 
     thresholds: Mapping[LatentKey, float] = field(default_factory=dict)

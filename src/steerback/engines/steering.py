@@ -238,7 +238,7 @@ class Pass:
 
     @property
     def alone(self) -> bool:
-        """Whether each row has one token in one phase; rows without edits then simply add zeros."""
+        """Return True if each row has one token in one phase; rows without edits then simply add zeros."""
         return len(self.parts) == 1 and self.positions.shape[1] == 1
 
     def at_layer(self, layer: int, h: Tensor) -> Tensor:

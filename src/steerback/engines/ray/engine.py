@@ -291,7 +291,7 @@ class Deal:
             self.unanswered.remove(request.key)
             reason = f"[no response: {self.tries[request.key]} workers ended, the last one: {one_line(error)[:200]}]"
             given_up.append((request.key, Completion(reason, (), 0, "error", Receipt())))
-            self.pool.say(f"request {request.key} is given up after {self.tries[request.key]} workers ended")
+            self.pool.say(f"request {request.key} is abandoned after {self.tries[request.key]} workers ended")
         self._looked = 0.0
         return given_up
 

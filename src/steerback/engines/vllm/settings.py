@@ -92,7 +92,7 @@ class Ticket:
 
     @property
     def empty(self) -> bool:
-        """Whether the worker can ignore this request."""
+        """Return True if the worker can ignore this request."""
         return not (self.edits or self.record or self.pool)
 
     def latents(self) -> frozenset[int]:

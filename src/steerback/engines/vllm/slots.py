@@ -186,14 +186,14 @@ class Slots:
         if not chosen:
             return
         rows = torch.tensor([slot.row for slot, _, _ in chosen])
-        cells = self._send(torch.stack([2 * rows, 2 * rows + 1], dim=1).flatten())
+        entries = self._send(torch.stack([2 * rows, 2 * rows + 1], dim=1).flatten())
         plans_flat = [(slot, plan) for slot, _, plans in chosen for plan in plans]
         active = torch.tensor([plan is not None for _, plan in plans_flat])
-        table.active.index_copy_(0, cells, self._send(active))
+        table.active.index_copy_(0, entries, self._send(active))
         additions, which = self._additions([plan for _, plan in plans_flat])
-        table.add.index_copy_(0, cells, self._send(additions)[self._send(which)])
+        table.add.index_copy_(0, entries, self._send(additions)[self._send(which)])
         if table.value.shape[1]:
-            self._write_clamps(table, cells, plans_flat)
+            self._write_clamps(table, entries, plans_flat)
             self._write_records(layer, table, self._send(rows), [slot for slot, _, _ in chosen])
         marks = table.marks.view(-1, self.settings.length)
         marks.index_fill_(0, self._send(rows), UNEDITED)
@@ -215,7 +215,7 @@ class Slots:
             out.index_add_(0, torch.tensor(sums), torch.tensor(boosts)[:, None] * vectors)
         return out, torch.tensor(which)
 
-    def _write_clamps(self, table: LayerTable, cells: Tensor, plans: Sequence[tuple[Slot, LayerPlan | None]]) -> None:
+    def _write_clamps(self, table: LayerTable, entries: Tensor, plans: Sequence[tuple[Slot, LayerPlan | None]]) -> None:
         value = np.zeros((len(plans), table.value.shape[1]), dtype=np.float32)
         removed = np.zeros_like(value)
         for n, (slot, plan) in enumerate(plans):
@@ -223,8 +223,8 @@ class Slots:
                 at = [slot.columns[clamp.latent] for clamp in plan.clamp]
                 value[n, at] = [clamp.value for clamp in plan.clamp]
                 removed[n, at] = [clamp.removed for clamp in plan.clamp]
-        table.value.index_copy_(0, cells, self._send(torch.from_numpy(value)))
-        table.removed.index_copy_(0, cells, self._send(torch.from_numpy(removed)))
+        table.value.index_copy_(0, entries, self._send(torch.from_numpy(value)))
+        table.removed.index_copy_(0, entries, self._send(torch.from_numpy(removed)))
 
     def _write_records(self, layer: int, table: LayerTable, rows: Tensor, slots: Sequence[Slot]) -> None:
         place = np.full((len(slots), table.slot.shape[1]), -1, dtype=np.int32)

@@ -152,19 +152,19 @@ class Steered(nn.Module):
 def edit(layer: Steered, positions: Tensor, hidden: Tensor, residual: Tensor | None) -> Tensor:
     """Return `hidden` (T, d) with this step's edits; write marks, records and the unedited residual."""
     row = layer.steerback_row[: hidden.shape[0]]
-    cell = 2 * row + (positions >= layer.steerback_prompt[row]).long()
-    delta = layer.steerback_add[cell]
+    entry = 2 * row + (positions >= layer.steerback_prompt[row]).long()
+    delta = layer.steerback_add[entry]
     if layer.steerback_kind is not None:
         h = hidden.float() if residual is None else hidden.float() + residual.float()
         z = _read(layer, h)
-        clamped = layer.steerback_value[cell] - layer.steerback_removed[cell] * z
+        clamped = layer.steerback_value[entry] - layer.steerback_removed[entry] * z
         delta = delta + clamped @ layer.steerback_decoder
         _record(layer, row, positions, z)
         if layer.steerback_reads:
             at = torch.arange(hidden.shape[0], device=hidden.device)
             layer.steerback_residual.index_put_((at,), h.to(layer.steerback_residual.dtype))
     norm = torch.sqrt((delta * delta).sum(dim=-1))
-    at = torch.where(layer.steerback_active[cell], row * layer.steerback_length + positions, 0)
+    at = torch.where(layer.steerback_active[entry], row * layer.steerback_length + positions, 0)
     layer.steerback_marks.index_put_((at,), norm)
     return (hidden.float() + delta).to(hidden.dtype)
 
