@@ -242,7 +242,7 @@ def test_what_cannot_work_is_refused_before_vllm_starts(
         with pytest.raises(SteerbackError, match=says):
             VllmEngine(target.with_adapter(misfit), VllmOptions())
     save_native(small.sae("relu", 32, 96, layer=2), tmp_path, boost_prior=[2.0, 1.0, 0.0, 10.0])
-    with pytest.raises(SteerbackError, match=r"reads width 32, the model has 64"):
+    with pytest.raises(SteerbackError, match=r"reads width 32, but the model has width 64"):
         VllmEngine(target, VllmOptions())
     monkeypatch.setattr(module, "gpus", lambda: 3)
     with pytest.raises(SteerbackError, match="2 replicas of 2 GPUs each need 4, and 3 are visible"):
