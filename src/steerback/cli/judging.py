@@ -137,12 +137,13 @@ def _grade(folder: Path, judge: str, rubric: str, retry: bool, dry_run: bool, bu
 
 def list_judges() -> None:
     """List the judges and the API keys that they need."""
+    from steerback.figures.tables import Table, terminal_width
     from steerback.judging import LOCAL, aliases
     from steerback.judging.models import KEYS
 
-    for name, what in LOCAL.items():
-        say(f"{name:<18} {what}")
+    rows = [(name, what, "-") for name, what in LOCAL.items()]
     for model in aliases():
         keys = " or ".join(KEYS.get(model.model.split("/")[0], ()))
-        say(f"{model.alias:<18} {model.model}: {model.note}; key: {keys}")
-    say("provider/model     any other model that Inspect AI knows (extra `judges`)")
+        rows.append((model.alias, f"{model.model}: {model.note}", keys))
+    rows.append(("provider/model", "any other model that Inspect AI knows (extra `judges`)", "the provider's"))
+    say(Table(("judge", "what it is", "key"), rows, left=3).text(terminal_width()), end="")

@@ -13,12 +13,12 @@ from itertools import groupby
 from typing import Literal
 
 from steerback.errors import SteerbackError, visible
+from steerback.figures.tables import terminal_width
 from steerback.judging.text import Span
 from steerback.records import LatentKey
 from steerback.store.ledger import Ledger, Row
 from steerback.store.rows import Outline
 
-WIDTH = 100
 BOLD, DIM, RESET = "\x1b[1m", "\x1b[2m", "\x1b[0m"
 Mark = Literal["drift", "restart"]
 COLOURS: dict[Mark, str] = {"drift": "yellow", "restart": "bold green"}
@@ -150,7 +150,8 @@ def transcript(row: Row, colour: bool = False) -> str:
 
 def _wrap(text: str) -> str:
     lines = visible(text).strip().splitlines() or ["(empty)"]
-    return "\n".join(textwrap.fill(line, WIDTH, initial_indent="    ", subsequent_indent="    ") for line in lines)
+    width = min(terminal_width(), 100)
+    return "\n".join(textwrap.fill(line, width, initial_indent="    ", subsequent_indent="    ") for line in lines)
 
 
 def _example(ledger: Ledger) -> str:
