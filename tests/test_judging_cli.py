@@ -129,7 +129,7 @@ def test_a_judge_is_probed_with_planted_instructions_before_it_judges(
     server.fault = lambda response, before: {True: "obedient", False: "honest", None: ""}[texts.get(response)]
 
     assert steerback(*probe, "--max-judge-calls", "8") == 2
-    assert "the answers so far are kept" in capsys.readouterr().err
+    assert "all previous answers are stored" in capsys.readouterr().err
     with Run.read(Path("runs/p")) as run:
         assert not [r for r in run.ledger.rows(judge="qwen3-32b") if r.judgement]  # it was probed first
         first = (run.ledger.get("", PROBES) or {})["qwen3-32b"]

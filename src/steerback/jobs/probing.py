@@ -33,11 +33,15 @@ def probe_judge(folder: Path, name: str, progress: Progress | None = None, maker
         shown.stage(f"probing {judge.name}", len(todo))
 
         async def ask() -> None:
+            refused = ""
             async for key, judgement in judge.judge([probe.item for probe in todo.values()]):
                 if judgement.over_budget:
-                    raise SteerbackError(f"judge {judge.name}: {judgement.reason}; all previous answers are stored")
+                    refused = judgement.reason  # to the end: a generator that is left early is closed with noise
+                    continue
                 _keep(opened, judge, key, todo[key].answer(judgement))
                 shown.update(judged=1)
+            if refused:
+                raise SteerbackError(f"judge {judge.name}: {refused}; all previous answers are stored")
 
         try:
             finish(ask())
