@@ -259,7 +259,7 @@ def test_impossible_requests_name_the_field(
 
 
 def test_wrong_sae_and_unknown_model_are_refused() -> None:
-    with pytest.raises(SteerbackError, match="width 16, the model has 32"):
+    with pytest.raises(SteerbackError, match="width 16, but the model has width 32"):
         tiny.assemble(tiny.target(), tiny.model(), tiny.tokenizer(), tiny.sae(d=16))
     with pytest.raises(SteerbackError, match=r"layer 9 is outside the model's layers 0\.\.3"):
         tiny.assemble(tiny.target(), tiny.model(), tiny.tokenizer(), tiny.sae(layer=9))

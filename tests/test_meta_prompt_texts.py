@@ -1,4 +1,4 @@
-"""The user's own meta-prompts: from a mapping, a list or NAME=TEXT, with `{label}` as the only place."""
+"""The user's own meta-prompts: from a mapping, a list or NAME=TEXT, with `{label}` as the only placeholder."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def test_texts_of_the_user() -> None:
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        ({"mine": "About {topic}."}, r"meta-prompt 'mine': \{label\} is the only place"),
-        ({"mine": "About {label.__class__}."}, r"\{label\} is the only place"),
-        ({"mine": "A lone { brace"}, r"\{label\} is the only place"),
+        ({"mine": "About {topic}."}, r"meta-prompt 'mine': \{label\} is the only allowed placeholder"),
+        ({"mine": "About {label.__class__}."}, r"\{label\} is the only allowed placeholder"),
+        ({"mine": "A lone { brace"}, r"\{label\} is the only allowed placeholder"),
         ({"mine": "  "}, "meta-prompt 'mine' is empty"),
         ({"mine": None}, "unknown meta-prompt 'mine'; choose one of: .*NAME=TEXT"),
-        ({"baseline": "Text."}, "a name that is not taken"),
-        ({SETS["specification"][0]: "Another text."}, "a name that is not taken"),
-        ([1], "a list of meta-prompts holds names"),
+        ({"baseline": "Text."}, "this name is reserved"),
+        ({SETS["specification"][0]: "Another text."}, "this name is reserved"),
+        ([1], "a list of meta-prompts must contain names"),
         (7, "options: variants"),
     ],
 )

@@ -128,8 +128,7 @@ def measured(
     stage: str = "measure",
     prepare: Prepare = list,
 ) -> Measured:
-    """Return summaries of all conditions of `stage`, each compared with the condition that `against` returns (None: no
-    comparison).
+    """Summarise all conditions of `stage`; compare each with the condition that `against` returns, if any.
 
     `prepare` may drop or change a condition's rows before they are counted.
     """

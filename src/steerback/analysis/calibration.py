@@ -72,8 +72,7 @@ def tried(ledger: Ledger, target: str, judge: str) -> Mapping[LatentKey, Scores]
 
 
 def curve(threshold: Threshold, tried: Scores, prior: BoostPrior | None = None) -> dict[str, list[float]] | None:
-    """Return the fitted curve (`boost`, `score`, 95 % band `low`, `high`), or None if fewer than two boosts have
-    scores.
+    """Return the fitted curve (`boost`, `score`, 95 % band `low`, `high`), or None with fewer than two scored boosts.
 
     If the target's prior is not available on this machine, the range of the boosts replaces it.
     """

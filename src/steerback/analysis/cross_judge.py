@@ -21,8 +21,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class JudgePair:
-    """Agreement of two judges on three verdicts: several attempts (yes or no), better / same / worse, and first
-    scores."""
+    """Agreement of two judges on several attempts (yes or no), better / same / worse, and first scores."""
 
     several: Estimate
     several_kappa: Estimate
@@ -90,8 +89,7 @@ class Compared(Results):
 
 
 def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> Compared:
-    """Return the agreement of every pair of judges, alpha over all judges, rates per judge and model, and model
-    rankings."""
+    """Return agreement of every pair of judges, alpha over all, rates per judge and model, and model rankings."""
     labellers = [name for name in ledger.judges() if name.startswith(HUMAN)]
     judges = [name for name in ledger.judges() if name not in labellers]
     if len(judges) < 2:

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class PairStatistics:
-    """Detectors of one target with their matched and shuffled activations, (n pairs, k detectors), and Table A1's
-    numbers."""
+    """Detectors of one target: matched and shuffled activations (n pairs, k detectors), and Table A1's numbers."""
 
     latents: Sequence[int]
     labels: Sequence[str | None]

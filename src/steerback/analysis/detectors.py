@@ -1,5 +1,4 @@
-"""Detectors: how well each separates matched from mismatched pairs, on the prompts of the search and on held-out
-ones."""
+"""Detectors: separation of matched from mismatched pairs, on search prompts and on held-out prompts."""
 
 from __future__ import annotations
 

@@ -58,8 +58,7 @@ class ActivityOptions(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class RegionActivity:
-    """Activity of one target's recorded episodes; all mappings are by group, then by region or by pair (a, b) of a
-    test.
+    """Activity of one target's recorded episodes; mappings are by group, then by region or by pair (a, b) of a test.
 
     `ratios` divide each region by the unsteered responses and by the responses that were read again; they also contain
     off-topic divided by steered without restart. `latents` has the regions of every single latent.
@@ -148,8 +147,7 @@ def activity_of(recorded: Recorded, draws: int) -> RegionActivity:
 
 
 def region_values(recorded: Recorded, group: str) -> dict[str, tuple[Floats, Codes]]:
-    """Return per region (values, codes of latents); a response's value is its mean activation per token, nan without
-    tokens."""
+    """Return per region (values, codes of latents); a value is a response's mean activation per token, or nan."""
 
     def mean(values: Floats) -> float:
         return float(values.mean()) if len(values) else float("nan")
@@ -199,8 +197,7 @@ def aligned(recorded: Recorded, group: str, reach: int) -> dict[str, AlignedCurv
 
 
 def _nanmean(rows: Floats) -> Floats:
-    """Return the mean of each column's finite values, nan if there are none; `np.nanmean` would warn about empty
-    columns."""
+    """Return the mean of each column's finite values, or nan; unlike `np.nanmean` without warnings."""
     finite = np.isfinite(rows)
     count = finite.sum(axis=0)
     mean: Floats = np.where(count > 0, np.where(finite, rows, 0.0).sum(axis=0) / np.maximum(count, 1), np.nan)

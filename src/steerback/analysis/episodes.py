@@ -72,10 +72,9 @@ class Trace:
         return cluster_code(self.latent)
 
     def regions(self) -> dict[str, slice]:
-        """Return an episode's tokens before the correction, in its restart phrase, and after it in the second
-        attempt."""
+        """Return an episode's tokens before the correction, in its restart phrase, and later in the second attempt."""
         if self.start is None or self.resume is None or self.stop is None:
-            raise ValueError(f"{self.row.trial.key} is no episode")
+            raise ValueError(f"{self.row.trial.key} is not an episode")
         return {
             "off-topic": slice(self.begin, self.start),
             "correction": slice(self.start, self.resume),
@@ -229,8 +228,7 @@ def bounded(episode: Trace, ends: Sequence[int], marks: Boundaries) -> Trace | N
 
 
 def token_at(ends: Sequence[int], character: int) -> int:
-    """Return the index of the token that contains a character of the text, or the number of tokens if it is past the
-    end."""
+    """Return the index of the token that contains a character of the text; past the end, the number of tokens."""
     return int(np.searchsorted(np.asarray(ends), character, side="right"))
 
 
@@ -238,6 +236,6 @@ def controls_of(episode: Trace, controls: Sequence[Trace]) -> list[Trace]:
     """Return the episode's controls that reach its correction: those of its latent if there are any, else all."""
     start = episode.start
     if start is None:
-        raise ValueError(f"{episode.row.trial.key} is no episode")
+        raise ValueError(f"{episode.row.trial.key} is not an episode")
     same = [c for c in controls if c.cluster == episode.cluster and len(c) >= start]
     return same or [c for c in controls if len(c) >= start]

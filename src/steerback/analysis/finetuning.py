@@ -30,8 +30,7 @@ class Ending:
 
 @dataclass(frozen=True, eq=False)
 class MixResults:
-    """One base: percentages of its mixes, attempts of the base and of the mix with most corrections, peak of MSI,
-    trends."""
+    """Results of one base: percentages of its mixes, attempts, peak of MSI, and trends."""
 
     percents: Sequence[float]
     attempts_base: Estimate | None
@@ -97,14 +96,12 @@ def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> F
 
 
 def condition_name(adapter: str, condition: str) -> str:
-    """Return the name of a condition: `mix-50` (steered on the run's prompts), `mix-50 unsteered`, `mix-50
-    held-out`, ..."""
+    """Return a condition's name: `mix-50` (steered on the run's prompts), `mix-50 unsteered`, `mix-50 held-out`, ..."""
     return adapter if condition == STEERED else f"{adapter} {condition}"
 
 
 def by_mix(ledger: Ledger, judge: str, draws: int, adapters: Mapping[str, Adapter]) -> Measured:
-    """Return all conditions as conditions of the base; each adapter's condition is compared with the base's
-    equivalent."""
+    """Return all conditions as conditions of the base, each compared with the base's equivalent."""
     rows: dict[Key, list[Outline]] = {}
     against: dict[Key, str] = {}
     places: dict[Key, LedgerPlace] = {}

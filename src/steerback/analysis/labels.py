@@ -44,8 +44,7 @@ class LedgerPlace:
 
 @dataclass(frozen=True, slots=True)
 class CorrectedRate:
-    """A rate by the judge alone, by prediction-powered inference, and by the Rogan-Gladen estimator, from `labels`
-    labels."""
+    """A rate by the judge alone, by prediction-powered inference, and by Rogan-Gladen, from `labels` labels."""
 
     judged: float | None
     corrected: Estimate
@@ -190,8 +189,7 @@ def labelling(
 
 
 def _agreement(rows: _LabelledRows, draws: int) -> tuple[list[LabellerAgreement], Estimate | None, Estimate | None]:
-    """Return the agreement of each pair of labellers, and alpha over all labellers for several attempts and first
-    scores."""
+    """Return agreement of each pair of labellers, and alpha over all for several attempts and first scores."""
     names = rows.labellers
     if len(names) < 2:
         return [], None, None

@@ -1,5 +1,4 @@
-"""Regions of episodes by latent (appendix A.7): mean activation, and its difference between off-topic and on-topic
-text.
+"""Regions of episodes by latent (appendix A.7): mean activation, and off-topic minus on-topic difference.
 
 The value of a latent in a region of an episode is its mean activation over the region's tokens.
 """
@@ -36,8 +35,7 @@ class RegionValues:
 
 @dataclass(frozen=True)
 class LatentRegions:
-    """Regions of one latent, and the paired test of off-topic minus on-topic; Holm-corrected over the target's
-    latents."""
+    """Regions of one latent, and the paired test of off-topic minus on-topic, Holm-corrected over latents."""
 
     group: str
     latent: int

@@ -71,8 +71,7 @@ def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> N
 
 
 def bounds_of(rows: Mapping[str, Sequence[TrialRow]], draws: int, include_degraded: bool) -> RestartBound:
-    """Return the multi-attempt rate with intervals clustered by latent, clustered by prompt, and for independent
-    trials.
+    """Return the multi-attempt rate with intervals clustered by latent, by prompt, and for independent trials.
 
     Unsteered responses to one prompt differ only in their seed, so the prompt is the relevant cluster; the headline is
     the wider of the two clustered intervals.

@@ -140,8 +140,7 @@ def choose(episodes: Sequence[Trace], count: int, indices: Sequence[int] | None)
 
 
 def smoothed(values: Floats, window: int) -> Floats:
-    """Return the mean of each value and the `window` - 1 values before it (fewer at the beginning), without later
-    values."""
+    """Return the running mean of each value and the `window` - 1 values before it (fewer at the beginning)."""
     total = np.cumsum(values)
     before = np.concatenate([np.zeros(min(window, len(values))), total[:-window]])
     means: Floats = (total - before) / np.minimum(np.arange(len(values)) + 1, window)
@@ -162,8 +161,7 @@ def lead_times(recorded: Recorded, window: int, quantile: float) -> Leads:
     threshold = float(np.quantile(peaks, quantile)) if peaks else 0.0
 
     def flags(traces: Sequence[Trace], stop: int) -> tuple[float, float]:
-        """Return the shares of responses with an onset before `stop`, and above the threshold at the last token
-        before it."""
+        """Return the shares of responses with an onset before `stop`, and above the threshold just before it."""
         before = [curves[id(t)][:stop] > threshold for t in traces]
         if not before or not stop:
             return np.nan, np.nan

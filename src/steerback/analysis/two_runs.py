@@ -32,8 +32,7 @@ class TwoRuns:
 
 
 def compare_runs(a: Ledger, b: Ledger, judges: tuple[str, str]) -> TwoRuns:
-    """Compare the measured conditions that both ledgers have; two runs with one target each may have different
-    targets."""
+    """Compare the measured conditions of both ledgers; two runs with one target each may have different targets."""
     matches = _matched(a.conditions(), b.conditions())
     rates: dict[str, tuple[Summary, Summary]] = {}
     floors: dict[str, tuple[Summary | None, Summary | None]] = {}

@@ -69,8 +69,7 @@ class Calibrator:
         self._log_density = -0.5 * ((self._grid - prior.mean) / prior.sd) ** 2  # up to a constant
 
     def replay(self, history: Iterable[tuple[float, Scores]]) -> Calibrator:
-        """Add the rounds of `history`, for example when a run is resumed. The resulting state is identical bit for
-        bit."""
+        """Add the rounds of `history`, for example when a run is resumed. The state is identical bit for bit."""
         for boost, scores in history:
             self.update(boost, scores)
         return self
@@ -96,8 +95,7 @@ class Calibrator:
         return self._quantile(0.5)
 
     def update(self, boost: float, scores: Scores) -> None:
-        """Add one round: first-attempt scores (0-100) at `boost`; None is an unscored trial, which is counted and
-        skipped.
+        """Add one round: first-attempt scores (0-100) at `boost`; None marks an unscored trial, which is skipped.
 
         Bayesian update on the grid: a threshold above `boost` is weighted by the probability p that the mean is above
         the target, one below by 1 - p, and one at `boost` by 1/2. (The authors' "probability that the sign is right,

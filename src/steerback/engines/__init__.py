@@ -1,5 +1,4 @@
-"""Engines turn requests into completions. `base` defines the protocol, `transformers` is the reference, `scripted` a
-fake."""
+"""Engines turn requests into completions: `base` is the protocol, `transformers` the reference, `scripted` a fake."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def _is_meant(name: str, module: Module, config: Mapping[str, Json]) -> bool:
 def _without_patterns(config: PeftConfig, folder: Path, where: str) -> PeftConfig:
     """Return the configuration with its module patterns replaced by a list of names."""
     if config.is_prompt_learning:
-        raise SteerbackError(f"{where}: {config.peft_type} is no adapter of weights; use LoRA")
+        raise SteerbackError(f"{where}: {config.peft_type} is not a weight adapter; use LoRA")
     patterned = isinstance(config.target_modules, str) and config.target_modules != "all-linear"
     if patterned or isinstance(config.exclude_modules, str) or config.layers_pattern:
         from safetensors import safe_open

@@ -34,8 +34,7 @@ PAGE = 64
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Tensor shapes of a batch. They are part of the engine's fingerprint, because other shapes give slightly
-    different floats."""
+    """Tensor shapes of a batch; part of the engine's fingerprint, because other shapes give other floats."""
 
     rows: int
     prefill_rows: int = 8
@@ -146,8 +145,7 @@ class DecodingBatch:
         return bool(self.slots or len(self.queue))
 
     def unfinished(self) -> list[Item]:
-        """Return the requests that were taken from the queue but not finished, so that another batch can restart
-        them."""
+        """Return the requests that were taken but not finished, so that another batch can restart them."""
         running = {s.request.key: (s.request, self.runner.prompt_of(s.request)) for s in self.slots.values()}
         return [*(running | {item[0].key: item for item in self._entering}).values()]
 

@@ -68,14 +68,13 @@ def check_sampling(where: str, sampling: Sampling) -> None:
     ):
         if not good:
             value = getattr(sampling, field)
-            raise SteerbackError(f"{where}: sampling.{field} {value!r} is out of range; it may be {valid}")
+            raise SteerbackError(f"{where}: sampling.{field} {value!r} is out of range; it must be {valid}")
     if "" in sampling.stop:
         raise SteerbackError(f"{where}: sampling.stop contains an empty string, which would stop every response")
 
 
 def check_length(where: str, prompt: int, new: int, most: int, limit: str, advice: str) -> None:
-    """Raise SteerbackError if a prompt is empty, or if prompt and response exceed `most` tokens; `limit` names the
-    limit."""
+    """Raise SteerbackError if a prompt is empty or exceeds, with its response, `most` tokens (called `limit`)."""
     if prompt == 0:
         raise SteerbackError(f"{where}: the prompt has no tokens")
     if prompt + new > most:

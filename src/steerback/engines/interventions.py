@@ -63,8 +63,7 @@ class Site:
     """Latents with a zero decoder row; steering with one would change nothing."""
 
     def layer_of(self, intervention: Intervention) -> int:
-        """Return the layer of an edit. The default is the steer layer for an addition and the SAE layer for other
-        edits."""
+        """Return the layer of an edit; default: steer layer for an addition, SAE layer for other edits."""
         if intervention.layer is not None:
             return intervention.layer
         return self.steer_layer if intervention.mode == "add" else self.sae_layer
@@ -101,8 +100,7 @@ def plan_layers(interventions: Sequence[Intervention], phase: Phase, site: Site)
 
 
 def clamp_delta(z: Tensor, values: Tensor, removed: Tensor, decoder: Tensor) -> Tensor:
-    """Return the change that clamps make: z, values and removed shares (..., k), decoder rows (..., k, d) -> (...,
-    d)."""
+    """Return the change by clamps: z, values and removed shares (..., k), decoder rows (..., k, d) -> (..., d)."""
     return (values - removed * z) @ decoder
 
 

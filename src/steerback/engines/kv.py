@@ -165,8 +165,7 @@ AttentionInterface.register(ATTENTION, attention)
 
 
 def mask(query_positions: Tensor, length: int, dtype: torch.dtype, window: int | None = None) -> Tensor:
-    """Return the additive causal mask (B, 1, Q, length) for queries at positions (B, Q), with an optional sliding
-    `window`."""
+    """Return the additive causal mask (B, 1, Q, length) for queries at positions (B, Q); `window` is optional."""
     at = torch.arange(length, device=query_positions.device)
     before = query_positions[..., None] - at
     allowed = before >= 0

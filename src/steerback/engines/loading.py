@@ -115,8 +115,7 @@ def hash_adapter(folder: str) -> dict[str, str]:
 
 
 def on_device(sae: Sae, place: torch.device) -> Sae:
-    """Move a TopK SAE to the device, because it must encode all latents. Other SAEs copy only the columns in use,
-    later."""
+    """Move a TopK SAE to the device, because it encodes all latents; other SAEs copy columns when needed."""
     return sae.to(place) if sae.kind == "topk" and place.type != "cpu" else sae
 
 
@@ -159,8 +158,7 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def batch_rows(runner: Runner, most: int | None = None) -> int:
-    """Return the number of rows that decode together: those that fit in half of the memory left by the weights, at most
-    `most`.
+    """Return how many rows decode together: those that fit in half of the remaining memory, at most `most`.
 
     `most` is 256 by default and 48 on a CPU. More than 48 rows gain little on a CPU, and they idle at the end of a
     small round. The estimate assumes 1,024 tokens per row. It uses the total memory, not the free memory, so that the

@@ -78,8 +78,7 @@ class VllmOptions(Settings):
         return max(1, -(-self.replicas // available)) if available and self.tensor_parallel == 1 else 1
 
     def memory(self, available: int) -> dict[str, JsonValue]:
-        """Return vLLM's argument for the share of GPU memory if replicas share a GPU; a user-supplied value has
-        priority."""
+        """Return vLLM's argument for the share of GPU memory if replicas share a GPU; the user's value has priority."""
         sharing = self.per_gpu(available)
         return {"gpu_memory_utilization": math.floor(1000 * GPU_MEMORY / sharing) / 1000} if sharing > 1 else {}
 

@@ -109,8 +109,7 @@ class Prompter:
         self._heads: dict[str, str] = {}
 
     def render(self, prompt: str, system: str | None = None) -> str:
-        """Return the text before the response. If a template has no system role, the system text precedes the
-        prompt."""
+        """Return the text before the response; without a system role, the system text precedes the prompt."""
         if self.style == "plain":
             return f"{system}\n\n{prompt}" if system else prompt
         user = {"role": "user", "content": prompt}
@@ -193,8 +192,7 @@ class Prompter:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def continuation(self, token_ids: Sequence[int], prefix: Prefix | None) -> str:
-        """Return the text that tokens add to a prefix; some tokenizers decode a token differently at the start of a
-        text."""
+        """Return the text that tokens add to a prefix, because a token may be decoded differently at the start."""
         if prefix is None:
             return self.text(token_ids)
         return self.text([*prefix.token_ids, *token_ids])[len(prefix.text) :]

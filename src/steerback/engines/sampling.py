@@ -92,8 +92,7 @@ def penalise(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
 
 
 def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
-    """Return the index (rows,) at which the cumulative weight (rows, n) first exceeds the share u (rows, 1) of the
-    total."""
+    """Return the index (rows,) at which the cumulative weight (rows, n) first exceeds u (rows, 1) of the total."""
     cumulative = weights.cumsum(dim=-1)
     total = cumulative[:, -1:]
     below = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))  # u * total may round to total

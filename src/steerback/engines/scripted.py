@@ -224,8 +224,7 @@ class ScriptedEngine:
         pool: Pooling = "max",
         at: ReadAt = "read",
     ) -> NDArray[np.float32]:
-        """Return sparse noise that depends on the texts; planted detectors are active if the response does not match
-        its prompt.
+        """Return sparse noise from the texts; planted detectors are active if a response does not match its prompt.
 
         A latent that is active in a text is active at a tenth of its tokens.
         """

@@ -261,8 +261,7 @@ class TransformersEngine:
     def states(
         self, texts: Sequence[Sequence[int]], layers: Collection[int]
     ) -> Iterator[tuple[int, dict[int, Tensor]]]:
-        """Yield (text, residuals (padded T, d) of all tokens after each of `layers`) for token ids, shortest text
-        first."""
+        """Yield (text, residuals (padded T, d) after each of `layers`) for token ids, shortest text first."""
         rows = self.shape.prefill_rows
         order = sorted(range(len(texts)), key=lambda n: Shape.bucket(len(texts[n])))
         while order:

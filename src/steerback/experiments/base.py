@@ -89,7 +89,7 @@ def parse_options(kind: type[Experiment[OptionsType]], config: RunConfig) -> Set
     if useless and "detectors" in kind.options_type.model_fields:
         raise SteerbackError(
             f"{kind.name} options: detectors sets the latents, so these have no effect: {', '.join(useless)}; "
-            "leave out either"
+            "remove either detectors or these"
         )
     authors: dict[str, object] = {}
     if config.preset == "authors":

@@ -61,7 +61,7 @@ class CrossJudge(Experiment[CrossJudgeOptions]):
         """The judges, at least two, without duplicates."""
         names = tuple(dict.fromkeys(self.options.judges))
         if len(names) < 2:
-            raise SteerbackError("cross-judge compares two judges or more: name them with --judges A,B")
+            raise SteerbackError("cross-judge needs at least two judges: name them with --judges A,B")
         return names
 
     def collect(self, run: Run) -> None:

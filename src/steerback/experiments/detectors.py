@@ -128,8 +128,7 @@ def _same_search(study: Study, options: SearchOptions) -> bool:
 
 
 class DetectorExperiment(Experiment[SearchOptions]):
-    """Search for latents that are more active when a response does not match its prompt, and test them against
-    chance."""
+    """Search for latents that are more active if a response does not match its prompt; test against chance."""
 
     name = "detectors"
     needs_sae = True
@@ -167,8 +166,7 @@ async def detectors_of(study: Study, options: SearchOptions) -> DetectorSet:
 
 
 async def load_or_search(study: Study, options: SearchOptions) -> DetectorSet:
-    """Return the detectors: those of this run or its base run, else those that the user names, else those of a new
-    search.
+    """Return the detectors of this run or its base run, else those that the user names, else search for them.
 
     Detectors of the base run are used if it searched with the same options. The result may be empty.
     """
@@ -225,8 +223,7 @@ def arms(
     latents: Sequence[int] | None = None,
     over: Over = "response",
 ) -> tuple[Activations, Activations]:
-    """Return pooled activations (n, latents) of the responses after the correct prompt, and after the prompt of row
-    partner[i]."""
+    """Return pooled activations (n, latents) after the correct prompt, and after the prompt of row partner[i]."""
     texts = [r.completion.text for r in rows if r.completion is not None]
     prompts = [r.trial.prompt for r in rows]
     others = [prompts[j] for j in partner]
@@ -235,8 +232,7 @@ def arms(
 
 
 async def contrast(study: Study, latents: Sequence[int], over: Over) -> tuple[Activations, Activations, list[int]]:
-    """Return matched and shuffled activations (n, latents) of the run's unsteered references, and prompt numbers
-    (n,)."""
+    """Return matched and shuffled activations (n, latents) of the unsteered references, and prompt numbers (n,)."""
     from steerback.latents.detectors import make_pairs
 
     rows = [r for r in await study.references() if r.completion is not None]
@@ -265,7 +261,9 @@ async def _named(study: Study, source: Sequence[LatentKey] | str, over: Over) ->
 def _of_run(study: Study, folder: Path) -> DetectorSet:
     stored = fact_of(folder, study.name, DETECTOR_SET)[0]
     if stored is None:
-        raise SteerbackError(f"run {folder} has no detectors for {study.name}; start one: steerback run detectors")
+        raise SteerbackError(
+            f"run {folder} has no detectors for {study.name}; start such a run: steerback run detectors"
+        )
     same_weights(folder, study.name, study.engine)
     return stored
 
@@ -281,7 +279,7 @@ def read_latents(path: Path) -> list[LatentKey]:
         raise SteerbackError(f"detectors of {path}: expected a list of latents, not {content!r}")
     wrong = next((key for key in content if isinstance(key, bool) or not isinstance(key, int | str)), None)
     if wrong is not None:
-        raise SteerbackError(f"detectors of {path}: {wrong!r} is no latent")
+        raise SteerbackError(f"detectors of {path}: {wrong!r} is not a latent")
     return [key for key in content if isinstance(key, int | str)]
 
 
@@ -292,8 +290,7 @@ def _detector_set(
     source: str,
     search: DetectorSearch | None = None,
 ) -> DetectorSet:
-    """Return the record of detectors: label, level and separation of each, and the search with its null
-    distribution."""
+    """Return the record of detectors: label, level and separation of each, and the search with its null."""
     labels = study.target.labels()
     held_out = search.held_out.separation if search is not None and search.held_out is not None else None
     detectors = [

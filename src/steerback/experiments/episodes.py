@@ -1,5 +1,4 @@
-"""Recording of episodes: responses with a self-correction, replayed while the activations of selected latents are
-recorded.
+"""Recording of episodes: replays of responses with a self-correction, with activations of selected latents.
 
 Shared by `traces` and `episode-statistics`. Two kinds of controls are recorded too: steered responses that drift
 without a restart, and unsteered responses. Activations are recorded before any addition or clamp, so the steering

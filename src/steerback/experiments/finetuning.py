@@ -73,8 +73,7 @@ class Finetuning(Experiment[FinetuningOptions]):
         return (base, *(base.with_adapter(adapter.folder.resolve()) for adapter in adapters))
 
     async def run(self, study: Study) -> None:
-        """Calibrate, then measure the four conditions; held-out prompts come last, so that thresholds do not depend
-        on them."""
+        """Calibrate, then measure the four conditions, held-out prompts last: thresholds must not depend on them."""
         if study.target.adapter is not None:
             self._adopt(study)
         further = held_out_prompts(study, self.options.prompts)

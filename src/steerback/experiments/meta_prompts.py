@@ -34,7 +34,7 @@ def _named(value: object) -> object:
         raise ValueError(f"expected the name of a set, names, NAME=TEXT or {{name: text}}, not {value!r}")
     pairs = [entry.partition("=") for entry in value if isinstance(entry, str)]
     if len(pairs) != len(value):
-        raise ValueError("a list of meta-prompts holds names, or texts as NAME=TEXT")
+        raise ValueError("a list of meta-prompts must contain names, or texts as NAME=TEXT")
     return {name.strip(): text.strip() if sign else None for name, sign, text in pairs}
 
 
@@ -55,7 +55,7 @@ def _checked(name: str, text: str | None) -> str:
     if text is None:
         raise unknown("meta-prompt", name, (*SETS, *KNOWN, "a text of your own as NAME=TEXT"))
     if not name or name == BASELINE or KNOWN.get(name, text) != text:
-        raise SteerbackError(f"meta-prompt {name!r}: give your own text a name that is not taken")
+        raise SteerbackError(f"meta-prompt {name!r}: this name is reserved; choose another name for your text")
     try:
         places = {place for _, place, _, _ in Formatter().parse(text) if place is not None}
         plain = text.format(label="x") if places <= {"label"} else ""
@@ -63,7 +63,7 @@ def _checked(name: str, text: str | None) -> str:
         places, plain = {""}, ""
     if places - {"label"}:
         raise SteerbackError(
-            f"meta-prompt {name!r}: {{label}} is the only place its text can have; write {{{{ and }}}} for braces"
+            f"meta-prompt {name!r}: {{label}} is the only allowed placeholder; write {{{{ and }}}} for braces"
         )
     if not plain.strip():
         raise SteerbackError(f"meta-prompt {name!r} is empty; write a sentence")
@@ -86,8 +86,7 @@ class MetaPrompts(Experiment[MetaPromptOptions]):
         return {name: _checked(name, text) for name, text in self.options.variants.items()}
 
     async def run(self, study: Study) -> None:
-        """Measure the baseline, then every variant on the same grid points; variants with a label need labelled
-        latents."""
+        """Measure the baseline, then every variant on the same grid points; some variants need labelled latents."""
         await study.baseline()
         cells, variants = await study.cells(), self.variants()
         labelled = [cell for cell in cells if cell.latent.label]

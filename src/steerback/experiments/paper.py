@@ -105,15 +105,13 @@ def in_order(
 
 
 def _judged_again(judge: str, source: Path) -> dict[str, object]:
-    """Return options of cross-judge: the run's judge and others of its kind; for a model judge, those of the
-    specification."""
+    """Return options of cross-judge: the run's judge and others of its kind."""
     others = OFFLINE if judge in (*OFFLINE, "scripted") else SPECIFIED
     return {"options": {"sources": [str(source)], "judges": list(dict.fromkeys((judge, *others)))}}
 
 
 def own_options(settings: Sequence[str], more: Sequence[str] = ()) -> tuple[list[str], dict[str, list[str]]]:
-    """Return (settings of all steps, options per step) from `key=value` texts; `boost-sweep.high=6` belongs to
-    boost-sweep.
+    """Split `key=value` texts into (settings of all steps, options per step), e.g. `boost-sweep.high=6`.
 
     `more` are experiments besides those of the paper.
     """

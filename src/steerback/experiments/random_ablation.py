@@ -1,8 +1,8 @@
-"""Random ablation control (specification section "Random Ablation Control", Fig. A9): is the effect specific to the
-detectors?
+"""Random ablation control (specification section "Random Ablation Control", Fig. A9).
 
-Clamping any active latents to zero disturbs a model. The detector ablation is therefore compared with ablations of
-random sets of equal size, matched to the detectors in activity on the baseline's responses.
+Tests whether the effect is specific to the detectors. Clamping any active latents to zero disturbs a model. The
+detector ablation is therefore compared with ablations of random sets of equal size, matched to the detectors in
+activity on the baseline's responses.
 """
 
 from __future__ import annotations

@@ -198,8 +198,7 @@ class Deal:
             worker.open = 0
 
     def _look(self) -> None:
-        """Add workers that have joined, and replace workers that were silent for too long; runs at most once a
-        second."""
+        """At most once a second, add workers that have joined and replace workers that do not answer."""
         now = time.monotonic()
         if now - self._looked < POLL and self._ready:
             return
@@ -252,8 +251,7 @@ class Deal:
         return worker.loaded.rows if worker.loaded.continuous else 4 * worker.loaded.rows
 
     def _piece(self, worker: Worker) -> int:
-        """Return the number of requests to send together; lists get shorter at the end, so that all workers end
-        together."""
+        """Return how many requests to send together; fewer at the end, so that all workers end together."""
         assert worker.loaded is not None
         share = -(-len(self.waiting) // len(self._ready))
         longest = self._list(worker)

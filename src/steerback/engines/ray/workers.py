@@ -109,8 +109,7 @@ class Workers:
         self.workers.append(Worker(self._started, handle, handle.load.remote(), options))
 
     def ready(self, wait: float = 0.0) -> list[Worker]:
-        """Return the workers that can accept requests, after waiting at most `wait` seconds for workers that are
-        starting."""
+        """Return the workers that can accept requests; wait at most `wait` seconds for workers that are starting."""
         import ray
 
         pending = {w.starting: w for w in self.workers if w.loaded is None}
@@ -169,8 +168,7 @@ class Workers:
             worker.away = worker.actor.ping.remote()
 
     def fingerprint(self) -> str:
-        """Return the workers' common fingerprint, or a hash of all fingerprints if they differ (other GPUs, smaller
-        batches)."""
+        """Return the workers' common fingerprint, or a hash of all if they differ (other GPUs, smaller batches)."""
         prints = sorted({w.loaded.fingerprint for w in self.workers if w.loaded is not None})
         if not prints and self.reference is not None:
             return self.reference.fingerprint

@@ -282,8 +282,7 @@ class Driver:
 
 
 def positions_fed(output: Output) -> int:
-    """Return the number of positions that a finished request fed to the model; its last token is sampled but never
-    fed."""
+    """Return how many positions a finished request fed to the model; its last token is never fed."""
     return len(output.prompt_token_ids) + max(len(output.outputs[0].token_ids) - 1, 0)
 
 

@@ -175,8 +175,7 @@ class VllmEngine:
         return digest(self._record)
 
     def describe(self) -> VllmRecord:
-        """Return the settings that are needed to repeat a run. With vLLM, a repeated run has the same plan and
-        seeds; its texts may differ."""
+        """Return the settings that are needed to repeat a run: the same plan and seeds; with vLLM texts may differ."""
         return self._record.copy()
 
     def _describe(self, version: str, replicas: int, directions: Mapping[str, Tensor]) -> VllmRecord:

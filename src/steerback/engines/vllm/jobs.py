@@ -51,8 +51,7 @@ def _ticket(where: str, request: Request, settings: TableSettings, until: int) -
 
 
 def check_ticket(where: str, ticket: Ticket, settings: TableSettings) -> None:
-    """Raise SteerbackError if the tables can never hold the request (missing layer or too few columns); it would
-    wait forever."""
+    """Raise SteerbackError if the tables lack the layer or columns of a request, which would wait forever."""
     used = [(f"interventions[{n}].layer", settings.site.layer_of(edit)) for n, edit in enumerate(ticket.edits)]
     for field, wanted in [*used, *([("record.layer", ticket.layer)] if ticket.layer >= 0 else [])]:
         if wanted not in settings.layers:

@@ -48,8 +48,7 @@ class PreparedTarget:
 
 
 def require_vllm() -> str:
-    """Return vLLM's version, or raise SteerbackError with the install command. By default vLLM then logs errors
-    only."""
+    """Return vLLM's version, or raise SteerbackError with the install command; limit vLLM's log to errors."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
         import vllm
@@ -177,8 +176,7 @@ def save_directions(directions: Mapping[str, Tensor]) -> str | None:
 
 
 def cpu_arguments(length: int) -> dict[str, JsonValue]:
-    """Return arguments for vLLM's CPU build, which fails if the prefill of a seeded request is split over several
-    steps."""
+    """Return arguments for vLLM's CPU build, which cannot split the prefill of a seeded request over steps."""
     return {
         "kv_cache_memory_bytes": 1 << 30,
         "enable_chunked_prefill": False,
@@ -190,7 +188,7 @@ def lora_arguments(folder: str, dtype: str) -> dict[str, JsonValue]:
     """Return vLLM's arguments for an adapter; raise SteerbackError if vLLM cannot serve it."""
     if gpus() and dtype == "float32":
         raise SteerbackError(
-            f"lora {folder!r}: vLLM's adapter kernels take no float32 on a GPU; use a target in bfloat16, or --engine "
+            f"lora {folder!r}: vLLM's adapter kernels lack float32 on a GPU; use a bfloat16 target, or --engine "
             "transformers"
         )
     check_adapter(f"lora {folder!r}", Path(folder))

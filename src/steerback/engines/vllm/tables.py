@@ -196,7 +196,9 @@ def steer_layer(layer: nn.Module, shared: Shared, table: LayerTable, settings: T
     kind = type(layer)
     names = list(inspect.signature(kind.forward).parameters)[1:]
     if "positions" not in names:
-        raise SteerbackError(f"{kind.__name__}.forward takes no positions; this model class cannot be steered in vLLM")
+        raise SteerbackError(
+            f"{kind.__name__}.forward has no positions argument; this model class cannot be steered in vLLM"
+        )
     layer.__class__ = type(f"Steered{kind.__name__}", (Steered, kind), {})
     assert isinstance(layer, Steered)
     layer.steerback_positions = names.index("positions")
