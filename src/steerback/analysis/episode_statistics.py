@@ -183,6 +183,7 @@ def aligned(recorded: Recorded, group: str, reach: int) -> dict[str, AlignedCurv
         return row
 
     def control(trace: Trace, controls: Sequence[Trace]) -> Floats:
+        # A control has no correction, so it is aligned at the position of the episode's correction.
         rows = [window(c, trace.start or 0, len(c)) for c in controls_of(trace, controls)]
         return _nanmean(np.array(rows)) if rows else np.full(2 * reach + 1, np.nan)
 

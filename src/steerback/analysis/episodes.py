@@ -145,6 +145,7 @@ def recorded(ledger: Ledger, target: str, judge: str, below: float, least: float
         condition, key = row.trial.condition, row.trial.key
         if row.completion is None or row.completion.activations is None or not row.valid_receipt:
             continue
+        # A replay may differ in text, for example on other hardware; such replays are counted and kept.
         changed += condition != UNSTEERED and row.completion.text != texts.get(row.trial.index)
         if condition != EPISODES:
             if row.is_drift(below if condition == DRIFTS else math.inf):

@@ -89,6 +89,7 @@ def rank(value: float | None, others: Sequence[float], baseline: float | None = 
     if value is None or not others:
         return None
     everything = [value, *others]
+    # Distance of each value from the mean of the others; the first one is that of the detectors.
     apart = [abs(v - (sum(everything) - v) / len(others)) for v in everything]
     return Rank(
         value=value,

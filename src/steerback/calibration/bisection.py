@@ -157,6 +157,7 @@ class Calibrator:
         """Return the threshold if all tried boosts score on the same side of the target."""
         edge, bound = (fit.boosts[-1], self.prior.high) if side == "above" else (fit.boosts[0], self.prior.low)
         low, high = sorted((float(edge), bound))
+        # At the bound the search is complete; before the bound, further rounds might still cross the target.
         if edge == bound:
             why = f"the score stays {side} {self.settings.target_score:g} up to the bound {bound:g}"
             return self._threshold(bound, low, high, why, fit, "at bound")

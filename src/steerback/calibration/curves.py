@@ -139,6 +139,7 @@ def falling_means(weights: Floats, means: Floats) -> Floats:
     valid = np.arange(g)[:, None] <= np.arange(g)[None, :]
     with np.errstate(invalid="ignore", divide="ignore"):
         average = (sums[:, None, 1:] - sums[:, :-1, None]) / (mass[:, None, 1:] - mass[:, :-1, None])
+    # Ranges with j < i are not valid; -inf removes them from the maximum.
     average = np.where(valid, average, -np.inf)
     best = np.maximum.accumulate(average[:, :, ::-1], axis=2)[:, :, ::-1]  # max over j >= k, for each i
     fitted: Floats = np.where(valid, best, np.inf).min(axis=1)
@@ -170,6 +171,7 @@ def _fit_logistic(
     The plateaus are the ends of the isotonic fit, but at least halfway from the target to 100 and to 0, because scores
     near the target give no information about plateaus.
     """
+    # Plateaus at least this far from the target also keep the division below well defined.
     ceiling = np.maximum(fitted[:, 0], (100.0 + target) / 2)
     floor = np.minimum(fitted[:, -1], target / 2)
     y = np.clip((means - floor[:, None]) / (ceiling - floor)[:, None], 0.0, 1.0)
@@ -189,6 +191,7 @@ def _fit_logistic(
         limit = np.minimum(3 / np.maximum(np.abs(d0), 3), np.maximum(-slope, 1) / np.maximum(np.abs(d1), -slope + 1e-9))
         step = np.minimum(1.0, limit)
         level = level + step * d0
+        # A falling curve needs a negative slope, so that the crossing is unique.
         slope = np.minimum(slope + step * d1, -0.05)
     return Logistic(centre, scale, level, slope, floor, ceiling)
 

@@ -156,6 +156,7 @@ class DecodingBatch:
         left = max((s.request.sampling.max_new_tokens - len(s.tokens) for s in self.slots.values()), default=0)
         drawn = [self._step(ahead) for ahead in range(min(BLOCK, left))]
         if drawn:
+            # One transfer to the host per block, because each transfer waits for the device.
             block = torch.stack(drawn, dim=1).tolist()
             for n, slot in self.slots.items():
                 slot.tokens.extend(block[n])
@@ -172,6 +173,7 @@ class DecodingBatch:
     def _prefill(self, bucket: int, items: Sequence[Item]) -> None:
         rows, device = self.shape.prefill_rows, self.runner.device
         ids = torch.zeros(rows, bucket, dtype=torch.long)
+        # Unused rows get length 1, so that `lengths - 1` is a valid position.
         lengths = torch.ones(rows, dtype=torch.long)
         for n, (_, prompt) in enumerate(items):
             ids[n, : len(prompt)] = torch.tensor(prompt)
@@ -227,6 +229,7 @@ class DecodingBatch:
 
     def _step(self, ahead: int) -> Tensor:
         """Feed every slot its last token, `ahead` steps after the tokens in `slots`; return the next tokens (rows,)."""
+        # An upper bound for all rows: which rows end within the block is not known yet.
         far = max(s.prompt + len(s.tokens) for s in self.slots.values()) + ahead
         self._cache.seek(self._positions, far)
         positions = self._positions[:, None]

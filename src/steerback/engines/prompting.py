@@ -201,6 +201,7 @@ class Prompter:
         """Return the character at which each token ends in the decoded text, cut to `length` characters."""
         ends, end = [], 0
         for n in range(1, len(token_ids) + 1):
+            # An incomplete character decodes to U+FFFD; it counts from its last token on.
             end = max(end, len(self.continuation(token_ids[:n], prefix).rstrip("\ufffd")))
             ends.append(min(end, length))
         return ends
@@ -216,6 +217,7 @@ class Prompter:
         limit, stops = request.sampling.max_new_tokens, request.sampling.stop
         end = next((n + 1 for n in range(checked, min(len(token_ids), limit)) if token_ids[n] in ends), None)
         upto = end or min(len(token_ids), limit)
+        # Decode token by token only if a stop string occurs at all, because decoding is slow.
         for n in range(checked + 1, upto + 1) if stops and self._stops(token_ids[:upto], request) else ():
             if at := self._stops(token_ids[:n], request):
                 return n, at[0], "stop"

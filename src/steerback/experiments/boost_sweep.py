@@ -93,6 +93,7 @@ class BoostSweep(Experiment[SweepOptions]):
         if not sd:
             raise SteerbackError(f"{target}: all thresholds are {mean:g}, so shared boosts have no levels")
         ends = mean + self.options.low * sd, mean + self.options.high * sd
+        # The authors clip negative boosts to 0 instead of dropping them.
         swept = [max(float(b), 0.0) for b in np.linspace(*ends, self.options.levels)]
         boosts = sorted({Sweep.condition((b - mean) / sd): b for b in reversed(swept)}.values())
         placed = [round((boost - mean) / sd, 6) for boost in boosts]

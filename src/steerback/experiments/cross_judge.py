@@ -98,7 +98,9 @@ def gather(opened: Run, sources: Sequence[Path], sample: int = SAMPLE_SIZE, mini
             "single": [entry for entry in pool if len(entry[0].attempts) == 1],
         }
         for stratum in strata.values():
+            # A fixed seed draws the same sample again, so that a resumed run adds no trials.
             random.Random(SEED).shuffle(stratum)
+        # Reserve places for single-attempt trials first, then fill up with the rest of the quota.
         several = strata["several"][: quota - min(len(strata["single"]), minimum // 2)]
         single = strata["single"][: quota - len(several)]
         chosen += several + single

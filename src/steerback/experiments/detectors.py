@@ -191,6 +191,7 @@ async def _search(study: Study, options: SearchOptions) -> DetectorSet:
     search = partial(search_detectors, matched, mismatched, pairs, limit=options.limit, auc=options.auc)
     result = search(rule=options.rule)
     source = f"rule {result.rule}"
+    # A large SAE on few prompts may have no perfect latent; a weaker rule then avoids an empty result.
     if options.rule == "perfect" and not result.latents:
         result = search(rule="auc")
         source = f"no latent separates perfectly: AUC >= {options.auc:g}"
@@ -203,6 +204,7 @@ async def _discover(study: Study, options: SearchOptions) -> list[Row]:
     source = options.discovery_prompts or study.target.discovery_prompts
     prompts = load_prompts(source)
     shared = sorted(set(prompts) & set(study.prompts))
+    # Detectors that were selected on measured prompts would look better than they are.
     if shared:
         raise SteerbackError(
             f"discovery prompts {source} and the run's own prompts share {shared[0]!r}; search for detectors on "

@@ -65,6 +65,7 @@ class MatchedPrefix(Experiment[MatchedPrefixOptions]):
         unsteered = responses_by_prompt(await study.references())
         trials: list[Trial] = []
         turns = study.config.trials_per_latent
+        # First trials of all latents come first, so that a limit on episodes covers many latents.
         for row in sorted(rows, key=lambda r: (r.trial.index % turns, r.trial.index)):
             prefixes, why = prefixes_of(row, unsteered.get(row.trial.prompt, []), chosen)
             if prefixes and tally["used"] == chosen.episodes:

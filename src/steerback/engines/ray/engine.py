@@ -243,6 +243,7 @@ class Deal:
         assert worker.loaded is not None
         if self._alone.get(worker) in self.unanswered:
             return 0
+        # Twice the list: one decodes while the next is already in the worker.
         return (self.options.in_flight or 2 * self._list(worker)) - worker.open
 
     def _list(self, worker: Worker) -> int:

@@ -221,6 +221,7 @@ class Driver:
         finally:
             try:
                 if not fetched:
+                    # Shielded: a cancelled job must still free its rows in the worker.
                     await asyncio.shield(self._call("steerback_release", [job.ticket.key]))
             finally:
                 self._gate.leave(job.ticket)
@@ -237,6 +238,7 @@ class Driver:
         while self._finished:
             for _ in range(round(PAUSE / GLANCE)):
                 await asyncio.sleep(GLANCE)
+                # No other running job can finish, so waiting longer gains nothing.
                 if len(self._finished) == self._gate.running:
                     break
             batch = [one for one in self._finished if not one[2].done()]  # without cancelled jobs
