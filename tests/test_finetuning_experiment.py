@@ -69,8 +69,9 @@ def steerback(*arguments: str) -> int:
 
 
 def test_adapters_are_measured_like_their_base_and_set_against_the_mix(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # no row of the table wraps
     assert steerback("run", "esr", "-t", "organism-control", "--name", "base", *SMALL) == 0
     place = adapters(tmp_path / "adapters")
     run = ["run", "finetuning", "--from", "base", "--name", "ft", "--set", f"options.adapters={place}"]
