@@ -161,7 +161,7 @@ def test_own_names_and_several_judges(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("{", "is not valid JSON"),
-        ("[1, 2]", "must hold an object"),
+        ("[1, 2]", "must contain an object"),
         ('{"results_by_feature": [3]}', "has no list results_by_feature"),
         ('{"results_by_feature": [{"trials": []}]}', "invalid feature_index_in_sae"),
         ('{"results_by_feature": [{"feature_index_in_sae": -1}]}', "invalid feature_index_in_sae"),

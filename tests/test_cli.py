@@ -147,7 +147,10 @@ def test_concreteness_threshold_is_the_authors_rule(capsys: pytest.CaptureFixtur
         (["run", "esr", "--target", "organism", "--prompts", "none.txt"], "none.txt"),
         (["run", "esr", "--target", "organism", "--limit", "many"], "--limit"),
         (["run", "esr", "--target", "organism", "--name", "a b"], "letters, digits"),
-        (["run", "esr", "--target", "organism", "--set", "experiment=traces"], "experiment 'traces' is not what the"),
+        (
+            ["run", "esr", "--target", "organism", "--set", "experiment=traces"],
+            "experiment 'traces' contradicts the command",
+        ),
         (["run", "esr", "--target", "organism", "--set", "from_run=/nope"], "use --from RUN"),
         (["run", "esr", "--target", "organism", "--set", "engine_options.foo=1"], "unknown setting 'foo'"),
         (["resume", "nothing"], "no run 'nothing'"),

@@ -112,7 +112,7 @@ def test_a_wrong_setting_is_one_line_with_the_choices(assignment: str, words: st
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("a: [1", "not valid YAML"), ("- 1", "must hold"), ("", "must hold"), ("\x00", "NUL character")],
+    [("a: [1", "not valid YAML"), ("- 1", "must contain"), ("", "must contain"), ("\x00", "NUL character")],
 )
 def test_a_bad_config_file_is_one_line(tmp_path: Path, text: str, words: str) -> None:
     file = tmp_path / "c.yaml"

@@ -113,7 +113,7 @@ def test_damaged_files_are_one_line(tmp_path: Path) -> None:
     gguf(tmp_path / "g.gguf", {"direction.1": VECTOR.numpy()})
     (tmp_path / "h.pt").write_bytes(b"x")
     for name, message in (
-        ("a.safetensors", "is no safetensors file|not a readable safetensors file"),
+        ("a.safetensors", "is not a safetensors file|not a readable safetensors file"),
         ("a.npy", "not a readable .npy file"),
         ("a.gguf", "not a readable gguf file"),
         ("b.npy", "not a readable .npy file"),  # a pickle inside is not run
@@ -133,7 +133,7 @@ def test_damaged_files_are_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(SteerbackError, match="no such folder or"):
         find_directions(["nowhere.npy"], "x")
-    with pytest.raises(SteerbackError, match="is no safetensors file"):
+    with pytest.raises(SteerbackError, match="is not a safetensors file"):
         read_facts(tmp_path / "a.safetensors")
 
 

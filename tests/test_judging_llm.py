@@ -91,7 +91,7 @@ def test_a_dotenv_file_may_set_keys_alone(tmp_path: Path) -> None:
     read_dotenv(file, found)
     assert found == {"OPENAI_API_KEY": "k"}
     file.write_bytes(b"\x00\xff\xfe binary")
-    with pytest.raises(SteerbackError, match=r"\.env (is no text file|cannot be read as UTF-8)"):
+    with pytest.raises(SteerbackError, match=r"\.env (is not a text file|cannot be read as UTF-8)"):
         read_dotenv(file, found)
     file.unlink()
     file.mkdir()

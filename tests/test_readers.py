@@ -71,21 +71,21 @@ def header(text: bytes, size: int | None = None) -> bytes:
         ("toml", b"a = " + b"[" * DEEP, "nested too deeply"),
         ("toml", b"a = " + b"1" * LONG, "too many digits"),
         ("toml", b"a = 1\na = 2", "not valid TOML"),
-        ("toml", b"a = 2020-01-01", "holds a date"),
+        ("toml", b"a = 2020-01-01", "contains a date"),
         ("yaml", b"a: [1", "not valid YAML"),
         ("yaml", b"a: " + b"[" * DEEP, "nested too deeply"),
         ("yaml", b"a: " + b"1" * LONG, "too many digits"),
         ("yaml", b"a: 1\na: 2", "'a' occurs twice"),
         ("yaml", b"a: {b: 1, b: 2}", "'b' occurs twice"),
         ("yaml", b"a: &x [*x]", "levels"),
-        ("yaml", b"a: !!binary aGVsbG8=", "holds a bytes"),
+        ("yaml", b"a: !!binary aGVsbG8=", "contains a bytes"),
         ("yaml", b"a: !!python/object/apply:os.getcwd []", "not valid YAML"),
         ("yaml", b'"a": "\\ud800"', "surrogate"),
-        ("yaml", b"- 1", "must hold"),
+        ("yaml", b"- 1", "must contain"),
         ("safetensors", b"", "not valid JSON"),
         ("safetensors", header(b"{}", 3), "is not there"),
         ("safetensors", header(b"{}", 2**60), "is not there"),
-        ("safetensors", header(b"[]"), "must hold an object"),
+        ("safetensors", header(b"[]"), "must contain an object"),
         ("safetensors", header(b"[" * DEEP), "nested too deeply"),
         ("safetensors", header(b'{"a": "\xff"}'), "UTF-8"),
     ],
@@ -116,7 +116,7 @@ def test_a_place_that_is_no_file_is_one_line(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_file_without_end_is_refused() -> None:
-    with pytest.raises(SteerbackError, match="larger than 1,000 bytes"):
+    with pytest.raises(SteerbackError, match="larger than the limit of 1,000 bytes"):
         readers.read_text(Path("/dev/zero"), "some file", 1000)
 
 
@@ -130,7 +130,7 @@ def test_a_pipe_is_read_and_one_that_nobody_writes_to_does_not_hang(
     assert build_config("esr", ("t",), file=fifo).n_latents == 7
     writer.join()
     monkeypatch.setattr(readers, "PATIENCE", 0.2)
-    with pytest.raises(SteerbackError, match=r"is a pipe that gave nothing for 0.2 seconds"):
+    with pytest.raises(SteerbackError, match=r"is a pipe without data for 0.2 seconds"):
         build_config("esr", ("t",), file=fifo)
 
 
@@ -240,12 +240,12 @@ def test_numbers_and_missing_values_of_a_table() -> None:
 
 @pytest.mark.parametrize("text", ["http://[::1/", "http://", "ftp://x/y", "http://a:99999/", "http://a b/", "x", ""])
 def test_a_malformed_address_is_one_line(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SteerbackError, match=r"some place: .* is no address") as caught:
+    with pytest.raises(SteerbackError, match=r"some place: .* is not an address") as caught:
         readers.read_address(text, "some place")
     assert "\n" not in str(caught.value)
     if text:
         monkeypatch.setenv("OPENROUTER_BASE_URL", text)
-        with pytest.raises(SteerbackError, match=r"judge openrouter/a/b, OPENROUTER_BASE_URL: .* is no address"):
+        with pytest.raises(SteerbackError, match=r"judge openrouter/a/b, OPENROUTER_BASE_URL: .* is not an address"):
             check_address("openrouter/a/b", None)
     assert readers.read_address("http://[::1]:8000/v1", "x").hostname == "::1"
 

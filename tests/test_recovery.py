@@ -178,7 +178,7 @@ def test_settings_say_who_scores_windows(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_low_has_to_be_below_high() -> None:
-    with pytest.raises(SteerbackError, match=r"recovery.low .80. has to be below recovery.high .70."):
+    with pytest.raises(SteerbackError, match=r"recovery.low .80. must be below recovery.high .70."):
         build_config("esr", ("t",), assignments=("recovery.low=80",))
 
 

@@ -46,7 +46,7 @@ def test_the_range_of_calibration_is_a_setting() -> None:
     assert CalibrationConfig(low=200).prior(usual) == BoostPrior(250, 25, 200, 300)
     with pytest.raises(SteerbackError, match=r"from 400 to 300.*set both"):
         CalibrationConfig(low=400).prior(usual)
-    with pytest.raises(SteerbackError, match=r"calibration\.low \(5\) has to be below calibration\.high \(5\)"):
+    with pytest.raises(SteerbackError, match=r"calibration\.low \(5\) must be below calibration\.high \(5\)"):
         build_config("esr", ("organism",), assignments=("calibration.low=5", "calibration.high=5"))
 
 

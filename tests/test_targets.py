@@ -64,7 +64,7 @@ def test_entries_are_checked(folder: Path) -> None:
         from_folder(folder, stear_layer=1)
     with pytest.raises(SteerbackError, match="'little': dtype: Input should be 'float32' or 'bfloat16', not 'float8'"):
         from_folder(folder, dtype="float8")
-    with pytest.raises(SteerbackError, match="needs sd > 0"):
+    with pytest.raises(SteerbackError, match="must have sd > 0"):
         BoostPrior(1, 0, 0, 2)
     with pytest.raises(SteerbackError, match=r"steer_layer 9 is outside 0\.\.3"):
         load_target(from_folder(folder, steer_layer=9))
@@ -76,7 +76,7 @@ def test_entries_are_checked(folder: Path) -> None:
         ("latents.csv", "index,label\n1,x\n", "needs the columns index and density"),
         ("latents.csv", "index,density\n1,x\n", "density 'x' of latent 1 is not a number"),
         ("labels.csv", "index,label\none,x\n", "line 2: 'one' is not the index"),
-        ("contexts.json", "[1]", "must hold an object"),
+        ("contexts.json", "[1]", "must contain an object"),
         ("contexts.json", "{", "is not valid JSON"),
         ("contexts.json", '{"3": "text"}', "expected"),
     ],

@@ -183,7 +183,7 @@ def test_a_target_may_be_an_object(folder: Path) -> None:
         ("[a]\nmodel = 'x'\nresponses_per_second = 0", "responses_per_second: .*greater than 0, not 0"),
         ("[a]\nmodel = 'x'\nsteer_layer = -2", "steer_layer: .*greater than or equal to 0, not -2"),
         ("[a]\nmodel = 'x'\ndtype = 'fp8'", "dtype: Input should be 'float32' or 'bfloat16', not 'fp8'"),
-        ("[a]\nmodel = 'x'\nboost_prior = [1, 0, 0, 2]", "targets.toml: target 'a': boost_prior: .*needs sd > 0"),
+        ("[a]\nmodel = 'x'\nboost_prior = [1, 0, 0, 2]", "targets.toml: target 'a': boost_prior: .*must have sd > 0"),
         ("[a]\nmodel = 'x'\nboost_prior = [nan, 1, 0, 2]", "should be {mean, sd, low, high}"),
         ("[a]\nmodel = 'x'\nn_layers = 4\nsteer_layer = 99999", r"steer_layer 99999 is outside 0\.\.3"),
         ("[a", "file of targets .*targets.toml"),

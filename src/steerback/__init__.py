@@ -23,7 +23,7 @@ __all__ = [
     "run",
 ]
 
-# Libraries send no usage data unless the user's own environment asks for it; they read this when they are imported.
+# Switch off usage statistics of libraries, which read these variables at import. The user's values take precedence.
 for _name in ("HF_HUB_DISABLE_TELEMETRY", "VLLM_NO_USAGE_STATS"):
     os.environ.setdefault(_name, "1")
 

@@ -1,4 +1,4 @@
-"""Runs from Python: start one, open one, read its trials, tables and figures, compare two. The command line calls it.
+"""Python interface: start and open runs, read their trials, tables and figures, compare two runs.
 
 import steerback as sb
 run = sb.run("esr", target="organism", preset="quick", name="first")
@@ -61,17 +61,17 @@ class RunTrial:
 
     @property
     def text(self) -> str:
-        """The text that the judge saw; "" where nothing has been generated."""
+        """Text that the judge saw; "" if no response exists."""
         return self.row.judged_text
 
     @property
     def attempts(self) -> list[tuple[float, str]]:
-        """Score and text of each attempt; empty for a response that is invalid, unscored or not judged."""
+        """Score and text of each attempt; empty if the response is invalid, unscored or not judged."""
         return [(a.score, self.text[a.start : a.end]) for a in self.row.attempts]
 
     @property
     def gain(self) -> float:
-        """Score of the last attempt minus that of the first, in points."""
+        """Score of the last attempt minus score of the first attempt, in points."""
         return self.row.gain
 
     def show(self, colour: bool = False) -> None:
@@ -87,7 +87,7 @@ class RunTrial:
 
 
 class PrintedSummary(dict[str, object]):
-    """The content of summary.json, which prints as one line."""
+    """Content of summary.json. Its `repr` is one line."""
 
     def __repr__(self) -> str:
         return f"<summary of {self.get('experiment')} by judge {self.get('judge')}: {', '.join(self)}>"
@@ -95,7 +95,7 @@ class PrintedSummary(dict[str, object]):
 
 @dataclass(frozen=True, repr=False)
 class StudyRun:
-    """A run in its folder, finished or not, by one judge's verdicts. Reads the ledger; it needs no model."""
+    """A finished or unfinished run with the verdicts of one judge. It reads the ledger and needs no model."""
 
     folder: Path
     config: RunConfig
@@ -106,7 +106,7 @@ class StudyRun:
         return self.folder.name
 
     def rows(self, choice: Choice | None = None, stage: str = "measure") -> list[Row]:
-        """Return trials with response and verdict as records: those that `choice` names, or all of a stage."""
+        """Return trials with response and verdict as records: the trials of `choice`, or all of a stage."""
         with Run.read(self.folder) as opened:
             if choice is None:
                 return opened.ledger.rows(stage=stage, judge=self.judge)
@@ -117,13 +117,13 @@ class StudyRun:
         return [RunTrial(row) for row in self.rows(stage=stage)]
 
     def trial(self, key: str) -> RunTrial:
-        """Return one trial. Raises SteerbackError for a key that the run does not have."""
+        """Return one trial. Raises SteerbackError for an unknown key."""
         from steerback.report.transcripts import Choice
 
         return RunTrial(self.rows(Choice(key=key))[0])
 
     def to_pandas(self, stage: str | None = "measure") -> pd.DataFrame:
-        """Return one line for each trial of a stage (None: of all), with the columns of `steerback export`."""
+        """Return one row per trial of a stage (None: of all stages), with the columns of `steerback export`."""
         from steerback.report.export import trial_table
 
         with Run.read(self.folder) as opened:
@@ -131,34 +131,37 @@ class StudyRun:
 
     @property
     def unknown_settings(self) -> frozenset[str]:
-        """The settings that the files of an imported run do not hold."""
+        """Settings that the files of an imported run do not contain."""
         with Run.read(self.folder) as opened:
             files = opened.ledger.get("", IMPORTED)
         return frozenset() if files is None else frozenset(files.unknown)
 
     @cached_property
     def analysis(self) -> Analysis:
-        """Results, tables and figures, made from the ledger."""
+        """Results, tables and figures, computed from the ledger."""
         with Run.read(self.folder) as opened:
             return execute.analysed(opened, self.judge)
 
     @property
     def summary(self) -> PrintedSummary:
-        """All results, as in summary.json."""
+        """All results, equal to summary.json."""
         return PrintedSummary(self.analysis.summary)
 
     @property
     def tables(self) -> Mapping[str, Table]:
-        """The tables by name."""
+        """Tables by name."""
         return self.analysis.shown.tables
 
     @property
     def figures(self) -> list[str]:
-        """The names of the figures."""
+        """Names of the figures."""
         return list(self.analysis.shown.figures)
 
     def figure(self, name: str) -> Figure:
-        """Draw a figure: its name, or the beginning of it ("figure2")."""
+        """Draw the figure `name`. A unique beginning of the name is enough ("figure2").
+
+        Raises SteerbackError for an unknown or ambiguous name.
+        """
         drawn = self.analysis.shown.figures
         fits = [known for known in drawn if known == name] or [known for known in drawn if known.startswith(name)]
         if len(fits) != 1:
@@ -176,7 +179,7 @@ class StudyRun:
         arms: Sequence[str] = (),
         throughout: bool = False,
     ) -> Forked:
-        """Continue a trial's response from one of its tokens in several arms; see `steerback.fork`."""
+        """Continue the response of a trial from one of its tokens in several arms; see `steerback.fork`."""
         key = trial.key if isinstance(trial, RunTrial) else trial
         run, judge = self.folder, self.judge
         return fork(run, key, at, n=n, ablate=ablate, boosts=boosts, arms=arms, throughout=throughout, judge=judge)
@@ -204,16 +207,17 @@ def run(
     makers: Makers | None = None,
     **settings: object,
 ) -> StudyRun:
-    """Run an experiment (or go on with it) and return the finished run.
+    """Run or resume an experiment and return the finished run.
 
-    `settings` are those of `--set`: `trials_per_latent=5`, `sampling={"temperature": 0.8}`. `latents` are indices or
-    labels, or how many are drawn. `from_run` is the run whose latents, thresholds, prompts and seeds are used again.
-    The same `name` again resumes. `quiet` shows no progress. Raises SteerbackError for anything impossible.
+    `settings` are the settings of `--set`: `trials_per_latent=5`, `sampling={"temperature": 0.8}`. `latents` is a list
+    of indices or labels, or the number of latents to sample. `from_run` is the base run, whose latents, thresholds,
+    prompts and seeds are used again. The same `name` resumes a run. `cached`: use the shared cache of responses and
+    verdicts. `quiet`: print no progress. Raises SteerbackError for invalid arguments and settings.
     """
     base = None if from_run is None else _base(from_run, Path(runs))
     targets = (target,) if isinstance(target, str) else tuple(target or (base[1].targets if base else ()))
     if not targets:
-        raise SteerbackError("say what to steer with target=..., or start from a run with from_run=...")
+        raise SteerbackError("no target to steer: set target=..., or start from a run with from_run=...")
     if latents is not None:
         settings |= chosen_latents(latents, targets[0], base)
     built = build_config(experiment, targets, preset, config, settings, (), base)
@@ -228,9 +232,9 @@ def _base(given: str | Path | StudyRun, runs: Path) -> tuple[str, RunConfig]:
 def chosen_latents(
     latents: str | Sequence[LatentKey] | int, target: str, base: tuple[str, RunConfig] | None = None
 ) -> dict[str, object]:
-    """Return the setting that the user's latents stand for: how many are drawn, or which.
+    """Return the setting `n_latents` or `latents` for the user's choice of latents.
 
-    A text is read as `--latents` is: a number, a list separated by commas, or a file.
+    A text has the form of `--latents`: a number, a list separated by commas, or a file.
     """
     from steerback.latents.sampling import check_latents, parse_latents
     from steerback.targets import resolve
@@ -251,7 +255,7 @@ def run_folder(config: RunConfig, name: str | None, runs: Path) -> Path:
 
 
 def carry_out(job: PreparedRun, folder: Path, cached: bool = True, quiet: bool = False) -> StudyRun:
-    """Do (or go on with) a prepared run in `folder`."""
+    """Execute or resume a prepared run in `folder`."""
     with execute.tools(cached, quiet) as (progress, cache):
         analysis = execute.run(job, folder, progress, cache)
     done = StudyRun(folder, job.config, job.config.judge)
@@ -260,7 +264,10 @@ def carry_out(job: PreparedRun, folder: Path, cached: bool = True, quiet: bool =
 
 
 def open_run(path: str | Path, judge: str | None = None, runs: Path | str = RUNS) -> StudyRun:
-    """Open a run by the path of its folder, or by its name under `runs`, with the verdicts of `judge`."""
+    """Open a run by the path of its folder or by its name in `runs`, with the verdicts of `judge`.
+
+    `judge` None: the judge of the run. Raises SteerbackError if the run or the verdicts do not exist.
+    """
     folder = find_run(str(path), Path(runs))
     with Run.read(folder) as opened:
         return StudyRun(folder, opened.config, opened.judge(judge))
@@ -278,11 +285,11 @@ def paper(
     cached: bool = True,
     say: Callable[[str], None] = print,
 ) -> list[StudyRun]:
-    """Run every experiment of the paper in order, and return the finished runs.
+    """Run all experiments of the paper in order and return the finished runs.
 
-    `settings` are texts as for `--set`; `boost-sweep.high=6` is for one experiment. `only` and `skip` choose.
-    Comparison with published numbers and all figures go into the folder NAME-results. Raises SteerbackError, after
-    all that could be done, if an experiment failed.
+    `settings` are texts as in `--set`; `boost-sweep.high=6` applies to one experiment. `only` and `skip` select
+    experiments. The folder NAME-results receives all figures and the comparison with published numbers. If an
+    experiment fails, the others are still executed; then SteerbackError is raised.
     """
     from steerback.experiments.paper import own_options, plan
 
@@ -296,7 +303,7 @@ def paper(
 def carry_out_paper(
     steps: Sequence[Step], out: Path, cached: bool, say: Callable[[str], None], makers: Makers | None = None
 ) -> list[StudyRun]:
-    """Do the steps of a paper that are not done, and write comparison and figures of all that are into `out`."""
+    """Execute the unfinished steps; write comparison and figures of all finished steps into `out`."""
     failed = campaign.run(steps, cached, say, makers)
     done = [step.folder for step in steps if campaign.is_done(step)]
     for line in campaign.results(done, out):
@@ -307,7 +314,7 @@ def carry_out_paper(
 
 @dataclass(frozen=True, repr=False)
 class RunComparison:
-    """Two runs compared: `results` holds all rates and tests, `table` shows them."""
+    """Comparison of two runs. `results` contains all rates and tests; `table` shows them."""
 
     a: StudyRun
     b: StudyRun
@@ -315,25 +322,25 @@ class RunComparison:
 
     @property
     def judge(self) -> str:
-        """The judge of both runs, or of each."""
+        """Judge of both runs, or both judges if they differ."""
         return self.a.judge if self.a.judge == self.b.judge else f"{self.a.judge} (a), {self.b.judge} (b)"
 
     @property
     def table(self) -> Table:
-        """One row for each compared condition and metric."""
+        """Table with one row for each compared condition and metric."""
         from steerback.figures.two_runs import runs_table
 
         return runs_table(self.results, self.judge)
 
     @property
     def settings(self) -> list[str]:
-        """The settings in which run b differs from run a, as `setting: a -> b`; not those that an import left open."""
+        """Different settings of the runs as `setting: a -> b`, without unknown settings of imported runs."""
         unknown = self.a.unknown_settings | self.b.unknown_settings
         known = [x for x in differences(self.a.config, self.b.config) if x.partition(":")[0] not in unknown]
-        return known + (["settings that the imported files do not hold are not compared"] if unknown else [])
+        return known + (["settings that the imported files do not contain are not compared"] if unknown else [])
 
     def text(self, width: int = 80) -> str:
-        """Return the runs, the settings that differ, and the rates and differences of each compared condition."""
+        """Return a text with both runs, their different settings, and rates and differences by condition."""
         from steerback.figures.two_runs import runs_text
 
         lines = [f"{side}  {run.folder} ({run.config.experiment})" for side, run in (("a", self.a), ("b", self.b))]
@@ -341,7 +348,7 @@ class RunComparison:
         return "\n".join([*lines, "", runs_text(self.results, self.judge, width)])
 
     def to_pandas(self) -> pd.DataFrame:
-        """Return one line for each comparison and metric, with unrounded numbers."""
+        """Return one row for each comparison and metric, with unrounded numbers."""
         return self.table.numbers.infer_objects()
 
     def __repr__(self) -> str:
@@ -352,10 +359,10 @@ class RunComparison:
 
 
 def compare(run_a: StudyRun | str | Path, run_b: StudyRun | str | Path, runs: Path | str = RUNS) -> RunComparison:
-    """Compare the measured trials of run b with those of run a, condition by condition; differences are b - a.
+    """Compare the measured trials of two runs by condition. Differences are b - a.
 
-    Paired by prompt, seed and latent where the runs share them, else by exchanging latents. Intervals are clustered by
-    latent. Raises SteerbackError if the runs have no condition in common.
+    Trials are paired if the runs share prompts, seeds and latents; otherwise latents are permuted between the runs.
+    Confidence intervals are clustered by latent. Raises SteerbackError if the runs have no condition in common.
     """
     from steerback.analysis.two_runs import compare_runs
 
@@ -363,8 +370,8 @@ def compare(run_a: StudyRun | str | Path, run_b: StudyRun | str | Path, runs: Pa
     with Run.read(a.folder) as first, Run.read(b.folder) as second:
         results = compare_runs(first.ledger, second.ledger, (a.judge, b.judge))
         if not results.rates:
-            held = (f"{r.name} has {_conditions(opened)}" for r, opened in ((a, first), (b, second)))
-            raise SteerbackError(f"the runs have no measured target and condition in common: {'; '.join(held)}")
+            conditions = (f"{r.name} has {_conditions(opened)}" for r, opened in ((a, first), (b, second)))
+            raise SteerbackError(f"the runs have no measured target and condition in common: {'; '.join(conditions)}")
     return RunComparison(a, b, results)
 
 

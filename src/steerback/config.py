@@ -1,6 +1,6 @@
-"""What a run is made of, typed and checked; presets are functions that return a `RunConfig`.
+"""Typed settings of a run and their presets.
 
-A config names things (target, judge, engine); it does not load them.
+A config contains the names of targets, judge and engine. It loads nothing.
 """
 
 from __future__ import annotations
@@ -19,26 +19,28 @@ from steerback.records import LEAST_TEMPERATURE, BoostPrior, LatentKey, Sampling
 
 
 class Settings(BaseModel):
-    """Typed and checked settings: nothing unknown, no infinite number."""
+    """Base class of typed settings. Unknown keys, NaN and infinite numbers are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class SamplingConfig(Settings):
+    """Sampling of tokens."""
+
     temperature: float = 0.6
-    """0 is greedy."""
+    """Sampling temperature; 0: greedy decoding."""
     top_p: float = Field(1.0, gt=0, le=1)
-    """Tokens are drawn from the most likely ones that make up this share; 1: from all."""
+    """Nucleus sampling: draw from the most likely tokens with this total probability; 1: off."""
     repetition_penalty: float = Field(1.0, gt=0)
-    """Over prompt and generated tokens; 1 is off (the specification's default)."""
+    """Repetition penalty over prompt and generated tokens; 1: off."""
     max_new_tokens: int = Field(512, ge=1)
-    """Upper bound; a target may set a lower one (the organism's context is short)."""
+    """Largest number of tokens per response; a target can set a lower limit, as the organism does."""
 
     @field_validator("temperature")
     @classmethod
     def _can_be_drawn_at(cls, value: float) -> float:
         if not is_temperature(value):
-            raise ValueError(f"{value:g} has to be 0 (greedy) or at least {LEAST_TEMPERATURE:g}")
+            raise ValueError(f"{value:g} must be 0 (greedy) or at least {LEAST_TEMPERATURE:g}")
         return value
 
     def record(self, cap: int | None = None) -> Sampling:
@@ -47,48 +49,48 @@ class SamplingConfig(Settings):
 
 
 class CalibrationConfig(Settings):
-    """How the threshold boost of a latent is searched for. Scores and tolerances are in points (0-100)."""
+    """Search for the threshold boost of each latent. Scores and tolerances are in points (0 to 100)."""
 
     target_score: float = Field(50, gt=0, lt=100)
-    """Mean first-attempt score that defines the threshold boost."""
+    """Mean score of the first attempt that defines the threshold boost, in points."""
     tolerance: float = Field(5, gt=0)
-    """Distance from the target score within which a latent counts as calibrated."""
+    """Largest distance from the target score at which a latent counts as calibrated, in points."""
     max_iterations: int = Field(15, ge=1)
-    """Rounds; a round without any score counts, so that a broken judge cannot loop for ever."""
+    """Largest number of rounds per latent. A round without any score counts, so a failing judge ends the search."""
     trials_per_iteration: int = Field(10, ge=1)
-    """Responses of each latent in a round, all at one boost."""
+    """Responses per latent and round, all at the same boost."""
     verify_trials: int = Field(10, ge=0)
-    """Fresh trials per latent at the threshold, with seeds used nowhere else."""
+    """Additional responses per latent at the threshold boost, with new seeds, that verify it; 0: no verification."""
     stop: Literal["none", "tolerance"] = "none"
-    """`tolerance` is the specification's rule: stop a latent once a round's mean is within tolerance."""
+    """`none`: use all rounds; `tolerance` (specification): stop when the mean score of a round is within tolerance."""
     estimate: Literal["fit", "posterior"] = "fit"
-    """`posterior` (authors): the median of the bisection's posterior instead of the fitted curve's crossing."""
+    """`fit`: crossing of a fitted curve; `posterior` (authors): median of the bisection's posterior."""
     max_new_tokens: int | None = Field(None, ge=1)
-    """Upper bound for responses in rounds (authors: 256); None: that of all responses."""
+    """Token limit for responses of the rounds (authors: 256); None: `sampling.max_new_tokens`."""
     weight: float | None = Field(None, gt=0)
-    """Pseudo-counts a round adds to the Beta distribution; None: its number of scored trials (authors: always 5)."""
+    """Pseudo-counts that a round adds to the Beta distribution (authors: 5); None: its number of scored trials."""
     low: float | None = Field(None, ge=0)
-    """Lowest boost that is searched; None: that of the target's prior."""
+    """Smallest boost of the search, in the target's boost units; None: lower end of the target's prior."""
     high: float | None = Field(None, gt=0)
-    """Highest boost that is searched; None: that of the target's prior. Raise it where thresholds end "at bound"."""
+    """Largest boost of the search; None: upper end of the target's prior. Increase it if thresholds end "at bound"."""
 
     @model_validator(mode="after")
     def _low_is_below_high(self) -> CalibrationConfig:
         if self.low is not None and self.high is not None and self.low >= self.high:
-            raise ValueError(f"calibration.low ({self.low:g}) has to be below calibration.high ({self.high:g})")
+            raise ValueError(f"calibration.low ({self.low:g}) must be below calibration.high ({self.high:g})")
         return self
 
     def prior(self, usual: BoostPrior) -> BoostPrior:
-        """Return the prior of a search: the target's, on the range that is set here.
+        """Return the target's prior `usual`, restricted to the range from `low` to `high`.
 
-        A range that leaves the target's usual threshold out is searched from its middle, with a quarter of it as sd.
-        Raises SteerbackError where one end is set and the target's other end is not on its far side.
+        If the range does not contain the mean of the target's prior, the new mean is the centre of the range and the
+        standard deviation a quarter of its width. Raises SteerbackError if the range is empty.
         """
         low, high = usual.low if self.low is None else self.low, usual.high if self.high is None else self.high
         if low >= high:
             raise SteerbackError(
-                f"calibration searches from {low:g} to {high:g}, which is no range; the target's own is "
-                f"{usual.low:g} to {usual.high:g}: set both calibration.low and calibration.high"
+                f"the range of the calibration is empty: {low:g} to {high:g} (default of the target: "
+                f"{usual.low:g} to {usual.high:g}); set both calibration.low and calibration.high"
             )
         if low <= usual.mean <= high:
             return replace(usual, low=low, high=high)
@@ -96,118 +98,128 @@ class CalibrationConfig(Settings):
 
 
 class SelectionConfig(Settings):
+    """Filters of the latents before sampling."""
+
     relevance: Literal["top-100", "zero", "off"] = "top-100"
-    """`top-100`: drop each prompt's 100 most active latents; `zero` (authors): keep what is 0 on all prompts."""
+    """Relevance filter. `top-100`: drop the 100 most active latents of each prompt; `zero` (authors): keep only latents
+    that are inactive on all prompts; `off`: no filter."""
     template: bool = False
-    """Whether special and template tokens count as well (authors)."""
+    """Apply the relevance filter to special and template tokens, too (authors: true)."""
     unlabelled: Literal["drop", "keep"] = "drop"
-    """Latents without a label, of an SAE that has labels. An SAE without any label keeps all its latents."""
+    """Drop or keep latents without a label. If an SAE has no labels at all, its latents are kept."""
     concreteness: Literal["median", "threshold", "off"] = "median"
-    """Keep the labels rated above the median, or above `concreteness_threshold`, or all."""
+    """Concreteness filter. `median`: keep labels with a rating above the median; `threshold` (authors): above
+    `concreteness_threshold`; `off`: no filter."""
     concreteness_threshold: float = Field(65, ge=0, le=100)
-    """Used with `threshold` (the authors' rule)."""
+    """Rating (0 to 100) above which `concreteness=threshold` keeps a label."""
     rater: str = "auto"
-    """Rates how concrete labels are. `auto`: the run's judge where it is a language model, else `offline`."""
+    """Rater of the concreteness of labels: a judge model or `offline`. `auto`: the judge of the run if it is a language
+    model, else `offline`."""
     rated: int | None = Field(None, ge=1)
-    """Labels that a language model rates, drawn after the other filters; None: 10 x n_latents, at least 500."""
+    """Number of labels that a language model rates, sampled after the other filters; None: 10 x n_latents, at least
+    500."""
 
 
 class RecoveryConfig(Settings):
-    """When a response counts as recovered, restart phrase or not. Windows are sentences, scored in points (0-100)."""
+    """Definition of a recovery with or without a restart phrase. Windows are sentences, scored from 0 to 100."""
 
     judge: bool | None = None
-    """Whether the judge scores windows; default: if that costs nothing. An LLM judge takes one more call a response."""
+    """Let the judge score windows. An LLM judge needs one more call per response. None: only if the judge is free."""
     low: float = Field(30, ge=0, le=100)
-    """A window off the prompt scores at most this."""
+    """Largest score of an off-topic window, in points."""
     high: float = Field(70, ge=0, le=100)
-    """A window on the prompt scores at least this."""
+    """Smallest score of an on-topic window, in points."""
     early: float = Field(0.67, gt=0, lt=1)
-    """Share of a response's windows that are early: one of these has to be low, and all later ones high."""
+    """Share of early windows in a response. In a recovery an early window is off topic and all later ones on topic."""
     least_windows: int = Field(4, ge=2)
-    """Responses with fewer windows are left out."""
+    """Smallest number of windows; shorter responses are left out."""
 
     @model_validator(mode="after")
     def _low_is_below_high(self) -> RecoveryConfig:
         if self.low >= self.high:
-            raise ValueError(f"recovery.low ({self.low:g}) has to be below recovery.high ({self.high:g})")
+            raise ValueError(f"recovery.low ({self.low:g}) must be below recovery.high ({self.high:g})")
         return self
 
 
 Degraded = Literal["include", "exclude"]
-"""Responses with five or more identical consecutive words: counted (the specification) or left out."""
+"""Treatment of responses with five or more identical words in a row: counted (specification) or left out."""
 Seed = Annotated[int, Field(ge=0, le=2**61)]
-"""Trials count up from a seed, and a ledger holds numbers below 2**63."""
+"""Seed below 2**61: trial i uses seed + i, and SQLite stores integers below 2**63."""
 
 
 class SeedConfig(Settings):
+    """Random seeds."""
+
     latents: Seed = 42
-    """Of the sample of latents."""
+    """Seed for sampling latents."""
     generation: Seed = 44
-    """Seed of the first trial of a condition; trial i has this + i, the same in every condition compared."""
+    """Seed of the first trial of each condition. Trial i uses this seed + i, so that conditions are paired."""
 
     @model_validator(mode="before")
     @classmethod
     def _no_boosts(cls, values: object) -> object:
-        """Runs of 0.1 hold a seed of boosts, which nothing ever drew from."""
+        """Drop the unused seed `boosts`, which runs of version 0.1 contain."""
         if isinstance(values, Mapping) and values.get("boosts") == 43:
             return {key: value for key, value in values.items() if key != "boosts"}
         return values
 
 
 class RunConfig(Settings):
-    """One run: an experiment on one or several targets."""
+    """Settings of a run: one experiment on one or several targets."""
 
     experiment: str
-    """Named by the command: `steerback run EXPERIMENT`."""
+    """Name of the experiment: `steerback run EXPERIMENT`."""
     targets: tuple[str, ...] = Field(min_length=1)
-    """Models to steer: `--target`."""
+    """Names of the targets (models to steer): `--target`."""
     preset: str = "specification"
-    """Where the other values come from: `specification`, `authors` or `quick`."""
+    """Preset of the default values: `specification`, `authors` or `quick`."""
     engine: str = "auto"
-    """`auto`: vLLM where it can run, else transformers."""
+    """Engine that generates responses, e.g. `vllm` or `transformers`. `auto`: vLLM if it can run here, else
+    transformers."""
     judge: str = "auto"
-    """`auto`: the offline judge for the built-in organisms; any other target needs one named."""
+    """Name of the judge (see `steerback judges`). `auto`: `offline`, for the built-in organisms only."""
     rubrics: dict[str, str] = Field(default_factory=dict)
-    """Texts of the user's own rubrics by name: judge NAME+RUBRIC is the model NAME, asked by one of them."""
+    """Texts of user-defined rubrics by name. Judge NAME+RUBRIC is the model NAME with the rubric RUBRIC."""
     prompts: str = "evaluation"
-    """Name of a built-in list or path of a text file; `authors`: theirs, see `steerback fetch-paper-data`."""
+    """Name of a built-in list of prompts, or path of a text file. `authors`: the authors' prompts, which `steerback
+    fetch-paper-data` downloads."""
     n_latents: int = Field(50, ge=1)
-    """Latents that are drawn at random after the filters."""
+    """Number of latents, sampled at random after the filters."""
     latents: tuple[LatentKey, ...] | None = None
-    """An own list; filters and sampling are skipped."""
+    """List of latents (indices) or directions (names) to steer with; None: sample latents. A list disables filters."""
     trials_per_latent: int = Field(10, ge=1)
-    """Measured responses of each latent in each condition."""
+    """Measured responses per latent and condition."""
     reference_responses: int = Field(4, ge=1)
     """Unsteered responses per prompt, for the relevance filter and the offline judge."""
     floor_responses: int = Field(150, ge=0)
-    """At least this many unsteered responses per target go through the judge: its floor. 0 switches it off."""
+    """Smallest number of judged unsteered responses per target, which measure the judge's floor; 0: no floor."""
     limit: int | None = Field(None, ge=1)
-    """At most this many measured trials per condition and target."""
+    """Largest number of measured trials per condition and target; None: no limit."""
     batch_size: int | None = Field(None, ge=1)
-    """Responses that are generated together; None: what fits into memory."""
+    """Responses per batch; None: as many as fit into memory."""
     engine_options: dict[str, object] = Field(default_factory=dict)
-    """What only this engine knows (vllm: replicas, tensor_parallel, columns, ...); checked when the engine is made."""
+    """Options of the engine (vllm: replicas, tensor_parallel, columns, ...), checked before the engine starts."""
     from_run: str | None = None
-    """Folder of a run whose latents, thresholds, prompts and seeds are reused, so that comparisons are paired."""
+    """Folder of a base run, whose latents, thresholds, prompts and seeds are used again: comparisons are paired."""
     degraded: Degraded = "include"
-    """Whether degraded responses count, in calibration, verification and headline alike; the other reading of the
-    headline stands beside it."""
+    """Include or exclude degraded responses (five or more identical words in a row) in calibration, verification and
+    headline. Tables also show the other choice."""
     unscored_attempts: Literal["trial", "drop"] = "trial"
-    """An attempt that the judge gives no score: the trial is unscored, or (authors) the attempt is left out."""
+    """Attempts without a score. `trial`: the trial is unscored; `drop` (authors): only the attempt is left out."""
     draws: int = Field(2000, ge=100)
-    """Bootstrap draws."""
+    """Number of bootstrap draws for confidence intervals."""
     sampling: SamplingConfig = SamplingConfig()
     calibration: CalibrationConfig = CalibrationConfig()
     selection: SelectionConfig = SelectionConfig()
     recovery: RecoveryConfig = RecoveryConfig()
     seeds: SeedConfig = SeedConfig()
     options: dict[str, object] = Field(default_factory=dict)
-    """What only this experiment knows; checked by the experiment."""
+    """Options of the experiment (`steerback settings EXPERIMENT`)."""
     definitions: dict[str, dict[str, object]] = Field(default_factory=dict)
-    """The user's own targets among `targets`, as their TOML file had them: with these a run needs no file."""
+    """Copies of the definitions of user-defined targets. The run does not need the user's TOML file afterwards."""
     by_target: dict[str, dict[str, object]] = Field(default_factory=dict)
-    """Settings that differ for single targets, by the target's name; the preset `authors` fills it. A value that the
-    user gives for all targets replaces them."""
+    """Settings for single targets, by the target's name; preset `authors` uses them. A value that the user sets for the
+    whole run replaces them."""
 
     @model_validator(mode="after")
     def _no_target_twice(self) -> RunConfig:
@@ -226,11 +238,11 @@ class RunConfig(Settings):
 
     @property
     def drop_unscored(self) -> bool:
-        """Whether an attempt without score is left out."""
+        """True if attempts without a score are left out."""
         return self.unscored_attempts == "drop"
 
     def of(self, target: str) -> RunConfig:
-        """Return the settings of one target (an adapter has those of its base): what a study of it goes by."""
+        """Return the settings of one target. An adapter NAME+FOLDER has the settings of its base model."""
         row = self.by_target.get(target) or self.by_target.get(target.rpartition("+")[0])
         if not row:
             return self.model_copy(update={"by_target": {}}) if self.by_target else self
@@ -244,7 +256,7 @@ BY_TARGET = ("n_latents", "trials_per_latent", "sampling", "calibration", "selec
 
 
 def specification(experiment: str, targets: tuple[str, ...]) -> RunConfig:
-    """The specification's values (system description, "Key parameters")."""
+    """Return the values of the specification (system description, "Key parameters")."""
     return RunConfig(experiment=experiment, targets=targets)
 
 
@@ -263,18 +275,19 @@ AUTHORS_MODELS: Mapping[str, dict[str, object]] = {
     "gemma-2-9b": _sized(1.1),
     "gemma-2-27b": _sized(1.1),
 }
-"""The paper's models, with what the authors' code sets for each. Its number of latents of the 70B (10, a quick test) is
-not taken over: the specification's stays."""
+"""The paper's models with the settings of the authors' code. The code samples only 10 latents for the
+70B model (a quick test), so the number of the specification is used instead."""
 OTHER_MODEL = _sized(1.1, 50)
-"""Settings of a model that is not the paper's under the preset `authors`."""
+"""Settings of preset `authors` for models that are not in the paper."""
 
 
 def authors(experiment: str, targets: tuple[str, ...]) -> RunConfig:
-    """The authors' code where it differs: target score 30, 10 bisection steps, their filters and penalties.
+    """Return the values of the authors' code: target score 30, 10 bisection steps, their filters and penalties.
 
-    The paper's models become their variants NAME@authors (layers, clamps at the steer layer, prompt format), each with
-    its own sizes and penalty: the first target's stand in the config, those that differ in `by_target`. Prompts are the
-    authors' own, which the user has to have fetched; an organism keeps those that its corpus knows.
+    Each model of the paper is replaced by its variant NAME@authors (layers, clamps at the steer layer, prompt format)
+    with its sizes and repetition penalty. The config contains the values of the first target, and `by_target` those
+    that differ. Prompts are the authors' prompts, which the user must download. Organisms use the built-in prompts,
+    because their corpus contains no others.
     """
     targets = tuple(f"{name}@authors" if name in AUTHORS_MODELS else name for name in targets)
     prompts = "evaluation" if all(name.startswith("organism") for name in targets) else "authors"
@@ -301,7 +314,7 @@ def authors(experiment: str, targets: tuple[str, ...]) -> RunConfig:
 
 
 def quick(experiment: str, targets: tuple[str, ...]) -> RunConfig:
-    """Small sizes for a laptop: minutes on two cores with the organism."""
+    """Return small sizes for a laptop. A run of the organism takes minutes on two cores."""
     return RunConfig(
         experiment=experiment,
         targets=targets,
@@ -309,7 +322,7 @@ def quick(experiment: str, targets: tuple[str, ...]) -> RunConfig:
         n_latents=12,
         trials_per_latent=20,
         reference_responses=3,
-        # 12 x 5 responses a round fill one batch of 64 rows
+        # 12 x 5 responses per round fit into one batch of 64 rows
         calibration=CalibrationConfig(max_iterations=10, trials_per_iteration=5, verify_trials=5),
     )
 
@@ -330,10 +343,10 @@ def build_config(
     assignments: tuple[str, ...] = (),
     base: tuple[str, RunConfig] | None = None,
 ) -> RunConfig:
-    """Return the config of a run: preset, YAML file, the command line's options, `--set key=value`; later ones win.
+    """Return the config of a run from its layers: preset, YAML file, options, `--set key=value`. Later layers win.
 
-    `base` is (folder, config) of the run given with `--from`: it takes the preset's place, so that latents,
-    thresholds, prompts and seeds are the same and comparisons are paired.
+    `base` is (folder, config) of the run in `--from`. Its config replaces the preset, so that latents, thresholds,
+    prompts and seeds are equal and comparisons are paired. Raises SteerbackError for unknown or invalid settings.
     """
     layers: list[Mapping[str, object]] = []
     if file is not None:
@@ -346,8 +359,8 @@ def build_config(
         raise unknown("preset", chosen, PRESETS)
     if base is not None and chosen != usual:
         raise SteerbackError(
-            f"preset {chosen}: with --from the settings are those of run {base[0]} (preset {usual}); leave it out and "
-            "change single values with --set"
+            f"preset {chosen}: --from uses the settings of run {base[0]} (preset {usual}); leave --preset out and "
+            "change single settings with --set"
         )
     if base is None:
         merged = PRESETS[chosen](experiment, targets).model_dump(mode="json")
@@ -361,9 +374,7 @@ def build_config(
     for name, meant in (("experiment", experiment), ("from_run", base and base[0])):
         if merged.get(name) != meant:
             how = "steerback run EXPERIMENT" if name == "experiment" else "--from RUN"
-            raise SteerbackError(
-                f"config: {name} {merged.get(name)!r} is not what the command says ({meant}); use {how}"
-            )
+            raise SteerbackError(f"config: {name} {merged.get(name)!r} contradicts the command ({meant}); use {how}")
     return parse_config(merged, where=f"config {file}" if file else "config")
 
 
@@ -377,7 +388,7 @@ def _like(base: tuple[str, RunConfig], experiment: str, targets: tuple[str, ...]
 
 
 def parse_config(values: Mapping[str, object], where: str = "config") -> RunConfig:
-    """Return a checked config, or raise one line that names the first wrong field."""
+    """Return a checked config. Raises SteerbackError, which names the first invalid field."""
     return parse(RunConfig, values, where)
 
 
@@ -385,7 +396,7 @@ S = TypeVar("S", bound=Settings)
 
 
 def parse(model: type[S], values: Mapping[str, object], where: str) -> S:
-    """Return checked settings, or raise one line that names the first wrong field."""
+    """Return checked settings. Raises SteerbackError, which names the first invalid field."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -412,7 +423,7 @@ def differences(before: RunConfig, after: RunConfig) -> list[str]:
 
 
 def assignment(text: str) -> tuple[str, readers.Json]:
-    """Return key and value of a `key=value` text, the value as in YAML."""
+    """Return key and value of a `key=value` text. The value is parsed as YAML."""
     key, sign, value = text.partition("=")
     if not sign or not key.strip():
         raise SteerbackError(f"--set {text!r} is not of the form key=value, e.g. --set sampling.temperature=0.8")
@@ -420,7 +431,7 @@ def assignment(text: str) -> tuple[str, readers.Json]:
 
 
 def _nested(key: str, value: readers.Json) -> dict[str, object]:
-    """Return `a.b.c` and a value as nested tables."""
+    """Return nested tables for a key such as `a.b.c` and its value."""
     first, dot, rest = key.partition(".")
     return {first: _nested(rest, value) if dot else value}
 
@@ -440,7 +451,7 @@ def _rows(values: Mapping[str, object]) -> list[dict[str, object]]:
 
 
 def _drop(row: dict[str, object], layer: Mapping[str, object]) -> None:
-    """Remove from a target's row what a later layer sets for all targets."""
+    """Remove the settings of a target that a later layer sets for all targets."""
     for key, value in layer.items():
         inner = row.get(key)
         if isinstance(value, Mapping) and isinstance(inner, dict):
@@ -452,14 +463,14 @@ def _drop(row: dict[str, object], layer: Mapping[str, object]) -> None:
 def _choices(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     for part in location[:-1]:
         annotation = model.model_fields[str(part)].annotation
-        for inner in (annotation, *get_args(annotation)):  # the model itself, or the model or None
+        for inner in (annotation, *get_args(annotation)):  # the annotation is a model, or `model | None`
             if isinstance(inner, type) and issubclass(inner, BaseModel):
                 model = inner
     return sorted(model.model_fields)
 
 
 def _similar(model: type[BaseModel], key: str) -> str:
-    """Return ` did you mean KEY?` for a misspelt setting, also for one written without its table."""
+    """Return ` did you mean KEY?` for a misspelt setting, or for one without its group."""
     keys = list(_keys(model))
     same_end = [known for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]]
     return did_you_mean(same_end[0] if same_end else key, keys)

@@ -1,25 +1,25 @@
-"""The one exception a user is meant to see, and the version of the package, which every module may import."""
+"""The user-visible exception, helpers for error messages, and the version of the package."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 VERSION = "0.1.0"
-"""Of the package; pyproject.toml has the same."""
+"""Version of the package, equal to that in pyproject.toml."""
 
 DOCS = "https://steerback.github.io/steerback/"
-"""Address of the documentation; pyproject.toml and mkdocs.yml have the same."""
+"""Address of the documentation, equal to that in pyproject.toml and mkdocs.yml."""
 
 
 class SteerbackError(Exception):
-    """A mistake or a limit the user can act on: one line that says what, where, the valid choices and the fix.
+    """An error that the user can correct. Its message is one line: the problem, its place, valid choices and the fix.
 
     The command line prints the message without a traceback and exits with code 2.
     """
 
 
 def unknown(what: str, value: object, choices: Iterable[object]) -> SteerbackError:
-    """Return the error for a name that does not exist: a similar name if there is one, and all valid names."""
+    """Return the error for an unknown name, with a similar name if there is one, and all valid names."""
     names = [str(choice) for choice in choices]
     return SteerbackError(f"unknown {what} {value!r};{did_you_mean(value, names)} choose one of: {', '.join(names)}")
 
@@ -34,21 +34,21 @@ def did_you_mean(value: object, names: Iterable[str]) -> str:
 
 
 def docs_page(name: str, section: str = "") -> str:
-    """Return the address of a page of the documentation, for messages that cannot explain everything in one line."""
+    """Return the address of a documentation page, for messages that are too short for a full explanation."""
     return f"{DOCS}{name}/" + (f"#{section}" if section else "")
 
 
 def one_line(text: object) -> str:
-    """Return the text of a library or a file as one line in which control characters are visible, never obeyed."""
+    """Return text of a library or file as one line with escaped control characters."""
     return visible(" ".join(str(text).split()))
 
 
 def short(text: object, most: int = 80) -> str:
-    """Return a text of a user's file in quotes, its control characters written out, no longer than a message may be."""
+    """Return the first `most` characters of a text in quotes, with escaped control characters."""
     whole = str(text)
     return repr(whole[:most]) + ("..." if len(whole) > most else "")
 
 
 def visible(text: object) -> str:
-    """Return text from outside with its control characters written out, except line breaks: for all that is shown."""
+    """Return untrusted text with escaped control characters, except line breaks, so that it is safe to print."""
     return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in str(text))

@@ -1,7 +1,7 @@
-"""The nouns: what is asked of a model, what came back, and what a judge made of it.
+"""Records of the package: requests, responses, trials and verdicts.
 
-Everything here is frozen and plain (no tensors, no I/O), so that a record can be hashed, stored and compared.
-Layers are 0-based and name the residual stream *after* that block.
+All records are immutable and plain (no tensors, no I/O), so that they can be hashed, stored and compared.
+Layers are 0-based. Layer n is the residual stream after block n.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 Mode = Literal["add", "clamp", "scale"]
 MODES = get_args(Mode)
 Positions = Literal["all", "generated", "prompt"]
-FinishReason = Literal["stop", "length", "error", "unknown"]  # unknown: imported, and the file does not say
+FinishReason = Literal["stop", "length", "error", "unknown"]  # unknown: imported from a file without this field
 Status = Literal["scored", "empty", "unscored"]
-LatentKey = int | str  # index into the SAE, or the name of a direction where there is no SAE
+LatentKey = int | str  # index of an SAE latent, or name of a direction
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Latent:
 
 @dataclass(frozen=True, slots=True)
 class BoostPrior:
-    """Threshold boost before any trial: normal(mean, sd) on [low, high], in raw decoder units."""
+    """Prior distribution of the threshold boost: normal(mean, sd) on [low, high], in raw decoder units."""
 
     mean: float
     sd: float
@@ -46,20 +46,20 @@ class BoostPrior:
 
     def __post_init__(self) -> None:
         if not (self.sd > 0 and self.low < self.high and self.low <= self.mean <= self.high):
-            raise SteerbackError(f"boost_prior {asdict(self)}: needs sd > 0 and low <= mean <= high, low < high")
+            raise SteerbackError(f"boost_prior {asdict(self)}: must have sd > 0, low < high and low <= mean <= high")
 
 
 LEAST_TEMPERATURE = 1e-4
-"""Of what is not greedy: logits divided by much less leave float32's range, and at this one all is greedy anyway."""
+"""Smallest temperature above 0. Logits divided by much less overflow float32; sampling is practically greedy here."""
 
 
 def is_temperature(value: float) -> bool:
-    """Whether tokens can be drawn at this temperature: 0 (greedy), or finite and at least LEAST_TEMPERATURE."""
+    """Return True for a valid temperature: 0 (greedy), or finite and at least LEAST_TEMPERATURE."""
     return value == 0 or LEAST_TEMPERATURE <= value < float("inf")
 
 
 FLOAT32_MAX = 3.4028234663852886e38
-"""Engines compute in float32 or less: a larger number would become infinite there."""
+"""Largest value of an intervention. Engines compute in float32 or less, where larger values are infinite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +67,9 @@ class Intervention:
     """One edit of the residual stream.
 
     add:   h <- h + value * d, with d the latent's decoder direction (raw decoder units) or the named direction.
-    clamp: h <- h + (value - z_k(h)) * W_dec[k], z_k from the residual as it arrives, before any addition.
-    scale: h <- h + (value - 1) * z_k(h) * W_dec[k]: a clamp of each token to `value` times its own activation.
-    `layer` None means the target's steer layer for additions and the layer of its clamps for the other two.
+    clamp: h <- h + (value - z_k(h)) * W_dec[k], with z_k of the residual before any addition.
+    scale: h <- h + (value - 1) * z_k(h) * W_dec[k], which multiplies the activation of each token by `value`.
+    `layer` None: the target's steer layer for additions, its clamp layer for clamp and scale.
     """
 
     mode: Mode
@@ -80,16 +80,16 @@ class Intervention:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise SteerbackError(f"intervention mode {self.mode!r} is not one of: {', '.join(MODES)}")
+            raise SteerbackError(f"unknown intervention mode {self.mode!r}; choose one of: {', '.join(MODES)}")
         if self.positions not in ("all", "generated", "prompt"):
-            raise SteerbackError(f"intervention positions {self.positions!r} is not one of: all, generated, prompt")
-        if not abs(self.value) <= FLOAT32_MAX:  # NaN compares false
+            raise SteerbackError(f"unknown intervention positions {self.positions!r}; choose all, generated or prompt")
+        if not abs(self.value) <= FLOAT32_MAX:  # also True for NaN
             raise SteerbackError(f"intervention value {self.value!r} of latent {self.latent!r} is not finite (float32)")
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are drawn. temperature 0 is greedy."""
+    """Sampling parameters. Temperature 0 means greedy decoding."""
 
     temperature: float = 0.6
     top_p: float = 1.0
@@ -100,9 +100,9 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """Which latents' activations to keep, at `layer` (None: the target's read layer).
+    """Latents whose activations are recorded at `layer` (None: the target's read layer).
 
-    Recorded is z_k of the residual as it arrives, before clamps and additions of that layer.
+    The recorded value is z_k of the residual before clamps and additions of that layer.
     """
 
     latents: tuple[int, ...]
@@ -111,7 +111,7 @@ class Recording:
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """The exact tokens with which a response begins and which the model continues; `text` is what they decode to."""
+    """Exact first tokens of a response, which the model continues. `text` is their decoded text."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -119,37 +119,37 @@ class Prefix:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """All an engine needs to produce one response; `key` identifies it in what comes back."""
+    """Input of an engine for one response. `key` identifies the response."""
 
     key: str
-    prompt: str  # the user message as the model sees it (object-level prompt and meta-prompt)
+    prompt: str  # complete user message (object-level prompt and meta-prompt)
     seed: int
     sampling: Sampling = Sampling()
     interventions: tuple[Intervention, ...] = ()
-    prefill: str = ""  # assistant text the model continues; part of the prompt, not of the completion
+    prefill: str = ""  # assistant text that the model continues; part of the prompt, not of the completion
     system: str | None = None
     record: Recording | None = None
-    prefix: Prefix | None = None  # comes after `prefill`; its last token counts as generated, as it draws the next one
+    prefix: Prefix | None = None  # follows `prefill`; its last token counts as generated: it predicts the next one
 
     def content_hash(self) -> str:
-        """SHA-256 of everything that shapes the response except the engine (the key is left out)."""
+        """Return the SHA-256 of all fields that affect the response (all except `key`)."""
         body = asdict(self)
         del body["key"]
-        if self.prefix is None:  # cache keys of requests without one stay what they were before there were any
+        if self.prefix is None:  # keeps the cache keys of versions without this field valid
             del body["prefix"]
         return digest(body)
 
     def boundary(self, prompt: int) -> int:
-        """Return the first position whose edits are those of generated positions, in a prompt of `prompt` tokens."""
+        """Return the first position that counts as generated, for a prompt of `prompt` tokens."""
         return prompt if self.prefix is None else prompt - 1
 
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What an engine really did to one response, counted where the edit happens.
+    """Edits that an engine applied to one response, counted at the point of the edit.
 
-    `prompt_positions` and `generated_positions` count distinct positions at which an intervention was applied;
-    `added_norm` is the mean L2 norm of what was added per such position (0 where nothing was).
+    `prompt_positions` and `generated_positions` are numbers of distinct edited positions. `added_norm` is the mean L2
+    norm of the added vector per edited position (0 without edits).
     """
 
     prompt_positions: int = 0
@@ -162,7 +162,7 @@ class Receipt:
 
 
 def touched(interventions: tuple[Intervention, ...]) -> tuple[bool, bool]:
-    """Whether `interventions` edit positions of the prompt, and generated ones."""
+    """Return two flags: `interventions` edit prompt positions, and they edit generated positions."""
     kinds = {i.positions for i in interventions}
     return bool(kinds & {"all", "prompt"}), bool(kinds & {"all", "generated"})
 
@@ -170,10 +170,10 @@ def touched(interventions: tuple[Intervention, ...]) -> tuple[bool, bool]:
 def touched_positions(
     phases: tuple[bool, bool], prompt: int, generated: int, continued: bool = False
 ) -> tuple[int, int]:
-    """Prompt and generated positions that edits of these phases (`touched`) must have reached.
+    """Return the expected numbers of edited prompt and generated positions, for the flags of `touched`.
 
-    The last generated token is never fed back, so `all` expects prompt + generated - 1 positions in total. In a
-    response that was `continued` from a prefix, the last position of the prompt counts as generated.
+    The last generated token is never fed back, so `all` expects prompt + generated - 1 positions in total. If the
+    response was `continued` from a prefix, the last position of the prompt counts as generated.
     """
     in_prompt, in_generated = phases
     return (prompt - continued if in_prompt else 0, max(generated - 1 + continued, 0) if in_generated else 0)
@@ -182,16 +182,16 @@ def touched_positions(
 def expected_positions(
     interventions: tuple[Intervention, ...], prompt: int, generated: int, continued: bool = False
 ) -> tuple[int, int]:
-    """Prompt and generated positions that `interventions` must have touched (`touched_positions`)."""
+    """Return the numbers of prompt and generated positions that `interventions` must edit (`touched_positions`)."""
     return touched_positions(touched(interventions), prompt, generated, continued)
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A response: `text` is what was generated after prompt and prefill.
+    """A response. `text` is the generated text, without prompt and prefill.
 
-    `activations` (when recorded) has shape (prompt_tokens + fed-back generated tokens, n recorded latents) and
-    takes no part in comparisons.
+    `activations`, if recorded, have the shape (prompt_tokens + fed-back generated tokens, recorded latents). They are
+    ignored when records are compared.
     """
 
     text: str
@@ -202,18 +202,18 @@ class Completion:
     activations: NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
 
     def receipt_matches(self, interventions: tuple[Intervention, ...], continued: bool = False) -> bool:
-        """Whether every planned position was edited, and no other; `continued`: the response began with a prefix."""
+        """Return True if all planned positions were edited and no others. `continued`: the response has a prefix."""
         wanted = expected_positions(interventions, self.prompt_tokens, len(self.token_ids), continued)
         return wanted == (self.receipt.prompt_positions, self.receipt.generated_positions)
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One planned response: what is needed to regenerate it, and what the judge is told about it.
+    """Plan of one response: the inputs of the engine and of the judge.
 
-    `prompt` is the object-level prompt alone; `meta_prompt` is appended after it for the model and never shown
-    to the judge. `label` is the steering label the judge sees (in no-steering runs the one the trial would have
-    had). `latent` clusters trials for the statistics even where nothing is steered.
+    `prompt` is the object-level prompt. `meta_prompt` is appended to it for the model; the judge does not see it.
+    `label` is the label of the steering latent that the judge sees, also in runs without steering. `latent` is the
+    cluster of the trial in the statistics, also without steering.
     """
 
     key: str  # "<target>/<stage>/<condition>/<index>", unique in a run
@@ -235,14 +235,14 @@ class Trial:
 
     @property
     def lead(self) -> str:
-        """The text of the response that was handed to the model: prefill, then prefix."""
+        """Beginning of the response that the model received: prefill, then prefix."""
         return self.prefill + (self.prefix.text if self.prefix is not None else "")
 
     @property
     def boost(self) -> float | None:
-        """Boost of the latent, in raw decoder units: the sum of its additions, 0 if it is not added.
+        """Boost of the latent in raw decoder units: the sum of its additions, or 0; None without a latent.
 
-        In a continued response only what is added to the continuation counts. None for a trial without a latent.
+        In a continued response only additions to the continuation count.
         """
         if self.latent is None:
             return None
@@ -251,7 +251,7 @@ class Trial:
         return float(sum(i.value for i in own))
 
     def request(self, sampling: Sampling) -> Request:
-        """The engine's view of this trial; the tokens of a prefix count towards the limit of new tokens."""
+        """Return the request for the engine. The tokens of a prefix count towards `max_new_tokens`."""
         text = f"{self.prompt} {self.meta_prompt}" if self.meta_prompt else self.prompt
         if self.prefix is not None:
             left = sampling.max_new_tokens - len(self.prefix.token_ids)
@@ -270,10 +270,10 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One attempt at the prompt: characters [start, end) of the response, scored 0-100.
+    """One attempt: characters [start, end) of the response, with a score from 0 to 100.
 
-    `phrase` is the restart phrase that opens it ("" for the first attempt).
-    `gated` says whether that phrase really opens the span (always true for the first attempt).
+    `phrase` is the restart phrase at its beginning ("" for the first attempt). `gated` is True if the span really
+    starts with that phrase, and for the first attempt.
     """
 
     start: int
@@ -285,9 +285,9 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """One judge's verdict on one response. Never 0 by default: *unscored* has a reason instead of attempts.
+    """Verdict of one judge on one response. An `unscored` verdict has a reason and no attempts; it is not a score of 0.
 
-    `over_budget` marks a response that was not sent because the judge's budget is spent; such a verdict is not stored.
+    `over_budget` marks a response that was not sent because the judge's budget is spent. Such a verdict is not stored.
     """
 
     judge: str
@@ -305,9 +305,9 @@ class Judgement:
             raise ValueError("an unscored judgement needs a reason")
 
     def gated_attempts(self) -> tuple[Attempt, ...]:
-        """Attempts after gating: one whose restart phrase does not open its span is merged into the one before.
+        """Attempts after gating: an attempt without its restart phrase at the start is merged into the previous one.
 
-        The merged attempt's score is the length-weighted mean of its parts, as it covers both texts.
+        The score of a merged attempt is the mean of its parts, weighted by length.
         """
         merged: list[Attempt] = []
         for attempt in self.attempts:
@@ -323,9 +323,9 @@ class Judgement:
 
 @dataclass(frozen=True, slots=True)
 class WindowScores:
-    """A judge's relevance scores (0-100) of the windows of one response, which begin at characters `starts`.
+    """Relevance scores (0 to 100) of the windows of one response. `starts` are their first characters.
 
-    Without scores there is a `reason`. `over_budget`: the response was not sent; such a result is not stored.
+    A result without scores has a `reason`. `over_budget`: the response was not sent; such a result is not stored.
     """
 
     judge: str
@@ -345,7 +345,7 @@ class WindowScores:
 
 @dataclass(frozen=True, slots=True)
 class Spend:
-    """Calls and tokens that were spent or are estimated; `cost` in USD, None if the price is unknown."""
+    """Calls and tokens, spent or estimated. `cost` is in USD; None if the price is unknown."""
 
     calls: int = 0
     input_tokens: int = 0
@@ -372,7 +372,7 @@ class Spend:
 
 
 def is_degraded(text: str) -> bool:
-    """Five or more identical consecutive words (split on whitespace), the specification's mark of degradation.
+    """Return True for a text with five or more identical consecutive words, split on whitespace (specification).
 
     As in the authors' code, words of one character (`- - - - -`) do not count.
     """
@@ -383,7 +383,7 @@ def is_degraded(text: str) -> bool:
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of a JSON-able value in canonical form (sorted keys, no spaces, exact floats)."""
+    """Return the SHA-256 of a value as canonical JSON (sorted keys, no spaces, exact floats)."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=_plain)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 

@@ -1,7 +1,7 @@
-"""Readers of users' files: one for each format, each defect one SteerbackError line that names the file.
+"""Readers of users' files, one per format. Each defect raises a SteerbackError that names the file.
 
-`where` or `what` says in messages what is read, e.g. "config file". What is read holds plain values alone (`Json`), of
-limited depth and size, with text that can be written again.
+`what` and `where` describe the file in messages, e.g. "config file". The results contain only plain values (`Json`) of
+limited depth and size, and only text that can be encoded as UTF-8.
 """
 
 from __future__ import annotations
@@ -27,33 +27,33 @@ from steerback.errors import SteerbackError
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 LARGEST = 2**30
-"""Bytes of a file that is read at once."""
+"""Size limit of a file in bytes."""
 LARGEST_SETTINGS = 2**22
-"""Bytes of a YAML or TOML file, whose parsers are slow."""
+"""Size limit of a YAML or TOML file in bytes; their parsers are slow."""
 LONGEST_HEADER = 100_000_000
-"""Bytes of a safetensors header, as in the format's own library."""
+"""Size limit of a safetensors header in bytes, equal to that of the safetensors library."""
 DEEPEST, MOST_NODES, WIDEST_INTEGER = 64, 100_000, 1000
-"""Levels of nesting; values in a YAML file, whose aliases can multiply; bits of an integer (1,024 are no float)."""
+"""Limits: levels of nesting, values in a YAML file (its aliases can multiply), bits of an integer (float has 1,024)."""
 GZIP = b"\x1f\x8b"
-"""First bytes of a file compressed by gzip; no UTF-8 text begins with them."""
+"""First bytes of a gzip file. No UTF-8 text starts with them."""
 PATIENCE = 10.0
-"""Seconds in which a pipe has to give something."""
+"""Seconds to wait for data from a pipe."""
 
 
 def read_bytes(path: Path, what: str, largest: int = LARGEST) -> bytes:
-    """Return the content of a file, or of a pipe that somebody writes to."""
+    """Return the content of a file or pipe. Raises SteerbackError if it has more than `largest` bytes."""
     where = f"{what} {path}"
     with opened(path, what) as file:
         regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
         content = file.read(largest + 1) if regular else _from_pipe(file.fileno(), where, largest)
     if len(content) > largest:
-        raise SteerbackError(f"{where} is larger than {largest:,} bytes, the most that is read")
+        raise SteerbackError(f"{where} is larger than the limit of {largest:,} bytes")
     return content
 
 
 @contextmanager
 def opened(path: Path, what: str) -> Iterator[io.FileIO]:
-    """Open a file without waiting, as opening a pipe would; what fails until it is closed is one line."""
+    """Open a file without blocking on pipes. Any OSError until it is closed becomes a SteerbackError."""
     try:
         with io.FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)) as file:
             yield file
@@ -62,14 +62,14 @@ def opened(path: Path, what: str) -> Iterator[io.FileIO]:
     except OSError as error:
         raise SteerbackError(f"{what} {path} cannot be read: {error.strerror}") from None
     except ValueError:
-        raise SteerbackError(f"{what} {str(path)!r} cannot be read: its name holds a NUL character") from None
+        raise SteerbackError(f"{what} {str(path)!r} cannot be read: its name contains a NUL character") from None
 
 
 def _from_pipe(handle: int, where: str, largest: int) -> bytes:
     content = b""
     while len(content) <= largest:
         if not select.select([handle], [], [], PATIENCE)[0]:
-            raise SteerbackError(f"{where} is a pipe that gave nothing for {PATIENCE:g} seconds; name a file")
+            raise SteerbackError(f"{where} is a pipe without data for {PATIENCE:g} seconds; use a file")
         part = os.read(handle, 2**20)
         if not part:
             break
@@ -78,21 +78,21 @@ def _from_pipe(handle: int, where: str, largest: int) -> bytes:
 
 
 def read_text(path: Path, what: str, largest: int = LARGEST) -> str:
-    """Return the text of a UTF-8 file, plain or compressed by gzip, without a byte-order mark."""
+    """Return the text of a UTF-8 file, plain or gzip, without a byte-order mark."""
     where = f"{what} {path}"
     content = read_bytes(path, what, largest)
     return decode(unpacked(content, where, largest) if content.startswith(GZIP) else content, where)
 
 
 def unpacked(content: bytes, where: str, largest: int = LARGEST) -> bytes:
-    """Return what gzip compressed. Raises SteerbackError if it is damaged or larger than `largest` bytes."""
+    """Decompress gzip data. Raises SteerbackError if it is damaged or its content exceeds `largest` bytes."""
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
             plain = file.read(largest + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise SteerbackError(f"{where} is damaged: {error}; fetch or compress it again") from None
     if len(plain) > largest:
-        raise SteerbackError(f"{where} unpacks to more than {largest:,} bytes, the most that is read")
+        raise SteerbackError(f"{where} unpacks to more than the limit of {largest:,} bytes")
     return plain
 
 
@@ -103,17 +103,17 @@ def decode(content: bytes, where: str) -> str:
     except UnicodeDecodeError as error:
         raise SteerbackError(f"{where} cannot be read as UTF-8 text: {error}") from None
     if "\0" in text:
-        raise SteerbackError(f"{where} is no text file: it holds a NUL character")
+        raise SteerbackError(f"{where} is not a text file: it contains a NUL character")
     return text
 
 
 def read_lines(path: Path, what: str) -> list[str]:
-    """Return the lines of a text file, stripped, without blank lines and those that begin with `#`."""
+    """Return the stripped lines of a text file, without blank lines and comments (`#`)."""
     return content_lines(read_text(path, what))
 
 
 def content_lines(text: str) -> list[str]:
-    """Return the lines of a text, stripped, without blank lines and those that begin with `#`."""
+    """Return the stripped lines of a text, without blank lines and comments (`#`)."""
     return [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
 
 
@@ -128,19 +128,19 @@ def read_json_table(path: Path, what: str) -> dict[str, Json]:
 
 
 def read_json_lines(path: Path, what: str) -> Iterator[tuple[str, Json]]:
-    """Yield (file and line, value) of each line of a JSON lines file that is not blank."""
+    """Yield (file and line, value) for each non-blank line of a JSON lines file."""
     yield from parse_json_lines(read_text(path, what), f"{what} {path}")
 
 
 def parse_json_lines(text: str, where: str) -> Iterator[tuple[str, Json]]:
-    """Yield (file and line, value) of each line that is not blank."""
+    """Yield (file and line, value) for each non-blank line."""
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield (place := f"{where}, line {number}"), parse_json(line, place)
 
 
 def parse_json(text: str, where: str) -> Json:
-    """Return the value of a JSON text. NaN and Infinity are numbers here, as in what Python writes."""
+    """Return the value of a JSON text. NaN and Infinity are valid, because Python's `json` writes them."""
     try:
         value: Json = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
@@ -171,21 +171,21 @@ def read_yaml(path: Path, what: str) -> dict[str, Json]:
     where = f"{what} {path}"
     value = parse_yaml(read_text(path, what, LARGEST_SETTINGS), where)
     if not isinstance(value, dict):
-        raise SteerbackError(f"{where} must hold `setting: value` lines, not a {type(value).__name__}")
+        raise SteerbackError(f"{where} must contain `setting: value` lines, not a {type(value).__name__}")
     return value
 
 
 def parse_yaml(text: str, where: str) -> Json:
-    """Return the value of a YAML text, in which `off`, `no` and dates are words and 1e-4 is a number."""
+    """Return the value of a YAML text. `off`, `no` and dates are text, and 1e-4 is a number."""
     try:
-        value: Json = yaml.load(text, Loader=_Yaml)  # a SafeLoader: it builds plain values only
+        value: Json = yaml.load(text, Loader=_Yaml)  # safe: a SafeLoader creates plain values only
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SteerbackError(f"{where} is not valid YAML: {_reason(error)}") from None
     return checked(value, where, MOST_NODES)
 
 
 class _Yaml(yaml.SafeLoader):
-    """YAML whose only booleans are true and false, without dates, with each key once."""
+    """YAML loader with `true` and `false` as the only booleans, without dates, and with unique keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -214,37 +214,37 @@ for _name, (_pattern, _first) in _REPLACED.items():
 
 
 def read_safetensors_header(path: Path, what: str) -> dict[str, dict[str, Json]]:
-    """Return the header of a safetensors file: dtype, shape and place of each tensor, and `__metadata__`."""
+    """Return the header of a safetensors file: dtype, shape and offsets of each tensor, and `__metadata__`."""
     where = f"{what} {path}"
     with opened(path, what) as file:
         size = int.from_bytes(file.read(8), "little")
         content = file.read(size) if size <= min(LONGEST_HEADER, os.fstat(file.fileno()).st_size) else b""
     if len(content) != size:
-        raise SteerbackError(f"{where} is no safetensors file: its header of {size:,} bytes is not there")
+        raise SteerbackError(f"{where} is not a safetensors file: its header of {size:,} bytes is missing")
     header = _table(parse_json(decode(content, where), where), where)
     return {name: _table(entry, f"{where}: {name!r}") for name, entry in header.items()}
 
 
 def read_address(text: str, where: str) -> SplitResult:
-    """Return the parts of an http(s) address of the user."""
+    """Return the parts of an http(s) address. Raises SteerbackError for any other text."""
     try:
         parts = urlsplit(text)
-        _ = parts.port  # raises ValueError for one above 65535
+        _ = parts.port  # raises ValueError for a port above 65535
     except ValueError as error:
-        raise SteerbackError(f"{where}: {text!r} is no address: {error}") from None
+        raise SteerbackError(f"{where}: {text!r} is not an address: {error}") from None
     if parts.scheme not in ("http", "https") or not parts.hostname or not text.isprintable() or " " in text:
-        raise SteerbackError(f"{where}: {text!r} is no address of the form https://host/path")
+        raise SteerbackError(f"{where}: {text!r} is not an address of the form https://host/path")
     return parts
 
 
 def _table(value: Json, where: str) -> dict[str, Json]:
     if not isinstance(value, dict):
-        raise SteerbackError(f"{where} must hold an object with named values, not a {type(value).__name__}")
+        raise SteerbackError(f"{where} must contain an object with named values, not a {type(value).__name__}")
     return value
 
 
 def checked(value: Json, where: str, most: int | None = None) -> Json:
-    """Return a parsed value. Raises SteerbackError if later code could not handle it: too deep, too large, no text."""
+    """Return a parsed value. Raises SteerbackError if it is too deep or too large, or has invalid keys or text."""
     waiting: list[tuple[object, int]] = [(value, 0)]
     seen = 0
     while waiting:
@@ -252,11 +252,11 @@ def checked(value: Json, where: str, most: int | None = None) -> Json:
         seen += 1
         if depth > DEEPEST or (most is not None and seen > most):
             limit = f"more than {DEEPEST} levels" if depth > DEEPEST else f"more than {most:,} values"
-            raise SteerbackError(f"{where} holds {limit}")
+            raise SteerbackError(f"{where} contains {limit}")
         if isinstance(item, dict):
             wrong = next((key for key in item if not isinstance(key, str)), None)
             if wrong is not None or None in item:
-                raise SteerbackError(f"{where} has the key {wrong!r}, which is no text; write it in quotes")
+                raise SteerbackError(f"{where} has the key {wrong!r}, which is not text; write it in quotes")
             waiting.extend((part, depth + 1) for pair in item.items() for part in pair)
         elif isinstance(item, list):
             waiting.extend((part, depth + 1) for part in item)
@@ -264,24 +264,24 @@ def checked(value: Json, where: str, most: int | None = None) -> Json:
             _check_text(item, where)
         elif isinstance(item, int):
             if item.bit_length() > WIDEST_INTEGER:
-                raise SteerbackError(f"{where} holds an integer of more than {WIDEST_INTEGER} bits")
+                raise SteerbackError(f"{where} contains an integer of more than {WIDEST_INTEGER} bits")
         elif not (item is None or isinstance(item, float)):
-            raise SteerbackError(f"{where} holds a {type(item).__name__}; write it as text, in quotes")
+            raise SteerbackError(f"{where} contains a {type(item).__name__}; write it as text, in quotes")
     return value
 
 
 def _check_text(text: str, where: str) -> None:
     if "\0" in text:
-        raise SteerbackError(f"{where} holds a text with a NUL character")
+        raise SteerbackError(f"{where} contains a text with a NUL character")
     if not text.isascii():
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
-            raise SteerbackError(f"{where} holds a text with half of a surrogate pair, which is no character") from None
+            raise SteerbackError(f"{where} contains a text with half of a surrogate pair") from None
 
 
 def _reason(error: Exception) -> str:
-    """Return the parser's message in one line; its advice about an integer's digits means nothing to a user."""
+    """Return the parser's message in one line. Python's advice about long integers does not help users."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     message = " ".join(str(error).split())

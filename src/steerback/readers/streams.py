@@ -1,7 +1,4 @@
-"""Large JSON files, plain or compressed by gzip, read one item after the other.
-
-Memory holds one item at a time, so a file of any size can be read.
-"""
+"""Streaming reader of large JSON files, plain or gzip. It keeps one item in memory at a time."""
 
 from __future__ import annotations
 
@@ -24,10 +21,10 @@ BOM = b"\xef\xbb\xbf"
 
 @contextmanager
 def _open_json(path: Path, what: str) -> Iterator[io.FileIO | gzip.GzipFile]:
-    """Open a JSON file at its first character; `.json.gz` is recognised by its first two bytes."""
+    """Open a JSON file at its first character. A gzip file is recognised by its first two bytes."""
     with opened(path, what) as raw:
         if not stat.S_ISREG(os.fstat(raw.fileno()).st_mode):
-            raise SteerbackError(f"{what} {path} is read twice and a pipe gives its content once; name a file")
+            raise SteerbackError(f"{what} {path} must be read twice, so it cannot be a pipe; use a file")
         packed = raw.read(len(GZIP)) == GZIP
         raw.seek(0)
         file = gzip.GzipFile(fileobj=raw) if packed else raw
@@ -37,9 +34,9 @@ def _open_json(path: Path, what: str) -> Iterator[io.FileIO | gzip.GzipFile]:
 
 
 def stream_object(path: Path, what: str, array: str) -> Iterator[tuple[str, Json]]:
-    """Yield (key, value) of the object in a JSON file; for the key `array` one pair for each item of its list.
+    """Yield the (key, value) pairs of the object in a JSON file, with one pair for each item of the list `array`.
 
-    Raises SteerbackError if the file is no JSON object, or if `array` occurs twice or is no list.
+    Raises SteerbackError if the file does not contain an object, or if `array` occurs twice or is not a list.
     """
     where = f"{what} {path}"
     try:
@@ -53,7 +50,7 @@ def stream_object(path: Path, what: str, array: str) -> Iterator[tuple[str, Json
 
 
 def _pairs(events: Iterator[tuple[str, object]], where: str, array: str) -> Iterator[tuple[str, Json]]:
-    """Assemble the parser's events. `base` is the depth at which values begin: 1, within the list `array` 2."""
+    """Build values from parser events. Values begin at depth `base`: 1, or 2 inside the list `array`."""
     depth, base, key, seen = 0, 1, "", False
     builder: ijson.ObjectBuilder | None = None
     for event, value in events:
@@ -63,7 +60,7 @@ def _pairs(events: Iterator[tuple[str, object]], where: str, array: str) -> Iter
             builder.event(event, value)
         elif depth == 0 and not ends:
             if event != "start_map":
-                raise SteerbackError(f"{where} must hold an object with named values")
+                raise SteerbackError(f"{where} must contain an object with named values")
         elif event == "map_key" and depth == 1:
             key = str(value)
         elif ends:

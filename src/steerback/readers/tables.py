@@ -1,8 +1,8 @@
-"""CSV tables: written so that a spreadsheet computes no cell, and read back unchanged.
+"""CSV tables without spreadsheet formulas, which are read back unchanged.
 
-Spreadsheets compute a cell that begins with `=`, `+`, `-` or `@`, also behind a tab or a line break. Such a text gets
-an apostrophe in front, which spreadsheets take for "this is text"; reading removes it. Plain numbers and a single `-`
-stay as they are.
+Spreadsheets evaluate a field that starts with `=`, `+`, `-` or `@`, also after a tab or a line break. Such a text is
+written with a leading apostrophe, which spreadsheets interpret as "text" and which reading removes. Plain numbers and
+a single `-` are written unchanged.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from steerback.errors import SteerbackError, one_line
 
 _NUMBER = r"[-+]?[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?"
 COMPUTED = re.compile(rf"'*(?!(?:{_NUMBER}|-)\Z)[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
-"""The beginning of a text that would be computed, behind any number of apostrophes; some forms are full-width."""
+"""Start of a text that a spreadsheet would evaluate, after any number of apostrophes, also in full-width forms."""
 _OPENINGS = frozenset("'=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
 LONGEST_CELL = 2**30
-"""Characters of a cell; Python's limit is 131,072, and a response can be longer."""
+"""Length limit of a field in characters. Python's default of 131,072 is too small for long responses."""
 _QUOTED = re.compile(r'[",\r\n]')
 
 
 def safe_cell(value: object) -> str:
-    """Return a value as it stands in a CSV file: never a formula, empty where it is missing (None, NaN).
+    """Return a value as a CSV field: never a formula, empty for a missing value (None, NaN).
 
-    It is quoted as `csv.writer` quotes, which takes several times as long for a long text.
+    Quotes are those of `csv.writer`, which is several times slower for long texts.
     """
     if not isinstance(value, str):
         return "" if value is None or value != value else str(value)
@@ -37,23 +37,23 @@ def safe_cell(value: object) -> str:
 
 
 def plain_cell(text: str) -> str:
-    """Return the text that `safe_cell` was given."""
+    """Return the original text of a field that `safe_cell` wrote."""
     return text[1:] if text.startswith("'") and COMPUTED.match(text) else text
 
 
 def csv_lines(header: Sequence[str], rows: Iterable[Iterable[object]]) -> Iterator[str]:
-    """Yield the lines of a CSV file, header first, each with its line feed."""
+    """Yield the lines of a CSV file with line feeds, header first."""
     for row in chain([header], rows):
-        yield (",".join(map(safe_cell, row)) or '""') + "\n"  # an empty line would be no row
+        yield (",".join(map(safe_cell, row)) or '""') + "\n"  # an empty line would not be read as a row
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
-    """Return a whole CSV file."""
+    """Return the text of a CSV file."""
     return "".join(csv_lines(header, rows))
 
 
 def csv_cells(text: str, where: str, separator: str = ",") -> Iterator[tuple[str, list[str]]]:
-    """Yield (place, cells) of each row of a CSV text that is not empty, the header included."""
+    """Yield (place, fields) for each non-empty row of a CSV text, including the header."""
     before = csv.field_size_limit(LONGEST_CELL)
     try:
         reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator)
@@ -68,10 +68,10 @@ def csv_cells(text: str, where: str, separator: str = ",") -> Iterator[tuple[str
 def csv_rows(
     text: str, where: str, needed: Collection[str] = (), written_here: bool = True
 ) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield (place, cells by column) of each row; a cell that is missing is empty.
+    """Yield (place, fields by column) for each row. A missing field is empty.
 
-    `written_here`: the table was written by `csv_lines`, whose apostrophes are removed. Those in tables of others
-    belong to the text.
+    `written_here`: `csv_lines` wrote the table, so its apostrophes are removed. In other tables an apostrophe is part
+    of the text. Raises SteerbackError if a column of `needed` is missing.
     """
     table = csv_cells(text, where)
     plain = plain_cell if written_here else str
