@@ -112,12 +112,12 @@ def grouped(calibrator: Calibrator, weights: Floats) -> tuple[Floats, Floats, Fl
 
 def centred_isotonic(places: Floats, totals: Floats, means: Floats, target: float) -> Floats:
     """Pooled means stand at the weighted centre of their boosts, linear in between (Oron and Flournoy, 2017)."""
-    found = []
+    measured = []
     for fitted, weight in zip(falling_means(totals, means), totals, strict=True):
         levels = np.unique(fitted.round(9))[::-1]
         centres = [np.average(places[fitted.round(9) == v], weights=weight[fitted.round(9) == v]) for v in levels]
-        found.append(np.interp(-target, -levels, centres, left=PRIOR.low, right=PRIOR.high))
-    return np.array(found)
+        measured.append(np.interp(-target, -levels, centres, left=PRIOR.low, right=PRIOR.high))
+    return np.array(measured)
 
 
 def plain_logistic(places: Floats, totals: Floats, means: Floats, target: float) -> Floats:
@@ -143,14 +143,14 @@ def alternatives(calibrator: Calibrator, generator: np.random.Generator, draws: 
     weights = np.concatenate([np.ones((1, trials)), generator.exponential(size=(draws, trials))])
     places, totals, means = grouped(calibrator, weights)
     target = calibrator.settings.target_score
-    found: dict[str, tuple[float, ...]] = {}
+    measured: dict[str, tuple[float, ...]] = {}
     for name, method in (("centred isotonic", centred_isotonic), ("logistic 100 to 0", plain_logistic)):
         at = method(places, totals, means, target)
-        found[name] = (float(at[0]), *np.quantile(at[1:], [0.025, 0.975]).tolist())
+        measured[name] = (float(at[0]), *np.quantile(at[1:], [0.025, 0.975]).tolist())
     grid, p = calibrator.posterior()
     cdf = np.cumsum(p)
-    found["posterior median"] = tuple(float(grid[np.searchsorted(cdf, q)]) for q in (0.5, 0.025, 0.975))
-    return found
+    measured["posterior median"] = tuple(float(grid[np.searchsorted(cdf, q)]) for q in (0.5, 0.025, 0.975))
+    return measured
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
@@ -170,11 +170,11 @@ def one_condition(
         t = float(np.clip(generator.normal(130, 40), 50, 230))
         truth = first_crossing(curve, t, settings.target_score)
         calibrator = run_search(curve, t, noise, settings, generator)
-        found = calibrator.finish()
-        fresh = draw(generator, float(curve(found.boost, t)), noise, FRESH)
-        thresholds.append(verified(found, fresh))
-        trials.append(found.n_trials)
-        estimates: dict[str, tuple[float, ...]] = {"chosen": (found.boost, found.low, found.high)}
+        measured = calibrator.finish()
+        fresh = draw(generator, float(curve(measured.boost, t)), noise, FRESH)
+        thresholds.append(verified(measured, fresh))
+        trials.append(measured.n_trials)
+        estimates: dict[str, tuple[float, ...]] = {"chosen": (measured.boost, measured.low, measured.high)}
         if compare:
             estimates |= alternatives(calibrator, generator, 200)
         for name, (boost, low, high) in estimates.items():
@@ -239,7 +239,7 @@ def degraded_readings(n: int) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for share in (0.0, 0.1, 0.3):
         for reading in ("include", "exclude"):
-            generator, found = np.random.default_rng(2), []
+            generator, measured = np.random.default_rng(2), []
             for _ in range(n):
                 t = float(np.clip(generator.normal(130, 40), 50, 230))
                 calibrator = Calibrator(PRIOR, CalibrationConfig(), DRAWS)
@@ -253,25 +253,25 @@ def degraded_readings(n: int) -> dict[str, Any]:
                     calibrator.update(boost, kept)
                 threshold = calibrator.finish()
                 sound_mean = float(FALLING["medium"](threshold.boost, t))
-                found.append((share * 5.0 + (1 - share) * sound_mean, sound_mean, threshold.boost / t))
+                measured.append((share * 5.0 + (1 - share) * sound_mean, sound_mean, threshold.boost / t))
             names = ("with degraded", "without", "boost / true")
-            out[f"{share:.0%} | {reading}"] = dict(zip(names, np.mean(found, axis=0).tolist(), strict=True))
+            out[f"{share:.0%} | {reading}"] = dict(zip(names, np.mean(measured, axis=0).tolist(), strict=True))
     return out
 
 
-def degraded_table(found: dict[str, Any]) -> str:
+def degraded_table(measured: dict[str, Any]) -> str:
     lines = ["| degraded | setting | mean with degraded | mean without | boost |", "|---|---|---|---|---|"]
-    for key, m in found.items():
+    for key, m in measured.items():
         lines.append(f"| {key} | {m['with degraded']:.1f} | {m['without']:.1f} | {m['boost / true']:.2f} |")
     return "\n".join(lines)
 
 
-def markdown(found: dict[str, Any]) -> str:
+def markdown(measured: dict[str, Any]) -> str:
     lines = [
         "| curve | scores | bias | RMSE | off by > 5 | coverage | width | converged / bound / not |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for key, cell in found["falling"].items():
+    for key, cell in measured["falling"].items():
         e, s = cell["estimates"]["chosen"], cell["statuses"]
         lines.append(
             f"| {key} | {e['bias']:+.1f} | {e['rmse']:.1f} | {100 * e['outside_tolerance']:.0f} % | "
@@ -282,7 +282,7 @@ def markdown(found: dict[str, Any]) -> str:
         "| estimate | mean absolute bias | RMSE | off by > 5 | coverage | width | miss (boost) |",
         "|---|---|---|---|---|---|---|",
     ]
-    smooth = [cell for key, cell in found["falling"].items() if not key.startswith("cliff")]
+    smooth = [cell for key, cell in measured["falling"].items() if not key.startswith("cliff")]
     for name in smooth[0]["estimates"]:
         rows = [cell["estimates"][name] for cell in smooth]
         m = {k: float(np.mean([abs(r[k]) for r in rows])) for k in rows[0]}
@@ -291,7 +291,7 @@ def markdown(found: dict[str, Any]) -> str:
             f"{100 * m['coverage']:.0f} % | {m['width']:.1f} | {m['miss']:.1f} |"
         )
     lines += ["", "| curve | scores | converged / bound / not | mean of the usable - target |", "|---|---|---|---|"]
-    for key, cell in found["hopeless"].items():
+    for key, cell in measured["hopeless"].items():
         bias = "-" if cell["usable_bias"] is None else f"{cell['usable_bias']:+.1f}"
         lines.append(f"| {key} | {_statuses(cell['statuses'])} | {bias} |")
     lines += [
@@ -299,7 +299,7 @@ def markdown(found: dict[str, Any]) -> str:
         "| design | trials | bias | RMSE | off by > 5 | coverage | width | converged |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, m in found["designs"].items():
+    for name, m in measured["designs"].items():
         lines.append(
             f"| {name} | {m['trials']:.0f} | {m['bias']:+.1f} | {m['rmse']:.1f} | "
             f"{100 * m['outside_tolerance']:.0f} % | {100 * m['coverage']:.0f} % | {m['width']:.1f} | "
@@ -322,13 +322,13 @@ def main() -> None:
         print(degraded_table(degraded_readings(n)))
         return
     began = time.perf_counter()
-    found = simulate(n)
-    found["machine"] = {"python": platform.python_version(), "numpy": np.__version__, "machine": platform.machine()}
-    found["seconds"] = round(time.perf_counter() - began, 1)
+    measured = simulate(n)
+    measured["machine"] = {"python": platform.python_version(), "numpy": np.__version__, "machine": platform.machine()}
+    measured["seconds"] = round(time.perf_counter() - began, 1)
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(markdown(found))
-    print(f"\n{found['seconds']} s")
+    RESULTS.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    print(markdown(measured))
+    print(f"\n{measured['seconds']} s")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def judged_alone(trials: LabelledTrials) -> LabelledTrials:
 
 def cell(rng: np.random.Generator, datasets: int, rate: float, recall: float, floor: float, labels: int) -> dict:
     """Coverage, mean width and mean error of each method."""
-    found: dict[str, list[tuple[bool, float, float]]] = {method: [] for method in METHODS}
+    outcomes: dict[str, list[tuple[bool, float, float]]] = {method: [] for method in METHODS}
     for number in range(datasets):
         trials = simulate(rng, rate, recall, floor, labels)
         corrected = corrected_rate(trials, DRAWS, number)
@@ -66,7 +66,7 @@ def cell(rng: np.random.Generator, datasets: int, rate: float, recall: float, fl
             ("judge", plain.value, (plain.low, plain.high)),
         ):
             if value is not None:
-                found[method].append((low <= rate <= high, high - low, value - rate))
+                outcomes[method].append((low <= rate <= high, high - low, value - rate))
     return {
         method: {
             "coverage": round(float(np.mean([x[0] for x in rows])), 4),
@@ -74,7 +74,7 @@ def cell(rng: np.random.Generator, datasets: int, rate: float, recall: float, fl
             "bias": round(float(np.mean([x[2] for x in rows])), 5),
             "defined": len(rows) / datasets,
         }
-        for method, rows in found.items()
+        for method, rows in outcomes.items()
         if rows
     }
 

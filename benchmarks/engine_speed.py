@@ -150,7 +150,7 @@ def main() -> None:
     if engine.workers > 1:  # side by side they decode as many rows as `generate` does
         engine = TransformersEngine(loaded, max(args.batch // engine.workers, 1))
     rates = measure(engine, plain, args.batch, args.tokens, args.device)
-    found = {
+    measured = {
         "command": f"engine_speed.py --target {args.target} --batch {args.batch} --tokens {args.tokens}"
         f" --threads {args.threads} --device {args.device}",
         **{key: round(rate, 1) for key, rate in rates.items()},
@@ -162,9 +162,9 @@ def main() -> None:
         "machine": platform.processor() or platform.machine(),
         "device": torch.cuda.get_device_name() if args.device != "cpu" else "cpu",
     }
-    print(json.dumps(found, indent=1))
+    print(json.dumps(measured, indent=1))
     known = json.loads(args.out.read_text()) if args.out.is_file() else []
-    known = [entry for entry in known if entry["command"] != found["command"]] + [found]
+    known = [entry for entry in known if entry["command"] != measured["command"]] + [measured]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 

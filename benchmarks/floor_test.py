@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/floor_test.json"))
     given = parser.parse_args()
-    found = []
+    rows = []
     for latents, trials in PLANS:
         for icc, icc_floor in CASES:
             for rate, floor in RATES:
@@ -45,12 +45,12 @@ def main() -> None:
                     for _ in range(given.runs)
                 ]
                 share = float(np.mean(np.array(p) <= 0.05))
-                found.append(
+                rows.append(
                     {"latents": latents, "trials": trials, "icc": icc, "icc_floor": icc_floor}
                     | {"rate": rate, "floor": floor, "above": share}
                 )
-                print(found[-1], flush=True)
-    given.out.write_text(json.dumps({"runs": given.runs, "results": found}, indent=1) + "\n")
+                print(rows[-1], flush=True)
+    given.out.write_text(json.dumps({"runs": given.runs, "results": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -71,11 +71,11 @@ def one_condition(rng: np.random.Generator, datasets: int, latents: int, size: i
                 hits.setdefault((name, method), []).append((low <= truth[name] <= high, high - low))
     return {
         f"{name}/{method}": {
-            "coverage": round(float(np.mean([h for h, _ in found])), 4),
-            "width": round(float(np.mean([w for _, w in found])), 5),
-            "claimed": len(found) / datasets,
+            "coverage": round(float(np.mean([h for h, _ in intervals])), 4),
+            "width": round(float(np.mean([w for _, w in intervals])), 5),
+            "claimed": len(intervals) / datasets,
         }
-        for (name, method), found in hits.items()
+        for (name, method), intervals in hits.items()
     }
 
 
@@ -120,8 +120,8 @@ def markdown(results: dict) -> str:
                     cells = []
                     for c in LATENTS:
                         r = results["one"][f"{c}/{size}/{p}/{icc}"]
-                        found = [r.get(f"{metric}/{m}") for m in ("ours", *BESIDE)]
-                        cells.append(" / ".join(f"{100 * f['coverage']:.0f}" for f in found if f))
+                        intervals = [r.get(f"{metric}/{m}") for m in ("ours", *BESIDE)]
+                        cells.append(" / ".join(f"{100 * f['coverage']:.0f}" for f in intervals if f))
                     lines.append(f"| {size} | {icc:g} | {100 * p:g} % | " + " | ".join(cells) + " |")
     lines += ["\nPaired comparisons: coverage of the difference / share with p <= 0.05", ""]
     lines += ["| metric | rates | " + " | ".join(f"{c} latents" for c in LATENTS) + " |", "|---" * 6 + "|"]

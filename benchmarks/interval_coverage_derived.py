@@ -50,13 +50,13 @@ def scores(rng: np.random.Generator, latents: int, per: int = PER) -> np.ndarray
 def judged(rng: np.random.Generator, latents: int, seed: int) -> dict[str, Bounds]:
     labels, rated, cluster = verdicts(rng, latents), scores(rng, latents), latent_of(latents)
     kappa = agreement(*labels, cluster, DRAWS, seed).kappa
-    found = {
+    estimates = {
         "kappa": kappa,
         "alpha, nominal": alpha(labels, cluster, "nominal", DRAWS, seed),
         "alpha, interval": alpha(rated, cluster, "interval", DRAWS, seed),
         "rank correlation": rank_correlation(*rated, cluster, DRAWS, seed),
     }
-    return {name: (e.low, e.high) for name, e in found.items()}
+    return {name: (e.low, e.high) for name, e in estimates.items()}
 
 
 def judged_truth() -> dict[str, float]:
@@ -106,14 +106,14 @@ def regions(rng: np.random.Generator, latents: int, seed: int) -> dict[str, Boun
     level, own = rng.gamma(2, 0.5, latents)[cluster], rng.gamma(4, 0.25, latents)[cluster]
     a = rng.exponential(1, len(cluster)) * level
     b = 4 * rng.exponential(1, len(cluster)) * own * np.sqrt(level)
-    found = {
+    estimates = {
         "mean": mean_of(a, cluster),
         "median": median_of(a, cluster, DRAWS, seed),
         "ratio": ratio_of(b, cluster, a, cluster, DRAWS, seed),
         "paired difference": paired_regions(a, b, cluster, draws=1),
         "separate difference": separate_regions(a, cluster, b, cluster, draws=DRAWS),
     }
-    return {name: (e.low, e.high) for name, e in found.items()}
+    return {name: (e.low, e.high) for name, e in estimates.items()}
 
 
 def regions_truth() -> dict[str, float]:

@@ -61,15 +61,15 @@ def measure(protocol: str, n: int) -> dict[str, Any]:
             return [pair async for pair in judge.judge(items)]
 
         start = time.perf_counter()
-        found = asyncio.run(collect())
+        verdicts = asyncio.run(collect())
         spent = time.perf_counter() - start
         twice = sum(count > 1 for response, count in server.asked.items() if not mixed(response, 0))
-    states = Counter(v.status for _, v in found)
-    reasons = Counter(v.reason.split(":")[0] for _, v in found if v.reason)
-    wrong = [v.reason for k, v in found if not mixed(items[int(k[1:])].response, 0) and v.status != "scored"]
+    states = Counter(v.status for _, v in verdicts)
+    reasons = Counter(v.reason.split(":")[0] for _, v in verdicts if v.reason)
+    wrong = [v.reason for k, v in verdicts if not mixed(items[int(k[1:])].response, 0) and v.status != "scored"]
     return {
         "trials": n,
-        "returned once": len({k for k, _ in found}) == len(found) == n,
+        "returned once": len({k for k, _ in verdicts}) == len(verdicts) == n,
         "states": dict(states),
         "reasons": dict(reasons),
         "sound ones not scored": len(wrong),

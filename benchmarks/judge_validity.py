@@ -185,27 +185,27 @@ def real_text(name: str) -> dict[str, Any]:
     for file in ("heldout3", "heldout4"):
         cases = phrasing_cases(file)
         judged = judge.judge_batch([c.item for c in cases])  # type: ignore[attr-defined]
-        found = measure(cases, judged)
+        counted = measure(cases, judged)
         kinds = [c for c in cases if c.kind == "negative"]
         alarms = sum(len(v.gated_attempts()) > 1 for c, v in zip(cases, judged, strict=True) if c.kind == "negative")
         result[file] = {
-            "restarts": found.restarts,
-            "found": found.found,
-            "recall": share(found.found, found.restarts),
-            "precision": share(found.found, found.found + found.false_alarms),
+            "restarts": counted.restarts,
+            "found": counted.found,
+            "recall": share(counted.found, counted.restarts),
+            "precision": share(counted.found, counted.found + counted.false_alarms),
             "hard_negatives": len(kinds),
             "alarms": alarms,
             "alarm_share": share(alarms, len(kinds)),
-            "missed": sorted(set(found.missed)),
-            "alarmed": sorted(set(found.alarmed)),
+            "missed": sorted(set(counted.missed)),
+            "alarmed": sorted(set(counted.alarmed)),
         }
     return result
 
 
-def row(found: Validity) -> dict[str, Any]:
-    body = asdict(found)
-    body["missed"], body["alarmed"] = sorted(set(found.missed)), sorted(set(found.alarmed))
-    return body | {"precision": found.precision, "recall": found.recall}
+def row(counted: Validity) -> dict[str, Any]:
+    body = asdict(counted)
+    body["missed"], body["alarmed"] = sorted(set(counted.missed)), sorted(set(counted.alarmed))
+    return body | {"precision": counted.precision, "recall": counted.recall}
 
 
 def evaluate(name: str, known: References, cases: Sequence[Case]) -> dict[str, Any]:
@@ -234,11 +234,11 @@ def main(names: Sequence[str], folder: Path | None) -> None:
             body[file] = evaluate(name, references(data), compose(data))
         result[name] = body
         print(json.dumps(body["real text"], indent=1, ensure_ascii=False))
-        for file, found in list(body.items())[2:]:
+        for file, counted in list(body.items())[2:]:
             print(
-                f"{name:16} {file:20} n={found['cases']:5} restarts={found['restarts']:5} recall={found['recall']:.3f} "
-                f"precision={found['precision']:.3f} rho={found['rank_correlation']:.3f} "
-                f"{found['responses_per_cpu_second']}/s"
+                f"{name:16} {file:20} n={counted['cases']:5} restarts={counted['restarts']:5} recall={counted['recall']:.3f} "
+                f"precision={counted['precision']:.3f} rho={counted['rank_correlation']:.3f} "
+                f"{counted['responses_per_cpu_second']}/s"
             )
     target = ROOT / "benchmarks" / "results" / "judge_validity.json"
     target.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -52,10 +52,10 @@ def main() -> None:
         ours, theirs = context.Pipe()
         process = context.Process(target=case, args=(latents, theirs))
         process.start()
-        found = {k: round(v, 3) for k, v in ours.recv().items()}
+        measured = {k: round(v, 3) for k, v in ours.recv().items()}
         process.join()
-        results[f"{latents} latents"] = found
-        print(f"{latents:6d} latents: {found}")
+        results[f"{latents} latents"] = measured
+        print(f"{latents:6d} latents: {measured}")
     OUT.parent.mkdir(exist_ok=True)
     OUT.write_text(json.dumps(results, indent=1) + "\n")
 

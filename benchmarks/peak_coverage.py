@@ -26,14 +26,14 @@ def conditions(latents: int, trials: int, top: float, at: float, rng: np.random.
     cluster = np.repeat(np.arange(latents), trials)
     own = np.exp(rng.normal(-0.125, 0.5, latents))[cluster]
     n, first = len(cluster), np.full(len(cluster), 50.0)
-    found = []
+    rows = []
     for level in LEVELS:
         rate = np.clip(top * own * np.exp(-0.5 * (level - at) ** 2), 0, 1)
         attempts = 1 + (rng.random(n) < rate)
-        found.append(
+        rows.append(
             Outcomes(cluster, np.arange(n), np.zeros(n), attempts, first, first, attempts, first, first, np.zeros(n))
         )
-    return found
+    return rows
 
 
 def simulate(latents: int, trials: int, top: float, runs: int, seed: int) -> dict[str, Any]:
@@ -68,13 +68,13 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=400)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/peak_coverage.json"))
     given = parser.parse_args()
-    found = []
+    rows = []
     for latents, trials in ((12, 20), (50, 10)):
         for top in (0.03, 0.1, 0.4):
-            found.append(simulate(latents, trials, top, given.runs, seed=7))
-            print({k: round(v, 3) if isinstance(v, float) else v for k, v in found[-1].items()})
+            rows.append(simulate(latents, trials, top, given.runs, seed=7))
+            print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()})
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    given.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def gpu(folder: str) -> dict[str, object]:
         "ray, two workers": ("ray", {"engine": "vllm", "workers": 2}),
         "replicas=2": ("vllm", {"replicas": 2}),
     }
-    found: dict[str, object] = {"gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]}
+    measured: dict[str, object] = {"gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]}
     for name, (engine, options) in kinds.items():
         started = time.perf_counter()
         with closing(make_engine(target, check_engine(engine, options))) as made:
@@ -138,9 +138,9 @@ def gpu(folder: str) -> dict[str, object]:
                 pass
             start = time.perf_counter() - started
             rates = [rate(made, target, number) for number in range(3)]
-        found[name] = {"start_seconds": round(start, 1), "tokens_per_second": rates}
-        print(name, found[name], flush=True)
-    return found
+        measured[name] = {"start_seconds": round(start, 1), "tokens_per_second": rates}
+        print(name, measured[name], flush=True)
+    return measured
 
 
 def rate(engine: Any, target: Target, number: int) -> int:
@@ -162,16 +162,16 @@ def rate(engine: Any, target: Target, number: int) -> int:
 
 def main(what: str, *arguments: str) -> None:
     parts: dict[str, Callable[..., dict[str, object]]] = {"throughput": throughput, "overhead": overhead, "gpu": gpu}
-    found = parts[what](*arguments)
-    found |= {
+    measured = parts[what](*arguments)
+    measured |= {
         "command": f"python benchmarks/ray_engine.py {what}" + " FOLDER" * bool(arguments),
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {"ray": version("ray"), "python": platform.python_version()},
         "machine": f"{psutil.cpu_count()} cores",
     }
     known = json.loads(OUT.read_text()) if OUT.is_file() else {}
-    OUT.write_text(json.dumps(known | {what: found}, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+    OUT.write_text(json.dumps(known | {what: measured}, indent=1) + "\n")
+    print(json.dumps(measured, indent=1))
 
 
 if __name__ == "__main__":

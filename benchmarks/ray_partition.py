@@ -116,7 +116,7 @@ def main() -> None:
             sh(" ".join(["kill", "-9", *pids]), check=False) if pids else None
             sh(f"ip netns del {space}", check=False)
     equal = ledger_of(work / "ray") == ledger_of(work / "alone")
-    found = {
+    measured = {
         "partition_seconds": SECONDS,
         "completions_before": done,
         "completions_during": during,
@@ -128,8 +128,8 @@ def main() -> None:
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {"ray": version("ray")},
     }
-    OUT.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+    OUT.write_text(json.dumps(measured, indent=1) + "\n")
+    print(json.dumps(measured, indent=1))
     if not equal:
         print(said[-3000:])
 

@@ -78,12 +78,12 @@ class Raw(ScriptedJudge):
     """The scripted judge, with a reply as a language model writes it."""
 
     async def judge(self, items: Sequence[JudgeItem]) -> AsyncIterator[tuple[str, Judgement]]:
-        async for key, found in super().judge(items):
+        async for key, verdict in super().judge(items):
             raw = [
                 {"score": a.score, "first_words": "of the attempt " * 5, "reasoning": "because " * 25}
-                for a in found.attempts
+                for a in verdict.attempts
             ]
-            yield key, replace(found, raw=json.dumps({"attempts": raw}))
+            yield key, replace(verdict, raw=json.dumps({"attempts": raw}))
 
 
 class Engine(ScriptedEngine):

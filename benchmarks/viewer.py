@@ -124,10 +124,10 @@ def measured(address: str, loads: int = 7) -> dict[str, object]:
     """Return milliseconds to first paint, to a filtered table, to an open trial and to a search of all responses."""
     from playwright.sync_api import sync_playwright
 
-    found: dict[str, list[float]] = {}
+    times: dict[str, list[float]] = {}
 
     def note(name: str, value: float) -> None:
-        found.setdefault(name, []).append(value)
+        times.setdefault(name, []).append(value)
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
@@ -159,7 +159,7 @@ def measured(address: str, loads: int = 7) -> dict[str, object]:
         "loads": loads,
         "milliseconds": {
             name: {"median": round(statistics.median(values)), "most": round(max(values))}
-            for name, values in found.items()
+            for name, values in times.items()
         },
     }
 

@@ -76,12 +76,12 @@ def main() -> None:
     worker = slots()
     clamps = tuple(Intervention("clamp", k, 0.0) for k in range(CLAMPED))
     report = Report(args.out, requests=REQUESTS, width=WIDTH, clamped=CLAMPED, torch=torch.__version__)
-    found: dict[str, Any] = {}
+    milliseconds: dict[str, Any] = {}
     kinds = {"add": ((), ()), "add+clamp": (clamps, ()), "add+clamp+record": (clamps, tuple(range(CLAMPED)))}
     for kind, (edits, record) in kinds.items():
         rounds = [one_round(worker, edits, record, f"{kind}/{n}") for n in range(args.rounds + 1)][1:]
-        found[kind] = {what: round(statistics.median(r[what] for r in rounds), 3) for what in rounds[0]}
-        report.add(cpu_milliseconds=found)
+        milliseconds[kind] = {what: round(statistics.median(r[what] for r in rounds), 3) for what in rounds[0]}
+        report.add(cpu_milliseconds=milliseconds)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class Report:
 
     def __init__(self, out: Path | None, **facts: Any) -> None:
         self.out, self.begin = out, time.perf_counter()
-        self.found: dict[str, Any] = {
+        self.measured: dict[str, Any] = {
             "command": shlex.join(["python", *sys.argv]),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "python": platform.python_version(),
@@ -59,12 +59,12 @@ class Report:
         }
 
     def add(self, **facts: Any) -> None:
-        self.found |= facts
-        self.found["seconds_in_all"] = round(time.perf_counter() - self.begin, 1)
-        print(f"[{self.found['seconds_in_all']:.0f} s] {json.dumps(facts)[:1500]}", flush=True)
+        self.measured |= facts
+        self.measured["seconds_in_all"] = round(time.perf_counter() - self.begin, 1)
+        print(f"[{self.measured['seconds_in_all']:.0f} s] {json.dumps(facts)[:1500]}", flush=True)
         if self.out:
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.out.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
+            self.out.write_text(json.dumps(self.measured, indent=1) + "\n", encoding="utf-8")
 
 
 def write_model(shape: str, folder: Path) -> int:

@@ -90,11 +90,11 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda")
     report = Report(args.out, width=args.width, device=torch.cuda.get_device_name(), torch=torch.__version__)
-    found: dict[str, Any] = {}
+    costs: dict[str, Any] = {}
     for tokens in args.tokens:
         hidden, residual = torch.randn(2, tokens, args.width, device=device).bfloat16()
         inputs = (torch.full((tokens,), 60, device=device), hidden, residual)
-        row = found[str(tokens)] = {"nothing": microseconds(Layer(), inputs)}
+        row = costs[str(tokens)] = {"nothing": microseconds(Layer(), inputs)}
         for tf32 in (False, True):
             torch.backends.cuda.matmul.allow_tf32 = tf32
             for name, columns, with_sae, kind in (
@@ -106,7 +106,7 @@ def main() -> None:
                 torch._dynamo.reset()
                 layer, _ = steered(tokens, args.width, columns, with_sae, kind, device)
                 row[f"{name}{', tf32' if tf32 else ''}"] = microseconds(layer, inputs)
-                report.add(microseconds=found)
+                report.add(microseconds=costs)
 
 
 if __name__ == "__main__":

@@ -28,10 +28,10 @@ Run = Callable[[int, int, bool, int], int]
 
 def batch(text: str) -> tuple[int, int, bool]:
     """`256x64shared` as (256, 64, True)."""
-    found = re.fullmatch(r"(\d+)x(\d+)(shared)?", text)
-    if not found:
+    measured = re.fullmatch(r"(\d+)x(\d+)(shared)?", text)
+    if not measured:
         raise argparse.ArgumentTypeError(f"{text!r} is not REQUESTSxTOKENS or REQUESTSxTOKENSshared")
-    return int(found[1]), int(found[2]), bool(found[3])
+    return int(measured[1]), int(measured[2]), bool(measured[3])
 
 
 def prompts(requests: int, seed: int) -> list[list[int]]:
@@ -126,7 +126,7 @@ def main() -> None:
             Path(scratch), args.shape, steer, max(requests for requests, _, _ in args.batches)
         )
         report.add(started=True)
-        found: dict[str, Any] = {}
+        measured: dict[str, Any] = {}
         for requests, new, shared in args.batches:
             run(requests, args.warm_up or new, shared, 0)
             values: list[float] = []
@@ -134,12 +134,12 @@ def main() -> None:
                 begin = time.perf_counter()
                 tokens = run(requests, new, shared, repeat + 1)
                 values.append(tokens / (time.perf_counter() - begin))
-                found[f"{requests} of {new} new tokens{', one vector' * shared}"] = {
+                measured[f"{requests} of {new} new tokens{', one vector' * shared}"] = {
                     "tokens_per_second": [round(v) for v in values],
                     "median": round(statistics.median(values)),
                     "spread": round((max(values) - min(values)) / statistics.median(values), 4),
                 }
-                report.add(tokens_per_second=found)
+                report.add(tokens_per_second=measured)
 
 
 if __name__ == "__main__":

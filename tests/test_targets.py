@@ -102,7 +102,7 @@ def test_generate_one_response(little: LoadedTarget) -> None:
     recorded = little.generate("the cat", record=[1, 2], max_new_tokens=4)
     assert recorded.record.activations.shape == (recorded.record.prompt_tokens + len(recorded.tokens) - 1, 2)
     assert recorded.activations.shape == (2, len(recorded.tokens) - 1)
-    with pytest.raises(SteerbackError, match="give both"):
+    with pytest.raises(SteerbackError, match=set latent and boost together):
         little.generate("the cat", latent=5)
     with pytest.raises(SteerbackError, match="latent: 'dogs' is not an index, a label or a direction"):
         little.generate("the cat", latent="dogs", boost=1)

@@ -40,7 +40,7 @@ def audited(program: str, pins: Path, service: str) -> list[dict[str, object]] |
 
 def main(program: str) -> int:
     """Audit all pins and return the exit code."""
-    found: dict[str, str] = {}
+    vulnerable: dict[str, str] = {}
     looked, services = False, [*SERVICES]
     for name in PINS:
         for service in [*services]:
@@ -55,18 +55,20 @@ def main(program: str) -> int:
                 vulnerabilities = package["vulns"]
                 assert isinstance(vulnerabilities, list)
                 for one in vulnerabilities:
-                    found[one["id"]] = f"{package['name']} {package['version']}: mended in {one['fix_versions'] or '?'}"
+                    vulnerable[one["id"]] = (
+                        f"{package['name']} {package['version']}: mended in {one['fix_versions'] or '?'}"
+                    )
             break
     if not looked:
         print("audit: NOTHING WAS AUDITED, as no advisory service answered; run it where there is one")
         return 0
     known = accepted()
-    for name in sorted(set(found) - set(known)):
-        print(f"audit: {name}: {found[name]}; raise the pin, or list it in {ACCEPTED.name} with a reason")
-    for name in sorted(set(known) - set(found)):
+    for name in sorted(set(vulnerable) - set(known)):
+        print(f"audit: {name}: {vulnerable[name]}; raise the pin, or list it in {ACCEPTED.name} with a reason")
+    for name in sorted(set(known) - set(vulnerable)):
         print(f"audit: {name} is accepted but no longer there; remove it from {ACCEPTED.name}")
-    print(f"audit: {len(found)} known vulnerabilities, {len(set(found) & set(known))} of them accepted")
-    return int(set(found) != set(known))
+    print(f"audit: {len(vulnerable)} known vulnerabilities, {len(set(vulnerable) & set(known))} of them accepted")
+    return int(set(vulnerable) != set(known))
 
 
 if __name__ == "__main__":

@@ -64,11 +64,11 @@ def their_metrics(scores: Sequence[Score]) -> Values:
 
 
 def our_metrics(outcomes: Outcomes) -> Values:
-    seen, found = view(outcomes), dict[str, float | None]()
+    seen, computed = view(outcomes), dict[str, float | None]()
     for name, metric in METRICS.items():
         numerator, denominator = metric.parts(seen)
-        found[name] = float(numerator.sum() / denominator.sum()) if denominator.sum() else None
-    return found
+        computed[name] = float(numerator.sum() / denominator.sum()) if denominator.sum() else None
+    return computed
 
 
 def rates(scores: Sequence[Score]) -> float:
@@ -187,8 +187,8 @@ def calibration(scores: Sequence[float], target: float) -> float:
         boost = ours.next_boost()
         assert boost is not None
         ours.update(boost, [100 * score])
-    found = ours._quantile(0.5)
-    return abs(found - their_threshold(scores, prior, target)) / (prior.high - prior.low) * 9_999
+    computed = ours._quantile(0.5)
+    return abs(computed - their_threshold(scores, prior, target)) / (prior.high - prior.low) * 9_999
 
 
 # -- activity by region -----------------------------------------------------------------------------------------------
@@ -244,12 +244,12 @@ def random_activity(rng: random.Random) -> float:
 # -- detectors --------------------------------------------------------------------------------------------------------
 def their_detectors(matched: Sequence[Sequence[float]], mismatched: Sequence[Sequence[float]]) -> list[int]:
     """Latents that are zero on all matched pairs and not zero on at least 80 % of the mismatched ones."""
-    found = []
+    computed = []
     for k in range(len(matched[0])):
         silent = all(row[k] == 0 for row in matched)
         if silent and 10 * sum(row[k] != 0 for row in mismatched) >= 8 * len(mismatched):
-            found.append(k)
-    return found
+            computed.append(k)
+    return computed
 
 
 def random_detectors(rng: random.Random) -> float:

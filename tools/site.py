@@ -81,7 +81,7 @@ def notebook_pages(execute: bool) -> dict[str, str]:
     import jupytext
     import nbformat
 
-    found: dict[str, str] = {}
+    site: dict[str, str] = {}
     for source in sorted((DOCS / "notebooks").glob("*.py")):
         notebook = jupytext.read(source)
         notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -92,9 +92,9 @@ def notebook_pages(execute: bool) -> dict[str, str]:
             notebook.cells.append(nbformat.v4.new_code_cell(CHECKS[source.stem]))
             NotebookClient(notebook, timeout=300, config=Config(KernelManager={"transport": "ipc"})).execute()
             notebook.cells.pop()
-        found[f"notebooks/{source.stem}.md"] = notebook_page(notebook, source.stem)
-        found[f"notebooks/{source.stem}.ipynb"] = nbformat.writes(notebook)
-    return found
+        site[f"notebooks/{source.stem}.md"] = notebook_page(notebook, source.stem)
+        site[f"notebooks/{source.stem}.ipynb"] = nbformat.writes(notebook)
+    return site
 
 
 def notebook_page(notebook: NotebookNode, name: str) -> str:
@@ -190,14 +190,14 @@ def commands_page() -> str:
 
 def verbs(group: Any, prefix: str = "") -> dict[str, Any]:
     """Return every command below a group by its words; a group that does something alone is one as well."""
-    found: dict[str, Any] = {}
+    site: dict[str, Any] = {}
     for name, command in group.commands.items():
         words = f"{prefix}{name}"
         if not hasattr(command, "commands") or command.invoke_without_command:
-            found[words] = command
+            site[words] = command
         if hasattr(command, "commands"):
-            found |= verbs(command, f"{words} ")
-    return found
+            site |= verbs(command, f"{words} ")
+    return site
 
 
 # -- Python -----------------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def api_pages() -> dict[str, str]:
     package = ROOT / "src" / "steerback"
     parts = ["api", "records", "config", "errors"]
     parts += sorted(p.name for p in package.iterdir() if (p / "__init__.py").is_file())
-    found: dict[str, str] = {}
+    site: dict[str, str] = {}
     lines = [
         "# Python API",
         "",
@@ -217,7 +217,7 @@ def api_pages() -> dict[str, str]:
         "|---|---|",
         "| [steerback](api/steerback.md) | what `import steerback` offers |",
     ]
-    found["reference/api/steerback.md"] = (
+    site["reference/api/steerback.md"] = (
         "# steerback\n\n::: steerback.api\n    options:\n      show_root_heading: false\n"
     )
     for name in parts[1:]:
@@ -226,11 +226,11 @@ def api_pages() -> dict[str, str]:
         first = (ast.get_docstring(ast.parse(source.read_text("utf-8"))) or "").split("\n\n")[0].replace("\n", " ")
         lines.append(f"| [steerback.{name}](api/{name}.md) | {first.replace('|', chr(92) + '|')} |")
         modules = sorted(p.stem for p in place.glob("*.py") if p.stem != "__init__") if place.is_dir() else []
-        found[f"reference/api/{name}.md"] = "\n\n".join(
+        site[f"reference/api/{name}.md"] = "\n\n".join(
             [f"# steerback.{name}", f"::: steerback.{name}", *(f"## {m}\n\n::: steerback.{name}.{m}" for m in modules)]
         )
-    found["reference/api.md"] = "\n".join(lines) + "\n"
-    return found
+    site["reference/api.md"] = "\n".join(lines) + "\n"
+    return site
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------
@@ -266,15 +266,15 @@ def collect_gallery(folders: Sequence[Path]) -> None:
 
     GALLERY.mkdir(parents=True, exist_ok=True)
     for name in TITLES:
-        found = next((folder for folder in folders if (folder / f"{name}.png").is_file()), None)
-        if found is None:
+        site = next((folder for folder in folders if (folder / f"{name}.png").is_file()), None)
+        if site is None:
             print(f"no {name} in these folders")
             continue
-        with Image.open(found / f"{name}.png") as image:
+        with Image.open(site / f"{name}.png") as image:
             size = (WIDTH, round(image.height * WIDTH / image.width))
             small = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
         small.quantize(96, dither=Image.Dither.NONE).save(GALLERY / f"{name}.png", optimize=True)
-        (GALLERY / f"{name}.caption.txt").write_text((found / f"{name}.caption.txt").read_text("utf-8"), "utf-8")
+        (GALLERY / f"{name}.caption.txt").write_text((site / f"{name}.caption.txt").read_text("utf-8"), "utf-8")
 
 
 if __name__ == "__main__":

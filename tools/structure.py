@@ -36,18 +36,18 @@ def imports(tree: ast.Module, known: dict[str, Path]) -> set[str]:
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
         for inner in ast.walk(node)
     }
-    found: set[str] = set()
+    reached: set[str] = set()
     for node in ast.walk(tree):
         if id(node) in hidden:
             continue
         if isinstance(node, ast.Import):
-            found |= {a.name for a in node.names}
+            reached |= {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             submodules = {f"{node.module}.{a.name}" for a in node.names} & set(known)
-            found |= submodules
+            reached |= submodules
             if len(submodules) < len(node.names):
-                found.add(node.module)
-    return found & set(known)
+                reached.add(node.module)
+    return reached & set(known)
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
@@ -55,7 +55,7 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
-    found: list[list[str]] = []
+    reached: list[list[str]] = []
 
     def visit(node: str) -> None:
         index[node] = low[node] = len(index)
@@ -73,12 +73,12 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
                 if component[-1] == node:
                     break
             if len(component) > 1:
-                found.append(sorted(component))
+                reached.append(sorted(component))
 
     for node in sorted(graph):
         if node not in index:
             visit(node)
-    return found
+    return reached
 
 
 def function_lengths(name: str, tree: ast.Module) -> Functions:

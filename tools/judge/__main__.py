@@ -41,16 +41,16 @@ def examples(seed: int = 0) -> list[Example]:
     return [
         *restart_examples(rng, rows[0]),
         *negative_examples(rng, rows[0]),
-        *real_examples([r for found in rows for r in found]),
+        *real_examples([r for cases in rows for r in cases]),
     ]
 
 
-def fit(found: Sequence[Example], judge: str) -> Classifier:
+def fit(cases: Sequence[Example], judge: str) -> Classifier:
     """Return a classifier trained on the examples: log-odds = sum of the weights of a clause's features + constant."""
     counter = CountVectorizer(analyzer=lambda e: _features(e, judge), binary=True, min_df=2)
-    table = counter.fit_transform(found)
+    table = counter.fit_transform(cases)
     table.indices, table.indptr = table.indices.astype(np.int32), table.indptr.astype(np.int32)  # liblinear wants these
-    truth, weight = [e.restart for e in found], [e.weight for e in found]
+    truth, weight = [e.restart for e in cases], [e.weight for e in cases]
     if judge == "offline":
         model = LogisticRegression(C=0.3, solver="liblinear", random_state=0).fit(table, truth, weight)
         weights, constant = model.coef_[0], float(model.intercept_[0])
@@ -68,42 +68,42 @@ def fit(found: Sequence[Example], judge: str) -> Classifier:
 
 def _features(example: Example, judge: str) -> list[str]:
     """Return the features of an example; naive Bayes takes single words and pairs alone."""
-    found = features(example.clause)
-    return found if judge == "offline" else [f for f in found if f.startswith("w ") and f.count(" ") <= 2]
+    cases = features(example.clause)
+    return cases if judge == "offline" else [f for f in cases if f.startswith("w ") and f.count(" ") <= 2]
 
 
-def cross_validated(found: Sequence[Example], judge: str) -> NDArray[np.float64]:
+def cross_validated(cases: Sequence[Example], judge: str) -> NDArray[np.float64]:
     """Return the log-odds of each example by a classifier that saw nothing of its source."""
-    fold = np.array([zlib.crc32(e.source.encode()) % FOLDS for e in found])
-    odds = np.zeros(len(found))
+    fold = np.array([zlib.crc32(e.source.encode()) % FOLDS for e in cases])
+    odds = np.zeros(len(cases))
     for k in range(FOLDS):
-        classifier = fit([e for e, f in zip(found, fold, strict=True) if f != k], judge)
+        classifier = fit([e for e, f in zip(cases, fold, strict=True) if f != k], judge)
         for i in np.flatnonzero(fold == k):
-            odds[i] = classifier.log_odds(found[i].clause)
+            odds[i] = classifier.log_odds(cases[i].clause)
     return odds
 
 
 def train() -> None:
     """Train both classifiers and store them."""
-    found = examples()
+    cases = examples()
     for judge in CUT:
-        trained = fit(found, judge)
+        trained = fit(cases, judge)
         body = {"constant": trained.constant, "weights": dict(sorted(trained.weights.items()))}
         text = json.dumps(body, ensure_ascii=False, indent=0, separators=(",", ":"))
         (WEIGHTS / f"restarts-{judge}.json").write_text(text + "\n", encoding="utf-8")
-        print(judge, len(trained.weights), "weights from", len(found), "clauses")
+        print(judge, len(trained.weights), "weights from", len(cases), "clauses")
 
 
 def check() -> None:
     """Print recall by kind of phrasing and the false alarms in real text, at several cuts."""
-    found = examples()
-    truth, weight = np.array([e.restart for e in found]), np.array([e.weight for e in found])
+    cases = examples()
+    truth, weight = np.array([e.restart for e in cases]), np.array([e.weight for e in cases])
     for judge in CUT:
-        odds = cross_validated(found, judge)
+        odds = cross_validated(cases, judge)
         for cut in (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0):
             flagged = odds > cut
             real = {
-                e.source for e, f, w in zip(found, flagged, weight, strict=True) if f and not e.restart and w == 1.0
+                e.source for e, f, w in zip(cases, flagged, weight, strict=True) if f and not e.restart and w == 1.0
             }
             print(
                 f"{judge} at {cut:+.1f}: recall of listed phrasings {flagged[truth & (weight == 2)].mean():.3f}, "

@@ -63,14 +63,14 @@ def responses(model: str) -> list[Response]:
 
 def written(name: str, folder: Path = DATA) -> dict[str, list[str]]:
     """Return the lines of a data file by section."""
-    found: dict[str, list[str]] = {}
+    matches: dict[str, list[str]] = {}
     section = ""
     for line in (folder / f"{name}.txt").read_text(encoding="utf-8").splitlines():
         if re.fullmatch(r"\[[a-z ]+\]", line):
             section = line.strip("[]")
         elif section and line.strip():
-            found.setdefault(section, []).append(line)
-    return found
+            matches.setdefault(section, []).append(line)
+    return matches
 
 
 def expand(rng: random.Random, template: str, choices: Mapping[str, Sequence[str]]) -> str:
@@ -100,13 +100,13 @@ class Place:
 
     @property
     def task(self) -> str:
-        found = _TASK.match(self.prompt)
-        return found[1] if found else self.prompt.rstrip(".?")
+        matches = _TASK.match(self.prompt)
+        return matches[1] if matches else self.prompt.rstrip(".?")
 
     def drift(self, rng: random.Random) -> str:
         """Return a content word of the passage before."""
-        found = [w for w in words(self.before[-300:]) if len(w) > 4 and w not in prompt_words(self.prompt)]
-        return rng.choice(found) if found else "something else"
+        matches = [w for w in words(self.before[-300:]) if len(w) > 4 and w not in prompt_words(self.prompt)]
+        return rng.choice(matches) if matches else "something else"
 
 
 _spans = cache(sentences)
@@ -117,8 +117,8 @@ def places(
 ) -> list[Place]:
     """Return places in responses after a passage of another response about something else (or, at times, the same)."""
     asked = [r for r in rows if not r.topic and (not how_to or _TASK.match(r.prompt)) and len(r.text) > 300]
-    found = []
-    while len(found) < count:
+    matches = []
+    while len(matches) < count:
         own, other = rng.choice(asked), rng.choice(rows)
         passage = rng.choice((own, other, other)).text
         spans = _spans(passage)
@@ -130,8 +130,8 @@ def places(
             continue
         if earlier and how_to and rng.random() < 0.15:
             before = f"{own.text[: kept[0].end]} {rng.choice(_EARLIER)} {before}"
-        found.append(Place(own.prompt, before, own.text[kept[at].start :][:200]))
-    return found
+        matches.append(Place(own.prompt, before, own.text[kept[at].start :][:200]))
+    return matches
 
 
 def of_text(text: str, prompt: str) -> Iterator[tuple[int, int, Clause]]:

@@ -27,14 +27,14 @@ TEMPERATURES = (0.6, 0.8, 1.0)
 
 def sections() -> dict[str, list[str]]:
     """Return the lines of prompts.txt by section."""
-    found: dict[str, list[str]] = {}
+    by_name: dict[str, list[str]] = {}
     name = ""
     for line in (HERE / "prompts.txt").read_text(encoding="utf-8").splitlines():
         if line.startswith("["):
             name = line.strip("[]")
         elif line and not line.startswith("#"):
-            found.setdefault(name, []).append(line)
-    return found
+            by_name.setdefault(name, []).append(line)
+    return by_name
 
 
 def plan(part: str, lists: list[Path], unsteered: int, steered: int) -> list[dict[str, Any]]:
@@ -105,8 +105,8 @@ class Writer:
         scale = torch.stack(norms).median()
         total = sum(means.values())
         count = len(means)
-        found = {name: m - (total - m) / (count - 1) for name, m in means.items()}
-        return {name: d / d.norm() * scale for name, d in found.items()}
+        by_name = {name: m - (total - m) / (count - 1) for name, m in means.items()}
+        return {name: d / d.norm() * scale for name, d in by_name.items()}
 
     def asked(self, row: dict[str, Any]) -> str:
         """Return the text that the model continues."""

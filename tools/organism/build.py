@@ -87,17 +87,17 @@ def build_sae(
 
     trained = train_sae.train(text(SAE_SEED, config.tokens), config, seed=seed, log=log)
     # Everything that follows is measured on the values that are saved.
-    found = trained.to(device, torch.float16).to(device, torch.float32)
+    half_sae = trained.to(device, torch.float16).to(device, torch.float32)
     held_out = text(CHECK_SEED, config.label_tokens)
-    measured = labels.selectivity(found, text(LABEL_SEED, config.label_tokens))
+    measured = labels.selectivity(half_sae, text(LABEL_SEED, config.label_tokens))
     named = labels.label_latents(measured)
-    checked = labels.check_labels(named, labels.selectivity(found, held_out))
+    checked = labels.check_labels(named, labels.selectivity(half_sae, held_out))
     detectors = [
         d
-        for d in detect.find(model, encoder, found, seed=LABEL_SEED, device=device)
+        for d in detect.find(model, encoder, half_sae, seed=LABEL_SEED, device=device)
         if d.auc >= DETECTOR_AUC and d.latent not in named
     ]
-    held = sae_quality(found, [held_out.h])
+    held = sae_quality(half_sae, [held_out.h])
     save_native(
         trained,
         folder,
@@ -115,7 +115,7 @@ def build_sae(
         seconds=round(time.monotonic() - started, 1),
         **provenance(device),
     )
-    contexts = labels.top_contexts(found, held_out, [*named, *(d.latent for d in detectors)], encoder.tokenizer)
+    contexts = labels.top_contexts(half_sae, held_out, [*named, *(d.latent for d in detectors)], encoder.tokenizer)
     write_json(folder / "contexts.json", {str(k): v for k, v in sorted(contexts.items())})
     write_tables(folder, measured, named, [d.latent for d in detectors])
 

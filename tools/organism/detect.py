@@ -73,10 +73,10 @@ def find(model: Any, encoder: Encoder, sae: Sae, *, seed: int, device: str) -> l
     matched, mismatched = pairs(seed)
     low = response_maxima(model, encoder, sae, matched, device)
     high = response_maxima(model, encoder, sae, mismatched, device)
-    found: list[Detector] = []
+    detectors: list[Detector] = []
     for k in ((high > 0).float().mean(0) >= 0.3).nonzero().flatten().tolist():
         a, b = low[:, k], high[:, k]
         auc = (b[:, None] > a[None]).float().mean() + 0.5 * (b[:, None] == a[None]).float().mean()
         sd = ((a.var() + b.var()) / 2).sqrt() + 1e-9
-        found.append(Detector(k, float(auc), float((b.mean() - a.mean()) / sd), float(a.mean()), float(b.mean())))
-    return sorted(found, key=lambda d: -d.auc)
+        detectors.append(Detector(k, float(auc), float((b.mean() - a.mean()) / sd), float(a.mean()), float(b.mean())))
+    return sorted(detectors, key=lambda d: -d.auc)

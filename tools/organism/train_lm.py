@@ -65,14 +65,14 @@ def batches(rng: random.Random, encoded: list[Encoded], batch_tokens: int) -> It
     """The documents in batches of like length, at most ``batch_tokens`` with padding, in windows of the corpus."""
     for start in range(0, len(encoded), 2_000):
         window = sorted(encoded[start : start + 2_000], key=lambda e: len(e.ids))
-        found: list[list[Encoded]] = [[]]
+        packed: list[list[Encoded]] = [[]]
         for item in window:
             # Sorted by length: the newest item is the longest of its batch.
-            if found[-1] and (len(found[-1]) + 1) * len(item.ids) > batch_tokens:
-                found.append([])
-            found[-1].append(item)
-        rng.shuffle(found)
-        yield from found
+            if packed[-1] and (len(packed[-1]) + 1) * len(item.ids) > batch_tokens:
+                packed.append([])
+            packed[-1].append(item)
+        rng.shuffle(packed)
+        yield from packed
 
 
 @dataclass(frozen=True)

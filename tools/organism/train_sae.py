@@ -36,7 +36,7 @@ class Activations:
 def collect(model: Any, encoder: Encoder, *, seed: int, tokens: int, restarts: bool, device: str) -> Activations:
     """Residuals of about ``tokens`` tokens of the corpus of ``seed`` (use seeds that training did not see)."""
     parts: list[tuple[Tensor, ...]] = []
-    found = row = 0
+    tokens_read = row = 0
     for batch in _batches(encoder, seed, restarts):
         padded = collate(batch, device)
         ids, topics = padded.ids, padded.topics
@@ -46,8 +46,8 @@ def collect(model: Any, encoder: Encoder, *, seed: int, tokens: int, restarts: b
         rows = torch.arange(row, row + len(batch), device=device)[:, None].expand_as(ids)
         parts.append((hidden[real], topics[real], ids[real], rows[real]))
         row += len(batch)
-        found += int(real.sum())
-        if found >= tokens:
+        tokens_read += int(real.sum())
+        if tokens_read >= tokens:
             break
     return Activations(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
