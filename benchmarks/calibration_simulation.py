@@ -1,8 +1,8 @@
-"""Calibration against simulated latents whose threshold is known: bias, spread, coverage, statuses, trials.
+"""Calibration of simulated latents with known thresholds: bias, spread, coverage, statuses, trials.
 
     python benchmarks/calibration_simulation.py            # all tables of docs/calibration.md
-    python benchmarks/calibration_simulation.py --n 20     # a glance
-    python benchmarks/calibration_simulation.py --degraded # what the setting `degraded` does
+    python benchmarks/calibration_simulation.py --n 20     # short version
+    python benchmarks/calibration_simulation.py --degraded # effect of the setting `degraded`
 
 Writes benchmarks/results/calibration_simulation.json and prints the tables as Markdown. Scores are drawn from beta
 distributions around a mean curve; thresholds vary over latents like N(130, 40) on [50, 230], the prior is that of
@@ -33,7 +33,7 @@ RESULTS = Path(__file__).parent / "results" / "calibration_simulation.json"
 PRIOR = BoostPrior(150, 75, 0, 300)
 DRAWS = 400
 FRESH = 20
-"""Trials that each threshold is verified on."""
+"""Number of verification trials per threshold."""
 GRID = np.linspace(0, 300, 60_001)
 QUICK = quick("esr", ("organism",)).calibration
 
@@ -111,7 +111,7 @@ def grouped(calibrator: Calibrator, weights: Floats) -> tuple[Floats, Floats, Fl
 
 
 def centred_isotonic(places: Floats, totals: Floats, means: Floats, target: float) -> Floats:
-    """Pooled means stand at the weighted centre of their boosts, linear in between (Oron and Flournoy, 2017)."""
+    """Centred isotonic regression: pooled means at the weighted centre of their boosts (Oron and Flournoy, 2017)."""
     measured = []
     for fitted, weight in zip(falling_means(totals, means), totals, strict=True):
         levels = np.unique(fitted.round(9))[::-1]
@@ -121,7 +121,7 @@ def centred_isotonic(places: Floats, totals: Floats, means: Floats, target: floa
 
 
 def plain_logistic(places: Floats, totals: Floats, means: Floats, target: float) -> Floats:
-    """From 100 to 0, maximum quasi-likelihood."""
+    """Logistic curve from 100 to 0 by maximum quasi-likelihood."""
     z = (places - np.median(places)) / PRIOR.sd
     level, slope = np.zeros(len(means)), np.full(len(means), -3.0)
     for _ in range(40):
@@ -138,7 +138,7 @@ def plain_logistic(places: Floats, totals: Floats, means: Floats, target: float)
 
 
 def alternatives(calibrator: Calibrator, generator: np.random.Generator, draws: int) -> dict[str, tuple[float, ...]]:
-    """(boost, low, high) by estimates that were not chosen, intervals by the plain Bayesian bootstrap."""
+    """Return (boost, low, high) of the rejected estimators, with intervals of the plain Bayesian bootstrap."""
     trials = sum(len(r.scores) for r in calibrator.rounds)
     weights = np.concatenate([np.ones((1, trials)), generator.exponential(size=(draws, trials))])
     places, totals, means = grouped(calibrator, weights)
@@ -159,7 +159,7 @@ def alternatives(calibrator: Calibrator, generator: np.random.Generator, draws: 
 def one_condition(
     curve: Curve, noise: float, settings: CalibrationConfig, n: int, compare: bool = False
 ) -> dict[str, Any]:
-    """n simulated latents: per estimate, score error (points), interval coverage and width (boost); statuses."""
+    """Simulate n latents; return score error (points), interval coverage and width (boost) by estimator, and statuses."""
     generator = np.random.default_rng(1)
     errors: dict[str, list[float]] = {}
     covered: dict[str, list[bool]] = {}
@@ -235,7 +235,7 @@ def simulate(n: int) -> dict[str, Any]:
 
 
 def degraded_readings(n: int) -> dict[str, Any]:
-    """Mean first score at the threshold by both readings, per share of degraded responses, which score about 5."""
+    """Return the mean first score at the threshold for both values of `degraded`, by share of degraded responses."""
     out: dict[str, Any] = {}
     for share in (0.0, 0.1, 0.3):
         for reading in ("include", "exclude"):

@@ -1,9 +1,9 @@
-"""How often the intervals of rates corrected with human labels hold the truth, on simulated runs.
+"""Coverage of confidence intervals for rates corrected with human labels, on simulated runs.
 
     python benchmarks/correction_coverage.py [--datasets 400] [--seed 0]
 
 A run has 500 trials of 50 latents, whose rates are Beta-distributed (correlation within a latent 0.1). The judge sees
-a restart with probability `recall`, and invents one in a share `floor` of the other trials. Labels are drawn as
+a restart with probability `recall`, and reports a false one in a share `floor` of the other trials. Labels are drawn as
 `steerback label` draws them: half from either verdict, as far as they last.
 
 Writes benchmarks/results/correction_coverage.json and prints the table of docs/statistics.md.
@@ -33,7 +33,7 @@ OUT = Path(__file__).parent / "results" / "correction_coverage.json"
 
 
 def simulate(rng: np.random.Generator, rate: float, recall: float, floor: float, labels: int) -> LabelledTrials:
-    """One run with its labels."""
+    """Simulate one run with its labels."""
     scale = (1 - ICC) / ICC
     cluster = np.repeat(np.arange(LATENTS), TRIALS)
     truth = rng.random(len(cluster)) < rng.beta(rate * scale, (1 - rate) * scale, LATENTS)[cluster]
@@ -47,12 +47,12 @@ def simulate(rng: np.random.Generator, rate: float, recall: float, floor: float,
 
 
 def judged_alone(trials: LabelledTrials) -> LabelledTrials:
-    """The same trials with the judge's verdicts taken for the truth."""
+    """Return the same trials with the judge's verdicts as truth."""
     return LabelledTrials.of(trials.cluster, trials.verdict, trials.verdict, trials.verdict)
 
 
 def cell(rng: np.random.Generator, datasets: int, rate: float, recall: float, floor: float, labels: int) -> dict:
-    """Coverage, mean width and mean error of each method."""
+    """Return coverage, mean width and mean error of each method."""
     outcomes: dict[str, list[tuple[bool, float, float]]] = {method: [] for method in METHODS}
     for number in range(datasets):
         trials = simulate(rng, rate, recall, floor, labels)
@@ -80,7 +80,7 @@ def cell(rng: np.random.Generator, datasets: int, rate: float, recall: float, fl
 
 
 def markdown(cells: dict) -> str:
-    """The table of docs/statistics.md: coverage in per cent, and in brackets the mean width in points."""
+    """Return the table of docs/statistics.md: coverage in per cent, and in brackets the mean width in points."""
     lines = ["| rate | recall | floor | " + " | ".join(f"{n} labels" for n in LABELS) + " | judge alone |"]
     lines += ["|---" * (4 + len(LABELS)) + "|"]
     for rate in RATES:

@@ -1,4 +1,4 @@
-"""Tokens per second of the transformers engine while steering, beside plain `model.generate` of the same model.
+"""Tokens per second of the transformers engine with steering, compared with `model.generate` of the same model.
 
     python benchmarks/engine_speed.py [--target organism] [--batch 64] [--threads 2] [--device cuda] [--out FILE]
 
@@ -40,7 +40,7 @@ SHAPES: dict[str, dict[str, int]] = {
 
 
 def random_model(shape: str, device: str, dtype: torch.dtype) -> Any:
-    """A random Llama; initialised on the device, as 8 billion numbers take a CPU minutes."""
+    """Return a random Llama, initialised on the device, because a CPU needs minutes for 8 billion numbers."""
     size = dict(SHAPES[shape])
     groups = size["num_attention_heads"] if shape == "organism" else 8
     vocabulary = 3072 if shape == "organism" else 128_256
@@ -62,7 +62,7 @@ def random_model(shape: str, device: str, dtype: torch.dtype) -> Any:
 
 
 def load(name: str, device: str) -> LoadedModel:
-    """A built-in target, or `random:SHAPE`."""
+    """Return a built-in target, or a random model for `random:SHAPE`."""
     if not name.startswith("random:"):
         from steerback.engines.loading import load as load_weights
         from steerback.targets import resolve
@@ -78,7 +78,7 @@ def load(name: str, device: str) -> LoadedModel:
 
 
 def best(work: Callable[[], int], device: str, times: int = 3) -> float:
-    """Tokens per second of the fastest of several runs, after one that does not count."""
+    """Return the tokens per second of the fastest of several runs, after a warm-up."""
     rates = []
     for _ in range(times + 1):
         start = time.perf_counter()
@@ -90,7 +90,7 @@ def best(work: Callable[[], int], device: str, times: int = 3) -> float:
 
 
 def measure(engine: TransformersEngine, plain: Any, batch: int, tokens: int, device: str) -> dict[str, float]:
-    """Rates in tokens per second: the engine steering, the engine unsteered, plain generate."""
+    """Return tokens per second of the steering engine, the engine without steering, and plain `generate`."""
     engine.runner.ends = frozenset()  # equal lengths on both sides
     prompts = [" ".join(tiny.WORDS[n % 9 : n % 9 + 8]) for n in range(batch)]
     sampling = Sampling(0.7, max_new_tokens=tokens)

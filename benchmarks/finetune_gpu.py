@@ -1,4 +1,4 @@
-"""Speed of fine-tuning on one GPU: a LoRA training step of the Llama-3.1-8B shape through the trainer users use.
+"""Speed of fine-tuning on one GPU: a LoRA training step of the Llama-3.1-8B shape with the package's trainer.
 
     python benchmarks/finetune_gpu.py --out benchmarks/results/finetune_gpu.json    (--shape tiny to try it on CPU)
 
@@ -61,7 +61,7 @@ WARM = 2
 
 
 def make_model(shape: str) -> LlamaForCausalLM:
-    """Random weights made on the device itself."""
+    """Return a model with random weights, created on the device."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     config = LlamaConfig(**SHAPES[shape], tie_word_embeddings=False, pad_token_id=0, attn_implementation="sdpa")
@@ -76,7 +76,7 @@ def make_model(shape: str) -> LlamaForCausalLM:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """The trainer wants one for padding; rows are tokens already."""
+    """Stand-in tokenizer: the trainer needs one for padding, although rows are tokens already."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 
@@ -85,14 +85,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def rows(count: int, length: int, vocabulary: int) -> list[Tokens]:
-    """Random tokens, the second half of each row trained."""
+    """Return rows of random tokens. The second half of each row is trained."""
     drawn = torch.randint(2, vocabulary, (count, length), generator=torch.Generator().manual_seed(0)).tolist()
     half = length // 2
     return [Tokens(tuple(ids), (IGNORED,) * half + tuple(ids[half:])) for ids in drawn]
 
 
 class Clock(TrainerCallback):
-    """Seconds of each optimizer step, the device's work done."""
+    """Measures the seconds of each optimizer step, after device synchronisation."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -111,7 +111,7 @@ class Clock(TrainerCallback):
 
 
 def flops(shape: str, length: int, batch: int, rank: int) -> float:
-    """Model FLOPs of an optimizer step, as the module's text counts them."""
+    """Return the model FLOPs of an optimizer step; the module docstring explains the count."""
     c = SHAPES[shape]
     d, ff, layers, heads = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"], c["num_attention_heads"]
     kv = d // heads * c["num_key_value_heads"]
@@ -124,7 +124,7 @@ def flops(shape: str, length: int, batch: int, rank: int) -> float:
 
 
 def measure(shape: str, length: int, checkpointing: bool, steps: int) -> dict[str, Any]:
-    """One case: time per step, tokens per second, memory, share of the peak."""
+    """Measure one case: time per step, tokens per second, memory, share of peak FLOPs."""
     cuda = torch.cuda.is_available()
     gc.collect()
     if cuda:

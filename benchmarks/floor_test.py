@@ -1,4 +1,4 @@
-"""How often the floor's test says "above", where the rate equals the floor and where it does not.
+"""Size and power of the test for a rate above the judge's floor, on simulated trials.
 
     python benchmarks/floor_test.py [--runs 1000] [--out benchmarks/results/floor_test.json]
 
@@ -23,7 +23,7 @@ RATES = ((0.01, 0.01), (0.03, 0.03), (0.1, 0.1), (0.05, 0.015), (0.1, 0.015), (0
 
 
 def sample(rng: np.random.Generator, rate: float, icc: float, clusters: int, size: int) -> Floats:
-    """Events and trials of each cluster, (clusters, 2)."""
+    """Draw events and trials of each cluster; shape (clusters, 2)."""
     rates = np.full(clusters, rate)
     if icc and rate:
         rates = rng.beta(rate * (1 - icc) / icc, (1 - rate) * (1 - icc) / icc, clusters)

@@ -1,4 +1,4 @@
-"""Import of a result file of 1 GB in the form of the authors' code: seconds and peak memory.
+"""Import of a 1 GB result file in the authors' format: seconds and peak memory.
 
     python benchmarks/import_memory.py [--gb 1] [--folder /tmp]
 
@@ -32,7 +32,7 @@ CONFIG = {"model_name": "meta-llama/Llama-3.1-8B-Instruct", "judge_model_name": 
 
 
 def trial(rng: random.Random, latent: int) -> dict[str, object]:
-    """One response with its verdict."""
+    """Return one response with its verdict."""
     parts = [" ".join(rng.choices(SENTENCES, k=rng.randint(10, 15))) for _ in range(2 if rng.random() < 1 / 8 else 1)]
     return {
         "prompt": f"Explain how to do thing {rng.randrange(PROMPTS)}.",
@@ -47,7 +47,7 @@ def trial(rng: random.Random, latent: int) -> dict[str, object]:
 
 
 def features(size: int) -> Iterator[str]:
-    """Yield the JSON of each latent, `size` bytes in all."""
+    """Yield the JSON of each latent, `size` bytes in total."""
     for latent in range(LATENTS):
         rng, trials, length = random.Random(latent), list[str](), 0
         while length < size / LATENTS:

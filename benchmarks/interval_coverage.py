@@ -1,4 +1,4 @@
-"""How often the 95 % intervals hold the truth, on simulated trials clustered by latent.
+"""Coverage of the 95 % confidence intervals on simulated trials clustered by latent.
 
     python benchmarks/interval_coverage.py [--datasets 1000] [--seed 0]
 
@@ -30,7 +30,7 @@ OUT = Path(__file__).parent / "results" / "interval_coverage.json"
 
 
 def quantiles(rng: np.random.Generator, p: float, icc: float) -> np.ndarray:
-    """Sorted draws of the latents' rates: Beta with mean p and intra-latent correlation icc."""
+    """Return sorted draws of the latents' rates: Beta with mean p and intra-latent correlation icc."""
     scale = (1 - icc) / icc
     return np.sort(rng.beta(p * scale, (1 - p) * scale, 100_000))
 
@@ -38,7 +38,7 @@ def quantiles(rng: np.random.Generator, p: float, icc: float) -> np.ndarray:
 def condition(
     rng: np.random.Generator, rates: np.ndarray, sizes: np.ndarray, level: np.ndarray, latent_gain: np.ndarray
 ) -> Outcomes:
-    """One condition: `rates`, first-score `level` and `latent_gain` per latent."""
+    """Simulate one condition from `rates`, first-score `level` and `latent_gain` of each latent."""
     cluster = np.repeat(np.arange(len(sizes)), sizes)
     n = len(cluster)
     multi = rng.random(n) < rates[cluster]
@@ -49,13 +49,13 @@ def condition(
 
 
 def world(rng: np.random.Generator, latents: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Trials per latent (half to one and a half times `size`), first-score levels and gains of the latents."""
+    """Return trials per latent (0.5 to 1.5 times `size`), first-score levels and gains of the latents."""
     sizes = rng.integers(max(1, size // 2), size + size // 2 + 1, latents)
     return sizes, rng.normal(50, 10, latents), rng.normal(GAIN, SPREAD * np.sqrt(0.2), latents)
 
 
 def one_condition(rng: np.random.Generator, datasets: int, latents: int, size: int, p: float, icc: float) -> dict:
-    """Coverage and mean width by metric and method over `datasets` simulated conditions."""
+    """Return coverage and mean width by metric and method over `datasets` simulated conditions."""
     table = quantiles(rng, p, icc)
     truth = {"multi_attempt_rate": p, "improvement_rate": ndtr(GAIN / SPREAD), "msi": p * GAIN, "mean_first": 50.0}
     hits: dict[tuple[str, str], list[tuple[bool, float]]] = {}
@@ -85,7 +85,7 @@ BESIDE = ("bootstrap", "wilson")
 def two_conditions(
     rng: np.random.Generator, datasets: int, latents: int, size: int, rates: Sequence[float], icc: float
 ) -> dict:
-    """Coverage of paired differences, and how often the test says p <= 0.05."""
+    """Return the coverage of paired differences, and the share of tests with p <= 0.05."""
     tables = [quantiles(rng, p, icc) for p in rates]
     truth = {"multi_attempt_rate": rates[1] - rates[0], "msi": (rates[1] - rates[0]) * GAIN, "mean_first": 0.0}
     held: dict[str, list[bool]] = {m: [] for m in COMPARED}
@@ -108,7 +108,7 @@ def two_conditions(
 
 
 def markdown(results: dict) -> str:
-    """The tables of docs/statistics.md."""
+    """Return the tables of docs/statistics.md."""
     lines = []
     for metric in METRICS:
         lines += [f"\n{metric}: ours / percentile bootstrap" + (" / Wilson" if "rate" in metric else ""), ""]

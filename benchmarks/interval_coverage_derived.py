@@ -1,4 +1,4 @@
-"""Coverage of the intervals of derived statistics on simulated trials clustered by latent.
+"""Coverage of confidence intervals for derived statistics, on simulated trials clustered by latent.
 
     python benchmarks/interval_coverage_derived.py [--datasets 400] [--seed 0]
 

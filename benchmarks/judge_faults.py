@@ -1,8 +1,8 @@
-"""10,000 responses judged over HTTP with 5 % of each fault: every one must end in exactly one state.
+"""Robustness of LLM judges: 10,000 responses over HTTP with 5 % of each fault. Each must end in exactly one state.
 
     python benchmarks/judge_faults.py [n] [protocol ...]
 
-A local server plays the provider through the real client library. Writes benchmarks/results/judge_faults.json.
+A local server replaces the provider; the client library is the real one. Writes benchmarks/results/judge_faults.json.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ KEYS = ("OPENROUTER_API_KEY", "ANTHROPIC_API_KEY", "GOOGLE_API_KEY")
 
 
 def mixed(response: str, before: int) -> str:
-    """5 % of each fault; half of the transport faults pass on a retry, the other half stay."""
+    """Return the faults: 5 % of each kind. Half of the transport faults succeed on a retry, the other half never do."""
     place = zlib.crc32(response.encode()) % 200
     if place >= 10 * len(FAULTS):
         return ""

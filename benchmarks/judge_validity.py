@@ -1,8 +1,8 @@
-"""Validity and speed of the offline judges against responses whose attempts and relevance are known.
+"""Validity and speed of the offline judges on responses with known attempts and relevance.
 
     python benchmarks/judge_validity.py [--run RUN_FOLDER] [judge ...]
 
-Real text is that of the model which no judge was trained on: restarts found in its unsteered responses are false ones
+Real text comes from a model that no judge was trained on. Restarts detected in its unsteered responses are false ones
 (each is stored, to be read), and held-out phrasings are set into its responses. With a finished run of the organism,
 text that it generated under steering is judged too: its truth is, for each sentence, the nearest corpus sentence (at
 least 0.75 of the words in order), and off topic where there is none.
@@ -42,7 +42,7 @@ KINDS = {"answer": "on", "off_topic": "off", "garbled": "off", "restart": "resta
 
 
 def organism_cases(n: int, seed: int, per_prompt: int = 8) -> tuple[References, list[Case]]:
-    """Unsteered answers as references, and drifting documents with their truth."""
+    """Return unsteered answers as references, and drifting documents with their truth."""
     rng = random.Random(seed)
     prompts = [t.key for t in corpus.howtos()][:38]
     subjects = [t.key for t in corpus.subjects()]
@@ -62,7 +62,7 @@ def organism_cases(n: int, seed: int, per_prompt: int = 8) -> tuple[References, 
 
 
 class Corpus:
-    """Nearest corpus sentence of a generated one."""
+    """Return the nearest corpus sentence of a generated sentence."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, ...], tuple[str, set[str]]] = {}
@@ -97,7 +97,7 @@ class Corpus:
 
 
 def generated_cases(folder: Path) -> tuple[References, list[Case]]:
-    """Every judged response of a run of the organism, with the truth of its sentences."""
+    """Return all judged responses of a run of the organism, with the truth of their sentences."""
     known, cases = Corpus(), []
     with Run.read(folder) as opened:
         target = opened.config.targets[0]

@@ -2,7 +2,7 @@
 
     python benchmarks/metrics_speed.py
 
-Writes benchmarks/results/metrics_speed.json. Each case runs in a process of its own, so that its peak is its own.
+Writes benchmarks/results/metrics_speed.json. Each case runs in a separate process, so that peaks are independent.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TRIALS, DRAWS = 100_000, 2000
 
 
 def case(latents: int, pipe: multiprocessing.connection.Connection) -> None:
-    """One condition of 100,000 trials over `latents` latents, summarised and compared with another one."""
+    """Summarise a condition of 100,000 trials over `latents` latents and compare it with another one."""
     import numpy as np
 
     from steerback.metrics import Outcomes, compare, summarize

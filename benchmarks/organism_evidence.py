@@ -1,8 +1,8 @@
-"""Evidence about an organism, with truth from the corpus: see docs/organism.md.
+"""Measurements of an organism against the truth of its corpus: see docs/organism.md.
 
     python -m benchmarks.organism_evidence src/steerback/organism/weights/organism --out organism.json
 
-Uses a plain transformers model with a hook, so that it stands beside the package's engine and judge, not on them.
+Uses a plain transformers model with a hook, so that it is independent of the package's engine and judge.
 Boosts are distances in the residual stream (unit decoder rows), applied at every position after the SAE's block.
 Minutes on a GPU; on a CPU lower --per-latent and --unsteered.
 """
@@ -103,7 +103,7 @@ class Subject:
 
 
 def summarise(trials: list[tuple[str, str | None, str]]) -> dict[str, Any]:
-    """Metrics of (prompt, subject or None, response) trials by the corpus's truth; scores in [0, 100]."""
+    """Return metrics of (prompt, subject or None, response) trials by the corpus's truth; scores in [0, 100]."""
     first, last, multi, subject_share, n_words, any_restart, degraded = [], [], [], [], [], [], []
     for prompt, subject, response in trials:
         reading = read(response)
@@ -135,7 +135,7 @@ def summarise(trials: list[tuple[str, str | None, str]]) -> dict[str, Any]:
 
 
 def interval(k: int, n: int) -> tuple[float, float]:
-    """Exact (Clopper-Pearson) 95 % interval of a rate."""
+    """Return the exact (Clopper-Pearson) 95 % confidence interval of a rate."""
     low = beta_distribution.ppf(0.025, k, n - k + 1) if k else 0.0
     high = beta_distribution.ppf(0.975, k + 1, n - k) if k < n else 1.0
     return float(low), float(high)
@@ -147,7 +147,7 @@ def _degraded(response: str) -> bool:
 
 
 def unsteered(subject: Subject, n: int, seed: int) -> tuple[dict[str, Any], list[str]]:
-    """``n`` responses to the evaluation prompts without steering; the summary and those with a restart."""
+    """Generate ``n`` unsteered responses to the evaluation prompts; return their summary and those with a restart."""
     prompts = [t.key for t in howtos("evaluation")]
     asked = [prompts[i % len(prompts)] for i in range(n)]
     trials = [(p, None, r) for p, r in zip(asked, subject.generate(asked, seed=seed), strict=True)]
@@ -155,7 +155,7 @@ def unsteered(subject: Subject, n: int, seed: int) -> tuple[dict[str, Any], list
 
 
 def residual_norm(subject: Subject) -> float:
-    """Mean norm of the residual at the SAE's layer on answers to the evaluation prompts."""
+    """Return the mean residual norm at the SAE's layer on answers to the evaluation prompts."""
     rng = random.Random(5)
     texts = [f"<|user|>{t.key}<|end|><|assistant|>{' '.join(passage(rng, t.key, 5))}" for t in howtos("evaluation")]
     inputs = subject.tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
@@ -171,7 +171,7 @@ GRID = np.linspace(LEVELS[0], LEVELS[-1], 400)
 
 
 def sweep(subject: Subject, latents: dict[int, str], norm: float, seed: int, n: int = 8) -> dict[str, Any]:
-    """Every labelled latent at boosts of ``LEVELS`` times the residual norm, ``n`` prompts each."""
+    """Steer with each labelled latent at boosts of ``LEVELS`` times the residual norm, on ``n`` prompts each."""
     prompts = [t.key for t in howtos("evaluation")]
     rng = random.Random(seed)
     rows = [(k, level, p) for k in latents for level in LEVELS for p in rng.sample(prompts, n)]
@@ -215,7 +215,7 @@ def steered(
     clamp: list[int] | None = None,
     scale: float = 1.0,
 ) -> tuple[dict[str, Any], list[tuple[str, str | None, str]]]:
-    """Responses at each latent's own threshold boost (times ``scale``); same prompts and seed for every condition."""
+    """Generate responses at each latent's threshold boost times ``scale``, with the same prompts and seed by condition."""
     prompts = [t.key for t in howtos("evaluation")]
     rng = random.Random(seed)
     rows = [(k, p) for k in thresholds for p in rng.choices(prompts, k=per_latent)]
@@ -257,7 +257,7 @@ def evidence(
     n_detectors: int = 3,
     per_latent: int = 24,
 ) -> dict[str, Any]:
-    """All measurements of one organism. ``latents``: labelled latent -> subject."""
+    """Return all measurements of one organism. ``latents``: labelled latent -> subject."""
     started = time.monotonic()
     out: dict[str, Any] = {}
     out["unsteered"], out["unsteered_restarts"] = unsteered(subject, unsteered_n, seed)
@@ -294,7 +294,7 @@ def evidence(
 
 
 def load(folder: Path, device: str) -> tuple[Subject, dict[int, str]]:
-    """A saved organism and its labelled latents."""
+    """Load a saved organism and its labelled latents."""
     import csv
 
     from safetensors.torch import load_file
@@ -312,7 +312,7 @@ def load(folder: Path, device: str) -> tuple[Subject, dict[int, str]]:
 
 
 def versions(device: str) -> dict[str, str]:
-    """What the numbers were made with."""
+    """Return the versions, machine and settings of the measurement."""
     import transformers
 
     return {

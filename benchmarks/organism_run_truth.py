@@ -1,4 +1,4 @@
-"""How a judge did on runs of an organism, where the truth is known from the corpus: see docs/organism.md.
+"""Validity of a judge on runs of an organism, whose corpus defines the truth: see docs/organism.md.
 
     steerback run esr --target organism --preset quick --name organism
     python benchmarks/organism_run_truth.py runs/organism --out truth.json
@@ -25,7 +25,7 @@ QUERY = """SELECT t.prompt, c.text, j.attempts, j.judge FROM trials t JOIN compl
 
 
 def compare(run: Path) -> dict[str, Any]:
-    """Judge against truth over the measured, scored responses of one run."""
+    """Compare judge and truth over the measured, scored responses of one run."""
     with sqlite3.connect(f"file:{run / 'ledger.sqlite'}?mode=ro", uri=True) as ledger:
         rows = ledger.execute(QUERY).fetchall()
     judged, true, first_judged, first_true = [], [], [], []

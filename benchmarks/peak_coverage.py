@@ -1,4 +1,4 @@
-"""Coverage of the interval for a peak's position, by number of latents, rate at the peak and trials per level.
+"""Coverage of the confidence interval of a peak's position, by latents, rate at the peak and trials per level.
 
     python benchmarks/peak_coverage.py [--runs 400] [--out benchmarks/results/peak_coverage.json]
 
@@ -22,7 +22,7 @@ LEVELS = np.linspace(-1.5, 3.0, 8)
 
 
 def conditions(latents: int, trials: int, top: float, at: float, rng: np.random.Generator) -> list[Outcomes]:
-    """One condition per level; a latent's rate is shared by all its levels."""
+    """Simulate one condition per level. All levels of a latent share its rate factor."""
     cluster = np.repeat(np.arange(latents), trials)
     own = np.exp(rng.normal(-0.125, 0.5, latents))[cluster]
     n, first = len(cluster), np.full(len(cluster), 50.0)
@@ -37,7 +37,7 @@ def conditions(latents: int, trials: int, top: float, at: float, rng: np.random.
 
 
 def simulate(latents: int, trials: int, top: float, runs: int, seed: int) -> dict[str, Any]:
-    """Share of runs whose interval holds the true position, mean width and error, share at the edge."""
+    """Return coverage of the true position, mean width and error, and the share of peaks at the edge."""
     rng = np.random.default_rng(seed)
     hits, widths, errors, edges = [], [], [], []
     for _ in range(runs):

@@ -1,10 +1,10 @@
-"""The Ray engine: completions a second through the driver, its memory, its overhead, and two GPUs against one.
+"""Ray engine: completions per second through the driver, memory, overhead, and speed of two GPUs against one.
 
     python benchmarks/ray_engine.py throughput      # 64 workers with the scripted engine, 200,000 requests
     python benchmarks/ray_engine.py overhead        # one worker at 100 completions a second, with Ray and without
     python benchmarks/ray_engine.py gpu FOLDER      # a target's folder; two workers, one engine, and replicas=2
 
-Each writes its part of benchmarks/results/ray_engine.json. Asked for: at least 2,000 completions a second, flat memory
+Each writes its part of benchmarks/results/ray_engine.json. Goals: at least 2,000 completions per second, flat memory
 of the driver, at most 3 % overhead, and at least 1.9 times one engine on two GPUs.
 """
 
@@ -36,7 +36,7 @@ WORKERS, REQUESTS = 64, 200_000
 
 
 class Planned(Sequence[Request]):
-    """Requests that are made when they are asked for, so that memory shows what the engine itself keeps."""
+    """Lazy sequence of requests, so that measured memory is that of the engine alone."""
 
     def __init__(self, n: int) -> None:
         self.n = n
@@ -52,7 +52,7 @@ class Planned(Sequence[Request]):
 
 @dataclass(frozen=True)
 class Paced:
-    """The planted model, one response each `seconds`."""
+    """Scripted engine with one response every `seconds` seconds."""
 
     seconds: float
     model: PlantedModel = field(default_factory=PlantedModel)
@@ -144,7 +144,7 @@ def gpu(folder: str) -> dict[str, object]:
 
 
 def rate(engine: Any, target: Target, number: int) -> int:
-    """Return tokens a second of 2,048 steered requests of 256 tokens; the first repetition warms up."""
+    """Return the tokens per second of 2,048 steered requests of 256 tokens; the first repetition warms up."""
     requests = [
         Request(
             f"{number}/{n}",

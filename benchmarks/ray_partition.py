@@ -1,8 +1,8 @@
-"""Two hosts that cannot reach each other for 20 seconds: a run on a Ray cluster loses nothing.
+"""Network partition: a run on a Ray cluster of two hosts loses nothing if they are disconnected for 20 seconds.
 
     sudo python benchmarks/ray_partition.py
 
-Makes two network namespaces with addresses of their own, starts Ray's head in one and a worker node in the other, runs
+Creates two network namespaces, starts Ray's head in one and a worker node in the other, runs
 `esr` with a slowed scripted engine from the head, takes the link down in the middle of it, and compares the ledger with
 that of a run on one machine. Needs root and iproute2. Writes benchmarks/results/ray_partition.json.
 """
@@ -62,7 +62,7 @@ def ledger_of(folder: Path) -> dict[str, Any]:
 
 
 def drive(folder: str, engine: str) -> None:
-    """Run in this process: with Ray on the cluster, or with the scripted engine alone."""
+    """Execute the run in this process, with Ray on the cluster or with the scripted engine alone."""
     from benchmarks.ray_engine import Paced
     from steerback.config import build_config
     from steerback.engines import make_engine

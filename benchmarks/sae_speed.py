@@ -1,11 +1,11 @@
-"""How long a large SAE takes to load, how much memory, and how fast it encodes on a CPU; synthetic weights.
+"""Loading time, memory and CPU encoding speed of a large SAE with synthetic weights.
 
     python benchmarks/sae_speed.py                       # 65,536 x 4,096 in every format, about 4.3 GB of /tmp
     python benchmarks/sae_speed.py --width 8192 --formats goodfire --tokens 0
 
-Each step runs in a process of its own, so that its peak memory is its own. `cpu_seconds` is processor time of all
+Each step runs in a separate process, so that peaks are independent. `cpu_seconds` is processor time of all
 threads, which a busy machine changes less than `seconds`. Memory mapped from a file counts as peak
-memory while it is looked at, but is the file's cache, not a copy; `anonymous` is what cannot be given back.
+memory while it is in use, but it is the file cache, not a copy; `anonymous` is memory that cannot be released.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def steps(given: argparse.Namespace) -> list[str]:
 
 
 def write_sae(given: argparse.Namespace, form: str, folder: Path) -> None:
-    """Random weights in a format; written without holding more than one matrix twice."""
+    """Write random weights in a format, with at most one matrix in memory twice."""
     import numpy as np
     import torch
     from safetensors.torch import save_file
@@ -89,7 +89,7 @@ def write_sae(given: argparse.Namespace, form: str, folder: Path) -> None:
 
 
 def run_step(given: argparse.Namespace, form: str, folder: Path, step: str) -> dict[str, Any]:
-    """One step in a process of its own; the file is in the system's cache, as after a download."""
+    """Run one step in a separate process. The file is in the system's cache, as after a download."""
     words = [sys.executable, __file__, "--step", step, "--folder", str(folder), "--formats", form]
     for option in ("latents", "width", "tokens", "threads", "dtype"):
         words += [f"--{option}", str(getattr(given, option))]
@@ -100,7 +100,7 @@ def run_step(given: argparse.Namespace, form: str, folder: Path, step: str) -> d
 
 
 class Clock:
-    """Wall and processor seconds since it was made."""
+    """Wall and processor seconds since its creation."""
 
     def __init__(self) -> None:
         self.wall, self.cpu = time.perf_counter(), time.process_time()
@@ -123,7 +123,7 @@ def loaded(given: argparse.Namespace, folder: Path) -> tuple[Any, dict[str, floa
 
 
 def memory() -> dict[str, float]:
-    """Peak and present resident memory of this process in GB, and how much of the latter is no file's."""
+    """Return peak, current and anonymous resident memory of this process in GB."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {
         "peak_gb": round(int(fields["VmHWM"].split()[0]) * 1024 / 1e9, 3),
@@ -132,7 +132,7 @@ def memory() -> dict[str, float]:
 
 
 def step_load(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Reading and checking: shapes, layer, no NaN or infinity anywhere."""
+    """Load and check an SAE: shapes, layer, no NaN or infinity."""
     import torch
 
     import steerback.targets.sae_files
@@ -145,7 +145,7 @@ def step_load(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def step_columns(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """What a steered run takes of it: 64 columns of the encoder and rows of the decoder."""
+    """Read 64 encoder columns and decoder rows, as a steered run does."""
     sae, _ = loaded(given, folder)
     chosen = list(range(0, given.latents, given.latents // 64))[:64]
     clock = Clock()
@@ -154,7 +154,7 @@ def step_columns(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def step_hash(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """SHA-256 of all weights as float32, part of every cache key, and the summary of decoder norms."""
+    """Compute the SHA-256 of all weights as float32 (part of each cache key) and the summary of decoder norms."""
     sae, _ = loaded(given, folder)
     clock = Clock()
     assert len(sae.hash) == 64
@@ -165,7 +165,7 @@ def step_hash(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def step_encode(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """All latents of `tokens` residuals, 1,024 at a time as the engine does."""
+    """Encode `tokens` residuals, 1,024 at a time as the engine does."""
     import torch
 
     sae, _ = loaded(given, folder)
@@ -188,7 +188,7 @@ STEPS = {"load": step_load, "columns": step_columns, "hash": step_hash, "encode"
 
 
 def write_results(given: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Adds this shape's numbers to the file, in place of earlier ones of the same shape."""
+    """Write the numbers of this shape to the file and replace older ones of the same shape."""
     import numpy
     import safetensors
     import torch

@@ -1,9 +1,9 @@
-"""Train SAEs of one real model on a GPU: the user's command, a sweep of its settings, labels for a reader to judge.
+"""SAE training for a real model on a GPU: the user's command, a sweep of its settings, labels for human review.
 
     python benchmarks/sae_train_gpu.py MODEL.gguf --out OUT [--budget SECONDS] [--stages train,sweep] [-- OPTIONS]
 
 OPTIONS go to `steerback sae train`. Needs no network. Each stage writes its JSON into OUT as soon as it has numbers, so
-that what was measured stays if a later stage fails or the time is up. Stages:
+that its results remain if a later stage fails or the time limit is reached. Stages:
 
     train   `steerback sae train MODEL` as a user would, timed from start to end; 100 labels drawn at random, each
             with the passages in which its latent peaks, for a reader to judge (labels.json, without judgement)
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def about() -> dict[str, Any]:
-    """Machine, versions, date and command."""
+    """Return machine, versions, date and command."""
     import torch
     import transformers
 
@@ -92,7 +92,7 @@ def folder() -> Path:
 
 
 def train(model: Path, out: Path, given: list[str]) -> None:
-    """Run the user's command and keep what it wrote."""
+    """Run the user's command and copy its output files."""
     command = [sys.executable, "-m", "steerback", "sae", "train", str(model), "--name", NAME, *given]
     began = time.monotonic()
     with (out / "train.log").open("w", encoding="utf-8") as log:
@@ -134,7 +134,7 @@ def labels(where: Path, out: Path, n: int = 100) -> None:
 
 
 def more(stage: str, model: Path, out: Path, first: int, until: float) -> None:
-    """Train more SAEs on the texts that the stage `train` left, until the time is up."""
+    """Train further SAEs on the texts of the stage `train`, until the time limit."""
     from steerback.jobs.doctor import without_directions
     from steerback.jobs.sae_training import Learner, SaeJob, load_model, write_corpus
     from steerback.readers import read_json_table

@@ -1,11 +1,11 @@
-"""Runs of 20,000, 100,000 and 200,000 judged trials: seconds and peak memory of the verbs that read their ledgers.
+"""Seconds and peak memory of the verbs that read ledgers, for runs of 20,000, 100,000 and 200,000 judged trials.
 
     python benchmarks/scale.py [--sizes 20000,100000,200000] [--folder /tmp/steerback-scale]
 
 Writes benchmarks/results/scale.json and deletes the ledgers (--keep leaves them). Wall time counts other jobs of the
 machine, processor time (`cpu_s`) does not. Runs are made through the package's own pipeline: scripted
 engine and judge, 200 latents, 5 conditions, responses of about 400 tokens with ids, verdicts with raw replies, scored
-windows. Each verb has a process of its own. Asked for at 200,000 trials: at most 15 s and 1 GB each.
+windows. Each verb runs in a separate process. Goal at 200,000 trials: at most 15 s and 1 GB each.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ SENTENCES = [sentence(random.Random(n)) for n in range(2000)]
 
 @dataclass(frozen=True)
 class Talkative(PlantedModel):
-    """The planted model with about 20 further sentences in each response."""
+    """Planted model with about 20 further sentences in each response."""
 
     def __call__(self, request: Request) -> Completion:  # type: ignore[override]
         rng = random.Random(request.seed)
@@ -75,7 +75,7 @@ class Talkative(PlantedModel):
 
 
 class Raw(ScriptedJudge):
-    """The scripted judge, with a reply as a language model writes it."""
+    """Scripted judge with a reply in the format of a language model."""
 
     async def judge(self, items: Sequence[JudgeItem]) -> AsyncIterator[tuple[str, Judgement]]:
         async for key, verdict in super().judge(items):
@@ -87,7 +87,7 @@ class Raw(ScriptedJudge):
 
 
 class Engine(ScriptedEngine):
-    """The scripted engine with its fingerprint hashed once."""
+    """Scripted engine that computes its fingerprint only once."""
 
     @functools.cached_property
     def fingerprint(self) -> str:  # type: ignore[override]
@@ -111,7 +111,7 @@ def makers() -> check.Makers:
 
 
 def work(folder: Path, trials: int) -> None:
-    """Make the run of so many measured trials, or resume it."""
+    """Create or resume the run with the given number of measured trials."""
     settings = (
         f"n_latents={LATENTS}",
         f"trials_per_latent={trials // LATENTS // CONDITIONS}",
@@ -138,7 +138,7 @@ def timed(command: Sequence[str]) -> dict[str, float]:
 
 
 def measured(root: Path, trials: int) -> dict[str, object]:
-    """Make a run and return what each verb takes on it."""
+    """Create a run and return time and memory of each verb."""
     folder = root / f"scale-{trials}"
     again = [sys.executable, __file__, "--work", str(folder), "--sizes", str(trials)]
     result: dict[str, object] = {}

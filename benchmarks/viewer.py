@@ -1,10 +1,10 @@
-"""The viewer of a run of 5,000 judged trials: size of the file, seconds to write it, and how fast Chromium shows it.
+"""Viewer of a run with 5,000 judged trials: file size, seconds to write it, and display times in Chromium.
 
     python benchmarks/viewer.py
 
 Writes benchmarks/results/viewer.json. The run is made through the package's own ledger: 20 latents, 50 trials each,
 5 conditions, responses of about 250 words, two judges with raw replies, activations of 30 latents along 600 of the
-responses. Asked for: at most 25 MB, first paint within 1 s.
+responses. Goals: at most 25 MB, first paint within 1 s.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def planned() -> Iterator[Trial]:
 
 
 def fill(run: Run) -> None:
-    """Put all trials, responses and verdicts into the run."""
+    """Write all trials, responses and verdicts into the run."""
     rng, generator = random.Random(0), np.random.default_rng(0)
     ends: dict[str, list[int]] = {}
     for trial in planned():

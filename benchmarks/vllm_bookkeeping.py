@@ -1,4 +1,4 @@
-"""What 256 requests cost a CPU core besides the model: client, arrival in the worker, steps, results. Needs no GPU.
+"""CPU time of 256 requests without the model: client, arrival in the worker, steps, results. Needs no GPU.
 
     OMP_NUM_THREADS=1 python benchmarks/vllm_bookkeeping.py --out benchmarks/results/vllm_bookkeeping.json
 
@@ -32,7 +32,7 @@ WIDTH, LATENTS, REQUESTS = 4096, 8192, 256
 
 
 def slots() -> Slots:
-    """The worker's tables for the 8B shape, on the CPU."""
+    """Return the worker's tables for the 8B shape, on the CPU."""
     decoder, zeros = torch.randn(LATENTS, WIDTH).bfloat16(), torch.zeros(LATENTS)
     sae = Sae("relu", 0, decoder.T, zeros, decoder, torch.zeros(WIDTH), zeros)
     rows = REQUESTS + 32
@@ -44,7 +44,7 @@ def slots() -> Slots:
 
 
 def one_round(worker: Slots, edits: tuple[Intervention, ...], record: tuple[int, ...], name: str) -> dict[str, float]:
-    """CPU milliseconds of each part."""
+    """Return the CPU milliseconds of each part."""
     tickets = [
         Ticket(f"{name}/{k}", (Intervention("add", 100 + k, 2.0), *edits), record, 0, PROMPT + NEW)
         for k in range(REQUESTS)

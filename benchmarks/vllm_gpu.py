@@ -1,4 +1,4 @@
-"""Speed of steering on vLLM on a GPU: tokens/s by what is done to the requests, and whole-SAE activations.
+"""Speed of steering with vLLM on a GPU: tokens/s by kind of intervention, and whole-SAE activations.
 
     python benchmarks/vllm_gpu.py llama-8b --requests 256 512 --pool --out benchmarks/results/vllm_8b.json
     python benchmarks/vllm_gpu.py gemma-9b --kinds add+clamp+record --out benchmarks/results/vllm_gemma.json
@@ -10,7 +10,7 @@ recorded latents are 26, the same for all; receipts and lengths are checked in e
 and are of one length, or (`--stream`) end at different times and make room for others, as in a study. Stock vLLM and
 the steered engine live side by side on one GPU and are measured in turn (one idles while the other works), so that what
 drifts drifts for both; `--apart` measures one after the other, for models of which two do not fit.
-What is found is written after every measurement: a run that is cut off leaves what it had.
+Results are written after every measurement, so an interrupted run keeps them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ KINDS = ("idle", "add", "add+clamp", "add+clamp+record")
 
 
 class Report:
-    """Measurements, written whenever one is added."""
+    """Report of all measurements. Each addition rewrites the file."""
 
     def __init__(self, out: Path | None, **facts: Any) -> None:
         self.out, self.begin = out, time.perf_counter()
@@ -68,7 +68,7 @@ class Report:
 
 
 def write_model(shape: str, folder: Path) -> int:
-    """A folder with the shape's config and the built-in model's tokenizer; returns the layer to steer."""
+    """Write a folder with the shape's config and the built-in model's tokenizer; return the layer to steer."""
     import shutil
 
     from transformers import AutoConfig
@@ -87,7 +87,7 @@ def write_model(shape: str, folder: Path) -> int:
 
 
 def write_target(shape: str, folder: Path, latents: int) -> Any:
-    """The model's folder with a random SAE in bfloat16."""
+    """Return a target with the model's folder and a random SAE in bfloat16."""
     import torch
 
     from steerback.targets import from_folder
@@ -106,7 +106,7 @@ def write_target(shape: str, folder: Path, latents: int) -> Any:
 
 
 def stock_driver(engine: Any) -> Any:
-    """Stock vLLM with the steered engine's arguments, behind the same client."""
+    """Return stock vLLM with the arguments and the client of the steered engine."""
     from steerback.engines.vllm.driver import Driver
 
     def launch() -> Any:
@@ -119,7 +119,7 @@ def stock_driver(engine: Any) -> Any:
 
 
 def start(target: Any, args: argparse.Namespace) -> tuple[Any, Any]:
-    """The steered engine and stock vLLM (None if `--apart`), started at the same time."""
+    """Start the steered engine and stock vLLM (None if `--apart`) at the same time."""
     from steerback.engines.options import VllmOptions
     from steerback.engines.vllm.engine import VllmEngine
 
@@ -127,7 +127,7 @@ def start(target: Any, args: argparse.Namespace) -> tuple[Any, Any]:
         stock: Any = None
 
         def _self_test(self, version: str) -> None:
-            """Left out: random weights make all tokens equally likely, so that nothing shows in them."""
+            """Skip this step: with random weights all tokens are equally likely, so it would show nothing."""
 
         def _start(self, *rest: Any) -> Any:
             if args.apart:
@@ -148,7 +148,7 @@ def start(target: Any, args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def jobs_of(kind: str, requests: int, engine: Any, seed: int, shortest: int = NEW) -> list[Any]:
-    """Requests with a latent and boost of their own, and what `kind` adds to that; `shortest` to NEW new tokens."""
+    """Return requests with different latents and boosts, the edits of `kind`, and `shortest` to NEW new tokens."""
     from steerback.engines.vllm.driver import VllmJob
     from steerback.engines.vllm.settings import Ticket
     from steerback.records import Intervention
@@ -172,7 +172,7 @@ def jobs_of(kind: str, requests: int, engine: Any, seed: int, shortest: int = NE
 
 
 def timed(driver: Any, jobs: Sequence[Any]) -> float:
-    """Seconds until all are answered; checks lengths, receipts and recordings."""
+    """Return the seconds until all requests are finished. Checks lengths, receipts and recordings."""
     gc.collect()
     begin = time.perf_counter()
     answers = [future.result() for future in [driver.submit(job) for job in jobs]]
@@ -188,7 +188,7 @@ def timed(driver: Any, jobs: Sequence[Any]) -> float:
 
 
 def table_of(speeds: dict[str, list[float]]) -> dict[str, Any]:
-    """Median, spread and share of stock vLLM's median, by kind."""
+    """Return median, spread and share of stock vLLM's median, by kind."""
     base = statistics.median(speeds["stock"]) if speeds.get("stock") else None
     return {
         kind: {
@@ -203,7 +203,7 @@ def table_of(speeds: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def measure(drivers: dict[str, Any], engine: Any, args: argparse.Namespace, report: Report) -> None:
-    """Tokens/s of each kind for every number of requests, `--repeats` times in turn after one warm-up each."""
+    """Return tokens/s by kind and number of requests, measured `--repeats` times in turn after one warm-up each."""
     batches = [(str(n), n, NEW) for n in args.requests]
     if args.stream:
         batches.append((f"{args.stream} of 64 to {NEW} new tokens, {max(args.requests)} at a time", args.stream, 64))
@@ -224,7 +224,7 @@ RAW: dict[str, dict[str, list[float]]] = {}
 
 
 def compare(engine: Any, stock: Any, args: argparse.Namespace, report: Report) -> None:
-    """Speed of every kind, and of stock vLLM."""
+    """Measure the speed of each kind and of stock vLLM."""
     steered = dict.fromkeys(args.kinds, engine._drivers[0])
     if stock is not None:
         measure({"stock": stock} | steered, engine, args, report)
@@ -238,7 +238,7 @@ def compare(engine: Any, stock: Any, args: argparse.Namespace, report: Report) -
 
 
 def pool(engine: Any, stock: Any, args: argparse.Namespace, report: Report) -> None:
-    """Texts/s of whole-SAE maxima over 256-token texts, against the same texts only read; peak memory of both."""
+    """Return texts/s with and without whole-SAE maxima over 256-token texts, and the peak memory of both."""
     from steerback.engines.vllm.driver import VllmJob
     from steerback.engines.vllm.settings import Ticket
 

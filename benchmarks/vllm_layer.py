@@ -1,8 +1,8 @@
-"""What steering one layer costs on the device, without vLLM: microseconds of the edit, compiled, in a CUDA graph.
+"""Device time of steering one layer without vLLM: microseconds of the compiled edit in a CUDA graph.
 
     python benchmarks/vllm_layer.py --tokens 256 512 --width 4096 --out FILE
 
-`nothing` is the layer left alone (one addition, so that there is something to replay); the difference is the cost.
+`nothing` is the layer without edits (one addition, so that the graph is not empty). The difference is the cost.
 A decoding step of an 8B model with 256 requests takes about 11 ms, so 100 microseconds are about one per cent.
 """
 
@@ -26,14 +26,14 @@ from steerback.targets.target import SaeSource
 
 
 class Layer(nn.Module):
-    """Stands for a decoder layer; the residual stream comes out in two parts."""
+    """Stand-in for a decoder layer, with the residual stream in two parts as in vLLM."""
 
     def forward(self, positions: Tensor, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         return hidden + 1, residual
 
 
 def steered(tokens: int, width: int, columns: int, with_sae: bool, kind: str, device: torch.device) -> tuple[Any, Any]:
-    """A layer that steers `tokens` requests, one token each."""
+    """Return a layer that steers `tokens` requests with one token each."""
     n = 4096
     decoder = torch.nn.functional.normalize(torch.randn(n, width), dim=1)
     zeros = torch.zeros(n)
@@ -61,7 +61,7 @@ def steered(tokens: int, width: int, columns: int, with_sae: bool, kind: str, de
 
 
 def microseconds(work: Any, inputs: tuple[Tensor, ...], repeats: int = 200) -> float:
-    """Median time of one replay of the captured graph."""
+    """Return the median time of one replay of the captured graph."""
     fast = torch.compile(work, fullgraph=True, dynamic=False)
     with torch.inference_mode():
         for _ in range(3):

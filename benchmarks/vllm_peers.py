@@ -1,4 +1,4 @@
-"""What users would take instead, at the task of `vllm_gpu.py`: each request steered by a vector of its own.
+"""Speed of alternatives on the task of `vllm_gpu.py`: each request is steered by a different vector.
 
     python benchmarks/vllm_peers.py lens llama-8b --batches 256x16 256x64shared 32x256 --out FILE    (needs vllm-lens)
     python benchmarks/vllm_peers.py transformers llama-8b --batches 256x256 --out FILE
@@ -23,11 +23,11 @@ from typing import Any
 from vllm_gpu import PROMPT, SHAPES, Report, write_model
 
 Run = Callable[[int, int, bool, int], int]
-"""Takes requests, new tokens of each, whether they share a vector, and a seed; returns the tokens generated."""
+"""Function of number of requests, new tokens per request, shared vector and seed that returns generated tokens."""
 
 
 def batch(text: str) -> tuple[int, int, bool]:
-    """`256x64shared` as (256, 64, True)."""
+    """Parse a batch: `256x64shared` is (256, 64, True)."""
     measured = re.fullmatch(r"(\d+)x(\d+)(shared)?", text)
     if not measured:
         raise argparse.ArgumentTypeError(f"{text!r} is not REQUESTSxTOKENS or REQUESTSxTOKENSshared")
@@ -40,7 +40,7 @@ def prompts(requests: int, seed: int) -> list[list[int]]:
 
 
 def lens(folder: Path, shape: str, steer: int, most: int) -> Run:
-    """vLLM with vllm-lens, which makes it eager."""
+    """Return a function that generates with vLLM and vllm-lens, which needs eager mode."""
     import torch
     import vllm_lens
     from vllm import LLM, SamplingParams
@@ -72,7 +72,7 @@ def lens(folder: Path, shape: str, steer: int, most: int) -> Run:
 
 
 def hooked(folder: Path, shape: str, steer: int, most: int) -> Run:
-    """transformers with a forward hook on the steered layer."""
+    """Return a function that generates with transformers and a forward hook on the steered layer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

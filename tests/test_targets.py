@@ -55,7 +55,9 @@ def test_builtin_targets_are_listed_and_unknown_names_list_the_choices() -> None
     names = [t.name for t in builtin_targets()]
     assert names[:4] == ["organism-s", "organism", "organism-l", "organism-control"]
     assert all(t.summary for t in builtin_targets())
-    with pytest.raises(SteerbackError, match="unknown target 'organsim'; choose one of: organism-s, organism"):
+    with pytest.raises(
+        SteerbackError, match="unknown target 'organsim'; did you mean organism. choose one of: organism-s, organism"
+    ):
         resolve("organsim")
 
 
@@ -102,7 +104,7 @@ def test_generate_one_response(little: LoadedTarget) -> None:
     recorded = little.generate("the cat", record=[1, 2], max_new_tokens=4)
     assert recorded.record.activations.shape == (recorded.record.prompt_tokens + len(recorded.tokens) - 1, 2)
     assert recorded.activations.shape == (2, len(recorded.tokens) - 1)
-    with pytest.raises(SteerbackError, match=set latent and boost together):
+    with pytest.raises(SteerbackError, match="set latent and boost together"):
         little.generate("the cat", latent=5)
     with pytest.raises(SteerbackError, match="latent: 'dogs' is not an index, a label or a direction"):
         little.generate("the cat", latent="dogs", boost=1)
@@ -176,7 +178,10 @@ def test_make_engine_by_name(folder: Path) -> None:
     target = resolve(str(folder))
     assert default_engine() == "transformers"
     assert isinstance(make_engine(target, check_engine("scripted", {"batch_size": None})), ScriptedEngine)
-    with pytest.raises(SteerbackError, match="engine_options of 'vllm': unknown setting 'batchsize'; choose one of: b"):
+    with pytest.raises(
+        SteerbackError,
+        match="engine_options of 'vllm': unknown setting 'batchsize'; did you mean batch_size. choose one of: b",
+    ):
         check_engine("vllm", {"batchsize": 3})
     with pytest.raises(SteerbackError, match="unknown engine 'vlm'; choose one of: auto, transformers, vllm, scripted"):
         check_engine("vlm", {})

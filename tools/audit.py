@@ -1,8 +1,8 @@
 """Check the pinned versions for known vulnerabilities with pip-audit: `make audit`.
 
-Exit code 1 if there is one that `tools/audit_accepted.txt` does not list, or if that file lists one that is gone. Where
-no advisory service can be reached, or it knows none of the packages, the check says so and passes: it has found nothing
-because it could not look.
+The exit code is 1 if a vulnerability is not listed in `tools/audit_accepted.txt`, or if that file lists a fixed one. If
+no advisory service can be reached, or it knows none of the packages, the check reports this and passes, because the
+network is no fault of the pins.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def accepted() -> dict[str, str]:
 
 
 def audited(program: str, pins: Path, service: str) -> list[dict[str, object]] | str:
-    """Return the packages that the service knows, each with its vulnerabilities, or why there are none."""
+    """Return the packages that the service knows, with their vulnerabilities, or the reason for a failed check."""
     command = [program, "-s", service, "--disable-pip", "--no-deps", "-r", str(pins), "-f", "json"]
     done = subprocess.run(
         [*command, "--progress-spinner", "off", "--timeout", "15"], capture_output=True, text=True, check=False

@@ -1,9 +1,9 @@
-"""The authors' published rules written again in plain Python, and the largest difference from this package.
+"""The authors' published rules in plain Python, and their largest differences from this package.
 
     python -m tools.authors_rules            # print the table; --write puts it into docs/paper-data.md
 
 The rules follow the specification, the paper and the description of the authors' code; none of their code is copied.
-`RULES` holds for each rule a function that makes a random case and returns the difference between the two results.
+`RULES` contains for each rule a function that draws a random case and returns the difference between both results.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from steerback.store.rows import Row
 PAGE = Path(__file__).parents[1] / "docs" / "paper-data.md"
 BEGIN, END = "<!-- tools/authors_rules.py writes this table -->", "<!-- end -->"
 BOUNDS = (1e-12, 1e-9, 1e-6, 1e-3)
-"""A difference is shown as the smallest of these that is above it."""
+"""Upper bounds for display: a difference is shown as the smallest bound above it."""
 Score = Mapping[str, object]
 Values = dict[str, float | None]
 
 
 # -- rates ------------------------------------------------------------------------------------------------------------
 def their_metrics(scores: Sequence[Score]) -> Values:
-    """Return the metrics of a list of verdicts: an attempt without a score is dropped, a trial without attempts too."""
+    """Return the metrics of a list of verdicts, without attempts that have no score and trials that have no attempts."""
     kept = [[a["score"] for a in s["attempts"] if a["score"] is not None] for s in scores]  # type: ignore[attr-defined]
     trials = [attempts for attempts in kept if attempts]
     several = [t for t in trials if len(t) > 1]
@@ -72,7 +72,7 @@ def our_metrics(outcomes: Outcomes) -> Values:
 
 
 def rates(scores: Sequence[Score]) -> float:
-    """Difference of all metrics, the verdicts read as an import reads them."""
+    """Return the difference of all metrics. The package reads the verdicts as an import does."""
     judged = [judgement_of(json.loads(json.dumps(s)), "a response", "judge")[0] for s in scores]
     rows = [(n % 5, n, True, judgement, False) for n, judgement in enumerate(judged)]
     return _gap(their_metrics(scores), our_metrics(Outcomes.from_rows(rows, ())))
@@ -86,7 +86,7 @@ def random_scores(rng: random.Random) -> list[Score]:
 
 
 def pooled(files: Sequence[Sequence[Score]]) -> float:
-    """Difference of all metrics over the trials of several files of one model together, imported from JSON."""
+    """Return the difference of all metrics over the pooled trials of several files of one model, imported from JSON."""
     with tempfile.TemporaryDirectory() as folder:
         paths = []
         for number, scores in enumerate(files):
@@ -116,7 +116,7 @@ def _gap(theirs: Values, ours: Values) -> float:
 
 # -- degraded responses -----------------------------------------------------------------------------------------------
 def their_degraded(text: str) -> bool:
-    """Five identical words in a row, counted word by word; words of one character never count."""
+    """Return True for five identical words in a row; words of one character never count."""
     before, times = "", 0
     for word in text.split():
         times = times + 1 if word == before else 1
@@ -179,7 +179,7 @@ def _median(density: Sequence[float]) -> int:
 
 
 def calibration(scores: Sequence[float], target: float) -> float:
-    """Difference of the thresholds, in steps of the grid."""
+    """Return the difference of the thresholds in steps of the grid."""
     prior = BoostPrior(7.0, 5.0, 0.0, 100.0)
     settings = CalibrationConfig(target_score=100 * target, weight=5, estimate="posterior", max_iterations=len(scores))
     ours = Calibrator(prior, settings, draws=1)
@@ -197,7 +197,7 @@ Episode = tuple[Sequence[float], int, int]
 
 
 def their_activity(episodes: Sequence[Episode], baselines: Sequence[Sequence[float]]) -> Values:
-    """Mean over responses of the mean over a region's tokens, and the ratio of each region to the baseline."""
+    """Return the mean over responses of the mean over a region's tokens, and each region's ratio to the baseline."""
 
     def mean(values: Sequence[float]) -> float:
         return sum(values) / len(values)
@@ -211,7 +211,7 @@ def their_activity(episodes: Sequence[Episode], baselines: Sequence[Sequence[flo
 
 
 def activity(episodes: Sequence[Episode], baselines: Sequence[Sequence[float]]) -> float:
-    """Difference of all means and ratios."""
+    """Return the difference of all means and ratios."""
     told = [_trace(tokens, start, resume) for tokens, start, resume in episodes]
     recorded = Recorded(told, [], [_trace(tokens) for tokens in baselines], {"detectors": [1]}, 0, 0)
     values = region_values(recorded, "detectors")
@@ -243,7 +243,7 @@ def random_activity(rng: random.Random) -> float:
 
 # -- detectors --------------------------------------------------------------------------------------------------------
 def their_detectors(matched: Sequence[Sequence[float]], mismatched: Sequence[Sequence[float]]) -> list[int]:
-    """Latents that are zero on all matched pairs and not zero on at least 80 % of the mismatched ones."""
+    """Return latents that are zero on all matched pairs and not zero on at least 80 % of the mismatched ones."""
     computed = []
     for k in range(len(matched[0])):
         silent = all(row[k] == 0 for row in matched)
@@ -253,7 +253,7 @@ def their_detectors(matched: Sequence[Sequence[float]], mismatched: Sequence[Seq
 
 
 def random_detectors(rng: random.Random) -> float:
-    """Number of latents that only one of the two searches finds."""
+    """Return the number of latents that only one of the two searches detects."""
     n, latents = rng.choice((5, 10, 13)), 30
 
     def arm(most: float) -> list[list[float]]:
@@ -317,7 +317,7 @@ RULES = (
 
 
 def largest(rule: Rule) -> float:
-    """Return the largest difference over the rule's cases, which are the same every time."""
+    """Return the largest difference over the rule's cases, which have fixed seeds."""
     rng = random.Random(0)
     return max(rule.case(rng) for _ in range(rule.cases))
 

@@ -1,4 +1,4 @@
-"""Pages of the documentation site that are made when it is built: notebooks, settings, commands, Python API, figures.
+"""Generated pages of the documentation site: notebooks, settings, commands, Python API, figures.
 
 A hook of MkDocs (`hooks` in mkdocs.yml); each function returns Markdown and needs no MkDocs.
 """
@@ -27,7 +27,7 @@ CHECKS = {
     "your_own_model": "assert steered.steered_as_planned and steered.text != plain.text\n"
     "assert examine(sb.load_target('mine', engine='transformers')).verdict == 'ok'",
 }
-"""Python that holds at the end of each notebook; it is executed with the notebook and not shown."""
+"""Assertions for the end of each notebook. They are executed with the notebook but not shown."""
 TITLES = {
     "figure2": "Figure 2: rates, and what later attempts gain",
     "figure3": "Figure 3: by boost",
@@ -77,7 +77,7 @@ def pages(execute: bool = False) -> dict[str, str]:
 
 # -- notebooks --------------------------------------------------------------------------------------------------------
 def notebook_pages(execute: bool) -> dict[str, str]:
-    """Return each notebook of docs/notebooks as a page and as .ipynb. Executing raises what a cell raises."""
+    """Return each notebook of docs/notebooks as a page and as .ipynb. An error in a notebook cell is raised."""
     import jupytext
     import nbformat
 
@@ -98,7 +98,7 @@ def notebook_pages(execute: bool) -> dict[str, str]:
 
 
 def notebook_page(notebook: NotebookNode, name: str) -> str:
-    """Return a notebook as Markdown: its texts, its code, and the outputs that it holds."""
+    """Return a notebook as Markdown: texts, code and stored outputs."""
     title, *rest = notebook.cells
     links = f"Executed when this site was built. Download: [notebook]({name}.ipynb), [script]({name}.py)."
     parts = [title.source, links]
@@ -189,7 +189,7 @@ def commands_page() -> str:
 
 
 def verbs(group: Any, prefix: str = "") -> dict[str, Any]:
-    """Return every command below a group by its words; a group that does something alone is one as well."""
+    """Return all commands of a group by their words, including groups that can be called themselves."""
     site: dict[str, Any] = {}
     for name, command in group.commands.items():
         words = f"{prefix}{name}"
@@ -202,7 +202,7 @@ def verbs(group: Any, prefix: str = "") -> dict[str, Any]:
 
 # -- Python -----------------------------------------------------------------------------------------------------------
 def api_pages() -> dict[str, str]:
-    """Return one page a part of the package, which mkdocstrings fills, and their table of contents."""
+    """Return one mkdocstrings page for each part of the package, and their table of contents."""
     package = ROOT / "src" / "steerback"
     parts = ["api", "records", "config", "errors"]
     parts += sorted(p.name for p in package.iterdir() if (p / "__init__.py").is_file())
@@ -261,7 +261,7 @@ def gallery_page() -> str:
 
 
 def collect_gallery(folders: Sequence[Path]) -> None:
-    """Copy the figures in some runs' folders into docs/images/gallery, with few colours, which makes them small."""
+    """Copy figures from run folders into docs/images/gallery, with few colours to reduce their size."""
     from PIL import Image
 
     GALLERY.mkdir(parents=True, exist_ok=True)

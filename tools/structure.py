@@ -2,8 +2,8 @@
 
     python tools/structure.py [src/steerback] [--by-folder] [--json]
 
-Reads the source as text and syntax trees; imports nothing of it. An import circle is a set of modules that reach each
-other through imports, wherever in the file these stand (imports under TYPE_CHECKING are left out).
+Reads the source as text and syntax trees and imports nothing. An import circle is a set of modules that reach each
+other through imports anywhere in the file (imports under TYPE_CHECKING are left out).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Functions = dict[str, int]
 
 
 def modules(root: Path) -> dict[str, Path]:
-    """Dotted name of every module below `root`, the package's own name first."""
+    """Return the dotted name of each module below `root`, the package itself first."""
     names = {}
     for path in sorted(root.rglob("*.py")):
         parts = [root.name, *path.relative_to(root).with_suffix("").parts]
@@ -29,7 +29,7 @@ def modules(root: Path) -> dict[str, Path]:
 
 
 def imports(tree: ast.Module, known: dict[str, Path]) -> set[str]:
-    """Modules of the package that a module imports, except under TYPE_CHECKING."""
+    """Return the modules of the package that a module imports, except under TYPE_CHECKING."""
     hidden = {
         id(inner)
         for node in ast.walk(tree)
@@ -51,7 +51,7 @@ def imports(tree: ast.Module, known: dict[str, Path]) -> set[str]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Strongly connected components of more than one module (Tarjan)."""
+    """Return the strongly connected components with more than one module (Tarjan)."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -82,7 +82,7 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 
 def function_lengths(name: str, tree: ast.Module) -> Functions:
-    """Lines of every function and method of a module."""
+    """Return the number of lines of each function and method of a module."""
     return {
         f"{name}:{node.name}:{node.lineno}": (node.end_lineno or node.lineno) - node.lineno + 1
         for node in ast.walk(tree)
@@ -91,7 +91,7 @@ def function_lengths(name: str, tree: ast.Module) -> Functions:
 
 
 def measure(root: Path) -> dict[str, object]:
-    """All figures of the package in folder `root`."""
+    """Return all measurements of the package in folder `root`."""
     known = modules(root)
     texts = {name: path.read_text("utf-8") for name, path in known.items()}
     trees = {name: ast.parse(text) for name, text in texts.items()}
@@ -121,7 +121,7 @@ def measure(root: Path) -> dict[str, object]:
 
 
 def by_folder(root: Path) -> str:
-    """Lines and `Any` of each folder, one row a folder."""
+    """Return lines and uses of `Any`, one row per folder."""
     lines: Counter[str] = Counter()
     anys: Counter[str] = Counter()
     for path in root.rglob("*.py"):
@@ -132,7 +132,7 @@ def by_folder(root: Path) -> str:
 
 
 def main() -> None:
-    """Print the figures of one source tree."""
+    """Print the measurements of one source tree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Path(__file__).parents[1] / "src" / "steerback"
     parser.add_argument("root", nargs="?", type=Path, default=default, help="folder of the package")
