@@ -159,7 +159,7 @@ def alternatives(calibrator: Calibrator, generator: np.random.Generator, draws: 
 def one_condition(
     curve: Curve, noise: float, settings: CalibrationConfig, n: int, compare: bool = False
 ) -> dict[str, Any]:
-    """Simulate n latents; return score error (points), interval coverage and width (boost) by estimator, and statuses."""
+    """Simulate n latents; return score error (points), interval coverage and width by estimator, and statuses."""
     generator = np.random.default_rng(1)
     errors: dict[str, list[float]] = {}
     covered: dict[str, list[bool]] = {}

@@ -186,13 +186,13 @@ def main() -> None:
     }
     for length, checkpointing, steps in CASES:
         length = length // 16 if given.shape == "tiny" else length  # tiny is there to see whether it runs
-        measured = measure(given.shape, length, checkpointing, steps)
-        body["cases"].append(measured)
-        memory = "" if measured["peak_memory_gib"] is None else f", {measured['peak_memory_gib']:.1f} GiB"
+        case = measure(given.shape, length, checkpointing, steps)
+        body["cases"].append(case)
+        memory = "" if case["peak_memory_gib"] is None else f", {case['peak_memory_gib']:.1f} GiB"
         print(
-            f"{length} tokens, recompute {checkpointing}: {measured['seconds_per_step']:.3f} s a step, "
-            f"{measured['tokens_per_second']:,.0f} tokens/s{memory}, {measured['share_of_bf16_peak']:.1%} of the bf16 peak, "
-            f"micro-batch {measured['micro_batch']}",
+            f"{length} tokens, recompute {checkpointing}: {case['seconds_per_step']:.3f} s a step, "
+            f"{case['tokens_per_second']:,.0f} tokens/s{memory}, {case['share_of_bf16_peak']:.1%} of the bf16 peak, "
+            f"micro-batch {case['micro_batch']}",
             flush=True,
         )
         if given.out:  # after every case, so that a run that is cut off leaves what it measured

@@ -234,11 +234,11 @@ def main(names: Sequence[str], folder: Path | None) -> None:
             body[file] = evaluate(name, references(data), compose(data))
         result[name] = body
         print(json.dumps(body["real text"], indent=1, ensure_ascii=False))
-        for file, counted in list(body.items())[2:]:
+        for file, case in list(body.items())[2:]:
             print(
-                f"{name:16} {file:20} n={counted['cases']:5} restarts={counted['restarts']:5} recall={counted['recall']:.3f} "
-                f"precision={counted['precision']:.3f} rho={counted['rank_correlation']:.3f} "
-                f"{counted['responses_per_cpu_second']}/s"
+                f"{name:16} {file:20} n={case['cases']:5} restarts={case['restarts']:5} recall={case['recall']:.3f} "
+                f"precision={case['precision']:.3f} rho={case['rank_correlation']:.3f} "
+                f"{case['responses_per_cpu_second']}/s"
             )
     target = ROOT / "benchmarks" / "results" / "judge_validity.json"
     target.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -215,7 +215,7 @@ def steered(
     clamp: list[int] | None = None,
     scale: float = 1.0,
 ) -> tuple[dict[str, Any], list[tuple[str, str | None, str]]]:
-    """Generate responses at each latent's threshold boost times ``scale``, with the same prompts and seed by condition."""
+    """Generate responses at each latent's threshold boost times ``scale``, with paired prompts and seed."""
     prompts = [t.key for t in howtos("evaluation")]
     rng = random.Random(seed)
     rows = [(k, p) for k in thresholds for p in rng.choices(prompts, k=per_latent)]

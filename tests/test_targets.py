@@ -56,7 +56,7 @@ def test_builtin_targets_are_listed_and_unknown_names_list_the_choices() -> None
     assert names[:4] == ["organism-s", "organism", "organism-l", "organism-control"]
     assert all(t.summary for t in builtin_targets())
     with pytest.raises(
-        SteerbackError, match="unknown target 'organsim'; did you mean organism. choose one of: organism-s, organism"
+        SteerbackError, match=r"unknown target 'organsim'; did you mean organism\? choose one of: organism-s, organism"
     ):
         resolve("organsim")
 
@@ -180,10 +180,13 @@ def test_make_engine_by_name(folder: Path) -> None:
     assert isinstance(make_engine(target, check_engine("scripted", {"batch_size": None})), ScriptedEngine)
     with pytest.raises(
         SteerbackError,
-        match="engine_options of 'vllm': unknown setting 'batchsize'; did you mean batch_size. choose one of: b",
+        match=r"engine_options of 'vllm': unknown setting 'batchsize'; did you mean batch_size\? choose one of: b",
     ):
         check_engine("vllm", {"batchsize": 3})
-    with pytest.raises(SteerbackError, match="unknown engine 'vlm'; choose one of: auto, transformers, vllm, scripted"):
+    with pytest.raises(
+        SteerbackError,
+        match=r"unknown engine 'vlm'; did you mean vllm\? choose one of: auto, transformers, vllm, scripted",
+    ):
         check_engine("vlm", {})
 
 

@@ -43,7 +43,7 @@ Values = dict[str, float | None]
 
 # -- rates ------------------------------------------------------------------------------------------------------------
 def their_metrics(scores: Sequence[Score]) -> Values:
-    """Return the metrics of a list of verdicts, without attempts that have no score and trials that have no attempts."""
+    """Return the metrics of a list of verdicts, without attempts without a score and trials without attempts."""
     kept = [[a["score"] for a in s["attempts"] if a["score"] is not None] for s in scores]  # type: ignore[attr-defined]
     trials = [attempts for attempts in kept if attempts]
     several = [t for t in trials if len(t) > 1]
