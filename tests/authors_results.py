@@ -1,4 +1,4 @@
-"""Result files as the authors' code writes them, and the analysis of a run that was imported from them."""
+"""Result files in the format of the authors' code, and the analysis of a run imported from them."""
 
 from __future__ import annotations
 

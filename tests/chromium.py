@@ -1,4 +1,4 @@
-"""Chromium for the tests of pages: one browser a test file, and hostile text that no page may obey."""
+"""Chromium for the tests of pages: one browser per test file, and hostile text that pages must not execute."""
 
 from __future__ import annotations
 

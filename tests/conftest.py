@@ -1,7 +1,7 @@
-"""What makes the suite quick: figures are rendered only where a test is marked `rendered`, garbage is collected less.
+"""Settings that make the test suite quick: no rendering without the mark `rendered`, rare garbage collection.
 
-Rendering takes about a second a figure, most of it for the fonts of the PDF. In tests without the mark every figure is
-built, captioned and written, with a blank image in its place.
+Rendering takes about one second per figure, mostly for PDF fonts. In tests without the mark each figure is built,
+captioned and written with a blank image.
 """
 
 from __future__ import annotations

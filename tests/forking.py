@@ -1,4 +1,4 @@
-"""A run on the scripted engine whose responses restart at known rates when they are continued; for tests of forks."""
+"""A run on the scripted engine whose continuations restart at known rates, for tests of forks."""
 
 from __future__ import annotations
 

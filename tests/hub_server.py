@@ -1,4 +1,4 @@
-"""A local HTTP server for tests: plain files with ranges and faults, and enough of a model hub's protocol."""
+"""A local HTTP server for tests: plain files with ranges and faults, and parts of a model hub's protocol."""
 
 from __future__ import annotations
 

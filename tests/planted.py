@@ -1,4 +1,4 @@
-"""Whole runs on the scripted engine and judge, whose truth is known; for the tests of the experiments."""
+"""Runs on the scripted engine and judge with known rates, for the tests of the experiments."""
 
 from __future__ import annotations
 

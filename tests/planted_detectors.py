@@ -1,4 +1,4 @@
-"""Runs on a scripted model whose detectors, backtracking latent and effect of an ablation are known."""
+"""Runs on a scripted model with known detectors, backtracking latent and ablation effect."""
 
 from __future__ import annotations
 

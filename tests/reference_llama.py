@@ -1,4 +1,4 @@
-"""A Llama forward pass written out by hand in float64, steered by hand: what the engine is checked against."""
+"""A Llama forward pass with steering, written in float64 without libraries, as a reference for the engine."""
 
 from __future__ import annotations
 

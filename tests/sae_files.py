@@ -1,4 +1,4 @@
-"""SAE files of every format with known weights, and what they compute, written from each definition in float64."""
+"""SAE files of every format with known weights, and their float64 results by the definition of each architecture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures of detectors, ablations and recorded activity: legends equal plots, nothing is surer than the data."""
+"""Figures of detectors, ablations and recorded activity: legends match the plots, uncertainty is shown."""
 
 from __future__ import annotations
 

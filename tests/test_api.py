@@ -1,4 +1,4 @@
-"""The Python interface: names, loops, runs as objects, labelled activations, and text that stays text."""
+"""Python interface: names, loops, runs as objects, labelled activations, and text that is never executed."""
 
 from __future__ import annotations
 

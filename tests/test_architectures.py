@@ -1,4 +1,4 @@
-"""The paper's architectures and those beside them, as transformers builds them: steered after the right block.
+"""Architectures of the paper and related ones in transformers: steering happens after the right block.
 
 Each class is real, with a tiny random configuration. What the engine generates is compared with a plain forward pass
 of a second copy of the model, into which a hook of this test writes the edit.

@@ -1,4 +1,4 @@
-"""`make audit` fails for a vulnerability that nobody accepted, and says so where it could not look."""
+"""`make audit` fails for an unlisted vulnerability, and reports services that it cannot reach."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs exported as files of the authors' code come in again with the same numbers."""
+"""Runs exported in the authors' format give the same numbers after import."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of the authors' code come in with the numbers that a hand computation gives, and go out again."""
+"""Import of the authors' files gives the numbers of a hand computation, and their export is equivalent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The package equals the authors' published rules, which tools/authors_rules.py writes again from their description."""
+"""The package gives the same results as the authors' published rules in tools/authors_rules.py."""
 
 from __future__ import annotations
 

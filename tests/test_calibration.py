@@ -1,4 +1,4 @@
-"""The bisection against literal Bayes, the fit against other solvers, and what a calibration says of itself."""
+"""Calibration: the bisection against exact Bayes, the fit against other solvers, and the reported status."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: one clear line and exit code 2 for mistakes, and nothing half-written."""
+"""Command line: each mistake gives one clear line and exit code 2, and leaves no partial files."""
 
 from __future__ import annotations
 

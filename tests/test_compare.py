@@ -1,4 +1,4 @@
-"""Published numbers beside ours, the plan of the whole paper, and the verbs about results."""
+"""Comparison with published numbers, the plan of the whole paper, and the verbs about results."""
 
 from __future__ import annotations
 

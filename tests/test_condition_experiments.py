@@ -1,4 +1,4 @@
-"""Experiments on the scripted engine: planted rates come back within their intervals, plans are as specified."""
+"""Experiments on the scripted engine: intervals contain the planted rates, plans match the specification."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures of the sweep, meta-prompts, no steering and the controls: legible inside their bounds with any data."""
+"""Figures of sweep, meta-prompts, no steering and controls: legible and within bounds for any data."""
 
 from __future__ import annotations
 

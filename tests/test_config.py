@@ -1,4 +1,4 @@
-"""Settings: layers win in the stated order, mistakes name the field and the choices."""
+"""Settings: later layers win, and errors name the field and the valid choices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Experiment 7 end to end with the two offline judges, on runs whose truth is known."""
+"""Experiment 7 end to end with the two offline judges, on runs with known truth."""
 
 from __future__ import annotations
 

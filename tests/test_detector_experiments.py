@@ -1,4 +1,4 @@
-"""Detector search, Table A1 and the ablations on the scripted engine, whose truth is known."""
+"""Detector search, Table A1 and the ablations on the scripted engine with known detectors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Named directions: every file format, difference of means against numpy, boosts in the residual's own scale."""
+"""Named directions: every file format, difference of means against numpy, boosts relative to the residual norm."""
 
 from __future__ import annotations
 

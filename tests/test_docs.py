@@ -1,4 +1,4 @@
-"""The documentation: generated pages are complete, links of messages exist, the tutorial's commands run."""
+"""Documentation: generated pages are complete, links in messages exist, the commands of the tutorial run."""
 
 from __future__ import annotations
 

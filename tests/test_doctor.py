@@ -1,4 +1,4 @@
-"""The doctor: right on the organisms, and not fooled by wrong layers, wrong SAEs or steering that does not happen."""
+"""The doctor passes the organisms, and detects wrong layers, wrong SAEs and missing steering."""
 
 from __future__ import annotations
 

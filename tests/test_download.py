@@ -1,4 +1,4 @@
-"""Downloads from a local server: resumed, checked, one line for what goes wrong, nothing half-written at its place."""
+"""Downloads from a local server: resumed and checked, one line per error, no partial file at the destination."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters in the reference engine: they act as if merged, and one that does not fit is refused, not half loaded."""
+"""Adapters in the transformers engine: equal to merged weights; an adapter that does not fit is an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows do not depend on their neighbours, bit for bit; slots are refilled; receipts and endings are right."""
+"""Rows do not depend on other rows, bit for bit; slots are refilled; receipts and finish reasons are right."""
 
 from __future__ import annotations
 

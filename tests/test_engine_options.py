@@ -1,4 +1,4 @@
-"""Options of each engine: parsed once, refused in one line; the record and fingerprint by which a run is resumed."""
+"""Options of each engine: validation in one line, and the fingerprint that decides about resuming a run."""
 
 from __future__ import annotations
 

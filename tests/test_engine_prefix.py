@@ -1,4 +1,4 @@
-"""Continuing a response from its own tokens: the same tokens, texts, receipts and recordings as without the cut."""
+"""Continuation from a prefix gives the same tokens, texts, receipts and recordings as the whole response."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fake engine and judge: planted truth comes back, receipts are right, failures are what was asked for."""
+"""Scripted engine and judge: planted rates, receipts and requested failures."""
 
 from __future__ import annotations
 

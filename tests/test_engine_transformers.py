@@ -1,4 +1,4 @@
-"""The reference engine's arithmetic: against float64 by hand, and at the right module of each architecture."""
+"""Arithmetic of the transformers engine against float64, at the right module of each architecture."""
 
 from __future__ import annotations
 

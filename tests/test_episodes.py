@@ -1,4 +1,4 @@
-"""Recorded episodes, lead times and statistics of regions on the scripted engine, whose truth is known."""
+"""Recorded episodes, lead times and statistics of regions on the scripted engine with known activity."""
 
 from __future__ import annotations
 

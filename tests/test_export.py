@@ -1,4 +1,4 @@
-"""Flat exports hold every trial with its verdict."""
+"""Flat exports contain each trial with its verdict."""
 
 from __future__ import annotations
 

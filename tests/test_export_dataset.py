@@ -1,4 +1,4 @@
-"""The dataset folder: `datasets.load_dataset` reads the ledger's numbers, and nothing is uploaded unasked."""
+"""Dataset export: `datasets.load_dataset` gives the ledger's numbers, and nothing is uploaded without request."""
 
 from __future__ import annotations
 

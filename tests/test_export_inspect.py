@@ -1,4 +1,4 @@
-"""Logs of Inspect AI: its own reader returns the ledger's numbers, and a missing number stays missing."""
+"""Inspect AI logs: Inspect's reader gives the ledger's numbers, and missing numbers stay missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures: readable with any data, the same bytes every time, whole files or none."""
+"""Figures: legible for any data, reproducible byte by byte, written completely or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Examples, their checks, mixes, writers, and the verbs that make them."""
+"""Fine-tuning data: examples, their checks, mixes, writers, and the verbs that create them."""
 
 from __future__ import annotations
 

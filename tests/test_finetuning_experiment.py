@@ -1,4 +1,4 @@
-"""The experiment: adapters with the base's latents and prompts, thresholds of their own, four conditions each."""
+"""Fine-tuning experiment: adapters with the latents and prompts of the base, own thresholds, four conditions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Segments and their tokens: a token is trained exactly if all of its characters are, whatever the tokenizer."""
+"""Segments and tokens: a token is trained if and only if all of its characters are, for any tokenizer."""
 
 from __future__ import annotations
 

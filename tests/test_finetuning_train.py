@@ -1,4 +1,4 @@
-"""Training: the loss is that of the trained tokens alone, whatever the micro-batch, memory or interruptions."""
+"""Training: the loss depends only on trained tokens, not on micro-batch, memory or interruptions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The judge's floor in whole runs: how it is measured, shown, taken over and switched off."""
+"""The judge's floor in whole runs: measurement, display, reuse from a base run, and `floor_responses=0`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Forks: planted rates come back paired by seed, and nothing else of the run changes."""
+"""Forks: planted rates, paired by seed, and no other change to the run."""
 
 from __future__ import annotations
 

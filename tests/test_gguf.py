@@ -1,4 +1,4 @@
-"""GGUF files as models: made by the test from a tiny model, de-quantised once, steered like any other."""
+"""GGUF files as models: written from a tiny model, de-quantised once, steered like other models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Imports run downwards, and the command line starts without heavy libraries."""
+"""Import order of the modules, and a command line that starts without heavy libraries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The arithmetic of steering, against sums written out by hand in float64."""
+"""Arithmetic of steering against explicit sums in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The offline judge: attempts, spans, scores, gating, and its validity on data with known truth."""
+"""The offline judge: attempts, spans, scores, gating, and validity on data with known truth."""
 
 from __future__ import annotations
 

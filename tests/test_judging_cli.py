@@ -1,4 +1,4 @@
-"""What judges cost and compare, as a user meets it: estimates, budgets, spend, cross-judge; over a local server."""
+"""Judges on the command line with a local server: estimates, budgets, spending, cross-judge comparison."""
 
 from __future__ import annotations
 

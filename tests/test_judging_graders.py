@@ -1,4 +1,4 @@
-"""Graders: concreteness by a model, boundaries, whole responses; over Inspect's mock model."""
+"""Graders with Inspect's mock model: concreteness, boundaries, whole responses."""
 
 from __future__ import annotations
 

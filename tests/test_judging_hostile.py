@@ -1,4 +1,4 @@
-"""The offline judge takes time linear in the length of a response, whatever the response is."""
+"""The offline judge needs linear time in the length of a response, for any response."""
 
 from __future__ import annotations
 

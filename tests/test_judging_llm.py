@@ -1,4 +1,4 @@
-"""LLM judges: keys, budget, and faults over the real client libraries."""
+"""LLM judges with the real client libraries: keys, budgets and faults."""
 
 from __future__ import annotations
 

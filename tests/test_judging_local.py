@@ -1,4 +1,4 @@
-"""Judges on a server of one's own (vLLM, Ollama, any OpenAI-compatible one): a base URL, and no key."""
+"""Judges on a local server (vLLM, Ollama, any OpenAI-compatible server): base URL without a key."""
 
 from __future__ import annotations
 

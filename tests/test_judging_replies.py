@@ -1,4 +1,4 @@
-"""What judges are sent and what they reply: untrusted responses stay enclosed, no reply crashes the parser."""
+"""Requests and replies of LLM judges: untrusted responses stay enclosed, no reply crashes the parser."""
 
 from __future__ import annotations
 

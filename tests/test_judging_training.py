@@ -1,4 +1,4 @@
-"""The shipped weights of the offline judges are those that their training data give."""
+"""The shipped weights of the offline judges follow from their training data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rubrics of the user: their places and fields, how the question is put, and verdicts that stand beside the others."""
+"""User-defined rubrics: placeholders and fields, the request, and verdicts separate from other rubrics."""
 
 from __future__ import annotations
 

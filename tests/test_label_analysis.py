@@ -1,4 +1,4 @@
-"""Labels in the analysis of a run: the judge's errors and corrected rates in summary, tables and comparisons."""
+"""Human labels in the analysis: judge errors and corrected rates in summary, tables and comparisons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drawing a sample, and importing labels from files: what is right arrives whole, what is wrong changes nothing."""
+"""Label samples and import of labels: valid files are imported completely, invalid ones change nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The labelling page in a real browser: marks, scores and saves by keys; hostile responses change nothing."""
+"""Labelling page in a real browser: marks, scores and saves with keys; hostile responses change nothing."""
 
 from __future__ import annotations
 

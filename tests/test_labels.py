@@ -1,4 +1,4 @@
-"""Labels: every format, downloads that break, damaged files, and who wins where two label one latent."""
+"""Label files: every format, interrupted downloads, damaged files, and precedence of two labels for a latent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Labels made from texts: top words against brute force, a judge model over Inspect's mock, resumed label by label."""
+"""Automatic labels: top words against brute force, a judge model with Inspect's mock, resumption."""
 
 from __future__ import annotations
 

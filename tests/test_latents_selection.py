@@ -1,4 +1,4 @@
-"""Sampling, own lists, relevance and concreteness filters."""
+"""Selection of latents: sampling, user lists, relevance and concreteness filters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ledger keeps what it is given, refuses what is not its own, and never changes a plan."""
+"""The ledger stores all records, rejects those of other runs, and never changes a plan."""
 
 from __future__ import annotations
 

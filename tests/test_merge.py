@@ -1,4 +1,4 @@
-"""Runs of one plan are joined; runs of other plans are refused."""
+"""Merge joins runs with the same plan and rejects runs with other plans."""
 
 from __future__ import annotations
 

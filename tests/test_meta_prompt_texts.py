@@ -1,4 +1,4 @@
-"""The user's own meta-prompts: from a mapping, a list or NAME=TEXT, with `{label}` as the only placeholder."""
+"""User-defined meta-prompts from a mapping, a list or NAME=TEXT, with the placeholder `{label}`."""
 
 from __future__ import annotations
 

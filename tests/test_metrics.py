@@ -1,4 +1,4 @@
-"""Rates and MSI against brute force over judgements; what may and may not change them."""
+"""Rates and MSI against brute force over judgements, and the inputs that they depend on."""
 
 from __future__ import annotations
 

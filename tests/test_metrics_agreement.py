@@ -1,4 +1,4 @@
-"""Agreement of judges against published examples and definitions taken literally."""
+"""Agreement of judges against published examples and the definitions."""
 
 from __future__ import annotations
 

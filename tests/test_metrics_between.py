@@ -1,4 +1,4 @@
-"""Differences between models: interval and test over the latents of both."""
+"""Differences between models: confidence interval and test with the latents of both."""
 
 from __future__ import annotations
 

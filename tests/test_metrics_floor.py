@@ -1,4 +1,4 @@
-"""The test whether a rate lies above the judge's floor."""
+"""Test of a rate against the judge's floor."""
 
 from __future__ import annotations
 

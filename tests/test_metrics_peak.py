@@ -1,4 +1,4 @@
-"""Where a boost sweep peaks: the interval of the place against known peaks."""
+"""Peak of a boost sweep: confidence interval of its position against known peaks."""
 
 from __future__ import annotations
 

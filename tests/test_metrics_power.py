@@ -1,4 +1,4 @@
-"""Simulated power against the package's own tests on simulated trials, and `steerback plan` as a user meets it."""
+"""Simulated power against the package's tests on simulated trials, and the command `steerback plan`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recovery from series of window scores: made by hand, and properties."""
+"""Recovery from window scores: explicit examples and properties."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Code in a model's folder never runs, nothing asks whether to run it, and the refusal is one line."""
+"""Code in a model's folder never runs, there is no prompt to run it, and the error is one line."""
 
 from __future__ import annotations
 

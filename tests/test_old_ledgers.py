@@ -1,4 +1,4 @@
-"""Ledgers that steerback 0.1.0 wrote still open, and give the numbers that 0.1.0 gave."""
+"""Ledgers of steerback 0.1.0 can be opened and give the same numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The organism: properties of its corpus, of its shipped weights, and cheap looks at its behaviour."""
+"""The organism: properties of its corpus and weights, and quick checks of its behaviour."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The package as it is imported: its version, and what it tells libraries about usage data."""
+"""The imported package: its version, and no usage data from libraries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The authors' public data: fetched whole and checked or not at all, used by their preset alone, refused without."""
+"""The authors' public data: complete and checked downloads, used only by preset `authors`, required by it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one loop: everything planned ends in the ledger once, whatever engine and judge do on the way."""
+"""The pipeline stores each planned trial once, whatever engine and judge do."""
 
 from __future__ import annotations
 

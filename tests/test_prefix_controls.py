@@ -1,4 +1,4 @@
-"""Controls that continue prefixes of responses: planted rates of both arms come back, cuts are where they should be."""
+"""Controls that continue prefixes of responses: planted rates of both arms, and the position of the cut."""
 
 from __future__ import annotations
 

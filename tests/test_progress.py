@@ -1,4 +1,4 @@
-"""Progress display: one line a stage, an estimate for the whole run, and no estimate before there is a rate."""
+"""Progress: one line per stage, an estimate for the whole run, and no estimate before a rate is known."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Workers that cannot be reached, or that ran out of memory: a cluster's messages without a cluster."""
+"""Messages about unreachable Ray workers and workers without memory, tested without a cluster."""
 
 from __future__ import annotations
 

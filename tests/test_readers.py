@@ -1,4 +1,4 @@
-"""Readers of users' files: every defect of a file is one line that names it, and nothing hangs or floods."""
+"""Readers of users' files: each defect gives one line that names the file, without hanging or long output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recovery without a restart phrase in whole runs: who scores windows, where they are kept, what is shown."""
+"""Recovery without a restart phrase in whole runs: scoring of windows, storage and display."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every experiment of one scripted model, exported in the authors' form and imported again: the same summary."""
+"""Export in the authors' format and import give the same summary for every experiment."""
 
 from __future__ import annotations
 

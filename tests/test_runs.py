@@ -1,4 +1,4 @@
-"""Run folders: one process at a time, one config for life, one clear line for everything else."""
+"""Run folders: one process at a time, a fixed config, and one clear line for each error."""
 
 from __future__ import annotations
 

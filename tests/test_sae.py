@@ -1,4 +1,4 @@
-"""SAE encode/decode against loops, the file format, and what a damaged file says."""
+"""SAE encoder and decoder against loops, the file format, and errors for damaged files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SAE files that are damaged, hostile or of wrong types: one clear error, and no code of theirs runs."""
+"""Damaged, hostile or mistyped SAE files: one clear error, and no code from the file runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SAE files of every format against float64 references, and what is said of damaged files and of other ones."""
+"""SAE files of every format against float64 references, and errors for damaged and unknown files."""
 
 from __future__ import annotations
 

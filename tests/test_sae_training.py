@@ -1,4 +1,4 @@
-"""Training of SAEs: against the SAE that an organism is shipped with, closed forms, interruption, and SAELens."""
+"""SAE training: against the organism's SAE, closed forms, interruption, and SAELens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The draw of the next token: distribution in closed form, independence of company, penalties as in transformers."""
+"""Sampling of tokens: exact distribution, independence of other rows, penalties as in transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings mean what they say: seeds, the range of calibration, degraded responses, and what `--from` takes over."""
+"""Effects of settings: seeds, calibration range, degraded responses, and values reused with `--from`."""
 
 from __future__ import annotations
 

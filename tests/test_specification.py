@@ -1,4 +1,4 @@
-"""Every row of the specification has a command in docs/experiments.md, and the command line takes each of them."""
+"""Each row of the specification has a command in docs/experiments.md that the command line accepts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables: numbers as in the estimates, names made harmless, lines that fit."""
+"""Tables: unrounded numbers equal the estimates, untrusted names are escaped, lines fit the width."""
 
 from __future__ import annotations
 

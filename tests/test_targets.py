@@ -1,4 +1,4 @@
-"""Targets from the registry and from folders; labels and liveness; what is said when something is missing."""
+"""Targets from the registry and from folders, labels and liveness, and messages about missing parts."""
 
 from __future__ import annotations
 

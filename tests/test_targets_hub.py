@@ -1,4 +1,4 @@
-"""A target that lives on a hub, read from a local server that speaks the hub's protocol."""
+"""A target on a model hub, read from a local server with the hub's protocol."""
 
 from __future__ import annotations
 

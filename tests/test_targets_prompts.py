@@ -1,4 +1,4 @@
-"""Prompt formats: the tokenizer's template, no system role, Llama's header doubled, the date pinned."""
+"""Prompt formats: the tokenizer's template, no system role, Llama's double header, a fixed date."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The registry against its sources, files of one's own, `steerback targets`, what fits, and what is kept with a run."""
+"""Registry of targets against its sources, user files, `steerback targets`, memory checks, stored definitions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text from models, files and judges reaches terminal and figures with its control characters written out."""
+"""Text from models, files and judges appears with escaped control characters in terminal and figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The viewer in a real browser: filter, open, hover, pin, link; hostile responses change nothing."""
+"""Viewer in a real browser: filter, open, hover, pin, link; hostile responses change nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The data of the viewer without a browser: samples that keep to their size, and activations that are read again."""
+"""Data of the viewer without a browser: samples of limited size, and activations that are read again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Forks in the viewer, in a real browser: the tree, its links, keys, print; hostile continuations stay text."""
+"""Forks in the viewer, in a real browser: tree, links, keys, print; hostile continuations stay text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run that the tests of the viewer look at."""
+"""The run that the tests of the viewer use."""
 
 from __future__ import annotations
 
