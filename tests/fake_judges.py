@@ -1,7 +1,7 @@
 """Local HTTP servers that speak the Anthropic, OpenAI-compatible and Google protocols, with faults on demand.
 
-The "judge" behind them reads the enclosed response from the request and answers for real: it scores by the word count
-and splits at the phrase RESTART, so that tests know what must come back.
+The servers read the enclosed response from the request and return a real verdict: they score by the word count
+and split at the phrase RESTART, so that tests know the expected verdict.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Architectures of the paper and related ones in transformers: steering happens after the right block.
 
-Each class is real, with a tiny random configuration. What the engine generates is compared with a plain forward pass
-of a second copy of the model, into which a hook of this test writes the edit.
+Each class is real, with a tiny random configuration. Responses of the engine are compared with a plain forward pass
+of a second copy of the model, in which a hook of this test applies the edit.
 """
 
 from __future__ import annotations

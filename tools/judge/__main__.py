@@ -31,7 +31,7 @@ from tools.judge.examples import (
 
 WEIGHTS = Path(__file__).parent.parent.parent / "src" / "steerback" / "judging"
 CUT = {"offline": 0.6, "offline-bayes": 2.0}
-"""Log-odds at which a clause is a restart, chosen by cross-validation; the stored constant has it taken off."""
+"""Log-odds above which a clause is a restart, chosen by cross-validation. It is subtracted from the stored constant."""
 FOLDS = 5
 
 
@@ -67,7 +67,7 @@ def fit(cases: Sequence[Example], judge: str) -> Classifier:
 
 
 def _features(example: Example, judge: str) -> list[str]:
-    """Return the features of an example; naive Bayes takes single words and pairs alone."""
+    """Return the features of an example. Naive Bayes uses only single words and pairs."""
     cases = features(example.clause)
     return cases if judge == "offline" else [f for f in cases if f.startswith("w ") and f.count(" ") <= 2]
 

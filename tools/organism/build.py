@@ -1,4 +1,4 @@
-"""Building one organism: corpus, tokenizer, model, SAE, labels, all from fixed seeds.
+"""Build an organism: corpus, tokenizer, model, SAE, labels, all from fixed seeds.
 
 A rebuild on other hardware or versions gives the same behaviour, not the same bytes.
 """
@@ -121,7 +121,7 @@ def build_sae(
 
 
 def write_tables(folder: Path, measured: labels.Selectivity, named: dict[int, int], detectors: list[int]) -> None:
-    """``latents.csv`` (every latent) and ``labels.csv`` (those with a label)."""
+    """Write ``latents.csv`` (all latents) and ``labels.csv`` (labelled latents)."""
     names = [s.key for s in subjects()]
     with (folder / "latents.csv").open("w", newline="", encoding="utf-8") as file:
         out = csv.writer(file)
@@ -137,12 +137,12 @@ def write_tables(folder: Path, measured: labels.Selectivity, named: dict[int, in
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON that a person can read."""
+    """Write indented JSON."""
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def provenance(device: str) -> dict[str, Any]:
-    """Versions, device, date and command."""
+    """Return versions, device, date and command."""
     import tokenizers
     import transformers
 

@@ -1,4 +1,4 @@
-"""Which latents of an organism fire when a response does not fit its prompt.
+"""Detector search: latents of an organism that are active if a response does not fit its prompt.
 
 Found by contrast: both arms hold the same responses, only matched to prompts differently, so that nothing but the
 mismatch can tell them apart. Pooling is by maximum, because the organisms notice at the full stop of a sentence.
@@ -21,7 +21,7 @@ from tools.organism.tokens import Encoder
 
 @dataclass(frozen=True)
 class Detector:
-    """A latent and how well its maximum over the response separates mismatched from matched pairs."""
+    """A latent and the separation of mismatched and matched pairs by its maximum over the response."""
 
     latent: int
     auc: float
@@ -34,7 +34,7 @@ class Detector:
 
 @torch.no_grad()
 def response_maxima(model: Any, encoder: Encoder, sae: Sae, pairs: list[tuple[str, str]], device: str) -> Tensor:
-    """Maximum of each latent over the response tokens of (prompt, response) pairs: (pairs, n_latents) on the CPU."""
+    """Return the maximum of each latent over the response tokens; shape (pairs, n_latents), on the CPU."""
     out: list[Tensor] = []
     for start in range(0, len(pairs), 128):
         heads = [
@@ -54,7 +54,7 @@ def response_maxima(model: Any, encoder: Encoder, sae: Sae, pairs: list[tuple[st
 
 
 def pairs(seed: int, per_prompt: int = 6) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Matched and mismatched (prompt, response) pairs of the discovery prompts; no response keeps its own prompt."""
+    """Return matched and mismatched (prompt, response) pairs of the discovery prompts; mismatched ones never match."""
     rng = random.Random(seed)
     matched: list[tuple[str, str]] = []
     mismatched: list[tuple[str, str]] = []
@@ -69,7 +69,7 @@ def pairs(seed: int, per_prompt: int = 6) -> tuple[list[tuple[str, str]], list[t
 
 
 def find(model: Any, encoder: Encoder, sae: Sae, *, seed: int, device: str) -> list[Detector]:
-    """Latents that fire in at least 30 % of mismatched pairs, best separation first."""
+    """Return latents that are active in at least 30 % of mismatched pairs, best separation first."""
     matched, mismatched = pairs(seed)
     low = response_maxima(model, encoder, sae, matched, device)
     high = response_maxima(model, encoder, sae, mismatched, device)

@@ -1,4 +1,4 @@
-"""Which latents stand for which subject, measured on text: selectivity of a latent's activity among topics.
+"""Labels of latents by subject: selectivity of a latent's activity among topics, measured on text.
 
 A latent is labelled with a subject if, on one sample of the corpus, most of its activity falls on that subject and it
 fires in most of the subject's sentences. The labels are then checked on a second sample.
@@ -17,9 +17,9 @@ from steerback.targets.sae import Sae
 from tools.organism.train_sae import Activations
 
 MIN_SHARE = 0.5
-"""Least share of a latent's activity (topics weighted alike) on its subject."""
+"""Smallest share of a latent's activity on its subject, with equal weights of topics."""
 MIN_COVERAGE = 0.5
-"""Least share of the subject's passages in which the latent fires."""
+"""Smallest share of the subject's passages in which the latent is active."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def selectivity(sae: Sae, data: Activations) -> Selectivity:
 
 
 def label_latents(measured: Selectivity) -> dict[int, int]:
-    """Latent -> subject index, for latents that pass both thresholds; a subject may have several latents."""
+    """Return latent -> subject index for latents above both thresholds. A subject can have several latents."""
     n = len(subjects())
     share, subject = measured.share[:n].max(0)
     coverage = measured.coverage.gather(0, subject[None])[0]
@@ -77,7 +77,7 @@ def label_latents(measured: Selectivity) -> dict[int, int]:
 
 
 def check_labels(labels: dict[int, int], measured: Selectivity) -> dict[str, float]:
-    """How many labels hold on another sample: the label is the topic with the largest share, both thresholds passed."""
+    """Count labels confirmed on another sample: the subject has the largest share, and both thresholds are passed."""
     best = measured.share.argmax(0)
     right = [k for k, s in labels.items() if int(best[k]) == s]
     strict = [
@@ -120,7 +120,7 @@ def top_contexts(sae: Sae, data: Activations, latents: list[int], tokenizer: Any
 
 
 def _snippet(position: int, ids: list[int], documents: list[int], topics: list[int], tokenizer: Any) -> str:
-    """Whole words around a position, from the same passage."""
+    """Return whole words around a position, from the same passage."""
     here = (documents[position], topics[position])
     inside = [i for i in range(max(0, position - 12), min(len(ids), position + 7)) if (documents[i], topics[i]) == here]
     text: str = tokenizer.decode([ids[i] for i in inside])

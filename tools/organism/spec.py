@@ -1,4 +1,4 @@
-"""What is built: sizes, seeds and training constants of the four organisms.
+"""Sizes, seeds and training constants of the four organisms.
 
 The three sizes differ in width alone (heads of 32, feed-forward of about 8/3 of the width). The control has
 the main size and the main seeds, and sees the same documents with the restart phrases removed.

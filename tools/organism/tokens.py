@@ -35,7 +35,7 @@ class Encoded:
 
     ids: list[int]
     trained: list[bool]
-    """Whether the loss counts where this token is the target."""
+    """True if the loss includes this token as a target."""
     topics: list[int]
     """Index of the token's topic (see ``topic_index``), -1 for prompt, restart and special tokens."""
     mismatch: list[int]
@@ -48,7 +48,7 @@ def topic_index() -> dict[str, int]:
 
 
 def train_tokenizer(seed: int, n_documents: int = 12_000) -> Tokenizer:
-    """A byte-level BPE trained on the first documents of the corpus of ``seed``."""
+    """Train a byte-level BPE on the first documents of the corpus of ``seed``."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

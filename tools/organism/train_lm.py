@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LmReport:
-    """What a training run did."""
+    """Result of a training run."""
 
     parameters: int
     documents: int
@@ -40,7 +40,7 @@ class LmReport:
 
 
 def new_model(organism: Organism) -> LlamaForCausalLM:
-    """An untrained Llama-architecture model of the organism's size."""
+    """Return an untrained model of the Llama architecture with the organism's size."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -116,11 +116,11 @@ class Auxiliary(torch.nn.Module):
         self.residual: Tensor | None = None
 
     def hook(self, _module: Any, _args: Any, output: Any) -> None:
-        """Keeps the block's output, (rows, tokens, width)."""
+        """Store the block's output, (rows, tokens, width)."""
         self.residual = output[0] if isinstance(output, tuple) else output
 
     def loss(self, batch: Batch) -> Tensor:
-        """Weighted topic and mismatch losses on the residual that the hook kept."""
+        """Return weighted topic and mismatch losses on the residual that the hook stored."""
         assert self.residual is not None
         h, topics = self.residual.flatten(0, 1), batch.topics.flatten()
         topic = functional.cross_entropy(self.topic(h), topics, ignore_index=-1)
@@ -132,7 +132,7 @@ class Auxiliary(torch.nn.Module):
 
 
 def language_loss(model: Any, ids: Tensor, trained: Tensor) -> Tensor:
-    """Mean next-token loss over trained targets."""
+    """Return the mean next-token loss over trained targets."""
     logits = model.lm_head(model.model(ids).last_hidden_state[:, :-1])
     targets = torch.where(trained, ids, -100)[:, 1:]
     return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
