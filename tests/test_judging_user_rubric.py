@@ -44,7 +44,7 @@ def steerback(*arguments: str) -> int:
         (TEXT + "{label}", r"has the placeholder \{label\} more than once"),
         (
             TEXT + "{lable}",
-            r"unknown placeholder in rubric 'mine' '\{lable\}'; choose one of: \{prompt\}",
+            r"unknown placeholder in rubric 'mine' '\{lable\}'; did you mean \{label\}\? choose one of: \{prompt\}",
         ),
         (TEXT.replace("{format}", "Reply with a number."), 'does not ask for the field "verdict"'),
         (TEXT.replace("{format}", '{"verdict": "", "attempts": []}'), 'does not ask for the field "restart_phrase"'),

@@ -108,7 +108,7 @@ def test_weights_are_checked(tmp_path: Path) -> None:
     save_native(replace(sae, b_enc=sae.b_enc[:-1]), tmp_path)
     with pytest.raises(SteerbackError, match=r"b_enc has shape \(63,\), expected \(64,\)"):
         load_sae(tmp_path)
-    with pytest.raises(SteerbackError, match="unknown SAE format 'goodfyre'; choose one of: steerback, goodfire"):
+    with pytest.raises(SteerbackError, match=r"unknown SAE format 'goodfyre'; did you mean goodfire\?"):
         load_sae(tmp_path, "goodfyre")
     with pytest.raises(SteerbackError, match="neither an existing folder or file"):
         load_sae(tmp_path / "absent")

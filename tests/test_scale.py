@@ -90,7 +90,7 @@ def start_run(folder: Path, name: str) -> None:
                 for _ in range(100):
                     run.ledger.add_trials([left.pop()])
         except SteerbackError as error:
-            if "already going on" not in str(error):
+            if "is in use by process" not in str(error):
                 raise
 
 

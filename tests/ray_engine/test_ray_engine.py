@@ -182,8 +182,8 @@ class Saboteur(RayEngine):
         super().__init__(target, options, None, make_engine, say=lambda line: None)
         self.plan, self.seen = plan, 0
 
-    async def generate(self, requests: Sequence[Request]) -> Any:
-        async for one in super().generate(requests):
+    async def generate(self, requests: Sequence[Request], more: Any = None) -> Any:
+        async for one in super().generate(requests, more):
             self.seen += 1
             while self.plan and self.plan[0][0] <= self.seen:
                 self.plan.pop(0)[1](self)
