@@ -39,6 +39,7 @@ from steerback.targets import Target
 
 OUT = Path(__file__).parent / "results" / "scale.json"
 SIZES, LATENTS, CONDITIONS, NAME = (20_000, 100_000, 200_000), 200, 5, "planted"
+CHOSEN = 237  # about 200 of them have a usable threshold and are measured
 VERBS = {
     "show": ("show",),
     "figures": ("figures",),
@@ -113,7 +114,7 @@ def makers() -> check.Makers:
 def work(folder: Path, trials: int) -> None:
     """Create or resume the run with the given number of measured trials."""
     settings = (
-        f"n_latents={LATENTS}",
+        f"n_latents={CHOSEN}",
         f"trials_per_latent={trials // LATENTS // CONDITIONS}",
         "options.variants=stay-on-topic,dont-get-distracted,being-distracted,self-monitor",
         "calibration.max_iterations=4",

@@ -189,6 +189,7 @@ def test_models_get_the_names_of_the_registry(tmp_path: Path) -> None:
         "Meta-Llama-3.1-8B-Instruct": "llama-3.1-8b",
         "gemma-2-27b-it-res-131k-layer-22": "gemma-2-27b",
         "/models/llama-3.1-8b-ratio-80-20-merged": "llama-3.1-8b-ratio-80-20-merged",
+        "half a pair \ud800": "half a pair ?",
     }.items():
         path = write(tmp_path / "m.json", result([], config={"model_name": model}))
         assert read_source(path).model == name
@@ -253,12 +254,14 @@ SWEPT = [feature(7, [trial(attempts(30), threshold=4.0)]), feature(8, [trial(att
         (result([], config={"model_name": "/"}), "model_name or the condition is empty"),
         (result([], config={"model_name": " / "}), "model_name or the condition is empty"),
         (result([], steerback=own(condition="")), "model_name or the condition is empty"),
+        (result([]), "no trials to import: results_by_feature is empty in x.json"),
+        (result([feature(7, [])]), "no trials to import: results_by_feature is empty in x.json"),
         (
-            result([], steerback=own(facts={"config": {"experiment": "esr"}})),
+            result(SWEPT[:1], steerback=own(facts={"config": {"experiment": "esr"}})),
             "unknown fact 'config' in steerback.facts",
         ),
-        (result([], steerback=own(facts={"sweep": {"sd": "x"}})), "fact 'sweep' is damaged"),
-        (result([], steerback=own(facts={"meta-prompts": [1]})), "fact 'meta-prompts' is damaged"),
+        (result(SWEPT[:1], steerback=own(facts={"sweep": {"sd": "x"}})), "fact 'sweep' is damaged"),
+        (result(SWEPT[:1], steerback=own(facts={"meta-prompts": [1]})), "fact 'meta-prompts' is damaged"),
         (result(SWEPT, n_boost_levels=2, threshold_cache_stats={"mean": 8, "std": 0}), "deviation .* is 0,"),
         (result(SWEPT, n_boost_levels=2, threshold_cache_stats={"mean": 8, "std": "inf"}), "deviation .* is 0,"),
         (result(SWEPT, n_boost_levels=2, threshold_cache_stats={"mean": 8, "std": -2}), "deviation .* is -2,"),

@@ -32,7 +32,7 @@ def in_child(work: Callable[..., None], *arguments: Any) -> tuple[int, int]:
     calls = context.Value("q", 0)
     child = context.Process(target=work, args=(*arguments, calls))
     child.start()
-    child.join(300)
+    child.join(300 * SCALE)  # a long campaign runs beside other work
     assert child.exitcode is not None
     return child.exitcode, calls.value
 

@@ -25,7 +25,7 @@ from steerback.errors import SteerbackError, one_line
 from steerback.published.exports import EXPORTED, TRIAL, WINDOWS
 from steerback.published.pairing import TrialNumbers
 from steerback.published.schema import AuthorsFeature, AuthorsTrial, OwnTrial, judgement_of, split_prompt
-from steerback.published.sources import NO_JUDGE, Ablations, Source, ablations, named, read_source
+from steerback.published.sources import FEATURES, NO_JUDGE, Ablations, Source, ablations, named, read_source
 from steerback.readers import read_json_table
 from steerback.records import Completion, Intervention, Judgement, Latent, LatentKey, Receipt, Trial, WindowScores
 from steerback.store.database import unpack_array
@@ -176,6 +176,9 @@ def import_authors(
     result.experiment = _analysable(result, sources, target)
     _same_files(folder, sources)
     config, unknown = _config(result, sources, target)
+    if not any(s.trials for s in sources):
+        names = ", ".join(s.path.name for s in sources)
+        raise SteerbackError(f"no trials to import: {FEATURES} is empty in {names}; name a file with results")
     with new_or_nothing(folder), Run.start(folder, config) as run:
         pairs = TrialNumbers()
         for source in sources:

@@ -78,6 +78,8 @@ CREATE TABLE outlines (
 """Properties of each completion for metrics, which then read no texts. All are derived from `completions`."""
 TABLES = ("facts", "trials", "prefixes", "completions", "judgements", "windows")
 ORDER = "ORDER BY t.target, t.stage, t.condition, t.idx"
+KEYS = "SELECT value FROM json_each(?)"
+"""Keys of trials that a statement gets as one JSON list."""
 BATCH = 200
 """Number of rows with texts that `Ledger.stream` reads at a time."""
 
@@ -162,27 +164,31 @@ class Ledger:
 
     def add_trials(self, trials: Sequence[Trial]) -> None:
         """Add planned trials. Raises SteerbackError if a stored trial with the same key differs."""
-        rows = [trial_values(t) for t in trials]
+        continued = {t.key: values for t in trials if (values := prefix_values(t)) is not None}
+        waiting = iter(trials)
         with self._transaction() as db:
-            before = db.total_changes
-            db.executemany(f"INSERT OR IGNORE INTO trials VALUES ({placeholders(14)})", rows)
-            fresh = db.total_changes - before == len(trials)
-            continued = {t.key: values for t in trials if (values := prefix_values(t)) is not None}
             if continued:
                 db.execute(PREFIXES)
-                db.executemany(f"INSERT OR IGNORE INTO prefixes VALUES ({placeholders(3)})", continued.values())
-            if fresh:
-                return
-            for row in rows:
-                key, start = row[:1], None
-                stored = db.execute("SELECT * FROM trials WHERE key = ?", key).fetchone()
+            while some := [trial_values(t) for t in islice(waiting, BATCH)]:
+                keys = (dump_json([row[0] for row in some]),)
+                stored = {row[0]: row for row in db.execute(f"SELECT * FROM trials WHERE key IN ({KEYS})", keys)}
+                starts: dict[str, tuple[Any, ...]] = {}
                 if continued:
-                    start = db.execute("SELECT * FROM prefixes WHERE trial = ?", key).fetchone()
-                if stored != row or start != continued.get(row[0]):
-                    raise SteerbackError(
-                        f"{self.path}: trial {row[0]} differs from the plan that this run was started with "
-                        "(another version of steerback or of the target); start a new run with another --name"
-                    )
+                    query = f"SELECT trial, text, token_ids FROM prefixes WHERE trial IN ({KEYS})"
+                    starts = {row[0]: row for row in db.execute(query, keys)}
+                fresh: dict[str, tuple[Any, ...]] = {}
+                for row in some:
+                    key = row[0]
+                    known = stored.get(key) or fresh.setdefault(key, row)
+                    if known != row or (key in stored and starts.get(key) != continued.get(key)):
+                        raise SteerbackError(
+                            f"{self.path}: trial {key} differs from the plan that this run was started with "
+                            "(another version of steerback or of the target); start a new run with another --name"
+                        )
+                db.executemany(f"INSERT INTO trials VALUES ({placeholders(14)})", fresh.values())
+                begun = [continued[key] for key in fresh if key in continued]
+                if begun:
+                    db.executemany(f"INSERT INTO prefixes VALUES ({placeholders(3)})", begun)
 
     def add_completions(self, done: Iterable[tuple[str, Completion, str]]) -> None:
         """Add (trial key, completion, engine fingerprint) triples; existing completions stay."""
@@ -193,12 +199,12 @@ class Ledger:
 
     def completed(self, keys: Iterable[str]) -> set[str]:
         """Return the keys of those trials that have a completion."""
-        query = "SELECT trial FROM outlines WHERE trial IN (SELECT value FROM json_each(?))"
+        query = f"SELECT trial FROM outlines WHERE trial IN ({KEYS})"
         return self._among(query, keys)
 
     def judged(self, judge: str, keys: Iterable[str]) -> set[str]:
         """Return the keys of those trials that a judge has judged."""
-        query = "SELECT trial FROM judgements WHERE trial IN (SELECT value FROM json_each(?)) AND judge = ?"
+        query = f"SELECT trial FROM judgements WHERE trial IN ({KEYS}) AND judge = ?"
         return self._among(query, keys, judge)
 
     def _among(self, query: str, keys: Iterable[str], *values: str) -> set[str]:
@@ -243,6 +249,17 @@ class Ledger:
         with reading(self.path):
             stored = self._windows("w.scores", judge, target, stage, condition)
             return {key: from_json(scores) for key, scores in stored}
+
+    def without_windows(self, judge: str, target: str | None, stage: str, retry: bool = False) -> Iterator[Outline]:
+        """Yield the trials whose windows a judge has not scored, with `retry` also those that it gave no scores."""
+        where, values = _where(target, stage, None, None)
+        tables = "trials t"
+        if self._has("windows"):
+            tables += " LEFT JOIN windows w ON w.trial = t.key AND w.judge = ?"
+            values.insert(0, judge)
+            where += " AND (w.trial IS NULL OR w.scores = '[]')" if retry else " AND w.trial IS NULL"
+        keys = [key for (key,) in self._all(f"SELECT t.key FROM {tables} WHERE {where}", values)]
+        yield from self.outlines(keys=keys) if keys else ()
 
     def _windows(
         self,
@@ -318,7 +335,7 @@ class Ledger:
 
     def responses(self, outlines: Iterable[Outline]) -> Iterator[tuple[Outline, str | None]]:
         """Yield each outline with its response text (None before it exists), with `BATCH` texts in memory at a time."""
-        query = "SELECT trial, text FROM completions WHERE trial IN (SELECT value FROM json_each(?))"
+        query = f"SELECT trial, text FROM completions WHERE trial IN ({KEYS})"
         waiting = iter(outlines)
         while some := list(islice(waiting, BATCH)):
             with sqlite_errors(self.path):
@@ -379,7 +396,7 @@ def _where(
     where = ["1", *(f"{column} = ?" for column, value in chosen.items() if value is not None)]
     values = [value for value in chosen.values() if value is not None]
     if keys is not None:
-        where.append("t.key IN (SELECT value FROM json_each(?))")
+        where.append(f"t.key IN ({KEYS})")
         values.append(dump_json(list(keys)))
     return " AND ".join(where), values
 
@@ -388,9 +405,7 @@ def _outline(db: sqlite3.Connection, trials: Sequence[str] | None = None) -> Non
     """Fill the table `outlines` for the completions of some trials, or for all completions without outline."""
     db.create_function("tokens", 1, lambda ids: len(from_json(ids)), deterministic=True)
     db.create_function("degraded", 1, is_degraded, deterministic=True)
-    chosen = "SELECT value FROM json_each(?)"
-    if trials is None:
-        chosen = "SELECT trial FROM completions EXCEPT SELECT trial FROM outlines"
+    chosen = KEYS if trials is not None else "SELECT trial FROM completions EXCEPT SELECT trial FROM outlines"
     db.execute(
         "INSERT OR IGNORE INTO outlines SELECT trial, finish, prompt_tokens, tokens(token_ids), prompt_positions, "
         f"generated_positions, degraded(text) FROM completions WHERE trial IN ({chosen})",

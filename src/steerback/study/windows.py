@@ -23,12 +23,11 @@ def without_windows(
 
     With `retry` also of those to which it gave no scores.
     """
-    known = {key for key, scores in ledger.window_scores(judge, target).items() if scores or not retry}
     return [
         (row.trial.target, row.trial.key)
         for stage in STAGES
-        for row in ledger.outlines(target, stage)
-        if row.valid_receipt and row.trial.key not in known
+        for row in ledger.without_windows(judge, target, stage, retry)
+        if row.valid_receipt
     ]
 
 
