@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import multiprocessing
+import os
+import pickle
 import sqlite3
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -11,20 +13,28 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from steerback.analysis import base
 from steerback.analysis.base import outcomes_of
+from steerback.analysis.labels import LedgerPlace
 from steerback.config import RunConfig
 from steerback.errors import SteerbackError
+from steerback.metrics import Outcomes
+from steerback.metrics.recovery import Series
 from steerback.records import Attempt, Completion, Intervention, Judgement, Receipt, Trial, is_degraded
+from steerback.report import export
 from steerback.report.export import export_flat
 from steerback.report.transcripts import Choice, choose
 from steerback.report.view import page
 from steerback.report.view_trials import ShownRun
+from steerback.store import processes
 from steerback.store.cache import Cache
 from steerback.store.ledger import Ledger
+from steerback.store.processes import beside
 from steerback.store.run import Run
 
 OLD = Path(__file__).parent / "data" / "ledgers-0.1" / "traces.sqlite.gz"
@@ -209,3 +219,42 @@ def test_a_response_of_an_older_process_after_migration_is_not_overlooked(tmp_pa
         old.commit()
     with Ledger(path) as ledger:
         assert [row.valid_receipt for row in ledger.outlines()] == [True]
+
+
+def test_work_beside_this_process_returns_its_result_or_raises_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "can_fork", lambda: True)
+
+    def broken() -> None:
+        raise SteerbackError(f"broken in {os.getpid()}")
+
+    assert beside(os.getpid)() != os.getpid()
+    assert beside(os.getpid, worth=False)() == os.getpid()
+    with pytest.raises(SteerbackError, match=f"broken in {os.getpid()}"):
+        beside(broken)()
+
+
+def test_two_processes_give_the_results_of_one(large: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = {("model", name): LedgerPlace("model", "measure", name) for name in ("baseline", "other")}
+
+    def results(name: str) -> tuple[bytes, list[Outcomes]]:
+        path = export_flat(large.ledger, tmp_path / name, "machine", "csv")
+        return path.read_bytes(), [*base.read_conditions(large.ledger, "machine", places)[0].values()]
+
+    table, outcomes = results("one.csv")
+    monkeypatch.setattr(processes, "can_fork", lambda: True)
+    monkeypatch.setattr(base, "MANY", 0)
+    monkeypatch.setattr(export, "MANY", 0)
+    again, others = results("two.csv")
+    assert again == table
+    assert {p.name for p in tmp_path.iterdir()} == {"one.csv", "two.csv"}  # no part is left
+    for one, other in zip(outcomes, others, strict=True):
+        assert all(np.array_equal(x, getattr(other, name), equal_nan=True) for name, x in vars(one).items())
+
+
+def test_window_scores_survive_the_way_between_processes() -> None:
+    scores = [np.array([1.0, 2.0]), np.array([3.0]), np.array([4.0, 5.0, 6.0])]
+    for kept in (scores, []):
+        series = Series(kept, np.arange(len(kept)), np.ones(len(kept), dtype=bool))
+        copy = pickle.loads(pickle.dumps(series))
+        assert [s.tolist() for s in copy.scores] == [s.tolist() for s in kept]
+        assert copy.cluster.tolist() == series.cluster.tolist()

@@ -12,12 +12,14 @@ from steerback import organism
 from steerback.analysis.floor import Floor, floors_under
 from steerback.analysis.labels import Key as Key
 from steerback.analysis.labels import Labelling, LedgerPlace, Prepare, labelling
-from steerback.analysis.recovery import Recoveries, recoveries
+from steerback.analysis.recovery import Recoveries, recoveries, series_of
 from steerback.metrics import Comparison, Outcomes, Summary, compare, correct, summarize
+from steerback.metrics.recovery import Series
 from steerback.records import LatentKey, Trial
 from steerback.store.facts import BASELINE, FLOOR, PROVENANCE
-from steerback.store.ledger import Ledger
-from steerback.store.rows import Outline, TrialRow
+from steerback.store.ledger import MANY, Ledger
+from steerback.store.processes import beside
+from steerback.store.rows import TrialRow
 
 
 class Results(ABC):
@@ -135,15 +137,37 @@ def measured(
     places = {
         (target, condition): LedgerPlace(target, stage, condition) for target, condition in ledger.conditions(stage)
     }
-    rows = {key: prepare(ledger.outlines(place.target, stage, place.condition, judge)) for key, place in places.items()}
-    outcomes = {key: outcomes_of(own, ledger.includes_degraded) for key, own in rows.items()}
+    outcomes, windows = read_conditions(ledger, judge, places, prepare)
     pairs = {
         (target, condition): other
         for target, condition in outcomes
         if (other := against(condition)) is not None and (target, other) in outcomes
     }
     tested = paired(judge, outcomes, pairs, draws, labelling(ledger, judge, places, pairs, draws, prepare))
-    return with_floors(tested, ledger, places, draws, rows)
+    return with_floors(tested, ledger, places, draws, windows)
+
+
+def read_conditions(
+    ledger: Ledger, judge: str, places: Mapping[Key, LedgerPlace], prepare: Prepare = list
+) -> tuple[dict[Key, Outcomes], dict[Key, Series | None]]:
+    """Return the outcomes and the window scores (None: not scored) of conditions, read by two processes if many."""
+
+    def read(keys: Sequence[Key], own: Ledger) -> dict[Key, tuple[Outcomes, Series | None]]:
+        found = {}
+        for key in keys:
+            place = places[key]
+            rows = prepare(own.outlines(place.target, place.stage, place.condition, judge))
+            found[key] = outcomes_of(rows, own.includes_degraded), series_of(own, judge, place, rows)
+        return found
+
+    def second() -> dict[Key, tuple[Outcomes, Series | None]]:
+        with Ledger(ledger.path, read_only=True) as own:
+            return read(keys[1::2], own)
+
+    keys = [*places]
+    rest = beside(second, worth=len(keys) > 1 and ledger.progress()[0] >= MANY)
+    both = read(keys[::2], ledger) | rest()
+    return {key: both[key][0] for key in keys}, {key: both[key][1] for key in keys}
 
 
 def with_floors(
@@ -151,14 +175,14 @@ def with_floors(
     ledger: Ledger,
     places: Mapping[Key, LedgerPlace],
     draws: int,
-    rows: Mapping[Key, Sequence[Outline]],
+    windows: Mapping[Key, Series | None],
 ) -> Measured:
     """Return a copy with the judge's floor of each condition, and with recovery without a restart phrase."""
     targets = {target for target, _ in ledger.conditions(FLOOR)}
     unsteered = {t: [*ledger.outlines(t, FLOOR, judge=measured.judge)] for t in targets}
     restarts = {t: outcomes_of(own, ledger.includes_degraded, lambda x: x.prompt) for t, own in unsteered.items()}
     floors = floors_under(measured.outcomes, places, restarts, draws)
-    recovered = recoveries(ledger, measured.judge, places, rows, unsteered)
+    recovered = recoveries(ledger, measured.judge, places, windows, unsteered)
     return replace(measured, floors=floors, recovery=recovered)
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from steerback.analysis.base import Key, Measured, Results, outcomes_of, paired, planted, with_floors
+from steerback.analysis.base import Key, Measured, Results, outcomes_of, paired, planted, read_conditions, with_floors
 from steerback.analysis.labels import LedgerPlace, labelling
 from steerback.metrics import VALID, Estimate, Trend, trend
 from steerback.store.facts import ADAPTER, HELD_OUT, HELD_OUT_UNSTEERED, STEERED, UNSTEERED, Adapter
 from steerback.store.ledger import Ledger
-from steerback.store.rows import Outline, TrialRow
+from steerback.store.rows import TrialRow
 
 BASE = "base"
 SHOWN = ("mean_attempts", "multi_attempt_rate", "improvement_rate", "esr_rate", "msi", "mean_first")
@@ -102,7 +102,6 @@ def condition_name(adapter: str, condition: str) -> str:
 
 def by_mix(ledger: Ledger, judge: str, draws: int, adapters: Mapping[str, Adapter]) -> Measured:
     """Return all conditions as conditions of the base, each compared with the base's equivalent."""
-    rows: dict[Key, list[Outline]] = {}
     against: dict[Key, str] = {}
     places: dict[Key, LedgerPlace] = {}
     for target, condition in ledger.conditions():
@@ -110,13 +109,12 @@ def by_mix(ledger: Ledger, judge: str, draws: int, adapters: Mapping[str, Adapte
         base = target if fact is None else fact.base
         key = (base, condition_name(BASE if fact is None else fact.adapter, condition))
         places[key] = LedgerPlace(target, "measure", condition)
-        rows[key] = [*ledger.outlines(target, "measure", condition, judge)]
         if fact is not None:
             against[key] = condition_name(BASE, condition)
-    outcomes = {key: outcomes_of(own, ledger.includes_degraded) for key, own in rows.items()}
+    outcomes, windows = read_conditions(ledger, judge, places)
     against = {key: other for key, other in against.items() if (key[0], other) in outcomes}
     tested = paired(judge, outcomes, against, draws, labelling(ledger, judge, places, against, draws))
-    return with_floors(tested, ledger, places, draws, rows)
+    return with_floors(tested, ledger, places, draws, windows)
 
 
 def steered_comparisons(measured: Measured) -> Measured:

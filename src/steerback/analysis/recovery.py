@@ -40,25 +40,26 @@ def recoveries(
     ledger: Ledger,
     judge: str,
     places: Mapping[Key, LedgerPlace],
-    rows: Mapping[Key, Sequence[Outline]],
+    windows: Mapping[Key, Series | None],
     floors: Mapping[str, Sequence[Outline]],
 ) -> Recoveries:
     """Return the recovery of every condition whose windows `judge` has scored.
 
-    `rows` are the rows of each condition, `floors` the unsteered rows of each target, all with the verdicts of `judge`.
+    `windows` are the scores of each condition (`series_of`), `floors` the unsteered rows of each target, all with the
+    verdicts of `judge`.
 
     Degraded responses, and responses without a score for the whole text, are excluded, as in the other metrics.
     """
     rule = rule_of(ledger)
     measured: dict[Key, Recovery] = {}
-    for key, place in places.items():
-        series = _series(ledger, judge, place, rows[key], lambda trial: trial.latent)
+    for key in places:
+        series = windows[key]
         if series is not None:
             measured[key] = recovery(series, rule)
     unsteered: dict[str, Recovery] = {}
     for target, condition in ledger.conditions(FLOOR):
         own = [row for row in floors[target] if row.trial.condition == condition]
-        floor = _series(ledger, judge, LedgerPlace(target, FLOOR, condition), own, lambda t: t.prompt)
+        floor = series_of(ledger, judge, LedgerPlace(target, FLOOR, condition), own, lambda t: t.prompt)
         if floor is not None:
             unsteered[target] = recovery(floor, rule)
     under = {key: unsteered[place.target] for key, place in places.items() if place.target in unsteered}
@@ -72,13 +73,14 @@ def rule_of(ledger: Ledger) -> Rule:
     return Rule(settings.low, settings.high, settings.early, settings.least_windows)
 
 
-def _series(
+def series_of(
     ledger: Ledger,
     judge: str,
     place: LedgerPlace,
     rows: Sequence[Outline],
-    cluster: Callable[[Trial], LatentKey | None],
+    cluster: Callable[[Trial], LatentKey | None] = lambda trial: trial.latent,
 ) -> Series | None:
+    """Return the window scores of a condition's rows; None if the judge has scored no windows of that condition."""
     scores = ledger.window_scores(judge, place.target, place.stage, place.condition)
     if not scores:
         return None

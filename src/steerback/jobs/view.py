@@ -22,7 +22,8 @@ from steerback.report import view
 from steerback.report.view_trials import STAGES, Group, Reading, ShownRun, group_of
 from steerback.store.facts import DETECTOR_SET, FORK, RECORDED_LATENTS
 from steerback.store.files import write_atomic
-from steerback.store.ledger import Row
+from steerback.store.ledger import MANY, Ledger, Row
+from steerback.store.processes import beside
 from steerback.store.progress import Progress, Silent
 from steerback.store.run import Run
 from steerback.study.study import same_weights
@@ -68,6 +69,12 @@ def write_view(
 
 def _shown(run: Run, settings: ViewSettings, progress: Progress, makers: Makers) -> ShownRun:
     judge, problem = run.judge(settings.judge), ""
+
+    def count() -> list[Mapping[str, object]]:
+        with Ledger(run.ledger.path, read_only=True) as own:
+            return view.trial_counts(own, judge, settings.stages)
+
+    counts = beside(count, worth=run.ledger.progress()[0] >= MANY)
     analysis: Presentation | None = None
     try:
         analysis = analysed(run, judge).shown
@@ -96,6 +103,7 @@ def _shown(run: Run, settings: ViewSettings, progress: Progress, makers: Makers)
         priors=prior,
         readings=_readings(run, judge, settings, targets, progress, makers) if settings.record else {},
         forks=forks(run.ledger, judge),
+        counts=counts(),
     )
 
 

@@ -6,7 +6,7 @@ chance is exact: the share of all orders of the same windows that satisfy the ru
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import comb
 
@@ -46,6 +46,11 @@ class Series:
     cluster: Codes
     single: Flags
 
+    def __reduce__(self) -> tuple[Callable[..., Series], tuple[object, ...]]:
+        """Pickle all scores as one array; many small ones would take longer than the reading of the ledger."""
+        lengths, flat, _ = _flat(self.scores) if self.scores else ([], np.zeros(0), None)
+        return _series, (lengths, flat, self.cluster, self.single)
+
 
 @dataclass(frozen=True)
 class Recovery(MetricResult):
@@ -63,6 +68,10 @@ class Recovery(MetricResult):
     shuffled: Estimate
     above: Estimate
     course: Sequence[Estimate]
+
+
+def _series(lengths: Sequence[int], flat: Floats, cluster: Codes, single: Flags) -> Series:
+    return Series(np.split(flat, np.cumsum(lengths)[:-1]) if lengths else [], cluster, single)
 
 
 def recovery(series: Series, rule: Rule) -> Recovery:

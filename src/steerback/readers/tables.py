@@ -41,10 +41,14 @@ def plain_cell(text: str) -> str:
     return text[1:] if text.startswith("'") and COMPUTED.match(text) else text
 
 
+def csv_line(row: Iterable[object]) -> str:
+    """Return a row of a CSV file with its line feed."""
+    return (",".join(map(safe_cell, row)) or '""') + "\n"  # an empty line would not be read as a row
+
+
 def csv_lines(header: Sequence[str], rows: Iterable[Iterable[object]]) -> Iterator[str]:
     """Yield the lines of a CSV file with line feeds, header first."""
-    for row in chain([header], rows):
-        yield (",".join(map(safe_cell, row)) or '""') + "\n"  # an empty line would not be read as a row
+    yield from map(csv_line, chain([header], rows))
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Iterable[object]]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 
 from steerback.calibration.thresholds import THRESHOLDS
@@ -87,7 +87,7 @@ def _overview(shown: ShownRun, stages: Sequence[str]) -> dict[str, object]:
         "problem": shown.problem,
         "tables": [_table(name, table) for name, table in shown.tables.items()],
         "figures": list(shown.figures),
-        "counts": _counts(ledger, shown.judge, stages),
+        "counts": trial_counts(ledger, shown.judge, stages) if shown.counts is None else shown.counts,
         "stages": ledger.stage_sizes(),
         "latents": _left_out(ledger),
         "manifest": read_json_table(manifest, "manifest") if manifest.is_file() else {},
@@ -101,17 +101,18 @@ def _table(name: str, table: Table) -> dict[str, object]:
     return {"name": name, "columns": columns, "cells": cells, "caption": table.caption, "left": table.left}
 
 
-def _counts(ledger: Ledger, judge: str, stages: Sequence[str]) -> list[dict[str, object]]:
+def trial_counts(ledger: Ledger, judge: str, stages: Sequence[str]) -> list[Mapping[str, object]]:
     """Return the trials by state for each target, stage and condition, with the most frequent reasons for exclusion."""
-    counts: dict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)
-    reasons: dict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)
+    kinds: Counter[tuple[tuple[str, str, str], tuple[str, ...], str]] = Counter()
     shown = [stage for stage in dict.fromkeys(stages) if stage != FORK]  # the page of forks counts its arms
     for row in chain.from_iterable(ledger.outlines(stage=stage, judge=judge) for stage in shown):
         place = (row.trial.target, row.trial.stage, row.trial.condition)
-        counts[place]["planned"] += 1
-        flags = flags_of(row)
-        counts[place].update(flags or ["sound"])
-        reasons[place].update(filter(None, [reason_of(row)]))
+        kinds[place, tuple(flags_of(row)), reason_of(row)] += 1
+    counts: dict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)
+    reasons: dict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)
+    for (place, flags, reason), number in kinds.items():
+        counts[place].update(dict.fromkeys(("planned", *(flags or ("sound",))), number))
+        reasons[place].update({reason: number} if reason else {})
     return [
         {
             "target": target,

@@ -74,6 +74,8 @@ class ShownRun:
     priors: Callable[[str, LatentKey], BoostPrior | None] = lambda target, key: None
     readings: Mapping[str, Reading] = field(default_factory=dict)
     forks: Sequence[Forked] = ()
+    counts: Sequence[Mapping[str, object]] | None = None
+    """Counts of the trials by state (`view.trial_counts`); None: not counted yet."""
 
     @property
     def name(self) -> str:
@@ -132,9 +134,9 @@ def draw(runs: Sequence[ShownRun], stages: Sequence[str], limit: int, why: str) 
     groups: dict[Group, list[tuple[int, str]]] = defaultdict(list)
     order: dict[tuple[int, str], int] = {}
     for number, shown in enumerate(runs):
-        for trial in shown.run.ledger.trials(stages):
-            groups[group_of(trial)].append((number, trial.key))
-            order[number, trial.key] = len(order)
+        for key, group in shown.run.ledger.groups(stages):
+            groups[group].append((number, key))
+            order[number, key] = len(order)
     if len(order) <= limit:
         return Sample(list(order), len(order))
     strata: dict[tuple[str, str], list[Group]] = defaultdict(list)

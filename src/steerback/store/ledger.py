@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +31,7 @@ from steerback.store.rows import (
     Stored,
     completion_values,
     judgement_values,
+    latent_repr,
     prefix_values,
     read_outline,
     read_row,
@@ -80,6 +82,8 @@ TABLES = ("facts", "trials", "prefixes", "completions", "judgements", "windows")
 ORDER = "ORDER BY t.target, t.stage, t.condition, t.idx"
 KEYS = "SELECT value FROM json_each(?)"
 """Keys of trials that a statement gets as one JSON list."""
+MANY = 20_000
+"""Number of trials from which a second process for reading is worth its start."""
 BATCH = 200
 """Number of rows with texts that `Ledger.stream` reads at a time."""
 
@@ -351,6 +355,17 @@ class Ledger:
             for stored in self._db.execute(query, list(stages)):
                 yield read_trial(stored)
 
+    def groups(self, stages: Sequence[str]) -> Iterator[tuple[str, tuple[str, str, str, int]]]:
+        """Yield the key of each trial of some stages, in the order of `rows`, with its target, latent, prompt and seed.
+
+        Trials of different conditions share the latter. The latent is text as Python writes it.
+        """
+        query = "SELECT t.key, t.target, t.latent, t.prompt, t.seed FROM trials t WHERE t.stage IN "
+        query += f"({placeholders(len(stages))}) {ORDER}"
+        with sqlite_errors(self.path):
+            for key, target, latent, prompt, seed in self._db.execute(query, list(stages)):
+                yield key, (sys.intern(target), latent_repr(latent), sys.intern(prompt), seed)
+
     def stage_sizes(self) -> dict[str, int]:
         """Return the number of planned trials of each stage."""
         return dict(self._all("SELECT stage, count(*) FROM trials GROUP BY 1 ORDER BY 1"))
@@ -363,6 +378,14 @@ class Ledger:
     def judges(self) -> list[str]:
         """Return the names of the judges with judgements in this ledger."""
         return [judge for (judge,) in self._all("SELECT DISTINCT judge FROM judgements ORDER BY judge")]
+
+    def halves(self) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:
+        """Return (target, stage, condition) of all trials in the order of `rows`, in two parts of about equal size."""
+        places = self._all("SELECT target, stage, condition, count(*) FROM trials GROUP BY 1, 2, 3 ORDER BY 1, 2, 3")
+        sums = [0, *accumulate(place[3] for place in places)]
+        middle = min(range(len(sums)), key=lambda n: abs(2 * sums[n] - sums[-1]))
+        names = [place[:3] for place in places]
+        return names[:middle], names[middle:]
 
     def stages(self) -> list[tuple[str, str]]:
         """Return the (target, stage) pairs that have trials: targets as in the config, stages in plan order."""

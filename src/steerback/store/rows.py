@@ -268,6 +268,12 @@ def _latent(text: str) -> LatentKey:
 
 
 @lru_cache(4096)
+def latent_repr(text: str | None) -> str:
+    """Return the repr of a stored latent."""
+    return repr(None if text is None else _latent(text))
+
+
+@lru_cache(4096)
 def _interventions(text: str) -> tuple[Intervention, ...]:
     return tuple(Intervention(**i) for i in from_json(text))
 
