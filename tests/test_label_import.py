@@ -168,7 +168,7 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
         "another sample",
         {"1": ONE},
         {"sample": "0123456789abcdef"},
-        "which run 'run' does not have",
+        "run 'run' has the samples",
     ),
     ("an unknown key", {"1": ONE}, {"weight": 1}, "weight: Extra inputs are not permitted"),
     ("an unknown key in a label", {"1": {"scores": [20], "score": 3}}, {}, "labels.1.score: Extra inputs"),

@@ -95,7 +95,7 @@ class Place:
 
     @property
     def joint(self) -> str:
-        """What stands between the passage and a sentence: a line break after a heading or the like."""
+        """Separator between the passage and a sentence, e.g. a line break after a heading."""
         return "" if self.before.endswith((".", "!", "?", ":", '"', ")", "*")) else "\n"
 
     @property

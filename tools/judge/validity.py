@@ -28,7 +28,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Validity:
-    """What a judge got right. Rates are None where nothing could be counted."""
+    """Result of a validity test. Rates are None if their denominator is 0."""
 
     cases: int
     restarts: int
@@ -115,7 +115,7 @@ def compose(data: Mapping[str, Any], seed: int = 0, rounds: int = 3) -> list[Cas
 
 
 def measure(cases: Sequence[Case], judgements: Iterable[Judgement]) -> Validity:
-    """Restarts found (detected start within the true phrase), false alarms, and rank correlation of the scores."""
+    """Count detected restarts (detected start within the true phrase), false alarms, and rank correlation of the scores."""
     from scipy.stats import spearmanr
 
     restarts = found = exact = alarms = unscored = 0
