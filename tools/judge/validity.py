@@ -115,7 +115,7 @@ def compose(data: Mapping[str, Any], seed: int = 0, rounds: int = 3) -> list[Cas
 
 
 def measure(cases: Sequence[Case], judgements: Iterable[Judgement]) -> Validity:
-    """Count detected restarts (detected start within the true phrase), false alarms, and rank correlation of the scores."""
+    """Count detected restarts (start within the true phrase), false alarms, and rank correlation of the scores."""
     from scipy.stats import spearmanr
 
     restarts = found = exact = alarms = unscored = 0
