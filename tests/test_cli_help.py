@@ -70,6 +70,7 @@ def test_run_lists_the_experiments_and_describes_one_with_all_its_settings(capsy
         assert f"  {row.key} = " in page
         assert row.meaning
     assert "  sampling.temperature = 0.6\n" in page
+    assert max(map(len, page.splitlines())) <= 80
     assert page == shown(capsys, "settings", "boost-sweep")
 
 

@@ -129,7 +129,7 @@ def experiment_lines(name: str, width: int, preset: str = "specification") -> li
     purpose = textwrap.wrap(" ".join((kind.__doc__ or "").split("\n\n")[0].split()), width)
     return [
         *(f"{name}: {kind.title}", *purpose),
-        *("", f"Defaults of preset {preset}. Change one with --set KEY=VALUE, e.g. --set sampling.temperature=0.8."),
+        *("", f"Defaults of preset {preset}. To change one: --set sampling.temperature=0.8"),
         *("", *_own_settings(name, width, preset), "", *_settings_of_runs(name, width, preset)),
         *("", "Options of the command: steerback run --help"),
     ]
