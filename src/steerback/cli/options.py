@@ -278,8 +278,9 @@ def hold_many_records() -> None:
 
 
 def announce_loading(target: str) -> None:
-    """Say on stderr that a model is loaded, which takes seconds to minutes."""
-    say(f"loading {target}", flush=True, file=sys.stderr)
+    """Say on a terminal that a model is loaded, which takes seconds to minutes."""
+    if sys.stderr.isatty():
+        say(f"loading {target}", flush=True, file=sys.stderr)
 
 
 def in_colour() -> bool:
