@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING
 from steerback.engines import TransformersOptions, make_engine
 from steerback.engines.options import SMALL
 from steerback.errors import SteerbackError
+from steerback.store.processes import PR_SET_PDEATHSIG
 from steerback.targets.fit import gpus
 
 if TYPE_CHECKING:
     from steerback.jobs.check import PreparedRun
     from steerback.targets import Target
-
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def possible(job: PreparedRun) -> bool:
