@@ -63,7 +63,7 @@ class Started:
         ({"error": float("nan")}, "off by nan"),
         ({"edited": (0, 0)}, "4 \\+ 2 positions it edited 0 \\+ 0"),
         ({"edited": (4, 1)}, "edited 4 \\+ 1"),
-        ({"effect": 0.0}, "leaves the next token's probabilities"),
+        ({"effect": 0.0}, "does not change the next token's probabilities"),
         ({"after": -4.0}, "differs before and after"),
         ({"after": -1.05}, None),
     ],
@@ -189,7 +189,7 @@ def test_replicas_have_gpus_of_their_own_and_share_the_requests(
 
 def test_an_adapter_that_a_gpu_could_not_serve_is_refused(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "gpus", lambda: 1)
-    with pytest.raises(SteerbackError, match="no float32 on a GPU; use a target in bfloat16, or --engine transformers"):
+    with pytest.raises(SteerbackError, match="adapter kernels lack float32 on a GPU; use a bfloat16 target, or --engine transformers"):
         loading.lora_arguments("adapter", target.dtype)
 
 
