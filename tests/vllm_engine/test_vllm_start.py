@@ -189,7 +189,9 @@ def test_replicas_have_gpus_of_their_own_and_share_the_requests(
 
 def test_an_adapter_that_a_gpu_could_not_serve_is_refused(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "gpus", lambda: 1)
-    with pytest.raises(SteerbackError, match="adapter kernels lack float32 on a GPU; use a bfloat16 target, or --engine transformers"):
+    with pytest.raises(
+        SteerbackError, match="adapter kernels lack float32 on a GPU; use a bfloat16 target, or --engine transformers"
+    ):
         loading.lora_arguments("adapter", target.dtype)
 
 
