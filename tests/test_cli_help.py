@@ -100,7 +100,7 @@ def test_every_setting_of_a_run_has_a_meaning() -> None:
             ("run", "esr", "--target", "organism", "--set", "calibration.trget_score=1"),
             "did you mean calibration.targ",
         ),
-        (("run", "boost-sweep", "--target", "organism", "--set", "options.levls=3"), "did you mean levels?"),
+        (("run", "boost-sweep", "--target", "organism", "--set", "options.levelss=3"), "did you mean levels?"),
         (("settings", "esrr"), "did you mean esr?"),
         (("export", "x", "--format", "parqet"), "did you mean parquet?"),
     ],
@@ -143,7 +143,7 @@ def test_runs_are_listed_with_state_and_rate(runs: Runs, capsys: pytest.CaptureF
 
 def test_a_misspelt_run_gets_a_suggestion(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["show", "frist", "--runs", str(runs.root)])
+        main(["show", "firstt", "--runs", str(runs.root)])
     assert "did you mean first?" in capsys.readouterr().err
 
 

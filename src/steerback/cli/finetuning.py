@@ -108,7 +108,7 @@ def _mix(folder: Path, ratio: list[int] | None, size: int | None, seed: int) -> 
 def train(
     target: TrainedTarget,
     chosen: Annotated[
-        list[str] | None, typer.Argument(metavar="[MIX]...", help="Mixes (50 or mix-50) or files. Default: all mixes.")
+        list[str] | None, typer.Argument(metavar="MIX...", help="Mixes (50 or mix-50) or files. Default: all mixes.")
     ] = None,
     folder: Folder = DATA,
     out: Annotated[

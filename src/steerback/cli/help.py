@@ -22,7 +22,7 @@ HELP = ["-h", "--help"]
 FIRST, OTHERWISE = "What to run", "Options"
 """Titles of the first panel: of a command that generates, and of any other."""
 PANELS: Mapping[str, tuple[str, ...]] = {
-    "Settings (temperature, calibration, sizes, ...)": ("preset", "config", "set"),
+    "Settings": ("preset", "config", "set"),
     "Engine": ("engine", "ray-address", "replicas"),
     "Judge and budget": (
         *("judge", "judges", "sample", "rubric", "retry-unscored", "probe"),

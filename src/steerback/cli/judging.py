@@ -23,7 +23,7 @@ def register(app: typer.Typer) -> None:
 def judge_command(
     name: RunName,
     budget: Budget,
-    judge: Annotated[str, typer.Option(help="offline, or a judge model.")],
+    judge: Annotated[str, typer.Option(metavar="JUDGE", help="offline, or a judge model (list: steerback judges).")],
     rubric: Annotated[
         str,
         typer.Option(
