@@ -95,7 +95,7 @@ def test_only_servers_nearby_need_no_key() -> None:
     assert all(is_near(address) for address in near)
     far = ("https://api.example.com/v1", "http://8.8.8.8/v1")
     assert not any(is_near(address) for address in far)
-    with pytest.raises(SteerbackError, match="no address of the form"):
+    with pytest.raises(SteerbackError, match="is not an address of the form"):
         is_near("nonsense")
     check_key("openai-api/my-lab/m", {"MY_LAB_BASE_URL": near[0]})
     with pytest.raises(SteerbackError, match="no key; set MY_LAB_API_KEY"):
