@@ -16,7 +16,7 @@ import pytest
 from hypothesis import settings
 from matplotlib.figure import Figure
 
-settings.register_profile("the same examples every time", derandomize=True, database=None)
+settings.register_profile("the same examples every time", derandomize=True, database=None, deadline=None)
 settings.load_profile("the same examples every time")
 render = Figure.savefig
 rendered = False
