@@ -34,7 +34,7 @@ from steerback.report.view_trials import ShownRun
 from steerback.store import processes
 from steerback.store.cache import Cache
 from steerback.store.ledger import Ledger
-from steerback.store.processes import beside
+from steerback.store.processes import second_process
 from steerback.store.run import Run
 
 OLD = Path(__file__).parent / "data" / "ledgers-0.1" / "traces.sqlite.gz"
@@ -227,10 +227,10 @@ def test_work_beside_this_process_returns_its_result_or_raises_its_error(monkeyp
     def broken() -> None:
         raise SteerbackError(f"broken in {os.getpid()}")
 
-    assert beside(os.getpid)() != os.getpid()
-    assert beside(os.getpid, worth=False)() == os.getpid()
+    assert second_process(os.getpid)() != os.getpid()
+    assert second_process(os.getpid, worth=False)() == os.getpid()
     with pytest.raises(SteerbackError, match=f"broken in {os.getpid()}"):
-        beside(broken)()
+        second_process(broken)()
 
 
 def test_two_processes_give_the_results_of_one(large: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from steerback.metrics.recovery import Series
 from steerback.records import LatentKey, Trial
 from steerback.store.facts import BASELINE, FLOOR, PROVENANCE
 from steerback.store.ledger import MANY, Ledger
-from steerback.store.processes import beside
+from steerback.store.processes import second_process
 from steerback.store.rows import TrialRow
 
 
@@ -165,7 +165,7 @@ def read_conditions(
             return read(keys[1::2], own)
 
     keys = [*places]
-    rest = beside(second, worth=len(keys) > 1 and ledger.progress()[0] >= MANY)
+    rest = second_process(second, worth=len(keys) > 1 and ledger.progress()[0] >= MANY)
     both = read(keys[::2], ledger) | rest()
     return {key: both[key][0] for key in keys}, {key: both[key][1] for key in keys}
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
 
-from steerback.cli.options import RUNS, Budget, DryRun, NoCache, RunName, RunsFolder, add, say
+from steerback.cli.options import RUNS, Budget, DryRun, NoCache, RunName, RunsFolder, add, say, stopped
 
 
 def register(app: typer.Typer) -> None:
@@ -86,8 +85,7 @@ def fork(
         with execute.tools(not no_cache) as (progress, cache):
             result = fork_trial(folder, trial, settings, progress, cache, makers)
     except KeyboardInterrupt:
-        say("steerback: stopped; what was done is kept: the same command goes on", file=sys.stderr)
-        sys.exit(130)
+        stopped("what was done is kept: the same command goes on")
     for line in (fork_table(result).text(terminal_width()), *spent_lines(folder)):
         say(line)
     return say(f"look at it: steerback view {name}")

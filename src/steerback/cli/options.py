@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, get_args, get_type_hints
+from typing import IO, TYPE_CHECKING, Annotated, NoReturn, get_args, get_type_hints
 
 import typer
 from typer.models import OptionInfo
@@ -275,6 +275,12 @@ def say(text: object = "", end: str = "\n", flush: bool = False, file: IO[str] |
 def hold_many_records() -> None:
     """Look for cyclic garbage less often: records have no cycles, and a search through 200,000 takes long."""
     gc.set_threshold(100_000, 50, 100)
+
+
+def stopped(how: str) -> NoReturn:
+    """Say after Ctrl-C how to continue, and exit with the code of an interrupted program."""
+    say(f"steerback: stopped; {how}", file=sys.stderr)
+    sys.exit(130)
 
 
 def announce_loading(target: str) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,6 +23,7 @@ from steerback.cli.options import (
     announce_loading,
     experiment_names,
     say,
+    stopped,
     target_names,
 )
 from steerback.errors import SteerbackError
@@ -159,13 +159,7 @@ def _go_through(steps: Sequence[Step], makers: Makers, dry_run: bool, no_cache: 
     try:
         campaign.carry_out(steps, not no_cache, say, makers)
     except KeyboardInterrupt:
-        stopped("the same command goes on")
-
-
-def stopped(how: str) -> NoReturn:
-    """Say that everything done is kept and how to go on, and end as an interrupted program does."""
-    say(f"steerback: stopped; what was done is kept: {how}", file=sys.stderr)
-    sys.exit(130)
+        stopped("what was done is kept: the same command goes on")
 
 
 def settings_command(
@@ -268,7 +262,7 @@ def paper(
     try:
         carry_out_paper(steps, runs / f"{name}-results", not no_cache, say, makers)
     except KeyboardInterrupt:
-        stopped("the same command goes on")
+        stopped("what was done is kept: the same command goes on")
 
 
 def resume(
@@ -304,8 +298,7 @@ def _go(job: PreparedRun, folder: Path, dry_run: bool, no_cache: bool) -> None:
         done = carry_out(job, folder, not no_cache)
     except KeyboardInterrupt:
         root = "" if folder.parent == RUNS else f" --runs {folder.parent}"
-        say(f"steerback: stopped; resume with: steerback resume {folder.name}{root}", file=sys.stderr)
-        sys.exit(130)
+        stopped(f"resume with: steerback resume {folder.name}{root}")
     for line in (*report(done.analysis), *spent_lines(folder)):
         say(line)
 

@@ -6,10 +6,8 @@ are the same as in one process, because they depend only on the batch shape.
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
@@ -19,7 +17,7 @@ from typing import TYPE_CHECKING
 from steerback.engines import TransformersOptions, make_engine
 from steerback.engines.options import SMALL
 from steerback.errors import SteerbackError
-from steerback.store.processes import PR_SET_PDEATHSIG
+from steerback.store.processes import can_fork, end_with
 from steerback.targets.fit import gpus
 
 if TYPE_CHECKING:
@@ -30,15 +28,12 @@ if TYPE_CHECKING:
 def possible(job: PreparedRun) -> bool:
     """Return True if the targets of the job can be measured in parallel: several small models on the CPU, a free judge.
 
-    torch must not be loaded yet, because a process with torch's threads cannot be forked safely. The system must be
-    Linux, where a child process ends with its parent.
+    The process must be able to fork (`can_fork`).
     """
     options, targets = job.engine, job.targets
     return (
-        sys.platform == "linux"
-        and "torch" not in sys.modules
+        can_fork()
         and len(targets) > 1
-        and (os.cpu_count() or 1) > 1
         and job.makers.engine is make_engine
         and job.config.judge.startswith("offline")
         and isinstance(options, TransformersOptions)
@@ -85,9 +80,7 @@ def _reason(process: BaseProcess, receiver: Connection) -> str:
 
 
 def _child(target: Target, work: Callable[[Target], None], sender: Connection, parent: int, processes: int) -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+    end_with(parent)
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
     try:
         work(target)

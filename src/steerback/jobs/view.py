@@ -23,7 +23,7 @@ from steerback.report.view_trials import STAGES, Group, Reading, ShownRun, group
 from steerback.store.facts import DETECTOR_SET, FORK, RECORDED_LATENTS
 from steerback.store.files import write_atomic
 from steerback.store.ledger import MANY, Ledger, Row
-from steerback.store.processes import beside
+from steerback.store.processes import second_process
 from steerback.store.progress import Progress, Silent
 from steerback.store.run import Run
 from steerback.study.study import same_weights
@@ -74,7 +74,7 @@ def _shown(run: Run, settings: ViewSettings, progress: Progress, makers: Makers)
         with Ledger(run.ledger.path, read_only=True) as own:
             return view.trial_counts(own, judge, settings.stages)
 
-    counts = beside(count, worth=run.ledger.progress()[0] >= MANY)
+    counts = second_process(count, worth=run.ledger.progress()[0] >= MANY)
     analysis: Presentation | None = None
     try:
         analysis = analysed(run, judge).shown

@@ -17,7 +17,7 @@ from steerback.readers.tables import csv_line, csv_lines
 from steerback.records import Intervention
 from steerback.store.files import whole_file
 from steerback.store.ledger import MANY, Ledger
-from steerback.store.processes import beside
+from steerback.store.processes import second_process
 from steerback.store.rows import Outline, plain
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _csv_by_two(ledger: Ledger, path: Path, judge: str) -> Path:
                 part.writelines(lines(second, own))
             part.flush()
 
-        rest = beside(write)
+        rest = second_process(write)
         file.write(csv_line(COLUMNS).encode("utf-8"))
         file.writelines(lines(first, ledger))
         rest()

@@ -16,14 +16,21 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def can_fork() -> bool:
-    """Return whether a copy of this process can work beside it: on Linux, with a second core, and without torch.
+    """Return True if a fork can work at the same time: on Linux, with a second core, and before torch is loaded.
 
     A process with torch's threads cannot be forked safely.
     """
     return sys.platform == "linux" and (os.cpu_count() or 1) > 1 and "torch" not in sys.modules
 
 
-def beside(work: Callable[[], T], worth: bool = True) -> Callable[[], T]:
+def end_with(parent: int) -> None:
+    """Let the kernel end this process when its parent ends, and end at once if the parent has ended already."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def second_process(work: Callable[[], T], worth: bool = True) -> Callable[[], T]:
     """Start `work` in a copy of this process and return a function that waits for its result.
 
     `work` opens its own databases. It runs in this process, when the result is requested, if it is not `worth` a
@@ -36,12 +43,11 @@ def beside(work: Callable[[], T], worth: bool = True) -> Callable[[], T]:
     if not child:
         status = 1
         try:
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            end_with(parent)
             os.close(source)
-            if os.getppid() == parent:
-                with os.fdopen(sink, "wb") as file:
-                    pickle.dump(work(), file, pickle.HIGHEST_PROTOCOL)
-                status = 0
+            with os.fdopen(sink, "wb") as file:
+                pickle.dump(work(), file, pickle.HIGHEST_PROTOCOL)
+            status = 0
         finally:
             os._exit(status)
     os.close(sink)
@@ -51,7 +57,7 @@ def beside(work: Callable[[], T], worth: bool = True) -> Callable[[], T]:
             content = file.read()
         if os.waitpid(child, 0)[1]:
             return work()
-        found: T = pickle.loads(content)
-        return found
+        value: T = pickle.loads(content)
+        return value
 
     return result
