@@ -39,7 +39,8 @@ def train(
 ) -> None:
     """Train an SAE on texts of the model itself, label and check it, define a target."""
     from steerback.config import parse
-    from steerback.jobs.sae_training import SaeJob, train_sae
+    from steerback.jobs.sae_target import train_sae
+    from steerback.jobs.sae_training import SaeJob
     from steerback.latents.texts import read_texts
     from steerback.targets.sae_training import SaeTraining
 
