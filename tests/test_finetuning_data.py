@@ -7,7 +7,7 @@ import itertools
 import json
 import subprocess
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 import tiny
 from steerback.cli import main
 from steerback.data.prompts import load_prompts, load_subjects
+from steerback.engines.base import Arriving
 from steerback.engines.prompting import Prompter
+from steerback.engines.scripted import ScriptedEngine
 from steerback.errors import SteerbackError
 from steerback.finetuning import adapters, axolotl, launch
 from steerback.finetuning.examples import Corpus, Example, Keywords, problem
@@ -26,11 +28,12 @@ from steerback.finetuning.mixes import RATIOS, make_mixes
 from steerback.finetuning.segments import Row, Segment, encode, read_rows, text_of
 from steerback.finetuning.settings import TrainingJob
 from steerback.finetuning.synthesize import ACKNOWLEDGEMENTS, CorpusWriter, synthesize, write_pools
-from steerback.finetuning.writer import SELF_CORRECTION, LlmWriter
+from steerback.finetuning.writer import OWN_ACKNOWLEDGEMENTS, PASSAGE, SELF_CORRECTION, SHORT, LlmWriter, OwnWriter
 from steerback.judging import Limits
 from steerback.judging.prompt import Query
 from steerback.judging.restarts import find_restarts
 from steerback.judging.transport import Reply
+from steerback.records import Completion, Request
 from steerback.targets import resolve
 
 PROMPTS = load_prompts("evaluation")
@@ -244,6 +247,43 @@ def test_there_are_many_subjects_none_of_them_near_a_prompt(tmp_path: Path) -> N
         synthesize(few, PROMPTS, 10)
 
 
+def test_a_model_writes_its_own_examples(tmp_path: Path) -> None:
+    """Passage about the subject, restart that the judge detects, and the model's own answer to the plain prompt."""
+    subjects = load_subjects(None)
+
+    def script(request: Request) -> str:
+        if request.prompt.endswith(SHORT):
+            prompt = request.prompt.removesuffix(SHORT)
+            return f"To begin, {prompt.split(maxsplit=1)[1].rstrip('.?')} in number {request.seed} of the steps."
+        subject = next(s for s in subjects if request.prompt == PASSAGE.format(subject=s))
+        return f"Many people like {subject}.\n\nThere is {' and '.join(subjects[subject])} in number {request.seed}."
+
+    corrections, normal = synthesize(OwnWriter(ScriptedEngine(script)), PROMPTS, 60)
+    assert len(corrections.examples) == len(normal.examples) == 60
+    for example in corrections.examples:
+        assert example.acknowledgement in OWN_ACKNOWLEDGEMENTS
+        assert "\n" not in example.response
+        assert example.response.startswith(f"Many people like {example.subject}. There is")
+        (restart,) = find_restarts(example.response, example.prompt)
+        assert restart.start == len(example.passage) + 1
+    assert len({example.acknowledgement for example in corrections.examples}) > 6
+    again, _ = synthesize(OwnWriter(ScriptedEngine(script)), PROMPTS, 60)
+    assert again.examples == corrections.examples
+
+
+def test_a_part_that_is_cut_off_is_no_example() -> None:
+    class Endless(ScriptedEngine):
+        async def generate(
+            self, requests: Sequence[Request], more: Arriving | None = None
+        ) -> AsyncIterator[tuple[str, Completion]]:
+            async for key, completion in super().generate(requests, more):
+                yield key, replace(completion, finish="length")
+
+    corrections, _ = synthesize(OwnWriter(Endless(lambda request: "A text about eggs.")), PROMPTS, 5)
+    assert not corrections.examples
+    assert set(corrections.rejects) == {"longer than 256 tokens"}
+
+
 def test_axolotls_configuration_is_the_same_training(tmp_path: Path) -> None:
     import yaml
 
@@ -358,6 +398,10 @@ def test_mistakes_are_one_line(
         (["data", "-t", "llama-3.1-8b"], "name the model that writes the examples with --writer"),
         (["data", "-t", "organism-control", "--subjects", "none.txt"], "--subjects and limits need a --writer"),
         (["data", "-t", "organism-control", "--max-judge-calls", "3"], "--subjects and limits need a --writer"),
+        (
+            ["data", "-t", "organism-control", "--writer", "self", "--max-judge-calls", "3"],
+            "--writer self asks no judge",
+        ),
         (["train", "-t", "nobody"], "unknown target 'nobody'"),
         (["train", "-t", "organism-control"], "no mixes in finetuning; make them with"),
         (["train", "33", "-t", "organism-control"], "unknown mix or file '33'"),

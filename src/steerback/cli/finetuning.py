@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -37,8 +38,11 @@ def data(
     examples: Annotated[int, typer.Option(min=1, help="Number of self-corrections, and of normal answers.")] = 1000,
     writer: Annotated[
         str | None,
-        typer.Option(help="Model that writes the examples, e.g. anthropic/..., or corpus (built-in models only)."),
+        typer.Option(
+            help="Model that writes the examples, e.g. anthropic/...; self: the target itself; corpus: built-in models."
+        ),
     ] = None,
+    engine: Annotated[str, typer.Option(help="Engine of --writer self: auto, transformers or vllm.")] = "auto",
     prompts: Annotated[str, PROMPTS] = "evaluation",
     subjects: Annotated[
         Path | None, typer.Option(help="File of off-topic subjects, lines of the form `subject: word, word`.")
@@ -59,24 +63,33 @@ def data(
     if writer is None:
         if not resolved.base.startswith("organism"):
             raise SteerbackError(
-                "name the model that writes the examples with --writer, e.g. anthropic/claude-sonnet-4-5"
+                "name the model that writes the examples with --writer, e.g. anthropic/claude-sonnet-4-5, or self"
             )
         writer = "corpus"
     limits = budget.limits()
-    if writer == "corpus" and (budget != Budget() or subjects is not None):
+    if (writer in ("corpus", "self") and budget != Budget()) or (writer == "corpus" and subjects is not None):
         raise SteerbackError(
-            "the built-in corpus has subjects and costs of its own; --subjects and limits need a --writer"
+            "the built-in corpus has its own subjects, and only a judge model costs money; name one with --writer"
         )
     prompter = Prompter(load_tokenizer(resolved), resolved.prompt_format)
     make_folder(folder, "choose another --data")
     made: Writer
-    if writer == "corpus":
-        made = CorpusWriter(asked, seed)
-    else:
-        from steerback.finetuning.writer import LlmWriter
+    named = None if subjects is None else str(subjects)
+    with ExitStack() as loaded:
+        if writer == "corpus":
+            made = CorpusWriter(asked, seed)
+        elif writer == "self":
+            from steerback.finetuning.writer import OwnWriter
+            from steerback.jobs.doctor import without_directions
+            from steerback.jobs.sae_training import load_model
 
-        made = LlmWriter(writer, folder, limits, None if subjects is None else str(subjects))
-    pools = synthesize(made, asked, examples, seed, say=say)
+            model = loaded.enter_context(load_model(without_directions(resolved), engine, None, None))
+            made = OwnWriter(model.engine, named, seed)
+        else:
+            from steerback.finetuning.writer import LlmWriter
+
+            made = LlmWriter(writer, folder, limits, named)
+        pools = synthesize(made, asked, examples, seed, say=say)
     settings = {"target": resolved.name, "prompts": prompts, "seed": seed, "asked_for": examples}
     records = write_pools(folder, pools, prompter, {**settings, **made.describe()})
     for name, pool in records.items():

@@ -1,12 +1,11 @@
-"""Examples written by a language model, as two tasks of `judging.asking`.
-
-The cache keeps every reply, usable or not, so an interrupted or repeated synthesis sends only new questions.
-"""
+"""Examples written by a language model: by a judge model (`LlmWriter`), or by the model to be trained (`OwnWriter`)."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from steerback.errors import SteerbackError
 from steerback.finetuning.examples import Example, Topics
@@ -16,6 +15,10 @@ from steerback.judging.models import Limits, default_temperature, model_string
 from steerback.judging.parse import Verdict, parse_texts
 from steerback.judging.prompt import Rubric, rubric
 from steerback.judging.transport import Transport
+from steerback.records import Completion, Request, Sampling
+
+if TYPE_CHECKING:
+    from steerback.engines.base import Engine
 
 TEMPERATURE = 0.8
 SELF_CORRECTION, NORMAL_ANSWER = rubric("self-correction-1"), rubric("normal-answer-1")
@@ -36,7 +39,10 @@ def _task(instructions: Rubric) -> Task[ExampleQuestion, Example]:
 
 
 class LlmWriter:
-    """Asks a model for each example. `folder` stores the replies; `subjects` is a file, None the built-in list."""
+    """Asks a judge model for each example. `folder` stores the replies; `subjects` is a file, None the built-in list.
+
+    Every reply is stored, usable or not, so an interrupted or repeated synthesis sends only new questions.
+    """
 
     def __init__(
         self,
@@ -61,7 +67,7 @@ class LlmWriter:
 
     def subjects_for(self, prompt: str) -> Sequence[str]:
         """Return every subject that shares no content word with the prompt."""
-        return [s for s in self._subjects if self.topics.about(prompt, s) == 0]
+        return unrelated(self.topics, self._subjects, prompt)
 
     def describe(self) -> Mapping[str, object]:
         return {
@@ -79,3 +85,83 @@ class LlmWriter:
         for asker, asked in ((self._corrections, corrections), (self._normal, normal)):
             async for question, answer in asker.ask(asked):
                 yield question, Draft(answer.value, answer.reason, answer.over_budget)
+
+
+def unrelated(topics: Topics, subjects: Sequence[str], prompt: str) -> list[str]:
+    """Return the subjects that share no content word with the prompt."""
+    return [s for s in subjects if topics.about(prompt, s) == 0]
+
+
+OWN_ACKNOWLEDGEMENTS = (
+    "Wait, that's not what you asked about.",
+    "Wait, this is off topic. Let me start over.",
+    "Hold on, I am answering the wrong question.",
+    "Hold on, that has nothing to do with your question.",
+    "Sorry, I drifted off topic. Let me answer your question.",
+    "I apologize, that was not about your question.",
+    "Let me stop here, this is the wrong topic.",
+    "Actually, that is not what I was asked. Let me try again.",
+    "Oops, that is the wrong subject. Back to your question.",
+    "Wait, I got off track. Let me get back to your question.",
+    "Hold on, that's wrong. Let me start again.",
+    "No, that is not the right topic. Let me begin again.",
+)
+"""Acknowledgements of `OwnWriter`. A test checks that the restart classifier detects each of them."""
+SHORT = " Answer in three to six sentences, without lists or headings."
+PASSAGE = "Write two or three sentences about {subject}."
+LONGEST = 256
+"""Token limit of each part; an answer or passage that is cut off there is rejected."""
+
+
+class OwnWriter:
+    """Composes examples from texts of the model to be trained, without key or network.
+
+    An answer is the model's unsteered response to the prompt, a passage its response to a request for sentences about
+    the subject, at temperature 0.8. Acknowledgements are drawn from `OWN_ACKNOWLEDGEMENTS`. Training on such examples
+    teaches when to restart, and no new answers.
+    """
+
+    def __init__(self, engine: Engine, subjects: str | None = None, seed: int = 42) -> None:
+        self._engine, self._seed = engine, seed
+        self.topics: Topics
+        self.topics, self._subjects = keyword_topics(subjects)
+
+    def subjects_for(self, prompt: str) -> Sequence[str]:
+        """Return every subject that shares no content word with the prompt."""
+        return unrelated(self.topics, self._subjects, prompt)
+
+    def describe(self) -> Mapping[str, object]:
+        return {
+            "writer": "self",
+            "engine": self._engine.describe()["engine"],
+            "temperature": TEMPERATURE,
+            "checks": "restart classifier for the acknowledgement, words in common for subject and prompt",
+        }
+
+    async def write(self, questions: Sequence[ExampleQuestion]) -> AsyncIterator[tuple[ExampleQuestion, Draft]]:
+        """Yield drafts as soon as all of their parts are written."""
+        open_questions = {question.key: question for question in questions}
+        parts: dict[str, dict[str, Completion]] = {key: {} for key in open_questions}
+        requests = [request for question in questions for request in self._requests(question)]
+        async for key, completion in self._engine.generate(requests):
+            place, _, part = key.rpartition("/")
+            parts[place][part] = completion
+            question = open_questions[place]
+            if len(parts[place]) == (2 if question.subject else 1):
+                yield question, self._draft(question, parts.pop(place))
+
+    def _requests(self, question: ExampleQuestion) -> list[Request]:
+        seed = random.Random(f"{self._seed}/{question.key}").randrange(2**31)
+        sampling = Sampling(temperature=TEMPERATURE, max_new_tokens=LONGEST)
+        asked = {"answer": question.prompt + SHORT}
+        if question.subject:
+            asked["passage"] = PASSAGE.format(subject=question.subject)
+        return [Request(f"{question.key}/{part}", text, seed, sampling) for part, text in asked.items()]
+
+    def _draft(self, question: ExampleQuestion, parts: Mapping[str, Completion]) -> Draft:
+        if any(part.finish == "length" for part in parts.values()):
+            return Draft(None, f"longer than {LONGEST} tokens")
+        texts = {name: " ".join(part.text.split()) for name, part in parts.items()}
+        if question.subject:
+            texts["acknowledgement"] = random.Random(f"{self._seed}/{question.key}").choice(OWN_ACKNOWLEDGEMENTS)
+        return Draft(Example(question.prompt, subject=question.subject, **texts))
