@@ -67,9 +67,13 @@ def data(
             )
         writer = "corpus"
     limits = budget.limits()
-    if (writer in ("corpus", "self") and budget != Budget()) or (writer == "corpus" and subjects is not None):
+    if writer == "corpus" and (budget != Budget() or subjects is not None):
         raise SteerbackError(
-            "the built-in corpus has its own subjects, and only a judge model costs money; name one with --writer"
+            "the built-in corpus has subjects and costs of its own; --subjects and limits need a --writer"
+        )
+    if writer == "self" and budget != Budget():
+        raise SteerbackError(
+            "--writer self asks no judge model, so limits of calls and costs do not apply; leave them out"
         )
     prompter = Prompter(load_tokenizer(resolved), resolved.prompt_format)
     make_folder(folder, "choose another --data")
