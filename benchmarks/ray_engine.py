@@ -137,7 +137,7 @@ def gpu(folder: str) -> dict[str, object]:
             while engine == "ray" and len(made.pool.ready(wait=5.0)) < 2:  # type: ignore[attr-defined]
                 pass
             start = time.perf_counter() - started
-            rates = [rate(made, target, number) for number in range(3)]
+            rates = [rate(made, target, number) for number in range(2)]
         measured[name] = {"start_seconds": round(start, 1), "tokens_per_second": rates}
         print(name, measured[name], flush=True)
     return measured
