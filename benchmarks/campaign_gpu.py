@@ -30,8 +30,8 @@ from typing import Any
 VARIANTS = (["batch_size=512"], ["engine_options.replicas=2"])
 
 
-def timed(arguments: list[str], log: Path) -> tuple[float, dict[str, float]]:
-    """Run a command of steerback; return its seconds, and the second at which each stage was first named."""
+def timed(arguments: list[str], log: Path) -> tuple[int, float, dict[str, float]]:
+    """Run a command; return its exit code, its seconds, and the second at which each stage was first named."""
     began, seen = time.monotonic(), dict[str, float]()
     command = [sys.executable, "-m", "steerback", *arguments]
     with log.open("w", encoding="utf-8") as file:
@@ -46,16 +46,16 @@ def timed(arguments: list[str], log: Path) -> tuple[float, dict[str, float]]:
         code = running.wait()
     seconds = time.monotonic() - began
     print(f"{' '.join(arguments)}: exit code {code}, {seconds:.1f} s", flush=True)
-    if code:
-        raise SystemExit(f"see {log}")
-    return round(seconds, 1), seen
+    return code, round(seconds, 1), seen
 
 
 def esr(target: str, runs: Path, name: str, changes: list[str]) -> dict[str, Any]:
     """Measure `run esr`."""
     given = [word for change in changes for word in ("--set", change)]
     arguments = ["run", "esr", "--target", target, "--engine", "vllm", "--judge", "offline", "--no-cache"]
-    seconds, stages = timed([*arguments, "--runs", str(runs), "--name", name, *given], runs / f"{name}.log")
+    code, seconds, stages = timed([*arguments, "--runs", str(runs), "--name", name, *given], runs / f"{name}.log")
+    if code:
+        raise SystemExit(f"see {runs / name}.log")
     counts = counted(runs / name)
     took = stages["verification"] - stages["calibration"]
     return {
@@ -98,8 +98,9 @@ def paper(target: str, runs: Path, changes: list[str]) -> dict[str, Any]:
         file.unlink()
     arguments = ["paper", "--target", target, "--engine", "vllm", "--judge", "offline"]
     arguments += [word for change in changes for word in ("--set", change)]
-    seconds, _ = timed([*arguments, "--runs", str(runs)], runs / "paper.log")
-    return {"command": "steerback " + " ".join(arguments), "seconds": seconds}
+    code, seconds, _ = timed([*arguments, "--runs", str(runs)], runs / "paper.log")
+    # an experiment that does not apply, for example because no detector was found, makes the exit code 2
+    return {"command": "steerback " + " ".join(arguments), "seconds": seconds, "exit code": code}
 
 
 def stock(target: str, runs: Path) -> dict[str, Any]:
