@@ -14,7 +14,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from steerback.engines.runner import CausalModel
 from steerback.errors import SteerbackError, one_line
 from steerback.readers import Json, read_safetensors_header
 from steerback.targets.target import ADAPTER_FILES, Target, adapter_config, check_adapter
@@ -22,12 +21,13 @@ from steerback.targets.target import ADAPTER_FILES, Target, adapter_config, chec
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch.nn import Module
+    from transformers import PreTrainedModel
 
 REPEATED = re.compile(r"\)[*+?{]|(?:[*+{].*){4}", re.DOTALL)
 """Matches patterns with a repeated group or many repetitions, which can take exponential time."""
 
 
-def with_adapter(target: Target, model: CausalModel) -> CausalModel:
+def with_adapter(target: Target, model: PreTrainedModel) -> PreTrainedModel:
     """Return the model with the target's LoRA adapter loaded, not merged."""
     if find_spec("peft") is None:
         raise SteerbackError(f"target {target.name!r} has an adapter: pip install 'steerback[finetune]'")
@@ -56,11 +56,11 @@ def with_adapter(target: Target, model: CausalModel) -> CausalModel:
                 f"{where}: {problem.format(len(keys))}, the first is {min(keys)}; it belongs to another model or is "
                 "incomplete"
             )
-    steered: CausalModel = adapted.get_base_model()
+    steered: PreTrainedModel = adapted.get_base_model()
     return steered
 
 
-def check_fits(where: str, folder: Path, model: CausalModel) -> None:
+def check_fits(where: str, folder: Path, model: PreTrainedModel) -> None:
     """Raise SteerbackError if an adapter does not fit a model: unknown modules, wrong shapes or missing weights.
 
     Reads only the header of the adapter file, so the model may be on the meta device, without weights.

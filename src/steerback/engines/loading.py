@@ -19,8 +19,8 @@ import torch
 from steerback.engines.adapters import with_adapter
 from steerback.engines.base import ModelProvenance
 from steerback.engines.checks import site_of
-from steerback.engines.prompting import Prompter, Tokenizer
-from steerback.engines.runner import CausalModel, Runner, decoder_layers
+from steerback.engines.prompting import Prompter
+from steerback.engines.runner import Runner, decoder_layers
 from steerback.errors import SteerbackError, one_line, unknown
 from steerback.records import digest
 from steerback.targets.download import commit_of
@@ -30,6 +30,8 @@ from steerback.targets.sae_files import describe, load_sae
 from steerback.targets.target import ADAPTER_FILES, check_adapter
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from steerback.targets import Target
 
 
@@ -91,7 +93,7 @@ def load_errors(target: Target, failure: str) -> Iterator[None]:
         raise SteerbackError(f"target {target.name!r}: {failure}: {kind}{reason[:500]}") from error
 
 
-def provenance_of(target: Target, tokenizer: Tokenizer, sae: Sae | None) -> ModelProvenance:
+def provenance_of(target: Target, tokenizer: PreTrainedTokenizerBase, sae: Sae | None) -> ModelProvenance:
     """Return names, commits and hashes of model, adapter, tokenizer and SAE, with a summary of the decoder norms."""
     known: ModelProvenance = {
         "model": target.base if Path(target.model).is_dir() else target.model,
@@ -126,7 +128,7 @@ def free_memory(place: torch.device) -> tuple[str, int]:
     return "memory", available_memory()
 
 
-def hash_tokenizer(tokenizer: Tokenizer) -> str:
+def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a hash of a fast tokenizer's behaviour and of its chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
@@ -135,8 +137,8 @@ def hash_tokenizer(tokenizer: Tokenizer) -> str:
 
 def assemble(
     target: Target,
-    model: CausalModel,
-    tokenizer: Tokenizer,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     sae: Sae | None,
     provenance: ModelProvenance | None = None,
     directions: tuple[str, ...] = (),

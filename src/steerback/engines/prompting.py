@@ -12,7 +12,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, Protocol, TypedDict
+from typing import TYPE_CHECKING, Literal
 
 from steerback.errors import SteerbackError, one_line, unknown
 from steerback.records import FinishReason, Prefix, Request
@@ -21,44 +21,9 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from _typeshed import TraceFunction
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
     from steerback.engines.base import Over
-
-
-class Encoding(TypedDict):
-    """Tokens of a text. `offsets`, if requested, are the first and last + 1 character of each token."""
-
-    input_ids: list[int]
-    offset_mapping: list[tuple[int, int]]
-
-
-class Tokenizer(Protocol):
-    """The methods of transformers' fast tokenizers that this package uses."""
-
-    chat_template: str | None
-    bos_token: str | None
-    bos_token_id: int | None
-    eos_token: str | None
-    eos_token_id: int | None
-    all_special_ids: list[int]
-    all_special_tokens: list[str]
-
-    def __call__(
-        self, text: str, *, add_special_tokens: bool = True, return_offsets_mapping: bool = False
-    ) -> Encoding: ...
-
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str: ...
-
-    def apply_chat_template(
-        self,
-        conversation: list[dict[str, str]],
-        *,
-        tokenize: bool,
-        add_generation_prompt: bool = False,
-        date_string: str = "",
-    ) -> str: ...
-
-    def get_vocab(self) -> dict[str, int]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +60,7 @@ class Prompter:
     second header of the authors' prompts: malformed, kept for reproduction).
     """
 
-    def __init__(self, tokenizer: Tokenizer, style: str = "chat") -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, style: str = "chat") -> None:
         if style not in STYLES:
             raise unknown("prompt_format", style, STYLES)
         if style != "plain" and not getattr(tokenizer, "chat_template", None):
@@ -237,7 +202,7 @@ class Prompter:
 
         try:
             with _time_limit(TEMPLATE_SECONDS):
-                text = self.tokenizer.apply_chat_template(
+                text: str = self.tokenizer.apply_chat_template(
                     messages, tokenize=False, add_generation_prompt=asks, date_string=DATE
                 )
             return text + SECOND_HEADER if self.style == "authors" and asks and text else text
@@ -246,7 +211,7 @@ class Prompter:
                 return ""
             raise SteerbackError(f"the chat template refuses this prompt: {one_line(error)}") from error
 
-    def _encode(self, text: str, offsets: bool = False) -> Encoding:
+    def _encode(self, text: str, offsets: bool = False) -> BatchEncoding:
         # Chat templates contain the beginning-of-text token; for plain text the tokenizer adds it.
         return self.tokenizer(text, add_special_tokens=self.style == "plain", return_offsets_mapping=offsets)
 
@@ -271,7 +236,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
         sys.settrace(before)
 
 
-def _lacks(tokenizer: Tokenizer, text: str) -> bool:
+def _lacks(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
     """Return whether a special token in the text is unknown to this tokenizer."""
     known = tokenizer.get_vocab()
     return any(token not in known for token in re.findall(r"<\|\w+\|>", text))

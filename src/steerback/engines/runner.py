@@ -7,8 +7,8 @@ Supports decoders whose blocks return the residual stream (Llama, Qwen 2 and 3, 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,66 +21,16 @@ from steerback.engines.steering import Enough, Hooks, Pass
 from steerback.errors import SteerbackError
 from steerback.records import Request
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 SUPPORTED = ("llama", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text")
-
-
-class EndTokens(Protocol):
-    """Configuration with the ids of end tokens."""
-
-    eos_token_id: int | list[int] | None
-
-
-class ModelConfig(EndTokens, Protocol):
-    """The fields of a model's configuration that this package uses."""
-
-    model_type: str
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    sliding_window: int
-
-
-class DecoderOutput(Protocol):
-    """Result of a decoder's forward pass."""
-
-    last_hidden_state: Tensor
-
-
-class Decoder(Protocol):
-    """The decoder of a transformers model: embeddings, blocks and final norm."""
-
-    config: ModelConfig
-    layers: nn.ModuleList
-    norm: nn.Module
-
-    def __call__(self, **inputs: object) -> DecoderOutput: ...
-
-
-class CausalModel(Protocol):
-    """The methods of transformers' causal language models that this package uses."""
-
-    config: EndTokens
-
-    def get_decoder(self) -> Decoder: ...
-
-    def get_output_embeddings(self) -> nn.Linear: ...
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-
-    def named_modules(self) -> Iterator[tuple[str, nn.Module]]: ...
-
-    def set_attn_implementation(self, attn_implementation: str) -> None: ...
-
-    def eval(self) -> nn.Module: ...
-
-    def to(self, device: torch.device) -> CausalModel: ...
 
 
 class Runner:
     """Model, tokenizer and hooks on one device; `site` defines the layers for edits."""
 
-    def __init__(self, model: CausalModel, prompter: Prompter, site: Site) -> None:
+    def __init__(self, model: PreTrainedModel, prompter: Prompter, site: Site) -> None:
         self.model, self.prompter, self.site = model, prompter, site
         self.decoder = model.get_decoder()
         self.config = self.decoder.config
@@ -112,13 +62,15 @@ class Runner:
             window = mask(positions, length, self.dtype, self.config.sliding_window)
             masks = {"full_attention": full, "sliding_attention": window}
         with self.hooks.during(forward):
-            return self.decoder(
+            output = self.decoder(
                 input_ids=ids,
                 position_ids=positions,
                 attention_mask=masks,
                 past_key_values=cache,
                 use_cache=cache is not None,
-            ).last_hidden_state
+            )
+        hidden: Tensor = output.last_hidden_state
+        return hidden
 
     def residuals(self, ids: Tensor, layers: Collection[int]) -> dict[int, Tensor]:
         """Return unsteered residuals (rows, T, d) of ids (rows, T) after each of `layers`; later layers are skipped."""
@@ -140,7 +92,7 @@ class Runner:
         check_length(where, prompt, new, most, "the model's context of", "")
 
 
-def decoder_layers(model: CausalModel) -> Sequence[nn.Module]:
+def decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
     """Return the decoder blocks of a supported model; block i's output is the residual stream after layer i."""
     kind = model.get_decoder().config.model_type
     if kind not in SUPPORTED:

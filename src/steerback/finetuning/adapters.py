@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -89,17 +88,19 @@ def train_adapter(job: TrainingJob, say: Callable[[str], None] = print) -> Adapt
     tokens, cut = encode_rows(training, tokenizer, job.settings.sequence_length, f"{job.data} (training)")
     held, _ = encode_rows(validation, tokenizer, job.settings.sequence_length, f"{job.data} (validation)")
     _mark(job.out, target, data_hash, job.settings)
+    # a self-correction has two masked segments, the prompt and the passage, before the trained one
+    corrects = [not any(segment.train for segment in row[:2]) for row in training + validation]
     report = fit(lambda: load_base(target), tokenizer, tokens, held, job.settings, job.out, say=say, name=job.name)
     card = AdapterCard(
         name=job.name,
         base=target.name,
-        model=_public(target),
+        model=target.name if Path(target.model).is_dir() else target.model,
         revision=target.revision,
         base_files=_base_files(target),
         data=TrainingData(
             source=job.data.name,
             hash=data_hash,
-            percent=_percent(training + validation),
+            percent=100 * sum(corrects) / len(corrects),
             training=len(training),
             validation=len(validation),
             cut_at_sequence_length=cut,
@@ -192,17 +193,6 @@ def encode_rows(
                 )
         encoded.append(tokens)
     return encoded, cut
-
-
-def _percent(rows: Sequence[Row]) -> float:
-    """Return the percent of self-corrections: rows with two masked segments (prompt, passage) before a trained one."""
-    masked_before = [sum(1 for _ in itertools.takewhile(lambda segment: not segment.train, row)) for row in rows]
-    return 100 * sum(n > 1 for n in masked_before) / len(rows)
-
-
-def _public(target: Target) -> str:
-    """Return the base's name for the card: the hub id, or the target's name if the base is a local folder."""
-    return target.name if Path(target.model).is_dir() else target.model
 
 
 def _base_files(target: Target) -> dict[str, str]:

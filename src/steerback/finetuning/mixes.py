@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from steerback.config import Settings
 from steerback.errors import SteerbackError
 from steerback.finetuning.segments import Row, read_rows, write_rows
 from steerback.records import digest
@@ -22,26 +21,6 @@ RATIOS = (10, 20, 30, 40, 50, 60, 70, 80, 90)
 VALIDATION = 0.05
 POOLS = ("self_correction", "normal")
 """File names of the two pools."""
-
-
-class MixRecord(Settings):
-    """The entry of a mix in mixes.json: sizes and the hash of its rows."""
-
-    name: str
-    percent: int
-    self_corrections: int
-    size: int
-    training: int
-    validation: int
-    hash: str
-
-
-class MixList(Settings):
-    """The contents of mixes.json."""
-
-    mixes: list[MixRecord]
-    notes: list[str]
-    seed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,18 +42,6 @@ class Mix:
     def size(self) -> int:
         """Number of rows."""
         return len(self.training) + len(self.validation)
-
-    def record(self) -> MixRecord:
-        """Return the entry for mixes.json."""
-        return MixRecord(
-            name=self.name,
-            percent=self.percent,
-            self_corrections=self.corrections,
-            size=self.size,
-            training=len(self.training),
-            validation=len(self.validation),
-            hash=hash_rows(self.training, self.validation),
-        )
 
 
 def largest(percent: int, corrections: int, normal: int) -> int:
@@ -151,8 +118,19 @@ def write_mixes(folder: Path, mixes: Sequence[Mix], notes: Sequence[str], seed: 
         make_folder(folder / mix.name)
         write_rows(folder / mix.name / "train.jsonl", mix.training)
         write_rows(folder / mix.name / "validation.jsonl", mix.validation)
-    listed = MixList(mixes=[mix.record() for mix in mixes], notes=list(notes), seed=seed)
-    return write_json(folder / "mixes.json", listed.model_dump())
+    listed = [
+        {
+            "name": mix.name,
+            "percent": mix.percent,
+            "self_corrections": mix.corrections,
+            "size": mix.size,
+            "training": len(mix.training),
+            "validation": len(mix.validation),
+            "hash": hash_rows(mix.training, mix.validation),
+        }
+        for mix in mixes
+    ]
+    return write_json(folder / "mixes.json", {"mixes": listed, "notes": list(notes), "seed": seed})
 
 
 def hash_rows(*parts: Sequence[Row]) -> str:

@@ -21,6 +21,7 @@ from steerback.errors import SteerbackError
 from steerback.finetuning.examples import Corpus, Example, Keywords, Topics, problem, row_of
 from steerback.finetuning.mixes import POOLS
 from steerback.finetuning.segments import write_rows
+from steerback.judging.asking import Answer
 from steerback.records import digest
 from steerback.store.files import write_json
 
@@ -43,15 +44,6 @@ class ExampleQuestion:
     @property
     def key(self) -> str:
         return digest([self.prompt, self.subject, self.draft])
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """An example, or the reason why there is none; `over_budget`: the budget was spent before the question was sent."""
-
-    example: Example | None
-    reason: str = ""
-    over_budget: bool = False
 
 
 ACKNOWLEDGEMENTS = (
@@ -82,7 +74,7 @@ class Writer(Protocol):
 
     topics: Topics
 
-    def write(self, questions: Sequence[ExampleQuestion]) -> AsyncIterator[tuple[ExampleQuestion, Draft]]: ...
+    def write(self, questions: Sequence[ExampleQuestion]) -> AsyncIterator[tuple[ExampleQuestion, Answer[Example]]]: ...
 
     def subjects_for(self, prompt: str) -> Sequence[str]:
         """Return the subjects that are off topic for a prompt."""
@@ -114,20 +106,22 @@ class CorpusWriter:
 
         return [t.key for t in (*subjects(), *howtos("discovery")) if t.key not in near(prompt)]
 
-    async def write(self, questions: Sequence[ExampleQuestion]) -> AsyncIterator[tuple[ExampleQuestion, Draft]]:
+    async def write(
+        self, questions: Sequence[ExampleQuestion]
+    ) -> AsyncIterator[tuple[ExampleQuestion, Answer[Example]]]:
         from steerback.organism.corpus import passage, topic
 
         for question in questions:
             rng = random.Random(f"{self._seed}/{question.key}")
             answer = " ".join(passage(rng, question.prompt, rng.randint(4, 6)))
             if not question.subject:
-                yield question, Draft(Example(question.prompt, answer))
+                yield question, Answer(Example(question.prompt, answer))
                 continue
             away = " ".join(passage(rng, question.subject, rng.randint(1, 4)))
             said = rng.choices([text for _, text in ACKNOWLEDGEMENTS], [weight for weight, _ in ACKNOWLEDGEMENTS])[0]
             if rng.random() < RETURNING:
                 said += f" Let me get back to {topic(question.prompt).phrase}."
-            yield question, Draft(Example(question.prompt, answer, question.subject, away, said))
+            yield question, Answer(Example(question.prompt, answer, question.subject, away, said))
 
     def describe(self) -> Mapping[str, object]:
         return {"writer": "corpus", "checks": "by the corpus's own truth"}
@@ -187,8 +181,9 @@ def synthesize(
     together = {s for subjects in usable.values() for s in subjects}
     if len(together) < MIN_SUBJECTS:
         raise SteerbackError(f"{len(together)} off-topic subjects are too few; list at least {MIN_SUBJECTS}")
+    alone = (ExampleQuestion(prompt, "", turn) for turn in itertools.count() for prompt in prompts)
     corrections = finish(_fill(writer, _questions(prompts, usable, seed), count, "self-corrections", say))
-    plain = finish(_fill(writer, _plain(prompts), count if normal is None else normal, "normal answers", say))
+    plain = finish(_fill(writer, alone, count if normal is None else normal, "normal answers", say))
     return corrections, plain
 
 
@@ -203,30 +198,24 @@ async def _fill(
             break
         asked = [next(questions) for _ in range(missing)]
         pool.asked += len(asked)
-        drafts: dict[str, Draft] = {}
+        drafts: dict[str, Answer[Example]] = {}
         async for question, draft in writer.write(asked):
             drafts[question.key] = draft
             if len(drafts) % 100 == 0:
                 say(f"{what}: {len(pool.examples) + len(drafts)} of {count} written")
         for question in asked:  # in the order of the questions, so that a resumed synthesis gives the same pool
-            draft = drafts[question.key]
-            reason = draft.reason or _unfit(draft, seen, writer.topics)
+            example, reason = drafts[question.key].value, drafts[question.key].reason
+            if example is not None:
+                body = example.prompt + example.response
+                reason = "the same as another" if body in seen else problem(example, writer.topics)
+                seen.add(body)
             if reason:
                 pool.rejects[reason] += 1
-            elif draft.example is not None:
-                pool.examples.append(draft.example)
+            elif example is not None:
+                pool.examples.append(example)
         if drafts and all(d.over_budget for d in drafts.values()):
             break
     return pool
-
-
-def _unfit(draft: Draft, seen: set[str], topics: Topics) -> str:
-    assert draft.example is not None
-    body = draft.example.prompt + draft.example.response
-    if body in seen:
-        return "the same as another"
-    seen.add(body)
-    return problem(draft.example, topics)
 
 
 def _questions(prompts: Sequence[str], subjects: Mapping[str, Sequence[str]], seed: int) -> Iterator[ExampleQuestion]:
@@ -237,10 +226,6 @@ def _questions(prompts: Sequence[str], subjects: Mapping[str, Sequence[str]], se
         for prompt in prompts:
             draft, place = divmod(turn, len(orders[prompt]))
             yield ExampleQuestion(prompt, orders[prompt][place], draft)
-
-
-def _plain(prompts: Sequence[str]) -> Iterator[ExampleQuestion]:
-    return (ExampleQuestion(prompt, "", turn) for turn in itertools.count() for prompt in prompts)
 
 
 def write_pools(

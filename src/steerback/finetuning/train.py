@@ -24,10 +24,10 @@ from steerback.finetuning.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from peft import LoraConfig, PeftModel
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
     from transformers.trainer_callback import TrainerControl, TrainerState
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
 
 NEEDED = ("accelerate", "datasets", "peft", "trl")
 CHECKPOINTS = "checkpoints"
@@ -141,8 +141,17 @@ def fit(
     def attempt(micro: int) -> TrainingReport:
         release_memory()  # accelerate's own collection runs before the previous attempt's memory is free
         try:
-            trainer = _trainer(make_model(), tokenizer, training, validation, settings, folder, micro, say, callbacks)
-            return _run(trainer, settings, folder, changes)
+            return _train(
+                make_model(),
+                tokenizer,
+                training,
+                validation,
+                settings,
+                folder,
+                micro,
+                [_progress(say), *callbacks],
+                changes,
+            )
         except RuntimeError as error:
             if _devices() > 1 and should_reduce_batch_size(error):
                 raise OutOfMemory(str(error)) from None
@@ -158,7 +167,7 @@ def _devices() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _trainer(
+def _train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     training: Sequence[Tokens],
@@ -166,31 +175,33 @@ def _trainer(
     settings: TrainingSettings,
     folder: Path,
     micro: int,
-    say: Callable[[str], None],
     callbacks: Sequence[TrainerCallback],
-) -> SFTTrainer:
+    changes: list[str],
+) -> TrainingReport:
+    """Train to the end with micro-batches of one size, save the adapter, and return the report."""
+    from peft import LoraConfig
     from transformers import PrinterCallback
+    from transformers.trainer_utils import get_last_checkpoint
     from trl import SFTTrainer
 
+    held = {"trained": dataset(validation), "masked": dataset(validation, complement)} if validation else None
     trainer = SFTTrainer(
         model=model,
         args=_arguments(model, settings, folder, micro, len(training), bool(validation)),
         train_dataset=dataset(training),
-        eval_dataset={"trained": dataset(validation), "masked": dataset(validation, complement)}
-        if validation
-        else None,
+        eval_dataset=held,
         processing_class=tokenizer,
-        peft_config=_lora(settings),
-        callbacks=[_progress(say), *callbacks],
+        peft_config=LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            target_modules="all-linear",
+            bias="none",
+            task_type="CAUSAL_LM",
+        ),
+        callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)  # `_progress` prints instead
-    return trainer
-
-
-def _run(trainer: SFTTrainer, settings: TrainingSettings, folder: Path, changes: list[str]) -> TrainingReport:
-    """Train to the end, save the adapter, and return the report."""
-    from transformers.trainer_utils import get_last_checkpoint
-
     checkpoint = get_last_checkpoint(trainer.args.output_dir) if (folder / CHECKPOINTS).is_dir() else None
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -259,20 +270,6 @@ def _arguments(
         dataloader_pin_memory=device.type == "cuda",
         report_to="none",
         disable_tqdm=True,
-    )
-
-
-def _lora(settings: TrainingSettings) -> LoraConfig:
-    """Convert the settings of the adapter to peft's configuration."""
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules="all-linear",
-        bias="none",
-        task_type="CAUSAL_LM",
     )
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from steerback.errors import SteerbackError
 from steerback.finetuning.examples import Example, Topics
-from steerback.finetuning.synthesize import Draft, ExampleQuestion, keyword_topics
-from steerback.judging.asking import Asker, Task
+from steerback.finetuning.synthesize import ExampleQuestion, keyword_topics
+from steerback.judging.asking import Answer, Asker, Task
 from steerback.judging.models import Limits, default_temperature, model_string
 from steerback.judging.parse import Verdict, parse_texts
 from steerback.judging.prompt import Rubric, rubric
@@ -24,18 +24,16 @@ TEMPERATURE = 0.8
 SELF_CORRECTION, NORMAL_ANSWER = rubric("self-correction-1"), rubric("normal-answer-1")
 
 
-def _places(questions: Sequence[ExampleQuestion]) -> Mapping[str, str]:
-    (question,) = questions
-    return {"prompt": question.prompt, "subject": question.subject}
-
-
 def _example(verdict: Verdict, question: ExampleQuestion, _: int) -> Example:
     names = ("passage", "acknowledgement", "answer") if question.subject else ("answer",)
     return Example(question.prompt, subject=question.subject, **parse_texts(verdict, names))
 
 
 def _task(instructions: Rubric) -> Task[ExampleQuestion, Example]:
-    return Task(instructions, _places, _example, closing='The code is "{nonce}".', keep_unusable=True)
+    def places(questions: Sequence[ExampleQuestion]) -> Mapping[str, str]:
+        return {"prompt": questions[0].prompt, "subject": questions[0].subject}
+
+    return Task(instructions, places, _example, closing='The code is "{nonce}".', keep_unusable=True)
 
 
 class LlmWriter:
@@ -78,13 +76,13 @@ class LlmWriter:
             "sent": self._transport.describe(),
         }
 
-    async def write(self, questions: Sequence[ExampleQuestion]) -> AsyncIterator[tuple[ExampleQuestion, Draft]]:
+    async def write(
+        self, questions: Sequence[ExampleQuestion]
+    ) -> AsyncIterator[tuple[ExampleQuestion, Answer[Example]]]:
         """Yield drafts in order of completion; cached replies come first and are free."""
-        corrections = [question for question in questions if question.subject]
-        normal = [question for question in questions if not question.subject]
-        for asker, asked in ((self._corrections, corrections), (self._normal, normal)):
-            async for question, answer in asker.ask(asked):
-                yield question, Draft(answer.value, answer.reason, answer.over_budget)
+        for asker, corrects in ((self._corrections, True), (self._normal, False)):
+            async for question, answer in asker.ask([q for q in questions if bool(q.subject) == corrects]):
+                yield question, answer
 
 
 def unrelated(topics: Topics, subjects: Sequence[str], prompt: str) -> list[str]:
@@ -138,7 +136,9 @@ class OwnWriter:
             "checks": "restart classifier for the acknowledgement, words in common for subject and prompt",
         }
 
-    async def write(self, questions: Sequence[ExampleQuestion]) -> AsyncIterator[tuple[ExampleQuestion, Draft]]:
+    async def write(
+        self, questions: Sequence[ExampleQuestion]
+    ) -> AsyncIterator[tuple[ExampleQuestion, Answer[Example]]]:
         """Yield drafts as soon as all of their parts are written."""
         open_questions = {question.key: question for question in questions}
         parts: dict[str, dict[str, Completion]] = {key: {} for key in open_questions}
@@ -158,10 +158,10 @@ class OwnWriter:
             asked["passage"] = PASSAGE.format(subject=question.subject)
         return [Request(f"{question.key}/{part}", text, seed, sampling) for part, text in asked.items()]
 
-    def _draft(self, question: ExampleQuestion, parts: Mapping[str, Completion]) -> Draft:
+    def _draft(self, question: ExampleQuestion, parts: Mapping[str, Completion]) -> Answer[Example]:
         if any(part.finish == "length" for part in parts.values()):
-            return Draft(None, f"longer than {LONGEST} tokens")
+            return Answer(None, f"longer than {LONGEST} tokens")
         texts = {name: " ".join(part.text.split()) for name, part in parts.items()}
         if question.subject:
             texts["acknowledgement"] = random.Random(f"{self._seed}/{question.key}").choice(OWN_ACKNOWLEDGEMENTS)
-        return Draft(Example(question.prompt, subject=question.subject, **texts))
+        return Answer(Example(question.prompt, subject=question.subject, **texts))

@@ -12,12 +12,16 @@ import asyncio
 import itertools
 import threading
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from steerback.engines.vllm.settings import Entry, TableSettings, Ticket
+
+if TYPE_CHECKING:
+    from vllm import RequestOutput
+    from vllm.v1.engine.async_llm import AsyncLLM
 
 Result = TypeVar("Result")
 
@@ -44,39 +48,6 @@ class SamplingFields(TypedDict, total=False):
     prompt_logprobs: int
 
 
-class TokenProbability(Protocol):
-    """vLLM's log-probability of one token."""
-
-    logprob: float
-
-
-class Response(Protocol):
-    """One response in vLLM's output; `logprobs`, if requested, has one mapping per token."""
-
-    token_ids: Sequence[int]
-    logprobs: Sequence[Mapping[int, TokenProbability]]
-
-
-class Output(Protocol):
-    """vLLM's output for one request."""
-
-    prompt_token_ids: Sequence[int]
-    prompt_logprobs: Sequence[Mapping[int, TokenProbability]]
-    outputs: Sequence[Response]
-
-
-class AsyncEngine(Protocol):
-    """The methods of vLLM's AsyncLLM that this package uses."""
-
-    def generate(
-        self, prompt: Mapping[str, object], sampling_params: object, request_id: str, *, lora_request: object
-    ) -> AsyncIterator[Output]: ...
-
-    async def collective_rpc(self, method: str, *, args: tuple[object, ...]) -> list[Any]: ...
-
-    def shutdown(self, timeout: float | None = None) -> None: ...
-
-
 @dataclass(frozen=True, slots=True)
 class VllmJob:
     """One request in vLLM's form."""
@@ -90,7 +61,7 @@ class VllmJob:
 class VllmAnswer:
     """vLLM's output, and the worker's entry (receipt, recordings) if the job's ticket has instructions."""
 
-    output: Output
+    output: RequestOutput
     entry: Entry | None
 
 
@@ -153,24 +124,24 @@ class Gate:
 class Driver:
     """One vLLM engine. Its methods are thread-safe."""
 
-    def __init__(self, settings: TableSettings, start: Callable[[], AsyncEngine], lora: object = None) -> None:
+    def __init__(self, settings: TableSettings, start: Callable[[], AsyncLLM], lora: object = None) -> None:
         self.settings, self._lora = settings, lora
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="steerback-vllm", daemon=True)
         self._thread.start()
         self._numbers = itertools.count()
-        self._finished: list[tuple[VllmJob, Output, asyncio.Future[Entry]]] = []
+        self._finished: list[tuple[VllmJob, RequestOutput, asyncio.Future[Entry]]] = []
         self._collecting: asyncio.Task[None] | None = None
         self._jobs: set[asyncio.Task[VllmAnswer]] = set()
         self._gate = Gate(settings)
-        self.llm: AsyncEngine | None = None
+        self.llm: AsyncLLM | None = None
         try:
             self.wait(self._start(start))
         except BaseException:
             self.close()  # end a partly started engine after an interrupt
             raise
 
-    async def _start(self, start: Callable[[], AsyncEngine]) -> None:
+    async def _start(self, start: Callable[[], AsyncLLM]) -> None:
         self.llm = start()
 
     def wait(self, work: Coroutine[Any, Any, Result]) -> Result:
@@ -189,7 +160,8 @@ class Driver:
     async def _call(self, method: str, *args: object) -> list[Any]:
         if self.llm is None:
             raise RuntimeError("this vLLM engine is closed")
-        return await self.llm.collective_rpc(method, args=args)
+        replies: list[Any] = await self.llm.collective_rpc(method, args=args)
+        return replies
 
     async def _run(self, job: VllmJob) -> VllmAnswer:
         from vllm import SamplingParams
@@ -226,7 +198,7 @@ class Driver:
             finally:
                 self._gate.leave(job.ticket)
 
-    async def _collect(self, job: VllmJob, output: Output) -> Entry:
+    async def _collect(self, job: VllmJob, output: RequestOutput) -> Entry:
         """Return the worker's entry for a finished job; entries of several jobs are read together."""
         result: asyncio.Future[Entry] = asyncio.get_running_loop().create_future()
         self._finished.append((job, output, result))
@@ -283,7 +255,7 @@ class Driver:
         await asyncio.gather(*others, return_exceptions=True)
 
 
-def positions_fed(output: Output) -> int:
+def positions_fed(output: RequestOutput) -> int:
     """Return how many positions a finished request fed to the model; its last token is never fed."""
     return len(output.prompt_token_ids) + max(len(output.outputs[0].token_ids) - 1, 0)
 

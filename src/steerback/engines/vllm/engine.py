@@ -21,7 +21,7 @@ from steerback.engines.checks import check_texts, checked
 from steerback.engines.interventions import ARITHMETIC_VERSION, check, check_directions, check_layer
 from steerback.engines.options import VllmOptions
 from steerback.engines.vllm import jobs
-from steerback.engines.vllm.driver import AsyncEngine, Driver, SamplingFields, VllmAnswer, VllmJob, positions_fed
+from steerback.engines.vllm.driver import Driver, SamplingFields, VllmAnswer, VllmJob, positions_fed
 from steerback.engines.vllm.loading import (
     TESTED,
     device_shares,
@@ -40,6 +40,7 @@ from steerback.records import Completion, FinishReason, Intervention, Prefix, Re
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
+    from vllm.v1.engine.async_llm import AsyncLLM
 
     from steerback.engines.base import Over, Pooling, ReadAt
     from steerback.targets import Target
@@ -139,7 +140,7 @@ class VllmEngine:
                     os.environ["CUDA_VISIBLE_DEVICES"] = visible
         return drivers
 
-    def _launch(self) -> AsyncEngine:
+    def _launch(self) -> AsyncLLM:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -149,8 +150,7 @@ class VllmEngine:
             additional_config=self.settings.as_config(),
             disable_log_stats=True,
         )
-        started: AsyncEngine = AsyncLLM.from_engine_args(arguments)
-        return started
+        return AsyncLLM.from_engine_args(arguments)
 
     def close(self) -> None:
         """End vLLM's processes."""

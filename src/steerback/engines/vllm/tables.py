@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -119,27 +120,10 @@ class Steered(nn.Module):
     steerback_kind: str | None
     steerback_k: int
     steerback_reads: bool
-    steerback_row: Tensor
-    steerback_prompt: Tensor
-    steerback_encoder: Tensor
-    steerback_bias: Tensor
-    steerback_threshold: Tensor
-    steerback_decoder: Tensor
-    steerback_latent: Tensor
-    steerback_start: Tensor
-    steerback_width: Tensor
-    steerback_until: Tensor
-    steerback_kept: Tensor
-    steerback_residual: Tensor
-    steerback_add: Tensor
-    steerback_active: Tensor
-    steerback_value: Tensor
-    steerback_removed: Tensor
-    steerback_slot: Tensor
-    steerback_marks: Tensor
-    steerback_whole_encoder: Tensor
-    steerback_whole_bias: Tensor
-    steerback_whole_threshold: Tensor
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Tensor: ...  # every buffer is a tensor
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor | tuple[Tensor, ...]:
         out: Tensor | tuple[Tensor, ...] = super().forward(*args, **kwargs)
