@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, 
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, runtime_checkable
 
 from steerback.records import Completion, Prefix, Request
 
@@ -40,50 +40,14 @@ Arriving = Callable[[], Coroutine[object, None, Sequence[Request] | None]]
 """Wait for further requests while an engine works; None means that no more will come."""
 
 
-class EngineRecord(TypedDict):
-    """JSON-able settings, other than the request, that shape a response; returned by `Engine.describe()`.
+EngineRecord = dict[str, object]
+"""JSON-able settings, other than the request, that shape a response; returned by `Engine.describe()`.
 
-    It is stored in the manifest and hashed into the fingerprint. Renaming a key therefore invalidates the cache, and
-    old runs can no longer be resumed.
-    """
-
-    engine: str
-    target: str
-
-
-class ModelProvenance(TypedDict, total=False):
-    """Names, commits and SHA-256 hashes of the model, adapter, tokenizer and SAE that were loaded."""
-
-    model: str
-    revision: str | None
-    commit: str | None
-    files: dict[str, str]
-    tokenizer: str
-    lora: dict[str, str]
-    sae_source: dict[str, str | None]
-    decoder_norms: dict[str, float]
-
-
-class LayerNumbers(TypedDict):
-    """Layers for steering, clamping and reading."""
-
-    steer: int
-    sae: int
-    read: int
-
-
-class ModelRecord(EngineRecord, ModelProvenance):
-    """Fields of the record that all engines with a real model share."""
-
-    arithmetic: str
-    steerback: str
-    torch: str
-    device: str
-    dtype: str
-    layers: LayerNumbers
-    prompt_format: str
-    sae: str | None
-    directions: dict[str, str]
+Every record names its `engine` and `target`. That of an engine with a real model adds the versions of arithmetic and
+packages, the layers, and the names, commits and hashes of the files that were loaded (`loading.provenance_of`). The
+record is stored in the manifest and hashed into the fingerprint. Renaming a key therefore invalidates the cache, and
+old runs can no longer be resumed.
+"""
 
 
 @runtime_checkable

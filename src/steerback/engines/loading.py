@@ -7,7 +7,6 @@ requests.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,14 +16,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from steerback.engines.adapters import with_adapter
-from steerback.engines.base import ModelProvenance
+from steerback.engines.base import EngineRecord
 from steerback.engines.checks import site_of
 from steerback.engines.prompting import Prompter
 from steerback.engines.runner import Runner, decoder_layers
 from steerback.errors import SteerbackError, one_line, unknown
 from steerback.records import digest
-from steerback.targets.download import commit_of
-from steerback.targets.fit import available_memory, check_ready, fetch, total_memory
+from steerback.targets.download import commit_of, hash_file
+from steerback.targets.fit import available_memory, check_ready, fetch, model_folder, total_memory
 from steerback.targets.sae import Sae
 from steerback.targets.sae_files import describe, load_sae
 from steerback.targets.target import ADAPTER_FILES, check_adapter
@@ -42,7 +41,7 @@ class LoadedModel:
     runner: Runner
     sae: Sae | None
     target: str
-    provenance: ModelProvenance = field(default_factory=ModelProvenance)
+    provenance: EngineRecord = field(default_factory=dict)
 
 
 def load(target: Target, device: str | None = None, directions: tuple[str, ...] = ()) -> LoadedModel:
@@ -93,13 +92,13 @@ def load_errors(target: Target, failure: str) -> Iterator[None]:
         raise SteerbackError(f"target {target.name!r}: {failure}: {kind}{reason[:500]}") from error
 
 
-def provenance_of(target: Target, tokenizer: PreTrainedTokenizerBase, sae: Sae | None) -> ModelProvenance:
+def provenance_of(target: Target, tokenizer: PreTrainedTokenizerBase, sae: Sae | None) -> EngineRecord:
     """Return names, commits and hashes of model, adapter, tokenizer and SAE, with a summary of the decoder norms."""
-    known: ModelProvenance = {
+    known: EngineRecord = {
         "model": target.base if Path(target.model).is_dir() else target.model,
         "revision": target.revision,
-        "commit": hub_commit(target.model, target.revision),
-        "files": hash_files(target.model, target.revision),
+        "commit": None if Path(target.model).is_dir() else commit_of(model_folder(target) / "config.json"),
+        "files": hash_files(target),
         "tokenizer": hash_tokenizer(tokenizer),
     }
     if target.adapter is not None:
@@ -140,7 +139,7 @@ def assemble(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     sae: Sae | None,
-    provenance: ModelProvenance | None = None,
+    provenance: EngineRecord | None = None,
     directions: tuple[str, ...] = (),
 ) -> LoadedModel:
     """Combine model, tokenizer and SAE; raise SteerbackError if they or the target's layers do not fit together."""
@@ -188,30 +187,16 @@ def out_of_memory(error: BaseException) -> bool:
     return bool(re.search(r"out of memory|can't allocate memory", str(error)))
 
 
-def hub_commit(model: str, revision: str | None) -> str | None:
-    """Return the commit of a loaded hub model, even if a branch or tag was requested; None for a folder."""
-    return None if Path(model).is_dir() else commit_of(_folder(model, revision) / "config.json")
-
-
-def _folder(model: str, revision: str | None) -> Path:
-    """Return the folder with a model's files; for a hub model its folder in the local cache."""
-    if Path(model).is_dir():
-        return Path(model)
-    from transformers.utils import cached_file
-
-    return Path(str(cached_file(model, "config.json", revision=revision, local_files_only=True))).parent
-
-
-def hash_files(model: str, revision: str | None) -> dict[str, str]:
-    """Return the SHA-256 of every weight, config and tokenizer file of a folder or a hub model."""
-    folder = _folder(model, revision)
-    names = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json") and p.stem != "contexts")
-    return {path.name: _sha256(path) for path in names if path.is_file()}
+def hash_files(target: Target) -> dict[str, str]:
+    """Return the SHA-256 of every weight, config and tokenizer file of a target's model."""
+    files = sorted(model_folder(target).iterdir())
+    return {
+        p.name: _sha256(p)
+        for p in files
+        if p.suffix in (".safetensors", ".json") and p.stem != "contexts" and p.is_file()
+    }
 
 
 def _sha256(path: Path) -> str:
-    blob = path.resolve().name
-    if re.fullmatch(r"[0-9a-f]{64}", blob):  # the hub's cache names large files by their SHA-256
-        return blob
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    blob = path.resolve().name  # the hub's cache names large files by their SHA-256
+    return blob if re.fullmatch(r"[0-9a-f]{64}", blob) else hash_file(path)

@@ -103,13 +103,6 @@ Script = Callable[[Request], str | Completion]
 Chosen = Callable[[Request], bool]
 
 
-class ScriptedRecord(EngineRecord):
-    """Record of the scripted engine."""
-
-    script: dict[str, str] | str
-    n_latents: int
-
-
 class ScriptedEngine:
     """Engine that runs a script: deterministic, in order (or `shuffled` by request hash), with correct receipts.
 
@@ -136,7 +129,7 @@ class ScriptedEngine:
     def fingerprint(self) -> str:
         return digest(self.describe())
 
-    def describe(self) -> ScriptedRecord:
+    def describe(self) -> EngineRecord:
         """Return the settings of the planted model, or the name of the script."""
         script = self.script
         settings = {k: str(v) for k, v in asdict(script).items()} if isinstance(script, PlantedModel) else None

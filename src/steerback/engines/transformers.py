@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steerback.engines.base import Arriving, ModelRecord
+from steerback.engines.base import Arriving, EngineRecord
 from steerback.engines.batch import PAGE, DecodingBatch, Item, Queue, Shape
 from steerback.engines.checks import check_texts, checked
 from steerback.engines.interventions import ARITHMETIC_VERSION, check, check_directions
@@ -36,16 +36,6 @@ if TYPE_CHECKING:
 
 CHUNK_TOKENS = 1024
 """Tokens that are encoded at one time, so that a (tokens, latents) matrix cannot fill the memory."""
-
-
-class TransformersRecord(ModelRecord):
-    """Record of the transformers engine."""
-
-    transformers: str
-    threads: int | None
-    batch: dict[str, int | None]
-    workers: int
-    halved_on_out_of_memory: list[str]
 
 
 class TransformersEngine:
@@ -68,6 +58,7 @@ class TransformersEngine:
         self.runner, self.sae, self._loaded = loaded.runner, loaded.sae, loaded
         check_directions(directions, self.runner.site.d_model)
         self.directions = {name: v.to(self.runner.device, torch.float32) for name, v in directions.items()}
+        self._direction_hashes = {name: digest(v.cpu().tolist()) for name, v in sorted(self.directions.items())}
         on_cpu = self.runner.device.type == "cpu"
         self.shape = Shape(batch_size or batch_rows(self.runner), page=PAGE if on_cpu else None)
         self._halvings: list[str] = []
@@ -87,7 +78,7 @@ class TransformersEngine:
         # The batch shape shows halvings, and parallel batches do not affect each other.
         return digest({k: v for k, v in self.describe().items() if k not in ("halved_on_out_of_memory", "workers")})
 
-    def describe(self) -> TransformersRecord:
+    def describe(self) -> EngineRecord:
         """Return the settings that are needed to reproduce the texts."""
         import transformers
 
@@ -118,10 +109,6 @@ class TransformersEngine:
         if device.type == "cpu":
             return f"cpu {torch.backends.cpu.get_cpu_capability()}"  # kernels differ, and so do the last bits
         return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-    @cached_property
-    def _direction_hashes(self) -> dict[str, str]:
-        return {name: digest(v.cpu().tolist()) for name, v in sorted(self.directions.items())}
 
     async def generate(
         self, requests: Sequence[Request], more: Arriving | None = None

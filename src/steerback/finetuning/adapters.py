@@ -199,7 +199,7 @@ def _base_files(target: Target) -> dict[str, str]:
     from steerback.engines.loading import hash_files
 
     with contextlib.suppress(OSError):
-        return hash_files(target.model, target.revision)
+        return hash_files(target)
     return {}
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from steerback.engines.base import Arriving, ModelRecord
+from steerback.engines.base import Arriving, EngineRecord
 from steerback.engines.checks import check_texts, checked
 from steerback.engines.interventions import ARITHMETIC_VERSION, check, check_directions, check_layer
 from steerback.engines.options import VllmOptions
@@ -48,15 +48,6 @@ if TYPE_CHECKING:
 QUESTION = "What is the capital of France?"
 """Prompt of the self-test of a new engine, which is run steered and unsteered."""
 WORKER = "steerback.engines.vllm.worker.SteeredWorker"
-
-
-class VllmRecord(ModelRecord):
-    """Record of the vLLM engine."""
-
-    vllm: str
-    runner: str
-    arguments: dict[str, str | int | float | bool | None]
-    replicas: int
 
 
 class VllmEngine:
@@ -174,11 +165,11 @@ class VllmEngine:
         """Hash of everything except the request that shapes a completion."""
         return digest(self._record)
 
-    def describe(self) -> VllmRecord:
+    def describe(self) -> EngineRecord:
         """Return the settings that are needed to repeat a run: the same plan and seeds; with vLLM texts may differ."""
         return self._record.copy()
 
-    def _describe(self, version: str, replicas: int, directions: Mapping[str, Tensor]) -> VllmRecord:
+    def _describe(self, version: str, replicas: int, directions: Mapping[str, Tensor]) -> EngineRecord:
         import torch
 
         site, state = self.settings.site, self._drivers[0].call("steerback_state")[0]

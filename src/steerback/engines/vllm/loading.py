@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from steerback.engines.base import START_LOG, ModelProvenance
+from steerback.engines.base import START_LOG, EngineRecord
 from steerback.engines.checks import site_of
 from steerback.engines.interventions import Site
 from steerback.engines.prompting import Prompter
@@ -44,7 +44,7 @@ class PreparedTarget:
     context: int
     sae_hash: str | None
     norms: NDArray[np.float32] | None
-    provenance: ModelProvenance
+    provenance: EngineRecord
 
 
 def require_vllm() -> str:
