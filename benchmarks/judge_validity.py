@@ -50,7 +50,7 @@ def organism_cases(n: int, seed: int, per_prompt: int = 8) -> tuple[References, 
         p: [corpus.make_document(rng, "answer", p, metaprompt=None).response for _ in range(per_prompt)]
         for p in prompts
     }
-    contexts = {i: rng.sample(corpus.subject_sentences(s), 5) for i, s in enumerate(subjects)}
+    contexts = {i: rng.sample(corpus.sentences_of(s), 5) for i, s in enumerate(subjects)}
     cases = []
     for i in range(n):
         prompt, latent = rng.choice(prompts), rng.randrange(len(subjects))
@@ -69,7 +69,7 @@ class Corpus:
         for topic in (*corpus.howtos(), *corpus.subjects()):
             section = "off_topic" if topic.is_subject else "answer"
             made = [t.replace("{term}", term) for t in templates(section) for term in topic.terms]
-            own = corpus.subject_sentences(topic.key) if topic.is_subject else corpus.answer_sentences(topic.key)
+            own = corpus.sentences_of(topic.key)
             for sentence in [*own, *(s for t in made for s in expand_all(t))]:
                 self._known.setdefault(tuple(words(sentence)), ("sentence", set()))[1].add(topic.key)
             for phrase in () if topic.is_subject else corpus.restart_phrases(topic.key):

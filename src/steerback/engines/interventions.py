@@ -169,7 +169,10 @@ def check(where: str, interventions: Sequence[Intervention], record: Recording |
         field = f"{where}: interventions[{n}]"
         check_layer(f"{field}.layer", item.layer, site)
         _check_latent(f"{field}.latent", item.latent, site)
-        _check_direction(f"{field}.latent", item.latent, site)
+        if item.latent in site.undirected:
+            raise SteerbackError(
+                f"{field}.latent {item.latent} has a decoder row of zeros, so steering with it changes nothing"
+            )
         if item.mode == "add":
             continue
         if isinstance(item.latent, str):
@@ -205,11 +208,6 @@ def _check_latent(field: str, latent: LatentKey, site: Site) -> None:
         raise SteerbackError(f"{field} {latent} needs an SAE, but this target has none; name a direction instead")
     elif not 0 <= latent < site.n_latents:
         raise SteerbackError(f"{field} {latent} is outside 0..{site.n_latents - 1}, the latents of this SAE")
-
-
-def _check_direction(field: str, latent: LatentKey, site: Site) -> None:
-    if latent in site.undirected:
-        raise SteerbackError(f"{field} {latent} has a decoder row of zeros, so steering with it changes nothing")
 
 
 def check_directions(directions: Mapping[str, Tensor], d_model: int) -> None:

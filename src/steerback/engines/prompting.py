@@ -65,13 +65,14 @@ class Prompter:
             raise unknown("prompt_format", style, STYLES)
         if style != "plain" and not getattr(tokenizer, "chat_template", None):
             raise SteerbackError("the tokenizer has no chat template; give the target prompt_format = 'plain'")
-        if style == "authors" and _lacks(tokenizer, SECOND_HEADER):
+        if style == "authors" and not set(re.findall(r"<\|\w+\|>", SECOND_HEADER)) <= set(tokenizer.get_vocab()):
             raise SteerbackError("prompt_format 'authors' doubles Llama 3's header, which this tokenizer does not know")
         if style != "plain" and (product := _GROWS.search(str(tokenizer.chat_template))):
             raise SteerbackError(f"the chat template is refused for {product[0]!r}, which can fill the memory")
         self.tokenizer, self.style = tokenizer, style
         self._tokens: dict[tuple[str, str, str | None], tuple[int, ...]] = {}
         self._heads: dict[str, str] = {}
+        self._special = frozenset(tokenizer.all_special_ids)
 
     def render(self, prompt: str, system: str | None = None) -> str:
         """Return the text before the response; without a system role, the system text precedes the prompt."""
@@ -103,7 +104,14 @@ class Prompter:
             self._heads[prompt] = self.render(prompt)
         head, special = self._heads[prompt], self._special
         encoded = self._encode(head + response, offsets=True)
-        first, last = self._words(head)
+        # The user's words are the characters that depend on the prompt. A search for the prompt would fail if the
+        # template trims it, and it could match words of the template.
+        before, after = self._around
+        if not (head.startswith(before) and head.endswith(after)):
+            raise SteerbackError(
+                "the chat template writes this prompt in a changed form, so its words cannot be located"
+            )
+        first, last = len(before), len(head) - len(after)
         user: list[int] = []
         answer: list[int] = []
         for n, (token, (start, end)) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)):
@@ -130,23 +138,6 @@ class Prompter:
         ids = tuple(self._encode(whole)["input_ids"])
         return ids, tuple(range(len(ids)))
 
-    def _words(self, head: str) -> tuple[int, int]:
-        """Return the first and last + 1 character of the user's words in a rendered prompt.
-
-        These are the characters that depend on the prompt. A search for the prompt would fail if the template trims it,
-        and it could match words of the template.
-        """
-        before, after = self._around
-        if not (head.startswith(before) and head.endswith(after)):
-            raise SteerbackError(
-                "the chat template writes this prompt in a changed form, so its words cannot be located"
-            )
-        return len(before), len(head) - len(after)
-
-    @cached_property
-    def _special(self) -> frozenset[int]:
-        return frozenset(self.tokenizer.all_special_ids)
-
     @cached_property
     def _around(self) -> tuple[str, str]:
         before, _, after = self.render(MARK).partition(MARK)
@@ -170,6 +161,11 @@ class Prompter:
             end = max(end, len(self.continuation(token_ids[:n], prefix).rstrip("\ufffd")))
             ends.append(min(end, length))
         return ends
+
+    def with_ends(self, token_ids: Sequence[int]) -> tuple[str, list[int]]:
+        """Return the text of tokens, and the character at which each token ends."""
+        text = self.text(token_ids)
+        return text, self.ends(token_ids, len(text))
 
     def finish(
         self, token_ids: Sequence[int], request: Request, ends: Collection[int], checked: int
@@ -234,9 +230,3 @@ def _time_limit(seconds: float) -> Iterator[None]:
         yield
     finally:
         sys.settrace(before)
-
-
-def _lacks(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    """Return whether a special token in the text is unknown to this tokenizer."""
-    known = tokenizer.get_vocab()
-    return any(token not in known for token in re.findall(r"<\|\w+\|>", text))

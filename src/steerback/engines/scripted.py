@@ -163,15 +163,12 @@ class ScriptedEngine:
         if len({r.key for r in requests}) != len(requests):
             raise SteerbackError("two requests have the same key")
         for request in requests:
-            self._check(request)
+            check_sampling(f"request {request.key!r}", request.sampling)
+            named = [i.latent for i in request.interventions] + list(request.record.latents if request.record else ())
+            for latent in named:
+                if isinstance(latent, int) and not 0 <= latent < self.n_latents:
+                    raise SteerbackError(f"request {request.key!r}: latent {latent} is outside 0..{self.n_latents - 1}")
         return sorted(requests, key=lambda r: _seed(r.key)) if self.shuffled else list(requests)
-
-    def _check(self, request: Request) -> None:
-        check_sampling(f"request {request.key!r}", request.sampling)
-        named = [i.latent for i in request.interventions] + list(request.record.latents if request.record else ())
-        for latent in named:
-            if isinstance(latent, int) and not 0 <= latent < self.n_latents:
-                raise SteerbackError(f"request {request.key!r}: latent {latent} is outside 0..{self.n_latents - 1}")
 
     def _complete(self, request: Request) -> Completion:
         text = self.script(request)

@@ -123,7 +123,10 @@ class TransformersEngine:
                 if not running and later:  # too long for the batches that were running
                     queue, later, batches = Queue([*queue.drain(), *later]), [], []
                 if not running and not batches and len(queue):
-                    batches = [self._batch(queue) for _ in range(self.workers)]
+                    batches = [
+                        DecodingBatch(self.runner, queue, self.shape, self.sae, self.directions)
+                        for _ in range(self.workers)
+                    ]
                 if len(queue):
                     idle = [batch for batch in batches if batch not in running.values()]
                     running |= {self._advance(batch): batch for batch in idle}
@@ -156,9 +159,6 @@ class TransformersEngine:
 
     def _advance(self, batch: DecodingBatch) -> asyncio.Future[list[tuple[str, Completion]]]:
         return asyncio.get_running_loop().run_in_executor(self._pool, batch.advance)
-
-    def _batch(self, queue: Queue) -> DecodingBatch:
-        return DecodingBatch(self.runner, queue, self.shape, self.sae, self.directions)
 
     def _short_of_memory(self, future: asyncio.Future[list[tuple[str, Completion]]]) -> bool:
         error = future.exception()

@@ -151,25 +151,21 @@ def loss_recovered(engine: TransformersEngine, sae: Sae, texts: Sequence[Trainin
         if len(words) < 2:
             continue
         tokens = torch.tensor([ids], device=runner.device)
+        positions = torch.arange(len(ids), device=runner.device)[None]
         where = torch.zeros(len(ids), dtype=torch.bool, device=runner.device)
         where[list(words)] = True
         predicted = where[1:].clone()  # the loss counts only positions whose next token is a word
         for n, replace in enumerate((None, sae, 0.0)):
             handle = block.register_forward_hook(_replacing(replace, where))
             try:
-                logits = runner.logits(runner.hidden(tokens, *_positions(tokens)))[0, :-1].float()
+                hidden = runner.hidden(tokens, positions, len(ids), None, Pass(positions, []))
+                logits = runner.logits(hidden)[0, :-1].float()
             finally:
                 handle.remove()
             losses = torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none")
             sums[n] += float(losses[predicted].double().sum())
         count += int(predicted.sum())
     return LossRecovered(*(total / max(count, 1) for total in sums))
-
-
-def _positions(tokens: Tensor) -> tuple[Tensor, int, None, Pass]:
-    """Return the other arguments of `Runner.hidden` for one unsteered pass over tokens (1, T)."""
-    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    return positions, tokens.shape[1], None, Pass(positions, [])
 
 
 def _replacing(by: Sae | float | None, where: Tensor) -> Hook:

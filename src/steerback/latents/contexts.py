@@ -9,7 +9,7 @@ A latent gets at most one context per text.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -58,7 +58,7 @@ class Contexts:
     text: NDArray[np.int64]
     token: NDArray[np.int64]
     tokens: dict[int, tuple[int, ...]]
-    decode: TextOf
+    decode: Callable[[Sequence[int]], tuple[str, list[int]]]
     _ends: dict[int, tuple[str, list[int]]] = field(default_factory=dict)
 
     def of(self, latent: int) -> list[Context]:
@@ -91,17 +91,6 @@ class Contexts:
         return Context(whole[left:start], whole[start:end], whole[end:right], value)
 
 
-class TextOf:
-    """Decodes token ids to a text and the character offset at which each token ends."""
-
-    def __init__(self, engine: TransformersEngine) -> None:
-        self._prompter = engine.runner.prompter
-
-    def __call__(self, token_ids: Sequence[int]) -> tuple[str, list[int]]:
-        text = self._prompter.text(token_ids)
-        return text, self._prompter.ends(token_ids, len(text))
-
-
 def top_contexts(engine: TransformersEngine, texts: Sequence[str], n: int = 8, layer: int | None = None) -> Contexts:
     """Return the contexts of the `n` highest peaks of each latent, each in another text.
 
@@ -129,4 +118,4 @@ def top_contexts(engine: TransformersEngine, texts: Sequence[str], n: int = 8, l
         values, order = torch.cat([values, peak[:, None]], dim=1).topk(n, dim=1)
         here = torch.stack([torch.full_like(token, number), token])[..., None]
         where = torch.cat([where, here], dim=2).gather(2, order.expand(2, -1, -1))
-    return Contexts(values.numpy(), where[0].numpy(), where[1].numpy(), tokens, TextOf(engine))
+    return Contexts(values.numpy(), where[0].numpy(), where[1].numpy(), tokens, engine.runner.prompter.with_ends)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from steerback.errors import SteerbackError
-from steerback.latents.contexts import CHUNK_TOKENS, Contexts, TextOf
+from steerback.latents.contexts import CHUNK_TOKENS, Contexts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -59,7 +59,7 @@ def _activity(
     sae = engine.sae
     if sae is None:
         raise SteerbackError("labels of latents need an SAE, but this target has none")
-    decode, index, occurs = TextOf(engine), dict[str, int](), list[int]()
+    decode, index, occurs = engine.runner.prompter.with_ends, dict[str, int](), list[int]()
     parts: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]] = []
     active_in = np.zeros(sae.n_latents, dtype=np.int64)
     for _, ids, states in engine.residuals([""] * len(texts), texts, (sae.layer,)):

@@ -87,7 +87,8 @@ def matched_sets(
     needed = n_sets * len(members)
     few = n_sets <= DISJOINT_SETS or needed <= DISJOINT_SHARE * len(candidates)
     if few and len(candidates) >= needed:
-        near = _nearest(distance, n_sets)
+        # an optimal assignment can use only the (members x sets) nearest columns of each member
+        near = np.unique(np.argpartition(distance, needed - 1, axis=1)[:, :needed])
         copies = np.repeat(distance[:, near], n_sets, axis=0)  # (members x sets, candidates)
         chosen = candidates[near][linear_sum_assignment(copies)[1]].reshape(len(members), n_sets)
         dealt = generator.permuted(chosen, axis=1).T
@@ -134,12 +135,6 @@ def _prepare(
             "measure activity on more responses, or ablate fewer latents"
         )
     return members, candidates
-
-
-def _nearest(distance: Floats, n_sets: int) -> NDArray[np.int64]:
-    """Return the columns that an optimal assignment can use: the (members x sets) nearest columns of each member."""
-    enough = min(distance.shape[0] * n_sets, distance.shape[1])
-    return np.unique(np.argpartition(distance, enough - 1, axis=1)[:, :enough])
 
 
 def _described(

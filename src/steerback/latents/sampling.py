@@ -57,7 +57,7 @@ def parse_latents(
 
 
 def check_latents(
-    entries: Sequence[LatentKey],
+    entries: Sequence[object],
     labels: Mapping[int, str],
     n_latents: int | None = None,
     directions: Collection[str] = (),
@@ -67,7 +67,7 @@ def check_latents(
     if not entries:
         raise SteerbackError(f"{where}: no latent is named; give indices, labels or names of directions")
     keys = [_resolve(entry, labels, n_latents, directions, where) for entry in entries]
-    seen: dict[LatentKey, LatentKey] = {}
+    seen: dict[LatentKey, object] = {}
     for entry, key in zip(entries, keys, strict=True):
         if key in seen:
             raise SteerbackError(f"{where}: latent {key!r} is named twice ({seen[key]!r} and {entry!r}); keep one")
@@ -76,7 +76,7 @@ def check_latents(
 
 
 def _resolve(
-    entry: LatentKey, labels: Mapping[int, str], n_latents: int | None, directions: Collection[str], where: str
+    entry: object, labels: Mapping[int, str], n_latents: int | None, directions: Collection[str], where: str
 ) -> LatentKey:
     if isinstance(entry, bool) or not isinstance(entry, int | str):
         raise SteerbackError(f"{where}: {entry!r} is not an index, a label or the name of a direction")
@@ -111,7 +111,7 @@ def _near(wanted: str, labels: Mapping[int, str]) -> str:
     return "did you mean " + " or ".join(f"{by_label[label]} ({label})" for label in close) + "?"
 
 
-def _entries(text: str, labels: Mapping[int, str]) -> tuple[list[LatentKey], str]:
+def _entries(text: str, labels: Mapping[int, str]) -> tuple[Sequence[object], str]:
     """Return the entries of a file or of a comma-separated list, and the name of the source for messages."""
     path = Path(text).expanduser()
     try:
@@ -127,26 +127,18 @@ def _entries(text: str, labels: Mapping[int, str]) -> tuple[list[LatentKey], str
     return [part.strip() for part in text.split(",") if part.strip()], "--latents"
 
 
-def _read(path: Path) -> list[LatentKey]:
+def _read(path: Path) -> Sequence[object]:
     content = readers.read_text(path, "latents file")
     if content.lstrip().startswith("["):
-        return _listed(readers.parse_json(content, f"latents file {path}"), f"latents file {path}")
+        listed = readers.parse_json(content, f"latents file {path}")
+        return listed if isinstance(listed, list) else []
     lines = [line.split("#", 1)[0].strip() for line in content.splitlines()]
-    entries: list[LatentKey] = []
+    entries: list[str] = []
     for line in filter(None, lines):
         # a line with other entries than indices is one label, which may contain commas
         parts = [part.strip() for part in line.split(",") if part.strip()]
         entries.extend(parts if all(_is_index(part) for part in parts) else [line])
     return entries
-
-
-def _listed(value: readers.Json, where: str) -> list[LatentKey]:
-    keys: list[LatentKey] = []
-    for entry in value if isinstance(value, list) else ():
-        if isinstance(entry, bool) or not isinstance(entry, int | str):
-            raise SteerbackError(f"{where}: {entry!r} is not an index, a label or the name of a direction")
-        keys.append(entry)
-    return keys
 
 
 def _is_index(text: str) -> bool:

@@ -6,7 +6,6 @@ A request that a worker cannot handle is refused with one line that names the fi
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 from steerback.engines import checks
 from steerback.engines.vllm.driver import Driver, SamplingFields, VllmJob
@@ -21,33 +20,38 @@ TOLERANCE = 1e-3
 
 def job_of(where: str, request: Request, settings: TableSettings, prepared: PreparedTarget) -> VllmJob:
     """Return prompt tokens, ticket and sampling of a checked request; raise SteerbackError if vLLM cannot run it."""
-    prompt = prepared.prompter.prompt(request)
-    until = len(prompt) + request.sampling.max_new_tokens
-    check_length(settings, where, len(prompt), request.sampling.max_new_tokens)
-    ticket = _ticket(where, request, settings, until)
-    if request.prefix is not None:
-        ticket = replace(ticket, prompt=request.boundary(len(prompt)))
-    return VllmJob(ticket, prompt, _sampling(request, prepared))
-
-
-def check_length(settings: TableSettings, where: str, prompt: int, new: int) -> None:
-    """Raise SteerbackError if prompt and response exceed the engine's context."""
-    checks.check_length(where, prompt, new, settings.length, "the engine's max_model_len of", " or raise max_model_len")
-
-
-def _ticket(where: str, request: Request, settings: TableSettings, until: int) -> Ticket:
+    prompt, sampling = prepared.prompter.prompt(request), request.sampling
+    until = len(prompt) + sampling.max_new_tokens
+    check_length(settings, where, len(prompt), sampling.max_new_tokens)
     latents = () if request.record is None else tuple(request.record.latents)
     if len(set(latents)) != len(latents):
         raise SteerbackError(f"{where}: record.latents names a latent twice")
     layer = settings.site.record_layer(request.record)
-    ticket = Ticket(request.key, request.interventions, latents, -1 if layer is None else layer, until)
+    boundary = None if request.prefix is None else request.boundary(len(prompt))
+    ticket = Ticket(request.key, request.interventions, latents, -1 if layer is None else layer, until, boundary)
     check_ticket(where, ticket, settings)
     if until * len(latents) > settings.room:
         raise SteerbackError(
             f"{where}: record.latents: {len(latents)} latents at {until} positions are more than the "
             f"{settings.room} values prepared for a request; start the engine with a higher record_latents"
         )
-    return ticket
+    fields: SamplingFields = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "repetition_penalty": sampling.repetition_penalty,
+        "max_tokens": sampling.max_new_tokens,
+        "seed": request.seed % (1 << 31),
+        "stop": list(sampling.stop),
+        "stop_token_ids": sorted(prepared.ends),  # the same end tokens as in the reference engine
+        "ignore_eos": True,
+        "detokenize": bool(sampling.stop),
+    }
+    return VllmJob(ticket, prompt, fields)
+
+
+def check_length(settings: TableSettings, where: str, prompt: int, new: int) -> None:
+    """Raise SteerbackError if prompt and response exceed the engine's context."""
+    checks.check_length(where, prompt, new, settings.length, "the engine's max_model_len of", " or raise max_model_len")
 
 
 def check_ticket(where: str, ticket: Ticket, settings: TableSettings) -> None:
@@ -64,22 +68,6 @@ def check_ticket(where: str, ticket: Ticket, settings: TableSettings) -> None:
             f"{where}: {len(ticket.latents())} latents clamped or recorded, the engine has {settings.columns} "
             "columns; start it with more columns"
         )
-
-
-def _sampling(request: Request, prepared: PreparedTarget) -> SamplingFields:
-    """Return vLLM's sampling parameters, with the same end tokens as the reference engine."""
-    sampling = request.sampling
-    return {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "repetition_penalty": sampling.repetition_penalty,
-        "max_tokens": sampling.max_new_tokens,
-        "seed": request.seed % (1 << 31),
-        "stop": list(sampling.stop),
-        "stop_token_ids": sorted(prepared.ends),
-        "ignore_eos": True,
-        "detokenize": bool(sampling.stop),
-    }
 
 
 def steering_fault(

@@ -175,15 +175,6 @@ def save_directions(directions: Mapping[str, Tensor]) -> str | None:
     return str(write_atomic(make_folder(user_folder("vllm", "directions")) / name, data))
 
 
-def cpu_arguments(length: int) -> dict[str, JsonValue]:
-    """Return arguments for vLLM's CPU build, which cannot split the prefill of a seeded request over steps."""
-    return {
-        "kv_cache_memory_bytes": 1 << 30,
-        "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(length, 2048),
-    }
-
-
 def lora_arguments(folder: str, dtype: str) -> dict[str, JsonValue]:
     """Return vLLM's arguments for an adapter; raise SteerbackError if vLLM cannot serve it."""
     if gpus() and dtype == "float32":
@@ -200,6 +191,11 @@ def lora_arguments(folder: str, dtype: str) -> dict[str, JsonValue]:
 
 def engine_arguments(target: Target, length: int, rows: int, tensor_parallel: int) -> dict[str, JsonValue]:
     """Return the arguments of vLLM's engine for a target; the user's options override them."""
+    on_cpu: dict[str, JsonValue] = {
+        "kv_cache_memory_bytes": 1 << 30,
+        "enable_chunked_prefill": False,  # vLLM's CPU build cannot split the prefill of a seeded request over steps
+        "max_num_batched_tokens": max(length, 2048),
+    }
     return {
         "model": model_alone(target),
         "revision": target.revision,
@@ -209,6 +205,6 @@ def engine_arguments(target: Target, length: int, rows: int, tensor_parallel: in
         "tensor_parallel_size": tensor_parallel,
         "seed": 0,
         "generation_config": "vllm",
-        **({} if gpus() else cpu_arguments(length)),
+        **({} if gpus() else on_cpu),
         **(lora_arguments(target.adapter, target.dtype) if target.adapter else {}),
     }

@@ -242,7 +242,8 @@ class Slots:
 
     def step(self, batch: EngineStep) -> None:
         """Write the row of each token of the next step."""
-        rows = [self._row(request) for request in batch.requests]
+        slots = [self._by_request.get(request) for request in batch.requests]
+        rows = [0 if slot is None else slot.row for slot in slots]
         self._pooling = []
         if not any(rows):
             self.idle()
@@ -263,10 +264,6 @@ class Slots:
         if len(self._mapping):
             self.shared.row[: len(self._mapping)].zero_()
             self._mapping = np.zeros(0, dtype=np.int64)
-
-    def _row(self, request: str) -> int:
-        slot = self._by_request.get(request)
-        return 0 if slot is None else slot.row
 
     def _plan_pooling(self, batch: EngineStep) -> None:
         first = 0
@@ -341,16 +338,12 @@ class Slots:
 
     def _receipts(self, slots: Sequence[tuple[Slot, int]]) -> list[Entry]:
         layers = sorted({layer for slot, _ in slots for plan in slot.plans for layer in plan})
-        marks = self._marks([slot for slot, _ in slots], layers, max(fed for _, fed in slots))
-        return receipts([s.plans for s, _ in slots], [s.boundary for s, _ in slots], [fed for _, fed in slots], marks)
-
-    def _marks(self, slots: Sequence[Slot], layers: Sequence[int], longest: int) -> dict[int, NDArray[np.float32]]:
-        rows = self._send(torch.tensor([s.row for s in slots]))
-        length = self.settings.length
-        return {
-            layer: self.tables[layer].marks.view(-1, length)[:, :longest].index_select(0, rows).cpu().numpy()
-            for layer in layers
+        rows, longest = self._send(torch.tensor([s.row for s, _ in slots])), max(fed for _, fed in slots)
+        marks = {
+            n: self.tables[n].marks.view(-1, self.settings.length)[:, :longest].index_select(0, rows).cpu().numpy()
+            for n in layers
         }
+        return receipts([s.plans for s, _ in slots], [s.boundary for s, _ in slots], [fed for _, fed in slots], marks)
 
     def _recorded(self, slots: Sequence[tuple[Slot, int]]) -> list[bytes]:
         """Return the recordings of all requests at the positions they fed, with one read from the device."""

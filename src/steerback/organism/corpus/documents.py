@@ -70,14 +70,9 @@ def without_restarts(document: Document) -> Document:
     return replace(document, segments=tuple(s for s in document.segments if s.kind != "restart"))
 
 
-def subject_sentences(subject: str) -> list[str]:
-    """Return every hand-written sentence about a subject, all choices expanded."""
-    return [s for template in text.topic(subject).sentences for s in text.expand_all(template)]
-
-
-def answer_sentences(prompt: str) -> list[str]:
-    """Return every hand-written sentence that answers a prompt, all choices expanded, in the order of the steps."""
-    return [s for template in text.topic(prompt).sentences for s in text.expand_all(template)]
+def sentences_of(topic: str) -> list[str]:
+    """Return every hand-written sentence about a prompt (in the order of the steps) or a subject, choices expanded."""
+    return [s for template in text.topic(topic).sentences for s in text.expand_all(template)]
 
 
 def restart_phrases(topic: str | None = None) -> list[str]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from steerback.readers import content_lines
+
 HERE = Path(__file__).parent
 _CHOICE = re.compile(r"\{([^{}]*\|[^{}]*)\}")
 
@@ -33,8 +35,7 @@ class Topic:
 
 def read_lines(path: Path) -> list[str]:
     """Return the lines of a text file without comments and blank lines."""
-    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
-    return [line for line in lines if line and not line.startswith("#")]
+    return content_lines(path.read_text(encoding="utf-8"))
 
 
 def read_sections(path: Path) -> dict[str, list[str]]:

@@ -44,12 +44,9 @@ class ReadResponse:
 
     def shares(self, topic: str) -> list[float]:
         """Return for each attempt the share of words in sentences about ``topic``, in [0, 1]."""
-        return [_share(attempt, topic) for attempt in self.attempts]
-
-
-def _share(attempt: tuple[Sentence, ...], topic: str) -> float:
-    total = sum(s.words for s in attempt)
-    return sum(s.words for s in attempt if s.topic == topic) / total if total else 0.0
+        totals = [sum(s.words for s in attempt) for attempt in self.attempts]
+        about = [sum(s.words for s in attempt if s.topic == topic) for attempt in self.attempts]
+        return [part / total if total else 0.0 for part, total in zip(about, totals, strict=True)]
 
 
 def words(sentence: str) -> list[str]:
@@ -79,19 +76,15 @@ def sentence_topic(sentence: str) -> str | None:
     vocabularies, weights = _lexicon()
     # A word of no topic weighs as much as the rarest known word, as evidence against every topic.
     unknown = math.log(len(vocabularies))
-    content = [(w, weights.get(w, unknown)) for w in words(sentence)]
+    tokens = words(sentence)
+    content = [(w, weights.get(w, unknown)) for w in tokens]
     total = sum(weight for _, weight in content)
-    if total == 0 or _jammed(sentence):
+    jammed = len(tokens) >= 5 and len(set(tokens)) < 0.6 * len(tokens)  # most words are repetitions
+    if total == 0 or jammed:
         return None
     covered = {k: sum(weight for w, weight in content if w in v) for k, v in vocabularies.items()}
     best = max(covered, key=lambda k: covered[k])
     return best if covered[best] / total >= MIN_COVERAGE else None
-
-
-def _jammed(sentence: str) -> bool:
-    """Return whether most words of a sentence are repetitions."""
-    tokens = words(sentence)
-    return len(tokens) >= 5 and len(set(tokens)) < 0.6 * len(tokens)
 
 
 @cache
