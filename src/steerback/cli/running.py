@@ -313,8 +313,7 @@ def try_command(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")] = 160,
 ) -> None:
     """Show a steered and an unsteered response. `try organism` shows drift and restart."""
-    from steerback.jobs.example import drift_and_restart, example_of, steered_and_not
-    from steerback.jobs.loaded import load_target
+    from steerback.jobs.loaded import drift_and_restart, example_of, load_target, steered_and_not
     from steerback.records import Sampling
     from steerback.report.transcripts import print_marked
 

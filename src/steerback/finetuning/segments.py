@@ -137,10 +137,7 @@ def read_rows(path: Path) -> list[Row]:
 
 def write_rows(path: Path, rows: Iterable[Row], notes: Sequence[Mapping[str, str]] | None = None) -> Path:
     """Write rows as JSONL, atomically; `notes` adds keys to each row, which `read_rows` ignores."""
-    records = [
-        RowRecord(segments=[SegmentRecord(label=segment.train, text=segment.text) for segment in row]).model_dump()
-        for row in rows
-    ]
+    records: list[dict[str, object]] = [{"segments": [{"label": s.train, "text": s.text} for s in row]} for row in rows]
     if notes is not None:
         records = [{**record, **note} for record, note in zip(records, notes, strict=True)]
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

@@ -15,6 +15,7 @@ import numpy as np
 
 from steerback.data.prompts import load_prompts
 from steerback.errors import SteerbackError
+from steerback.jobs.loaded import short
 from steerback.latents.contexts import Contexts, top_contexts
 from steerback.latents.texts import usual_texts
 from steerback.records import Completion, Intervention, LatentKey, Request, Sampling
@@ -295,7 +296,7 @@ def _steering(loaded: LoadedTarget, engine: TransformersEngine, contexts: Contex
     verdict: Verdict = "failed" if wrong else "ok"
     if not wrong and plain.text == steered.text:
         verdict, wrong = "warning", "the steered response equals the unsteered one: the boost is too small"
-    details = (f"prompt     {prompt}", f"unsteered  {_short(plain.text)}", f"steered    {_short(steered.text)}")
+    details = (f"prompt     {prompt}", f"unsteered  {short(plain.text, 160)}", f"steered    {short(steered.text, 160)}")
     data = {"latent": key, "boost": boost, "receipt": asdict(steered.receipt), "texts": [plain.text, steered.text]}
     return Check("steering", verdict, f"{line}{f'; {wrong}' if wrong else ''}", details, data)
 
@@ -317,11 +318,6 @@ def _key(target: Target, contexts: Contexts | None) -> LatentKey | None:
     labels = target.labels() if active else {}
     names: tuple[LatentKey, ...] = target.directions()
     return next((k for k in active if k in labels), next(iter(active), next(iter(names), None)))
-
-
-def _short(text: str, most: int = 160) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= most else line[: most - 3] + "..."
 
 
 def without_directions(target: Target) -> Target:

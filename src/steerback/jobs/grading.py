@@ -110,7 +110,11 @@ class Grader:
             shown.stage(f"{target}: {self.rubric} by {self.name}", len(rows))
             for first in range(0, len(rows), CHUNK):
                 answers = self._answers(rows[first : first + CHUNK])
-                kept = {key: _entry(answer) for key, answer in answers.items() if not answer.over_budget}
+                kept = {
+                    key: {**(a.value.model_dump() if a.value else {}), "reason": a.reason, "raw": a.raw}
+                    for key, a in answers.items()
+                    if not a.over_budget
+                }
                 run.ledger.put(target, self.fact, self.known(run, target) | kept)
                 shown.update(judged=len(kept), unscored=sum(bool(entry["reason"]) for entry in kept.values()))
                 if self._asker and (spent := self._asker.transport.drain()).calls:
@@ -130,12 +134,6 @@ class Grader:
             return {item.key: answer async for item, answer in asker.ask([judge_item(r) for r in rows])}
 
         return finish(ask())
-
-
-def _entry(answer: Answer[WholeScore] | Answer[Boundaries]) -> dict[str, object]:
-    """Return an answer in the form in which the ledger stores it."""
-    values = {} if answer.value is None else answer.value.model_dump()
-    return {**values, "reason": answer.reason, "raw": answer.raw}
 
 
 def grade_run(
@@ -167,9 +165,11 @@ def whole_table(run: Run, grader: Grader) -> Table:
         graded = [(r, whole, whole.score) for r, whole in scored if whole.score is not None]
         cluster = np.array([cluster_code(r.trial.latent) for r, _, _ in graded], dtype=np.int64)
         scores = np.array([score for _, _, score in graded], dtype=np.float64)
+        judged = [r.judgement for r, _, _ in graded]
+        attempts = [len(j.gated_attempts()) if j is not None and j.status == "scored" else 0 for j in judged]
         silent = [
-            float(score >= RECOVERED and not whole.on_topic_from_start) if _single(r) else np.nan
-            for r, whole, score in graded
+            float(score >= RECOVERED and not whole.on_topic_from_start) if n == 1 else np.nan
+            for (_, whole, score), n in zip(graded, attempts, strict=True)
         ]
         quiet = mean_of(np.array(silent, dtype=np.float64), cluster, (0.0, 1.0))
         mean = mean_of(scores, cluster, (0.0, 10.0))
@@ -179,8 +179,3 @@ def whole_table(run: Run, grader: Grader) -> Table:
         f"score {RECOVERED:g} or more, without a restart phrase. 95 % confidence intervals, clustered by latent."
     )
     return Table(("target", "condition", "n", "score", "recovered in silence %"), cells, caption, left=2)
-
-
-def _single(row: Row) -> bool:
-    judged = row.judgement
-    return judged is not None and judged.status == "scored" and len(judged.gated_attempts()) == 1

@@ -165,11 +165,8 @@ def import_labels(folder: Path, file: Path, labeller: str) -> ImportedLabels:
             )
         new = {keys[n]: verdict for n, verdict in verdicts.items() if given[keys[n]] is None}
         run.ledger.add_judgements(new.items())
-        about: dict[str, object] = {"rubric": human.RUBRIC, "sample": labels.sample, "file sha256": _sha256(file)}
+        digest = hashlib.sha256(read_bytes(file, "label file")).hexdigest()
+        about: dict[str, object] = {"rubric": human.RUBRIC, "sample": labels.sample, "file sha256": digest}
         described = run.ledger.get("", JUDGES)
         run.ledger.put("", JUDGES, {**(described or {}), judge: about})
         return ImportedLabels(judge, len(new), sum(v is not None for v in given.values()) + len(new), len(items))
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(read_bytes(file, "label file")).hexdigest()

@@ -189,9 +189,9 @@ def make_plan(
         RATE: (simulate.power_of_rate, floor_of),
         DROP: (simulate.power_of_drop, lambda measured: config.floor_responses if floor is None else floor),
     }
-    needs = []
+    needs, sizes = [], sorted({*TRIALS, config.trials_per_latent})
     for question, (power_of, floors) in questions.items():
-        for trials in sorted({*TRIALS, config.trials_per_latent}):
+        for trials in sizes:
             smallest = simulate.smallest_size(power_of, effect, trials, assumed.power, floors, simulations)
             need = Need(question, trials, None) if smallest is None else Need(question, trials, *smallest)
             needs.append(_priced(need, config, prompts, target, judge))
@@ -203,16 +203,12 @@ def make_plan(
         simulate.smallest_rate(own, effect, assumed.power, simulations),
         simulate.smallest_drop(own, effect, assumed.power, simulations),
     )
+    fewer = min(simulations, 400)
     drawn = [
-        (
-            question,
-            trials,
-            latents,
-            power_of(Design(latents, trials, floors(latents * trials)), effect, min(simulations, 400), 0),
-        )
+        (question, trials, n, power_of(Design(n, trials, floors(n * trials)), effect, fewer, 0))
         for question, (power_of, floors) in questions.items()
-        for trials in sorted({*TRIALS, config.trials_per_latent})
-        for latents in simulate.LATENTS[:49:6]
+        for trials in sizes
+        for n in simulate.LATENTS[:49:6]
         if curves
     ]
     name = judge.name if judge is not None else None

@@ -38,7 +38,9 @@ def probe_judge(folder: Path, name: str, progress: Progress | None = None, maker
                 if judgement.over_budget:
                     refused = judgement.reason  # to the end: a generator that is left early is closed with noise
                     continue
-                _keep(opened, judge, key, todo[key].answer(judgement))
+                kept = opened.ledger.get("", PROBES) or {}
+                kept[judge.name] = {**kept.get(judge.name, {}), key: todo[key].answer(judgement)}
+                opened.ledger.put("", PROBES, kept)
                 shown.update(judged=1)
             if refused:
                 raise SteerbackError(f"judge {judge.name}: {refused}; all previous answers are stored")
@@ -70,8 +72,3 @@ def _answers(opened: Run, judge: Judge) -> dict[str, ProbeAnswer]:
     """Return the answers with a score. Responses without a score are asked again."""
     known = (opened.ledger.get("", PROBES) or {}).get(judge.name, {})
     return {key: answer for key, answer in known.items() if answer.score is not None}
-
-
-def _keep(opened: Run, judge: Judge, key: str, answer: ProbeAnswer) -> None:
-    kept = opened.ledger.get("", PROBES) or {}
-    opened.ledger.put("", PROBES, {**kept, judge.name: {**kept.get(judge.name, {}), key: answer}})

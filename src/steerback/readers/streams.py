@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import gzip
-import io
 import os
 import stat
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import ijson
@@ -19,20 +17,6 @@ from steerback.readers import GZIP, Json, checked, opened
 BOM = b"\xef\xbb\xbf"
 
 
-@contextmanager
-def _open_json(path: Path, what: str) -> Iterator[io.FileIO | gzip.GzipFile]:
-    """Open a JSON file at its first character. A gzip file is recognised by its first two bytes."""
-    with opened(path, what) as raw:
-        if not stat.S_ISREG(os.fstat(raw.fileno()).st_mode):
-            raise SteerbackError(f"{what} {path} must be read twice, so it cannot be a pipe; use a file")
-        packed = raw.read(len(GZIP)) == GZIP
-        raw.seek(0)
-        file = gzip.GzipFile(fileobj=raw) if packed else raw
-        if file.read(len(BOM)) != BOM:
-            file.seek(0)
-        yield file
-
-
 def stream_object(path: Path, what: str, array: str) -> Iterator[tuple[str, Json]]:
     """Yield the (key, value) pairs of the object in a JSON file, with one pair for each item of the list `array`.
 
@@ -40,7 +24,14 @@ def stream_object(path: Path, what: str, array: str) -> Iterator[tuple[str, Json
     """
     where = f"{what} {path}"
     try:
-        with _open_json(path, what) as file:
+        with opened(path, what) as raw:
+            if not stat.S_ISREG(os.fstat(raw.fileno()).st_mode):
+                raise SteerbackError(f"{what} {path} must be read twice, so it cannot be a pipe; use a file")
+            packed = raw.read(len(GZIP)) == GZIP
+            raw.seek(0)
+            file = gzip.GzipFile(fileobj=raw) if packed else raw
+            if file.read(len(BOM)) != BOM:
+                file.seek(0)
             for key, value in _pairs(ijson.basic_parse(file, use_float=True), where, array):
                 yield key, checked(value, where)
     except (ijson.JSONError, UnicodeDecodeError) as error:

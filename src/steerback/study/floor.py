@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 from steerback.config import RunConfig, parse_config
@@ -26,16 +27,8 @@ async def measure_floor(study: Study) -> None:
     base = study.run.ledger.get(study.target.base, LATENTS) if study.target.adapter is not None else None
     latents = base.chosen if base is not None else await study.latents()
     trials = [
-        study.trial(
-            FLOOR,
-            UNSTEERED,
-            i,
-            prompt=prompt,
-            seed=study.seed(FLOOR, i),
-            latent=latents[i % len(latents)].key,
-            label=latents[i % len(latents)].label,
-        )
-        for i, prompt in enumerate(prompts)
+        study.trial(FLOOR, UNSTEERED, i, prompt=prompt, latent=latent.key, label=latent.label)
+        for i, (prompt, latent) in enumerate(zip(prompts, cycle(latents), strict=False))
     ]
     _take_over(study, trials)
     await carry_out(study.bench, trials, stage=f"{study.name}: judge's floor")

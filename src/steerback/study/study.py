@@ -82,15 +82,11 @@ class Study:
         self.name, self.config, self.engine = target.name, run.config.of(target.name), bench.engine
 
     def trial(self, stage: str, condition: str, index: int, **fields: Any) -> Trial:
-        """Return a trial of this target with its key."""
-        return Trial(
-            key=f"{self.name}/{stage}/{condition}/{index}",
-            target=self.name,
-            stage=stage,
-            condition=condition,
-            index=index,
-            **fields,
-        )
+        """Return a trial of this target with its key. Stage and index give its seed, unless it is among `fields`."""
+        key = f"{self.name}/{stage}/{condition}/{index}"
+        if "seed" not in fields:
+            fields["seed"] = self.seed(stage, index)
+        return Trial(key=key, target=self.name, stage=stage, condition=condition, index=index, **fields)
 
     def seed(self, stage: str, index: int) -> int:
         return self.config.seeds.generation + seed_offset(stage, index)
@@ -135,7 +131,7 @@ class Study:
         """Generate `reference_responses` unsteered responses per prompt (default: the run's prompts)."""
         count = self.config.reference_responses
         trials = [
-            self.trial("reference", condition, i, prompt=prompt, seed=self.seed("reference", i))
+            self.trial("reference", condition, i, prompt=prompt)
             for i, prompt in enumerate(p for p in (prompts or self.prompts) for _ in range(count))
         ]
         return await complete(self.bench, trials, stage=f"{self.name}: unsteered references", judged=False)
@@ -277,15 +273,9 @@ class Study:
 
     def steered(self, stage: str, condition: str, latent: Latent, boost: float, index: int, prompt: str) -> Trial:
         """Return a trial that adds `boost` times the latent's decoder direction at every position."""
+        added = (Intervention("add", latent.key, boost),)
         return self.trial(
-            stage,
-            condition,
-            index,
-            prompt=prompt,
-            seed=self.seed(stage, index),
-            latent=latent.key,
-            label=latent.label,
-            interventions=(Intervention("add", latent.key, boost),),
+            stage, condition, index, prompt=prompt, latent=latent.key, label=latent.label, interventions=added
         )
 
     def prompt(self, position: int, i: int) -> str:
@@ -321,9 +311,8 @@ class Study:
         grid = [
             Cell(i, latent, boosts[latent.key], self.prompt(n, t), self.seed("measure", i))
             for n, latent in enumerate(latents)
+            for t, i in enumerate(range(n * per_latent, (n + 1) * per_latent))
             if latent.key in boosts
-            for t in range(per_latent)
-            for i in (n * per_latent + t,)
         ]
         if self.config.limit is None:
             return grid
@@ -349,7 +338,6 @@ class Study:
             condition,
             cell.index,
             prompt=prompt or cell.prompt,
-            seed=self.seed("measure", cell.index),
             latent=cell.latent.key,
             label=cell.latent.label,
             meta_prompt=meta_prompt,

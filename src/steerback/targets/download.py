@@ -216,15 +216,11 @@ def _refusal(status: int, url: str, token: bool) -> str:
     if status == 404:
         return f"{url}: there is no such file (404); check the address"
     if status in (401, 403):
-        return f"{url}: access refused ({status}); {'' if token else 'if it is gated, '}{_access(_page(url), token)}"
+        page = re.sub(r"/(?:resolve|raw|blob)/.*", "", url)  # of the hub's repository
+        return f"{url}: access refused ({status}); {'' if token else 'if it is gated, '}{_access(page, token)}"
     if status == 429:
         return f"{url}: too many requests (429); try again later"
     return f"{url}: the server answered {status}; try again later"
-
-
-def _page(url: str) -> str:
-    """Return the address of the repository that a hub's URL belongs to."""
-    return re.sub(r"/(?:resolve|raw|blob)/.*", "", url)
 
 
 def _access(page: str, token: bool) -> str:

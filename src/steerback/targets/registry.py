@@ -101,6 +101,13 @@ class TargetTable(Settings):
     provenance: dict[str, str] = Field(default_factory=dict)
 
 
+UNCHANGED = {
+    *("summary", "planted", "revision", "dtype", "clamp_layer", "n_parameters", "label_source", "prompt_format"),
+    *("max_new_tokens", "responses_per_second", "discovery_prompts", "random_sets"),
+}
+"""Keys of a table that a `Target` has under the same name and with the same value."""
+
+
 def builtin_targets() -> tuple[Target, ...]:
     """Return all built-in targets, even if their weights are not on this machine."""
     return tuple(_from_table(name, table, complete=False) for name, table in tables().items())
@@ -287,36 +294,26 @@ def _from_table(name: str, raw: Table, complete: bool) -> Target:
         steer, read = (default_layer(n_layers) if layer is None else layer for layer in (steer, read))
     if complete:
         _check_complete(where, sae, sae_layer=sae_layer, n_latents=n_latents, steer_layer=steer, read_layer=read)
-    _check_range(
-        where, n_layers, steer_layer=steer, read_layer=read, clamp_layer=table.clamp_layer, sae_layer=sae_layer
-    )
+    layers = {"steer_layer": steer, "read_layer": read, "clamp_layer": table.clamp_layer, "sae_layer": sae_layer}
+    for key, layer in layers.items():
+        if layer is not None and n_layers is not None and layer >= n_layers:
+            raise SteerbackError(f"{where}: {key} {layer} is outside 0..{n_layers - 1}, the layers of its model")
     return Target(
         name=name,
         model=model,
         steer_layer=-1 if steer is None else steer,
         read_layer=-1 if read is None else read,
         boost_prior=_boost_prior(where, table, sae, meta, directions),
-        summary=table.summary,
         builtin=builtin,
-        planted=table.planted,
-        revision=table.revision,
-        dtype=table.dtype,
         sae=sae,
         sae_layer=sae_layer,
-        clamp_layer=table.clamp_layer,
         n_latents=n_latents or 0,
         n_layers=n_layers,
         d_model=d_model,
-        n_parameters=table.n_parameters,
         labels_folder=str(folder) if table.labels is None and folder.is_dir() else table.labels,
-        label_source=table.label_source,
-        prompt_format=table.prompt_format,
-        max_new_tokens=table.max_new_tokens,
-        responses_per_second=table.responses_per_second,
-        discovery_prompts=table.discovery_prompts,
-        random_sets=table.random_sets,
         direction_files=directions,
         provenance=tuple(sorted(table.provenance.items())),
+        **table.model_dump(include=UNCHANGED),
     )
 
 
@@ -366,13 +363,6 @@ def _check_complete(where: str, sae: SaeSource | None, **needed: int | None) -> 
             raise SteerbackError(f"{where} has no SAE, so its table must set {key}")
         if value is None and sae is not None and sae.format != "steerback":
             raise SteerbackError(f"{where}: with an SAE of format {sae.format!r}, the table must set {key}")
-
-
-def _check_range(where: str, n_layers: int | None, **layers: int | None) -> None:
-    """Raise SteerbackError for a layer that the model does not have, if its number of layers is known."""
-    for key, layer in layers.items():
-        if layer is not None and n_layers is not None and layer >= n_layers:
-            raise SteerbackError(f"{where}: {key} {layer} is outside 0..{n_layers - 1}, the layers of its model")
 
 
 def _boost_prior(

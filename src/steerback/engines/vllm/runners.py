@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import vllm
 from numpy.typing import NDArray
@@ -13,27 +13,8 @@ from torch import nn
 from steerback.engines.vllm.slots import Arrival, EngineStep, Slots
 from steerback.errors import SteerbackError
 
-
-class SamplingArguments(Protocol):
-    """Sampling parameters of a request, as stored by vLLM's scheduler."""
-
-    extra_args: Mapping[str, str] | None
-
-
-class NewRequest(Protocol):
-    """A request in its first step, or in its first step after a preemption that made the runner drop it."""
-
-    req_id: str
-    prompt_token_ids: Sequence[int] | None
-    num_computed_tokens: int
-    sampling_params: SamplingArguments | None
-
-
-class SchedulerOutput(Protocol):
-    """The requests that vLLM computes in one step."""
-
-    scheduled_new_reqs: Sequence[NewRequest]
-    preempted_req_ids: set[str] | None
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
 
 
 class ModelRunner(Protocol):
