@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import math
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ from steerback.figures import style
 from steerback.figures.style import save
 from steerback.jobs import check, execute
 from steerback.jobs.execute import Analysis
-from steerback.records import Request
+from steerback.judging.base import JudgeItem
+from steerback.judging.scripted import ScriptedJudge
+from steerback.records import Judgement, Request
 from steerback.store.ledger import Ledger
 from steerback.targets import BoostPrior, Target
 
@@ -53,6 +57,25 @@ class QuickEngine(ScriptedEngine):
     @functools.cached_property
     def fingerprint(self) -> str:  # type: ignore[override]
         return super().fingerprint
+
+
+class Held(ScriptedJudge):
+    """A slow judge: its verdict on the trial `first` waits until the trial `until` arrives."""
+
+    def __init__(self, first: str, until: str) -> None:
+        super().__init__()
+        self.first, self.until, self.arrived = first, until, asyncio.Event()
+
+    async def judge(self, items: Sequence[JudgeItem]) -> AsyncIterator[tuple[str, Judgement]]:
+        if any(item.key == self.until for item in items):
+            self.arrived.set()
+        late = [item for item in items if item.key == self.first]
+        async for done in super().judge([item for item in items if item not in late]):
+            yield done
+        if late:
+            await self.arrived.wait()
+        async for done in super().judge(late):
+            yield done
 
 
 class Runs:

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from planted import Peaked, QuickEngine, Runs, headline, inside, thresholds
+from planted import Held, Peaked, QuickEngine, Runs, headline, inside, thresholds
 from steerback.calibration import Calibrator, Threshold
 from steerback.calibration.thresholds import THRESHOLDS, LatentThreshold
 from steerback.data.prompts import META_PROMPTS, load_prompts
 from steerback.engines.scripted import PlantedModel
 from steerback.errors import SteerbackError
 from steerback.experiments.boost_sweep import BoostSweep, SweepOptions
+from steerback.judging.scripted import ScriptedJudge
 from steerback.records import LatentKey, Request
 from steerback.store.ledger import Row
 from steerback.study import pipeline
@@ -74,11 +75,14 @@ def test_calibration_equals_lockstep_in_any_order(tmp_path: Path, monkeypatch: p
             asked.append(int(request.key.rpartition("/")[2]) % 10_000 // 6)
         return MODEL(request)
 
-    def calibrated(name: str, shuffled: bool) -> tuple[list[Row], list[LatentThreshold]]:
+    def calibrated(
+        name: str, shuffled: bool, judge: ScriptedJudge | None = None
+    ) -> tuple[list[Row], list[LatentThreshold]]:
         asked.clear()
         made = Runs(tmp_path / name, monkeypatch, MODEL)
         made.makers = replace(
             made.makers,
+            judge=lambda _: judge or ScriptedJudge(),
             engine=lambda t, _: QuickEngine(script, target=t.name, n_latents=64, shuffled=shuffled),
         )
         made.run("esr", "n_latents=6", "trials_per_latent=1", f"calibration.stop={stop}", "draws=100")
@@ -91,6 +95,9 @@ def test_calibration_equals_lockstep_in_any_order(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(pipeline, "FLUSH_ROWS", 1)  # a latent advances while others are still in their round
     first, second = calibrated("a", False), calibrated("b", True)
     assert asked != sorted(asked)  # rounds of different latents overlapped
+    if stop == "none":  # the first latent gets a verdict only once another one is in its last round
+        first_trial, last_trial = (f"planted/calibration/threshold/{n}" for n in (0, 5 * 10_000 + 8 * 6 - 1))
+        assert calibrated("slow", False, Held(first_trial, last_trial)) == first
     monkeypatch.setattr(Study, "_calibrate", in_lockstep)
     lockstep = calibrated("c", False)
     assert first == second == lockstep

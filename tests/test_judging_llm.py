@@ -238,6 +238,40 @@ def test_budget_of_calls_leaves_the_rest_unscored() -> None:
     assert {v.reason for _, v in found if v.status == "unscored"} == {"budget spent: --max-judge-calls 7"}
 
 
+def test_concurrent_calls_share_one_connection_one_limit_and_one_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five calls ask four questions each, of which three may be in flight."""
+    opened, flying, most = [], 0, 0
+    opens, generate = Transport._open, Transport._generate
+    monkeypatch.setattr(Transport, "_open", lambda self: opened.append(1) or opens(self))
+
+    async def counted(self: Transport, model: Any, question: Any) -> Any:
+        nonlocal flying, most
+        flying += 1
+        most = max(most, flying)
+        try:
+            return await generate(self, model, question)
+        finally:
+            flying -= 1
+
+    monkeypatch.setattr(Transport, "_generate", counted)
+
+    async def collect(judge: Judge) -> list[tuple[str, Judgement]]:
+        async def one(asked: list[JudgeItem]) -> list[tuple[str, Judgement]]:
+            return [pair async for pair in judge.judge(asked)]
+
+        parts = await asyncio.gather(*(one(items(20)[n::5]) for n in range(5)))
+        return [pair for part in parts for pair in part]
+
+    with FakeJudge() as server:
+        judge = judge_for("openrouter/qwen/qwen3-32b", server.url + "/v1", max_calls=17, concurrency=3)
+        found = asyncio.run(collect(judge))
+        assert (len(opened), most) == (1, 3)
+        assert {key for key, _ in found} == {item.key for item in items(20)}
+        assert Counter(v.status for _, v in found) == {"scored": 17, "unscored": 3}
+        assert asyncio.run(collect(judge_for("openrouter/qwen/qwen3-32b", server.url + "/v1")))
+        assert len(opened) == 2  # closed after the last call, and opened again in another event loop
+
+
 def test_budget_of_money_is_kept() -> None:
     with FakeJudge() as server:
         judge = judge_for("openrouter/qwen/qwen3-32b", server.url + "/v1", max_cost=0.01, price=(1.0, 10.0))

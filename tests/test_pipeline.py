@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from planted import Held
 from steerback.engines.scripted import PlantedModel, ScriptedEngine
 from steerback.errors import SteerbackError
 from steerback.judging.base import JudgeItem
@@ -202,6 +203,7 @@ def test_a_slow_judge_makes_the_engine_wait(tmp_path: Path, monkeypatch: pytest.
     """Judging overlaps with generation, and the queue between them is bounded."""
     monkeypatch.setattr(pipeline, "FLUSH_ROWS", 1)
     monkeypatch.setattr(pipeline, "QUEUED_BATCHES", 4)
+    monkeypatch.setattr(pipeline, "JUDGED_TOGETHER", 2)
     engine, ahead = ScriptedEngine(n_latents=10), list[int]()
 
     class Slow(ScriptedJudge):
@@ -218,6 +220,37 @@ def test_a_slow_judge_makes_the_engine_wait(tmp_path: Path, monkeypatch: pytest.
     asyncio.run(complete(bench(tmp_path, engine, Slow()), trials(60)))
     assert len(ahead) > 5  # judged before everything was generated
     assert max(ahead) <= 4 + 4 + 2  # what a judge took, what the queue holds, and what waits to enter it
+
+
+def test_a_slow_verdict_holds_up_neither_the_trials_after_it_nor_those_that_follow_from_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trial 0 gets its verdict once the last trial of another chain is with the judge."""
+    monkeypatch.setattr(pipeline, "FLUSH_ROWS", 4)
+    plan = trials(35)
+    judge = Held(plan[0].key, plan[29].key)
+
+    def follow(rows: Sequence[Row]) -> list[Trial]:
+        return [plan[r.trial.index + 7] for r in rows if r.trial.index < 28]
+
+    work = bench(tmp_path, judge=judge)
+    asyncio.run(asyncio.wait_for(carry_out(work, plan[:7], follow=follow, total=35), 60))
+    assert {r.trial.key for r in work.ledger.rows(judge="scripted") if r.judgement} == {t.key for t in plan}
+    (tmp_path / "again").mkdir()
+    more = bench(tmp_path / "again", judge=Held(plan[0].key, plan[34].key))
+    rows = asyncio.run(asyncio.wait_for(complete(more, plan), 60))
+    assert all(r.judgement for r in rows)
+
+
+def test_existing_responses_are_judged_in_several_batches_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "JUDGE_BATCH", 5)
+    work, plan = bench(tmp_path), trials(35)
+    rows = asyncio.run(complete(work, plan, judged=False))
+    work.judge = Held(plan[0].key, plan[34].key)
+    asyncio.run(asyncio.wait_for(judge_rows(work, rows), 60))
+    assert all(r.judgement for r in work.ledger.rows(judge="scripted"))
 
 
 def test_the_judge_sees_prompt_and_prefill_but_no_meta_prompt(tmp_path: Path) -> None:

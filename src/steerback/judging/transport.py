@@ -44,6 +44,16 @@ class Reply:
     over_budget: bool = False
 
 
+@dataclass(slots=True)
+class Client:
+    """An open connection. `running` counts questions in flight; `changed` is done when the next of them ends."""
+
+    model: Model
+    changed: asyncio.Future[None]
+    running: int = 0
+    users: int = 0
+
+
 @dataclass
 class Transport:
     """Connection to one model. `temperature` None uses the provider's default; `describe` returns the value sent.
@@ -84,6 +94,7 @@ class Transport:
         self._takes_temperature = True
         self._asked = 0
         self._reserved = 0.0
+        self._clients: dict[asyncio.AbstractEventLoop, Client] = {}
 
     def spend(self) -> Spend:
         """Return the spend so far, by the provider's token counts."""
@@ -116,36 +127,46 @@ class Transport:
         """Yield (key, reply) in order of completion; each question is answered exactly once."""
         waiting = deque(questions)
         running: dict[asyncio.Task[Reply], str] = {}
-        async with self._open() as model:
+        async with self._shared() as client:
             try:
                 while True:
-                    running.update(self._start(model, waiting, len(running)))
-                    if not running:
+                    running.update(self._start(client, waiting))
+                    if not running and not waiting:
                         return
-                    done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                    for task in done:
+                    awaited: list[asyncio.Future[Any]] = [*running, *([client.changed] if waiting else [])]
+                    await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
+                    for task in [task for task in running if task.done()]:
                         yield running.pop(task), _result(task)
             finally:
                 for task in running:
                     task.cancel()
                 await asyncio.gather(*running, return_exceptions=True)
 
-    def _start(
-        self, model: Model, waiting: deque[tuple[str, Query]], running: int
-    ) -> Iterator[tuple[asyncio.Task[Reply], str]]:
-        asked = running
-        while waiting and running < self.limits.concurrency:
+    def _start(self, client: Client, waiting: deque[tuple[str, Query]]) -> Iterator[tuple[asyncio.Task[Reply], str]]:
+        while waiting and client.running < self.limits.concurrency:
             key, question = waiting[0]
             refused = self._over_budget(question)
-            if refused and asked:
+            if refused and client.running:
                 return  # questions in flight may cost less than was reserved for them
             waiting.popleft()
-            running += 1
+            task = asyncio.create_task(self._one(client.model, question, refused))
             if not refused:
-                asked += 1
                 self._asked += 1
-                self._reserved += self._expected(question)  # released when the reply arrives
-            yield asyncio.create_task(self._one(model, question, refused)), key
+                self._reserve(client, task, self._expected(question))
+            yield task, key
+
+    def _reserve(self, client: Client, task: asyncio.Task[Reply], cost: float) -> None:
+        """Reserve a place in flight and the expected cost of a question until its reply arrives."""
+
+        def release(task: asyncio.Task[Reply]) -> None:
+            client.running -= 1
+            self._reserved = max(self._reserved - cost, 0.0)
+            client.changed.set_result(None)
+            client.changed = asyncio.get_running_loop().create_future()
+
+        client.running += 1
+        self._reserved += cost
+        task.add_done_callback(release)
 
     def _expected(self, question: Query) -> float:
         return self._cost(_tokens(question), 150)
@@ -153,10 +174,7 @@ class Transport:
     async def _one(self, model: Model, question: Query, refused: str) -> Reply:
         if refused:
             return Reply("", refused, over_budget=True)
-        try:
-            output = await self._generate(model, question)
-        finally:
-            self._reserved = max(self._reserved - self._expected(question), 0.0)
+        output = await self._generate(model, question)
         usage = output.usage
         if usage is not None:
             cached = (usage.input_tokens_cache_read or 0) + (usage.input_tokens_cache_write or 0)
@@ -189,8 +207,27 @@ class Transport:
         return await model.generate(messages, config=GenerateConfig(temperature=None))
 
     @contextlib.asynccontextmanager
-    async def _open(self) -> AsyncGenerator[Model]:
-        """Open a client for the running event loop and close it afterwards."""
+    async def _shared(self) -> AsyncGenerator[Client]:
+        """Share one client between the concurrent calls of an event loop; the last one closes it.
+
+        The limit of questions in flight is that of all calls together.
+        """
+        loop = asyncio.get_running_loop()
+        if loop not in self._clients:
+            self._clients[loop] = Client(self._open(), loop.create_future())
+        client = self._clients[loop]
+        client.users += 1
+        try:
+            yield client
+        finally:
+            client.users -= 1
+            if not client.users:
+                del self._clients[loop]
+                async with client.model:
+                    """Closed at the end of this block."""
+
+    def _open(self) -> Model:
+        """Open a client of the provider."""
         from inspect_ai.model import GenerateConfig, get_model
         from tenacity import wait_exponential_jitter
 
@@ -208,8 +245,7 @@ class Transport:
         api: Any = model.api  # Inspect has no option for the first wait or for the observation of requests
         api.retry_wait = lambda: waits
         api.generate = self._observed(api.generate)
-        async with model:
-            yield model
+        return model
 
     def _observed(self, generate: Callable[..., Awaitable[object]]) -> Callable[..., Awaitable[object]]:
         """Wrap the provider's call to record the temperature of the request: some providers drop it silently."""

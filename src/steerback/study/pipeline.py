@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from steerback.errors import SteerbackError
 from steerback.judging.base import Judge, JudgeItem
@@ -24,10 +23,12 @@ if TYPE_CHECKING:
     from steerback.engines.base import Arriving, Engine
     from steerback.store.progress import Progress
 
-FLUSH_SECONDS = 1.0  # a kill loses at most this much work
+T = TypeVar("T")
+
+FLUSH_SECONDS = 0.1  # results are saved and passed on this often: a kill loses them, and other trials wait for them
 FLUSH_ROWS = 64
 QUEUED_BATCHES = 32  # batches of FLUSH_ROWS responses; if the queue is full, the engine waits for the judge
-JUDGE_BATCH = 512  # large, because an LLM judge keeps many requests in flight and each batch waits for its slowest
+JUDGE_BATCH, JUDGED_TOGETHER = 64, 8  # responses of a batch; batches that are with the judge at the same time
 
 
 @dataclass(slots=True)
@@ -77,23 +78,33 @@ async def carry_out(
     flow = Flow(bench, judge, follow)
     done = flow.plan(trials)
     bench.progress.stage(stage or trials[0].stage, total or len(trials), done)
-    tasks = [asyncio.create_task(_generate(flow))]
-    if judge is not None:
-        tasks.append(asyncio.create_task(_judge_all(flow, judge)))
-    await _all_or_none(tasks)
+    judging = [_judge_arriving(flow, judge) for _ in range(JUDGED_TOGETHER)] if judge is not None else []
+    await _all_or_none([_generate(flow), *judging])
 
 
 async def judge_rows(bench: Workbench, rows: Sequence[Row], stage: str = "judging") -> None:
     """Judge existing responses with the bench's judge; no response is judged twice."""
     if bench.judge is None:
         raise ValueError("a judge is needed")
-    todo = [r for r in rows if r.completion is not None]
+    judge, todo = bench.judge, [r for r in rows if r.completion is not None]
     bench.progress.stage(stage, len(todo))
-    await _judge(bench, bench.judge, todo)
+    await in_batches(todo, lambda batch: _judge_batch(bench, judge, batch))
 
 
-async def _all_or_none(tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Wait for all tasks; at the first failure or cancellation, cancel the others and wait until each has saved."""
+async def in_batches(items: Sequence[T], work: Callable[[Sequence[T]], Coroutine[object, None, None]]) -> None:
+    """Give items to a judge in batches, several at the same time, because each batch waits for its slowest reply."""
+    batches = (items[start : start + JUDGE_BATCH] for start in range(0, len(items), JUDGE_BATCH))
+
+    async def take() -> None:
+        for batch in batches:
+            await work(batch)
+
+    await _all_or_none([take() for _ in range(JUDGED_TOGETHER)])
+
+
+async def _all_or_none(work: Sequence[Coroutine[object, None, None]]) -> None:
+    """Wait for all work; at the first failure or cancellation, cancel the rest and wait until each has saved."""
+    tasks = [asyncio.create_task(one) for one in work]
     try:
         await asyncio.gather(*tasks)
     except BaseException:
@@ -164,15 +175,12 @@ async def _generate(flow: Flow) -> None:
     trials: dict[str, Trial] = {}
     hashes: dict[str, str] = {}
     buffer: dict[str, Completion] = {}
-    last_flush = time.monotonic()
 
     def cached_under(key: str) -> str:
         # read the fingerprint each time: it changes if the engine has to shrink its batch
         return cache_key("completion", engine.fingerprint, hashes[key])
 
     def commit(to_cache: bool = True) -> list[Row]:
-        nonlocal last_flush
-        last_flush = time.monotonic()
         if not buffer:
             return []
         bench.ledger.add_completions((key, c, engine.fingerprint) for key, c in buffer.items())
@@ -204,13 +212,15 @@ async def _generate(flow: Flow) -> None:
                 return list(requests.values())
         return None
 
-    try:
+    async def receive() -> None:
         async with contextlib.aclosing(_stream(engine, arriving, flow.follow is not None)) as stream:
             async for key, completion in stream:
                 buffer[key] = completion
-                late = time.monotonic() - last_flush > FLUSH_SECONDS
-                if late or len(buffer) >= FLUSH_ROWS or len(buffer) == len(trials):  # or the engine has nothing left
+                if len(buffer) >= FLUSH_ROWS or len(buffer) == len(trials):  # or the engine has nothing left
                     await pass_on(commit())
+
+    try:
+        await _flushed(receive(), lambda: pass_on(commit()))
     finally:
         rows = commit()  # also after a cancellation, so that no finished response is lost
     await pass_on(rows)
@@ -239,67 +249,81 @@ async def _stream(engine: Engine, arriving: Arriving, more: bool) -> AsyncGenera
         raise RuntimeError(f"the engine left {len(wanted)} requests unanswered, e.g. {sorted(wanted)[0]!r}")
 
 
-async def _judge_all(flow: Flow, judge: Judge) -> None:
-    """Judge rows as they arrive, all waiting rows as one batch, until None arrives."""
+async def _flushed(work: Coroutine[object, None, None], flush: Callable[[], Coroutine[object, None, None]]) -> None:
+    """Wait for `work`, and call `flush` every `FLUSH_SECONDS` meanwhile; if one fails, the other ends."""
+    task = asyncio.create_task(work)
+    try:
+        while not task.done():
+            await asyncio.wait([task], timeout=FLUSH_SECONDS)
+            await flush()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    task.result()
+
+
+async def _judge_arriving(flow: Flow, judge: Judge) -> None:
+    """Judge rows as they arrive, all waiting rows up to a batch, until None arrives."""
     ended = False
     while flow.unjudged or not ended:
-        waiting, flow.unjudged = flow.unjudged, []
-        while not ended and (not waiting or not flow.to_judge.empty()):
+        waiting = flow.unjudged[:JUDGE_BATCH]
+        del flow.unjudged[:JUDGE_BATCH]
+        while not ended and (not waiting or (len(waiting) < JUDGE_BATCH and not flow.to_judge.empty())):
             batch = await flow.to_judge.get()
-            ended = batch is None
             waiting.extend(batch or [])
-            if ended:
-                break
+            if batch is None:
+                ended = True
+                flow.to_judge.put_nowait(None)  # for the others that judge
         # a response that was not steered as planned is counted as invalid and not judged
         flow.finished([r for r in waiting if not r.valid_receipt])
-        await _judge(flow.bench, judge, [r for r in waiting if r.valid_receipt], flow.finished)
+        valid = [r for r in waiting if r.valid_receipt]
+        await _judge_batch(flow.bench, judge, valid, flow.finished if flow.follow is not None else None)
 
 
-async def _judge(bench: Workbench, judge: Judge, rows: Sequence[Row], finished: Finished | None = None) -> None:
-    for start in range(0, len(rows), JUDGE_BATCH):
-        await _judge_batch(bench, judge, rows[start : start + JUDGE_BATCH], finished)
-
-
-async def _judge_batch(bench: Workbench, judge: Judge, rows: Sequence[Row], finished: Finished | None) -> None:
-    """Judge rows, commit verdicts at least every `FLUSH_SECONDS`, and pass on the judged rows."""
+async def _judge_batch(bench: Workbench, judge: Judge, rows: Sequence[Row], finished: Finished | None = None) -> None:
+    """Judge rows, commit verdicts every `FLUSH_SECONDS`, and pass on the judged rows."""
     items = {r.trial.key: judge_item(r, bench.drop_unscored) for r in rows}
     keys = {key: judgement_key(judge, item) for key, item in items.items()}
     known = bench.cache.judgements(list(keys.values())) if bench.cache is not None else {}
+    waiting = {key: item for key, item in items.items() if keys[key] not in known}
     fresh: dict[str, Judgement] = {}
     refused: dict[str, Judgement] = {}
-    last_flush = time.monotonic()
 
-    def commit(verdicts: dict[str, Judgement]) -> None:
-        nonlocal last_flush
-        last_flush = time.monotonic()
-        if not verdicts:
-            return
-        bench.ledger.add_judgements(verdicts.items())
-        if bench.cache is not None and verdicts is fresh:
-            bench.cache.put_judgements({keys[key]: j for key, j in fresh.items()})
-        bench.progress.update(judged=len(verdicts), unscored=sum(j.status == "unscored" for j in verdicts.values()))
-        done = list(verdicts)
-        verdicts.clear()
-        if finished is not None:
-            finished(list(bench.ledger.stream(done, judge.name)))
-
-    verdicts = {key: known[keys[key]] for key in items if keys[key] in known}
-    waiting = {key: item for key, item in items.items() if key not in verdicts}
-    commit(verdicts)
-    try:
-        if waiting:
-            async for key, judgement in judge.judge(list(waiting.values())):
-                (refused if judgement.over_budget else fresh)[key] = judgement
-                del waiting[key]
-                if time.monotonic() - last_flush > FLUSH_SECONDS:
-                    commit(fresh)
+    async def receive() -> None:
+        async for key, judgement in judge.judge(list(waiting.values())):
+            (refused if judgement.over_budget else fresh)[key] = judgement
+            del waiting[key]
         if waiting:
             raise RuntimeError(f"judge {judge.name} lost {len(waiting)} responses, e.g. {next(iter(waiting))!r}")
+
+    async def commit() -> None:
+        verdicts = dict(fresh)
+        fresh.clear()
+        if bench.cache is not None:
+            bench.cache.put_judgements({keys[key]: j for key, j in verdicts.items()})
+        _commit_verdicts(bench, judge, verdicts, finished)
+
+    _commit_verdicts(bench, judge, {key: known[keys[key]] for key in items if keys[key] in known}, finished)
+    if not waiting:
+        return
+    try:
+        await _flushed(receive(), commit)
     finally:
-        commit(fresh)
+        await commit()
     if refused:  # stop here: thresholds computed from a part of the verdicts would be kept and reused
         reason = next(iter(refused.values())).reason
         raise SteerbackError(f"judge {judge.name}: {reason}; verdicts so far are kept: resume with a larger budget")
+
+
+def _commit_verdicts(
+    bench: Workbench, judge: Judge, verdicts: Mapping[str, Judgement], finished: Finished | None
+) -> None:
+    if not verdicts:
+        return
+    bench.ledger.add_judgements(verdicts.items())
+    bench.progress.update(judged=len(verdicts), unscored=sum(j.status == "unscored" for j in verdicts.values()))
+    if finished is not None:
+        finished(list(bench.ledger.stream(list(verdicts), judge.name)))
 
 
 def judge_item(row: Row, drop_unscored: bool = False) -> JudgeItem:

@@ -10,7 +10,7 @@ from steerback.judging.windows import WindowScorer, window_scorer
 from steerback.records import WindowScores
 from steerback.store.facts import CONTINUATION, FLOOR
 from steerback.store.ledger import Ledger, Row
-from steerback.study.pipeline import JUDGE_BATCH, Workbench, judge_item
+from steerback.study.pipeline import Workbench, in_batches, judge_item
 
 STAGES = ("measure", CONTINUATION, FLOOR)
 """Stages whose responses are scored by window."""
@@ -42,8 +42,7 @@ async def score_windows(bench: Workbench, settings: RecoveryConfig, target: str,
     keys = [key for _, key in without_windows(bench.ledger, judge.name, target, retry)]
     if keys:
         bench.progress.stage(f"{target}: relevance of sentences", len(keys))
-    for start in range(0, len(keys), JUDGE_BATCH):
-        await _score_batch(bench, judge, list(bench.ledger.stream(keys[start : start + JUDGE_BATCH])))
+    await in_batches(keys, lambda batch: _score_batch(bench, judge, list(bench.ledger.stream(batch))))
 
 
 async def _score_batch(bench: Workbench, judge: WindowScorer, rows: Sequence[Row]) -> None:
