@@ -141,7 +141,8 @@ def generated(make: Any, arguments: dict[str, Any], prompts: list[Any], asked: l
     """Start an engine of stock vLLM, warm it up and time the requests."""
     from vllm import SamplingParams
 
-    engine = make(**arguments, dtype="bfloat16", max_model_len=4096)
+    longest = max(len(p["prompt_token_ids"]) + one.max_tokens for p, one in zip(prompts, asked, strict=True))
+    engine = make(**arguments, dtype="bfloat16", max_model_len=longest)
     engine.generate(
         prompts[:256], [SamplingParams(max_tokens=16, ignore_eos=True)] * len(prompts[:256]), use_tqdm=False
     )
