@@ -2,7 +2,7 @@
 
     python benchmarks/ray_engine.py throughput      # 64 workers with the scripted engine, 200,000 requests
     python benchmarks/ray_engine.py overhead        # one worker at 100 completions a second, with Ray and without
-    python benchmarks/ray_engine.py gpu FOLDER      # a target's folder; two workers, one engine, and replicas=2
+    python benchmarks/ray_engine.py gpu TARGET      # one engine, two workers, and replicas=2; or: gpu TARGET KIND ...
 
 Each writes its part of benchmarks/results/ray_engine.json. Goals: at least 2,000 completions per second, flat memory
 of the driver, at most 3 % overhead, and at least 1.9 times one engine on two GPUs.
@@ -121,10 +121,10 @@ def overhead() -> dict[str, object]:
     }
 
 
-def gpu(folder: str) -> dict[str, object]:
+def gpu(name: str, *chosen: str) -> dict[str, object]:
     import torch
 
-    target = resolve(folder, user_tables())
+    target = resolve(name, user_tables())
     kinds: dict[str, tuple[str, dict[str, object]]] = {
         "one engine": ("vllm", {}),
         "ray, two workers": ("ray", {"engine": "vllm", "workers": 2}),
@@ -132,6 +132,8 @@ def gpu(folder: str) -> dict[str, object]:
     }
     measured: dict[str, object] = {"gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]}
     for name, (engine, options) in kinds.items():
+        if chosen and name not in chosen:
+            continue
         started = time.perf_counter()
         with closing(make_engine(target, check_engine(engine, options))) as made:
             while engine == "ray" and len(made.pool.ready(wait=5.0)) < 2:  # type: ignore[attr-defined]
@@ -145,13 +147,14 @@ def gpu(folder: str) -> dict[str, object]:
 
 def rate(engine: Any, target: Target, number: int) -> int:
     """Return the tokens per second of 2,048 steered requests of 256 tokens; the first repetition warms up."""
+    steered: list[int | str] = [*range(64)] if target.has_sae else [*target.directions()]
     requests = [
         Request(
             f"{number}/{n}",
             f"Explain in detail how to do number {n % 97} of a list of a hundred household tasks.",
             1000 * number + n,
             Sampling(max_new_tokens=256),
-            (Intervention("add", n % 64, target.boost_prior.mean * 0.5),) if target.has_sae else (),
+            (Intervention("add", steered[n % len(steered)], target.boost_prior.mean * 0.5),),
         )
         for n in range(2048)
     ]
@@ -164,13 +167,14 @@ def main(what: str, *arguments: str) -> None:
     parts: dict[str, Callable[..., dict[str, object]]] = {"throughput": throughput, "overhead": overhead, "gpu": gpu}
     measured = parts[what](*arguments)
     measured |= {
-        "command": f"python benchmarks/ray_engine.py {what}" + " FOLDER" * bool(arguments),
+        "command": f"python benchmarks/ray_engine.py {what}" + " TARGET" * bool(arguments),
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {"ray": version("ray"), "python": platform.python_version()},
         "machine": f"{psutil.cpu_count()} cores",
     }
     known = json.loads(OUT.read_text()) if OUT.is_file() else {}
-    OUT.write_text(json.dumps(known | {what: measured}, indent=1) + "\n")
+    before = known.get(what, {}) if len(arguments) > 1 else {}  # some kinds of several
+    OUT.write_text(json.dumps(known | {what: before | measured}, indent=1) + "\n")
     print(json.dumps(measured, indent=1))
 
 

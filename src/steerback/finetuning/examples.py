@@ -138,7 +138,8 @@ def frame(prompter: Prompter, prompt: str) -> Frame:
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": _MARK}]
     whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
     tail = whole[whole.rindex(_MARK) + len(_MARK) :]
-    special = [t for t in tokenizer.all_special_tokens if t in tail]
+    marked = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special = [t for t in marked.union(tokenizer.all_special_tokens) if t in tail]
     if not special:
         return Frame(head, tokenizer.eos_token or "")
     end = min(tail.index(t) + len(t) for t in special)

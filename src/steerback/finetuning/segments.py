@@ -95,9 +95,11 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, where: str = "row") -> 
     ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
     if not ids:
         raise SteerbackError(f"{where}: the tokenizer returns no token for {text[:40]!r}")
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
-        start, end = offsets[ids.index(tokenizer.unk_token_id)]
-        raise SteerbackError(f"{where}: this model's tokenizer has no token for {text[start:end]!r}")
+    unknown = {
+        text[start:end] for token, (start, end) in zip(ids, offsets, strict=True) if token == tokenizer.unk_token_id
+    }
+    if unknown := unknown - {tokenizer.unk_token}:  # some tokenizers use their end token as the unknown one
+        raise SteerbackError(f"{where}: this model's tokenizer has no token for {min(unknown)!r}")
     masked = masked_before(row)
     labels, reached = [], 0
     for token, (start, end) in zip(ids, offsets, strict=True):

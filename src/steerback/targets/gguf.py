@@ -8,6 +8,7 @@ targets and no engines.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import shutil
@@ -51,20 +52,41 @@ def convert_gguf(model: str) -> Path:
     folder = _folder(file)
     if (folder / "config.json").is_file():
         return folder
-    floats = _check(file)
-    make_folder(folder.parent)
-    size = file.stat().st_size
-    check_space(folder.parent, 2 * size if floats else 4 * size, f"model {file.name}, de-quantised,")
-    print(f"{file.name}: de-quantising {gigabytes(size)} into {folder}, once", file=sys.stderr, flush=True)
-    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name[:16]}."))
-    try:
-        with _errors(file), _quiet():
-            _convert(file, work, "float32" if floats else "bfloat16")
-        with contextlib.suppress(OSError):  # another process was faster
-            work.replace(folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with _read_once(file):
+        floats = _check(file)
+        make_folder(folder.parent)
+        size = file.stat().st_size
+        check_space(folder.parent, 2 * size if floats else 4 * size, f"model {file.name}, de-quantised,")
+        print(f"{file.name}: de-quantising {gigabytes(size)} into {folder}, once", file=sys.stderr, flush=True)
+        work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name[:16]}."))
+        try:
+            with _errors(file), _quiet():
+                _convert(file, work, "float32" if floats else "bfloat16")
+            with contextlib.suppress(OSError):  # another process was faster
+                work.replace(folder)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
     return folder
+
+
+@contextlib.contextmanager
+def _read_once(file: Path) -> Iterator[None]:
+    """Let `_check` and transformers share one reader of the file.
+
+    Reading tokens and merges takes more than half of a conversion; transformers reads them for tokenizer, config and
+    weights again.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise SteerbackError(f"model {file}: GGUF files need the extra 'gguf': pip install 'steerback[gguf]'") from None
+    made = gguf.GGUFReader
+    read = functools.cache(made)
+    gguf.GGUFReader = lambda path, *mode: read(str(path), *mode)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = made
 
 
 def has_template(folder: Path) -> bool:
@@ -100,10 +122,8 @@ def _folder(file: Path) -> Path:
 
 def _check(file: Path) -> bool:
     """Return whether a file is unquantised. Raises SteerbackError if it is incomplete or of an unknown architecture."""
-    try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise SteerbackError(f"model {file}: GGUF files need the extra 'gguf': pip install 'steerback[gguf]'") from None
+    from gguf import GGUFReader
+
     with _errors(file):
         reader = GGUFReader(file)
         architecture = str(reader.get_field("general.architecture").contents())
