@@ -236,3 +236,19 @@ def test_rows_that_cannot_be_trained_are_refused() -> None:
     words = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
     with pytest.raises(SteerbackError, match=r"f\.jsonl:3: this model.s tokenizer has no token for .b."):
         encode((Segment("a b", True),), words, "f.jsonl:3")
+
+
+def test_an_end_token_that_is_the_unknown_token_too_can_be_trained() -> None:
+    """Tokenizers from GGUF files of Qwen name <|endoftext|> as both."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.WordLevel({"<end>": 0, "a": 1}, unk_token="<end>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.add_special_tokens([AddedToken("<turn>", special=True)])
+    words = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<end>", eos_token="<end>")
+    words.chat_template = "{% for m in messages %}{{ m.content }}<turn>\n{% endfor %}"
+    assert encode((Segment("a<end>", True),), words).input_ids == (1, 0)
+    with pytest.raises(SteerbackError, match="no token for 'b'"):
+        encode((Segment("a b", True),), words)
+    assert frame(Prompter(words, "chat"), "a").end == "<turn>"  # not among the tokenizer's named special tokens
