@@ -32,7 +32,7 @@ from steerback.records import Intervention, Request, Sampling
 from steerback.targets import Target, resolve, user_tables
 
 OUT = Path(__file__).parent / "results" / "ray_engine.json"
-WORKERS, REQUESTS = 64, 200_000
+WORKERS, REQUESTS, GPU_REQUESTS = 64, 200_000, 2_048
 
 
 class Planned(Sequence[Request]):
@@ -139,14 +139,17 @@ def gpu(name: str, *chosen: str) -> dict[str, object]:
             while engine == "ray" and len(made.pool.ready(wait=5.0)) < 2:  # type: ignore[attr-defined]
                 pass
             start = time.perf_counter() - started
-            rates = [rate(made, target, number) for number in range(2)]
-        measured[name] = {"start_seconds": round(start, 1), "tokens_per_second": rates}
+            rate(made, target, 0, 512)  # warm-up
+            measured[name] = {
+                "start_seconds": round(start, 1),
+                "tokens_per_second": [rate(made, target, number, GPU_REQUESTS) for number in (1, 2)],
+            }
         print(name, measured[name], flush=True)
     return measured
 
 
-def rate(engine: Any, target: Target, number: int) -> int:
-    """Return the tokens per second of 2,048 steered requests of 256 tokens; the first repetition warms up."""
+def rate(engine: Any, target: Target, number: int, n_requests: int) -> int:
+    """Return the tokens per second of steered requests of 256 tokens."""
     steered: list[int | str] = [*range(64)] if target.has_sae else [*target.directions()]
     requests = [
         Request(
@@ -156,7 +159,7 @@ def rate(engine: Any, target: Target, number: int) -> int:
             Sampling(max_new_tokens=256),
             (Intervention("add", steered[n % len(steered)], target.boost_prior.mean * 0.5),),
         )
-        for n in range(2048)
+        for n in range(n_requests)
     ]
     started = time.perf_counter()
     tokens = asyncio.run(drained(engine, requests))
