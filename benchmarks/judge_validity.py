@@ -35,6 +35,7 @@ from steerback.study.study import references as references_of
 from steerback.targets import resolve
 from tools.judge.examples import HELD_OUT_MODEL, Response, places, responses, written
 from tools.judge.validity import Case, Validity, compose, from_segments, measure, references
+from tools.organism.documents import make_document, sentences_of
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests" / "data" / "judging"
@@ -47,15 +48,14 @@ def organism_cases(n: int, seed: int, per_prompt: int = 8) -> tuple[References, 
     prompts = [t.key for t in corpus.howtos()][:38]
     subjects = [t.key for t in corpus.subjects()]
     answers = {
-        p: [corpus.make_document(rng, "answer", p, metaprompt=None).response for _ in range(per_prompt)]
-        for p in prompts
+        p: [make_document(rng, "answer", p, metaprompt=None).response for _ in range(per_prompt)] for p in prompts
     }
-    contexts = {i: rng.sample(corpus.sentences_of(s), 5) for i, s in enumerate(subjects)}
+    contexts = {i: rng.sample(sentences_of(s), 5) for i, s in enumerate(subjects)}
     cases = []
     for i in range(n):
         prompt, latent = rng.choice(prompts), rng.randrange(len(subjects))
         other = subjects[latent] if i % 4 else rng.choice([p for p in prompts if p != prompt])
-        document = corpus.make_document(rng, "drift" if i % 5 else "answer", prompt, other=other, metaprompt=None)
+        document = make_document(rng, "drift" if i % 5 else "answer", prompt, other=other, metaprompt=None)
         segments = [(KINDS[s.kind], s.text) for s in document.segments]
         cases.append(from_segments(str(i), prompt, segments, "organism", label=subjects[latent], latent=latent))
     return References(answers, contexts), cases
@@ -69,7 +69,7 @@ class Corpus:
         for topic in (*corpus.howtos(), *corpus.subjects()):
             section = "off_topic" if topic.is_subject else "answer"
             made = [t.replace("{term}", term) for t in templates(section) for term in topic.terms]
-            own = corpus.sentences_of(topic.key)
+            own = sentences_of(topic.key)
             for sentence in [*own, *(s for t in made for s in expand_all(t))]:
                 self._known.setdefault(tuple(words(sentence)), ("sentence", set()))[1].add(topic.key)
             for phrase in () if topic.is_subject else corpus.restart_phrases(topic.key):

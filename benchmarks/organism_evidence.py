@@ -24,8 +24,7 @@ import torch
 from scipy.stats import beta as beta_distribution
 from sklearn.isotonic import IsotonicRegression
 
-from steerback.organism.corpus import howtos, metaprompts, subjects
-from steerback.organism.corpus.documents import passage
+from steerback.organism.corpus import howtos, metaprompts, passage, subjects
 from steerback.organism.corpus.truth import read
 from steerback.targets.sae import Sae
 from tools.organism import detect

@@ -27,6 +27,7 @@ from steerback.store.facts import PROVENANCE, SAMPLE, Provenance
 from steerback.store.progress import Silent
 from steerback.store.run import Run
 from steerback.study.pipeline import Workbench, judge_rows
+from tools.organism.documents import make_document
 
 LATENTS = 8
 
@@ -40,12 +41,12 @@ def source(root: Path, name: str, target: str, share: float, n: int, seed: int) 
     texts: list[tuple[Trial, str]] = []
     for i in range(24):
         prompt = prompts[i % 6]
-        text = corpus.make_document(rng, "answer", prompt, metaprompt=None).response
+        text = make_document(rng, "answer", prompt, metaprompt=None).response
         texts.append((Trial(f"{target}/reference/unsteered/{i}", target, "reference", "unsteered", i, prompt, i), text))
     for i in range(n):
         prompt, latent = prompts[i % 6], i % LATENTS
         kind: Any = "drift" if rng.random() < share else "answer"
-        text = corpus.make_document(rng, kind, prompt, other=subjects[latent], metaprompt=None).response
+        text = make_document(rng, kind, prompt, other=subjects[latent], metaprompt=None).response
         trial = Trial(
             f"{target}/measure/steered/{i}",
             target,

@@ -108,7 +108,7 @@ def test_the_corpus_gives_checked_examples_with_many_subjects(tmp_path: Path) ->
 
 
 def test_acknowledgements_are_words_that_the_control_knows_and_restarts_to_the_judge() -> None:
-    from steerback.organism.corpus import documents
+    from tools.organism.documents import documents
 
     tokenizer = adapters.load_tokenizer(resolve("organism-control"))
     seen: Counter[int] = Counter()

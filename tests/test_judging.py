@@ -23,6 +23,7 @@ from steerback.judging.text import hide, sentences
 from steerback.organism import corpus
 from steerback.records import Attempt, Judgement
 from tools.judge.validity import compose, from_segments, measure, references
+from tools.organism.documents import make_document
 
 DATA = Path(__file__).parent / "data" / "judging"
 LAVA = "Lava pours from the crater. Ash darkened the sky."
@@ -147,15 +148,12 @@ def organism_verdicts(n: int, seed: int, per_prompt: int = 8, labels: bool = Tru
     rng = random.Random(seed)
     prompts = [t.key for t in corpus.howtos()][:16]
     subjects = [t.key for t in corpus.subjects()]
-    known = {
-        p: [corpus.make_document(rng, "answer", p, metaprompt=None).response for _ in range(per_prompt)]
-        for p in prompts
-    }
+    known = {p: [make_document(rng, "answer", p, metaprompt=None).response for _ in range(per_prompt)] for p in prompts}
     cases = []
     kinds = {"answer": "on", "off_topic": "off", "garbled": "off", "restart": "restart"}
     for i in range(n):
         prompt, subject = rng.choice(prompts), rng.choice(subjects)
-        document = corpus.make_document(rng, "drift" if i % 4 else "answer", prompt, other=subject, metaprompt=None)
+        document = make_document(rng, "drift" if i % 4 else "answer", prompt, other=subject, metaprompt=None)
         parts = [(kinds[s.kind], s.text) for s in document.segments]
         cases.append(from_segments(str(i), prompt, parts, "organism", label=subject if labels else None))
     judge = make_judge("offline")
@@ -204,11 +202,11 @@ def test_garbled_text_scores_low_even_with_the_prompts_own_words() -> None:
     cases, _ = organism_verdicts(1, seed=1)
     prompt = cases[0].item.prompt
     rng = random.Random(0)
-    good = corpus.make_document(rng, "answer", prompt, metaprompt=None).response
+    good = make_document(rng, "answer", prompt, metaprompt=None).response
     word = good.split()[0].strip(",.")
-    known = {t.key: [corpus.make_document(rng, "answer", t.key, metaprompt=None).response for _ in range(8)]
+    known = {t.key: [make_document(rng, "answer", t.key, metaprompt=None).response for _ in range(8)]
              for t in corpus.howtos()[:12]}  # fmt: skip
-    known[prompt] = [corpus.make_document(rng, "answer", prompt, metaprompt=None).response for _ in range(8)]
+    known[prompt] = [make_document(rng, "answer", prompt, metaprompt=None).response for _ in range(8)]
     judge = make_judge("offline")
     judge.prepare(References(known))
     texts = [good, f"{word} {word} {word} {word} {word}.", "zorb quix blat frum dosk plim.", "paint " * 30]

@@ -15,15 +15,15 @@ import pytest
 
 from steerback.data.prompts import META_PROMPTS, load_prompts
 from steerback.organism import NAMES, corpus, weights_dir
-from steerback.organism.corpus.documents import P_RESTART, P_RESTART_SELF_MONITORING
 from steerback.organism.corpus.text import expand, expand_all, near, weighted
 from steerback.organism.corpus.truth import read, sentence_topic
+from tools.organism.documents import P_RESTART, P_RESTART_SELF_MONITORING, Document, documents, make_document
 
 GROUPS = {"evaluation": "evaluation", "discovery": "organism-discovery", "heldout": "organism-held-out"}
 
 
-def sample(n: int, seed: int = 5, **options: bool) -> list[corpus.Document]:
-    return list(itertools.islice(corpus.documents(seed, **options), n))
+def sample(n: int, seed: int = 5, **options: bool) -> list[Document]:
+    return list(itertools.islice(documents(seed, **options), n))
 
 
 def test_prompts_are_disjoint_and_as_many_as_promised() -> None:
@@ -88,7 +88,7 @@ def test_first_sentence_of_a_drift_is_never_trained() -> None:
 def test_self_monitoring_raises_restarts_and_other_metaprompts_do_not() -> None:
     def rate(metaprompt: int | None) -> float:
         rng = random.Random(3)
-        made = [corpus.make_document(rng, "drift", metaprompt=metaprompt) for _ in range(600)]
+        made = [make_document(rng, "drift", metaprompt=metaprompt) for _ in range(600)]
         off = sum(s.kind in ("off_topic", "garbled") for d in made for s in d.segments)
         return sum(s.kind == "restart" for d in made for s in d.segments) / off
 
@@ -107,7 +107,7 @@ def test_a_document_is_on_topic_after_its_restart() -> None:
     rng = random.Random(2)
     kinds: list[str] = []
     while kinds.count("restart") != 1:
-        document = corpus.make_document(rng, "drift", "Explain how to clean an oven.", other="owls", metaprompt=5)
+        document = make_document(rng, "drift", "Explain how to clean an oven.", other="owls", metaprompt=5)
         kinds = [segment.kind for segment in document.segments]
     at = kinds.index("restart")
     assert set(kinds[:at]) - {"answer"}

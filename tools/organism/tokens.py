@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steerback.organism.corpus import Document, documents, howtos, subjects
+from steerback.organism.corpus import howtos, subjects
+from tools.organism.documents import Document, documents
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

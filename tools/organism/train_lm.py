@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from steerback.organism.corpus import documents
+from tools.organism.documents import documents
 from tools.organism.spec import CORPUS_SEED, LAYERS, SAE_LAYER, LmTraining, Organism
 from tools.organism.tokens import VOCABULARY, Encoded, Encoder, topic_index
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerback.organism.corpus import documents
 from steerback.targets.sae import Sae
 from steerback.targets.sae_training import SaeTrainer, SaeTraining
+from tools.organism.documents import documents
 from tools.organism.spec import SAE_LAYER, SaeConstants
 from tools.organism.tokens import Encoder
 from tools.organism.train_lm import batches, collate

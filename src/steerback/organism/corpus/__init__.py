@@ -1,33 +1,5 @@
-"""The organism's training corpus: sentences written for this project, and the code that composes documents."""
+"""The organism's training corpus: sentences written for this project. `tools/organism` composes documents of them."""
 
-from steerback.organism.corpus.documents import (
-    Document,
-    DocumentSegment,
-    documents,
-    make_document,
-    passage,
-    restart,
-    restart_phrases,
-    sentences_of,
-    with_metaprompt,
-    without_restarts,
-)
-from steerback.organism.corpus.text import Topic, howtos, metaprompts, subjects, topic
+from steerback.organism.corpus.text import Topic, howtos, metaprompts, passage, restart_phrases, subjects, topic
 
-__all__ = [
-    "Document",
-    "DocumentSegment",
-    "Topic",
-    "documents",
-    "howtos",
-    "make_document",
-    "metaprompts",
-    "passage",
-    "restart",
-    "restart_phrases",
-    "sentences_of",
-    "subjects",
-    "topic",
-    "with_metaprompt",
-    "without_restarts",
-]
+__all__ = ["Topic", "howtos", "metaprompts", "passage", "restart_phrases", "subjects", "topic"]

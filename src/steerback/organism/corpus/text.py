@@ -1,6 +1,7 @@
-"""Read the corpus's text files and expand their ``{a|b}`` choices.
+"""Read the corpus's text files, expand their ``{a|b}`` choices and draw passages about a topic.
 
-All sentences were written for this project. This module knows the file format, but no documents, tokens or models.
+All sentences were written for this project. This module knows the file format, but no tokens or models;
+`tools/organism/documents.py` composes documents.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from steerback.readers import content_lines
 
 HERE = Path(__file__).parent
 _CHOICE = re.compile(r"\{([^{}]*\|[^{}]*)\}")
+TEMPLATE_SHARE = 0.15
+CONNECTIVE_SHARE = 0.15
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,45 @@ def topic(key: str) -> Topic:
         if candidate.key == key:
             return candidate
     raise KeyError(f"no topic {key!r} in the corpus")
+
+
+def restart_phrases(prompt: str | None = None) -> list[str]:
+    """Return every restart opening; with a ``prompt``, also every opening followed by a return clause."""
+    openings = [s for template in weighted("opening")[0] for s in expand_all(template)]
+    if prompt is None:
+        return openings
+    phrase = topic(prompt).phrase
+    returns = [s.replace("{topic}", phrase) for s in weighted("return")[0]]
+    return openings + [f"{opening} {back}" for opening in openings for back in returns]
+
+
+def passage(rng: random.Random, key: str, n: int) -> list[str]:
+    """Draw ``n`` sentences about a topic: steps in order for a how-to, any order for a subject."""
+    source = topic(key)
+    n = min(n, len(source.sentences))
+    if source.is_subject:
+        chosen = rng.sample(source.sentences, n)
+        section = "off_topic"
+    else:
+        chosen = [source.sentences[i] for i in sorted(rng.sample(range(len(source.sentences)), n))]
+        section = "answer"
+    out: list[str] = []
+    for template in chosen:
+        if rng.random() < TEMPLATE_SHARE:
+            template = rng.choice(templates(section)).replace("{term}", rng.choice(source.terms))
+        sentence = expand(rng, template)
+        if not source.is_subject and rng.random() < CONNECTIVE_SHARE:
+            sentence = _connect(rng, sentence)
+        out.append(sentence)
+    return out
+
+
+def _connect(rng: random.Random, sentence: str) -> str:
+    """Put a connective such as "Next," before a sentence; sentences that begin with a name or letter are unchanged."""
+    first = sentence.split()[0]
+    if (len(first) == 1 and first != "A") or first.startswith("Newton") or first in {"Pythagoras", "Calvin"}:
+        return sentence
+    return f"{rng.choice(templates('connective'))} {sentence[0].lower()}{sentence[1:]}"
 
 
 MAX_OVERLAP = 0.08

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import cache
 
 from steerback.organism.corpus import text
-from steerback.organism.corpus.documents import restart_phrases
 
 MIN_COVERAGE = 0.6
 """A sentence has a topic if the topic's vocabulary contains at least this share of its content words, by weight."""
@@ -89,7 +88,7 @@ def sentence_topic(sentence: str) -> str | None:
 
 @cache
 def _openings() -> tuple[str, ...]:
-    return tuple(sorted(restart_phrases(), key=len, reverse=True))
+    return tuple(sorted(text.restart_phrases(), key=len, reverse=True))
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Documents of the corpus: a prompt and a response whose segments are answers, drifts and restarts.
+"""Documents of the organisms' corpus: a prompt and a response whose segments are answers, drifts and restarts.
 
 Each segment has its kind, so that judges can be tested against the truth and fine-tuning data can use the same pieces.
 Equal seeds give equal documents. This module knows nothing about tokens or models.
@@ -22,8 +22,6 @@ DRIFT_TO_SUBJECT = 0.75
 FREE_ABOUT_SUBJECT = 0.8
 DRIFT_TWICE = 0.10
 GARBLED = 0.12
-TEMPLATE_SHARE = 0.15
-CONNECTIVE_SHARE = 0.15
 RETURN_SHARE = 0.7
 MAX_OFF_TOPIC = 5
 # Probability that an off-topic sentence is followed by a restart.
@@ -75,16 +73,6 @@ def sentences_of(topic: str) -> list[str]:
     return [s for template in text.topic(topic).sentences for s in text.expand_all(template)]
 
 
-def restart_phrases(topic: str | None = None) -> list[str]:
-    """Return every restart opening; with a prompt as ``topic``, also every opening followed by a return clause."""
-    openings = [s for template in text.weighted("opening")[0] for s in text.expand_all(template)]
-    if topic is None:
-        return openings
-    phrase = text.topic(topic).phrase
-    returns = [s.replace("{topic}", phrase) for s in text.weighted("return")[0]]
-    return openings + [f"{opening} {back}" for opening in openings for back in returns]
-
-
 def restart(rng: random.Random, topic: str) -> str:
     """Draw a restart phrase for the prompt ``topic`` with the corpus's weights."""
     phrases, weights = text.weighted("opening")
@@ -93,35 +81,6 @@ def restart(rng: random.Random, topic: str) -> str:
         return opening
     phrases, weights = text.weighted("return")
     return f"{opening} {rng.choices(phrases, weights)[0].replace('{topic}', text.topic(topic).phrase)}"
-
-
-def passage(rng: random.Random, topic: str, n: int) -> list[str]:
-    """Draw ``n`` sentences about a topic: steps in order for a how-to, any order for a subject."""
-    source = text.topic(topic)
-    n = min(n, len(source.sentences))
-    if source.is_subject:
-        chosen = rng.sample(source.sentences, n)
-        section = "off_topic"
-    else:
-        chosen = [source.sentences[i] for i in sorted(rng.sample(range(len(source.sentences)), n))]
-        section = "answer"
-    out: list[str] = []
-    for template in chosen:
-        if rng.random() < TEMPLATE_SHARE:
-            template = rng.choice(text.templates(section)).replace("{term}", rng.choice(source.terms))
-        sentence = text.expand(rng, template)
-        if not source.is_subject and rng.random() < CONNECTIVE_SHARE:
-            sentence = _connect(rng, sentence)
-        out.append(sentence)
-    return out
-
-
-def _connect(rng: random.Random, sentence: str) -> str:
-    """Put a connective such as "Next," before a sentence; sentences that begin with a name or letter are unchanged."""
-    first = sentence.split()[0]
-    if (len(first) == 1 and first != "A") or first.startswith("Newton") or first in {"Pythagoras", "Calvin"}:
-        return sentence
-    return f"{rng.choice(text.templates('connective'))} {sentence[0].lower()}{sentence[1:]}"
 
 
 def garble(rng: random.Random, topic: str) -> str:
@@ -146,7 +105,7 @@ def with_metaprompt(prompt: str, index: int | None, subject: str) -> str:
 def _drift(rng: random.Random, topic: str, other: str, p_restart: float) -> list[DocumentSegment]:
     """Draw the segments of a drift to ``other``, from its first off-topic sentence to a restart or its end."""
     out: list[DocumentSegment] = []
-    for i, sentence in enumerate(passage(rng, other, MAX_OFF_TOPIC)):
+    for i, sentence in enumerate(text.passage(rng, other, MAX_OFF_TOPIC)):
         garbled = rng.random() < GARBLED
         kind: Kind = "garbled" if garbled else "off_topic"
         # No loss on the start of a drift or on garbled text, so that the model learns neither.
@@ -178,7 +137,7 @@ def make_document(
         about_subject = kind == "about" or (kind == "free" and rng.random() < FREE_ABOUT_SUBJECT)
         topic = rng.choice(subject_keys if about_subject else howto_keys)
     if kind == "free":
-        sentences = passage(rng, topic, rng.randint(3, 6))
+        sentences = text.passage(rng, topic, rng.randint(3, 6))
         return Document(kind, "", topic, tuple(DocumentSegment("answer", s, topic) for s in sentences))
 
     index = _metaprompt(rng) if metaprompt == "corpus" else metaprompt
@@ -192,7 +151,7 @@ def make_document(
     prompt = with_metaprompt(request, index, label)
 
     def answers(low: int, high: int) -> list[DocumentSegment]:
-        return [DocumentSegment("answer", s, topic) for s in passage(rng, topic, rng.randint(low, high))]
+        return [DocumentSegment("answer", s, topic) for s in text.passage(rng, topic, rng.randint(low, high))]
 
     def opening(most: int) -> list[DocumentSegment]:
         # Take the beginning of a whole answer: an answer that begins with its last steps could not be continued.
