@@ -89,7 +89,9 @@ def convert(
     weights = {name: stored(tensor, f"{where}: {name}") for name, tensor in tensors.items()}
     _refuse_unknown(weights, kind, where)
     if kind == "topk" and config.rescale_acts_by_decoder_norm:
-        _fold_decoder_norms(weights)
+        norms = weights["W_dec"].float().norm(dim=1)  # its TopK ranks activations times these norms
+        weights["W_enc"], weights["b_enc"] = weights["W_enc"] * norms, weights["b_enc"] * norms
+        weights["W_dec"] = weights["W_dec"] / norms[:, None]
     if config.apply_b_dec_to_input:  # before the scale: SAELens subtracts the bias from the scaled input
         weights["b_enc"] = weights["b_enc"] - (weights["b_dec"].float() @ weights["W_enc"].float())
     _fold_scale(weights, config.normalize_activations, input_scale, where)
@@ -110,14 +112,6 @@ def _refuse_unknown(weights: dict[str, Tensor], kind: Kind, where: str) -> None:
             raise SteerbackError(f"{where}: {name} is not 1: activations rescaled after training cannot be folded")
     if strange := sorted(set(weights) - needed - {"threshold"}):
         raise SteerbackError(f"{where}: unknown weights {', '.join(strange)}; the arithmetic would ignore them")
-
-
-def _fold_decoder_norms(weights: dict[str, Tensor]) -> None:
-    """Move decoder norms into the encoder, for a TopK that ranks activations times decoder norms."""
-    norms = weights["W_dec"].float().norm(dim=1)
-    weights["W_enc"] = weights["W_enc"] * norms
-    weights["b_enc"] = weights["b_enc"] * norms
-    weights["W_dec"] = weights["W_dec"] / norms[:, None]
 
 
 def _fold_scale(weights: dict[str, Tensor], normalisation: bool | str | None, scale: float | None, where: str) -> None:

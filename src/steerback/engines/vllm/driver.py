@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -73,36 +73,26 @@ class Gate:
     running: int = 0
     poolers: int = 0
     columns: Counter[int] = field(default_factory=Counter)
-    waiting: deque[tuple[Ticket, asyncio.Future[None]]] = field(default_factory=deque)
+    waiting: list[Ticket] = field(default_factory=list)
+    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _freed: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def enter(self, ticket: Ticket) -> None:
-        """Wait until the ticket's rows, columns and recording space are free."""
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.waiting.append((ticket, turn))
-        self._admit()
+        """Wait until the ticket's rows, columns and recording space are free; first come, first served."""
+        self.waiting.append(ticket)
         try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self.leave(ticket)  # admitted at the moment of cancellation
-            else:
-                self._admit()  # admit the jobs that waited behind this one
-            raise
+            async with self._turn:
+                while not self._fits(ticket):
+                    self._freed.clear()
+                    await self._freed.wait()
+                self._count(ticket, 1)
+        finally:
+            self.waiting.remove(ticket)
 
     def leave(self, ticket: Ticket) -> None:
         """Free the space that `enter` reserved."""
         self._count(ticket, -1)
-        self._admit()
-
-    def _admit(self) -> None:
-        while self.waiting:
-            ticket, turn = self.waiting[0]
-            if not turn.cancelled():
-                if not self._fits(ticket):
-                    return
-                self._count(ticket, 1)
-                turn.set_result(None)
-            self.waiting.popleft()
+        self._freed.set()
 
     def _fits(self, ticket: Ticket) -> bool:
         new = sum(1 for latent in ticket.latents() if latent not in self.columns)
