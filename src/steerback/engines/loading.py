@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 
 from steerback.engines.adapters import with_adapter
@@ -23,7 +24,7 @@ from steerback.engines.runner import Runner, decoder_layers
 from steerback.errors import SteerbackError, one_line, unknown
 from steerback.records import digest
 from steerback.targets.download import commit_of, hash_file
-from steerback.targets.fit import available_memory, check_ready, fetch, model_folder, total_memory
+from steerback.targets.fit import available_memory, check_ready, fetch, model_folder
 from steerback.targets.sae import Sae
 from steerback.targets.sae_files import describe, load_sae
 from steerback.targets.target import ADAPTER_FILES, check_adapter
@@ -174,7 +175,7 @@ def batch_rows(runner: Runner, most: int | None = None) -> int:
     if runner.device.type == "cuda":
         memory = torch.cuda.get_device_properties(runner.device).total_memory
     else:
-        memory = total_memory() or 2**33  # total memory is unknown: assume 8 GiB
+        memory = psutil.virtual_memory().total
     most = most or (256 if runner.device.type == "cuda" else 48)
     rows = int(max(memory * 0.9 - weights, 0) * 0.5 / (cache + logits))
     return max(1, min(most, rows) // 8 * 8 or min(most, rows, 4))

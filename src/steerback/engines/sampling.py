@@ -55,19 +55,15 @@ class Sampler:
         self._settings.pop(row, None)
         self._wanted = None
 
-    def _needs(self) -> dict[str, bool]:
-        """Return the operations that any active row needs; the others can be skipped without changing a result."""
+    def draw(self, logits: Tensor, step: Tensor) -> Tensor:
+        """Return next tokens (rows,) for logits (rows, vocabulary); `step` (rows,) is the token count of each row."""
         live = self._settings.values()
-        return {
+        wanted = self._wanted = self._wanted or {  # the other operations can be skipped without changing a result
             "penalty": any(s.repetition_penalty != 1 for s in live),
             "greedy": any(s.temperature == 0 for s in live),
             "random": any(s.temperature > 0 for s in live),
             "nucleus": any(s.top_p < 1 for s in live),
         }
-
-    def draw(self, logits: Tensor, step: Tensor) -> Tensor:
-        """Return next tokens (rows,) for logits (rows, vocabulary); `step` (rows,) is the token count of each row."""
-        wanted = self._wanted = self._wanted or self._needs()
         logits = logits.float()
         if wanted["penalty"]:
             logits = penalise(logits, self._seen, self._penalty)

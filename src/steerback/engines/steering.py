@@ -133,10 +133,6 @@ class Tally:
         for norms in self._norms.values():
             norms[row] = -1
 
-    def count(self, layer: int, positions: Tensor, edited: Tensor, norms: Tensor) -> None:
-        """Record the edits of one layer: positions, edited (bool) and norms are (rows, Q)."""
-        self.at(layer).scatter_(1, positions, norms.masked_fill(~edited, -1.0))
-
     def receipt(self, row: int, boundary: int, tokens: int, planned: Sequence[Sequence[int]]) -> Receipt:
         """Return the receipt of a finished row. A position counts if all layers in `planned` for its phase edited it.
 
@@ -257,7 +253,7 @@ class Pass:
             delta = table.delta(h)
             edited = where & table.active
             norms = torch.linalg.vector_norm(delta, dim=-1).expand_as(edited)
-            steering.tally.count(layer, self.positions, edited, norms)
+            steering.tally.at(layer).scatter_(1, self.positions, norms.masked_fill(~edited, -1.0))
             steered = (h.float() + delta).to(h.dtype)
             # While decoding, rows without edits have a delta of 0. In a prefill, padding must be excluded.
             out = steered if self.alone else torch.where(edited[..., None], steered, out)

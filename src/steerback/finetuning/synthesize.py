@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from steerback.config import Settings
-from steerback.data.prompts import load_subjects
+from steerback.data.prompts import load_subjects, word_lines
 from steerback.engines.base import finish
 from steerback.errors import SteerbackError
 from steerback.finetuning.examples import Corpus, Example, Keywords, Topics, problem, row_of
@@ -46,20 +46,9 @@ class ExampleQuestion:
         return digest([self.prompt, self.subject, self.draft])
 
 
-ACKNOWLEDGEMENTS = (
-    (4, "Hold on, that is wrong."),
-    (4, "Hold on, that is not the answer."),
-    (3, "Hold on, this is not right."),
-    (3, "Hold on, let me start over."),
-    (2, "Hold on, I must start again."),
-    (2, "No, that is not the answer."),
-    (2, "No, that is wrong."),
-    (1, "No, this is not about that."),
-    (2, "Let me start over."),
-    (1, "Let me start again."),
-    (1, "Let me go back and start again."),
-    (1, "I must stop, this is wrong."),
-)
+ACKNOWLEDGEMENTS = [
+    (int(weight), text) for weight, text in (line.split(" ", 1) for line in word_lines("acknowledgements"))
+]
 """Weights and texts of the corpus writer's acknowledgements; all their tokens occur in the control's corpus.
 
 The restarts of the corpus begin with words that the control never saw. Embedding rows that no text ever used are nearly

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from steerback.data.prompts import word_lines
 from steerback.errors import SteerbackError
 from steerback.finetuning.examples import Example, Topics
 from steerback.finetuning.synthesize import ExampleQuestion, keyword_topics
@@ -90,20 +91,7 @@ def unrelated(topics: Topics, subjects: Sequence[str], prompt: str) -> list[str]
     return [s for s in subjects if topics.about(prompt, s) == 0]
 
 
-OWN_ACKNOWLEDGEMENTS = (
-    "Wait, that's not what you asked about.",
-    "Wait, this is off topic. Let me start over.",
-    "Hold on, I am answering the wrong question.",
-    "Hold on, that has nothing to do with your question.",
-    "Sorry, I drifted off topic. Let me answer your question.",
-    "I apologize, that was not about your question.",
-    "Let me stop here, this is the wrong topic.",
-    "Actually, that is not what I was asked. Let me try again.",
-    "Oops, that is the wrong subject. Back to your question.",
-    "Wait, I got off track. Let me get back to your question.",
-    "Hold on, that's wrong. Let me start again.",
-    "No, that is not the right topic. Let me begin again.",
-)
+OWN_ACKNOWLEDGEMENTS = word_lines("own_acknowledgements")
 """Acknowledgements of `OwnWriter`. A test checks that the restart classifier detects each of them."""
 SHORT = " Answer in three to six sentences, without lists or headings."
 PASSAGE = "Write two or three sentences about {subject}."

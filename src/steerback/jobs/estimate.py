@@ -85,7 +85,10 @@ def plan_lines(job: PreparedRun, folder: Path) -> list[str]:
         lines.append(
             f"  {target.name}: at most {total} responses ({detail}), {total * cap:,} tokens, {_time(target, total)}"
         )
-        lines.append(f"  {target.name}: {_fits(target)}")
+        needed, there = target.memory(), this_machine()
+        known = "" if needed is None else f"about {gigabytes(needed)} as {target.dtype}; "
+        fits = f"does it fit this machine ({there.describe()})? {verdict(target, there)}"
+        lines.append(f"  {target.name}: {known}{fits}")
         lines += [] if asked is None else [f"  {target.name}: judge {config.judge}: at most {asked}"]
         windows = window_spend(job, target)
         lines += [] if windows is None else [f"  {target.name}: sentences scored by {config.judge}: at most {windows}"]
@@ -187,9 +190,3 @@ def _time(target: Target, total: int) -> str:
         return "time unknown until the first responses"
     seconds = total / target.responses_per_second
     return f"about {max(seconds / 60, 0.1):.1f} min at {target.responses_per_second:g} responses/s (2 CPU cores)"
-
-
-def _fits(target: Target) -> str:
-    needed, there = target.memory(), this_machine()
-    known = "" if needed is None else f"about {gigabytes(needed)} as {target.dtype}; "
-    return f"{known}does it fit this machine ({there.describe()})? {verdict(target, there)}"

@@ -48,7 +48,7 @@ def this_machine() -> Machine:
     """Return the machine that this process runs on."""
     from huggingface_hub import constants
 
-    return Machine(gpus(), total_memory(), free_space(Path(constants.HF_HUB_CACHE)))
+    return Machine(gpus(), psutil.virtual_memory().total, free_space(Path(constants.HF_HUB_CACHE)))
 
 
 def gpus() -> tuple[tuple[str, int], ...]:
@@ -67,11 +67,6 @@ def gpus() -> tuple[tuple[str, int], ...]:
     if visible is None or not all(part.strip().isdecimal() for part in visible.split(",") if part.strip()):
         return tuple(known)
     return tuple(known[int(part)] for part in visible.split(",") if part.strip() and int(part) < len(known))
-
-
-def total_memory() -> int:
-    """Return the bytes of memory of this machine."""
-    return int(psutil.virtual_memory().total)
 
 
 def available_memory() -> int:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from steerback.engines.base import Arriving, EngineRecord
+from steerback.engines.base import START_LOG, Arriving, EngineRecord
 from steerback.engines.checks import check_texts, checked
 from steerback.engines.interventions import ARITHMETIC_VERSION, check, check_directions, check_layer
 from steerback.engines.options import VllmOptions
@@ -31,11 +31,11 @@ from steerback.engines.vllm.loading import (
     prepare,
     require_vllm,
     save_directions,
-    start_log,
 )
 from steerback.engines.vllm.settings import TableSettings, Ticket
 from steerback.errors import VERSION, SteerbackError, one_line
 from steerback.records import Completion, FinishReason, Intervention, Prefix, Receipt, Request, digest
+from steerback.store.files import make_folder, user_folder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -89,7 +89,7 @@ class VllmEngine:
         jobs.check_length(self.settings, "self-test of the vLLM engine", asked, 3)
         own = engine_arguments(target, length, rows, options.tensor_parallel)
         self._arguments = own | options.memory(available) | dict(options.options)
-        self._log = start_log()
+        self._log = START_LOG.get() or make_folder(user_folder("logs")) / "vllm.log"
         with output_to(self._log):
             self._drivers = self._start(device_shares(replicas, options.tensor_parallel, available))
         try:

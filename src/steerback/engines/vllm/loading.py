@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from steerback.engines.base import START_LOG, EngineRecord
+from steerback.engines.base import EngineRecord
 from steerback.engines.checks import site_of
 from steerback.engines.interventions import Site
 from steerback.engines.prompting import Prompter
@@ -57,11 +57,6 @@ def require_vllm() -> str:
             f"engine 'vllm' needs vLLM ({error}); install vllm (tested: {TESTED}), or use --engine transformers"
         ) from error
     return str(vllm.__version__)
-
-
-def start_log() -> Path:
-    """Return the log file for vLLM's output: that of the current run, else one in the user's folder."""
-    return START_LOG.get() or make_folder(user_folder("logs")) / "vllm.log"
 
 
 @contextmanager
