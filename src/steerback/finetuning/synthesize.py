@@ -46,9 +46,7 @@ class ExampleQuestion:
         return digest([self.prompt, self.subject, self.draft])
 
 
-ACKNOWLEDGEMENTS = [
-    (int(weight), text) for weight, text in (line.split(" ", 1) for line in word_lines("acknowledgements"))
-]
+ACKNOWLEDGEMENTS = [(int(line.split()[0]), line.split(" ", 1)[1]) for line in word_lines("acknowledgements")]
 """Weights and texts of the corpus writer's acknowledgements; all their tokens occur in the control's corpus.
 
 The restarts of the corpus begin with words that the control never saw. Embedding rows that no text ever used are nearly
