@@ -20,7 +20,7 @@ from steerback.engines.base import Engine
 from steerback.engines.scripted import PlantedModel
 from steerback.errors import SteerbackError
 from steerback.experiments import REGISTRY, paper
-from steerback.jobs import campaign
+from steerback.jobs import campaign, side_by_side
 from steerback.jobs.check import Makers
 from steerback.published.comparison import (
     Ours,
@@ -287,7 +287,10 @@ def test_a_paper_is_run_resumed_compared_and_drawn(runs: Runs, capsys: pytest.Ca
     assert (runs.root / "cmp" / "compare.md").read_text().startswith("| quantity |")
 
 
-def test_a_step_that_fails_stops_only_what_needs_it(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_step_that_fails_stops_only_what_needs_it(runs: Runs, monkeypatch: pytest.MonkeyPatch, shared: bool) -> None:
+    monkeypatch.setattr(side_by_side, "possible", lambda _: shared)
+    monkeypatch.setattr(side_by_side.os, "cpu_count", lambda: 2)
     steps = steps_of(runs, "no-steering", "detector-ablation")
     from steerback.experiments.detectors import DetectorExperiment
 
@@ -295,7 +298,9 @@ def test_a_step_that_fails_stops_only_what_needs_it(runs: Runs, monkeypatch: pyt
         raise SteerbackError("no discovery prompts")
 
     monkeypatch.setattr(DetectorExperiment, "run", refuse)
-    failed = campaign.run(steps, cached=False, say=lambda _: None, makers=runs.makers)
+    said: list[str] = []
+    failed = campaign.run(steps, cached=False, say=said.append, makers=runs.makers)
+    assert "[4/4] p-detector-ablation: not done: needs p-detectors" in said or not shared
     assert {folder.name: why for folder, why in failed.items()} == {
         "p-detectors": "no discovery prompts",
         "p-detector-ablation": "needs p-detectors",

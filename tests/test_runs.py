@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from planted import PlantedTarget
 from steerback.config import build_config
 from steerback.errors import SteerbackError
 from steerback.jobs import side_by_side
 from steerback.jobs.check import check
 from steerback.store.run import Run, find_run, new_run, plain, write_json
-from steerback.targets import BoostPrior, Target
 
 CONFIG = build_config("esr", ("organism",), "quick")
 
@@ -141,19 +140,35 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         Run.start(tmp_path / "file" / "a", CONFIG)
 
 
-def test_targets_side_by_side_are_processes_whose_errors_come_back(tmp_path: Path) -> None:
-    targets = [PlantedTarget(name, "nowhere", 1, 1, BoostPrior(10, 5, 0, 40)) for name in ("a", "b", "c")]
+def test_work_side_by_side_is_done_by_a_process_per_core_whose_errors_come_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(side_by_side.os, "cpu_count", lambda: 2)
 
-    def work(target: Target) -> None:
-        (tmp_path / target.name).write_text(str(os.getpid()))
-        if target.name == "b":
+    def work(task: str) -> int:
+        if task == "b":
             raise SteerbackError("b has no latents")
+        if task == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return os.getpid()
 
-    with pytest.raises(SteerbackError, match=r"^b has no latents$"):
-        side_by_side.each(targets, work)
-    processes = {(tmp_path / name).read_text() for name in "abc"}
-    assert len(processes | {str(os.getpid())}) == 4
-    side_by_side.each([targets[0]], work)
+    done = dict(side_by_side.each(["a", "b", "killed", "c", "d"], work))
+    assert str(done.pop("b")) == "b has no latents"
+    assert str(done.pop("killed")) == "the process of a target ended with exit code -9"
+    assert {"a", "c", "d"} == set(done)
+    assert os.getpid() not in done.values()
+    assert len(set(done.values())) <= 3  # one of two processes was killed and replaced
+    assert [task for task, _ in side_by_side.each(["alone"], work)] == ["alone"]
+
+
+def test_work_side_by_side_waits_until_it_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(side_by_side.os, "cpu_count", lambda: 3)
+    needs, done = {"last": {"first", "second"}, "second": {"first"}, "first": set(), "free": set()}, list[str]()
+    for task, result in side_by_side.each([*needs], lambda task: task.upper(), lambda t: needs[t] <= set(done)):
+        assert result == task.upper()
+        done.append(task)
+    assert sorted(done) == sorted(needs)
+    assert done.index("first") < done.index("second") < done.index("last")
 
 
 def test_only_small_models_with_a_free_judge_run_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +184,6 @@ def test_only_small_models_with_a_free_judge_run_side_by_side(monkeypatch: pytes
     with monkeypatch.context() as patch:
         patch.setattr(sys, "modules", loaded)
         assert possible(both) == (sys.platform == "linux")
-        assert not possible(both[:1])
         assert not possible(both, engine_options={"workers": 2})
         patch.setattr(side_by_side, "gpus", lambda: (("a GPU", 80),))
         assert not possible(both)

@@ -207,17 +207,37 @@ def save(fig: Figure, folder: Path, name: str, captions_inside: bool = False) ->
     }
     if captions_inside:
         burn_in(fig)
-    paths = [write_atomic(folder / f"{name}.{kind}", _rendered(fig, kind, fields)) for kind, fields in metadata.items()]
-    caption = caption_of(fig)
+    images = {kind: _rendered(fig, kind, fields) for kind, fields in metadata.items()}
+    return _write_figure(folder, name, images, caption_of(fig), captions_inside)
+
+
+def figure_names(folder: Path) -> list[str]:
+    """Return the names of the figures that `save` has written into a folder."""
+    return sorted(path.name.removesuffix(CAPTION) for path in folder.glob(f"*{CAPTION}"))
+
+
+def copy_figure(folder: Path, name: str, out: Path, new_name: str) -> list[Path]:
+    """Copy the files of a figure into another folder under a new name."""
+    images = {kind: (folder / f"{name}.{kind}").read_bytes() for kind in ("png", "pdf")}
+    caption = (folder / f"{name}{CAPTION}").read_text("utf-8").removesuffix("\n")
+    inside = "<p>" not in (folder / f"{name}.html").read_text("utf-8")
+    return _write_figure(make_folder(out), new_name, images, caption, inside)
+
+
+def _write_figure(folder: Path, name: str, images: dict[str, bytes], caption: str, inside: bool) -> list[Path]:
+    """Write images, caption and page of a figure. `inside`: the images contain the caption."""
     page = _PAGE.format(
         name=html.escape(name),
         image=quote(f"{name}.png"),
-        caption="" if captions_inside else "".join(f"<p>{html.escape(line)}</p>" for line in caption.splitlines()),
+        caption="" if inside else "".join(f"<p>{html.escape(line)}</p>" for line in caption.splitlines()),
     )
-    texts = {"caption.txt": caption + "\n", "html": page}
-    return [*paths, *(write_atomic(folder / f"{name}.{kind}", text.encode()) for kind, text in texts.items())]
+    files = {f".{kind}": image for kind, image in images.items()}
+    files |= {CAPTION: f"{caption}\n".encode(), ".html": page.encode()}
+    return [write_atomic(folder / f"{name}{suffix}", content) for suffix, content in files.items()]
 
 
+CAPTION = ".caption.txt"
+"""Ending of the name of a figure's caption."""
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{name}</title>
 <style>body {{ margin: 2rem auto; max-width: 40rem; padding: 0 1rem; font: 1rem/1.5 sans-serif; background: #fff;

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from steerback.config import RunConfig, parse_config
 from steerback.errors import SteerbackError
 from steerback.figures.tables import terminal_width
-from steerback.jobs import execute
+from steerback.jobs import execute, side_by_side
 from steerback.jobs.check import Makers, check
 from steerback.jobs.estimate import judge_estimate, of_experiment, response_tokens, window_spend
 from steerback.jobs.execute import Analysis, KeptEngine
@@ -26,9 +26,13 @@ from steerback.store.run import Run, stored_config
 from steerback.study.study import UNJUDGED
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from steerback.experiments.paper import Step
     from steerback.figures.tables import Table
     from steerback.jobs.check import PreparedRun
+    from steerback.store.cache import Cache
+    from steerback.store.progress import Progress
 
 
 def resolved(config: RunConfig, makers: Makers | None = None) -> RunConfig:
@@ -115,14 +119,21 @@ def run(
     """Run the unfinished steps and return the folders of the failed ones, each with its reason.
 
     A failed step stops only the steps that depend on it. All steps of one target run in sequence, so that its engine
-    is started once.
+    is started once; several small models on a CPU share the cores, see `side_by_side`.
     """
+    heads = {step.folder: f"[{number}/{len(steps)}] {step.folder.name}" for number, step in enumerate(steps, 1)}
+    undone = [step for step in steps if not is_done(step)]
+    if len(undone) > 1 and _can_share(undone[0], makers):
+        for step in steps:
+            if step not in undone:
+                say(f"{heads[step.folder]}: done before")
+        return _side_by_side(undone, heads, cached, say, makers)
     failed: dict[Path, str] = {}
     targets = list(dict.fromkeys(name for step in steps for name in step.config.targets))
     with closing(KeptEngine()) as engines:
         for target in targets:
-            for number, step in enumerate(steps, 1):
-                head = f"[{number}/{len(steps)}] {step.folder.name}" + (f": {target}" if len(targets) > 1 else "")
+            for step in steps:
+                head = heads[step.folder] + (f": {target}" if len(targets) > 1 else "")
                 if target not in step.config.targets or step.folder in failed:
                     continue
                 if is_done(step):
@@ -133,10 +144,48 @@ def run(
                     continue
                 say(head)
                 try:
-                    _one(step, target, engines, cached, say, makers)
+                    with execute.tools(cached) as (progress, cache):
+                        for line in _one(step, target, engines, progress, cache, makers):
+                            say(line)
                 except SteerbackError as error:
                     failed[step.folder] = str(error)
                     say(f"{head}: not done: {error}")
+    return failed
+
+
+def _can_share(step: Step, makers: Makers | None) -> bool:
+    try:
+        return side_by_side.possible(_checked(step, makers))
+    except SteerbackError:  # reported when the step is run
+        return False
+
+
+def _side_by_side(
+    steps: Sequence[Step], heads: Mapping[Path, str], cached: bool, say: Callable[[str], None], makers: Makers | None
+) -> dict[Path, str]:
+    """Run unfinished steps in several processes, each after the step that it needs."""
+    engines, known = KeptEngine(), {step.folder: step for step in steps}
+    failed: dict[Path, str] = {}
+    pending = set(known)
+
+    def work(step: Step) -> list[str]:
+        if step.after in known and not is_done(known[step.after]):
+            raise SteerbackError(f"needs {step.after.name}")
+        lines = []
+        with execute.tools(cached, head=f"{step.folder.name}: ") as (progress, cache):
+            for target in step.config.targets:
+                lines += _one(step, target, engines, progress, cache, makers)
+        return lines
+
+    for step, result in side_by_side.each(steps, work, lambda step: step.after not in pending):
+        pending.discard(step.folder)
+        if isinstance(result, SteerbackError):
+            failed[step.folder] = str(result)
+            say(f"{heads[step.folder]}: not done: {result}")
+            continue
+        say(heads[step.folder])
+        for line in result:
+            say(line)
     return failed
 
 
@@ -167,29 +216,23 @@ def stored_steps(folders: Sequence[Path]) -> list[Step]:
 
 
 def _one(
-    step: Step, name: str, engines: KeptEngine, cached: bool, say: Callable[[str], None], makers: Makers | None
-) -> None:
-    """Measure one target of a step. After the step's last target, analyse the step."""
+    step: Step, name: str, engines: KeptEngine, progress: Progress, cache: Cache | None, makers: Makers | None
+) -> list[str]:
+    """Measure one target of a step. After the step's last target, analyse the step and return the lines to print."""
     job = _checked(step, makers)
     position = step.config.targets.index(name)
     last = position == len(step.config.targets) - 1
     if not last and not job.experiment.generates:
-        return
+        return []
     targets = job.targets[position:] if last else job.targets[position : position + 1]  # adapters come last
-    with execute.tools(cached) as (progress, cache), Run.start(step.folder, job.config) as opened:
+    with Run.start(step.folder, job.config) as opened:
         execute.measure(job, opened, targets, engines, progress, cache)
         if not last:
-            return
+            return []
         progress.status("analysing, drawing figures")
-        analysis = execute.analyse(opened, job.config.judge, job.experiment)
-    for line in analysis.shown.warnings:
-        say(line)
-    shown = analysis.shown.tables
-    for name in dict.fromkeys([*list(shown)[:1], *(name for name in shown if name == PAIRED)]):
-        table = shown[name]
-        say(table.text(terminal_width()))
-    for line in analysis.shown.lines:
-        say(line)
+        shown = execute.analyse(opened, job.config.judge, job.experiment).shown
+    tables = dict.fromkeys([*list(shown.tables)[:1], *(name for name in shown.tables if name == PAIRED)])
+    return [*shown.warnings, *(shown.tables[name].text(terminal_width()) for name in tables), *shown.lines]
 
 
 PAIRED = "comparisons"
@@ -241,23 +284,32 @@ def in_form(table: Table, text: str, markdown: str, form: str, out: Path | None)
 
 
 def results(folders: Sequence[Path], out: Path) -> list[str]:
-    """Write the comparison and all figures of the runs into `out`. Return the lines to print about them."""
+    """Write the comparison into `out`, and copy all figures of the runs. Return the lines to print about them."""
+    from steerback.figures.style import copy_figure, figure_names
+
     text, paths = compared(folders, "text", make_folder(out, "choose another --runs"))
-    return [text, *(f"  {path}" for path in (*paths, *draw_all(folders, out)))]
+    named = [(folder, name) for folder in folders for name in figure_names(folder)]
+    for folder, name, own in _own_names(named):
+        paths += copy_figure(folder, name, out, own)
+    return [text, *(f"  {path}" for path in paths)]
+
+
+def _own_names(figures: Sequence[tuple[Path, str]]) -> list[tuple[Path, str, str]]:
+    """Return folder, name and name in a common folder of figures: if runs share a name, it is followed by the run's."""
+    shared = Counter(name for _, name in figures)
+    return [(folder, name, name if shared[name] == 1 else f"{name}-{folder.name}") for folder, name in figures]
 
 
 def draw_all(folders: Sequence[Path], out: Path, captions_inside: bool = False) -> list[Path]:
     """Draw all figures of the runs into one folder. If several runs have the same figure, its file names the run."""
     from steerback.figures.style import save
 
-    drawn: list[tuple[str, str, Analysis]] = []
+    figures: dict[tuple[Path, str], Callable[[], Figure]] = {}
     for folder in folders:
         with Run.read(folder) as opened:
-            analysis = execute.analysed(opened, opened.config.judge)
-        drawn += [(name, folder.name, analysis) for name in analysis.shown.figures]
-    shared = Counter(name for name, _, _ in drawn)
+            shown = execute.analysed(opened, opened.config.judge).shown
+        figures |= {(folder, name): draw for name, draw in shown.figures.items()}
     paths: list[Path] = []
-    for name, run_name, analysis in drawn:
-        own = name if shared[name] == 1 else f"{name}-{run_name}"
-        paths += save(analysis.shown.figures[name](), out, own, captions_inside)
+    for folder, name, own in _own_names([*figures]):
+        paths += save(figures[folder, name](), out, own, captions_inside)
     return paths

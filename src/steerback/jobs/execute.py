@@ -34,6 +34,7 @@ from steerback.store.facts import ENGINE, FLOOR, JUDGES, MEASURED, PROVENANCE, E
 from steerback.store.files import clear_leftovers, make_folder
 from steerback.store.ledger import Ledger, Row
 from steerback.store.manifest import Parts, TargetUsed
+from steerback.store.processes import second_process
 from steerback.store.progress import Plain, Progress, Silent, make_progress
 from steerback.store.run import Run, write_atomic, write_json
 from steerback.study.floor import measure_floor
@@ -47,9 +48,13 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def tools(cached: bool = True, quiet: bool = False) -> Iterator[tuple[Progress, Cache | None]]:
-    """Open the progress display (silent if `quiet`) and the shared cache (None if not `cached`); close both at exit."""
-    with closing(Silent() if quiet else make_progress()) as progress:
+def tools(cached: bool = True, quiet: bool = False, head: str = "") -> Iterator[tuple[Progress, Cache | None]]:
+    """Open the progress display (silent if `quiet`) and the shared cache (None if not `cached`); close both at exit.
+
+    `head` starts each line of a process that shares the terminal with others.
+    """
+    shown = Silent() if quiet else Plain(head=head) if head else make_progress()
+    with closing(shown) as progress:
         cache = Cache(default_path(), progress.note) if cached else None
         with closing(cache) if cache is not None else nullcontext():
             yield progress, cache
@@ -96,8 +101,10 @@ def run(
     committed work.
     """
     with closing(KeptEngine()) as engines, Run.start(folder, job.config) as opened:
-        if job.experiment.generates and side_by_side.possible(job):
-            side_by_side.each(job.targets, lambda target: _measure_alone(job, folder, target, cache))
+        if len(job.targets) > 1 and job.experiment.generates and side_by_side.possible(job):
+            work = side_by_side.each(job.targets, lambda target: _measure_alone(job, folder, target, cache))
+            if errors := [str(result) for _, result in work if isinstance(result, SteerbackError)]:
+                raise SteerbackError("; ".join(dict.fromkeys(errors)))
         else:
             measure(job, opened, job.targets, engines, progress or Silent(), cache)
         (progress or Silent()).status("analysing, drawing figures")
@@ -280,14 +287,21 @@ def analyse(
     analysis = analysed(opened, judge, experiment, draws)
     folder = make_folder(analysis.folder, "free that name")
     clear_leftovers(folder)
-    write_json(folder / "summary.json", analysis.summary)
     for name, value in analysis.results.data().items():
         write_json(folder / f"{name}.json", value)
     for name, table in analysis.shown.tables.items():
         for suffix, text in (("txt", table.text()), ("csv", table.csv()), ("tex", table.latex())):
             write_atomic(folder / f"{name}.{suffix}", text.encode("utf-8"))
-    for name, draw in analysis.shown.figures.items():
-        save(draw(), folder, name, captions_inside)
+
+    def draw(chosen: Sequence[str]) -> None:
+        for name in chosen:
+            save(analysis.shown.figures[name](), folder, name, captions_inside)
+
+    names = [*analysis.shown.figures]
+    rest = second_process(lambda: draw(names[1::2]), worth=len(names) > 1)
+    draw(names[::2])
+    rest()
+    write_json(folder / "summary.json", analysis.summary)  # the last file: it says that the run is finished
     return analysis
 
 

@@ -81,10 +81,10 @@ class Count:
 
 
 class Plain:
-    """One line every `every` seconds during a stage, and one at its end."""
+    """One line every `every` seconds during a stage, and one at its end; each line starts with `head`."""
 
-    def __init__(self, stream: IO[str] | None = None, every: float = 10.0) -> None:
-        self._stream, self._every = stream or sys.stderr, every
+    def __init__(self, stream: IO[str] | None = None, every: float = 10.0, head: str = "") -> None:
+        self._stream, self._every, self._head = stream or sys.stderr, every, head
         self._name, self._round = "", ""
         self._stage, self._run = Count(), Count()
         self._known: set[str] = set()
@@ -151,7 +151,7 @@ class Plain:
 
     def _say(self, text: str) -> None:
         try:
-            print(visible(text), file=self._stream, flush=True)
+            print(visible(self._head + text), file=self._stream, flush=True)
         except OSError:  # a full disk or a closed pipe behind stderr is no reason to stop the run
             self._stream = io.StringIO()
 
