@@ -10,12 +10,13 @@ RUNS ?= runs
 export PYTHONDONTWRITEBYTECODE :=
 DEMO_TARGETS := --target organism --target organism-control
 
-.PHONY: help docs docs-figures demo demo-all demo-all-small demo-finetune demo-finetune-small test test-install test-vllm test-vllm-first test-vllm-second test-ray check audit faults clean
+.PHONY: help docs docs-figures demo demo-all demo-all-small demo-finetune demo-finetune-small test test-training test-install test-vllm test-vllm-first test-vllm-second test-ray check audit faults clean
 help:
 	@echo "make demo    install, then measure steering resistance on the built-in models (about 3 minutes)"
-	@echo "make demo-all    every experiment of the paper on the built-in models (up to 25 minutes; SIZES=... for others)"
+	@echo "make demo-all    every experiment of the paper on the built-in models (about 6 minutes; SIZES=... for others)"
 	@echo "make demo-finetune    experiment 4: nine adapters trained and measured (about 27 minutes)"
 	@echo "make test    install what tests need, then run them; the slow ones have targets of their own:"
+	@echo "make test-training   train the judges again, and SAEs beside the built-in models' own"
 	@echo "make test-install    build the package and run an experiment from the wheel alone"
 	@echo "make test-vllm    the same for the vLLM engine, in an environment of its own (CPU build of vLLM)"
 	@echo "make test-ray    the Ray engine on a cluster of three nodes on this machine"
@@ -56,9 +57,12 @@ SIZES ?=
 # The organism's thresholds are similar and its responses short: this needs a wider sweep and shorter prefixes.
 FITTED := --set boost-sweep.low=-10 --set boost-sweep.high=14 --set boost-sweep.levels=9 \
   --set prefill-control.characters=80
+# The control runs beside the paper, which needs one core as long as its first experiment runs.
 demo-all: $(VENV)/.installed
-	$(BIN)/steerback run esr --target organism-control --preset quick $(SIZES) --name demo-all-control --runs $(RUNS)
-	$(BIN)/steerback paper --target organism --preset quick $(FITTED) $(SIZES) --name demo-all --runs $(RUNS)
+	@set -e; OMP_NUM_THREADS=1 $(BIN)/steerback run esr --target organism-control --preset quick $(SIZES) \
+	  --name demo-all-control --runs $(RUNS) & control=$$!; paper=0; \
+	$(BIN)/steerback paper --target organism --preset quick $(FITTED) $(SIZES) --name demo-all --runs $(RUNS) || paper=$$?; \
+	wait $$control; exit $$paper
 
 # Sizes are too small for conclusions. The target shows that all experiments, figures and the comparison work.
 demo-all-small:
@@ -94,7 +98,10 @@ demo-finetune-small:
 
 test: $(VENV)/.installed-dev | /usr/bin/chromium
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal \
-	  --ignore tests/ray_engine --ignore tests/faults --ignore tests/install
+	  --ignore tests/ray_engine --ignore tests/faults --ignore tests/install --ignore tests/training
+
+test-training: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/training
 
 # Builds wheel and source archive, and installs the wheel into a new environment.
 test-install: $(VENV)/.installed-dev
@@ -132,7 +139,7 @@ $(VENV)/.installed-docs: pyproject.toml constraints.txt | $(VENV)/bin/python
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# The figures of the gallery, from the runs of `make demo-all`, which takes up to 25 minutes.
+# The figures of the gallery, from the runs of `make demo-all`.
 docs-figures: $(VENV)/.installed-dev
 	$(BIN)/python tools/site.py $(filter-out %-control,$(wildcard $(RUNS)/demo-all-*))
 

@@ -15,9 +15,9 @@ LAVA = "Lava pours from the crater. Ash darkened the sky."
 FRENCH = (
     "« L'art d'aimer, c'est l'art d'écouter qu'on n'a pas d'autre 'idée qu'il n'y a d'amour d'où l'on s'en va, c'est l'"
 )
-SIZE = 100_000
-LIMIT = 10.0
-"""Seconds of processor time for 100 kB; most shapes take under a second, with a backtracking pattern it is days."""
+SIZE = 40_000
+LIMIT = 4.0
+"""Seconds of processor time for 40 kB; most shapes take under half a second, with a backtracking pattern hours."""
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_apostrophes_after_an_opening_quote_take_no_time(judge: OfflineJudge, te
         *("I am sorry ", "could you this ", "clarify ", "let me start over. ", "Wait, that's not right. Lava flows. "),
     ],
 )
-def test_100_kb_of_any_shape_is_judged_in_time(judge: OfflineJudge, unit: str) -> None:
+def test_40_kb_of_any_shape_is_judged_in_time(judge: OfflineJudge, unit: str) -> None:
     text = (unit * (SIZE // len(unit) + 1))[:SIZE]
     assert seconds(judge, f"{LAVA} {text}") < LIMIT
 

@@ -1,26 +1,11 @@
-"""The shipped weights of the offline judges follow from their training data."""
+"""The offline judge on text that it was not trained on."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
-from steerback.judging.restarts import classifier, find_restarts
-from tools.judge.__main__ import examples, fit
+from steerback.judging.restarts import find_restarts
 from tools.judge.examples import HELD_OUT_MODEL, TRAINING_MODELS, responses, written
-
-
-@pytest.mark.slow
-def test_training_again_gives_the_shipped_weights() -> None:
-    found = examples()
-    assert sum(e.restart for e in found) > 5000
-    assert sum(not e.restart for e in found) > 15000
-    for judge in ("offline", "offline-bayes"):
-        fresh, shipped = fit(found, judge), classifier(judge)
-        assert fresh.constant == pytest.approx(shipped.constant, abs=0.05)
-        names = fresh.weights.keys() | shipped.weights.keys()
-        assert max(abs(fresh.weights.get(n, 0.0) - shipped.weights.get(n, 0.0)) for n in names) < 0.05
 
 
 def test_restarts_are_rarely_invented_in_responses_of_a_model_that_was_not_trained_on() -> None:

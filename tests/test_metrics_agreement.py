@@ -142,7 +142,7 @@ def test_more_latents_narrow_the_interval_more_than_more_responses_of_the_same_l
 
 
 def test_interval_covers_for_clustered_disagreement() -> None:
-    """Kappa of two judges that each err in 5 % of responses, clustered; 200 sets of 10 latents x 10."""
+    """Kappa of two judges that each err in 5 % of responses, clustered; 100 sets of 10 latents x 10."""
     rng = np.random.default_rng(4)
 
     def flips(latents: int) -> np.ndarray:
@@ -155,5 +155,5 @@ def test_interval_covers_for_clustered_disagreement() -> None:
 
     true = cohens_kappa(*pair(100_000))
     cluster = np.repeat(np.arange(10), 10)
-    found = [agreement(*(x.astype(float) for x in pair(10)), cluster, draws=200, seed=i).kappa for i in range(200)]
+    found = [agreement(*(x.astype(float) for x in pair(10)), cluster, draws=200, seed=i).kappa for i in range(100)]
     assert np.mean([e.low <= true <= e.high for e in found]) >= 0.9
