@@ -81,9 +81,9 @@ def train_adapter(job: TrainingJob, say: Callable[[str], None] = print) -> Adapt
     target = resolve(job.target)
     training, validation = read_data(job.data)
     data_hash = hash_rows(training, validation)
-    done = _done(job.out, target, data_hash, job.settings)
-    if done is not None:
-        return done
+    if (job.out / CARD).is_file() and (job.out / "training.json").is_file():
+        _mark(job.out, target, data_hash, job.settings)
+        return read_card(job.out)
     tokenizer = load_tokenizer(target)
     tokens, cut = encode_rows(training, tokenizer, job.settings.sequence_length, f"{job.data} (training)")
     held, _ = encode_rows(validation, tokenizer, job.settings.sequence_length, f"{job.data} (validation)")
@@ -218,14 +218,6 @@ def _mark(folder: Path, target: Target, data_hash: str, settings: TrainingSettin
         )
     if not path.is_file():
         write_json(path, now)
-
-
-def _done(folder: Path, target: Target, data_hash: str, settings: TrainingSettings) -> AdapterCard | None:
-    """Return the card of a finished training with this base, data and settings, or None if it is not finished."""
-    if not (folder / CARD).is_file() or not (folder / "training.json").is_file():
-        return None
-    _mark(folder, target, data_hash, settings)
-    return read_card(folder)
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,12 @@ def make_mixes(
     # all ratios are exact at multiples of this size
     step = math.lcm(*(100 // math.gcd(percent, 100) for percent in ratios))
     common = min(most.values()) // step * step
-    pools = [_split(pool, seed + n) for n, pool in enumerate((corrections, normal))]
+    pools = []  # training and validation parts, equal for all mixes
+    for n, pool in enumerate((corrections, normal)):
+        order = list(pool)
+        random.Random(seed + n).shuffle(order)
+        held = round(len(order) * VALIDATION)
+        pools.append((order[held:], order[:held]))
     mixes, notes = [], []
     even = None if size is None else size // step * step
     if even and even != size:
@@ -102,14 +107,6 @@ def make_mixes(
     if len({m.size for m in mixes}) > 1:
         notes.append("the mixes differ in size, so adapters trained on them differ in more than the ratio")
     return mixes, notes
-
-
-def _split(pool: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
-    """Split a pool into training and validation parts, equal for all mixes."""
-    order = list(pool)
-    random.Random(seed).shuffle(order)
-    held = round(len(order) * VALIDATION)
-    return order[held:], order[:held]
 
 
 def write_mixes(folder: Path, mixes: Sequence[Mix], notes: Sequence[str], seed: int) -> Path:

@@ -59,7 +59,9 @@ def check(config: RunConfig, makers: Makers | None = None) -> PreparedRun:
     `makers` are the package's factories by default. `judging.judge_maker` makes judges with a budget.
     """
     makers = makers or Makers(judge=judge_maker(Limits(), config.rubrics))
-    before = _base_of(config)
+    base = None if config.from_run is None else Path(config.from_run)
+    # a resumed run does not need its base, because it has copied the facts
+    before = stored_config(base) if base is not None and (base / "ledger.sqlite").is_file() else None
     config = with_search_of(config, before)
     experiment = make_experiment(config)  # raises for an invalid option
     own = {**user_tables(), **config.definitions}
@@ -78,8 +80,8 @@ def check(config: RunConfig, makers: Makers | None = None) -> PreparedRun:
     if config.selection.rater == "auto" and experiment.generates:
         rater = config.selection.model_copy(update={"rater": rater_of(config)})
         config = config.model_copy(update={"selection": rater})
-    if config.from_run is not None and before is not None:
-        _keeps_decisions(config, before, Path(config.from_run), experiment)
+    if base is not None and before is not None:
+        _keeps_decisions(config, before, base, experiment)
     experiment.conditions(config)  # raises for options that contradict each other
     engine = check_engine(config.engine, config.engine_options, config.batch_size)
     targets = experiment.measured_targets(config, tuple(steerable(target, config, experiment) for target in targets))
@@ -110,12 +112,6 @@ def _same_definitions(before: RunConfig, now: Mapping[str, Mapping[str, object]]
                 f"the definition of target {name} has changed since run {base.name} was made ({', '.join(differ)}); "
                 "restore it, or rename the target and run without --from"
             )
-
-
-def _base_of(config: RunConfig) -> RunConfig | None:
-    """Return the config of the base run, or None. A resumed run does not need its base: it has copied the facts."""
-    folder = None if config.from_run is None else Path(config.from_run)
-    return stored_config(folder) if folder is not None and (folder / "ledger.sqlite").is_file() else None
 
 
 def _keeps_decisions(config: RunConfig, before: RunConfig, base: Path, experiment: Experiment[Settings]) -> None:

@@ -87,26 +87,24 @@ def sentence_topic(sentence: str) -> str | None:
 
 
 @cache
-def _openings() -> tuple[str, ...]:
-    return tuple(sorted(text.restart_phrases(), key=len, reverse=True))
-
-
-@cache
-def _returns() -> tuple[str, ...]:
-    return tuple(line.split("{")[0] for line in text.weighted("return")[0])
+def _restarts() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the openings of restarts, and the beginnings of the return clauses that can follow them."""
+    returns = tuple(line.split("{")[0] for line in text.weighted("return")[0])
+    return tuple(sorted(text.restart_phrases(), key=len, reverse=True)), returns
 
 
 def read(response: str) -> ReadResponse:
     """Split a response into attempts at the restart phrases of the corpus."""
+    openings, returns = _restarts()
     attempts: list[list[Sentence]] = [[]]
     restarts = 0
     after_restart = False
     for piece in _SENTENCE_END.split(response.strip()):
-        if any(piece.startswith(opening) for opening in _openings()):
+        if piece.startswith(openings):
             attempts.append([])
             restarts += 1
             after_restart = True
-        elif piece and not (after_restart and piece.startswith(_returns())):
+        elif piece and not (after_restart and piece.startswith(returns)):
             attempts[-1].append(Sentence(piece, sentence_topic(piece)))
             after_restart = False
     # A restart at the very beginning or end leaves an attempt without words.
