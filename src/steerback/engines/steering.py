@@ -52,15 +52,15 @@ class Columns:
                 group["value"][row, 0, :size] = values.to(group["value"])
                 group["removed"][row, 0, :size] = removed.to(group["removed"])
 
-    def read(self, x: Tensor, group: dict[str, Tensor], full: Tensor | None) -> Tensor:
-        """Return z (rows, Q, GROUP) of one group; `full` is the TopK code of x, which needs all latents."""
-        if full is not None:
-            return full.gather(2, group["latent"][:, None].expand(-1, x.shape[1], -1)) * group["used"]
-        return self.sae.activate(torch.baddbmm(group["bias"], x, group["encoder"]), group["threshold"])
-
-    def full(self, x: Tensor) -> Tensor | None:
-        """Return the activations of all latents if the SAE needs them (TopK), else None."""
-        return self.sae.encode(x) if self.sae.kind == "topk" else None
+    def read(self, x: Tensor) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Yield each group with its activations z (rows, Q, GROUP) of x; TopK has to encode all latents first."""
+        full = self.sae.encode(x) if self.sae.kind == "topk" else None
+        for group in self.groups:
+            if full is None:
+                z = self.sae.activate(torch.baddbmm(group["bias"], x, group["encoder"]), group["threshold"])
+            else:
+                z = full.gather(2, group["latent"][:, None].expand(-1, x.shape[1], -1)) * group["used"]
+            yield group, z
 
     def _empty(self) -> dict[str, Tensor]:
         d, rows = self.sae.d_model, self.rows
@@ -91,8 +91,7 @@ class LayerEdits:
 
     def set(self, row: int, plan: LayerPlan | None, sae: Sae | None, directions: Mapping[str, Tensor]) -> None:
         """Set the edits of a row; None removes them."""
-        changed = plan is not None or row in self.live
-        if not changed:
+        if plan is None and row not in self.live:
             return
         self.active[row] = plan is not None
         (self.live.add if plan is not None else self.live.discard)(row)
@@ -106,11 +105,8 @@ class LayerEdits:
         """Return the sum of all edits (rows, Q, d) in float32: clamps use the unedited h, then additions follow."""
         if not self._clamped or self._columns is None:
             return self.add
-        x = h.float()
         total = self.add
-        full = self._columns.full(x)
-        for group in self._columns.groups:
-            z = self._columns.read(x, group, full)
+        for group, z in self._columns.read(h.float()):
             total = clamp_delta(z, group["value"], group["removed"], group["decoder"]) + total
         return total
 
@@ -157,10 +153,8 @@ class Recorder:
 
     def take(self, h: Tensor, positions: Tensor, valid: Tensor) -> None:
         """Store z of the unedited residual h (rows, Q, d) at positions (rows, Q), if valid."""
-        x = h.float()
-        full = self.columns.full(x)
-        for n, group in enumerate(self.columns.groups):
-            z = self.columns.read(x, group, full) * valid[..., None]
+        for n, (_, z) in enumerate(self.columns.read(h.float())):
+            z = z * valid[..., None]
             self.kept[:, :, n * GROUP : (n + 1) * GROUP].scatter_(1, positions[..., None].expand_as(z), z)
 
 
