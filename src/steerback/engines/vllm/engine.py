@@ -209,11 +209,7 @@ class VllmEngine:
 
         def submit(requests: Sequence[Request]) -> None:
             nonlocal count
-            asked = [
-                (jobs.job_of(*one, self.settings, self._loaded), one[1])
-                for one in checked(requests, self.settings.site)
-            ]
-            for job, request in asked:
+            for request, job in zip(requests, self._check(requests), strict=True):
                 future = self._drivers[count % len(self._drivers)].submit(job)
                 running.add(future)
                 count += 1
@@ -282,6 +278,9 @@ class VllmEngine:
             receipt=Receipt() if entry is None else Receipt(entry["prompt"], entry["generated"], entry["norm"]),
             activations=activations,
         )
+
+    def _check(self, requests: Sequence[Request]) -> list[VllmJob]:
+        return [jobs.job_of(*one, self.settings, self._loaded) for one in checked(requests, self.settings.site)]
 
     # ---- activations
 
