@@ -1,6 +1,6 @@
 """Ray engine: completions per second through the driver, memory, overhead, and speed of two GPUs against one.
 
-    python benchmarks/ray_engine.py throughput      # 64 workers with the scripted engine, 200,000 requests
+    python benchmarks/ray_engine.py throughput      # 64 workers with the scripted engine, simulated in 4 processes
     python benchmarks/ray_engine.py overhead        # one worker at 100 completions a second, with Ray and without
     python benchmarks/ray_engine.py gpu TARGET      # one engine, two workers, and replicas=2; or: gpu TARGET KIND ...
 
@@ -23,16 +23,22 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
+import ray
 
 from steerback.engines import check_engine, make_engine
+from steerback.engines.options import EngineOptions
+from steerback.engines.ray import engine as ray_engine
+from steerback.engines.ray.actor import EngineActor
+from steerback.engines.ray.workers import Worker, Workers
 from steerback.engines.scripted import PlantedModel
 from steerback.records import Intervention, Request, Sampling
 from steerback.targets import Target, resolve, user_tables
 
 OUT = Path(__file__).parent / "results" / "ray_engine.json"
-WORKERS, REQUESTS, GPU_REQUESTS = 64, 200_000, 2_048
+WORKERS, PROCESSES, REQUESTS, GPU_REQUESTS = 64, 4, 200_000, 2_048
 
 
 class Planned(Sequence[Request]):
@@ -62,6 +68,70 @@ class Paced:
         return self.model(request)
 
 
+class Host:
+    """Several workers in one process, because 64 processes take minutes to start on a machine of two cores.
+
+    Each worker is an `EngineActor` with a separate engine, and the driver sends it the messages of a separate process.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        self.workers = [EngineActor(*arguments) for _ in range(WORKERS // PROCESSES)]
+
+    async def load(self, number: int) -> Any:
+        return await self.workers[number].load()
+
+    async def generate(self, number: int, requests: Sequence[Request]) -> Any:
+        async for batch in self.workers[number].generate(requests):
+            yield batch
+
+    async def close(self, number: int) -> None:
+        await self.workers[number].close()
+
+
+@dataclass(frozen=True)
+class Call:
+    """A method of one worker of a host, in place of Ray's handle of the method."""
+
+    method: Any
+    number: int
+
+    def options(self, **options: Any) -> Call:
+        return Call(self.method.options(**options), self.number)
+
+    def remote(self, *arguments: Any) -> Any:
+        return self.method.remote(self.number, *arguments)
+
+
+@dataclass(frozen=True)
+class Seat:
+    """One worker of a host, in place of Ray's handle of an actor."""
+
+    host: Any
+    number: int
+
+    def __getattr__(self, method: str) -> Call:
+        return Call(getattr(self.host, method), self.number)
+
+
+class Simulated(Workers):
+    """Workers of which `WORKERS // PROCESSES` share one process."""
+
+    def start(self, options: EngineOptions | None = None) -> None:
+        place = self._started % (WORKERS // PROCESSES)
+        if place == 0:
+            arguments = self._make, self.target, options or self.options.inner, self._directions
+            self.host = ray.remote(Host).options(num_cpus=0, max_concurrency=1000).remote(*arguments)
+        self._started += 1
+        seat: Any = Seat(self.host, place)
+        self.workers.append(Worker(self._started, seat, seat.load.remote(), options or self.options.inner))
+
+    def close(self) -> None:
+        for worker in self.workers:
+            if worker.actor.number == 0:
+                ray.kill(worker.actor.host)
+        self.workers.clear()
+
+
 async def drained(engine: Any, requests: Sequence[Request], each: Callable[[int], None] = lambda n: None) -> int:
     tokens = 0
     count = 0
@@ -74,9 +144,7 @@ async def drained(engine: Any, requests: Sequence[Request], each: Callable[[int]
 
 
 def throughput() -> dict[str, object]:
-    import ray
-
-    ray.init(num_cpus=WORKERS, log_to_driver=False, include_dashboard=False)
+    ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
     memory: dict[int, float] = {}
 
     def look(n: int) -> None:
@@ -84,21 +152,24 @@ def throughput() -> dict[str, object]:
             memory[n] = round(psutil.Process().memory_info().rss / 2**20, 1)
 
     started = time.perf_counter()
-    with closing(
-        make_engine(resolve("organism"), check_engine("ray", {"engine": "scripted", "workers": WORKERS}))
-    ) as engine:
+    options = check_engine("ray", {"engine": "scripted", "workers": WORKERS})
+    with patch.object(ray_engine, "Workers", Simulated), closing(make_engine(resolve("organism"), options)) as engine:
         while len(engine.pool.ready(wait=5.0)) < WORKERS:  # type: ignore[attr-defined]
             pass
         ready = time.perf_counter() - started
         gc.collect()
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         asyncio.run(drained(engine, Planned(REQUESTS), look))
-        took = time.perf_counter() - started
+        took, used = time.perf_counter() - started, time.process_time() - used
     return {
         "workers": WORKERS,
+        "simulated": f"{WORKERS} workers with a scripted engine each, in {PROCESSES} processes of one machine",
         "requests": REQUESTS,
         "seconds_until_all_workers_are_ready": round(ready, 1),
         "completions_per_second": round(REQUESTS / took),
+        "driver_processor_seconds": round(used, 1),
+        "completions_per_processor_second_of_the_driver": round(REQUESTS / used),
+        "load_average": psutil.getloadavg()[0],
         "driver_mib_after": memory,
     }
 

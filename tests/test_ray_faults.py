@@ -22,7 +22,7 @@ class Pool(Workers):
     def start(self, options: EngineOptions | None = None) -> None:
         options = options or self.options.inner
         actor = SimpleNamespace(ping=SimpleNamespace(remote=lambda: "ping"))
-        loaded = LoadedWorker("node", "f", None, {}, None, 8, False)  # type: ignore[arg-type]
+        loaded = LoadedWorker("node", "f", None, {}, None, 8)  # type: ignore[arg-type]
         self.workers.append(Worker(len(self.workers) + 1, actor, "load", options, loaded))
 
     def _end(self, worker: Worker, gently: bool = False) -> None:

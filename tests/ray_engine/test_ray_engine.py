@@ -20,6 +20,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from planted import Held
 from steerback.config import build_config
 from steerback.engines import check_engine, make_engine
 from steerback.engines.options import RayOptions, TransformersOptions
@@ -34,6 +35,8 @@ from steerback.store.ledger import Ledger
 from steerback.targets import Target, resolve
 
 KILLS = 20
+PRIOR = resolve("organism").boost_prior
+PLANTED = PlantedModel(threshold=PRIOR.mean, slope=PRIOR.sd / 5)
 SMALL = (
     "n_latents=3",
     "trials_per_latent=4",
@@ -171,6 +174,85 @@ def test_the_ledger_equals_that_of_one_machine(cluster: Cluster, tmp_path: Path,
     got = run(tmp_path / "ray", Makers(), "ray", {"engine": inner, "workers": 3}, judge)
     assert got == expected
     assert len(expected["judgements"]) > 30
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A planted model whose response to request `first` waits until the response to `until` is written.
+
+    The two meet at a named pipe, because they are written by different processes.
+    """
+
+    pipe: Path | None = None
+    first: str = ""
+    until: str = ""
+    model: PlantedModel = PLANTED
+
+    def __call__(self, request: Request) -> str:
+        if self.pipe is not None and request.key in (self.first, self.until):
+            with self.pipe.open("rb" if request.key == self.first else "wb"):
+                """Open once both are there."""
+        return self.model(request)
+
+
+def test_each_latent_advances_when_its_own_round_is_judged(cluster: Cluster, tmp_path: Path) -> None:
+    """A response of latent 0 and a verdict of latent 1 wait for the last round of latent 2; the ledger is the same."""
+    expected = run(tmp_path / "alone", Makers(), "scripted", {"script": Waiting()})
+    zero, one, two = (f"organism/calibration/threshold/{n}" for n in (0, 10_000, 20_000 + 3 * 6 - 1))
+    os.mkfifo(pipe := tmp_path / "pipe")
+    judge = Held(one, two)
+    # one open request for each worker, so that no other request waits behind the one that is held back
+    options = {"engine": "scripted", "workers": 2, "in_flight": 1, "options": {"script": Waiting(pipe, zero, two)}}
+    assert run(tmp_path / "ray", Makers(judge=lambda _: judge), "ray", options) == expected
+    assert judge.arrived.is_set()
+
+
+def test_requests_of_several_calls_join_the_batches_of_a_worker(cluster: Cluster) -> None:
+    """Responses equal those of one call, and an error of one call leaves the worker as good as before."""
+    alone = make_engine(resolve("organism"), check_engine("transformers", {"workers": 1}))
+    engine = made([], workers=1)
+    asked = requests(30)
+    parts = [asked[:3], asked[3:20], asked[20:]]
+
+    async def together() -> dict[str, Completion]:
+        found: dict[str, Completion] = {}
+
+        async def one(part: list[Request]) -> None:
+            async for key, completion in engine.generate(part):
+                found[key] = completion
+
+        await asyncio.gather(*map(one, parts))
+        return found
+
+    async def arriving() -> dict[str, Completion]:
+        later = iter(parts[1:])
+        found: dict[str, Completion] = {}
+
+        async def more() -> list[Request] | None:
+            return next(later, None)
+
+        async for key, completion in engine.generate(parts[0], more):
+            found[key] = completion
+        return found
+
+    impossible = iter([[replace(asked[0], key="x", sampling=Sampling(max_new_tokens=10**6))]])
+
+    async def refused() -> list[Request] | None:
+        return next(impossible, None)
+
+    async def fails() -> None:
+        async for _ in engine.generate(asked[:2], refused):
+            pass
+
+    try:
+        expected = gathered(alone, asked)
+        assert asyncio.run(together()) == asyncio.run(arriving()) == expected
+        with pytest.raises(SteerbackError, match="context"):
+            asyncio.run(fails())
+        assert gathered(engine, asked[:5]) == {r.key: expected[r.key] for r in asked[:5]}
+    finally:
+        engine.close()
+        alone.close()
 
 
 class Saboteur(RayEngine):

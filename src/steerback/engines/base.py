@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path
@@ -114,20 +114,6 @@ class Rereads(Engine, Protocol):
         Shape (prompt tokens + fed-back tokens, recorded latents), as in `Completion.activations`.
         """
         ...
-
-
-async def in_waves(
-    generate: Callable[[Sequence[Request]], AsyncGenerator[tuple[str, Completion]]],
-    requests: Sequence[Request],
-    more: Arriving | None,
-) -> AsyncIterator[tuple[str, Completion]]:
-    """Call `generate` once for each group of requests, for an engine that cannot take new requests while it runs."""
-    wave: Sequence[Request] | None = requests
-    while wave is not None:
-        async with contextlib.aclosing(generate(wave)) as answers:
-            async for done in answers:
-                yield done
-        wave = None if more is None else await more()
 
 
 def finish(work: Coroutine[object, None, Result]) -> Result:

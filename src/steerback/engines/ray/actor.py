@@ -9,9 +9,8 @@ import asyncio
 import contextlib
 import platform
 import socket
-import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -33,6 +32,8 @@ EngineMaker = Callable[["Target", EngineOptions, "Mapping[str, Tensor] | None"],
 """`engines.make_engine`; passed as an argument because that module imports this one."""
 Batch = tuple[str, list[tuple[str, Completion]]]
 """The worker's fingerprint, and the (request key, completion) pairs that were generated under it."""
+Answers = asyncio.Queue["tuple[str, Completion] | BaseException"]
+"""Queue of the answers to one call."""
 BATCH_SIZE, BATCH_SECONDS = 32, 0.05
 """Limits of a batch of completions. Messages are batched because one message costs more than a short completion."""
 PACKAGES = ("steerback", "torch", "transformers", "vllm", "numpy")
@@ -42,7 +43,7 @@ PACKAGES = ("steerback", "torch", "transformers", "vllm", "numpy")
 class LoadedWorker:
     """Identity of a worker: its machine, its engine's record and fingerprint, and its package versions.
 
-    `rows` is the number of requests that decode together. `continuous` engines accept new requests while others decode.
+    `rows` is the number of requests that decode together.
     """
 
     node: str
@@ -51,17 +52,23 @@ class LoadedWorker:
     versions: dict[str, str]
     site: Site | None
     rows: int
-    continuous: bool
 
 
 class EngineActor:
-    """A loaded engine that Ray can call; call `load` first."""
+    """A loaded engine that Ray can call; call `load` first.
+
+    All open requests share one `generate` of the engine, so that the requests of a later call join its batches.
+    """
 
     def __init__(
         self, make: EngineMaker, target: Target, options: EngineOptions, directions: Mapping[str, Tensor] | None
     ) -> None:
         self._make, self._target, self._options, self._directions = make, target, options, directions
-        # A transformers engine decodes one list of requests at a time, so the next list waits in the worker.
+        self._arrived: list[Request] = []
+        self._open: dict[str, tuple[str, Answers]] = {}
+        self._changed = asyncio.Event()
+        self._work: asyncio.Task[None] | None = None
+        # A transformers engine cannot read activations while it decodes.
         self._turn: contextlib.AbstractAsyncContextManager[object] = contextlib.nullcontext()
         if isinstance(options, TransformersOptions):
             self._turn = asyncio.Semaphore(1)
@@ -82,8 +89,7 @@ class EngineActor:
             record=self.engine.describe(),
             versions={"python": platform.python_version(), **{name: v for name in PACKAGES if (v := _version(name))}},
             site=getattr(runner or settings, "site", None),
-            rows=getattr(shape, "rows", 64),
-            continuous=not isinstance(self._options, TransformersOptions),
+            rows=getattr(shape, "rows", 64) * getattr(self.engine, "workers", 1),
         )
 
     async def ping(self) -> bool:
@@ -92,16 +98,54 @@ class EngineActor:
 
     async def generate(self, requests: Sequence[Request]) -> AsyncIterator[Batch]:
         """Yield batches of completions; see `Engine.generate`."""
-        ready: list[tuple[str, Completion]] = []
-        sent = time.monotonic()
-        async with self._turn:
-            async for one in self.engine.generate(requests):
-                ready.append(one)
-                if len(ready) >= BATCH_SIZE or time.monotonic() - sent > BATCH_SECONDS:
-                    yield self.engine.fingerprint, ready
-                    ready, sent = [], time.monotonic()
-        if ready:
-            yield self.engine.fingerprint, ready
+        answers: Answers = asyncio.Queue()
+        for request in requests:
+            key = request.key
+            while key in self._open:  # still decodes for a driver that no longer waits for it
+                key += "+"
+            self._open[key] = request.key, answers
+            self._arrived.append(replace(request, key=key))
+        self._changed.set()
+        if self._work is None:
+            self._work = asyncio.create_task(self._answer())
+        waiting = len(requests)
+        while waiting:
+            ready = [await answers.get()]
+            if answers.qsize() + 1 < min(waiting, BATCH_SIZE):
+                await asyncio.sleep(BATCH_SECONDS)
+            ready += [answers.get_nowait() for _ in range(min(answers.qsize(), BATCH_SIZE - 1))]
+            waiting -= len(ready)
+            for one in ready:
+                if isinstance(one, BaseException):
+                    raise one
+            yield self.engine.fingerprint, [one for one in ready if not isinstance(one, BaseException)]
+
+    async def _answer(self) -> None:
+        """Answer open requests until none is left; an error is the answer to all of them."""
+        try:
+            async with self._turn:
+                while self._open:
+                    first, self._arrived = self._arrived, []
+                    async for key, completion in self.engine.generate(first, self._arriving):
+                        name, answers = self._open.pop(key)
+                        answers.put_nowait((name, completion))
+                        self._changed.set()
+        except BaseException as error:
+            for _, answers in self._open.values():
+                answers.put_nowait(error)
+            self._open.clear()
+            self._arrived.clear()
+            raise
+        finally:
+            self._work = None
+
+    async def _arriving(self) -> list[Request] | None:
+        """Wait for further requests; None if all are answered, so that an idle engine releases its batches."""
+        while self._open and not self._arrived:
+            self._changed.clear()
+            await self._changed.wait()
+        arrived, self._arrived = self._arrived, []
+        return arrived or None
 
     async def activations(
         self,

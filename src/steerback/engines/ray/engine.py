@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from steerback.engines.base import Arriving, EngineRecord, in_waves
+from steerback.engines.base import Arriving, EngineRecord
 from steerback.engines.checks import checked
 from steerback.engines.options import RayOptions
 from steerback.engines.ray.actor import Batch, EngineMaker
@@ -63,20 +64,14 @@ class RayEngine:
         """Return the record of the first worker's engine."""
         return self._record
 
-    def generate(
+    async def generate(
         self, requests: Sequence[Request], more: Arriving | None = None
     ) -> AsyncIterator[tuple[str, Completion]]:
         """Yield (key, completion) in completion order; requests of a worker that dies are sent to other workers.
 
         If `attempts` workers die with a request, it gets an empty completion with finish "error".
         """
-        return in_waves(self._generate, requests, more)
-
-    async def _generate(self, requests: Sequence[Request]) -> AsyncGenerator[tuple[str, Completion]]:
-        if (known := self.pool.reference) is not None and known.site is not None:
-            for _ in checked(requests, known.site):
-                pass
-        deal = Deal(self.pool, self.options, requests)
+        deal = Deal(self.pool, self.options, requests, more)
         try:
             async for done in deal.completions():
                 yield done
@@ -152,48 +147,87 @@ class RayEngine:
         return worker if worker.open < 2 else None
 
 
+@dataclass(frozen=True, slots=True)
+class Event:
+    """An answer to a call of a worker: completions, or the error that ended it."""
+
+    worker: Worker
+    requests: Sequence[Request]
+    answer: Batch | BaseException
+
+
 class Deal:
     """Requests of one call of `generate`: distribution to workers and collection of answers."""
 
-    def __init__(self, pool: Workers, options: RayOptions, requests: Sequence[Request]) -> None:
+    def __init__(
+        self, pool: Workers, options: RayOptions, requests: Sequence[Request], more: Arriving | None = None
+    ) -> None:
         self.pool, self.options = pool, options
-        self.waiting = deque(requests)
+        self.waiting: deque[Request] = deque()
         self.last_tries: deque[Request] = deque()
         self._alone: dict[Worker, str] = {}  # workers with a single request on its last attempt
-        self.unanswered = {request.key for request in requests}
+        self.unanswered: set[str] = set()
         self.tries = Counter[str]()
-        self.inbox: asyncio.Queue[tuple[Worker, Sequence[Request], Batch | BaseException | None]] = asyncio.Queue()
+        self.inbox: asyncio.Queue[Event | Sequence[Request] | None] = asyncio.Queue()
         self.tasks: set[asyncio.Task[None]] = set()
+        self._add(requests)
+        self._listening = None if more is None else asyncio.create_task(self._listen(more))
         self._looked = 0.0
         self._ready: list[Worker] = []
         self._said = time.monotonic()
 
     async def completions(self) -> AsyncIterator[tuple[str, Completion]]:
         """Yield each request's completion once."""
-        while self.unanswered:
+        while self.unanswered or self._listening is not None:
             self._look()
             self._send()
             try:
-                worker, part, event = await asyncio.wait_for(self.inbox.get(), POLL)
+                event = await asyncio.wait_for(self.inbox.get(), POLL)
             except TimeoutError:
                 continue
-            if isinstance(event, tuple):
-                fingerprint, batch = event
-                self.pool.noted(worker, fingerprint, len(batch))
-                for key, completion in batch:
-                    if key in self.unanswered:  # false if a worker answers after it was abandoned
-                        self.unanswered.remove(key)
-                        worker.open -= 1
-                        yield key, completion
-            elif event is not None:
-                for done in self._failed(worker, part, event):
+            if isinstance(event, Event):
+                for done in self._taken(event):
                     yield done
+            elif event is not None:
+                self._add(event)
+            elif self._listening is not None:
+                await self._listening  # raises the error of `more`, if any
+                self._listening = None
+
+    def _add(self, requests: Sequence[Request]) -> None:
+        if (known := self.pool.reference) is not None and known.site is not None:
+            for _ in checked(requests, known.site):
+                pass
+        self.waiting.extend(requests)
+        self.unanswered.update(request.key for request in requests)
+
+    async def _listen(self, more: Arriving) -> None:
+        """Put arriving requests into the inbox; None marks the end."""
+        try:
+            while (arrived := await more()) is not None:
+                self.inbox.put_nowait(arrived)
+        finally:
+            self.inbox.put_nowait(None)
+
+    def _taken(self, event: Event) -> Iterator[tuple[str, Completion]]:
+        """Yield the new completions of an answer; resend the open requests of a call that failed."""
+        if isinstance(event.answer, BaseException):
+            yield from self._failed(event.worker, event.requests, event.answer)
+            return
+        fingerprint, batch = event.answer
+        self.pool.noted(event.worker, fingerprint, len(batch))
+        for key, completion in batch:
+            if key in self.unanswered:  # false if a worker answers after it was abandoned
+                self.unanswered.remove(key)
+                event.worker.open -= 1
+                yield key, completion
 
     async def cancel(self) -> None:
         """Stop waiting for workers; their unfinished results are lost."""
-        for task in self.tasks:
+        tasks = [*self.tasks, *([self._listening] if self._listening is not None else ())]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self.tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         for worker in self.pool.workers:
             worker.open = 0
 
@@ -224,7 +258,9 @@ class Deal:
             if worker is None or rooms[worker] <= 0 or (worker.open and not self.waiting):
                 return
             if self.waiting:
-                size = min(rooms[worker], self._piece(worker), len(self.waiting))
+                size = self._piece(worker)
+                if rooms[worker] < size:  # a message for each request would cost more than a short request
+                    return
                 self._hand(worker, [self.waiting.popleft() for _ in range(size)])
             else:
                 request = self.last_tries.popleft()
@@ -240,36 +276,30 @@ class Deal:
         task.add_done_callback(self.tasks.discard)
 
     def _room(self, worker: Worker) -> int:
-        assert worker.loaded is not None
         if self._alone.get(worker) in self.unanswered:
             return 0
-        # Twice the list: one decodes while the next is already in the worker.
-        return (self.options.in_flight or 2 * self._list(worker)) - worker.open
+        return self._limit(worker) - worker.open
 
-    def _list(self, worker: Worker) -> int:
-        """Return the maximum number of requests in one list for a worker."""
+    def _limit(self, worker: Worker) -> int:
+        """Return the maximum number of open requests: as many as decode together, and as many that are next."""
         assert worker.loaded is not None
-        return worker.loaded.rows if worker.loaded.continuous else 4 * worker.loaded.rows
+        return self.options.in_flight or 2 * worker.loaded.rows
 
     def _piece(self, worker: Worker) -> int:
         """Return how many requests to send together; fewer at the end, so that all workers end together."""
-        assert worker.loaded is not None
         share = -(-len(self.waiting) // len(self._ready))
-        longest = self._list(worker)
-        return max(1, min(longest // 8 or 1, -(-share // 2)) if worker.loaded.continuous else min(longest, share))
+        return max(1, min(self._limit(worker) // 8, -(-share // 2)))
 
     async def _ask(self, worker: Worker, part: Sequence[Request]) -> None:
-        """Send requests to a worker; put its answers, and its final status, into the inbox."""
+        """Send requests to a worker; put its answers, or its failure, into the inbox."""
         import ray
 
         try:
             answers = worker.actor.generate.options(num_returns="streaming").remote(part)
             async for reference in answers:
-                self.inbox.put_nowait((worker, part, await reference))
+                self.inbox.put_nowait(Event(worker, part, await reference))
         except ray.exceptions.RayError as error:
-            self.inbox.put_nowait((worker, part, error))
-        else:
-            self.inbox.put_nowait((worker, part, None))
+            self.inbox.put_nowait(Event(worker, part, error))
 
     def _failed(self, worker: Worker, part: Sequence[Request], error: BaseException) -> list[tuple[str, Completion]]:
         """Resend a failed worker's open requests to others; return those that have no attempts left."""
