@@ -144,7 +144,7 @@ async def drained(engine: Any, requests: Sequence[Request], each: Callable[[int]
 
 
 def throughput() -> dict[str, object]:
-    ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
+    ray.init(address="local", num_cpus=2, log_to_driver=False, include_dashboard=False)
     memory: dict[int, float] = {}
 
     def look(n: int) -> None:

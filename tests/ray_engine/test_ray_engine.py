@@ -207,54 +207,6 @@ def test_each_latent_advances_when_its_own_round_is_judged(cluster: Cluster, tmp
     assert judge.arrived.is_set()
 
 
-def test_requests_of_several_calls_join_the_batches_of_a_worker(cluster: Cluster) -> None:
-    """Responses equal those of one call, and an error of one call leaves the worker as good as before."""
-    alone = make_engine(resolve("organism"), check_engine("transformers", {"workers": 1}))
-    engine = made([], workers=1)
-    asked = requests(30)
-    parts = [asked[:3], asked[3:20], asked[20:]]
-
-    async def together() -> dict[str, Completion]:
-        found: dict[str, Completion] = {}
-
-        async def one(part: list[Request]) -> None:
-            async for key, completion in engine.generate(part):
-                found[key] = completion
-
-        await asyncio.gather(*map(one, parts))
-        return found
-
-    async def arriving() -> dict[str, Completion]:
-        later = iter(parts[1:])
-        found: dict[str, Completion] = {}
-
-        async def more() -> list[Request] | None:
-            return next(later, None)
-
-        async for key, completion in engine.generate(parts[0], more):
-            found[key] = completion
-        return found
-
-    impossible = iter([[replace(asked[0], key="x", sampling=Sampling(max_new_tokens=10**6))]])
-
-    async def refused() -> list[Request] | None:
-        return next(impossible, None)
-
-    async def fails() -> None:
-        async for _ in engine.generate(asked[:2], refused):
-            pass
-
-    try:
-        expected = gathered(alone, asked)
-        assert asyncio.run(together()) == asyncio.run(arriving()) == expected
-        with pytest.raises(SteerbackError, match="context"):
-            asyncio.run(fails())
-        assert gathered(engine, asked[:5]) == {r.key: expected[r.key] for r in asked[:5]}
-    finally:
-        engine.close()
-        alone.close()
-
-
 class Saboteur(RayEngine):
     """A Ray engine that has a worker or a node die after a counted number of completions."""
 
