@@ -13,14 +13,15 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Annotated
 
 import typer
 
-from steerback.cli import finetuning, fork, judging, label, labels, plan, results, running, sae, targets, view
-from steerback.cli.help import HELP, HelpGroup
-from steerback.cli.options import USER_FILE, TargetsFile
+from steerback.cli import finetuning, judging, labels, plan, results, running, targets
+from steerback.cli.help import HELP, HelpGroup, RunCommand
+from steerback.cli.options import USER_FILE, TargetsFile, add, new_group
 from steerback.errors import VERSION, SteerbackError, visible
 
 app = typer.Typer(
@@ -130,5 +131,51 @@ def _root(
 ) -> None: ...
 
 
-for module in (running, plan, results, view, fork, judging, label, targets, labels, sae, finetuning):
-    module.register(app)
+COMMANDS: Mapping[str, Callable[..., object]] = {
+    "cross-judge": running.cross_judge,
+    "paper": running.paper,
+    "resume": running.resume,
+    "try": running.try_command,
+    "fork": running.fork,
+    "settings": running.settings_command,
+    "plan": plan.plan,
+    "runs": results.list_runs,
+    "figures": results.figures,
+    "show": results.show,
+    "compare": results.compare,
+    "export": results.export,
+    "import": results.import_command,
+    "merge": results.merge_command,
+    "view": results.view,
+    "judge": judging.judge_command,
+    "judges": judging.list_judges,
+    "doctor": targets.doctor,
+    "fetch-paper-data": labels.fetch_paper_data,
+}
+GROUPS: Mapping[str, tuple[typer.Typer, Mapping[str, Callable[..., object]]]] = {
+    "label": (judging.LABEL, {"draw": judging.draw, "import": judging.import_labels_command}),
+    "targets": (new_group("List the models that can be steered.", targets.targets), {"show": targets.show}),
+    "sae": (
+        new_group("Sparse autoencoders: train one for a model that has none."),
+        {"train": targets.train_sae_command},
+    ),
+    "labels": (
+        new_group("Show, download, import or make labels of latents."),
+        {"show": labels.show, "fetch": labels.fetch, "import": labels.import_command, "auto": labels.auto},
+    ),
+    "directions": (
+        new_group("Make and list named directions, to steer without an SAE."),
+        {"make": labels.make_direction, "show": labels.show_directions},
+    ),
+    "finetune": (
+        new_group("Train adapters on synthetic self-corrections."),
+        {"data": finetuning.data, "mixes": finetuning.mixes, "train": finetuning.train},
+    ),
+}
+add(app, "run", running.run_command, RunCommand)
+for name, verb in COMMANDS.items():
+    add(app, name, verb)
+for name, (group, verbs) in GROUPS.items():
+    for inner, verb in verbs.items():
+        add(group, inner, verb)
+    app.add_typer(group, name=name)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from steerback.cli.options import PROMPTS, Budget, add, new_group, say
+from steerback.cli.options import PROMPTS, Budget, argument, option, say
 from steerback.errors import SteerbackError, unknown
 from steerback.store.files import make_folder
 
@@ -24,29 +24,16 @@ Size = Annotated[int | None, typer.Option(min=1, help="Examples per mix. Default
 Seed = Annotated[int, typer.Option(help="Seed of subjects, drafts and mixes.")]
 
 
-def register(root: typer.Typer) -> None:
-    """Add the commands, under `finetune`."""
-    group = new_group("Train adapters on synthetic self-corrections.")
-    for verb in (data, mixes, train):
-        add(group, verb)
-    root.add_typer(group, name="finetune")
-
-
 def data(
     target: TrainedTarget,
     budget: Budget,
-    examples: Annotated[int, typer.Option(min=1, help="Number of self-corrections, and of normal answers.")] = 1000,
-    writer: Annotated[
-        str | None,
-        typer.Option(
-            help="Model that writes the examples, e.g. anthropic/...; self: the target itself; corpus: built-in models."
-        ),
-    ] = None,
-    engine: Annotated[str, typer.Option(help="Engine of --writer self: auto, transformers or vllm.")] = "auto",
+    examples: int = option("Number of self-corrections, and of normal answers.", 1000, min=1),
+    writer: str | None = option(
+        "Model that writes the examples, e.g. anthropic/...; self: the target itself; corpus: built-in models."
+    ),
+    engine: str = option("Engine of --writer self: auto, transformers or vllm.", "auto"),
     prompts: Annotated[str, PROMPTS] = "evaluation",
-    subjects: Annotated[
-        Path | None, typer.Option(help="File of off-topic subjects, lines of the form `subject: word, word`.")
-    ] = None,
+    subjects: Path | None = option("File of off-topic subjects, lines of the form `subject: word, word`."),
     folder: Folder = DATA,
     ratio: Ratios = None,
     size: Size = None,
@@ -124,21 +111,14 @@ def _mix(folder: Path, ratio: list[int] | None, size: int | None, seed: int) -> 
 
 def train(
     target: TrainedTarget,
-    chosen: Annotated[
-        list[str] | None, typer.Argument(metavar="MIX...", help="Mixes (50 or mix-50) or files. Default: all mixes.")
-    ] = None,
+    chosen: list[str] | None = argument("Mixes (50 or mix-50) or files. Default: all mixes.", metavar="MIX..."),
     folder: Folder = DATA,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the adapters. Default: adapters, next to the mixes.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a training setting, e.g. learning_rate=1e-4."),
-    ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Number of training processes, one GPU each.")] = 1,
-    export: Annotated[
-        str | None, typer.Option(help="axolotl: write configuration files for it instead of training.")
-    ] = None,
+    out: Path | None = option("Folder of the adapters. Default: adapters, next to the mixes."),
+    settings: list[str] | None = option(
+        "Change a training setting, e.g. learning_rate=1e-4.", None, "--set", metavar="KEY=VALUE"
+    ),
+    processes: int = option("Number of training processes, one GPU each.", 1, min=1),
+    export: str | None = option("axolotl: write configuration files for it instead of training."),
 ) -> None:
     """Train a LoRA adapter per mix. The same command resumes."""
     from steerback.config import assignment

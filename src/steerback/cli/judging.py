@@ -3,45 +3,45 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
 import typer
+from typer.core import TyperGroup
 
-from steerback.cli.options import RUNS, Budget, DryRun, NoCache, RunName, RunsFolder, add, say
+from steerback.cli.options import (
+    RUNS,
+    Budget,
+    DryRun,
+    NoCache,
+    RunName,
+    RunsFolder,
+    VerdictsOf,
+    argument,
+    option,
+    say,
+    say_lines,
+)
 from steerback.errors import SteerbackError
+from steerback.store.files import make_folder
 
 if TYPE_CHECKING:
     from steerback.jobs.check import Makers
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands."""
-    add(app, judge_command, "judge")
-    add(app, list_judges, "judges")
-
-
 def judge_command(
     name: RunName,
     budget: Budget,
-    judge: Annotated[str, typer.Option(metavar="JUDGE", help="offline, or a judge model (list: steerback judges).")],
-    rubric: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME|FILE",
-            help="attempts, windows (relevance of each sentence), whole (recovery 0-10), boundaries (of episodes), or "
-            "the file of your own rubric.",
-        ),
-    ] = "attempts",
-    stage: Annotated[
-        str | None, typer.Option(help="Judge only this stage, e.g. measure. Default: all, measured trials first.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Most responses to judge, to try a judge.")] = None,
-    retry_unscored: Annotated[
-        bool, typer.Option("--retry-unscored", help="Ask again about unscored responses.")
-    ] = False,
-    probe: Annotated[
-        bool, typer.Option("--probe", help="First test whether the judge obeys instructions inside 20 responses.")
-    ] = False,
+    judge: str = option("offline, or a judge model (list: steerback judges).", ..., metavar="JUDGE"),
+    rubric: str = option(
+        "attempts, windows (relevance of each sentence), whole (recovery 0-10), boundaries (of episodes), or "
+        "the file of your own rubric.",
+        "attempts",
+        metavar="NAME|FILE",
+    ),
+    stage: str | None = option("Judge only this stage, e.g. measure. Default: all, measured trials first."),
+    limit: int | None = option("Most responses to judge, to try a judge.", min=1),
+    retry_unscored: bool = option("Ask again about unscored responses.", False),
+    probe: bool = option("First test whether the judge obeys instructions inside 20 responses.", False),
     dry_run: DryRun = False,
     no_cache: NoCache = False,
     runs: RunsFolder = RUNS,
@@ -72,8 +72,7 @@ def judge_command(
         if probe:
             say(probe_line(opened, makers.judge(judge)))
         say(judging_line(execute.to_judge(opened, makers.judge(judge), scope)))
-    for line in lacking(makers.judge(judge)):
-        say(line)
+    say_lines(lacking(makers.judge(judge)))
     if dry_run:
         return None
     with execute.tools(not no_cache) as (progress, cache):
@@ -84,8 +83,7 @@ def judge_command(
         judged = [r.judgement for r in opened.ledger.outlines(judge=judge) if r.judgement is not None]
         probed = probe_lines(opened, judge)
     reasons = [j.reason if j.status == "unscored" else "" for j in judged]
-    for line in (*probed, *spent_lines(folder), *unscored_lines(judge, reasons)):
-        say(line)
+    say_lines([*probed, *spent_lines(folder), *unscored_lines(judge, reasons)])
     say(f"{done} responses judged by {judge}; see them with: steerback figures {name} --judge {judge}")
     return None
 
@@ -98,16 +96,14 @@ def _windows(folder: Path, judge: str, retry: bool, dry_run: bool, makers: Maker
 
     with Run.read(folder) as opened:
         say(windows_line(opened, makers.judge(judge), retry))
-    for line in lacking(makers.judge(judge)):
-        say(line)
+    say_lines(lacking(makers.judge(judge)))
     if dry_run:
         return
     with execute.tools(cached=False) as (progress, _):
         execute.score_run_windows(folder, judge, progress, makers, retry)
     with Run.read(folder) as opened:
         reasons = [w.reason for w in opened.ledger.windows(judge).values()]
-    for line in (*spent_lines(folder), *unscored_lines(judge, reasons)):
-        say(line)
+    say_lines([*spent_lines(folder), *unscored_lines(judge, reasons)])
     say(f"windows of {len(reasons)} responses scored by {judge}: steerback figures {folder.name} --judge {judge}")
 
 
@@ -127,8 +123,7 @@ def _grade(folder: Path, judge: str, rubric: str, retry: bool, dry_run: bool, bu
         done = grading.grade_run(folder, judge, rubric, retry, progress, budget.limits())
     with Run.read(folder) as opened:
         reasons = grader.reasons(opened)
-    for line in (*spent_lines(folder), *unscored_lines(judge, reasons)):
-        say(line)
+    say_lines([*spent_lines(folder), *unscored_lines(judge, reasons)])
     if rubric == "whole":
         say((folder / "whole.txt").read_text("utf-8"))
     else:
@@ -147,3 +142,57 @@ def list_judges() -> None:
         rows.append((model.alias, f"{model.model}: {model.note}", keys))
     rows.append(("provider/model", "any other model that Inspect AI knows (extra `judges`)", "the provider's"))
     say(Table(("judge", "what it is", "key"), rows, left=3).text(terminal_width()), end="")
+
+
+class _DrawByDefault(TyperGroup):
+    """Group of commands in which `label RUN` means `label draw RUN`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """Put `draw` before arguments that name no verb. (`Any`: some releases of typer bring their own click.)"""
+        return super().resolve_command(ctx, args if args and args[0] in self.commands else ["draw", *args])
+
+
+LABEL = typer.Typer(
+    cls=_DrawByDefault,
+    help="Label responses by hand. `label RUN` writes a labelling page.",
+    no_args_is_help=True,
+    context_settings={"ignore_unknown_options": True},
+    rich_markup_mode=None,
+)
+
+
+def draw(
+    name: RunName,
+    size: int = option("Number of responses in the sample.", 100, "--n", "-n", min=1),
+    seed: int = option("Seed of the sample.", 42),
+    condition: list[str] | None = option("Draw only from this condition. Repeatable."),
+    judge: VerdictsOf = None,
+    out: Path | None = option("Folder of the files. Default: the run's folder."),
+    runs: RunsFolder = RUNS,
+) -> None:
+    """Draw a blind sample of a run; write a labelling page and a spreadsheet."""
+    from steerback.jobs.labelling import draw_sample
+    from steerback.store.run import find_run
+
+    place = None if out is None else make_folder(out, "choose another --out")
+    sample = draw_sample(find_run(name, runs), size, seed, judge, condition or (), place)
+    say(f"{sample.count} responses in random order:")
+    say(f"  {sample.page}  (open it in a browser; press h for the keys, s to save)")
+    say(f"  {sample.spreadsheet}  (the same for a spreadsheet)")
+    say(f"then: steerback label import {name} FILE --by YOUR_NAME")
+
+
+def import_labels_command(
+    name: RunName,
+    file: Path = argument("JSON file saved by the page, or the completed CSV file.", ...),
+    by: str = option("Name of the labeller. The judge is called human:NAME.", ..., metavar="NAME"),
+    runs: RunsFolder = RUNS,
+) -> None:
+    """Import labels as verdicts of judge human:NAME."""
+    from steerback.jobs.labelling import import_labels
+    from steerback.store.run import find_run
+
+    done = import_labels(find_run(name, runs), file, by)
+    say(f"{done.new} labels imported; {done.judge} has labelled {done.labelled} of {done.size} responses of the sample")
+    say(f"see them with: steerback show {name} --judge {done.judge}")
+    say(f"rates corrected by them: steerback figures {name}")

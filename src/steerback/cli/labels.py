@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from steerback.cli.options import Budget, DryRun, Overwrite, TargetName, Texts, add, announce_loading, new_group, say
+from steerback.cli.options import (
+    Budget,
+    DryRun,
+    Overwrite,
+    TargetName,
+    Texts,
+    announce_loading,
+    argument,
+    option,
+    say,
+)
 from steerback.errors import SteerbackError, one_line, unknown
 
 if TYPE_CHECKING:
@@ -16,23 +24,10 @@ if TYPE_CHECKING:
     from steerback.targets.labels import StoredLabels
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands."""
-    labels = new_group("Show, download, import or make labels of latents.")
-    for name, verb in (("show", show), ("fetch", fetch), ("import", import_command), ("auto", auto)):
-        add(labels, verb, name)
-    directions = new_group("Make and list named directions, to steer without an SAE.")
-    add(directions, make_direction, "make")
-    add(directions, show_directions, "show")
-    app.add_typer(directions, name="directions")
-    app.add_typer(labels, name="labels")
-    add(app, fetch_paper_data, "fetch-paper-data")
-
-
 def show(
     target: TargetName,
-    find: Annotated[str | None, typer.Option(help="Show only labels that contain this text.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Most labels to show.")] = 50,
+    find: str | None = option("Show only labels that contain this text."),
+    limit: int = option("Most labels to show.", 50, min=1),
 ) -> None:
     """List the labels of a target with their sources."""
     from steerback.targets import resolve
@@ -57,12 +52,9 @@ def _coverage(target: Target) -> str:
 
 def fetch(
     target: TargetName,
-    source: Annotated[
-        str | None,
-        typer.Option(
-            "--from", help="neuronpedia:MODEL/SOURCE, hub:OWNER/NAME/FILE or a URL. Default: the target's source."
-        ),
-    ] = None,
+    source: str | None = option(
+        "neuronpedia:MODEL/SOURCE, hub:OWNER/NAME/FILE or a URL. Default: the target's source.", None, "--from"
+    ),
     overwrite: Overwrite = False,
 ) -> None:
     """Download public labels of a target. A stopped download continues."""
@@ -85,7 +77,7 @@ def fetch(
 
 def import_command(
     target: TargetName,
-    file: Annotated[Path, typer.Argument(help="CSV or JSON file (also JSON lines, gzip), or a folder of them.")],
+    file: Path = argument("CSV or JSON file (also JSON lines, gzip), or a folder of them.", ...),
     overwrite: Overwrite = False,
 ) -> None:
     """Import labels from a file: CSV, Goodfire tables, Neuronpedia exports."""
@@ -122,12 +114,8 @@ def auto(
     target: TargetName,
     budget: Budget,
     texts: Texts = None,
-    judge: Annotated[
-        str | None, typer.Option(help="Judge model that writes the labels. Default: offline, from top words.")
-    ] = None,
-    latents: Annotated[
-        str | None, typer.Option(help="Label only these latents: a comma-separated list or a file.")
-    ] = None,
+    judge: str | None = option("Judge model that writes the labels. Default: offline, from top words."),
+    latents: str | None = option("Label only these latents: a comma-separated list or a file."),
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -209,14 +197,14 @@ def _wanted(target: Target, latents: str | None, overwrite: bool) -> set[int]:
 
 
 def make_direction(
-    target: Annotated[str, typer.Argument(help="The target to steer, e.g. organism.")],
-    name: Annotated[str, typer.Argument(help="Name of the direction. The judge sees it as the label.")],
-    positive: Annotated[Path | None, typer.Option(help="File of texts with the property, one per line.")] = None,
-    negative: Annotated[Path | None, typer.Option(help="File of texts without the property.")] = None,
-    topic: Annotated[Path | None, typer.Option(help="File of texts on a topic, to compare with neutral ones.")] = None,
-    file: Annotated[Path | None, typer.Option(help="Direction in a safetensors, npy or gguf file.")] = None,
-    layer: Annotated[int | None, typer.Option(help="Layer, counted from 0. Default: the target's steer layer.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder. Default: the target's folder of directions.")] = None,
+    target: str = argument("The target to steer, e.g. organism.", ...),
+    name: str = argument("Name of the direction. The judge sees it as the label.", ...),
+    positive: Path | None = option("File of texts with the property, one per line."),
+    negative: Path | None = option("File of texts without the property."),
+    topic: Path | None = option("File of texts on a topic, to compare with neutral ones."),
+    file: Path | None = option("Direction in a safetensors, npy or gguf file."),
+    layer: int | None = option("Layer, counted from 0. Default: the target's steer layer."),
+    out: Path | None = option("Folder. Default: the target's folder of directions."),
     overwrite: Overwrite = False,
 ) -> None:
     """Make a direction: difference of mean activations of texts, or from a file."""
@@ -293,9 +281,7 @@ def show_directions(target: TargetName) -> None:
         say(f"{name:<20} {', '.join(filter(None, known)) or 'nothing known but its vector'}  ({file})")
 
 
-def fetch_paper_data(
-    labels: Annotated[bool, typer.Option(help="Also download labels of the Gemma SAEs (hundreds of MB).")] = True,
-) -> None:
+def fetch_paper_data(labels: bool = option("Also download labels of the Gemma SAEs (hundreds of MB).", True)) -> None:
     """Download the authors' prompts, detectors and labels, for the preset authors."""
     from steerback.data import paper_files
     from steerback.targets.download import download
@@ -306,5 +292,5 @@ def fetch_paper_data(
     source = f"https://github.com/{paper_files.REPOSITORY} at {paper_files.COMMIT[:12]}"
     say(f"of {source}; the preset authors uses them now")
     for target in paper_files.LABELLED if labels else ():
-        fetch(target)
+        fetch(target, None)
     say("labels of the Llama models are not in that repository: steerback labels fetch llama-3.3-70b@authors")

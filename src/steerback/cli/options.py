@@ -10,10 +10,11 @@ import gc
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, NoReturn, get_args, get_type_hints
+from typing import IO, TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 from typer.models import OptionInfo
@@ -27,6 +28,20 @@ if TYPE_CHECKING:
     from steerback.judging import Limits
 
 RUNS = Path("runs")
+
+
+def option(help: str, default: Any = None, *names: str, **more: Any) -> Any:
+    """Return an option as the default of its parameter: `n: int = option("Number of seeds.", 32, min=2)`.
+
+    `default` is `...` for a required option. `names` replace the name derived from the parameter, `more` are arguments
+    of `typer.Option`. A flag that is off by default has no `--no-` form.
+    """
+    return typer.Option(default, *names, help=help, **more)
+
+
+def argument(help: str, default: Any = None, **more: Any) -> Any:
+    """Return a positional argument as the default of its parameter; `default` is `...` for a required one."""
+    return typer.Argument(default, help=help, **more)
 
 
 def run_names(incomplete: str) -> list[str]:
@@ -197,12 +212,9 @@ def _mapping(value: object) -> Mapping[str, object]:
     return value if isinstance(value, Mapping) else {}
 
 
-def add(
-    app: typer.Typer, verb: Callable[..., object], name: str | None = None, page: type[HelpCommand] = HelpCommand
-) -> None:
-    """Add a command, called `name` or like its function."""
-    settings = {"help_option_names": HELP}
-    app.command(name or verb.__name__, cls=page, context_settings=settings)(expanded(verb))
+def add(app: typer.Typer, name: str, verb: Callable[..., object], page: type[HelpCommand] = HelpCommand) -> None:
+    """Add a command."""
+    app.command(name, cls=page, context_settings={"help_option_names": HELP})(expanded(verb))
 
 
 def new_group(help: str, callback: Callable[..., object] | None = None) -> typer.Typer:
@@ -228,14 +240,14 @@ def expanded(verb: Callable[..., object]) -> Callable[..., object]:
     hints = get_type_hints(verb, include_extras=True)
     groups: dict[str, type] = {n: h for n, h in hints.items() if isinstance(h, type) and is_dataclass(h)}
     parameters = [
-        p.replace(annotation=_with_placeholder(hints[p.name]), kind=p.KEYWORD_ONLY)
+        _parameter(p.name, p.default, hints[p.name])
         for p in inspect.signature(verb).parameters.values()
         if p.name not in groups
     ]
     for group in groups.values():
         annotated = get_type_hints(group, include_extras=True)
-        parameters += [_option(f.name, f.default, annotated[f.name]) for f in fields(group)]
-    parameters.append(_option("targets_file", None, TargetsFile))
+        parameters += [_parameter(f.name, f.default, annotated[f.name]) for f in fields(group)]
+    parameters.append(_parameter("targets_file", None, TargetsFile))
 
     def call(**values: object) -> object:
         del values["targets_file"]  # its callback has used it
@@ -252,19 +264,19 @@ METAVARS = {str: "TEXT", int: "N", float: "X", Path: "PATH"}
 """Placeholders of option values on help pages, by the type of the value."""
 
 
-def _with_placeholder(annotation: object) -> object:
-    """Set the placeholder of an option that has none to the one of its type."""
-    for info in getattr(annotation, "__metadata__", ()):
-        if isinstance(info, OptionInfo) and info.metavar is None:
-            kinds = [get_args(annotation)[0], *get_args(get_args(annotation)[0])]
-            kinds += [inner for kind in kinds for inner in get_args(kind)]
+def _parameter(name: str, default: Any, annotation: object) -> inspect.Parameter:
+    """Return a parameter for typer; options without a placeholder get that of their type."""
+    for info in (default, *getattr(annotation, "__metadata__", ())):
+        if not isinstance(info, OptionInfo):
+            continue
+        if info.metavar is None:
+            kinds = [annotation]
+            for kind in kinds:  # the list grows: the types inside a type follow it
+                kinds += get_args(kind)
             info.metavar = next((METAVARS[kind] for kind in kinds if kind in METAVARS), None)
-    return annotation
-
-
-def _option(name: str, default: object, annotation: object) -> inspect.Parameter:
-    kind = inspect.Parameter.KEYWORD_ONLY
-    return inspect.Parameter(name, kind, default=default, annotation=_with_placeholder(annotation))
+        if annotation is bool and info.default is False and not info.param_decls:
+            info.param_decls = (f"--{name.replace('_', '-')}",)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def say(text: object = "", end: str = "\n", flush: bool = False, file: IO[str] | None = None) -> None:
@@ -272,15 +284,25 @@ def say(text: object = "", end: str = "\n", flush: bool = False, file: IO[str] |
     print(visible(text), end=end, flush=flush, file=file)
 
 
+def say_lines(lines: Iterable[object]) -> None:
+    """Print each line with `say`."""
+    for line in lines:
+        say(line)
+
+
 def hold_many_records() -> None:
     """Look for cyclic garbage less often: records have no cycles, and a search through 200,000 takes long."""
     gc.set_threshold(100_000, 50, 100)
 
 
-def stopped(how: str) -> NoReturn:
+@contextmanager
+def stoppable(how: str = "what was done is kept: the same command goes on") -> Iterator[None]:
     """Say after Ctrl-C how to continue, and exit with the code of an interrupted program."""
-    say(f"steerback: stopped; {how}", file=sys.stderr)
-    sys.exit(130)
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"steerback: stopped; {how}", file=sys.stderr)
+        sys.exit(130)
 
 
 def announce_loading(target: str) -> None:

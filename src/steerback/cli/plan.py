@@ -3,49 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from steerback.cli.options import RUNS, Budget, RunsFolder, Setup, add, say
+from steerback.cli.options import RUNS, Budget, RunsFolder, Setup, option, say, say_lines
 
 if TYPE_CHECKING:
     from steerback.figures.tables import Table
     from steerback.jobs.plan import Need, StudyPlan
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    add(app, plan)
-
-
 def plan(
     setup: Setup,
     budget: Budget,
-    target: Annotated[
-        str | None,
-        typer.Option("--target", "-t", metavar="TARGET", help="Model to steer. Default: the model of --from."),
-    ] = None,
-    from_run: Annotated[
-        str | None, typer.Option("--from", metavar="RUN", help="Take rate and variance between latents from this run.")
-    ] = None,
-    rate: Annotated[
-        float | None, typer.Option(help="Multi-attempt rate to detect, in percent. Default: of --from, else 2.")
-    ] = None,
-    drop: Annotated[float, typer.Option(help="Drop of that rate to detect in a paired comparison, in percent.")] = 50,
-    power: Annotated[float, typer.Option(help="Probability of detecting the effect.")] = 0.8,
-    icc: Annotated[
-        float | None, typer.Option(help="Correlation of trials within a latent. Default: of --from, else 0.1.")
-    ] = None,
-    floor: Annotated[
-        float | None, typer.Option(help="Floor of the judge in percent. Default: of --from, else 0.25.")
-    ] = None,
-    floor_responses: Annotated[
-        int | None,
-        typer.Option(min=1, help="Unsteered responses to judge. Default: as many as measured ones, at least 150."),
-    ] = None,
-    simulations: Annotated[int, typer.Option(min=10, help="Simulated studies per design.")] = 1000,
-    out: Annotated[Path | None, typer.Option(help="Folder for plan.json, tables and the power figure.")] = None,
+    target: str | None = option(
+        "Model to steer. Default: the model of --from.", None, "--target", "-t", metavar="TARGET"
+    ),
+    from_run: str | None = option(
+        "Take rate and variance between latents from this run.", None, "--from", metavar="RUN"
+    ),
+    rate: float | None = option("Multi-attempt rate to detect, in percent. Default: of --from, else 2."),
+    drop: float = option("Drop of that rate to detect in a paired comparison, in percent.", 50),
+    power: float = option("Probability of detecting the effect.", 0.8),
+    icc: float | None = option("Correlation of trials within a latent. Default: of --from, else 0.1."),
+    floor: float | None = option("Floor of the judge in percent. Default: of --from, else 0.25."),
+    floor_responses: int | None = option(
+        "Unsteered responses to judge. Default: as many as measured ones, at least 150.", min=1
+    ),
+    simulations: int = option("Simulated studies per design.", 1000, min=10),
+    out: Path | None = option("Folder for plan.json, tables and the power figure."),
     runs: RunsFolder = RUNS,
 ) -> None:
     """Plan a study: latents, trials, GPU hours, judge calls and cost. Needs no key."""
@@ -71,14 +56,8 @@ def plan(
     assumed = planning.assume(_share(rate), drop / 100, power, icc, _share(floor), seen)
     made = planning.make_plan(config, chosen, judge, assumed, floor_responses, out is not None, simulations)
     table = _table(made)
-    for line in (
-        *_assumptions(made),
-        "",
-        table.text(terminal_width()),
-        *_fixed(made),
-        *(lacking(judge) if judge else ()),
-    ):
-        say(line)
+    needed = lacking(judge) if judge else ()
+    say_lines([*_assumptions(made), "", table.text(terminal_width()), *_fixed(made), *needed])
     if out is not None:
         _write(made, table, out)
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
-
-import typer
+from typing import Literal
 
 from steerback.cli.options import (
     RUNS,
@@ -13,23 +11,17 @@ from steerback.cli.options import (
     RunNames,
     RunsFolder,
     VerdictsOf,
-    add,
+    argument,
     hold_many_records,
     in_colour,
+    option,
     say,
+    say_lines,
 )
 from steerback.errors import SteerbackError, unknown
 from steerback.store.files import make_folder
 
 OTHER = "choose another --out"
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands."""
-    for verb in (list_runs, figures, show, compare, export):
-        add(app, verb, "runs" if verb is list_runs else None)
-    add(app, import_command, "import")
-    add(app, merge_command, "merge")
 
 
 def list_runs(runs: RunsFolder = RUNS) -> None:
@@ -41,14 +33,12 @@ def list_runs(runs: RunsFolder = RUNS) -> None:
 
 
 def figures(
-    names: Annotated[list[str] | None, typer.Argument(help="One run. With --all: several runs, default all.")] = None,
+    names: list[str] | None = argument("One run. With --all: several runs, default all."),
     judge: VerdictsOf = None,
-    draws: Annotated[int | None, typer.Option(help="Number of bootstrap draws.")] = None,
-    every: Annotated[bool, typer.Option("--all", help="Draw the figures of several runs into one folder.")] = False,
-    out: Annotated[Path | None, typer.Option(help="With --all: that folder. Default: figures, under --runs.")] = None,
-    captions_inside: Annotated[
-        bool, typer.Option("--captions-inside", help="Also write the captions into the images.")
-    ] = False,
+    draws: int | None = option("Number of bootstrap draws."),
+    every: bool = option("Draw the figures of several runs into one folder.", False, "--all"),
+    out: Path | None = option("With --all: that folder. Default: figures, under --runs."),
+    captions_inside: bool = option("Also write the captions into the images.", False),
     runs: RunsFolder = RUNS,
 ) -> None:
     """Analyse a run again and write summary, tables and figures.
@@ -66,30 +56,27 @@ def figures(
 
     if every:
         folders = finished_runs(names, runs)
-        for path in campaign.draw_all(folders, make_folder(out or runs / "figures", OTHER), captions_inside):
-            say(f"  {path}")
+        drawn = campaign.draw_all(folders, make_folder(out or runs / "figures", OTHER), captions_inside)
+        say_lines(f"  {path}" for path in drawn)
         return
     hold_many_records()
     folder = find_run((names or [""])[0], runs)
-    for line in campaign.report(campaign.reanalyse(folder, judge, draws, captions_inside)):
-        say(line)
+    say_lines(campaign.report(campaign.reanalyse(folder, judge, draws, captions_inside)))
 
 
 def show(
     name: RunName,
-    trial: Annotated[str | None, typer.Argument(help="Key of one trial. Default: several, see the options.")] = None,
+    trial: str | None = argument("Key of one trial. Default: several, see the options."),
     judge: VerdictsOf = None,
-    condition: Annotated[str | None, typer.Option(help="Show only this condition.")] = None,
-    latent: Annotated[str | None, typer.Option(help="Show only this latent: its index or its label.")] = None,
-    attempts: Annotated[
-        str | None, typer.Option(help="Show only responses with this number of attempts, e.g. 2 or 2+.")
-    ] = None,
-    restarts: Annotated[bool, typer.Option("--restarts", help="Short for --attempts 2+.")] = False,
-    best: Annotated[bool, typer.Option("--best", help="Show the largest gains, first one of each latent.")] = False,
-    worst: Annotated[bool, typer.Option("--worst", help="Show the smallest gains, first one of each latent.")] = False,
-    random: Annotated[bool, typer.Option("--random", help="Show a random sample (default).")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the random sample.")] = 0,
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Number of transcripts.")] = 3,
+    condition: str | None = option("Show only this condition."),
+    latent: str | None = option("Show only this latent: its index or its label."),
+    attempts: str | None = option("Show only responses with this number of attempts, e.g. 2 or 2+."),
+    restarts: bool = option("Short for --attempts 2+.", False),
+    best: bool = option("Show the largest gains, first one of each latent.", False),
+    worst: bool = option("Show the smallest gains, first one of each latent.", False),
+    random: bool = option("Show a random sample (default).", False),
+    seed: int = option("Seed of the random sample.", 0),
+    count: int = option("Number of transcripts.", 3, "--count", "-n", min=1),
     runs: RunsFolder = RUNS,
 ) -> None:
     """Print responses with their attempts and scores, and how often a restart helps."""
@@ -112,17 +99,14 @@ def show(
         lines += probe_lines(opened, verdicts)
     for row in rows:
         print(transcript(row, colour=in_colour()))
-    for line in lines:
-        say(line)
+    say_lines(lines)
 
 
 def compare(
     names: RunNames = None,
-    published: Annotated[
-        bool, typer.Option("--published", help="Compare with the published numbers, also when two runs are named.")
-    ] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder for compare.txt, .csv, .json and .md.")] = None,
-    form: Annotated[str, typer.Option("--format", help="Printed form: text, csv, json or markdown.")] = "text",
+    published: bool = option("Compare with the published numbers, also when two runs are named.", False),
+    out: Path | None = option("Folder for compare.txt, .csv, .json and .md."),
+    form: str = option("Printed form: text, csv, json or markdown.", "text", "--format"),
     runs: RunsFolder = RUNS,
 ) -> None:
     """Compare two runs, or any number of runs with the published numbers."""
@@ -140,21 +124,16 @@ def compare(
         folders = finished_runs(names, runs)
         text, paths = compared(folders, form, None if out is None else make_folder(out, OTHER))
     say(text)
-    for path in paths:
-        say(f"  {path}")
+    say_lines(f"  {path}" for path in paths)
 
 
 def import_command(
-    files: Annotated[
-        list[Path], typer.Argument(help="Result files of the authors' code. Name all files of a run together.")
-    ],
-    name: Annotated[str | None, typer.Option(help="Name of the new run; default: the first file's.")] = None,
-    target: Annotated[str | None, typer.Option(help="Name of the model; default: from the files.")] = None,
-    judge: Annotated[str | None, typer.Option(help="Name of the judge; default: from the files.")] = None,
-    condition: Annotated[str | None, typer.Option(help="Name of the condition; default: from the files.")] = None,
-    detectors: Annotated[
-        Path | None, typer.Option(help="JSON list of the detectors, if several sets were ablated.")
-    ] = None,
+    files: list[Path] = argument("Result files of the authors' code. Name all files of a run together.", ...),
+    name: str | None = option("Name of the new run; default: the first file's."),
+    target: str | None = option("Name of the model; default: from the files."),
+    judge: str | None = option("Name of the judge; default: from the files."),
+    condition: str | None = option("Name of the condition; default: from the files."),
+    detectors: Path | None = option("JSON list of the detectors, if several sets were ablated."),
     runs: RunsFolder = RUNS,
 ) -> None:
     """Import result files of the authors' code (.json, .json.gz) as a run."""
@@ -168,26 +147,16 @@ def import_command(
     with new_or_nothing(folder):
         imported = import_authors(files, folder, target, judge, condition, listed)
         analysis = campaign.reanalyse(folder)
-    for line in (*imported.lines(), *campaign.report(analysis)):
-        say(line)
+    say_lines([*imported.lines(), *campaign.report(analysis)])
 
 
 def export(
     run: RunName,
-    form: Annotated[
-        str | None, typer.Option("--format", help="csv (default), parquet, authors (JSON), inspect or hf.")
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder, or for csv and parquet the file, e.g. trials.csv; default: export in the run."),
-    ] = None,
+    form: str | None = option("csv (default), parquet, authors (JSON), inspect or hf.", None, "--format"),
+    out: Path | None = option("Folder, or for csv and parquet the file, e.g. trials.csv; default: export in the run."),
     judge: VerdictsOf = None,
-    license_name: Annotated[
-        str | None, typer.Option("--license", help="hf: licence on the dataset card; default: unknown.")
-    ] = None,
-    push: Annotated[
-        str | None, typer.Option(metavar="OWNER/NAME", help="hf: upload the dataset there; private if it is new.")
-    ] = None,
+    license_name: str | None = option("hf: licence on the dataset card; default: unknown.", None, "--license"),
+    push: str | None = option("hf: upload the dataset there; private if it is new.", metavar="OWNER/NAME"),
     runs: RunsFolder = RUNS,
 ) -> None:
     """Write the trials of a run: CSV, parquet, the authors' JSON, Inspect logs, dataset."""
@@ -222,15 +191,14 @@ def export(
             paths = dataset.export_dataset(opened, place, chosen, license_name or "unknown")
         else:
             paths = [export_flat(opened.ledger, file or folder / f"trials.{form}", chosen, form)]
-    for path in paths:
-        say(f"  {path}")
+    say_lines(f"  {path}" for path in paths)
     if push:
         say(f"  {dataset.push(place, push)}")
 
 
 def merge_command(
-    names: Annotated[list[str], typer.Argument(help="Two or more runs of the same plan.")],
-    name: Annotated[str, typer.Option(help="Name of the new run.")],
+    names: list[str] = argument("Two or more runs of the same plan.", ...),
+    name: str = option("Name of the new run.", ...),
     runs: RunsFolder = RUNS,
 ) -> None:
     """Join runs of one plan that several machines worked on."""
@@ -244,5 +212,39 @@ def merge_command(
         f"{joined.runs} runs joined: {joined.trials:,} trials; {joined.repeated:,} had been generated twice, "
         f"{joined.differing:,} of them with another text (the first run's is kept)"
     )
-    for line in campaign.report(campaign.reanalyse(folder)):
-        say(line)
+    say_lines(campaign.report(campaign.reanalyse(folder)))
+
+
+def view(
+    names: list[str] = argument("Runs: names under --runs, or paths of folders.", ...),
+    out: Path | None = option("HTML file to write. Default: view.html in the run's folder."),
+    judge: VerdictsOf = None,
+    record: bool = option("Load the target and record the activations of some responses.", False),
+    trial: list[str] | None = option("With --record: record this trial. Repeatable."),
+    stage: list[str] | None = option("Show trials of this stage instead of the measured ones. Repeatable."),
+    max_trials: int = option("Most trials to show. Larger runs are sampled.", 5000, min=1),
+    browse: bool = option("Open the file in a browser.", False, "--open"),
+    runs: RunsFolder = RUNS,
+) -> None:
+    """Write an HTML page of runs: rates, all trials, activations, calibration."""
+    from steerback.errors import SteerbackError
+    from steerback.jobs.execute import tools
+    from steerback.jobs.view import ViewSettings, write_view
+    from steerback.report.view_trials import STAGES
+    from steerback.store.files import make_folder
+    from steerback.store.run import find_run
+
+    hold_many_records()
+    if trial and not record:
+        raise SteerbackError("--trial names trials whose activations are read; add --record")
+    folders = [find_run(name, runs) for name in names]
+    path = out or (folders[0] if len(folders) == 1 else runs) / "view.html"
+    make_folder(path.parent, "choose another --out")
+    settings = ViewSettings(judge, tuple(stage or STAGES), max_trials, record, tuple(trial or ()))
+    with tools(cached=False) as (progress, _):
+        write_view(folders, path, settings, progress)
+    say(f"{path} ({path.stat().st_size / 1e6:.1f} MB; it needs no network)")
+    if browse:
+        import webbrowser
+
+        webbrowser.open(path.absolute().as_uri())

@@ -6,9 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from steerback.cli.help import RunCommand
 from steerback.cli.options import (
     PROMPTS,
     RUNS,
@@ -16,14 +13,17 @@ from steerback.cli.options import (
     DryRun,
     NewName,
     NoCache,
+    RunName,
     RunsFolder,
     Setup,
     Targets,
-    add,
     announce_loading,
+    argument,
     experiment_names,
+    option,
     say,
-    stopped,
+    say_lines,
+    stoppable,
     target_names,
 )
 from steerback.errors import SteerbackError
@@ -39,47 +39,24 @@ LEGEND = """drift (offline judge) in yellow, restart in green; on the right the 
 The habit is planted: the model's training text does this, so it is no evidence about other models."""
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands."""
-    add(app, run_command, "run", RunCommand)
-    add(app, cross_judge, "cross-judge")
-    add(app, paper)
-    add(app, resume)
-    add(app, try_command, "try")
-    add(app, settings_command, "settings")
-
-
 def run_command(
-    experiments: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="EXPERIMENT...",
-            autocompletion=experiment_names,
-            help="Experiment, e.g. esr. Several share one engine.",
-        ),
-    ],
     setup: Setup,
     budget: Budget,
+    experiments: list[str] = argument(
+        "Experiment, e.g. esr. Several share one engine.", ..., metavar="EXPERIMENT...", autocompletion=experiment_names
+    ),
     target: Targets = None,
-    from_run: Annotated[
-        list[str] | None,
-        typer.Option("--from", metavar="RUN", help="Reuse latents, thresholds, prompts and seeds of this run."),
-    ] = None,
+    from_run: list[str] | None = option(
+        "Reuse latents, thresholds, prompts and seeds of this run.", None, "--from", metavar="RUN"
+    ),
     name: NewName = None,
-    replicas: Annotated[
-        int | None, typer.Option(min=1, help="vllm: engines side by side; they share GPUs if need be.")
-    ] = None,
-    latents: Annotated[
-        str | None, typer.Option(help="Latents: a file, a comma-separated list, or a number to draw.")
-    ] = None,
+    replicas: int | None = option("vllm: engines side by side; they share GPUs if need be.", min=1),
+    latents: str | None = option("Latents: a file, a comma-separated list, or a number to draw."),
     prompts: Annotated[str | None, PROMPTS] = None,
-    limit: Annotated[int | None, typer.Option(help="Most measured trials per condition.")] = None,
-    concreteness_threshold: Annotated[
-        float | None,
-        typer.Option(
-            min=0, max=100, help="Keep labels with at least this concreteness, instead of those above the median."
-        ),
-    ] = None,
+    limit: int | None = option("Most measured trials per condition."),
+    concreteness_threshold: float | None = option(
+        "Keep labels with at least this concreteness, instead of those above the median.", min=0, max=100
+    ),
     dry_run: DryRun = False,
     no_cache: NoCache = False,
     runs: RunsFolder = RUNS,
@@ -152,29 +129,25 @@ def _several(
 def _go_through(steps: Sequence[Step], makers: Makers, dry_run: bool, no_cache: bool) -> None:
     from steerback.jobs import campaign
 
-    for line in campaign.plan_lines(steps, makers):
-        say(line)
+    say_lines(campaign.plan_lines(steps, makers))
     if dry_run:
         return
-    try:
+    with stoppable():
         campaign.carry_out(steps, not no_cache, say, makers)
-    except KeyboardInterrupt:
-        stopped("what was done is kept: the same command goes on")
 
 
 def settings_command(
-    experiment: Annotated[str | None, typer.Argument(help="Experiment. Default: all.")] = None,
-    preset: Annotated[
-        str, typer.Option(metavar="PRESET", help="Show the defaults of this preset: specification, authors or quick.")
-    ] = ("specification"),
+    experiment: str | None = argument("Experiment. Default: all."),
+    preset: str = option(
+        "Show the defaults of this preset: specification, authors or quick.", "specification", metavar="PRESET"
+    ),
 ) -> None:
     """List all settings with default and meaning."""
     from steerback.cli.help import experiment_lines, setting_lines
     from steerback.figures.tables import terminal_width
 
     width = terminal_width()
-    for line in setting_lines(width, preset) if experiment is None else experiment_lines(experiment, width, preset):
-        say(line)
+    say_lines(setting_lines(width, preset) if experiment is None else experiment_lines(experiment, width, preset))
 
 
 def _base(names: Sequence[str], runs: Path) -> tuple[str, RunConfig] | None:
@@ -191,13 +164,11 @@ def _base(names: Sequence[str], runs: Path) -> tuple[str, RunConfig] | None:
 
 
 def cross_judge(
-    names: Annotated[list[str], typer.Argument(metavar="RUN...", help="Finished runs, by name or folder.")],
     setup: Setup,
     budget: Budget,
-    judges: Annotated[
-        list[str] | None, typer.Option("--judges", metavar="A,B", help="Two or more judges, separated by commas.")
-    ] = None,
-    sample: Annotated[int | None, typer.Option(min=1, help="Number of responses to judge.")] = None,
+    names: list[str] = argument("Finished runs, by name or folder.", ..., metavar="RUN..."),
+    judges: list[str] | None = option("Two or more judges, separated by commas.", metavar="A,B"),
+    sample: int | None = option("Number of responses to judge.", min=1),
     name: NewName = None,
     dry_run: DryRun = False,
     no_cache: NoCache = False,
@@ -222,20 +193,14 @@ def cross_judge(
 def paper(
     setup: Setup,
     budget: Budget,
-    target: Annotated[
-        list[str], typer.Option("--target", "-t", metavar="TARGET", help="Model to steer. Repeat it for several.")
-    ],
-    name: Annotated[
-        str, typer.Option(metavar="NAME", help="Runs are called NAME-EXPERIMENT. The same name again resumes.")
-    ] = "paper",
-    only: Annotated[
-        list[str] | None,
-        typer.Option(metavar="EXPERIMENT", help="Run this experiment and those that it starts from. Repeatable."),
-    ] = None,
-    skip: Annotated[
-        list[str] | None,
-        typer.Option(metavar="EXPERIMENT", help="Leave out this experiment and those that start from it. Repeatable."),
-    ] = None,
+    target: list[str] = option("Model to steer. Repeat it for several.", ..., "--target", "-t", metavar="TARGET"),
+    name: str = option("Runs are called NAME-EXPERIMENT. The same name again resumes.", "paper", metavar="NAME"),
+    only: list[str] | None = option(
+        "Run this experiment and those that it starts from. Repeatable.", metavar="EXPERIMENT"
+    ),
+    skip: list[str] | None = option(
+        "Leave out this experiment and those that start from it. Repeatable.", metavar="EXPERIMENT"
+    ),
     dry_run: DryRun = False,
     no_cache: NoCache = False,
     runs: RunsFolder = RUNS,
@@ -255,19 +220,16 @@ def paper(
     makers = budget.makers(dry_run, config.rubrics)
     first = campaign.resolved(config, makers)
     steps = plan(first, runs, name, only or (), skip or (), options)
-    for line in campaign.plan_lines(steps, makers):
-        say(line)
+    say_lines(campaign.plan_lines(steps, makers))
     if dry_run:
         return
-    try:
+    with stoppable():
         carry_out_paper(steps, runs / f"{name}-results", not no_cache, say, makers)
-    except KeyboardInterrupt:
-        stopped("what was done is kept: the same command goes on")
 
 
 def resume(
-    names: Annotated[list[str], typer.Argument(metavar="RUN...", help="Names of runs, or paths of their folders.")],
     budget: Budget,
+    names: list[str] = argument("Names of runs, or paths of their folders.", ..., metavar="RUN..."),
     no_cache: NoCache = False,
     runs: RunsFolder = RUNS,
 ) -> None:
@@ -290,27 +252,23 @@ def _go(job: PreparedRun, folder: Path, dry_run: bool, no_cache: bool) -> None:
     from steerback.jobs.campaign import report
     from steerback.jobs.estimate import plan_lines, spent_lines
 
-    for line in plan_lines(job, folder):
-        say(line)
+    say_lines(plan_lines(job, folder))
     if dry_run:
         return
-    try:
+    root = "" if folder.parent == RUNS else f" --runs {folder.parent}"
+    with stoppable(f"resume with: steerback resume {folder.name}{root}"):
         done = carry_out(job, folder, not no_cache)
-    except KeyboardInterrupt:
-        root = "" if folder.parent == RUNS else f" --runs {folder.parent}"
-        stopped(f"resume with: steerback resume {folder.name}{root}")
-    for line in (*report(done.analysis), *spent_lines(folder)):
-        say(line)
+    say_lines([*report(done.analysis), *spent_lines(folder)])
 
 
 def try_command(
-    target: Annotated[str, typer.Argument(help="Target to steer, e.g. organism.")],
-    prompt: Annotated[str | None, typer.Argument(help="Prompt. Built-in models have an example.")] = None,
-    latent: Annotated[str | None, typer.Option(help="Latent to steer: its index or its label.")] = None,
-    boost: Annotated[float | None, typer.Option(help="Multiple of the decoder direction to add.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of all responses.")] = 44,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.6,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")] = 160,
+    target: str = argument("Target to steer, e.g. organism.", ...),
+    prompt: str | None = argument("Prompt. Built-in models have an example."),
+    latent: str | None = option("Latent to steer: its index or its label."),
+    boost: float | None = option("Multiple of the decoder direction to add."),
+    seed: int = option("Seed of all responses.", 44),
+    temperature: float = option("0 is greedy.", 0.6, min=0),
+    max_new_tokens: int = option("Longest response, in tokens.", 160, min=1),
 ) -> None:
     """Show a steered and an unsteered response. `try organism` shows drift and restart."""
     from steerback.jobs.loaded import drift_and_restart, example_of, load_target, steered_and_not
@@ -332,3 +290,60 @@ def try_command(
         sampling = Sampling(temperature=temperature, max_new_tokens=max_new_tokens)
         pair = steered_and_not(loaded, prompt, latent, boost, seed, sampling)
     print_marked(prompt, [(done.steering, done.marks) for done in pair])
+
+
+def fork(
+    name: RunName,
+    budget: Budget,
+    trial: str | None = argument("Key of a trial. Default: show the existing forks of the run."),
+    at: str | None = option("Fork after this many tokens, or at this place.", metavar="TOKEN|attempt:N|drift"),
+    n: int = option("Number of seeds, the same in each arm.", 32, min=2),
+    ablate: str | None = option("Add an arm in which these latents are clamped to 0.", metavar="detectors|LATENTS"),
+    detectors: str | None = option("With --ablate detectors: the run of the detector search.", metavar="RUN"),
+    boost: list[float] | None = option("Add an arm with this boost. Repeatable."),
+    arm: list[str] | None = option(
+        "Add an arm of your own, e.g. 'calm=boost:0;clamp:12:3'. Repeatable.", metavar="NAME=EDITS"
+    ),
+    throughout: bool = option("Arms also change the prompt and the kept tokens.", False),
+    judge: str | None = option("Judge of the continuations. Default: the run's judge.", metavar="JUDGE"),
+    dry_run: DryRun = False,
+    no_cache: NoCache = False,
+    runs: RunsFolder = RUNS,
+) -> None:
+    """Continue one response from one of its tokens in several arms."""
+    from steerback.analysis.forks import forks
+    from steerback.errors import SteerbackError
+    from steerback.figures.forks import fork_table
+    from steerback.figures.tables import terminal_width
+    from steerback.jobs import execute
+    from steerback.jobs.estimate import judge_estimate, response_tokens, spent_lines
+    from steerback.jobs.fork import ForkSettings, fork_trial, prepare_fork
+    from steerback.store.run import Run, find_run, stored_config
+
+    folder = find_run(name, runs)
+    if trial is None:
+        with Run.read(folder) as opened:
+            existing = forks(opened.ledger, opened.judge(judge))
+        say_lines(fork_table(one).text(terminal_width()) for one in existing)
+        return say("" if existing else f"run {folder.name} has no forks yet; steerback fork {name} TRIAL --at TOKEN")
+    if at is None:
+        raise SteerbackError("say where to fork with --at: a number of tokens, attempt:2, or drift")
+    if detectors is not None and ablate != "detectors":
+        raise SteerbackError("--detectors goes with --ablate detectors")
+    own = None if detectors is None else find_run(detectors, runs)
+    settings = ForkSettings(at, n, ablate, own, tuple(boost or ()), tuple(arm or ()), throughout, judge)
+    makers = budget.makers(dry_run, stored_config(folder).rubrics)
+    with Run.read(folder) as opened:
+        planned = prepare_fork(opened, trial, settings, makers)
+        total, new = planned.responses(opened.ledger)
+        asked = judge_estimate(planned.judge, new, response_tokens(opened.config, planned.target))
+    names = ", ".join(x.name for x in planned.all_arms)
+    say(f"{trial} at {at}: {total} responses in {len(planned.all_arms)} arms ({names}), at most {new} of them new")
+    if asked is not None:
+        say(f"judge {planned.judge.name}: at most {asked}")
+    if dry_run:
+        return None
+    with stoppable(), execute.tools(not no_cache) as (progress, cache):
+        result = fork_trial(folder, trial, settings, progress, cache, makers)
+    say_lines([fork_table(result).text(terminal_width()), *spent_lines(folder)])
+    return say(f"look at it: steerback view {name}")

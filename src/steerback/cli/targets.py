@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from steerback.cli.options import TargetName, Texts, add, announce_loading, new_group, say
+from steerback.cli.options import TargetName, Texts, announce_loading, argument, option, say, say_lines
 
 if TYPE_CHECKING:
     from steerback.targets import Target
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands."""
-    group = new_group("List the models that can be steered.", targets)
-    add(group, show)
-    app.add_typer(group, name="targets")
-    add(app, doctor)
-
-
-def targets(
-    context: typer.Context,
-    fit: Annotated[bool, typer.Option("--fit", help="Show which targets this machine can run.")] = False,
-) -> None:
+def targets(context: typer.Context, fit: bool = option("Show which targets this machine can run.", False)) -> None:
     """List the targets: built-in ones, and those of your file (--targets FILE)."""
     from steerback.figures.tables import Table, terminal_width
     from steerback.targets import list_targets
@@ -50,7 +39,7 @@ def targets(
     say(Table(COLUMNS, [_row(target) for target in known], note, left=3, minor=minor).text(terminal_width()), end="")
 
 
-def show(name: Annotated[str, typer.Argument(help="Target, e.g. llama-3.3-70b@authors, or its folder.")]) -> None:
+def show(name: str = argument("Target, e.g. llama-3.3-70b@authors, or its folder.", ...)) -> None:
     """Show all values of a target and their sources."""
     from steerback.figures.tables import Table, terminal_width
     from steerback.targets import resolve
@@ -63,9 +52,9 @@ def show(name: Annotated[str, typer.Argument(help="Target, e.g. llama-3.3-70b@au
 
 def doctor(
     target: TargetName,
-    layer: Annotated[int | None, typer.Option(help="Check this layer instead of the SAE's layer.")] = None,
+    layer: int | None = option("Check this layer instead of the SAE's layer."),
     texts: Texts = None,
-    json: Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")] = None,
+    json: Path | None = option("Also write the report to this file."),
 ) -> None:
     """Check layer, SAE and steering of a target. Exit code 1 if a check failed."""
     from steerback.api import load_target
@@ -78,8 +67,7 @@ def doctor(
     announce_loading(target)
     with load_target(without_directions(resolve(target)), "transformers") as loaded:
         report = examine(loaded, layer, own)
-    for line in report.lines():
-        say(line)
+    say_lines(report.lines())
     if json is not None:
         write_json(json, report.to_json())
     if report.verdict == "failed":
@@ -193,3 +181,59 @@ def _origin(key: str, target: Target, known: dict[str, str]) -> str:
     if key in fields and getattr(target, key) == fields[key].default:
         return "default"
     return "the target's files" if target.labels_folder is not None else "given"
+
+
+def train_sae_command(
+    target: str = argument("Target, folder of a model, or GGUF file.", ...),
+    layers: str | None = option("Layers, counted from 0, e.g. 10,14,17. Default: 60 % of the depth."),
+    name: str | None = option("Name of the new target. The same name again resumes."),
+    texts: Texts = None,
+    kind: str = option("Kind of SAE: jumprelu or topk.", "jumprelu"),
+    latents: int = option("Number of latents.", 16_384, min=2),
+    k: int = option("Active latents per position.", 64, min=1),
+    tokens: int = option("Number of training tokens, which the model writes.", 1_500_000, min=1),
+    new_tokens: int = option("Longest text, in tokens.", 384, min=8),
+    passes: int = option("Passes over the activations.", 8, min=1),
+    batch: int = option("Positions per training step.", 8_192, min=1),
+    memory: float | None = option("GB of activations kept in memory.", min=0.001),
+    engine: str = option("Engine that writes the texts: transformers or vllm.", "transformers"),
+    device: str | None = option("cuda, mps or cpu. Default: the first available."),
+    batch_size: int | None = option("Texts written at the same time.", min=1),
+    seed: int = option("Seed of the SAE and the order of activations.", 0),
+) -> None:
+    """Train an SAE on texts of the model itself, label and check it, define a target."""
+    from steerback.config import parse
+    from steerback.jobs.sae_target import train_sae
+    from steerback.jobs.sae_training import SaeJob
+    from steerback.latents.texts import read_texts
+    from steerback.targets.sae_training import SaeTraining
+
+    options = {"kind": kind, "latents": latents, "k": k, "batch": batch, "seed": seed}
+    training = parse(SaeTraining, options, "options of sae train")
+    own = read_texts(texts) if texts is not None else ()
+    job = SaeJob(
+        target=target,
+        layers=_numbers(layers),
+        tokens=tokens,
+        new_tokens=new_tokens,
+        passes=passes,
+        texts=own,
+        training=training,
+    )
+    chosen = name or f"{Path(target).name.removesuffix('.gguf')}-sae"
+    bound = None if memory is None else memory * 1e9
+    made = train_sae(job, chosen, lambda line: say(line, flush=True), engine, bound, device, batch_size)
+    say_lines(made.doctor.lines())
+    if len(made.results) > 1:
+        say(f"layer {made.best.sae.layer} explains foreign texts best; the others are {chosen}@layer-N")
+    say(f"{len(made.labels)} of {made.best.sae.n_latents} latents have a label; report: {made.page}")
+    say(f"\n{made.table}\nuse it: steerback run esr --target {chosen} --judge offline")
+
+
+def _numbers(text: str | None) -> tuple[int, ...]:
+    from steerback.errors import SteerbackError
+
+    parts = [part.strip() for part in (text or "").split(",") if part.strip()]
+    if not all(part.isdecimal() for part in parts):
+        raise SteerbackError(f"--layers {text!r} should be numbers with commas between them, e.g. 10,14,17")
+    return tuple(int(part) for part in parts)
