@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from steerback.metrics.floor import above
+from steerback.metrics.between import above
 from steerback.metrics.intervals import Floats
 
 PLANS = ((50, 10), (12, 20))

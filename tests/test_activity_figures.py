@@ -9,9 +9,9 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 
+from steerback.analysis.ablation import RANKED, RandomAblationResults, rank_of
 from steerback.analysis.episode_statistics import AlignedCurve
-from steerback.analysis.random_ablation import RANKED, RandomAblationResults, rank_of
-from steerback.figures import detectors, episode_statistics, panels, random_ablation, style, traces
+from steerback.figures import ablation, detectors, episode_statistics, panels, style, traces
 from steerback.metrics import Estimate
 from steerback.store.facts import (
     ABLATED,
@@ -42,7 +42,7 @@ def test_random_ablation_says_the_smallest_p_its_sets_can_reach(sets: int, least
     data = measured({"organism": (36, 0.4)}, [BASELINE, ABLATED, *control.conditions], latents=6)
     ranks = {"organism": {m: rank_of(data, "organism", control, m) for m in RANKED}}
     results = RandomAblationResults(data, {"organism": control}, ranks, {}, [])
-    fig = random_ablation.draw(results)
+    fig = ablation.draw_random_sets(results)
     titles = [ax.get_title("right") for ax in axes_of(fig)]
     assert all(f"(minimum {least})" in title for title in titles)
     labels = [t.get_text() for t in axes_of(fig)[0].get_xticklabels()]

@@ -275,7 +275,7 @@ def test_held_out_prompts_are_measured_and_disjoint(runs: Runs) -> None:
 def test_organisms_have_held_out_prompts_of_their_own() -> None:
     from types import SimpleNamespace
 
-    from steerback.experiments.held_out import held_out_prompts
+    from steerback.experiments.conditions import held_out_prompts
     from steerback.targets import resolve
 
     study: Any = SimpleNamespace(target=resolve("organism-s"), prompts=())

@@ -13,12 +13,10 @@ from matplotlib.axes import Axes
 from steerback.analysis.base import Measured
 from steerback.analysis.boost_sweep import SweepResults
 from steerback.analysis.conditions import ConditionResults
-from steerback.analysis.meta_prompts import MetaPromptResults
 from steerback.analysis.no_steering import NoSteeringResults
-from steerback.analysis.prefill_control import PrefillResults
-from steerback.figures import boost_sweep, conditions, first_scores, meta_prompts, prefill, style
+from steerback.figures import boost_sweep, conditions, first_scores, prefill, style
 from steerback.metrics import Outcomes, compare, find_peak, summarize
-from steerback.store.facts import MetaPromptSet, PrefixCounts, Sweep
+from steerback.store.facts import META_PROMPTS, PREFILL, MetaPromptSet, PrefixCounts, Sweep
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,8 +70,8 @@ def draw_conditions(targets: Mapping[str, tuple[int, float]]) -> Figure:
 
 def draw_meta_prompts(targets: Mapping[str, tuple[int, float]]) -> Figure:
     sets = {t: MetaPromptSet(variants={}, parameters=1_000_000 if t == "organism" else None) for t in targets}
-    results = MetaPromptResults(measured(targets, VARIANTS), sets, planted(targets))
-    return meta_prompts.present(results).figures["figure4"]()
+    results = ConditionResults("meta-prompts", measured(targets, VARIANTS), planted(targets), sets, META_PROMPTS)
+    return conditions.meta_prompts(results).figures["figure4"]()
 
 
 def draw_sweep(targets: Mapping[str, tuple[int, float]], latents: int = 12) -> Figure:
@@ -91,7 +89,7 @@ def draw_sweep(targets: Mapping[str, tuple[int, float]], latents: int = 12) -> F
 def draw_prefill(targets: Mapping[str, tuple[int, float]]) -> Figure:
     names = [f"{arm} {k}n" for k in (1, 2, 3) for arm in ("unsteered", "steered")]
     prefixes = {t: PrefixCounts(characters=90, prefixes={"1n": {"used": 3}, "2n": {}}) for t in targets}
-    results = PrefillResults(measured(targets, names), prefixes, planted(targets))
+    results = ConditionResults("prefill-control", measured(targets, names), planted(targets), prefixes, PREFILL)
     return prefill.present(results).figures["prefill_control"]()
 
 

@@ -13,12 +13,12 @@ from scipy import stats
 
 from planted import Runs, inside
 from planted_detectors import DETECTORS, EFFECT, FEW_RESPONSES, RATE, detector_runs, without_restarts
-from steerback.analysis.random_ablation import rank
+from steerback.analysis.ablation import rank
 from steerback.config import build_config
 from steerback.data.prompts import load_prompts
 from steerback.errors import SteerbackError
 from steerback.experiments import make_experiment
-from steerback.experiments.detector_ablation import distinct
+from steerback.experiments.ablation import distinct
 from steerback.experiments.detectors import _same_search
 from steerback.jobs import check, execute
 from steerback.published.comparison import our_number, table_of_numbers

@@ -16,8 +16,7 @@ from scipy import stats
 from planted import Runs, inside
 from planted_detectors import BACKTRACKER, DETECTORS, FEW_RESPONSES, LEAD, detector_runs, without_restarts
 from steerback.analysis import episodes as ep
-from steerback.analysis.episode_statistics import aligned, region_values
-from steerback.analysis.latent_regions import latent_regions
+from steerback.analysis.episode_statistics import aligned, latent_regions, region_values
 from steerback.analysis.traces import lead_times, onset, smoothed
 from steerback.engines.scripted import RESTART
 from steerback.figures import style

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steerback.metrics.floor import above, joined
+from steerback.metrics.between import above, joined
 from steerback.metrics.intervals import Floats
 
 sums = st.lists(st.tuples(st.integers(0, 4), st.just(4)), min_size=2, max_size=9).map(

@@ -11,7 +11,7 @@ from scipy.stats import binom
 
 from steerback.cli import main
 from steerback.metrics import Outcomes, compare
-from steerback.metrics.floor import above
+from steerback.metrics.between import above
 from steerback.metrics.paired import swap_test
 from steerback.metrics.power import (
     Design,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from planted import Peaked, Runs, headline, inside, thresholds
-from steerback.analysis.prefill_control import after_cut
+from steerback.analysis.conditions import after_cut
 from steerback.engines.scripted import RESTART
 from steerback.experiments.prefill_control import cut
 from steerback.records import Attempt, Completion, Judgement, Receipt, Request, Trial

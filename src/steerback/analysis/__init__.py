@@ -1,6 +1,6 @@
-"""Analyses: one module per experiment computes results from ledger rows, using only metrics and the store.
+"""Analyses: one function per experiment computes results from ledger rows, using only metrics and the store.
 
-Every module has a function `analyse(ledger, judge, draws, options)` that returns its `Results`.
+Each is called as `analyse(ledger, judge, draws, options)` and returns its `Results`.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ if TYPE_CHECKING:
     from steerback.analysis.base import Results
     from steerback.store.ledger import Ledger
 
-MODULES = {
-    "esr": "esr",
-    "no-steering": "no_steering",
-    "boost-sweep": "boost_sweep",
-    "meta-prompts": "meta_prompts",
-    "held-out": "conditions",
-    "prefill-control": "prefill_control",
-    "matched-prefix": "matched_prefix",
-    "imported": "conditions",
-    "detectors": "detectors",
-    "detector-ablation": "detector_ablation",
-    "random-ablation": "random_ablation",
-    "detector-statistics": "detector_statistics",
-    "traces": "traces",
-    "episode-statistics": "episode_statistics",
-    "finetuning": "finetuning",
-    "cross-judge": "cross_judge",
+ANALYSES = {
+    "esr": "esr.analyse",
+    "no-steering": "no_steering.analyse",
+    "boost-sweep": "boost_sweep.analyse",
+    "meta-prompts": "conditions.meta_prompts",
+    "held-out": "conditions.analyse",
+    "prefill-control": "conditions.prefill_control",
+    "matched-prefix": "conditions.matched_prefix",
+    "imported": "conditions.analyse",
+    "detectors": "detectors.analyse",
+    "detector-ablation": "ablation.doses",
+    "random-ablation": "ablation.random_sets",
+    "detector-statistics": "detectors.statistics",
+    "traces": "traces.analyse",
+    "episode-statistics": "episode_statistics.analyse",
+    "finetuning": "finetuning.analyse",
+    "cross-judge": "cross_judge.analyse",
 }
 
 
@@ -39,8 +39,9 @@ def analyse(experiment: str, ledger: Ledger, judge: str, draws: int, options: ob
 
     `options` are the experiment's parsed options. Each analysis declares the options that it uses in a protocol.
     """
-    if experiment not in MODULES:
-        raise unknown("experiment", experiment, sorted(MODULES))
-    module = importlib.import_module(f"steerback.analysis.{MODULES[experiment]}")
-    results: Results = module.analyse(ledger, judge, draws, options)
+    if experiment not in ANALYSES:
+        raise unknown("experiment", experiment, sorted(ANALYSES))
+    module, _, name = ANALYSES[experiment].partition(".")
+    function = getattr(importlib.import_module(f"steerback.analysis.{module}"), name)
+    results: Results = function(ledger, judge, draws, options)
     return results

@@ -24,7 +24,9 @@ class SweepResults(Results):
 
     def curve(self, target: str) -> dict[float, Summary]:
         """Return the summaries of the measured levels."""
-        return curve_of(self.measured, target, self.sweeps[target])
+        summaries, sweep = self.measured.of(target), self.sweeps[target]
+        named = {level: sweep.condition(level) for level in sweep.levels}
+        return {level: summaries[name] for level, name in named.items() if name in summaries}
 
     def to_json(self) -> dict[str, object]:
         """Return the content of summary.json."""
@@ -49,15 +51,8 @@ def analyse(ledger: Ledger, judge: str, draws: int, options: object = None) -> S
     return SweepResults(conditions, sweeps, peaks, planted(ledger, conditions.targets))
 
 
-def curve_of(measured: Measured, target: str, sweep: Sweep) -> dict[float, Summary]:
-    """Return the summaries of the measured levels."""
-    summaries = measured.of(target)
-    named = {level: sweep.condition(level) for level in sweep.levels}
-    return {level: summaries[name] for level, name in named.items() if name in summaries}
-
-
 def peaks_of(measured: Measured, target: str, sweep: Sweep, draws: int) -> dict[str, Peak | None]:
-    """Return the peak of every metric over the levels."""
-    levels = list(curve_of(measured, target, sweep))
-    outcomes = [measured.outcomes[target, sweep.condition(level)] for level in levels]
-    return {name: find_peak(levels, outcomes, name, draws) for name in PEAKS}
+    """Return the peak of every metric over the measured levels."""
+    places = {level: (target, sweep.condition(level)) for level in sweep.levels}
+    outcomes = {level: measured.outcomes[key] for level, key in places.items() if key in measured.outcomes}
+    return {name: find_peak([*outcomes], [*outcomes.values()], name, draws) for name in PEAKS}

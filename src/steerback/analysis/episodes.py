@@ -10,12 +10,12 @@ import math
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from steerback.errors import SteerbackError
 from steerback.metrics import cluster_code
+from steerback.metrics.intervals import Floats
 from steerback.metrics.regions import Sample
 from steerback.records import LatentKey
 from steerback.store.facts import (
@@ -33,11 +33,6 @@ from steerback.store.facts import (
     boundaries,
 )
 from steerback.store.ledger import Ledger, Row
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)

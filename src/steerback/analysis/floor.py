@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from steerback.metrics import Estimate, Outcomes, Summary, summarize, view
-from steerback.metrics.floor import FLOOR_TEST, above_floor
+from steerback.metrics.between import FLOOR_TEST, above_floor
 from steerback.metrics.intervals import ALPHA
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from steerback.analysis.base import outcomes_of
-from steerback.analysis.prefill_control import after_cut
+from steerback.analysis.conditions import after_cut
 from steerback.metrics import Comparison, Outcomes, Summary, compare, correct, summarize
 from steerback.store.facts import FORK, FORKS, Fork
 from steerback.store.ledger import Ledger, Row

@@ -9,21 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from steerback.analysis.base import Results, planted
 from steerback.analysis.episodes import Recorded, Trace, controls_of, recorded_targets
 from steerback.metrics import Estimate
+from steerback.metrics.intervals import Floats
 from steerback.metrics.regions import mean_of, median_of, rate_of
 from steerback.store.facts import DETECTORS
 from steerback.store.ledger import Ledger
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Floats = NDArray[np.float64]
 
 ARMS = ("episodes", "steered without restart", "unsteered")
 

@@ -1,4 +1,4 @@
-"""Experiment 3, first phase: search for latents that detect whether a response matches its prompt.
+"""Experiment 3, first phase: search for latents that detect whether a response matches its prompt; Table A1.
 
 Unsteered responses to discovery prompts are read twice: after the correct prompt and after another prompt. On one half
 of the prompts the search selects the latents that separate the two; these are the detectors. The other half measures
@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, StrictInt, StrictStr
 
@@ -21,7 +21,7 @@ from steerback.data.prompts import load_prompts
 from steerback.errors import SteerbackError
 from steerback.experiments.base import SEARCHING, Experiment
 from steerback.readers import read_json
-from steerback.store.facts import DETECTOR_SET, Detector, DetectorSet
+from steerback.store.facts import DETECTOR_SET, PAIR_ACTIVATIONS, Detector, DetectorSet, PairActivations
 from steerback.store.ledger import Row
 from steerback.store.run import stored_config
 from steerback.study.pipeline import complete
@@ -127,31 +127,35 @@ def _same_search(study: Study, options: SearchOptions) -> bool:
     return all(getattr(options, name) == getattr(theirs, name) for name in SearchOptions.model_fields)
 
 
-class DetectorExperiment(Experiment[SearchOptions]):
-    """Search for latents that are more active if a response does not match its prompt; test against chance."""
+SearchOptionsType = TypeVar("SearchOptionsType", bound=SearchOptions)
 
-    name = "detectors"
+
+class UsesDetectors(Experiment[SearchOptionsType]):
+    """Base class of the experiments that search for detectors."""
+
     needs_sae = True
-    title = "Search for off-topic detectors (experiment 3)"
     options_type = SearchOptions
     authors: ClassVar[Mapping[str, object]] = AUTHORS
-    calibrates = False
-    reports_rates = False
 
     def conditions(self, config: RunConfig) -> int:
         return 0
 
     def further(self, config: RunConfig) -> dict[str, int]:
-        return search_responses(self.options)
+        """Number of responses for the search, by stage; none if the user names the detectors."""
+        return {} if self.options.detectors is not None else {DISCOVERY: self.options.responses}
+
+
+class DetectorExperiment(UsesDetectors[SearchOptions]):
+    """Search for latents that are more active if a response does not match its prompt; test against chance."""
+
+    name = "detectors"
+    title = "Search for off-topic detectors (experiment 3)"
+    calibrates = False
+    reports_rates = False
 
     async def run(self, study: Study) -> None:
         """Generate the responses to the discovery prompts and search for detectors."""
         await load_or_search(study, self.options)
-
-
-def search_responses(options: SearchOptions) -> dict[str, int]:
-    """Return the number of responses for the search, by stage; empty if the user names the detectors."""
-    return {} if options.detectors is not None else {DISCOVERY: options.responses}
 
 
 async def detectors_of(study: Study, options: SearchOptions) -> DetectorSet:
@@ -311,3 +315,25 @@ def _detector_set(
 
 def _finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
+
+
+class DetectorStatistics(UsesDetectors[SearchOptions]):
+    """Report mean, sd, median, frequency, AUC and effect size of each detector on matched and shuffled pairs.
+
+    The pairs are the unsteered responses to the run's prompts, each after the correct prompt (matched) and after
+    another prompt (shuffled). The detector search did not use these prompts, so the statistics are out of sample.
+    """
+
+    name = "detector-statistics"
+    title = "Detectors on matched and shuffled pairs (Table A1)"
+    calibrates = False
+    reports_rates = False
+
+    async def run(self, study: Study) -> None:
+        """Read the activations of the detectors on matched and shuffled pairs."""
+        if study.run.ledger.get(study.name, PAIR_ACTIVATIONS) is not None:
+            return
+        detectors = await detectors_of(study, self.options)
+        matched, mismatched, prompts = await contrast(study, detectors.latents, self.options.over)
+        pairs = PairActivations(matched=matched.tolist(), mismatched=mismatched.tolist(), prompts=prompts)
+        study.run.ledger.put(study.name, PAIR_ACTIVATIONS, pairs)

@@ -8,14 +8,13 @@ vector itself is not measured.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar, TypeVar
+from typing import Annotated, TypeVar
 
 import numpy as np
 from pydantic import Field
 
 from steerback.config import RunConfig
-from steerback.experiments.base import Experiment
-from steerback.experiments.detectors import AUTHORS, SearchOptions, detectors_of, search_responses
+from steerback.experiments.detectors import SearchOptions, UsesDetectors, detectors_of
 from steerback.latents.backtracking import find_backtracking
 from steerback.records import Recording, Trial
 from steerback.store.facts import (
@@ -26,8 +25,10 @@ from steerback.store.facts import (
     RECORDED_LABELS,
     RECORDED_LATENTS,
     REPLAY,
+    REREAD_ACTIVITY,
     TOKEN_ENDS,
     UNSTEERED,
+    RereadActivity,
 )
 from steerback.store.ledger import Row
 from steerback.study.pipeline import complete
@@ -50,18 +51,16 @@ class EpisodeOptions(SearchOptions):
 EpisodeOptionsType = TypeVar("EpisodeOptionsType", bound=EpisodeOptions)
 
 
-class EpisodeExperiment(Experiment[EpisodeOptionsType]):
+class EpisodeExperiment(UsesDetectors[EpisodeOptionsType]):
     """Base class of the experiments about episodes: baseline, then recording of episodes and controls."""
 
-    needs_sae = True
     reports_rates = False
-    authors: ClassVar[Mapping[str, object]] = AUTHORS
 
     def conditions(self, config: RunConfig) -> int:
         return 1
 
     def further(self, config: RunConfig) -> dict[str, int]:
-        return search_responses(self.options) | {REPLAY: 3 * self.options.max_episodes}
+        return super().further(config) | {REPLAY: 3 * self.options.max_episodes}
 
     async def run(self, study: Study) -> None:
         """Measure the baseline, select episodes and controls from it, and replay them with recording."""
@@ -116,3 +115,66 @@ def spread(rows: Sequence[Row], limit: int) -> list[Row]:
     if len(rows) <= limit:
         return list(rows)
     return [rows[i] for i in np.linspace(0, len(rows) - 1, limit).round().astype(int)]
+
+
+class TraceOptions(EpisodeOptions):
+    """Onset rule, and selection of episodes for the figure."""
+
+    window: int = Field(3, ge=1)
+    """Number of tokens in the running mean."""
+    quantile: float = Field(0.95, ge=0, le=1)
+    """Quantile of the maximum running mean over the unsteered responses; a higher running mean is an onset."""
+    show: int = Field(3, ge=1)
+    """Number of episodes in the figure, those with the largest gain first."""
+    trials: list[int] | None = None
+    """Indices of the trials in the figure, instead of `show`."""
+
+
+class Traces(EpisodeExperiment[TraceOptions]):
+    """Report detector onset, correction and recovery per token, and the lead time over all episodes.
+
+    Experiment 6, Fig. 7; `analysis.traces` defines the lead time.
+    """
+
+    name = "traces"
+    title = "Activation traces of episodes and lead time (experiment 6)"
+    options_type = TraceOptions
+
+
+class EpisodeStatisticsOptions(EpisodeOptions):
+    """Range of the aligned curves, and the minimum score of the authors' baseline."""
+
+    reach: int = Field(40, ge=1)
+    """Tokens before and after the correction in Fig. A5."""
+    baseline_from: float = Field(50.0, ge=0, le=100)
+    """Minimum score of the single-attempt steered responses that are read again without steering."""
+
+
+class EpisodeStatistics(EpisodeExperiment[EpisodeStatisticsOptions]):
+    """Report region means, tests and aligned curves of all episodes with two attempts.
+
+    The authors' baseline is recorded too: steered responses with a single on-topic attempt, read again without
+    steering.
+    """
+
+    name = "episode-statistics"
+    title = "Activity around corrections (appendix A.7, Figs. A5, A6)"
+    options_type = EpisodeStatisticsOptions
+
+    async def run(self, study: Study) -> None:
+        """Record episodes and controls, then read the on-topic steered responses without steering."""
+        await super().run(study)
+        if study.run.ledger.get(study.name, REREAD_ACTIVITY) is not None:
+            return
+        groups = await recorded_latents(study, self.options)
+        latents = list(dict.fromkeys(k for group in groups.values() for k in group))
+        rows = [r for r in await study.baseline_rows() if r.is_on_topic(self.options.baseline_from)]
+        texts = {
+            r.trial.key: (r.trial.prompt, r.completion.text)
+            for r in spread(rows, self.options.max_episodes)
+            if r.completion is not None
+        }
+        prompts, responses = zip(*texts.values(), strict=True) if texts else ((), ())
+        means = study.engine.activations(prompts, responses, latents=latents, pool="mean").tolist() if texts else []
+        activity = RereadActivity(latents=latents, means=dict(zip(texts, means, strict=True)))
+        study.run.ledger.put(study.name, REREAD_ACTIVITY, activity)

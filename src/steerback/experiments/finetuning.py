@@ -18,7 +18,7 @@ from steerback.calibration.thresholds import THRESHOLDS
 from steerback.config import RunConfig, Settings
 from steerback.errors import SteerbackError
 from steerback.experiments.base import Experiment
-from steerback.experiments.held_out import held_out_prompts
+from steerback.experiments.conditions import held_out_prompts
 from steerback.store.facts import ADAPTER, HELD_OUT, HELD_OUT_UNSTEERED, LATENTS, STEERED, UNSTEERED, Adapter
 from steerback.study.study import Cell, Study
 from steerback.targets import Target

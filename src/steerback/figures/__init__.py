@@ -12,23 +12,23 @@ if TYPE_CHECKING:
     from steerback.analysis.base import Results
     from steerback.figures.base import Presentation
 
-MODULES = {
-    "esr": "esr",
-    "no-steering": "first_scores",
-    "boost-sweep": "boost_sweep",
-    "meta-prompts": "meta_prompts",
-    "held-out": "conditions",
-    "prefill-control": "prefill",
-    "matched-prefix": "matched_prefix",
-    "imported": "conditions",
-    "detectors": "detectors",
-    "detector-ablation": "doses",
-    "random-ablation": "random_ablation",
-    "detector-statistics": "detector_statistics",
-    "traces": "traces",
-    "episode-statistics": "episode_statistics",
-    "finetuning": "finetuning",
-    "cross-judge": "cross_judge",
+FIGURES = {
+    "esr": "esr.present",
+    "no-steering": "first_scores.present",
+    "boost-sweep": "boost_sweep.present",
+    "meta-prompts": "conditions.meta_prompts",
+    "held-out": "conditions.present",
+    "prefill-control": "prefill.present",
+    "matched-prefix": "conditions.matched_prefix",
+    "imported": "conditions.present",
+    "detectors": "detectors.present",
+    "detector-ablation": "ablation.present_doses",
+    "random-ablation": "ablation.present_random_sets",
+    "detector-statistics": "detectors.statistics",
+    "traces": "traces.present",
+    "episode-statistics": "episode_statistics.present",
+    "finetuning": "finetuning.present",
+    "cross-judge": "cross_judge.present",
 }
 
 
@@ -38,10 +38,11 @@ def present(experiment: str, results: Results) -> Presentation:
     from steerback.figures.base import floor_lines, planted_note
     from steerback.figures.recovery import draw_time_course, recovery_table
 
-    if experiment not in MODULES:
-        raise unknown("experiment", experiment, sorted(MODULES))
-    module = importlib.import_module(f"steerback.figures.{MODULES[experiment]}")
-    presentation: Presentation = module.present(results)
+    if experiment not in FIGURES:
+        raise unknown("experiment", experiment, sorted(FIGURES))
+    module, _, name = FIGURES[experiment].partition(".")
+    function = getattr(importlib.import_module(f"steerback.figures.{module}"), name)
+    presentation: Presentation = function(results)
     measured = measured_of(results)
     if measured is None:
         return presentation

@@ -10,7 +10,7 @@ from steerback.analysis.floor import RATES
 from steerback.errors import docs_page
 from steerback.figures.tables import Table, comparison_table, number, p_value, show, summary_table
 from steerback.metrics import METRICS, Estimate
-from steerback.metrics.floor import FLOOR_TEST
+from steerback.metrics.between import FLOOR_TEST
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

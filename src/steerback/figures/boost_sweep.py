@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from steerback.analysis.boost_sweep import SweepResults
 from steerback.figures import panels, style
@@ -12,10 +14,6 @@ from steerback.figures.base import Presentation, measured_tables, planted_note
 from steerback.figures.tables import Table, number
 from steerback.metrics import METRICS, Peak, Summary
 from steerback.store.facts import Sweep
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 SHOWN = ("multi_attempt_rate", "improvement_rate", "esr_rate", "msi", "mean_attempts", "mean_first")
 

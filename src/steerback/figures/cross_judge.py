@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from steerback.analysis.cross_judge import Compared
 from steerback.figures import panels, style
 from steerback.figures.base import Presentation, planted_note
 from steerback.figures.tables import Table, number, show
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 NAMES = {"esr_rate": "ESR rate (%)", "multi_attempt_rate": "Multi-attempt rate (%)"}
 

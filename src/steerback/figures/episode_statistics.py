@@ -4,25 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
-from steerback.analysis.episode_statistics import AlignedCurve, EpisodeStatisticsResults, RegionActivity
-from steerback.analysis.latent_regions import REGIONS
+from steerback.analysis.episode_statistics import REGIONS, AlignedCurve, EpisodeStatisticsResults, RegionActivity
 from steerback.figures import panels, style
 from steerback.figures.base import Presentation, planted_note
 from steerback.figures.tables import Table, number, p_value, show
 from steerback.figures.traces import count_list, group_sizes
 from steerback.metrics import Estimate
+from steerback.metrics.intervals import Floats
 from steerback.store.facts import DETECTORS, DRIFTS, EPISODES, REREAD, UNSTEERED
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from numpy.typing import NDArray
-
-    Floats = NDArray[np.float64]
 
 LOOKS = {EPISODES: (style.PALETTE[0], "-"), DRIFTS: (style.PALETTE[4], "--"), UNSTEERED: (style.GREY, ":")}
 """Colour and line style of each curve in all panels: titles name the targets, so one legend serves all."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
 
 from steerback.analysis.esr import EsrResults
 from steerback.calibration import CalibrationReport
@@ -16,10 +17,6 @@ from steerback.figures.calibration import calibration_table, draw_calibration
 from steerback.figures.tables import HEADINGS, Table, number, p_value, show
 from steerback.metrics import METRICS, Estimate, Outcomes, Summary, TwoSampleTest, view
 from steerback.store.run import plain
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, SubFigure
 
 BINS = np.arange(-100, 101, 10)
 RATES = (("multi_attempt_rate", "multi-attempt", ""), ("esr_rate", "ESR (improved)", "//////"))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from steerback.analysis.base import Measured
 from steerback.analysis.finetuning import SHOWN, Ending, FinetuningResults, steered_comparisons
@@ -12,10 +15,6 @@ from steerback.figures.base import Presentation, measured_tables, planted_note
 from steerback.figures.tables import Table, number
 from steerback.metrics import Estimate, Trend
 from steerback.store.facts import HELD_OUT_UNSTEERED, STEERED, UNSTEERED
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 LINES = (
     ("", style.PALETTE[0], "steered"),

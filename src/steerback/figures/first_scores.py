@@ -4,23 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from steerback.analysis.no_steering import NoSteeringResults, RestartBound
 from steerback.figures import style
 from steerback.figures.base import Presentation, measured_tables, planted_note
 from steerback.figures.tables import Table, number
 from steerback.metrics import Outcomes, view
+from steerback.metrics.intervals import Floats
 from steerback.metrics.outcomes import VALID
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from numpy.typing import NDArray
-
-    Floats = NDArray[np.float64]
 
 BINS = np.arange(0, 101, 5)
 

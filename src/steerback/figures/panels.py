@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from steerback.figures import style
 from steerback.metrics import METRICS, Estimate, Summary
-
-if TYPE_CHECKING:
-    from matplotlib.artist import Artist
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, SubFigure
 
 LEFT_OUT = ("degraded", "unscored", "invalid", "empty")
 FEWEST = 5
@@ -167,8 +168,6 @@ def legend(
 
 def line(colour: str, **look: Any) -> Artist:
     """Return a line or marker for a legend, with matplotlib's Line2D properties."""
-    from matplotlib.lines import Line2D
-
     return Line2D([], [], color=colour, **look)
 
 
@@ -179,8 +178,6 @@ def dashed() -> Artist:
 
 def patch(**look: Any) -> Artist:
     """Return a filled area for a legend, with matplotlib's Patch properties."""
-    from matplotlib.patches import Patch
-
     return Patch(**look)
 
 

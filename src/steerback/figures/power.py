@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from matplotlib.figure import Figure
+
 from steerback.figures import style
 from steerback.figures.tables import Table, number
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from steerback.metrics.power import Effect
 
 Curve = tuple[str, int, int, float]

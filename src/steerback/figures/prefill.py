@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from matplotlib.figure import Figure, SubFigure
 
 from steerback.analysis.base import Measured
-from steerback.analysis.prefill_control import PrefillResults
+from steerback.analysis.conditions import ConditionResults
 from steerback.figures import panels, style
 from steerback.figures.base import Presentation, measured_tables, planted_note
 from steerback.metrics import Estimate
 from steerback.store.facts import PREFILL_ARMS, PrefixCounts
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure, SubFigure
 
 SHOWN = ("multi_attempt_rate", "improvement_rate", "mean_first")
 LOOKS = dict(zip(PREFILL_ARMS, ((style.GREY, "o", "-", ""), (style.PALETTE[1], "s", "--", "//////")), strict=True))
@@ -24,17 +21,17 @@ LABELS = {
 }
 
 
-def present(results: PrefillResults) -> Presentation:
+def present(results: ConditionResults[PrefixCounts]) -> Presentation:
     """Return the figure, the tables, and the numbers of prefixes of each length."""
     return Presentation(
         tables=measured_tables(results.measured),
         figures={"prefill_control": lambda: draw(results)},
-        lines=[_line(target, counts) for target, counts in results.prefixes.items()],
+        lines=[_line(target, counts) for target, counts in results.facts.items()],
     )
 
 
 @style.styled
-def draw(results: PrefillResults) -> Figure:
+def draw(results: ConditionResults[PrefixCounts]) -> Figure:
     """Draw a block of panels for each target: unsteered and steered continuations against prefix length."""
     targets = results.measured.targets or [""]
     fig = style.new_figure(2.7 * len(targets) + 0.5, _caption(results))
@@ -58,13 +55,13 @@ def draw(results: PrefillResults) -> Figure:
     return fig
 
 
-def _block(block: SubFigure, results: PrefillResults, target: str) -> None:
+def _block(block: SubFigure, results: ConditionResults[PrefixCounts], target: str) -> None:
     axes = block.subplots(2, 2, squeeze=False, sharex=True)
-    if target not in results.prefixes:
+    if target not in results.facts:
         for ax in axes.flat:
             style.message(ax, "no continuation to show")
         return
-    characters = results.prefixes[target].characters
+    characters = results.facts[target].characters
     for ax, metric in zip(axes.flat, SHOWN, strict=False):
         shown = {arm: _points(results.measured, target, arm, metric, characters) for arm in PREFILL_ARMS}
         for arm, points in shown.items():
@@ -94,13 +91,13 @@ def _points(measured: Measured, target: str, arm: str, metric: str, characters: 
     return sorted(points, key=lambda point: point[0])
 
 
-def _caption(results: PrefillResults) -> str:
+def _caption(results: ConditionResults[PrefixCounts]) -> str:
     lines = [
         "Continuations of prefixes of steered responses, cut before any restart; prefix and "
         "continuation judged together. Bands: 95 % intervals clustered by latent. "
         f"Judge: {results.measured.judge}. {planted_note(results)}".strip()
     ]
-    for target, counts in results.prefixes.items():
+    for target, counts in results.facts.items():
         used = ", ".join(f"{k}: {tally.get('used', 0):,}" for k, tally in counts.prefixes.items())
         lines.append(f"{target}: n = {counts.characters} characters; prefixes {used}.")
     return "\n".join(lines)

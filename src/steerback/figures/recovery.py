@@ -6,15 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 
 from steerback.figures import style
 from steerback.figures.tables import Table, show
 from steerback.metrics.recovery import Recovery
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
     from steerback.analysis.base import Measured
 
 RATES = ("recovered", "silent", "shuffled", "above")
@@ -118,7 +119,5 @@ def _colours(count: int) -> Sequence[str]:
     """Return distinguishable colours; more than the palette has come from a scale in the order of the conditions."""
     if count <= len(style.PALETTE):
         return style.PALETTE[:count]
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
 
     return [to_hex(colormaps["viridis"](x)) for x in np.linspace(0, 0.92, count)]

@@ -12,15 +12,18 @@ import textwrap
 from collections.abc import Callable, Iterable
 from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec
+from typing import Any, Literal, ParamSpec
 from urllib.parse import quote
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from steerback.errors import visible
 from steerback.store.files import make_folder, write_atomic
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 WIDTH = 85 / 25.4
 """Width of every figure in inches: one column of a paper, so that no figure has to be scaled down."""
@@ -76,8 +79,6 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
     @wraps(draw)
     def inside(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        from matplotlib import rc_context
-
         with rc_context(_RC):
             return draw(*args, **kwargs)
 
@@ -86,9 +87,6 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 def new_figure(height: float, caption: str) -> Figure:
     """Return an empty figure, one column wide and `height` inches high, with its caption (see `caption_of`)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     fig = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(fig)
     fig.set_label(visible(caption))
@@ -104,8 +102,6 @@ def _notebook_image(fig: Figure) -> tuple[bytes, dict[str, int]]:
 
 def _rendered(fig: Figure, kind: str, metadata: dict[str, Any], dpi: float | Literal["figure"] = "figure") -> bytes:
     """Return the content of an image file."""
-    from matplotlib import rc_context
-
     out = io.BytesIO()
     with rc_context(_RC):
         fig.savefig(out, format=kind, metadata=metadata, dpi=dpi)
@@ -119,8 +115,6 @@ def caption_of(fig: Figure) -> str:
 
 def burn_in(fig: Figure) -> None:
     """Write the caption into the figure, below the drawing, for places that show only the image."""
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     lines = _wrap(caption_of(fig), WIDTH * 72 * 0.975)
     engine, (width, height) = fig.get_layout_engine(), fig.get_size_inches()
     below = (len(lines) + 1.0) * CAPTION_SIZE * 1.3 / 72
@@ -134,9 +128,6 @@ def burn_in(fig: Figure) -> None:
 
 def _wrap(text: str, points: float) -> list[str]:
     """Return lines no wider than `points` at the caption's font size, measured with the font."""
-    from matplotlib.backends.backend_agg import RendererAgg
-    from matplotlib.font_manager import FontProperties
-
     font = FontProperties(family=[str(_RC["font.family"])], size=CAPTION_SIZE)
     ruler = RendererAgg(1, 1, 720)  # ten dots per point
 

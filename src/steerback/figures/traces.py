@@ -5,9 +5,10 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from steerback.analysis.episodes import Recorded, Trace
 from steerback.analysis.traces import ARMS, Leads, TraceResults, onset, smoothed
@@ -16,10 +17,6 @@ from steerback.figures.base import Presentation, planted_note
 from steerback.figures.tables import Table, show
 from steerback.metrics import Estimate
 from steerback.store.facts import BACKTRACKING, DETECTORS, STEERED
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 LINES = {DETECTORS: style.PALETTE[1], BACKTRACKING: style.PALETTE[2], STEERED: style.GREY}
 SHADES = {"off topic": "#fbd9c4", "correction": "#fff3bf", "on topic": "#cfe4f5", "unscored": "#ffffff"}
