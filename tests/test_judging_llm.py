@@ -13,7 +13,7 @@ import pytest
 
 from fake_judges import RESTART, FakeJudge
 from steerback.errors import SteerbackError
-from steerback.judging import Judge, JudgeItem, aliases, make_judge
+from steerback.judging import ALIASES, Judge, JudgeItem, make_judge
 from steerback.judging.models import check_key, model_string, read_dotenv, redact
 from steerback.judging.transport import Limits, Transport
 from steerback.records import Judgement
@@ -99,7 +99,7 @@ def test_a_dotenv_file_may_set_keys_alone(tmp_path: Path) -> None:
 
 
 def test_aliases_cover_the_specified_judges() -> None:
-    models = {a.alias: a.model for a in aliases()}
+    models = {a.alias: a.model for a in ALIASES}
     assert models["sonnet-4.5"] == "anthropic/claude-sonnet-4-5-20250929"
     assert len(models) == 5
     assert model_string("sonnet-4.5") == models["sonnet-4.5"]

@@ -59,28 +59,32 @@ class Compared(Results):
 
     def to_json(self) -> dict[str, object]:
         """Return the content of summary.json."""
+
+        def by_pair(pairs: Mapping[tuple[str, str], JudgePair]) -> dict[str, object]:
+            return {f"{a} / {b}": {k: asdict(v) for k, v in vars(p).items()} for (a, b), p in pairs.items()}
+
         return {
             "experiment": "cross-judge",
             "judges": list(self.judges),
             "responses": self.n,
             "unscored": dict(self.unscored),
-            "pairs": {f"{a} / {b}": {k: asdict(v) for k, v in vars(p).items()} for (a, b), p in self.pairs.items()},
-            "labels": {
-                f"{a} / {b}": {k: asdict(v) for k, v in vars(p).items()} for (a, b), p in self.with_labels.items()
-            },
+            "pairs": by_pair(self.pairs),
+            "labels": by_pair(self.with_labels),
             "alpha": {"several attempts": asdict(self.alpha_several), "first score": asdict(self.alpha_first)},
             "rates": {
                 judge: {
-                    target: {
-                        "sample": self.summaries[judge, target].to_json(),
-                        "weighted": self.weighted[judge, target],
-                    }
-                    for target in self.targets
+                    t: {"sample": self.summaries[judge, t].to_json(), "weighted": self.weighted[judge, t]}
+                    for t in self.targets
                 }
                 for judge in self.judges
             },
             "targets": {
-                target: {"agreement": {" / ".join(names): _shares(pair) for names, pair in pairs.items()}}
+                target: {
+                    "agreement": {
+                        " / ".join(names): {"multi_attempt": asdict(p.several), "direction": asdict(p.direction)}
+                        for names, p in pairs.items()
+                    }
+                }
                 for target, pairs in self.by_target.items()
             },
             "orders": {m: {j: list(o) for j, o in orders.items()} for m, orders in self.orders.items()},
@@ -145,10 +149,6 @@ def _pair(a: Floats, b: Floats, cluster: NDArray[np.intp], draws: int) -> JudgeP
     direction = agreement(a[1][both], b[1][both], cluster[both], draws)
     first = rank_correlation(a[2], b[2], cluster, draws)
     return JudgePair(several.share, several.kappa, direction.share, direction.kappa, first)
-
-
-def _shares(pair: JudgePair) -> dict[str, object]:
-    return {"multi_attempt": asdict(pair.several), "direction": asdict(pair.direction)}
 
 
 def _verdict(row: TrialRow) -> tuple[float, float, float]:

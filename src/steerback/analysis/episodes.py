@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -131,7 +130,9 @@ def recorded(ledger: Ledger, target: str, judge: str, below: float, least: float
     if groups is None or ends is None:
         raise SteerbackError(f"{ledger.path}: {target} has no recorded episodes yet; resume the run")
     replays = ledger.rows(target, REPLAY, judge=judge, activations=True)
-    texts = _texts(ledger, target, {row.trial.index for row in replays})
+    indices = {row.trial.index for row in replays}
+    keys = [row.trial.key for row in ledger.outlines(target, "measure") if row.trial.index in indices]
+    texts = {r.trial.index: r.completion.text for r in ledger.stream(keys) if r.completion is not None}
     traces: dict[str, list[Trace]] = {EPISODES: [], DRIFTS: [], UNSTEERED: []}
     marks = ledger.get(target, boundaries(judge))
     labels = ledger.get(target, RECORDED_LABELS)
@@ -184,12 +185,6 @@ def _reread(
     means = np.array([stored.means[row.trial.key] for row in rows], dtype=np.float64)
     codes = np.array([cluster_code(row.trial.latent) for row in rows], dtype=np.int64)
     return {name: (means[:, [column[k] for k in latents]].sum(axis=1), codes) for name, latents in groups.items()}
-
-
-def _texts(ledger: Ledger, target: str, indices: AbstractSet[int]) -> dict[int, str]:
-    """Return the measured responses by index."""
-    keys = [row.trial.key for row in ledger.outlines(target, "measure") if row.trial.index in indices]
-    return {r.trial.index: r.completion.text for r in ledger.stream(keys) if r.completion is not None}
 
 
 def trace(row: Row, ends: Sequence[int], groups: Mapping[str, Sequence[int]]) -> Trace:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from steerback.analysis.base import outcomes_of
 from steerback.analysis.conditions import after_cut
-from steerback.metrics import Comparison, Outcomes, Summary, compare, correct, summarize
+from steerback.metrics import Comparison, Summary, compare, correct, summarize
 from steerback.store.facts import FORK, FORKS, Fork
 from steerback.store.ledger import Ledger, Row
 
@@ -49,9 +49,7 @@ class Forked:
             "arms": {
                 arm.name: {
                     "summary": _by_seed(arm.summary.to_json()),
-                    "against": {}
-                    if arm.comparison is None
-                    else {self.arms[0].name: _by_seed(arm.comparison.to_json())},
+                    "against": {self.arms[0].name: _by_seed(arm.comparison.to_json())} if arm.comparison else {},
                 }
                 for arm in self.arms
             },
@@ -68,16 +66,16 @@ def forks(ledger: Ledger, judge: str, parent: str | None = None) -> list[Forked]
 def forked(ledger: Ledger, target: str, fork: Fork, judge: str) -> Forked:
     """Return the results of one fork."""
     rows = {arm.name: ledger.rows(target, FORK, fork.condition(arm), judge) for arm in fork.arms}
-    outcomes = {name: _outcomes(arm, ledger.includes_degraded) for name, arm in rows.items()}
+    outcomes = {
+        name: outcomes_of(
+            after_cut(row for row in own if row.completion is not None), ledger.includes_degraded, lambda t: t.index
+        )
+        for name, own in rows.items()
+    }
     first, *others = outcomes
     tests = correct({name: compare(outcomes[first], outcomes[name]) for name in others})
     arms = [ForkedArm(n, rows[n], summarize(outcomes[n], draws=0), tests.get(n)) for n in outcomes]
     return Forked(target, fork, judge, arms)
-
-
-def _outcomes(rows: Sequence[Row], include_degraded: bool) -> Outcomes:
-    complete = [row for row in rows if row.completion is not None]
-    return outcomes_of(after_cut(complete), include_degraded, lambda trial: trial.index)
 
 
 def _by_seed(value: object) -> object:

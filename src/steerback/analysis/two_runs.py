@@ -12,9 +12,6 @@ from steerback.store.facts import FLOOR
 from steerback.store.ledger import Ledger
 from steerback.store.rows import Outline
 
-Place = tuple[str, str]
-"""Target and condition."""
-
 
 @dataclass(frozen=True, slots=True)
 class TwoRuns:
@@ -33,7 +30,9 @@ class TwoRuns:
 
 def compare_runs(a: Ledger, b: Ledger, judges: tuple[str, str]) -> TwoRuns:
     """Compare the measured conditions of both ledgers; two runs with one target each may have different targets."""
-    matches = _matched(a.conditions(), b.conditions())
+    places_a, places_b = a.conditions(), b.conditions()
+    alone = len({target for target, _ in places_a}) == len({target for target, _ in places_b}) == 1
+    matches = [(x, y) for x in places_a for y in places_b if x == y or (alone and x[1] == y[1])]
     rates: dict[str, tuple[Summary, Summary]] = {}
     floors: dict[str, tuple[Summary | None, Summary | None]] = {}
     pairs: dict[str, Comparison] = {}
@@ -54,12 +53,6 @@ def compare_runs(a: Ledger, b: Ledger, judges: tuple[str, str]) -> TwoRuns:
         else:
             samples[name] = between(first, second)
     return TwoRuns(rates, floors, correct(pairs), correct_pairs(samples))
-
-
-def _matched(a: Sequence[Place], b: Sequence[Place]) -> list[tuple[Place, Place]]:
-    """Return the places to compare: equal target and condition, or equal condition if each run has one target."""
-    alone = len({t for t, _ in a}) == len({t for t, _ in b}) == 1
-    return [(x, y) for x in a for y in b if x == y or (alone and x[1] == y[1])]
 
 
 def _floor(ledger: Ledger, target: str, judge: str) -> Summary | None:

@@ -6,7 +6,7 @@ This module uses one latent's boosts and scores. `curves` fits a curve to them; 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -111,7 +111,8 @@ class Calibrator:
         self.rounds.append(this)
         if not scored:
             return
-        above = self._above(this)
+        weight = len(scored) if self.settings.weight is None else self.settings.weight
+        above = probability_above(this.mean, self.settings.target_score, weight)
         likelihood = np.where(self._grid > boost, above, 1.0 - above)
         likelihood[self._grid == boost] = 0.5
         with np.errstate(divide="ignore"):
@@ -128,7 +129,9 @@ class Calibrator:
         scored = [r for r in self.rounds if r.scores]
         if not scored:
             return self._threshold(self._quantile(0.5), self.prior.low, self.prior.high, "no trial was scored")
-        fit = self._fit(scored)
+        boosts = np.concatenate([np.full(len(r.scores), r.boost) for r in scored])
+        scores, bounds = np.concatenate([r.scores for r in scored]), (self.prior.low, self.prior.high)
+        fit = fit_falling(boosts, scores, self.settings.target_score, bounds, self.prior.sd, self.draws)
         if self.settings.stop == "tolerance":
             last = scored[-1]
             why = "" if self._near(last.mean) else "no round came within the tolerance"
@@ -192,17 +195,6 @@ class Calibrator:
         )
 
     # ---- helpers
-
-    def _fit(self, scored: Sequence[Round]) -> FallingFit:
-        boosts = np.concatenate([np.full(len(r.scores), r.boost) for r in scored])
-        scores = np.concatenate([r.scores for r in scored])
-        s = self.settings
-        bounds = (self.prior.low, self.prior.high)
-        return fit_falling(boosts, scores, s.target_score, bounds, self.prior.sd, self.draws)
-
-    def _above(self, this: Round) -> float:
-        weight = len(this.scores) if self.settings.weight is None else self.settings.weight
-        return probability_above(this.mean, self.settings.target_score, weight)
 
     def _heading(self) -> float | None:
         """Return the bound in the direction of a search whose rounds are all on one side of the target."""

@@ -133,11 +133,11 @@ def _grade(folder: Path, judge: str, rubric: str, retry: bool, dry_run: bool, bu
 def list_judges() -> None:
     """List the judges and the API keys that they need."""
     from steerback.figures.tables import Table, terminal_width
-    from steerback.judging import LOCAL, aliases
+    from steerback.judging import ALIASES, LOCAL
     from steerback.judging.models import KEYS
 
     rows = [(name, what, "-") for name, what in LOCAL.items()]
-    for model in aliases():
+    for model in ALIASES:
         keys = " or ".join(KEYS.get(model.model.split("/")[0], ()))
         rows.append((model.alias, f"{model.model}: {model.note}", keys))
     rows.append(("provider/model", "any other model that Inspect AI knows (extra `judges`)", "the provider's"))

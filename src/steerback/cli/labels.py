@@ -172,12 +172,12 @@ def _say_planned(latents: list[int] | list[str], wanted: int, most: int = 12) ->
 
 
 def _transport(judge: str, budget: Budget, dry_run: bool) -> Transport:
-    from steerback.judging.models import aliases, model_string
+    from steerback.judging.models import ALIASES, model_string
     from steerback.judging.transport import Transport
 
     model = model_string(judge)
     if model is None:
-        raise unknown("judge", judge, ["offline", *(a.alias for a in aliases()), "any provider/model"])
+        raise unknown("judge", judge, ["offline", *(a.alias for a in ALIASES), "any provider/model"])
     return Transport(model, budget.limits(dry_run))
 
 

@@ -103,16 +103,10 @@ def _table(made: StudyPlan) -> Table:
         {"to detect": need.question, "trials": need.trials, "target": made.target, "judge": made.judge}
         | ({} if need.design is None else {"latents": need.design.latents, "floor": need.design.floor_responses})
         | {"power": need.power, "responses": need.responses, "hours": need.hours}
-        | ({} if need.judging is None else _judging_columns(need))
+        | ({} if need.judging is None else {"judge calls": need.judging.calls, "USD": need.judging.cost})
         for need in made.needs
     ]
     return Table(columns, [_cells(need) for need in made.needs], caption, records)
-
-
-def _judging_columns(need: Need) -> dict[str, object]:
-    """Return what judging a row's responses takes, by column of the CSV."""
-    assert need.judging is not None
-    return {"judge calls": need.judging.calls, "USD": need.judging.cost}
 
 
 def _cells(need: Need) -> tuple[str, ...]:

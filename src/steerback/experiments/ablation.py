@@ -45,17 +45,13 @@ class DetectorAblation(UsesDetectors[DetectorAblationOptions]):
 
     def doses(self) -> list[Dose]:
         """The doses: all detectors at zero, smaller shares of them at zero, then all of them at partial levels."""
+        scaled, levels = self.options.partial == "scale", self.options.levels
+        kept = "scaled to" if scaled else "held at"
         return [
             Dose(condition=ABLATED, share=1.0, level=0.0),
             *(Dose(condition=f"{ABLATED} {x:.0%}", share=x, level=0.0) for x in sorted(set(self.options.doses))),
-            *(self._partial(level) for level in sorted(set(self.options.levels))),
+            *(Dose(condition=f"{kept} {x:.0%}", share=1.0, level=x, scaled=scaled) for x in sorted(set(levels))),
         ]
-
-    def _partial(self, level: float) -> Dose:
-        scaled = self.options.partial == "scale"
-        return Dose(
-            condition=f"{'scaled to' if scaled else 'held at'} {level:.0%}", share=1.0, level=level, scaled=scaled
-        )
 
     async def run(self, study: Study) -> None:
         """Measure the baseline, then all detectors at zero, then the other doses and partial clamps."""

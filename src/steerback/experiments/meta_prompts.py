@@ -57,7 +57,7 @@ def _checked(name: str, text: str | None) -> str:
     if not name or name == BASELINE or KNOWN.get(name, text) != text:
         raise SteerbackError(f"meta-prompt {name!r}: this name is reserved; choose another name for your text")
     try:
-        places = {place for _, place, _, _ in Formatter().parse(text) if place is not None}
+        places = _places(text)
         plain = text.format(label="x") if places <= {"label"} else ""
     except (ValueError, AttributeError, KeyError, IndexError):
         places, plain = {""}, ""
@@ -99,10 +99,11 @@ class MetaPrompts(Experiment[MetaPromptOptions]):
         trials = [
             study.at(cell, name, meta_prompt=text.format(label=cell.latent.label))
             for name, text in variants.items()
-            for cell in (labelled if _uses_label(text) else cells)
+            for cell in (labelled if "label" in _places(text) else cells)
         ]
         await study.measure("meta-prompts", trials)
 
 
-def _uses_label(text: str) -> bool:
-    return any(place == "label" for _, place, _, _ in Formatter().parse(text))
+def _places(text: str) -> set[str]:
+    """Return the names of the placeholders in a text."""
+    return {place for _, place, _, _ in Formatter().parse(text) if place is not None}

@@ -60,7 +60,8 @@ def plan(
         if name not in names:
             raise unknown("experiment of the paper", name, names)
     origin = dict(STEPS)
-    wanted = {n for n in names if not only or n in _with(only, origin.get)}
+    kept = {member for name in only for member in _chain(name, origin.get)}
+    wanted = {n for n in names if not only or n in kept}
     wanted -= {n for n in names if _chain(n, origin.get) & set(skip)}
     if "esr" not in wanted:
         raise SteerbackError("the paper starts with esr; it cannot be skipped")
@@ -69,7 +70,11 @@ def plan(
         if base is None:
             return first
         own = tuple(f"options.{text}" for text in (options or {}).get(name, ()))
-        given = _judged_again(first.judge, root / f"{prefix}-esr") if name == "cross-judge" else {}
+        given: dict[str, object] = {}
+        if name == "cross-judge":  # the run's judge and others of its kind
+            others = OFFLINE if first.judge in (*OFFLINE, "scripted") else SPECIFIED
+            judges = list(dict.fromkeys((first.judge, *others)))
+            given["options"] = {"sources": [str(root / f"{prefix}-esr")], "judges": judges}
         return build_config(name, first.targets, overrides=given, base=base, assignments=own)
 
     return in_order([*wanted], config_of, lambda config: root / f"{prefix}-{config.experiment}")
@@ -104,12 +109,6 @@ def in_order(
     return [*steps.values()]
 
 
-def _judged_again(judge: str, source: Path) -> dict[str, object]:
-    """Return options of cross-judge: the run's judge and others of its kind."""
-    others = OFFLINE if judge in (*OFFLINE, "scripted") else SPECIFIED
-    return {"options": {"sources": [str(source)], "judges": list(dict.fromkeys((judge, *others)))}}
-
-
 def own_options(settings: Sequence[str], more: Sequence[str] = ()) -> tuple[list[str], dict[str, list[str]]]:
     """Split `key=value` texts into (settings of all steps, options per step), e.g. `boost-sweep.high=6`.
 
@@ -125,10 +124,6 @@ def own_options(settings: Sequence[str], more: Sequence[str] = ()) -> tuple[list
         else:
             common.append(text)
     return common, options
-
-
-def _with(names: Sequence[str], origin: Callable[[str], str | None]) -> set[str]:
-    return {member for name in names for member in _chain(name, origin)}
 
 
 def _chain(name: str, origin: Callable[[str], str | None]) -> set[str]:

@@ -272,10 +272,7 @@ def _panel(ax: Axes, metric: str, summaries: Mapping[str, Summary], random: Sequ
     ax.tick_params(axis="x", length=0)
     ax.set_xlabel("clamped to zero", fontsize=6.5, labelpad=0)
     ax.set_xlim(-0.5, 2.6)
-    ax.set_ylabel(panels.axis_label(metric), fontsize=6.5)
-    ax.grid(axis="y")
-    panels.bounded(ax, metric)
-    panels.note_few(ax, (summaries[c][metric] for c in (BASELINE, ABLATED) if c in summaries))
+    panels.metric_axis(ax, metric, (summaries[c][metric] for c in (BASELINE, ABLATED) if c in summaries))
 
 
 def _match(control: ControlSets) -> str:

@@ -114,32 +114,18 @@ def label_tables(measured: Measured) -> dict[str, Table]:
 
 def _corrected_table(labels: Labelling, against: Mapping[tuple[str, str], str]) -> Table:
     """Return one row per condition and rate, then one per comparison and rate."""
-    cells = [
-        (
-            f"{target}: {condition}",
-            METRICS[metric].label,
-            f"{rate.corrected.n:,}",
-            f"{rate.labels:,}",
-            "-" if rate.judged is None else number(rate.judged, True),
-            show(rate.corrected, rate=True),
-            show(rate.rogan_gladen, rate=True),
-        )
-        for (target, condition), rates in labels.rates.items()
-        for metric, rate in rates.items()
-    ]
-    cells += [
-        (
-            f"{target}: {condition} − {against[target, condition]}",
-            METRICS[metric].label,
-            f"{difference.n:,}",
-            "",
-            "",
-            show(difference, rate=True, sign=True),
-            "",
-        )
-        for (target, condition), tests in labels.differences.items()
-        for metric, difference in tests.items()
-    ]
+    cells = []
+    for (target, condition), rates in labels.rates.items():
+        for metric, rate in rates.items():
+            judged = "-" if rate.judged is None else number(rate.judged, True)
+            row = (METRICS[metric].label, f"{rate.corrected.n:,}", f"{rate.labels:,}", judged)
+            cells.append(
+                (f"{target}: {condition}", *row, *(show(e, True) for e in (rate.corrected, rate.rogan_gladen)))
+            )
+    for (target, condition), tests in labels.differences.items():
+        name = f"{target}: {condition} − {against[target, condition]}"
+        for metric, gap in tests.items():
+            cells.append((name, METRICS[metric].label, f"{gap.n:,}", "", "", show(gap, rate=True, sign=True), ""))
     columns = ("condition", "rate", "n", "labels", "judged %", "corrected %", "Rogan-Gladen %")
     caption = (
         f"Rates of judge {labels.judge} over the responses of the headline, corrected with the labels of "
@@ -152,18 +138,10 @@ def _corrected_table(labels: Labelling, against: Mapping[tuple[str, str], str]) 
 
 def _judges_table(labels: Labelling) -> Table:
     """Return one row per target and judge: its errors in detecting several attempts."""
-    cells = [
-        (
-            target,
-            judge,
-            f"{q.labels:,}",
-            f"{q.restarts:g}",
-            show(q.precision, rate=True),
-            show(q.recall, rate=True),
-            show(q.false_positives, rate=True),
-        )
-        for (target, judge), q in labels.judges.items()
-    ]
+    cells = []
+    for (target, judge), q in labels.judges.items():
+        errors = (show(e, rate=True) for e in (q.precision, q.recall, q.false_positives))
+        cells.append((target, judge, f"{q.labels:,}", f"{q.restarts:g}", *errors))
     columns = ("target", "judge", "labels", "restarts", "precision %", "recall %", "false positives %")
     caption = (
         "Errors of each judge on multi-attempt responses of this run, against the labels of "
@@ -175,15 +153,10 @@ def _judges_table(labels: Labelling) -> Table:
 
 def _labellers_table(labels: Labelling) -> Table:
     """Return one row per pair of labellers."""
-    cells = [
-        (
-            f"{pair.a} / {pair.b}",
-            f"{pair.several.share.n:,}",
-            show(pair.several.share, rate=True),
-            show(pair.several.kappa, rate=False),
-        )
-        for pair in labels.agreement
-    ]
+    cells = []
+    for pair in labels.agreement:
+        share, kappa = pair.several.share, pair.several.kappa
+        cells.append((f"{pair.a} / {pair.b}", f"{share.n:,}", show(share, rate=True), show(kappa, rate=False)))
     alphas = [
         f"{name} {show(e, rate=False)}"
         for name, e in (("several attempts", labels.alpha_several), ("first score", labels.alpha_first))

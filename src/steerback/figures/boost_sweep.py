@@ -42,10 +42,7 @@ def draw(results: SweepResults) -> Figure:
             if not any(panels.few(s[metric]) for s in levels.values()):  # as intervals, peaks need several latents
                 _mark(ax, results.peaks[target].get(metric), i, colours[target])
         ax.axvline(0, color=style.GREY, linewidth=0.8, linestyle=style.DASHED, zorder=0)
-        ax.set_ylabel(panels.axis_label(metric), fontsize=6.5)
-        ax.grid(axis="y")
-        panels.bounded(ax, metric)
-        panels.note_few(ax, (s[metric] for levels in curves.values() for s in levels.values()))
+        panels.metric_axis(ax, metric, (s[metric] for levels in curves.values() for s in levels.values()))
         if not any(levels for levels in curves.values()):
             style.message(ax, "nothing was measured")
     for ax in axes[-1]:

@@ -25,20 +25,17 @@ def calibration_table(latents: Mapping[str, Sequence[CalibratedLatent]]) -> Tabl
             score = "-" if check is None else f"{check.score:.0f} [{check.low:.0f}, {check.high:.0f}]"
             boost = f"{t.boost:.4g} [{t.low:.4g}, {t.high:.4g}]"
             cells.append((target, str(x.latent), x.label, boost, t.status, score, t.reason))
-            records.append({"target": target, "latent": x.latent, "label": x.label, **_flat(x)})
+            fields = asdict(t)
+            fields.pop("verification")
+            names = ("score", "low", "high", "n_trials", "n_unscored")
+            verified = {f"verified_{name}": getattr(check, name, None) for name in names}
+            records.append({"target": target, "latent": x.latent, "label": x.label, **fields, **verified})
     caption = (
         "Threshold boost of each latent with its 95 % interval. Verified: mean first score of fresh trials at it, with "
         "its 95 % interval. Only converged thresholds are used."
     )
     columns = ("target", "latent", "label", "threshold", "status", "verified", "why")
     return Table(columns, cells, caption, records, left=3, minor=("why",))
-
-
-def _flat(x: CalibratedLatent) -> dict[str, object]:
-    fields = asdict(x.threshold)
-    check = fields.pop("verification") or {}
-    names = ("score", "low", "high", "n_trials", "n_unscored")
-    return fields | {f"verified_{name}": check.get(name) for name in names}
 
 
 @style.styled

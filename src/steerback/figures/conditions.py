@@ -161,7 +161,7 @@ def _sizes(ax: Axes, measured: Measured, conditions: Sequence[str], metric: str,
     for target, condition, y in _places(measured, conditions):
         n = measured.summaries[target, condition][metric].n
         colour = colours[target] if len(colours) > 1 else style.INK
-        ax.annotate(f"n = {n:,}", (1.03, y), xycoords=("axes fraction", "data"), fontsize=6, va="center", color=colour)
+        panels.beside(ax, y, f"n = {n:,}", color=colour)
 
 
 EFFECT = "self-monitor"  # the variant that the paper compares across model sizes

@@ -12,6 +12,7 @@ from steerback.analysis.cross_judge import Compared
 from steerback.figures import panels, style
 from steerback.figures.base import Presentation, planted_note
 from steerback.figures.tables import Table, number, show
+from steerback.metrics import METRICS
 
 NAMES = {"esr_rate": "ESR rate (%)", "multi_attempt_rate": "Multi-attempt rate (%)"}
 
@@ -116,19 +117,11 @@ def _scatter(ax: Axes, results: Compared) -> None:
 
 def agreement_table(results: Compared) -> Table:
     """Return one row per pair of labeller and judge (if there are human labels), then one per pair of judges."""
-    cells = [
-        (
-            f"{a} / {b}",
-            f"{p.several.n:,}",
-            show(p.several, rate=True),
-            show(p.several_kappa, rate=False),
-            f"{p.direction.n:,}",
-            show(p.direction, rate=True),
-            show(p.direction_kappa, rate=False),
-            show(p.first, rate=False),
-        )
-        for (a, b), p in [*results.with_labels.items(), *results.pairs.items()]
-    ]
+    cells = []
+    for (a, b), p in [*results.with_labels.items(), *results.pairs.items()]:
+        several = (f"{p.several.n:,}", show(p.several, rate=True), show(p.several_kappa, rate=False))
+        direction = (f"{p.direction.n:,}", show(p.direction, rate=True), show(p.direction_kappa, rate=False))
+        cells.append((f"{a} / {b}", *several, *direction, show(p.first, rate=False)))
     columns = ("judges", "n", "same count %", "kappa", "n multi", "same direction %", "its kappa", "first scores")
     caption = (
         "Agreement on whether a response has several attempts, on better / same / worse if both see several, and "
@@ -145,30 +138,12 @@ def judge_table(results: Compared) -> Table:
     for judge in results.judges:
         for target in results.targets:
             summary, back = results.summaries[judge, target], results.weighted[judge, target]
-            cells.append(
-                (
-                    judge,
-                    target,
-                    f"{summary['msi'].n:,}",
-                    show(summary["multi_attempt_rate"], rate=True),
-                    show(summary["esr_rate"], rate=True),
-                    show(summary["msi"], rate=False),
-                    number(back["multi_attempt_rate"], rate=True),
-                    number(back["esr_rate"], rate=True),
-                    number(back["msi"]),
-                )
-            )
-    columns = (
-        "judge",
-        "target",
-        "n",
-        "multi-attempt %",
-        "ESR %",
-        "MSI",
-        "multi (runs) %",
-        "ESR (runs) %",
-        "MSI (runs)",
-    )
+            metrics = ("multi_attempt_rate", "esr_rate", "msi")
+            sampled = (show(summary[m], METRICS[m].rate) for m in metrics)
+            weighted = (number(back[m], METRICS[m].rate) for m in metrics)
+            cells.append((judge, target, f"{summary['msi'].n:,}", *sampled, *weighted))
+    rates = ("multi-attempt %", "ESR %", "MSI", "multi (runs) %", "ESR (runs) %", "MSI (runs)")
+    columns = ("judge", "target", "n", *rates)
     caption = (
         "Over the sample, which prefers multi-attempt trials, with 95 % intervals; "
         "(runs): weighted back to the runs it was drawn from."

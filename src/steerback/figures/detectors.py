@@ -12,7 +12,6 @@ from steerback.analysis.detectors import DetectorResults, DetectorStatisticsResu
 from steerback.figures import panels, style
 from steerback.figures.base import Presentation, planted_note
 from steerback.figures.tables import Table, show
-from steerback.latents.separation import Separation
 from steerback.store.facts import DetectorSet, Search, SearchHalf
 
 MOST = 30  # more rows would not be legible
@@ -103,17 +102,12 @@ def _separation(ax: Axes, detectors: DetectorSet) -> None:
         ax.axvline(half.max_auc_null, color=style.GREY, linewidth=0.8, linestyle=style.DASHED)
     ax.plot(searched, range(len(entries)), "o", color=OBSERVED, mfc="none", markersize=6, clip_on=False, zorder=3)
     names = [f"{d.latent} {(d.label or '')[:34]}".strip() for d in entries]
-    ax.set_yticks(range(len(entries)), [style.plain(n) for n in names], fontsize=6)
-    ax.set_ylim(len(entries) - 0.4, -0.6)
-    ax.tick_params(axis="y", length=0)
     halves = [] if detectors.search is None else [detectors.search.search, detectors.search.held_out]
     sizes = " / ".join(f"{half.n_texts:,}" for half in halves if half is not None)
-    for y in range(len(entries) if sizes else 0):
-        ax.annotate(f"n = {sizes}", (1.03, y), xycoords=("axes fraction", "data"), fontsize=6, va="center")
+    panels.named_rows(ax, [style.plain(n) for n in names], [sizes] * len(entries) if sizes else (), 0.4)
     ax.set_xlabel("AUC, mismatched over matched")
     low, _ = ax.get_xlim()
     ax.set_xlim(low, 1.0)
-    ax.grid(axis="x")
 
 
 def _counts(ax: Axes, search: Search | None) -> None:
@@ -210,7 +204,7 @@ def statistics_table(results: Mapping[str, PairStatistics]) -> Table:
             cells.append((target, str(latent), label or "-", *arms, show(auc, False), effect))
             records.append(
                 {"target": target, "latent": latent, "label": label}
-                | _record(x, i)
+                | {name: values[i] for name, values in x.to_json().items()}
                 | {"auc_low": auc.low, "auc_high": auc.high, "pairs": len(s.matched), "prompts": s.prompts}
             )
     return Table(
@@ -222,11 +216,6 @@ def statistics_table(results: Mapping[str, PairStatistics]) -> Table:
         records,
         left=3,
     )
-
-
-def _record(separation: Separation, i: int) -> dict[str, float | None]:
-    """Return every statistic of detector `i`; None for infinite values."""
-    return {name: values[i] for name, values in separation.to_json().items()}
 
 
 def _statistics_line(target: str, s: PairStatistics) -> str:
@@ -289,16 +278,13 @@ def _boxes(ax: Axes, s: PairStatistics, colour: str) -> None:
             )
             boxes["boxes"][0].set(facecolor=face, linewidth=0.5)
     names = [f"{k} {(label or '')[:18]}".strip() for k, label in zip(s.latents[:MOST], s.labels, strict=False)]
-    ax.set_yticks(range(len(names)), [style.plain(n) for n in names], fontsize=6)
-    ax.set_ylim(max(len(names), 1) - 0.45, -0.55)
-    ax.tick_params(axis="y", length=0)
+    panels.named_rows(ax, [style.plain(n) for n in names], margin=0.45)
     ax.set_xlabel("activation / largest")
-    ax.grid(axis="x")
 
 
 def _auc(ax: Axes, s: PairStatistics, colour: str) -> None:
     for y, e in enumerate(s.auc[:MOST]):
-        ax.annotate(f"n = {len(s.matched):,}", (1.03, y), xycoords=("axes fraction", "data"), fontsize=6, va="center")
+        panels.beside(ax, y, f"n = {len(s.matched):,}")
         if e.value is not None:
             panels.whisker(ax, y, panels.ends(e), colour)
     ax.axvline(0.5, color=style.GREY, linewidth=0.8, linestyle=style.DASHED)

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from steerback.analysis.episode_statistics import REGIONS, AlignedCurve, EpisodeStatisticsResults, RegionActivity
 from steerback.figures import panels, style
 from steerback.figures.base import Presentation, planted_note
-from steerback.figures.tables import Table, number, p_value, show
+from steerback.figures.tables import Table, number, p_value, show, show_difference
 from steerback.figures.traces import count_list, group_sizes
-from steerback.metrics import Estimate
 from steerback.metrics.intervals import Floats
 from steerback.store.facts import DETECTORS, DRIFTS, EPISODES, REREAD, UNSTEERED
 
@@ -70,11 +69,10 @@ def test_table(activity: Mapping[str, RegionActivity], judge: str) -> Table:
     cells, records = [], []
     for target, a in activity.items():
         for (group, first, second), t in a.tests.items():
-            gap = Estimate(t.difference, t.low, t.high, t.n_b, "")
             sizes = f"{t.n_b}" if t.paired else f"{t.n_b}, {t.n_a}"
             effects = ("-" if v is None else f"{v:+.2f}" for v in (t.cohens_d, t.cliffs_delta))
             ps = (p_value(v) for v in (t.p, t.holm, t.t_holm, t.rank_holm))
-            cells.append((target, group, f"{second} − {first}", sizes, show(gap, False, sign=True), *ps, *effects))
+            cells.append((target, group, f"{second} − {first}", sizes, show_difference(t, False), *ps, *effects))
             records.append({"target": target, "group": group, "a": first, "b": second, "judge": judge, **asdict(t)})
     return Table(
         ("target", "group", "test", "n", "difference", "p", "Holm", "t, Holm", "Wilcoxon, Holm", "d", "Cliff"),
@@ -216,16 +214,11 @@ def _regions(ax: Axes, a: RegionActivity, group: str, colour: str) -> None:
         if ratio is not None and ratio.value is not None:
             known = ratio.low is not None and e.clusters >= panels.FEWEST
             ends = f"\n[{ratio.low:.1f}, {ratio.high:.1f}]" if known else ""
-            ax.annotate(
-                f"× {ratio.value:.1f}{ends}", (1.03, y), xycoords=("axes fraction", "data"), fontsize=6, va="center"
-            )
+            panels.beside(ax, y, f"× {ratio.value:.1f}{ends}")
     panels.note_few(ax, a.means[group].values())
-    ax.set_yticks(range(len(names)), [f"{name}\nn = {a.means[group][name].n:,}" for name in names], fontsize=6)
-    ax.set_ylim(len(names) - 0.5, -0.5)
+    panels.named_rows(ax, [f"{name}\nn = {a.means[group][name].n:,}" for name in names])
     ax.set_xlim(left=0)
     ax.set_xlabel("mean summed activation per token")
-    ax.tick_params(axis="y", length=0)
-    ax.grid(axis="x")
 
 
 def _caption(words: str, activity: Mapping[str, RegionActivity], judge: str, note: str) -> str:

@@ -14,8 +14,8 @@ from steerback.calibration import CalibrationReport
 from steerback.figures import panels, style
 from steerback.figures.base import Presentation, floor_warnings, measured_tables, planted_note
 from steerback.figures.calibration import calibration_table, draw_calibration
-from steerback.figures.tables import HEADINGS, Table, number, p_value, show
-from steerback.metrics import METRICS, Estimate, Outcomes, Summary, TwoSampleTest, view
+from steerback.figures.tables import HEADINGS, Table, number, p_value, show_difference
+from steerback.metrics import METRICS, Outcomes, Summary, TwoSampleTest, view
 from steerback.store.run import plain
 
 BINS = np.arange(-100, 101, 10)
@@ -51,8 +51,7 @@ def between_table(tests: Mapping[tuple[str, str], Mapping[str, TwoSampleTest]], 
     for (a, b), by_metric in tests.items():
         for metric, t in by_metric.items():
             rate = METRICS[metric].rate
-            gap = show(Estimate(t.difference, t.low, t.high, 0, ""), rate, sign=True)
-            values = (number(t.a, rate), number(t.b, rate), gap, p_value(t.p), p_value(t.p_holm))
+            values = (number(t.a, rate), number(t.b, rate), show_difference(t, rate), p_value(t.p), p_value(t.p_holm))
             cells.append((a, b, HEADINGS[metric], *values))
             records.append({"target a": a, "target b": b, "judge": judge, **vars(t)})
     caption = (
@@ -70,7 +69,12 @@ def draw(data: Mapping[str, tuple[Outcomes, Summary]], judge: str, note: str = "
     """
     colours = style.colours(data)
     above = max(0.72 * max(len(data), 1) + 0.45, 1.5)
-    fig = style.new_figure(above + 2.1, _caption(data, judge, note))
+    words = (
+        "Top: gain of the last attempt over the first, for responses with two or more attempts. "
+        "Bottom: rates over valid responses, 95 % intervals clustered by latent."
+    )
+    counts = (panels.counted(target, [s]) for target, (_, s) in data.items())
+    fig = style.new_figure(above + 2.1, panels.caption(words, judge, note, counts))
     top, bottom = fig.subfigures(2, 1, height_ratios=[above, 2.1], squeeze=False).flat
     _histograms(top, data, colours)
     _bars(bottom.subplots(), {t: s for t, (_, s) in data.items()}, colours)
@@ -126,27 +130,16 @@ def _bars(ax: Axes, summaries: Mapping[str, Summary], colours: Mapping[str, str]
     ax.figure.legend(fills, [name for _, name, _ in RATES], loc="outside upper center", ncols=2)
 
 
-def _caption(data: Mapping[str, tuple[Outcomes, Summary]], judge: str, note: str) -> str:
-    words = (
-        "Top: gain of the last attempt over the first, for responses with two or more attempts. "
-        "Bottom: rates over valid responses, 95 % intervals clustered by latent."
-    )
-    return panels.caption(words, judge, note, (panels.counted(target, [s]) for target, (_, s) in data.items()))
-
-
 def _calibrated(target: str, report: CalibrationReport) -> str:
     if not report.n:
         return f"{target}: no calibration in this ledger (imported results contain only thresholds)"
     if report.mean_score is None:
         return f"{target}: no latent has a usable threshold ({report.statuses})"
     interval = "" if report.mean_low is None else f" [{report.mean_low:.1f}, {report.mean_high:.1f}]"
+    # of the verified scores: with few trials per latent, sampling noise dominates
+    spread = "" if report.spread is None else f", spread beyond noise {report.spread:.0f} points"
     states = ", ".join(f"{n} {status}" for status, n in report.statuses.items() if n)
     return (
         f"{target}: calibrated mean first score {report.mean_score:.1f}{interval} over {report.n_judged} latents "
-        f"({states}; {report.share_outside:.0%} of latents off by more than the tolerance{_spread(report)})"
+        f"({states}; {report.share_outside:.0%} of latents off by more than the tolerance{spread})"
     )
-
-
-def _spread(report: CalibrationReport) -> str:
-    """Return the spread of the verified scores beyond sampling noise: with few trials per latent, noise dominates."""
-    return "" if report.spread is None else f", spread beyond noise {report.spread:.0f} points"

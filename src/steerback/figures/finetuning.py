@@ -8,7 +8,6 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from steerback.analysis.base import Measured
 from steerback.analysis.finetuning import SHOWN, Ending, FinetuningResults, steered_comparisons
 from steerback.figures import panels, style
 from steerback.figures.base import Presentation, measured_tables, planted_note
@@ -67,12 +66,11 @@ def draw(results: FinetuningResults) -> Figure:
             points = [(x, measured.summaries[target, n][metric]) for x, n in levels]
             panels.curve(ax, metric, points, colour)
             shown += [estimate for _, estimate in points]
-            if (target, f"base{suffix}") in measured.summaries:
-                _base(ax, metric, measured, target, suffix, colour)
-        ax.set_ylabel(panels.axis_label(metric), fontsize=6.5)
-        ax.grid(axis="y")
-        panels.bounded(ax, metric)
-        panels.note_few(ax, shown)
+            base = measured.summaries.get((target, f"base{suffix}"))
+            span = None if base is None or base[metric].n < FEWEST else panels.span(metric, base[metric])
+            if span is not None:
+                ax.axhline(span[0], color=colour, linewidth=0.9, linestyle=style.DASHED, zorder=1)
+        panels.metric_axis(ax, metric, shown)
         if not measured.summaries:
             style.message(ax, "nothing was measured")
     _counts(bottom.subplots(), results, target)
@@ -89,13 +87,6 @@ def _counts(ax: Axes, results: FinetuningResults, target: str) -> None:
         if levels:
             rows.append((words, colour, {x: results.measured.summaries[target, n]["msi"].n for x, n in levels}))
     panels.level_counts(ax, rows, "responses; self-corrections in training (%)", margin=0.05)
-
-
-def _base(ax: Axes, metric: str, measured: Measured, target: str, suffix: str, colour: str) -> None:
-    estimate = measured.summaries[target, f"base{suffix}"][metric]
-    span = panels.span(metric, estimate)
-    if span is not None and estimate.n >= FEWEST:
-        ax.axhline(span[0], color=colour, linewidth=0.9, linestyle=style.DASHED, zorder=1)
 
 
 @style.styled

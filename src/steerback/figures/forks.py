@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from steerback.analysis.forks import Forked, ForkedArm
 from steerback.figures import panels
 from steerback.figures.tables import HEADINGS, Table, p_value, show
-from steerback.metrics import METRICS, Estimate
+from steerback.metrics import METRICS
 
 SHOWN = ("multi_attempt_rate", "esr_rate", "mean_first", "msi")
 NAMES = HEADINGS | {"multi_attempt_rate": "restarts %", "mean_first": "score until then"}
@@ -17,21 +15,12 @@ TESTED = ("multi_attempt_rate", "mean_first", "msi")
 def fork_table(forked: Forked) -> Table:
     """Return one row for each arm."""
     tested = [f"p: {NAMES[name].removesuffix(' %')}" for name in TESTED]
-    return Table(
-        ("arm", "n", *(NAMES[name] for name in SHOWN), *tested, "left out"),
-        [_cells(a) for a in forked.arms],
-        note(forked),
-    )
-
-
-def _cells(arm: ForkedArm) -> list[str]:
-    estimates = [arm.summary[name] for name in SHOWN]
-    tests = ["" if arm.comparison is None else p_value(arm.comparison[name].p_holm) for name in TESTED]
-    return [arm.name, str(estimates[0].n), *_shown(estimates), *tests, str(left_out(arm))]
-
-
-def _shown(estimates: Sequence[Estimate]) -> list[str]:
-    return [show(e, METRICS[name].rate) for name, e in zip(SHOWN, estimates, strict=True)]
+    cells = []
+    for arm in forked.arms:
+        rates = [show(arm.summary[name], METRICS[name].rate) for name in SHOWN]
+        tests = ["" if arm.comparison is None else p_value(arm.comparison[name].p_holm) for name in TESTED]
+        cells.append([arm.name, str(arm.summary[SHOWN[0]].n), *rates, *tests, str(left_out(arm))])
+    return Table(("arm", "n", *(NAMES[name] for name in SHOWN), *tested, "left out"), cells, note(forked))
 
 
 def left_out(arm: ForkedArm) -> int:

@@ -71,6 +71,29 @@ def say_few(ax: Axes) -> None:
     ax.annotate(TOO_FEW, (1, 1), (0, 1), "axes fraction", "offset points", ha="right", fontsize=6, color=style.GREY)
 
 
+def metric_axis(ax: Axes, metric: str, estimates: Iterable[Estimate]) -> None:
+    """Finish the y axis of a panel of one metric: label, grid, limits, and a note if intervals are missing."""
+    ax.set_ylabel(axis_label(metric), fontsize=6.5)
+    ax.grid(axis="y")
+    bounded(ax, metric)
+    note_few(ax, estimates)
+
+
+def named_rows(ax: Axes, names: Sequence[str], sizes: Sequence[int | str] = (), margin: float = 0.5) -> None:
+    """Make the y axis one of named rows from top to bottom, with `n = SIZE` at the right of each row."""
+    ax.set_yticks(range(len(names)), names, fontsize=6)
+    ax.set_ylim(max(len(names), 1) - margin, -1 + margin)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="x")
+    for y, size in enumerate(sizes):
+        beside(ax, y, f"n = {size:,}" if isinstance(size, int) else f"n = {size}")
+
+
+def beside(ax: Axes, y: float, text: str, **look: Any) -> None:
+    """Write text at the right of a panel, at height `y` of its axis."""
+    ax.annotate(text, (1.03, y), xycoords=("axes fraction", "data"), fontsize=6, va="center", **look)
+
+
 def bounded(ax: Axes, metric: str, axis: Literal["x", "y"] = "y") -> None:
     """Limit an axis to the metric's possible values; rates start at 0."""
     get, put = (ax.get_ylim, ax.set_ylim) if axis == "y" else (ax.get_xlim, ax.set_xlim)

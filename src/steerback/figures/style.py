@@ -10,7 +10,7 @@ import html
 import io
 import textwrap
 from collections.abc import Callable, Iterable
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Any, Literal, ParamSpec
 from urllib.parse import quote
@@ -90,14 +90,9 @@ def new_figure(height: float, caption: str) -> Figure:
     fig = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(fig)
     fig.set_label(visible(caption))
-    # Notebooks display a figure made without pyplot only through this method.
-    fig._repr_png_ = partial(_notebook_image, fig)  # type: ignore[attr-defined]
+    # Notebooks display a figure made without pyplot only through this method: the image, and its width in pixels.
+    fig._repr_png_ = lambda: (_rendered(fig, "png", {"Software": None}), {"width": 420})  # type: ignore[attr-defined]
     return fig
-
-
-def _notebook_image(fig: Figure) -> tuple[bytes, dict[str, int]]:
-    """Return a figure as PNG, and its display width in pixels."""
-    return _rendered(fig, "png", {"Software": None}), {"width": 420}
 
 
 def _rendered(fig: Figure, kind: str, metadata: dict[str, Any], dpi: float | Literal["figure"] = "figure") -> bytes:
@@ -173,16 +168,8 @@ def message(ax: Axes, text: str) -> None:
     """Write a message into a panel that has nothing to show, and remove its meaningless y scale."""
     ax.set_yticks([])
     width = max(12, int(ax.get_window_extent().width / ax.figure.dpi * 15))
-    ax.text(
-        0.5,
-        0.5,
-        plain(textwrap.fill(text, width)),
-        transform=ax.transAxes,
-        ha="center",
-        va="center",
-        fontsize=7,
-        color=GREY,
-    )
+    words = plain(textwrap.fill(text, width))
+    ax.text(0.5, 0.5, words, transform=ax.transAxes, ha="center", va="center", fontsize=7, color=GREY)
 
 
 def save(fig: Figure, folder: Path, name: str, captions_inside: bool = False) -> list[Path]:

@@ -18,6 +18,9 @@ import pandas as pd
 
 from steerback.errors import visible
 from steerback.metrics import METRICS, VARIANTS, Comparison, Estimate, Summary
+from steerback.metrics.between import TwoSampleTest
+from steerback.metrics.paired import PairedTest
+from steerback.metrics.regions import RegionTest
 from steerback.readers.tables import csv_text
 
 if TYPE_CHECKING:
@@ -137,7 +140,6 @@ class Table:
 def summary_table(
     summaries: Mapping[str, Summary] | Mapping[tuple[str, str], Summary],
     judge: str,
-    metrics: Sequence[str] = SHOWN,
     corrected: Mapping[str | tuple[str, str], Mapping[str, Estimate]] | None = None,
     floors: Mapping[str | tuple[str, str], Floor] | None = None,
     note: str = "",
@@ -156,14 +158,15 @@ def summary_table(
     true = {(key,) if isinstance(key, str) else tuple(key): rates for key, rates in (corrected or {}).items()}
     known = list(dict.fromkeys(m for rates in true.values() for m in rates))
     below = {(key,) if isinstance(key, str) else tuple(key): floor for key, floor in (floors or {}).items()}
-    columns = [column for m in metrics for column in ((m, "floor") if below and m == RATE else (m,))]
+    columns = [column for m in SHOWN for column in ((m, "floor") if below and m == RATE else (m,))]
     cells: list[tuple[str, ...]] = []
     for key, s in named.items():
+        floor = show(below[key][RATE], rate=True) if key in below else "-"
         cells.append(
             (
                 *key,
                 f"{s['msi'].n:,}",
-                *(_floor(below.get(key)) if m == "floor" else show(s[m], METRICS[m].rate) for m in columns),
+                *(floor if m == "floor" else show(s[m], METRICS[m].rate) for m in columns),
                 *(show(true[key][m], METRICS[m].rate) if key in true else "-" for m in known),
                 *(f"{s.counts[c]:,}" if c in s.counts else "?" for c in counted),
             )
@@ -206,10 +209,6 @@ def degraded_reading(summaries: Iterable[Summary]) -> str:
     return "without degraded responses" if included == {False} else "with degraded responses"
 
 
-def _floor(floor: Floor | None) -> str:
-    return "-" if floor is None else show(floor[RATE], rate=True)
-
-
 def _floor_numbers(floor: Floor | None, measured: bool) -> dict[str, object]:
     """Return the floor's columns of the CSV, or none if no floor was measured."""
     if not measured:
@@ -241,20 +240,10 @@ def comparison_table(comparisons: Mapping[str, Comparison], judge: str, metrics:
     for name, comparison in comparisons.items():
         for metric in (m for m in metrics if m in comparison.tests):
             t, rate = comparison.tests[metric], METRICS[metric].rate
-            cells.append(
-                (
-                    name,
-                    HEADINGS[metric],
-                    f"{comparison.pairs:,}",
-                    number(t.a, rate),
-                    number(t.b, rate),
-                    show(Estimate(t.difference, t.low, t.high, 0, t.method), rate, sign=True),
-                    p_value(t.p),
-                    p_value(t.p_holm),
-                    "-" if t.cohens_d is None else f"{t.cohens_d:+.2f}",
-                    "-" if t.odds_ratio is None else f"{t.odds_ratio:.2f}",
-                )
-            )
+            values = (number(t.a, rate), number(t.b, rate), show_difference(t, rate), p_value(t.p), p_value(t.p_holm))
+            d = "-" if t.cohens_d is None else f"{t.cohens_d:+.2f}"
+            odds = "-" if t.odds_ratio is None else f"{t.odds_ratio:.2f}"
+            cells.append((name, HEADINGS[metric], f"{comparison.pairs:,}", *values, d, odds))
             dropped = {f"dropped_{reason}": n for reason, n in comparison.dropped.items()}
             records.append({"comparison": name, "judge": judge, "pairs": comparison.pairs, **dropped, **vars(t)})
     columns = ("comparison", "metric", "pairs", "a", "b", "b - a", "p", "p (Holm)", "d", "odds ratio")
@@ -272,6 +261,11 @@ def show(estimate: Estimate, rate: bool, sign: bool = False) -> str:
     digits = _digits(estimate.value, rate)
     value, low, high = (number(x, rate, sign, digits) for x in (estimate.value, estimate.low, estimate.high))
     return f"{value} [?]" if low == high == "?" else f"{value} [{low}, {high}]"
+
+
+def show_difference(test: PairedTest | TwoSampleTest | RegionTest, rate: bool) -> str:
+    """Return the difference of a test with its interval and a sign."""
+    return show(Estimate(test.difference, test.low, test.high, 0, ""), rate, sign=True)
 
 
 def number(value: float | None, rate: bool = False, sign: bool = False, digits: int | None = None) -> str:

@@ -200,13 +200,8 @@ def _histogram(ax: Axes, leads: Leads, median: Estimate, colour: str) -> None:
         style.message(ax, f"no onset before any of {len(leads.lead)} corrections")
         return
     width = max(1, int(np.ceil(lead.max() / 40)))
-    ax.hist(
-        lead,
-        [float(e) for e in np.arange(0.5, lead.max() + width + 0.5, width)],
-        color=colour,
-        edgecolor="white",
-        linewidth=0.4,
-    )
+    edges = [float(e) for e in np.arange(0.5, lead.max() + width + 0.5, width)]
+    ax.hist(lead, edges, color=colour, edgecolor="white", linewidth=0.4)
     if median.value is not None:
         _, low, high = panels.ends(median) or (0.0, 0.0, 0.0)
         ax.axvline(median.value, color=style.INK, linewidth=0.9)
@@ -230,9 +225,6 @@ def _shares(ax: Axes, estimates: Mapping[str, Estimate], colour: str) -> None:
     panels.note_few(ax, estimates.values())
     names = ("episodes", "steered,\nno restart", "unsteered")
     sizes = [f"{name}\nn = {estimates[f'onset, {arm}'].n:,}" for name, arm in zip(names, ARMS, strict=True)]
-    ax.set_yticks(range(len(names)), sizes, fontsize=6)
-    ax.set_ylim(len(names) - 0.5, -0.5)
+    panels.named_rows(ax, sizes)
     ax.set_xlim(0, 100)
     ax.set_xlabel("responses (%)")
-    ax.tick_params(axis="y", length=0)
-    ax.grid(axis="x")

@@ -6,8 +6,18 @@ import textwrap
 from collections.abc import Iterator
 
 from steerback.analysis.two_runs import TwoRuns
-from steerback.figures.tables import HEADINGS, RATE, SHOWN, Table, degraded_reading, number, p_value, show
-from steerback.metrics import METRICS, Comparison, Estimate, Summary, TwoSampleTest
+from steerback.figures.tables import (
+    HEADINGS,
+    RATE,
+    SHOWN,
+    Table,
+    degraded_reading,
+    number,
+    p_value,
+    show,
+    show_difference,
+)
+from steerback.metrics import METRICS, Estimate, Summary, TwoSampleTest
 from steerback.metrics.paired import PairedTest
 
 
@@ -15,6 +25,9 @@ def runs_table(compared: TwoRuns, judge: str) -> Table:
     """Return one row per compared condition and metric: rates of both runs, difference b - a, p, effect size."""
     cells, records = [], []
     for name, (a, b) in compared.rates.items():
+        pairs = compared.pairs.get(name)
+        dropped = {} if pairs is None else {f"dropped_{reason}": n for reason, n in pairs.dropped.items()}
+        counts = {} if pairs is None else {"pairs": pairs.pairs, **dropped}
         for metric in SHOWN:
             test, rate = _tests(compared, name).get(metric), METRICS[metric].rate
             cells.append((name, HEADINGS[metric], show(a[metric], rate), show(b[metric], rate), *_difference(test)))
@@ -22,7 +35,7 @@ def runs_table(compared: TwoRuns, judge: str) -> Table:
                 {"comparison": name, "judge": judge, "metric": metric, "paired": name in compared.pairs}
                 | _run_numbers("run_a", a[metric])
                 | _run_numbers("run_b", b[metric])
-                | _counts(compared.pairs.get(name))
+                | counts
                 | (_floors(compared.floors[name]) if metric == RATE else {})
                 | ({} if test is None else vars(test))
             )
@@ -64,7 +77,7 @@ def _difference(test: PairedTest | TwoSampleTest | None) -> tuple[str, str, str]
     """Return difference with interval, p after Holm, and Cohen's d as text."""
     if test is None:
         return "-", "-", "-"
-    gap = show(Estimate(test.difference, test.low, test.high, 0, ""), METRICS[test.metric].rate, sign=True)
+    gap = show_difference(test, METRICS[test.metric].rate)
     d = test.cohens_d if isinstance(test, PairedTest) else None
     return gap, p_value(test.p_holm), "-" if d is None else number(d, sign=True, digits=2)
 
@@ -81,12 +94,6 @@ def _floors(floors: tuple[Summary | None, Summary | None]) -> dict[str, object]:
         if floor is not None
         for key, value in _run_numbers(name, floor[RATE]).items()
     }
-
-
-def _counts(pairs: Comparison | None) -> dict[str, object]:
-    if pairs is None:
-        return {}
-    return {"pairs": pairs.pairs, **{f"dropped_{reason}": n for reason, n in pairs.dropped.items()}}
 
 
 def _caption(compared: TwoRuns, judge: str) -> str:

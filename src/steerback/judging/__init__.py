@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping
 
 from steerback.errors import unknown
 from steerback.judging.base import Judge, JudgeItem, References
-from steerback.judging.models import JudgeModel, Limits, aliases, model_string
+from steerback.judging.models import ALIASES, JudgeModel, Limits, model_string
 
 __all__ = [
+    "ALIASES",
     "LOCAL",
     "Judge",
     "JudgeItem",
@@ -20,7 +21,6 @@ __all__ = [
     "Limits",
     "Maker",
     "References",
-    "aliases",
     "judge_maker",
     "make_judge",
     "model_string",
@@ -60,7 +60,7 @@ def make_judge(
         return ScriptedJudge()
     model = model_string(name)
     if model is None:
-        raise unknown("judge", name, [*LOCAL, *(a.alias for a in aliases()), "any provider/model"])
+        raise unknown("judge", name, [*LOCAL, *(a.alias for a in ALIASES), "any provider/model"])
     from steerback.judging.llm import LLMJudge
     from steerback.judging.transport import Transport
     from steerback.judging.user_rubric import rubric_of

@@ -78,21 +78,14 @@ SHORTEST_SECRET = 8  # characters; a shorter value is a placeholder, and redacti
 _NO_TEMPERATURE = re.compile(r"(?:^|/)(?:gpt-5|o\d)")
 
 
-def aliases() -> tuple[JudgeModel, ...]:
-    """Return the judges that have an alias, for listings."""
-    return ALIASES
-
-
 def model_string(name: str) -> str | None:
     """Return the Inspect model string of an alias, of a model string itself, or of the NAME in NAME+RUBRIC.
 
     None if `name` is none of these.
     """
     name = name.partition("+")[0]
-    for entry in ALIASES:
-        if name == entry.alias:
-            return entry.model
-    return name if "/" in name else None
+    known = {entry.alias: entry.model for entry in ALIASES}
+    return known.get(name, name if "/" in name else None)
 
 
 def price(model: str) -> tuple[float, float] | None:

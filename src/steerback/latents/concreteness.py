@@ -16,7 +16,7 @@ from typing import Protocol, runtime_checkable
 
 from steerback.data.prompts import word_list
 from steerback.errors import unknown
-from steerback.judging import Maker, aliases, make_judge, model_string
+from steerback.judging import ALIASES, Maker, make_judge, model_string
 from steerback.store.cache import default_path
 
 
@@ -77,7 +77,7 @@ def make_rater(name: str, judges: Maker = make_judge) -> Rater:
         return LOCAL_RATERS[name]()
     if model_string(name) is None:
         raise unknown(
-            "concreteness rater", name, [*sorted(LOCAL_RATERS), *(a.alias for a in aliases()), "any provider/model"]
+            "concreteness rater", name, [*sorted(LOCAL_RATERS), *(a.alias for a in ALIASES), "any provider/model"]
         )
     from steerback.judging.graders import LLMRater
     from steerback.judging.llm import LLMJudge

@@ -145,7 +145,7 @@ def judge_quality(conditions: Sequence[LabelledTrials], draws: int = DRAWS, seed
     """
     usable = [c for c in conditions if len(c) and not c.unlabelled_strata]
     labels, restarts = sum(c.labels for c in usable), float(sum(np.nansum(c.truth) for c in usable))
-    confusion, drawn = _confusion(usable), _drawn_confusion(usable, draws, np.random.default_rng(seed))
+    confusion, drawn = _confusion(usable), _confusion(usable, draws, seed)
 
     def ratio(top: str, other: str) -> Estimate:
         total = confusion[top] + confusion[other]
@@ -161,9 +161,7 @@ def judge_quality(conditions: Sequence[LabelledTrials], draws: int = DRAWS, seed
     return JudgeQuality(ratio("tp", "fp"), ratio("tp", "fn"), ratio("fp", "tn"), labels, restarts)
 
 
-def corrected_rate(
-    trials: LabelledTrials, draws: int = DRAWS, seed: int = 0, icc: float = iv.ICC, alpha: float = iv.ALPHA
-) -> Estimate:
+def corrected_rate(trials: LabelledTrials, draws: int = DRAWS, seed: int = 0) -> Estimate:
     """Return the prediction-powered estimate of the true rate, clustered by latent.
 
     Within each stratum and verdict, the estimate is the mean verdict plus the mean error in the labels: stratified
@@ -174,24 +172,19 @@ def corrected_rate(
     groups, n = trials.groups, len(trials)
     value = float(groups.size @ groups.share) / n
     counts = groups.draw(draws, np.random.default_rng(seed)).sum(axis=1) / n
-    from_labels = _quantiles(counts, value, alpha)
+    from_labels = _quantiles(counts, value)
     restarts = float(np.nansum(trials.truth))
     # the interval as if the truth of each trial were known, with the events seen in the labels
-    from_trials = _rate_bounds(value, groups.share[groups.of_trial], trials, restarts, icc, alpha)
+    from_trials = _rate_bounds(value, groups.share[groups.of_trial], trials, restarts)
     low, high = _added(value, from_labels, (from_trials.low, from_trials.high), (0.0, 1.0))
     clusters = len(np.unique(trials.cluster))
-    beside = {"labels": from_labels, "normal": normal_interval(trials, alpha)}
+    beside = {"labels": from_labels, "normal": normal_interval(trials)}
     method = "prediction-powered, labels by Jeffreys' posterior, trials clustered by latent"
     return Estimate(value, low, high, n, method, round(restarts), clusters, beside)
 
 
 def rogan_gladen(
-    trials: LabelledTrials,
-    conditions: Sequence[LabelledTrials],
-    draws: int = DRAWS,
-    seed: int = 0,
-    icc: float = iv.ICC,
-    alpha: float = iv.ALPHA,
+    trials: LabelledTrials, conditions: Sequence[LabelledTrials], draws: int = DRAWS, seed: int = 0
 ) -> Estimate:
     """Return Rogan and Gladen's (1978) estimate (rate + Sp - 1) / (Se + Sp - 1).
 
@@ -202,7 +195,7 @@ def rogan_gladen(
     if not len(trials) or not usable:
         return Estimate(None, None, None, len(trials), "no labels" if len(trials) else "no trials")
     rate = float(np.mean(trials.verdict))
-    exact, drawn = _confusion(usable), _drawn_confusion(usable, draws, np.random.default_rng(seed))
+    exact, drawn = _confusion(usable), _confusion(usable, draws, seed)
     with np.errstate(invalid="ignore", divide="ignore"):
         value = _solved(rate, exact).item()
         counts = np.clip(_solved(rate, drawn), 0, 1)
@@ -210,17 +203,15 @@ def rogan_gladen(
         return Estimate(None, None, None, len(trials), "the judge is no better than chance on the labels")
     value = min(max(value, 0.0), 1.0)
     events = trials.verdict.astype(np.float64)
-    bounds = _rate_bounds(rate, events, trials, float(events.sum()), icc, alpha)
+    bounds = _rate_bounds(rate, events, trials, float(events.sum()))
     ends = (bounds.low or 0.0, 1.0 if bounds.high is None else bounds.high)
     solved = np.clip([_solved(end, exact).item() for end in ends], 0, 1)
-    low, high = _added(value, _quantiles(counts, value, alpha), (float(solved[0]), float(solved[1])), (0.0, 1.0))
+    low, high = _added(value, _quantiles(counts, value), (float(solved[0]), float(solved[1])), (0.0, 1.0))
     method = "Rogan-Gladen, one sensitivity and specificity for all conditions"
     return Estimate(value, low, high, len(trials), method, int(events.sum()), len(np.unique(trials.cluster)))
 
 
-def corrected_difference(
-    a: LabelledTrials, b: LabelledTrials, draws: int = DRAWS, seed: int = 0, icc: float = iv.ICC
-) -> Estimate:
+def corrected_difference(a: LabelledTrials, b: LabelledTrials, draws: int = DRAWS, seed: int = 0) -> Estimate:
     """Return the difference b - a of two prediction-powered rates, clustered by latent; a and b share cluster codes."""
     if why := _uncorrectable(a) or _uncorrectable(b):
         return Estimate(None, None, None, len(a) + len(b), why)
@@ -248,13 +239,13 @@ def corrected_difference(
     restarts = float(np.nansum(a.truth) + np.nansum(b.truth))
     informative = np.unique(cluster[np.concatenate([c.verdict | (np.nan_to_num(c.truth) > 0) for c in (a, b)])])
     sizes = np.bincount(cluster).astype(np.float64)
-    bounds = iv.mean_interval(value, sizes, variance, restarts, len(informative), (-1.0, 1.0), icc)
+    bounds = iv.mean_interval(value, sizes, variance, restarts, len(informative), (-1.0, 1.0))
     low, high = _added(value, _quantiles(labels[1] - labels[0], value), (bounds.low, bounds.high), (-1.0, 1.0))
     method = "difference of prediction-powered rates, trials clustered by latent"
     return Estimate(value, low, high, len(a) + len(b), method, round(restarts), int(np.count_nonzero(sizes)))
 
 
-def normal_interval(trials: LabelledTrials, alpha: float = iv.ALPHA) -> tuple[float, float]:
+def normal_interval(trials: LabelledTrials) -> tuple[float, float]:
     """Return the usual normal interval of prediction-powered inference, clustered by latent; for comparison.
 
     The influence of a trial is its prediction plus, if it is labelled, its weighted error.
@@ -265,7 +256,7 @@ def normal_interval(trials: LabelledTrials, alpha: float = iv.ALPHA) -> tuple[fl
     weight = (groups.size / np.maximum(groups.labelled, 1.0))[groups.of_trial]
     error = np.where(np.isfinite(trials.truth), weight * (np.nan_to_num(trials.truth) - predicted), 0.0)
     variance = iv.influence_variance((predicted + error - value) / n, trials.latents, np.ones(n, dtype=np.bool_))
-    half = iv.t_quantile(np.inf, alpha) * float(np.sqrt(np.nan_to_num(variance.clustered)))
+    half = iv.t_quantile(np.inf) * float(np.sqrt(np.nan_to_num(variance.clustered)))
     return value - half, value + half
 
 
@@ -278,32 +269,24 @@ def _uncorrectable(trials: LabelledTrials) -> str:
     return "a stratum has no labels" if trials.unlabelled_strata else ""
 
 
-def _rate_bounds(rate: float, values: Floats, trials: LabelledTrials, seen: float, icc: float, alpha: float) -> Bounds:
+def _rate_bounds(rate: float, values: Floats, trials: LabelledTrials, seen: float) -> Bounds:
     """Return the clustered interval of a rate; `values` give the correlation within latents, `seen` the events seen."""
     n = len(trials)
     sizes = np.bincount(trials.latents).astype(np.float64)
     variance = iv.influence_variance((values - values.mean()) / n, trials.latents, np.ones(n, dtype=np.bool_))
     events = rate * n
     if 0 < events < n:  # the design effect depends on the observed events, not on the estimated ones
-        effect = iv.design_effect(variance, sizes[sizes > 0], min(seen, events, n - events), icc)
+        effect = iv.design_effect(variance, sizes[sizes > 0], min(seen, events, n - events))
         variance = iv.Influence(1.0, effect, variance.clusters)
-    return iv.rate_interval(events, sizes, variance, icc, alpha)
+    return iv.rate_interval(events, sizes, variance)
 
 
-def _confusion(conditions: Sequence[LabelledTrials]) -> dict[str, Floats]:
-    """Estimate true and false positives and negatives over all trials, from the labels of each group."""
-    return _summed([(c.groups, c.groups.share * c.groups.size) for c in conditions])
-
-
-def _drawn_confusion(conditions: Sequence[LabelledTrials], draws: int, rng: np.random.Generator) -> dict[str, Floats]:
-    """Draw true and false positives and negatives over all trials, each of shape (draws,)."""
-    return _summed([(c.groups, c.groups.draw(draws, rng)) for c in conditions])
-
-
-def _summed(true_counts: Sequence[tuple[Groups, Floats]]) -> dict[str, Floats]:
+def _confusion(conditions: Sequence[LabelledTrials], draws: int = 0, seed: int = 0) -> dict[str, Floats]:
+    """Estimate true and false positives and negatives over all trials, or draw them, each of shape (draws,)."""
+    rng = np.random.default_rng(seed)
     out: dict[str, Floats] = {name: np.zeros(1) for name in ("tp", "fp", "fn", "tn")}
-    for groups, true in true_counts:
-        yes = groups.verdict
+    for groups in (c.groups for c in conditions):
+        true, yes = groups.draw(draws, rng) if draws else groups.share * groups.size, groups.verdict
         for name, values in (
             ("tp", true[..., yes]),
             ("fn", true[..., ~yes]),
@@ -325,9 +308,9 @@ def _solved(rate: float, confusion: dict[str, Floats]) -> Floats:
     return solved
 
 
-def _quantiles(drawn: Floats, value: float, alpha: float = iv.ALPHA) -> tuple[float, float]:
+def _quantiles(drawn: Floats, value: float) -> tuple[float, float]:
     """Return the percentile interval of draws, extended to include the estimate."""
-    low, high = iv.percentile(drawn, alpha) or (value, value)
+    low, high = iv.percentile(drawn) or (value, value)
     return min(low, value), max(high, value)
 
 

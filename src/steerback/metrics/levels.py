@@ -92,9 +92,6 @@ def trend(
     metric: str = "multi_attempt_rate",
     draws: int = 10_000,
     seed: int = 0,
-    gated: bool = True,
-    include_degraded: bool | None = None,
-    icc: float = iv.ICC,
 ) -> Trend:
     """Return the trend of `metric` over conditions measured at `levels`.
 
@@ -105,7 +102,7 @@ def trend(
     if len(x) != len(outcomes) or len(np.unique(x)) < 2:
         raise ValueError(f"a trend needs one condition per level and two different levels, got {list(levels)}")
     m = METRICS[metric]
-    views = [view(o, gated=gated, include_degraded=include_degraded) for o in outcomes]
+    views = [view(o) for o in outcomes]
     sums = _sums(metric, views)
     values = tuple(float(n / d) if d > 0 else None for n, d in sums.sum(axis=0))
     weights = (x - x.mean()) / np.sum((x - x.mean()) ** 2)  # the least-squares slope is weights @ values
@@ -127,7 +124,6 @@ def trend(
         int(event.sum()),
         len(np.unique(cluster[event])),
         (-reach, reach),
-        icc,
     )
     p, p_method = _permute(sums, weights, slope, draws, seed)
     return Trend(metric, tuple(x.tolist()), values, slope, *bounds, p, p_method, len(sums))

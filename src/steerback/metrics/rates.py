@@ -89,10 +89,11 @@ def _ones(v: View) -> Floats:
     return np.ones(len(v.cluster))
 
 
-def _f(mask: Flags) -> Floats:
-    return mask.astype(np.float64)
+def _f(values: Flags | Codes) -> Floats:
+    return values.astype(np.float64)
 
 
+MSI_MULTI = "MSI over multi-attempt trials"
 METRICS: dict[str, Metric] = {
     m.name: m
     for m in (
@@ -100,18 +101,8 @@ METRICS: dict[str, Metric] = {
         Metric("esr_rate", "ESR rate", True, (0, 1), 0, lambda v: (_f(v.gain > 0), _ones(v))),
         Metric("improvement_rate", "improvement rate", True, (0, 1), 0, lambda v: (_f(v.gain > 0), _f(v.multi))),
         Metric("msi", "MSI", False, (-100, 100), 0, lambda v: (v.gain, _ones(v)), "points"),
-        Metric(
-            "msi_multi",
-            "MSI over multi-attempt trials",
-            False,
-            (-100, 100),
-            None,
-            lambda v: (v.gain, _f(v.multi)),
-            "points",
-        ),
-        Metric(
-            "mean_attempts", "mean attempts", False, (1, np.inf), 1, lambda v: (v.attempts.astype(np.float64), _ones(v))
-        ),
+        Metric("msi_multi", MSI_MULTI, False, (-100, 100), None, lambda v: (v.gain, _f(v.multi)), "points"),
+        Metric("mean_attempts", "mean attempts", False, (1, np.inf), 1, lambda v: (_f(v.attempts), _ones(v))),
         Metric("mean_first", "mean first score", False, (0, 100), None, lambda v: (v.first, _ones(v)), "points"),
         Metric("degraded_share", "degraded share", True, (0, 1), 0, lambda v: (_f(v.degraded), _ones(v))),
     )
@@ -184,12 +175,13 @@ VARIANTS: dict[str, tuple[bool, bool | None]] = {
 """By variant: whether attempts are gated, and whether degraded responses count (None: the outcomes' setting)."""
 
 
-def summarize(outcomes: Outcomes, draws: int = 2000, seed: int = 0, icc: float = iv.ICC) -> Summary:
+def summarize(outcomes: Outcomes, draws: int = 2000) -> Summary:
     """Return every metric of a condition with intervals clustered by latent.
 
-    `draws` is the number of resamples for the additional bootstrap interval. `icc` is assumed if there are too few
-    events to estimate it. In every variant, the degraded share is over all valid trials.
+    `draws` is the number of resamples for the additional bootstrap interval. In every variant, the degraded share is
+    over all valid trials.
     """
+    seed, icc = 0, iv.ICC
     by_variant: dict[str, dict[str, Estimate]] = {}
     worst: dict[str, dict[str, tuple[float | None, float | None]]] = {}
     done: dict[tuple[bool, bool], str] = {}

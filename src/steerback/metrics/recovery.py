@@ -49,7 +49,12 @@ class Series:
     def __reduce__(self) -> tuple[Callable[..., Series], tuple[object, ...]]:
         """Pickle all scores as one array; many small ones would take longer than the reading of the ledger."""
         lengths, flat, _ = _flat(self.scores) if self.scores else ([], np.zeros(0), None)
-        return _series, (lengths, flat, self.cluster, self.single)
+        return Series.unpack, (lengths, flat, self.cluster, self.single)
+
+    @staticmethod
+    def unpack(lengths: Sequence[int], flat: Floats, cluster: Codes, single: Flags) -> Series:
+        """Return the scores that were pickled as one array."""
+        return Series(np.split(flat, np.cumsum(lengths)[:-1]) if lengths else [], cluster, single)
 
 
 @dataclass(frozen=True)
@@ -68,10 +73,6 @@ class Recovery(MetricResult):
     shuffled: Estimate
     above: Estimate
     course: Sequence[Estimate]
-
-
-def _series(lengths: Sequence[int], flat: Floats, cluster: Codes, single: Flags) -> Series:
-    return Series(np.split(flat, np.cumsum(lengths)[:-1]) if lengths else [], cluster, single)
 
 
 def recovery(series: Series, rule: Rule) -> Recovery:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import resources
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -199,7 +200,7 @@ def our_number(summary: JsonValue, row: Published) -> Ours | None:
     known = [x for x in values if x is not None]
     if not known:
         return None
-    low, high = (_mean([x.low for x in known]), _mean([x.high for x in known]))
+    low, high = _mean([x.low for x in known]), _mean([x.high for x in known])
     sizes = [x.n for x in known if x.n is not None]
     total = sum(sizes) if len(sizes) == len(known) else None
     return Ours(sum(x.value for x in known) / len(known), low, high, total)
@@ -271,7 +272,10 @@ def deviations(
     for setting in settings:
         if setting.key in unknown:
             continue
-        wanted, ours = setting.authors if column == "authors" else setting.specification, _at(config, setting.key)
+        wanted, ours = (
+            setting.authors if column == "authors" else setting.specification,
+            attrgetter(setting.key)(config),
+        )
         if isinstance(wanted, tuple):
             low, high = wanted
             same, text = isinstance(ours, int | float) and low <= ours <= high, f"{low} to {high}"
@@ -288,13 +292,6 @@ def deviations(
     return tuple(differing)
 
 
-def _at(config: RunConfig, key: str) -> object:
-    value: object = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
-
-
 COLUMNS = ("quantity", "model", "source", "published", "run", "measured on", "ours", "n", "verdict", "deviations")
 
 
@@ -305,20 +302,9 @@ def comparison(lines: Sequence[Line]) -> tuple[Table, list[str]]:
     for line in lines:
         row, ours = line.row, line.ours
         marks = [notes.setdefault(text, len(notes) + 1) for text in line.deviations]
-        cells.append(
-            (
-                row.quantity + (" (%)" if row.rate else ""),
-                line.target,
-                line.source,
-                _published(line),
-                line.run,
-                line.measured,
-                "-" if ours is None else _ours(ours, row.rate),
-                f"{ours.n:,}" if ours is not None and ours.n is not None else "-",
-                line.verdict,
-                " ".join(map(str, sorted(marks))),
-            )
-        )
+        quantity = row.quantity + (" (%)" if row.rate else "")
+        place = (line.target, line.source, _published(line), line.run, line.measured)
+        cells.append((quantity, *place, *_ours(ours, row.rate), line.verdict, " ".join(map(str, sorted(marks)))))
     minor = ("measured on", "source", "run", "n", "deviations")
     table = Table(COLUMNS, cells, "", [_record(line) for line in lines], left=6, minor=minor)
     return table, [f"[{i}] {text}" for text, i in notes.items()]
@@ -352,8 +338,9 @@ def _published(line: Line) -> str:
     return ("<= " if line.row.bound else "") + number(line.published, line.row.rate)
 
 
-def _ours(ours: Ours, rate: bool) -> str:
-    value = number(ours.value, rate)
-    if ours.low is None or ours.high is None:
-        return value
-    return f"{value} [{number(ours.low, rate)}, {number(ours.high, rate)}]"
+def _ours(ours: Ours | None, rate: bool) -> tuple[str, str]:
+    """Return the measured value with its interval, and its number of trials."""
+    if ours is None:
+        return "-", "-"
+    ends = "" if None in (ours.low, ours.high) else f" [{number(ours.low, rate)}, {number(ours.high, rate)}]"
+    return number(ours.value, rate) + ends, "-" if ours.n is None else f"{ours.n:,}"

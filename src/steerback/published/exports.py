@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -103,7 +103,7 @@ def _body(run: Run, target: str, stage: str, condition: str, judge: str, keys: S
     clamped: set[LatentKey] = set()
     first: dict[LatentKey | None, Trial] = {}
     steered, others = False, _others(run, judge, keys)
-    for row in _rows(run, keys, judge):
+    for row in run.ledger.stream(keys, judge, activations=True):
         trial = row.trial
         first.setdefault(trial.latent, trial)
         by_latent.setdefault(trial.latent, []).append(_entry(row, others.get(trial.key, Verdicts())))
@@ -128,10 +128,6 @@ def _body(run: Run, target: str, stage: str, condition: str, judge: str, keys: S
             "facts": _facts(run, target, SMALL),
         },
     }
-
-
-def _rows(run: Run, keys: Sequence[str], judge: str) -> Iterator[Row]:
-    return run.ledger.stream(keys, judge, activations=True)
 
 
 def _others(run: Run, judge: str, keys: Sequence[str]) -> dict[str, Verdicts]:
