@@ -6,22 +6,19 @@ A config contains the names of targets, judge and engine. It loads nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar, get_args
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from steerback import readers
-from steerback.errors import SteerbackError, did_you_mean, one_line, unknown
+from steerback.errors import SteerbackError, unknown
+from steerback.readers.settings import Settings as Settings
+from steerback.readers.settings import drop, flatten, merge, nested
+from steerback.readers.settings import parse as parse
 from steerback.records import LEAST_TEMPERATURE, BoostPrior, LatentKey, Sampling, is_temperature
-
-
-class Settings(BaseModel):
-    """Base class of typed settings. Unknown keys, NaN and infinite numbers are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class SamplingConfig(Settings):
@@ -222,13 +219,9 @@ class RunConfig(Settings):
     whole run replaces them."""
 
     @model_validator(mode="after")
-    def _no_target_twice(self) -> RunConfig:
+    def _targets_differ_and_their_rows_are_settings(self) -> RunConfig:
         if len(set(self.targets)) != len(self.targets):
             raise ValueError("a target is named twice")
-        return self
-
-    @model_validator(mode="after")
-    def _rows_are_settings(self) -> RunConfig:
         for name, row in self.by_target.items():
             for key in row:
                 if key not in BY_TARGET:
@@ -247,7 +240,7 @@ class RunConfig(Settings):
         if not row:
             return self.model_copy(update={"by_target": {}}) if self.by_target else self
         values = self.model_dump(mode="json") | {"by_target": {}}
-        _merge(values, row)
+        merge(values, row)
         return parse_config(values, f"settings of target {target}")
 
 
@@ -309,7 +302,7 @@ def authors(experiment: str, targets: tuple[str, ...]) -> RunConfig:
     rows = {name: AUTHORS_MODELS.get(name.partition("@")[0], OTHER_MODEL) for name in targets}
     first = rows[targets[0]]
     for layer in (shared, first, {"by_target": {name: row for name, row in rows.items() if row != first}}):
-        _merge(values, layer)
+        merge(values, layer)
     return parse_config(values)
 
 
@@ -352,7 +345,7 @@ def build_config(
     if file is not None:
         layers.append(readers.read_yaml(file, "config file"))
     layers.append({k: v for k, v in (overrides or {}).items() if v is not None})
-    layers.extend(_nested(*assignment(text)) for text in assignments)
+    layers.extend(nested(*assignment(text)) for text in assignments)
     usual = base[1].preset if base else "specification"
     chosen = preset or next((str(layer["preset"]) for layer in layers if "preset" in layer), usual)
     if chosen not in PRESETS:
@@ -365,11 +358,17 @@ def build_config(
     if base is None:
         merged = PRESETS[chosen](experiment, targets).model_dump(mode="json")
     else:
-        merged = _like(base, experiment, targets)
+        folder, config = base
+        if missing := sorted(set(targets) - set(config.targets)):
+            raise SteerbackError(f"run {folder} has no target {missing[0]!r}; it has: {', '.join(config.targets)}")
+        own = {"experiment": experiment, "targets": targets or config.targets, "from_run": folder, "options": {}}
+        merged = config.model_dump(mode="json") | own
     for layer in layers:
-        for row in _rows(merged):
-            _drop(row, layer)
-        _merge(merged, layer)
+        rows = merged.get("by_target")
+        for row in rows.values() if isinstance(rows, dict) else ():
+            if isinstance(row, dict):
+                drop(row, layer)
+        merge(merged, layer)
     merged["preset"] = chosen
     for name, meant in (("experiment", experiment), ("from_run", base and base[0])):
         if merged.get(name) != meant:
@@ -378,43 +377,14 @@ def build_config(
     return parse_config(merged, where=f"config {file}" if file else "config")
 
 
-def _like(base: tuple[str, RunConfig], experiment: str, targets: tuple[str, ...]) -> dict[str, object]:
-    folder, config = base
-    missing = sorted(set(targets) - set(config.targets))
-    if missing:
-        raise SteerbackError(f"run {folder} has no target {missing[0]!r}; it has: {', '.join(config.targets)}")
-    own = {"experiment": experiment, "targets": targets or config.targets, "from_run": folder, "options": {}}
-    return config.model_dump(mode="json") | own
-
-
 def parse_config(values: Mapping[str, object], where: str = "config") -> RunConfig:
     """Return a checked config. Raises SteerbackError, which names the first invalid field."""
     return parse(RunConfig, values, where)
 
 
-S = TypeVar("S", bound=Settings)
-
-
-def parse(model: type[S], values: Mapping[str, object], where: str) -> S:
-    """Return checked settings. Raises SteerbackError, which names the first invalid field."""
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        message = f"{where}: {one_line(field) or 'values'}: {first['msg'].removeprefix('Value error, ')}"
-        if first["msg"].startswith("Input should") and isinstance(first["input"], str | int | float):
-            message += f", not {repr(first['input'])[:80]}"
-        if first["type"] == "extra_forbidden":
-            known = _choices(model, first["loc"])
-            choices = f"choose one of: {', '.join(known)}" if known else "there are none"
-            message = f"{where}: unknown setting {field!r};{_similar(model, field)} {choices}"
-        raise SteerbackError(message) from None
-
-
 def differences(before: RunConfig, after: RunConfig) -> list[str]:
     """Return `setting: old -> new` for each setting that differs."""
-    old, new = _flatten(before.model_dump(mode="json")), _flatten(after.model_dump(mode="json"))
+    old, new = flatten(before.model_dump(mode="json")), flatten(after.model_dump(mode="json"))
     return [
         f"{key}: {json.dumps(old.get(key))} -> {json.dumps(new.get(key))}"
         for key in sorted(old.keys() | new.keys())
@@ -428,67 +398,3 @@ def assignment(text: str) -> tuple[str, readers.Json]:
     if not sign or not key.strip():
         raise SteerbackError(f"--set {text!r} is not of the form key=value, e.g. --set sampling.temperature=0.8")
     return key.strip(), readers.parse_yaml(value, f"--set {text!r}: the value")
-
-
-def _nested(key: str, value: readers.Json) -> dict[str, object]:
-    """Return nested tables for a key such as `a.b.c` and its value."""
-    first, dot, rest = key.partition(".")
-    return {first: _nested(rest, value) if dot else value}
-
-
-def _merge(into: dict[str, object], layer: Mapping[str, object]) -> None:
-    for key, value in layer.items():
-        inner = into.get(key)
-        if isinstance(value, Mapping) and isinstance(inner, dict):
-            _merge(inner, value)
-        else:
-            into[key] = value
-
-
-def _rows(values: Mapping[str, object]) -> list[dict[str, object]]:
-    rows = values.get("by_target")
-    return [row for row in rows.values() if isinstance(row, dict)] if isinstance(rows, dict) else []
-
-
-def _drop(row: dict[str, object], layer: Mapping[str, object]) -> None:
-    """Remove the settings of a target that a later layer sets for all targets."""
-    for key, value in layer.items():
-        inner = row.get(key)
-        if isinstance(value, Mapping) and isinstance(inner, dict):
-            _drop(inner, value)
-        else:
-            row.pop(key, None)
-
-
-def _choices(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    for part in location[:-1]:
-        annotation = model.model_fields[str(part)].annotation
-        for inner in (annotation, *get_args(annotation)):  # the annotation is a model, or `model | None`
-            if isinstance(inner, type) and issubclass(inner, BaseModel):
-                model = inner
-    return sorted(model.model_fields)
-
-
-def _similar(model: type[BaseModel], key: str) -> str:
-    """Return ` did you mean KEY?` for a misspelt setting, or for one without its group."""
-    keys = list(_keys(model))
-    same_end = [known for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]]
-    return did_you_mean(same_end[0] if same_end else key, keys)
-
-
-def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, info in model.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            yield from _keys(info.annotation, f"{prefix}{name}.")
-        else:
-            yield prefix + name
-
-
-def _flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -8,50 +8,35 @@ latent at a time, so memory does not grow with their size.
 from __future__ import annotations
 
 import base64
-import math
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-from pydantic import JsonValue, TypeAdapter
+from pydantic import TypeAdapter
 
 from steerback.config import RunConfig, authors, parse_config
 from steerback.data.paper_files import PROMPTS
 from steerback.errors import SteerbackError, one_line
-from steerback.published.exports import EXPORTED, TRIAL, WINDOWS
+from steerback.published.exports import TRIAL, WINDOWS
+from steerback.published.imported_facts import facts_of, levels_of
 from steerback.published.pairing import TrialNumbers
 from steerback.published.schema import AuthorsFeature, AuthorsTrial, OwnTrial, judgement_of, split_prompt
 from steerback.published.sources import FEATURES, NO_JUDGE, Ablations, Source, ablations, named, read_source
 from steerback.readers import read_json_table
-from steerback.records import Completion, Intervention, Judgement, Latent, LatentKey, Receipt, Trial, WindowScores
+from steerback.records import Completion, Intervention, Judgement, LatentKey, Receipt, Trial, WindowScores
 from steerback.store.database import unpack_array
 from steerback.store.facts import (
     ABLATED,
     BASELINE,
     CONTINUATION,
-    DETECTOR_SET,
-    DOSES,
-    IMPORTED,
-    LATENTS,
     META_PROMPTS,
-    RANDOM_SETS,
     SWEEP,
     UNSTEERED,
     ControlSets,
-    Detector,
-    DetectorSet,
-    Dose,
-    Fact,
-    ImportedFiles,
-    MetaPromptSet,
-    Selection,
     Sweep,
-    boundaries,
-    whole_scores,
 )
 from steerback.store.manifest import ImportedFile
 from steerback.store.run import Run, new_or_nothing
@@ -69,8 +54,6 @@ SETS = {  # kinds of the imported files: (experiment, condition of the plain fil
 }
 WHOLE = ("esr", "no-steering", "boost-sweep", "meta-prompts", "held-out")
 """Experiments whose analysis needs only trials and exported facts."""
-SMALLEST_SD = 1e-6
-"""Smallest standard deviation of thresholds. Below it, boosts in units of the standard deviation are not distinct."""
 BATCH = 500
 """Number of trials in one write to the ledger."""
 KNOWN: Mapping[str, tuple[str, float]] = {
@@ -98,21 +81,6 @@ class OwnCompletion:
 
 
 COMPLETION: TypeAdapter[OwnCompletion] = TypeAdapter(OwnCompletion)
-
-
-@dataclass(frozen=True)
-class Levels:
-    """Boost levels of a sweep: distances from the mean threshold in standard deviations of the thresholds."""
-
-    mean: float
-    sd: float
-    latents: int
-
-    def of(self, boost: float | None) -> float:
-        """Return the level of a boost, rounded to two decimals."""
-        if boost is None:
-            raise SteerbackError("a trial of a sweep has no boost (its threshold field)")
-        return round((boost - self.mean) / self.sd, 2)
 
 
 @dataclass
@@ -187,7 +155,7 @@ def import_authors(
         result.counts["latents that failed"] = len(result.failed)
         files: list[ImportedFile] = [{"file": s.path.name, "sha256": s.sha256} for s in sources]
         run.write_manifest({"imported": files, "unknown settings": unknown})
-        for (owner, name), value in _facts(sources, target, result, sets, unknown).items():
+        for (owner, name), value in facts_of(sources, target, result, sets, unknown).items():
             run.ledger.put_json(owner, name, value)
     return result
 
@@ -335,7 +303,7 @@ def _trials(
     source: Source, target: str, condition: str, result: Imported, pairs: TrialNumbers
 ) -> Iterator[ImportedTrial]:
     """Yield the trials of a file with their responses and verdicts, and count irregular trials."""
-    levels = _levels(source)
+    levels = levels_of(source)
     for feature in source.features():
         if feature.error:
             result.failed.add((target, condition, feature.index))
@@ -416,88 +384,3 @@ def _answer(entry: AuthorsTrial, judge: str) -> tuple[Completion, Judgement | No
     judgement, lost = judgement_of({"error": entry.error} if entry.error else entry.score, entry.response, judge)
     finish = (entry.steerback or OwnTrial()).finish
     return Completion(entry.response, (), 0, finish, Receipt()), judgement, lost
-
-
-def _levels(source: Source) -> Levels | None:
-    """Return the boost levels of a sweep; None for other files."""
-    if source.kind != "sweep":
-        return None
-    stats = source.file.threshold_cache_stats
-    if stats is not None and stats.mean is not None and stats.std:
-        mean, sd = stats.mean, stats.std
-    else:
-        if len(source.thresholds) < 2:
-            raise SteerbackError(f"{source.path}: a sweep needs threshold_cache_stats or at least two thresholds")
-        mean, sd = float(np.mean(source.thresholds)), float(np.std(source.thresholds))
-    if not (math.isfinite(mean) and SMALLEST_SD < sd < math.inf):
-        raise SteerbackError(
-            f"{source.path}: the standard deviation of the thresholds is {sd:g}, so boosts cannot be normalised; "
-            "set a finite mean and a std above 0 in threshold_cache_stats"
-        )
-    return Levels(mean, sd, len(source.labels))
-
-
-def _facts(
-    sources: Sequence[Source], target: str | None, result: Imported, sets: Ablations, unknown: list[str]
-) -> dict[tuple[str, str], JsonValue]:
-    """Return the facts that analyses need besides trials, by (target, name), in the form of the ledger."""
-    facts: dict[tuple[str, str], JsonValue] = {}
-    for name in result.targets:
-        own = [s for s in sources if (target or s.model) == name]
-        chosen = {key: label for s in own for key, label in s.labels.items()}
-        latents = [Latent(key, label) for key, label in chosen.items()]
-        facts[name, LATENTS.name] = LATENTS.dump(Selection(chosen=latents, counts={"imported": len(latents)}))
-        for source in own:
-            for fact, value in ((source.file.steerback and source.file.steerback.facts) or {}).items():
-                facts[name, fact] = _own_fact(source, fact, value)
-        sweeps = [levels for s in own if (levels := _levels(s)) is not None]
-        if sweeps:
-            first, grid = sweeps[0], sorted(result.levels.get(name, set()))
-            swept = Sweep(mean=first.mean, sd=first.sd, latents=len(chosen), levels=grid, dropped={}, boosts="absolute")
-            facts[name, SWEEP.name] = SWEEP.dump(swept)
-        if result.experiment == "meta-prompts" and not any(s.kind == "ours" for s in own):
-            texts = {s.condition: s.file.variant.template for s in own if s.kind == "variant"}
-            variants = MetaPromptSet(variants=texts, cells_without_label=0, parameters=None)
-            facts[name, META_PROMPTS.name] = META_PROMPTS.dump(variants)
-        facts |= {(name, fact): value for fact, value in _ablation_facts(sets, chosen).items()}
-    facts["", IMPORTED.name] = IMPORTED.dump(
-        ImportedFiles(files=[s.path.name for s in sources], counts=dict(result.counts), unknown=unknown)
-    )
-    return facts
-
-
-def _ablation_facts(sets: Ablations, labels: Mapping[LatentKey, str | None]) -> dict[str, JsonValue]:
-    """Return the facts of an ablation: detectors, doses, random sets. AUC and level are NaN: the files lack them."""
-    facts: dict[str, JsonValue] = {}
-    if sets.detectors:
-        members = [Detector(latent=k, label=labels.get(k), level=math.nan, auc=math.nan) for k in sets.detectors]
-        facts[DETECTOR_SET.name] = DETECTOR_SET.dump(DetectorSet(source="imported files", detectors=members))
-        doses = [
-            Dose(condition=BASELINE, share=0.0, level=0.0, latents=0),
-            Dose(condition=ABLATED, share=1.0, level=0.0, latents=len(members)),
-        ]
-        facts[DOSES.name] = DOSES.dump(doses)
-    if sets.random:
-        shared = sum(len(x) for x in sets.random) - len({k for x in sets.random for k in x})
-        control = ControlSets(
-            sets=[list(x) for x in sets.random],
-            method="imported",
-            quality=[],
-            n_candidates=None,
-            overlap=shared / sum(len(x) for x in sets.random),
-        )
-        facts[RANDOM_SETS.name] = RANDOM_SETS.dump(control)
-    return facts
-
-
-def _own_fact(source: Source, name: str, value: JsonValue) -> JsonValue:
-    """Check and return a fact of an export of steerback. Raises SteerbackError for a fact that is never exported."""
-    kind, by, judge = name.partition(" by ")
-    fact: Fact[Any] | None = EXPORTED.get(name)
-    if fact is None and by and kind in ("boundaries", "whole"):
-        fact = boundaries(judge) if kind == "boundaries" else whole_scores(judge)
-    if fact is not None:
-        return fact.dump(fact.load(value, str(source.path)))
-    raise SteerbackError(
-        f"{source.path}: unknown fact {name[:80]!r} in steerback.facts; choose from: {', '.join(EXPORTED)}"
-    )
