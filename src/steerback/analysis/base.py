@@ -9,10 +9,9 @@ from dataclasses import dataclass, field, replace
 from pydantic import JsonValue
 
 from steerback import organism
-from steerback.analysis.floor import Floor, floors_under
+from steerback.analysis.floor import Floor, Recoveries, floors_under, recoveries, series_of
 from steerback.analysis.labels import Key as Key
 from steerback.analysis.labels import Labelling, LedgerPlace, Prepare, labelling
-from steerback.analysis.recovery import Recoveries, recoveries, series_of
 from steerback.metrics import Comparison, Outcomes, Summary, compare, correct, summarize
 from steerback.metrics.recovery import Series
 from steerback.records import LatentKey, Trial

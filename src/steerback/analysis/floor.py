@@ -1,19 +1,31 @@
-"""The judge's floor: its rate of reported restarts in unsteered responses, where none are expected."""
+"""The judge's floor, and recovery without a restart phrase with its two false-positive floors.
+
+The floor is the rate of reported restarts in unsteered responses, where none are expected. Recovery comes from the
+window scores in the ledger.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from steerback.metrics import Estimate, Outcomes, Summary, summarize, view
+import numpy as np
+
+from steerback.analysis.labels import Key, LedgerPlace
+from steerback.config import RecoveryConfig
+from steerback.metrics import Estimate, Outcomes, Summary, cluster_code, summarize, view
 from steerback.metrics.between import FLOOR_TEST, above_floor
 from steerback.metrics.intervals import ALPHA
+from steerback.metrics.recovery import Recovery, Rule, Series, recovery
+from steerback.records import LatentKey, Trial
+from steerback.store.facts import CONFIG, FLOOR
+from steerback.store.ledger import Ledger
+from steerback.store.rows import Outline
 
 if TYPE_CHECKING:
     from steerback.analysis.labels import LedgerPlace
 
-Key = tuple[str, str]
 RATES = ("multi_attempt_rate", "esr_rate")
 
 
@@ -53,3 +65,75 @@ def floors_under(
             both = view(outcomes[key]), view(unsteered[place.target])
             floors[key] = Floor(summaries[place.target], {m: above_floor(*both, m) for m in RATES})
     return floors
+
+
+@dataclass(frozen=True, eq=False)
+class Recoveries:
+    """Recovery by condition. `floors` has the recovery in the unsteered responses of the condition's target, if any.
+
+    Both are empty if the judge scored no windows.
+    """
+
+    rule: Rule = field(default_factory=Rule)
+    conditions: Mapping[Key, Recovery] = field(default_factory=dict)
+    floors: Mapping[Key, Recovery] = field(default_factory=dict)
+
+    def to_json(self, key: Key) -> dict[str, object]:
+        """Return the content of `recovery` for a condition in summary.json."""
+        if key not in self.conditions:
+            return {}
+        unsteered = {"unsteered": self.floors[key].to_json()} if key in self.floors else {}
+        return {"recovery": {**self.conditions[key].to_json(), **unsteered}}
+
+
+def recoveries(
+    ledger: Ledger,
+    judge: str,
+    places: Mapping[Key, LedgerPlace],
+    windows: Mapping[Key, Series | None],
+    floors: Mapping[str, Sequence[Outline]],
+) -> Recoveries:
+    """Return the recovery of every condition whose windows `judge` has scored.
+
+    `windows` are the scores of each condition (`series_of`), `floors` the unsteered rows of each target, all with the
+    verdicts of `judge`.
+
+    Degraded responses, and responses without a score for the whole text, are excluded, as in the other metrics.
+    """
+    rule = rule_of(ledger)
+    measured = {key: recovery(series, rule) for key in places if (series := windows[key]) is not None}
+    unsteered: dict[str, Recovery] = {}
+    for target, condition in ledger.conditions(FLOOR):
+        own = [row for row in floors[target] if row.trial.condition == condition]
+        floor = series_of(ledger, judge, LedgerPlace(target, FLOOR, condition), own, lambda t: t.prompt)
+        if floor is not None:
+            unsteered[target] = recovery(floor, rule)
+    under = {key: unsteered[place.target] for key, place in places.items() if place.target in unsteered}
+    return Recoveries(rule, measured, under)
+
+
+def rule_of(ledger: Ledger) -> Rule:
+    """Return the recovery rule of a run's settings."""
+    stored = (ledger.get("", CONFIG) or {}).get("recovery")
+    settings = RecoveryConfig.model_validate(stored) if isinstance(stored, dict) else RecoveryConfig()
+    return Rule(settings.low, settings.high, settings.early, settings.least_windows)
+
+
+def series_of(
+    ledger: Ledger,
+    judge: str,
+    place: LedgerPlace,
+    rows: Sequence[Outline],
+    cluster: Callable[[Trial], LatentKey | None] = lambda trial: trial.latent,
+) -> Series | None:
+    """Return the window scores of a condition's rows; None if the judge has scored no windows of that condition."""
+    scores = ledger.window_scores(judge, place.target, place.stage, place.condition)
+    if not scores:
+        return None
+    used = [(r, len(r.attempts)) for r in rows if scores.get(r.trial.key) and not r.degraded]
+    used = [(r, attempts) for r, attempts in used if attempts]
+    return Series(
+        [np.array(scores[r.trial.key], dtype=np.float64) for r, _ in used],
+        np.array([cluster_code(cluster(r.trial)) for r, _ in used], dtype=np.int64),
+        np.array([attempts == 1 for _, attempts in used], dtype=bool),
+    )

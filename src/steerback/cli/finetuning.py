@@ -47,21 +47,7 @@ def data(
     from steerback.targets import resolve
 
     resolved, asked = resolve(target), load_prompts(prompts)
-    if writer is None:
-        if not resolved.base.startswith("organism"):
-            raise SteerbackError(
-                "name the model that writes the examples with --writer, e.g. anthropic/claude-sonnet-4-5, or self"
-            )
-        writer = "corpus"
-    limits = budget.limits()
-    if writer == "corpus" and (budget != Budget() or subjects is not None):
-        raise SteerbackError(
-            "the built-in corpus has subjects and costs of its own; --subjects and limits need a --writer"
-        )
-    if writer == "self" and budget != Budget():
-        raise SteerbackError(
-            "--writer self asks no judge model, so limits of calls and costs do not apply; leave them out"
-        )
+    writer, limits = _checked_writer(writer, resolved.base, budget, subjects), budget.limits()
     prompter = Prompter(load_tokenizer(resolved), resolved.prompt_format)
     make_folder(folder, "choose another --data")
     made: Writer
@@ -88,6 +74,23 @@ def data(
         say(f"{name.replace('_', '-')}: {pool.examples} examples, {pool.prompts} prompts, ", end="")
         say(f"{pool.subjects} subjects; rejected: {rejected}")
     _mix(folder, ratio, size, seed)
+
+
+def _checked_writer(writer: str | None, base: str, budget: Budget, subjects: Path | None) -> str:
+    """Return the name of the writer, by default the corpus of a built-in model. Raises SteerbackError for a wrong one."""
+    if writer is None and not base.startswith("organism"):
+        raise SteerbackError(
+            "name the model that writes the examples with --writer, e.g. anthropic/claude-sonnet-4-5, or self"
+        )
+    if writer in (None, "corpus") and (budget != Budget() or subjects is not None):
+        raise SteerbackError(
+            "the built-in corpus has subjects and costs of its own; --subjects and limits need a --writer"
+        )
+    if writer == "self" and budget != Budget():
+        raise SteerbackError(
+            "--writer self asks no judge model, so limits of calls and costs do not apply; leave them out"
+        )
+    return writer or "corpus"
 
 
 def mixes(folder: Folder = DATA, ratio: Ratios = None, size: Size = None, seed: Seed = 42) -> None:

@@ -20,6 +20,7 @@ from steerback.cli.options import (
     option,
     say,
     say_lines,
+    say_table,
 )
 from steerback.errors import SteerbackError
 from steerback.store.files import make_folder
@@ -132,7 +133,7 @@ def _grade(folder: Path, judge: str, rubric: str, retry: bool, dry_run: bool, bu
 
 def list_judges() -> None:
     """List the judges and the API keys that they need."""
-    from steerback.figures.tables import Table, terminal_width
+    from steerback.figures.tables import Table
     from steerback.judging import ALIASES, LOCAL
     from steerback.judging.models import KEYS
 
@@ -141,7 +142,7 @@ def list_judges() -> None:
         keys = " or ".join(KEYS.get(model.model.split("/")[0], ()))
         rows.append((model.alias, f"{model.model}: {model.note}", keys))
     rows.append(("provider/model", "any other model that Inspect AI knows (extra `judges`)", "the provider's"))
-    say(Table(("judge", "what it is", "key"), rows, left=3).text(terminal_width()), end="")
+    say_table(Table(("judge", "what it is", "key"), rows, left=3))
 
 
 class _DrawByDefault(TyperGroup):

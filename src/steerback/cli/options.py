@@ -24,6 +24,7 @@ from steerback.errors import visible
 
 if TYPE_CHECKING:
     from steerback.config import RunConfig
+    from steerback.figures.tables import Table
     from steerback.jobs.check import Makers
     from steerback.judging import Limits
 
@@ -288,6 +289,13 @@ def say_lines(lines: Iterable[object]) -> None:
     """Print each line with `say`."""
     for line in lines:
         say(line)
+
+
+def say_table(table: Table) -> None:
+    """Print a table in the width of the terminal."""
+    from steerback.figures.tables import terminal_width
+
+    say(table.text(terminal_width()), end="")
 
 
 def hold_many_records() -> None:

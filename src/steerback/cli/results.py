@@ -17,6 +17,7 @@ from steerback.cli.options import (
     option,
     say,
     say_lines,
+    say_table,
 )
 from steerback.errors import SteerbackError, unknown
 from steerback.store.files import make_folder
@@ -26,10 +27,9 @@ OTHER = "choose another --out"
 
 def list_runs(runs: RunsFolder = RUNS) -> None:
     """List all runs: experiment, target, date, state, multi-attempt rate."""
-    from steerback.figures.tables import terminal_width
     from steerback.report.listing import run_table
 
-    say(run_table(runs).text(terminal_width()), end="")
+    say_table(run_table(runs))
 
 
 def figures(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from steerback.cli.options import TargetName, Texts, announce_loading, argument, option, say, say_lines
+from steerback.cli.options import TargetName, Texts, announce_loading, argument, option, say, say_lines, say_table
 
 if TYPE_CHECKING:
     from steerback.targets import Target
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 def targets(context: typer.Context, fit: bool = option("Show which targets this machine can run.", False)) -> None:
     """List the targets: built-in ones, and those of your file (--targets FILE)."""
-    from steerback.figures.tables import Table, terminal_width
+    from steerback.figures.tables import Table
     from steerback.targets import list_targets
 
     if context.invoked_subcommand is not None:
-        return
+        return None
     known = list_targets()
     if fit:
         from steerback.targets.fit import this_machine, verdict
@@ -27,27 +27,21 @@ def targets(context: typer.Context, fit: bool = option("Show which targets this 
         machine = this_machine()
         say(f"this machine: {machine.describe()}")
         note = "Estimated from the number of parameters. Without a GPU, more than a few billion are slow."
-        say(
-            Table(("target", "fits"), [(t.name, verdict(t, machine)) for t in known], note, left=2).text(
-                terminal_width()
-            ),
-            end="",
-        )
-        return
+        return say_table(Table(("target", "fits"), [(t.name, verdict(t, machine)) for t in known], note, left=2))
     note = "Layers are 0-based. Where each value comes from: steerback targets show NAME. What fits here: --fit."
     minor = ("width", "labels", "boost prior", "SAE", "steer", "bf16", "read", "model", "fp8", "depth")
-    say(Table(COLUMNS, [_row(target) for target in known], note, left=3, minor=minor).text(terminal_width()), end="")
+    return say_table(Table(COLUMNS, [_row(target) for target in known], note, left=3, minor=minor))
 
 
 def show(name: str = argument("Target, e.g. llama-3.3-70b@authors, or its folder.", ...)) -> None:
     """Show all values of a target and their sources."""
-    from steerback.figures.tables import Table, terminal_width
+    from steerback.figures.tables import Table
     from steerback.targets import resolve
 
     target = resolve(name)
     _check_sae(target)
     say(f"{target.name}: {target.summary}" if target.summary else target.name)
-    say(Table(("key", "value", "from"), _values(target), left=3).text(terminal_width()), end="")
+    say_table(Table(("key", "value", "from"), _values(target), left=3))
 
 
 def doctor(

@@ -172,29 +172,18 @@ def match_table(sets: Mapping[str, ControlSets]) -> Table:
         if control.quality  # imported runs have no qualities
         for i, (members, quality) in enumerate(zip(control.sets, control.quality, strict=True), 1)
     ]
+    cells = []
+    for target, i, _, q in rows:
+        differences = (shown(q.difference[feature], "+") for feature in ("mean", "frequency", "removed"))
+        cells.append((target, ControlSets.condition(i), *differences, shown(q.distance), shown(q.removed_ratio)))
     return Table(
         ("target", "set", "mean", "frequency", "norm removed", "distance", "norm, ratio"),
-        [
-            (
-                target,
-                ControlSets.condition(i),
-                *(shown(q.difference[feature], "+") for feature in ("mean", "frequency", "removed")),
-                shown(q.distance),
-                shown(q.removed_ratio),
-            )
-            for target, i, _, q in rows
-        ],
+        cells,
         "Log ratio of random sets to detectors, in sd over live latents. Distance: mean distance of each member "
         "to its detector. Ratio: norm that the clamp removes per token, relative to the detectors.",
         [
-            {
-                "target": target,
-                "set": i,
-                "latents": " ".join(map(str, members)),
-                **q.difference,
-                "distance": q.distance,
-                "removed_ratio": q.removed_ratio,
-            }
+            {"target": target, "set": i, "latents": " ".join(map(str, members))}
+            | {**q.difference, "distance": q.distance, "removed_ratio": q.removed_ratio}
             for target, i, members, q in rows
         ],
         left=2,

@@ -98,15 +98,10 @@ def peak_table(peaks: Mapping[str, Mapping[str, Peak | None]], judge: str) -> Ta
     for target, by_metric in peaks.items():
         for name, peak in by_metric.items():
             rate = METRICS[name].rate
-            shown = (
-                ("-", "-", "-")
-                if peak is None
-                else (
-                    number(peak.value, rate),
-                    f"{peak.at:+.2f} [{peak.low:+.2f}, {peak.high:+.2f}]",
-                    f"{peak.edge:.0%}",
-                )
-            )
+            shown = ("-", "-", "-")
+            if peak is not None:
+                at = f"{peak.at:+.2f} [{peak.low:+.2f}, {peak.high:+.2f}]"
+                shown = (number(peak.value, rate), at, f"{peak.edge:.0%}")
             cells.append((target, METRICS[name].label, *shown))
             records.append({"target": target, "metric": name, "judge": judge, **({} if peak is None else asdict(peak))})
     return Table(

@@ -49,20 +49,13 @@ def detector_table(results: Mapping[str, DetectorSet]) -> Table:
         return "-" if value is None else f"{value:.{digits}f}"
 
     entries = [(target, d) for target, detectors in results.items() for d in detectors.detectors]
+    cells = []
+    for target, d in entries:
+        values = (shown(d.auc), shown(d.held_out_auc), shown(d.held_out_effect, 2), shown(d.level, 2))
+        cells.append((target, str(d.latent), d.label or "-", *values))
     return Table(
         ("target", "latent", "label", "AUC searched", "AUC held out", "d held out", "level"),
-        [
-            (
-                target,
-                str(d.latent),
-                d.label or "-",
-                shown(d.auc),
-                shown(d.held_out_auc),
-                shown(d.held_out_effect, 2),
-                shown(d.level, 2),
-            )
-            for target, d in entries
-        ],
+        cells,
         "Detectors, best first. AUC: how often a mismatched response is more active than a matched one, on the "
         "searched and on the held-out prompts. Level: mean pooled activation on mismatched pairs of the searched half.",
         [{"target": target, **dict(sorted(d.model_dump().items()))} for target, d in entries],
@@ -127,14 +120,8 @@ def _counts(ax: Axes, search: Search | None) -> None:
         ax.bar(x + 0.18, null.expected, 0.34, color=style.LIGHT)
         reach = max(null.high - null.expected, 0.0)
         ax.errorbar(x + 0.18, null.expected, [[0.0], [reach]], fmt="none", ecolor=style.INK, elinewidth=0.8, capsize=2)
-        ax.annotate(
-            f"{null.observed:,}",
-            (x - 0.18, null.observed),
-            xytext=(0, 1.5),
-            textcoords="offset points",
-            ha="center",
-            fontsize=6.5,
-        )
+        at = (x - 0.18, null.observed)
+        ax.annotate(f"{null.observed:,}", at, (0, 1.5), textcoords="offset points", ha="center", fontsize=6.5)
     ax.set_xticks(range(len(levels)), [name for name, _ in levels], fontsize=6)
     ax.tick_params(axis="x", length=0)
     ax.set_ylabel("latents")

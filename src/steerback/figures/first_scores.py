@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from steerback.analysis.no_steering import NoSteeringResults, RestartBound
-from steerback.figures import style
+from steerback.figures import panels, style
 from steerback.figures.base import Presentation, measured_tables, planted_note
 from steerback.figures.tables import Table, number
 from steerback.metrics import Outcomes, view
@@ -103,14 +103,13 @@ def _histogram(ax: Axes, values: Floats, bins: NDArray[np.int64], colour: str, m
 
 
 def _caption(words: str, unsteered: Mapping[str, Outcomes], judge: str, note: str) -> str:
-    lines = [f"{words} Judge: {judge}. {note}".strip()]
-    for target, outcomes in unsteered.items():
-        v = view(outcomes)
-        lines.append(
-            f"{target}: n = {len(v.cluster):,} valid of {len(outcomes):,} without steering, "
-            f"{int(v.multi.sum()):,} of them with a restart."
-        )
-    return "\n".join(lines)
+    views = {target: (view(outcomes), len(outcomes)) for target, outcomes in unsteered.items()}
+    counts = (
+        f"{target}: n = {len(v.cluster):,} valid of {n:,} without steering, "
+        f"{int(v.multi.sum()):,} of them with a restart."
+        for target, (v, n) in views.items()
+    )
+    return panels.caption(words, judge, note, counts)
 
 
 def bound_table(bounds: Mapping[str, RestartBound], judge: str) -> Table:

@@ -31,13 +31,8 @@ def draw(curves: Sequence[Curve], effect: Effect, power: float, target: str) -> 
     for ax, question in zip(axes, questions, strict=False):
         for i, trials in enumerate(dict.fromkeys(curve[1] for curve in curves)):
             points = [(latents, p) for q, t, latents, p in curves if (q, t) == (question, trials)]
-            ax.plot(
-                *zip(*points, strict=True),
-                marker="o",
-                color=style.PALETTE[i],
-                clip_on=False,
-                label=f"{trials} trials per latent",
-            )
+            label = f"{trials} trials per latent"
+            ax.plot(*zip(*points, strict=True), marker="o", color=style.PALETTE[i], clip_on=False, label=label)
         ax.axhline(power, color=style.GREY, linewidth=0.8, linestyle=":")
         ax.set_title(question, loc="left")
         ax.set_xscale("log")

@@ -27,20 +27,10 @@ def recovery_table(measured: Measured) -> Table:
     cells, records = [], []
     for (target, condition), r in recovery.conditions.items():
         floor = recovery.floors.get((target, condition))
-        cells.append(
-            (
-                target,
-                condition,
-                f"{r.n:,}",
-                show(r.recovered, rate=True),
-                show(r.silent, rate=True),
-                show(r.shuffled, rate=True),
-                show(r.above, rate=True, sign=True),
-                "-" if floor is None else show(floor.recovered, rate=True),
-                "-" if floor is None else show(floor.shuffled, rate=True),
-                f"{r.short:,}",
-            )
-        )
+        rates = [show(e, rate=True) for e in (r.recovered, r.silent, r.shuffled)]
+        unsteered = ["-", "-"] if floor is None else [show(e, rate=True) for e in (floor.recovered, floor.shuffled)]
+        above = show(r.above, rate=True, sign=True)
+        cells.append((target, condition, f"{r.n:,}", *rates, above, *unsteered, f"{r.short:,}"))
         records.append(
             {"target": target, "condition": condition, "judge": measured.judge, "n": r.n, "short": r.short}
             | _numbers("", r)
@@ -91,7 +81,10 @@ def _panel(ax: Axes, target: str, shown: Mapping[str, Recovery], floor: Recovery
     if floor is not None:
         _line(ax, floor, style.GREY, f"unsteered (n = {floor.n:,})", dashed=True)
     alpha = 0.14 if len(shown) <= 3 else 0.06  # many overlapping bands must stay transparent
-    for (condition, r), colour in zip(shown.items(), _colours(len(shown)), strict=True):
+    colours: Sequence[str] = style.PALETTE[: len(shown)]
+    if len(shown) > len(style.PALETTE):  # a scale in the order of the conditions has enough colours
+        colours = [to_hex(colormaps["viridis"](x)) for x in np.linspace(0, 0.92, len(shown))]
+    for (condition, r), colour in zip(shown.items(), colours, strict=True):
         _line(ax, r, colour, f"{style.plain(condition)} (n = {r.n:,})", alpha=alpha)
     if not any(r.n for r in shown.values()):
         style.message(ax, "no response with enough sentences")
@@ -113,11 +106,3 @@ def _line(ax: Axes, recovery: Recovery, colour: str, label: str, dashed: bool = 
     x = 100 * (np.arange(len(mean)) + 0.5) / len(mean)
     ax.fill_between(x, low, high, color=colour, alpha=alpha, linewidth=0)
     ax.plot(x, mean, color=colour, label=label, linestyle="--" if dashed else "-")
-
-
-def _colours(count: int) -> Sequence[str]:
-    """Return distinguishable colours; more than the palette has come from a scale in the order of the conditions."""
-    if count <= len(style.PALETTE):
-        return style.PALETTE[:count]
-
-    return [to_hex(colormaps["viridis"](x)) for x in np.linspace(0, 0.92, count)]

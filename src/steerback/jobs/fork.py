@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from steerback.analysis.floor import rule_of
 from steerback.analysis.forks import Forked, forked
-from steerback.analysis.recovery import rule_of
 from steerback.engines.base import finish
 from steerback.errors import SteerbackError, unknown
 from steerback.jobs.check import Makers, PreparedRun, check

@@ -5,7 +5,7 @@ Whole clusters are resampled for the interval and exchanged for the test.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -42,18 +42,14 @@ class TwoSampleTest:
     p_holm: float | None = None
 
 
-def between(
-    a: Outcomes, b: Outcomes, metrics: Sequence[str] = BETWEEN, draws: int = DRAWS, seed: int = 0
-) -> dict[str, TwoSampleTest]:
+def between(a: Outcomes, b: Outcomes) -> dict[str, TwoSampleTest]:
     """Compare model b with model a by the headline variant of each metric."""
     views = view(a), view(b)
-    rng = np.random.default_rng(seed)
-    sides = [estimates(v, metrics, 0, rng, iv.ICC) for v in views]
-    tests = {}
-    for name in metrics:
-        first, second = (cluster_table(METRICS[name], v) for v in views)
-        tests[name] = _test(name, sides[0][name], sides[1][name], first, second, draws, seed)
-    return tests
+    sides = [estimates(v, BETWEEN, 0, np.random.default_rng(0)) for v in views]
+    return {
+        name: _test(name, sides[0][name], sides[1][name], *(cluster_table(METRICS[name], v) for v in views))
+        for name in BETWEEN
+    }
 
 
 def correct_pairs(tests: Mapping[str, Mapping[str, TwoSampleTest]]) -> dict[str, dict[str, TwoSampleTest]]:
@@ -120,23 +116,18 @@ def _studentized(a: Floats, b: Floats) -> Floats:
     return values
 
 
-def _test(
-    name: str, alone_a: Estimate, alone_b: Estimate, a: Floats, b: Floats, draws: int, seed: int
-) -> TwoSampleTest:
-    if alone_a.value is None or alone_b.value is None:
-        return TwoSampleTest(name, alone_a.value, alone_b.value, None, None, None, None, len(a), len(b))
-    gap = alone_b.value - alone_a.value
-    if min(len(a), len(b)) < 2:
+def _test(name: str, alone_a: Estimate, alone_b: Estimate, a: Floats, b: Floats) -> TwoSampleTest:
+    gap = alone_b.value - alone_a.value if alone_a.value is not None and alone_b.value is not None else None
+    if gap is None or min(len(a), len(b)) < 2:
         return TwoSampleTest(name, alone_a.value, alone_b.value, gap, None, None, None, len(a), len(b))
     bounds = None
     if min(a[:, 3].sum(), b[:, 3].sum()) >= iv.PRIOR_EVENTS:
-        drawn = [iv.resample_sums(s[:, :2], draws, np.random.default_rng(seed + i)) for i, s in enumerate((a, b))]
+        drawn = [iv.resample_sums(s[:, :2], DRAWS, np.random.default_rng(i)) for i, s in enumerate((a, b))]
         ratios = [d[:, 0] / d[:, 1] for d in drawn]
         bounds = iv.percentile(ratios[1] - ratios[0], clusters=min(len(a), len(b)))
     low, high = bounds or _combined(gap, alone_a, alone_b)
-    return TwoSampleTest(
-        name, alone_a.value, alone_b.value, gap, low, high, exchange_test(a, b, draws, seed), len(a), len(b)
-    )
+    p = exchange_test(a, b)
+    return TwoSampleTest(name, alone_a.value, alone_b.value, gap, low, high, p, len(a), len(b))
 
 
 def _combined(gap: float, a: Estimate, b: Estimate) -> tuple[float | None, float | None]:

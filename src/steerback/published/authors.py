@@ -22,9 +22,17 @@ from steerback.data.paper_files import PROMPTS
 from steerback.errors import SteerbackError, one_line
 from steerback.published.exports import TRIAL, WINDOWS
 from steerback.published.imported_facts import facts_of, levels_of
-from steerback.published.pairing import TrialNumbers
 from steerback.published.schema import AuthorsFeature, AuthorsTrial, OwnTrial, judgement_of, split_prompt
-from steerback.published.sources import FEATURES, NO_JUDGE, Ablations, Source, ablations, named, read_source
+from steerback.published.sources import (
+    FEATURES,
+    NO_JUDGE,
+    Ablations,
+    Source,
+    TrialNumbers,
+    ablations,
+    named,
+    read_source,
+)
 from steerback.readers import read_json_table
 from steerback.records import Completion, Intervention, Judgement, LatentKey, Receipt, Trial, WindowScores
 from steerback.store.database import unpack_array

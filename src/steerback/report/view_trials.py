@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from steerback.analysis.floor import rule_of
 from steerback.analysis.forks import Forked
-from steerback.analysis.recovery import rule_of
 from steerback.figures.tables import Table
 from steerback.metrics.outcomes import STATES, VALID, outcome_of
 from steerback.metrics.recovery import Rule, recovered
