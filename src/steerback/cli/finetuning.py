@@ -77,7 +77,7 @@ def data(
 
 
 def _checked_writer(writer: str | None, base: str, budget: Budget, subjects: Path | None) -> str:
-    """Return the name of the writer, by default the corpus of a built-in model. Raises SteerbackError for a wrong one."""
+    """Return the writer, by default the corpus of a built-in model. Raises SteerbackError for a wrong one."""
     if writer is None and not base.startswith("organism"):
         raise SteerbackError(
             "name the model that writes the examples with --writer, e.g. anthropic/claude-sonnet-4-5, or self"
