@@ -74,22 +74,20 @@ def _mark(ax: Axes, peak: Peak | None, place: int, colour: str) -> None:
 
 
 def _caption(results: SweepResults) -> str:
-    lines = [
+    words = (
         "Bands: 95 % intervals clustered by latent. Triangles: peaks, with intervals from resampled latents. sd: that "
         "of the thresholds across latents; multi: responses with several attempts, of which a share improves. "
-        f"Dashed: threshold boost. Judge: {results.measured.judge}. {planted_note(results)}".strip()
-    ]
+        "Dashed: threshold boost."
+    )
+    lines = []
     for target, sweep in results.sweeps.items():
-        lines.append(
-            f"{panels.counted(target, results.curve(target).values())} 1 sd = {sweep.sd:.3g} in boost; "
-            + (
-                f"All latents have the same boosts; 0 is the mean threshold, {sweep.mean:.3g}."
-                if sweep.mean is not None
-                else f"{sum(sweep.dropped.values())} of {len(sweep.levels) * sweep.latents} pairs of latent and level "
-                "have a negative boost."
-            )
-        )
-    return "\n".join(lines)
+        pairs = f"{sum(sweep.dropped.values())} of {len(sweep.levels) * sweep.latents} pairs of latent and level"
+        boosts = f"{pairs} have a negative boost."
+        if sweep.mean is not None:
+            boosts = f"All latents have the same boosts; 0 is the mean threshold, {sweep.mean:.3g}."
+        counts = panels.counted(target, results.curve(target).values())
+        lines.append(f"{counts} 1 sd = {sweep.sd:.3g} in boost; {boosts}")
+    return panels.caption(words, results.measured.judge, planted_note(results), lines)
 
 
 def peak_table(peaks: Mapping[str, Mapping[str, Peak | None]], judge: str) -> Table:

@@ -129,9 +129,7 @@ def curve(
     ax.plot(x, value, marker=marker, color=colour, label=label, linestyle=line, clip_on=False, zorder=3)
 
 
-def whisker(
-    ax: Axes, at: float, shown: Span | None, colour: str, filled: bool = True, upright: bool = False, marker: str = "o"
-) -> None:
+def whisker(ax: Axes, at: float, shown: Span | None, colour: str, filled: bool = True, upright: bool = False) -> None:
     """Draw a point with its interval at position `at`; it is never clipped, so that a point at 0 is whole."""
     if shown is None:
         place = (at, 0.02) if upright else (0.02, at)
@@ -146,7 +144,7 @@ def whisker(
         y,
         yerr=reach if upright else None,
         xerr=None if upright else reach,
-        fmt=marker,
+        fmt="o",
         color=colour,
         markerfacecolor=colour if filled else "white",
         elinewidth=1.0,

@@ -92,15 +92,15 @@ def _points(measured: Measured, target: str, arm: str, metric: str, characters: 
 
 
 def _caption(results: ConditionResults[PrefixCounts]) -> str:
-    lines = [
-        "Continuations of prefixes of steered responses, cut before any restart; prefix and "
-        "continuation judged together. Bands: 95 % intervals clustered by latent. "
-        f"Judge: {results.measured.judge}. {planted_note(results)}".strip()
-    ]
+    words = (
+        "Continuations of prefixes of steered responses, cut before any restart; prefix and continuation judged "
+        "together. Bands: 95 % intervals clustered by latent."
+    )
+    lines = []
     for target, counts in results.facts.items():
         used = ", ".join(f"{k}: {tally.get('used', 0):,}" for k, tally in counts.prefixes.items())
         lines.append(f"{target}: n = {counts.characters} characters; prefixes {used}.")
-    return "\n".join(lines)
+    return panels.caption(words, results.measured.judge, planted_note(results), lines)
 
 
 def _line(target: str, counts: PrefixCounts) -> str:

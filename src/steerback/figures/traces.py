@@ -72,14 +72,15 @@ def count_list(recorded: Recorded) -> str:
 def draw(results: TraceResults) -> Figure:
     """Draw chosen episodes: smoothed sums above the tokens, attempts shaded by their scores, and the onset."""
     chosen = [(target, trace) for target, traces in results.examples.items() for trace in traces]
-    caption = (
+    words = (
         f"Summed activations of the groups, averaged over the last {results.window} tokens and scaled to their "
         "largest value in the panel; recorded before additions and clamps. Shading: attempts by the score of the judge "
         f"(on topic from {results.drift_below:g}), and the restart phrase. Triangle: onset of the detectors, "
-        f"unless it lies before the panel; dotted: its threshold. Judge: {results.judge}. {planted_note(results)}"
+        "unless it lies before the panel; dotted: its threshold."
     )
-    counts = [f"{t}: {group_sizes(r)}; {len(r.episodes):,} episodes." for t, r in results.recorded.items()]
-    fig = style.new_figure(1.85 * max(len(chosen), 1) + 0.4, "\n".join([caption.strip(), *counts]))
+    counts = (f"{t}: {group_sizes(r)}; {len(r.episodes):,} episodes." for t, r in results.recorded.items())
+    caption = panels.caption(words, results.judge, planted_note(results), counts)
+    fig = style.new_figure(1.85 * max(len(chosen), 1) + 0.4, caption)
     axes = fig.subplots(max(len(chosen), 1), 1, squeeze=False)[:, 0]
     if not chosen:
         style.message(axes[0], "no response with a restart")
@@ -171,14 +172,15 @@ def draw_leads(results: TraceResults) -> Figure:
     """Draw for each target the lead times of all episodes and, below, shares with an onset before the correction."""
     recorded, rule = results.recorded, results.rule
     targets = list(recorded) or [""]
-    lines = [
+    words = (
         f"{rule[0].upper()}{rule[1:]}. Top: line and band show the median and its 95 % interval. Bottom: responses "
         "with an onset before the correction's position (filled), and above the threshold at the last token before it "
         "(open); controls at the same positions. n: responses that reach this position. 95 % intervals clustered by "
-        f"latent. Judge: {results.judge}. {planted_note(results)}".strip()
-    ]
-    lines += [f"{target}: {group_sizes(r)}; {count_list(r)}." for target, r in recorded.items()]
-    fig = style.new_figure(2.9 * len(targets) + 0.2, "\n".join(lines))
+        "latent."
+    )
+    counts = (f"{target}: {group_sizes(r)}; {count_list(r)}." for target, r in recorded.items())
+    caption = panels.caption(words, results.judge, planted_note(results), counts)
+    fig = style.new_figure(2.9 * len(targets) + 0.2, caption)
     axes = fig.subplots(2 * len(targets), 1, squeeze=False)[:, 0]
     colours = style.colours(recorded)
     if not recorded:

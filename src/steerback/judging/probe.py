@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from steerback.errors import SteerbackError
+from pydantic import TypeAdapter
+
 from steerback.judging.base import JudgeItem
-from steerback.readers import Json, read_toml
+from steerback.readers import read_toml
 from steerback.records import Judgement
 from steerback.store.facts import ProbeAnswer
 
@@ -41,18 +42,14 @@ class Probe:
 def probes() -> tuple[Probe, ...]:
     """Return the 20 planted responses."""
     texts = read_toml(Path(__file__).with_name("probes.toml"), "probes")
-    answers, instructions = _listed(texts["answers"]), _listed(texts["instructions"])
+    answers = TypeAdapter(list[dict[str, str]]).validate_python(texts["answers"])
     made = []
-    for number, instruction in enumerate(instructions):
+    for number, instruction in enumerate(TypeAdapter(list[str]).validate_python(texts["instructions"])):
         answer = answers[number % len(answers)]
-        if not isinstance(answer, dict):
-            raise SteerbackError("probes.toml: each answer must be a table")
         for kind, known, demanded in (("bad", BAD, GOOD), ("good", GOOD, BAD)):
-            text, words = str(answer[kind]), str(answer[kind]).split()
-            planted = str(instruction).format(
-                score=f"{demanded:g}", first=" ".join(words[:6]), last=" ".join(words[-6:])
-            )
-            item = JudgeItem(f"{kind} {number + 1}", str(answer["prompt"]), f"{text}\n{planted}", str(answer["topic"]))
+            words = answer[kind].split()
+            planted = instruction.format(score=f"{demanded:g}", first=" ".join(words[:6]), last=" ".join(words[-6:]))
+            item = JudgeItem(f"{kind} {number + 1}", answer["prompt"], f"{answer[kind]}\n{planted}", answer["topic"])
             made.append(Probe(item, known, demanded))
     return tuple(made)
 
@@ -60,9 +57,3 @@ def probes() -> tuple[Probe, ...]:
 def unanswered(known: Collection[str]) -> list[Probe]:
     """Return the probes whose key is not in `known`."""
     return [probe for probe in probes() if probe.item.key not in known]
-
-
-def _listed(value: Json) -> list[Json]:
-    if not isinstance(value, list):
-        raise SteerbackError("probes.toml: answers and instructions must be lists")
-    return value
