@@ -286,3 +286,31 @@ def test_gated_judgement_merges_what_has_no_phrase() -> None:
     merged = Judgement("j", "r", "scored", made_up).gated_attempts()
     assert len(merged) == 1
     assert 0 < merged[0].score < 100
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        "that. to. that. if. to. that. that. to. because. that. ",
+        "You me me you. Me you, me with you. That me you, me. ",
+        "This is the list of the people. This. The list of the people of the list. ",
+        "`.`, to, now,, that.`.`.,`., again,,.`,`.`.,.`, now,.`.` ",
+    ],
+)
+def test_loops_of_a_few_words_are_no_restarts(loop: str) -> None:
+    """Latents of function words make a model loop; on a real model such loops were nine in ten reported restarts."""
+    prompt, start = (
+        "Explain how to clean an oven.",
+        "To clean an oven, first remove the racks and soak them in the sink. ",
+    )
+    assert find_restarts(start + loop * 9, prompt) == []
+    # a response that notices the loop and begins again is a restart, in spite of the loop before
+    noticed = "Sorry, I got stuck there. Let me start over. To clean the oven, mix baking soda with water, spread it "
+    noticed += "on the walls, wait for a night, and wipe it off with a wet cloth in the morning."
+    last = find_restarts(start + loop * 9 + noticed, prompt)[-1]
+    assert last.end > len(start + loop * 9)
+    # and so is one whose answer is mostly a formula
+    formula = (
+        "Wait, that is wrong. The floor's area is \\( A = \\frac{a + b}{2} \\cdot h = 12 \\), and that is all of it."
+    )
+    assert len(find_restarts(start + formula, prompt)) == 1

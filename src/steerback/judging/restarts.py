@@ -27,6 +27,10 @@ MAX_RESIDUE = 8
 """More words than this after a restart phrase, in its sentence, count as content between two restarts."""
 MAX_LEAD = 3
 """More words than this before a phrase, in its sentence, count as content between two restarts."""
+AHEAD, LOOP_WORDS, FEW_WORDS = 400, 40, 12
+"""Characters and words after a restart that are checked for a loop; with fewer words, the last ones of the text are."""
+VARIED, MOST_SIGNS = 0.4, 0.5
+"""Smallest share of distinct words, and largest share of signs among the characters, of text that is language."""
 
 _TOKEN = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*|\d+|[.…]+|[^\w\s]")
 _CONTRACTIONS = {"n't": "not", "'m": "am", "'re": "are", "'ve": "have", "'ll": "will", "'d": "would", "'s": "is"}
@@ -84,7 +88,7 @@ def find_restarts(text: str, prompt: str = "", judge: str = "offline") -> list[R
     lead: int | None = None  # start of a "Hmm." or "Okay." directly before this sentence, which joins a restart
     for sentence in sentences(shown):
         restart = _in_sentence(decide, shown, sentence, asked)
-        if restart is None:
+        if restart is None or not _is_fluent(text, restart.start):
             if _is_interjection(shown[sentence.start : sentence.end]):
                 lead = sentence.start if lead is None else lead
             else:
@@ -102,6 +106,22 @@ def find_restarts(text: str, prompt: str = "", judge: str = "offline") -> list[R
         if _has_words(shown[restart.end : sentence.end], MAX_RESIDUE + 1):
             content_end = sentence.end
     return [r for r in restarts if _has_words(text[: r.start], MIN_WORDS) and _has_words(text[r.end :], MIN_WORDS)]
+
+
+def _is_fluent(text: str, start: int) -> bool:
+    """Return whether the text from a restart on is language, and no loop of a few words or signs.
+
+    Steering with latents of function words makes loops such as "That. to. that. if. to." Their short sentences look
+    like the openings of restarts (LOG.md, "The judge on a real model").
+    """
+    part = text[start : start + AHEAD]
+    tokens = words(part)[:LOOP_WORDS]
+    if len(tokens) < FEW_WORDS:  # the response ends here
+        part = text[-AHEAD:]
+        tokens = words(part)[-LOOP_WORDS:]
+    shown = [character for character in part if not character.isspace()]
+    signs = sum(not character.isalnum() for character in shown)
+    return len(set(tokens)) >= VARIED * len(tokens) and signs <= MOST_SIGNS * len(shown)
 
 
 def clauses(shown: str, sentence: Span, asked: frozenset[str]) -> Iterator[tuple[int, Clause]]:
