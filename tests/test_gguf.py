@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +158,22 @@ def test_files_that_are_no_model_are_one_line(tmp_path: Path) -> None:
             convert_gguf(str(file))
         assert "\n" not in str(error.value)
     assert not [p for p in (tmp_path / "cache" / "gguf").iterdir() if p.is_dir()]  # nothing half-written
+
+
+def test_files_next_to_a_gguf_file_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The converted folder is named by the file's hash, so nothing else may shape it; and no code runs."""
+    file = write(tmp_path / "plain.gguf", model())
+    mark = tmp_path / "code-ran"
+    (tmp_path / "own.py").write_text(
+        f"from pathlib import Path\nPath({str(mark)!r}).touch()\nclass OwnTokenizer: pass\n"
+    )
+    config = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "another"}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.123, "do_sample": True}))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\ny\n"))
+    folder = convert_gguf(str(file))
+    assert not mark.exists()
+    assert sys.stdin.read() == "y\ny\n"
+    written = "".join(path.read_text() for path in folder.iterdir() if path.suffix in (".json", ".jinja"))
+    assert "0.123" not in written
+    assert "another" not in written

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+import steerback
 import tiny
 from steerback.api import load_target
 from steerback.cli import main
@@ -29,6 +32,8 @@ class OwnModel(LlamaForCausalLM):
 class OwnTokenizer(PreTrainedTokenizerFast):
     pass
 """
+
+READS_FOLDERS = re.compile(r"^(Auto|Generation|Peft|SAE)\w*\.from_\w+$|\.from_pretrained$|^\w*EngineArgs$")
 
 
 @pytest.fixture
@@ -96,3 +101,17 @@ def test_a_model_with_more_layers_than_its_config_says_is_refused(folder: Path) 
     save_file(other, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     check_weights(from_folder(folder))  # the layers of a vision tower are others
+
+
+def test_every_call_that_loads_from_a_models_folder_refuses_its_code() -> None:
+    """Includes engines that these tests do not start. A name that is spread comes from `hub_arguments`."""
+    without_code = ("PeftConfig.", "SAE.")  # these read JSON and safetensors, and have no such argument
+    calls = {}
+    for path in sorted(Path(steerback.__file__).parent.rglob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and READS_FOLDERS.search(ast.unparse(call.func)):
+                calls[f"{path.name}:{call.lineno}"] = ast.unparse(call)
+    for where, call in calls.items():
+        refuses = re.search(r"trust_remote_code=False|\*\*(origin|hub_arguments\(target\))\W", call)
+        assert refuses or call.startswith(without_code), f"{where}: {call}"
+    assert len(calls) >= 12

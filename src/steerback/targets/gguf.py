@@ -167,9 +167,14 @@ def _convert(file: Path, folder: Path, dtype: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    tokenizer = AutoTokenizer.from_pretrained(**place)
-    model, report = AutoModelForCausalLM.from_pretrained(**place, dtype=getattr(torch, dtype), output_loading_info=True)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
+        dtype=getattr(torch, dtype),
+        output_loading_info=True,
+        trust_remote_code=False,
+    )
     if report["missing_keys"]:
         raise SteerbackError(f"model {file}: lacks {len(report['missing_keys'])} weights of its architecture")
     for owner, name in ((model, "hf_quantizer"), (model, "quantization_method"), (model.config, "quantization_config")):

@@ -140,6 +140,7 @@ class VllmEngine:
             worker_cls=WORKER,
             additional_config=self.settings.as_config(),
             disable_log_stats=True,
+            trust_remote_code=False,
         )
         return AsyncLLM.from_engine_args(arguments)
 

@@ -118,7 +118,7 @@ def prepare(target: Target, directions: tuple[str, ...]) -> PreparedTarget:
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
             check_fits(f"target {target.name!r}: cannot use adapter {target.adapter}", Path(target.adapter), model)
     try:
-        generation = GenerationConfig.from_pretrained(target.model, revision=origin.get("revision"))
+        generation = GenerationConfig.from_pretrained(target.model, **origin)
     except OSError:
         generation = None
     text = config.get_text_config()
