@@ -17,7 +17,7 @@ from steerback.metrics.recovery import Series
 from steerback.records import LatentKey, Trial
 from steerback.store.facts import BASELINE, FLOOR, PROVENANCE
 from steerback.store.ledger import MANY, Ledger
-from steerback.store.processes import second_process
+from steerback.store.processes import collector_paused, second_process
 from steerback.store.rows import TrialRow
 
 
@@ -146,6 +146,7 @@ def measured(
     return with_floors(tested, ledger, places, draws, windows)
 
 
+@collector_paused()
 def read_conditions(
     ledger: Ledger, judge: str, places: Mapping[Key, LedgerPlace], prepare: Prepare = list
 ) -> tuple[dict[Key, Outcomes], dict[Key, Series | None]]:

@@ -34,7 +34,7 @@ from steerback.store.facts import ENGINE, FLOOR, JUDGES, MEASURED, PROVENANCE, E
 from steerback.store.files import clear_leftovers, make_folder
 from steerback.store.ledger import Ledger, Row
 from steerback.store.manifest import Parts, TargetUsed
-from steerback.store.processes import second_process
+from steerback.store.processes import in_halves
 from steerback.store.progress import Plain, Progress, Silent, make_progress
 from steerback.store.run import Run, write_atomic, write_json
 from steerback.study.floor import measure_floor
@@ -292,15 +292,13 @@ def analyse(
     for name, table in analysis.shown.tables.items():
         for suffix, text in (("txt", table.text()), ("csv", table.csv()), ("tex", table.latex())):
             write_atomic(folder / f"{name}.{suffix}", text.encode("utf-8"))
+    figures = analysis.shown.figures
 
-    def draw(chosen: Sequence[str]) -> None:
-        for name in chosen:
-            save(analysis.shown.figures[name](), folder, name, captions_inside)
+    def drawn(names: Sequence[str]) -> None:
+        for name in names:
+            save(figures[name](), folder, name, captions_inside)
 
-    names = [*analysis.shown.figures]
-    rest = second_process(lambda: draw(names[1::2]), worth=len(names) > 1)
-    draw(names[::2])
-    rest()
+    in_halves(drawn, [*figures])
     write_json(folder / "summary.json", analysis.summary)  # the last file: it says that the run is finished
     return analysis
 

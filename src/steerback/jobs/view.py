@@ -23,7 +23,7 @@ from steerback.report.view_trials import STAGES, Group, Reading, ShownRun, group
 from steerback.store.facts import DETECTOR_SET, FORK, RECORDED_LATENTS
 from steerback.store.files import write_atomic
 from steerback.store.ledger import MANY, Ledger, Row
-from steerback.store.processes import second_process
+from steerback.store.processes import in_halves, second_process
 from steerback.store.progress import Progress, Silent
 from steerback.store.run import Run
 from steerback.study.study import same_weights
@@ -74,7 +74,8 @@ def _shown(run: Run, settings: ViewSettings, progress: Progress, makers: Makers)
         with Ledger(run.ledger.path, read_only=True) as own:
             return view.trial_counts(own, judge, settings.stages)
 
-    counts = second_process(count, worth=run.ledger.progress()[0] >= MANY)
+    many = run.ledger.progress()[0] >= MANY
+    counts = second_process(count, worth=many)
     analysis: Presentation | None = None
     try:
         analysis = analysed(run, judge).shown
@@ -97,7 +98,7 @@ def _shown(run: Run, settings: ViewSettings, progress: Progress, makers: Makers)
         judge,
         lines=analysis.lines if analysis else (),
         tables=tables,
-        figures=_figures(analysis) if analysis else {},
+        figures=_figures(analysis, many) if analysis else {},
         problem=problem,
         labels={name: target.labels() for name, target in targets.items()},
         priors=prior,
@@ -107,10 +108,16 @@ def _shown(run: Run, settings: ViewSettings, progress: Progress, makers: Makers)
     )
 
 
-def _figures(analysis: Presentation) -> dict[str, tuple[bytes, str]]:
+def _figures(analysis: Presentation, many: bool) -> dict[str, tuple[bytes, str]]:
     """Draw all figures; return image and caption by name."""
-    drawn = {name: figure() for name, figure in analysis.figures.items()}
-    return {name: (png(figure), caption_of(figure)) for name, figure in drawn.items()}
+
+    def drawn(names: Sequence[str]) -> dict[str, tuple[bytes, str]]:
+        figures = {name: analysis.figures[name]() for name in names}
+        return {name: (png(figure), caption_of(figure)) for name, figure in figures.items()}
+
+    first, second = in_halves(drawn, [*analysis.figures], worth=many)
+    both = first | second
+    return {name: both[name] for name in analysis.figures}
 
 
 def _rates(run: Run, judge: str) -> dict[str, Table]:

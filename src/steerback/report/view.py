@@ -22,6 +22,7 @@ from steerback.report.view_forks import forks_of
 from steerback.report.view_trials import CHUNK, SEED, STAGES, ShownRun, flags_of, reason_of, sampled
 from steerback.store.facts import FORK, LATENTS
 from steerback.store.ledger import Ledger
+from steerback.store.processes import collector_paused
 
 MOST_TRIALS = 5000
 MOST_BYTES = 22_000_000  # size of the file without the table of trials (about 1 MB)
@@ -101,6 +102,7 @@ def _table(name: str, table: Table) -> dict[str, object]:
     return {"name": name, "columns": columns, "cells": cells, "caption": table.caption, "left": table.left}
 
 
+@collector_paused()
 def trial_counts(ledger: Ledger, judge: str, stages: Sequence[str]) -> list[Mapping[str, object]]:
     """Return the trials by state for each target, stage and condition, with the most frequent reasons for exclusion."""
     kinds: Counter[tuple[tuple[str, str, str], tuple[str, ...], str]] = Counter()

@@ -33,6 +33,7 @@ from steerback.store.facts import (
     TOKEN_ENDS,
 )
 from steerback.store.ledger import BATCH, Row
+from steerback.store.processes import collector_paused
 from steerback.store.rows import TrialRow
 from steerback.store.run import Run
 
@@ -125,6 +126,7 @@ def group_of(trial: Trial) -> Group:
     return trial.target, repr(trial.latent), trial.prompt, trial.seed
 
 
+@collector_paused()
 def draw(runs: Sequence[ShownRun], stages: Sequence[str], limit: int, why: str) -> Sample:
     """Draw at most `limit` trials of the runs, or take all.
 

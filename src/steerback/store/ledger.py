@@ -22,6 +22,7 @@ from steerback.errors import SteerbackError
 from steerback.records import Completion, Judgement, Trial, WindowScores, is_degraded
 from steerback.store.database import dump_json, open_database, placeholders, reading, sqlite_errors, transaction
 from steerback.store.facts import CONFIG, Fact
+from steerback.store.processes import collector_paused
 from steerback.store.rows import (
     COMPLETION,
     JUDGEMENT,
@@ -166,6 +167,7 @@ class Ledger:
         with sqlite_errors(self.path):
             return self._db.execute(query, values).fetchall()
 
+    @collector_paused()
     def add_trials(self, trials: Sequence[Trial]) -> None:
         """Add planned trials. Raises SteerbackError if a stored trial with the same key differs."""
         continued = {t.key: values for t in trials if (values := prefix_values(t)) is not None}

@@ -153,9 +153,7 @@ def trial_values(t: Trial) -> tuple[Any, ...]:
         t.index,
         None if t.latent is None else _latent_text(t.latent),
         t.label,
-        None
-        if t.boost is None
-        else float(t.boost),  # derived from the interventions; stored for people who read the file
+        t.boost,  # derived from the interventions; stored for people who read the file
         t.prompt,
         t.meta_prompt,
         t.prefill,
