@@ -179,10 +179,9 @@ def test_a_model_judges_the_run_too_and_its_key_is_nowhere(
         server.keep_requests = False
         with Run.reopen(folder) as opened:
             few = [r.trial.key for r in opened.ledger.rows(stage="measure")][:12]
-            rows = opened.ledger.rows(keys=few)
             judge: Any = make_judge("qwen3-32b", Limits(first_wait=0.01, attempt_timeout=5, max_retries=1))
             bench = Workbench(opened.ledger, None, judge, Sampling(), Silent(), None)
-            asyncio.run(judge_rows(bench, rows))
+            asyncio.run(judge_rows(bench, few))
         assert sum(server.asked.values()) >= len(few)
     with Run.read(folder) as opened:
         found = [r.judgement for r in opened.ledger.rows(keys=few, judge="qwen3-32b")]

@@ -134,7 +134,7 @@ def test_a_second_judge_is_added_beside_the_first(tmp_path: Path) -> None:
     work = bench(tmp_path)
     rows = asyncio.run(complete(work, trials(20)))
     work.judge = Other()
-    asyncio.run(judge_rows(work, rows))
+    asyncio.run(judge_rows(work, [row.trial.key for row in rows]))
     assert work.ledger.judges() == ["other", "scripted"]
     assert all(r.judgement is not None for r in work.ledger.rows(judge="other"))
 

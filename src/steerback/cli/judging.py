@@ -81,9 +81,9 @@ def judge_command(
             probe_judge(folder, judge, progress, makers)
         done = execute.judge_run(folder, judge, progress, cache, scope, makers)
     with Run.read(folder) as opened:
-        judged = [r.judgement for r in opened.ledger.outlines(judge=judge) if r.judgement is not None]
+        verdicts = (row.judgement for row in opened.ledger.outlines(judge=judge))
+        reasons = [j.reason if j.status == "unscored" else "" for j in verdicts if j is not None]
         probed = probe_lines(opened, judge)
-    reasons = [j.reason if j.status == "unscored" else "" for j in judged]
     say_lines([*probed, *spent_lines(folder), *unscored_lines(judge, reasons)])
     say(f"{done} responses judged by {judge}; see them with: steerback figures {name} --judge {judge}")
     return None

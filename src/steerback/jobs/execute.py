@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -28,14 +28,15 @@ from steerback.judging import Judge
 from steerback.judging.base import drain, estimated
 from steerback.judging.user_rubric import SEPARATOR
 from steerback.judging.windows import window_scorer
-from steerback.records import Judgement, LatentKey, Sampling, Spend, digest
+from steerback.records import LatentKey, Sampling, Spend, digest
 from steerback.store.cache import Cache, default_path
 from steerback.store.facts import ENGINE, FLOOR, JUDGES, MEASURED, PROVENANCE, EngineIdentity, Provenance
 from steerback.store.files import clear_leftovers, make_folder
-from steerback.store.ledger import Ledger, Row
+from steerback.store.ledger import Ledger
 from steerback.store.manifest import Parts, TargetUsed
 from steerback.store.processes import in_halves
 from steerback.store.progress import Plain, Progress, Silent, make_progress
+from steerback.store.rows import Outline
 from steerback.store.run import Run, write_atomic, write_json
 from steerback.study.floor import measure_floor
 from steerback.study.pipeline import Workbench, judge_item, judge_rows
@@ -322,49 +323,39 @@ class Scope:
 
 @dataclass(frozen=True, slots=True)
 class Judging:
-    """Responses that a judge still has to judge: rows by target, measured ones first, and the cost (None: free)."""
+    """Trials whose responses a judge still has to judge: keys by target, and the estimated cost (None: free)."""
 
     judge: Judge
-    rows: Sequence[tuple[str, Sequence[Row]]]
+    keys: Sequence[tuple[str, Sequence[str]]]
     estimate: Spend | None
 
     @property
     def count(self) -> int:
-        return sum(len(rows) for _, rows in self.rows)
+        return sum(len(keys) for _, keys in self.keys)
 
 
 def to_judge(opened: Run, judge: Judge, scope: Scope | None = None) -> Judging:
-    """Return the rows without a verdict of `judge`: measured trials of all targets, then the floor, then other stages.
+    """Return the trials without a verdict of `judge`: measured ones of all targets, then the floor, then other stages.
 
     Calibration is included, so that the scores of another judge can be compared at the thresholds.
     """
-    scope = scope or Scope()
-    rows = opened.ledger.rows(judge=judge.name)
-    known = [stage for stage in dict.fromkeys(r.trial.stage for r in rows) if stage not in UNJUDGED]
+    scope, ledger = scope or Scope(), opened.ledger
+    turns = {"measure": 0, FLOOR: 1}  # stages that appear in tables are judged first
+    stages = [(turns.get(stage, 2), target, stage) for target, stage in ledger.stages() if stage not in UNJUDGED]
+    known = list(dict.fromkeys(stage for *_, stage in stages))
     if scope.stage is not None and scope.stage not in known:
         raise unknown("stage", scope.stage, known)
-    todo = [
-        r
-        for r in rows
-        if r.trial.stage in ((scope.stage,) if scope.stage else known)
-        and r.completion is not None
-        and _open(r.judgement, scope.retry)
-    ]
-    targets = list(dict.fromkeys([*opened.config.targets, *(r.trial.target for r in rows)]))
-    todo.sort(key=lambda r: (_turn(r), targets.index(r.trial.target)))  # a stable sort keeps the order of the plan
-    todo = todo[: scope.limit]
-    valid = [judge_item(r) for r in todo if r.valid_receipt]
-    batches = [(target, [*batch]) for (_, target), batch in groupby(todo, _batch)]
-    return Judging(judge, batches, estimated(judge, valid))
-
-
-def _turn(row: Row) -> int:
-    """Return the rank of a row's stage. Stages that appear in tables are judged first."""
-    return {"measure": 0, FLOOR: 1}.get(row.trial.stage, 2)
-
-
-def _batch(row: Row) -> tuple[int, str]:
-    return _turn(row), row.trial.target
+    batches: dict[tuple[int, str], list[str]] = {}
+    left = scope.limit
+    for turn, target, stage in sorted(stages, key=lambda place: place[0]):  # stable: targets and stages stay in order
+        if scope.stage in (None, stage):
+            todo = (row for row in ledger.outlines(target, stage, judge=judge.name) if _open(row, scope.retry))
+            keys = [row.trial.key for row in islice(todo, left)]
+            left = None if left is None else left - len(keys)
+            batches.setdefault((turn, target), []).extend(keys)
+    chosen = [(target, keys) for (_, target), keys in batches.items() if keys]
+    rows = ledger.stream(key for _, keys in chosen for key in keys)
+    return Judging(judge, chosen, estimated(judge, (judge_item(row) for row in rows if row.valid_receipt)))
 
 
 def judge_run(
@@ -387,10 +378,10 @@ def _judge_all(
     same_rubric(opened, judge)
     work = to_judge(opened, judge, scope)
     try:
-        for target, rows in work.rows:
+        for target, keys in work.keys:
             make_ready(opened, judge, target, makers)
             bench = Workbench(opened.ledger, None, judge, Sampling(), progress, cache, opened.config.drop_unscored)
-            finish(judge_rows(bench, rows, f"{target}: judging with {judge.name}"))
+            finish(judge_rows(bench, keys, f"{target}: judging with {judge.name}"))
         if scope is None or (scope.stage is None and scope.limit is None):
             _score_windows(opened, judge, progress, opened.config.recovery, makers, scope is not None and scope.retry)
     finally:
@@ -435,5 +426,6 @@ def _contexts(name: str, config: RunConfig, makers: Makers) -> Mapping[LatentKey
         return {}
 
 
-def _open(judgement: Judgement | None, retry: bool) -> bool:
-    return judgement is None or (retry and judgement.status == "unscored")
+def _open(row: Outline, retry: bool) -> bool:
+    judged = row.judgement
+    return row.finish is not None and (judged is None or (retry and judged.status == "unscored"))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Protocol, runtime_checkable
 
 from steerback.records import Judgement, LatentKey, Spend
+
+ESTIMATED_TOGETHER = 512
+"""Responses in memory while the cost of judging is estimated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +80,14 @@ class PaidJudge(Paid, Protocol):
         ...
 
 
-def estimated(judge: Judge, items: Sequence[JudgeItem]) -> Spend | None:
-    """Estimate calls, tokens and cost of judging `items`; None for a free judge."""
-    return judge.estimate(items) if isinstance(judge, PaidJudge) else None
+def estimated(judge: Judge, items: Iterable[JudgeItem]) -> Spend | None:
+    """Estimate calls, tokens and cost of judging `items`, which are read in batches; None for a free judge."""
+    if not isinstance(judge, PaidJudge):
+        return None
+    total, waiting = judge.estimate([]), iter(items)
+    while some := list(islice(waiting, ESTIMATED_TOGETHER)):
+        total += judge.estimate(some)
+    return total
 
 
 def drain(judge: object) -> Spend | None:

@@ -82,13 +82,13 @@ async def carry_out(
     await _all_or_none([_generate(flow), *judging])
 
 
-async def judge_rows(bench: Workbench, rows: Sequence[Row], stage: str = "judging") -> None:
-    """Judge existing responses with the bench's judge; no response is judged twice."""
-    if bench.judge is None:
+async def judge_rows(bench: Workbench, keys: Sequence[str], stage: str = "judging") -> None:
+    """Judge the responses of some trials with the bench's judge; only some batches are in memory at a time."""
+    judge = bench.judge
+    if judge is None:
         raise ValueError("a judge is needed")
-    judge, todo = bench.judge, [r for r in rows if r.completion is not None]
-    bench.progress.stage(stage, len(todo))
-    await in_batches(todo, lambda batch: _judge_batch(bench, judge, batch))
+    bench.progress.stage(stage, len(keys))
+    await in_batches(keys, lambda batch: _judge_batch(bench, judge, list(bench.ledger.stream(batch))))
 
 
 async def in_batches(items: Sequence[T], work: Callable[[Sequence[T]], Coroutine[object, None, None]]) -> None:
