@@ -22,7 +22,6 @@ from steerback.report.view_forks import forks_of
 from steerback.report.view_trials import CHUNK, SEED, STAGES, ShownRun, flags_of, reason_of, sampled
 from steerback.store.facts import FORK, LATENTS
 from steerback.store.ledger import Ledger
-from steerback.store.processes import collector_paused
 
 MOST_TRIALS = 5000
 MOST_BYTES = 22_000_000  # size of the file without the table of trials (about 1 MB)
@@ -102,18 +101,14 @@ def _table(name: str, table: Table) -> dict[str, object]:
     return {"name": name, "columns": columns, "cells": cells, "caption": table.caption, "left": table.left}
 
 
-@collector_paused()
 def trial_counts(ledger: Ledger, judge: str, stages: Sequence[str]) -> list[Mapping[str, object]]:
     """Return the trials by state for each target, stage and condition, with the most frequent reasons for exclusion."""
-    kinds: Counter[tuple[tuple[str, str, str], tuple[str, ...], str]] = Counter()
     shown = [stage for stage in dict.fromkeys(stages) if stage != FORK]  # the page of forks counts its arms
-    for row in chain.from_iterable(ledger.outlines(stage=stage, judge=judge) for stage in shown):
-        place = (row.trial.target, row.trial.stage, row.trial.condition)
-        kinds[place, tuple(flags_of(row)), reason_of(row)] += 1
     counts: dict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)
     reasons: dict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)
-    for (place, flags, reason), number in kinds.items():
-        counts[place].update(dict.fromkeys(("planned", *(flags or ("sound",))), number))
+    for row, number in chain.from_iterable(ledger.kinds(stage, judge) for stage in shown):
+        place, reason = (row.trial.target, row.trial.stage, row.trial.condition), reason_of(row)
+        counts[place].update(dict.fromkeys(("planned", *(flags_of(row) or ("sound",))), number))
         reasons[place].update({reason: number} if reason else {})
     return [
         {

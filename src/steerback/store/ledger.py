@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, islice
@@ -26,12 +27,14 @@ from steerback.store.processes import collector_paused
 from steerback.store.rows import (
     COMPLETION,
     JUDGEMENT,
+    KIND,
     OUTLINE,
     TRIAL,
     Outline,
     Stored,
     completion_values,
     judgement_values,
+    kind_of,
     latent_repr,
     prefix_values,
     read_outline,
@@ -338,6 +341,19 @@ class Ledger:
         tables = "LEFT JOIN outlines o ON o.trial = t.key LEFT JOIN judgements j ON j.trial = t.key AND j.judge = ?"
         columns = f"{OUTLINE}, {JUDGEMENT}"
         yield from self._read(read_outline, columns, tables, judge, _where(target, stage, condition, keys))
+
+    def kinds(self, stage: str, judge: str) -> list[tuple[Outline, int]]:
+        """Return one trial of each kind in a stage (`rows.kind_of`) with the number of such trials."""
+        columns, trials = self._trials()
+        tables = f"{trials} LEFT JOIN outlines o ON o.trial = t.key "
+        tables += "LEFT JOIN judgements j ON j.trial = t.key AND j.judge = ?"
+        query = f"SELECT {KIND}, {columns.rpartition(',')[2]}, t.key FROM {tables} WHERE t.stage = ?"
+        examples: dict[tuple[object, ...], str] = {}
+        numbers: Counter[str] = Counter()
+        with reading(self.path):
+            for stored in self._db.execute(query, (judge, stage)):
+                numbers[examples.setdefault(kind_of(stored), stored[-1])] += 1
+        return [(row, numbers[row.trial.key]) for row in self.outlines(judge=judge, keys=[*numbers])]
 
     def responses(self, outlines: Iterable[Outline]) -> Iterator[tuple[Outline, str | None]]:
         """Yield each outline with its response text (None before it exists), with `BATCH` texts in memory at a time."""

@@ -233,12 +233,28 @@ def read_row(stored: Stored) -> Row:
 
 def read_outline(stored: Stored) -> Outline:
     """Return the outline from the columns of trial and prefix, `OUTLINE` and `JUDGEMENT`."""
-    trial = read_trial(stored)
-    finish, prompt_tokens, tokens, in_prompt, generated, degraded = stored[15:21]
-    right = finish not in (None, "error") and (in_prompt, generated) == touched_positions(
-        _touched(stored[11]), prompt_tokens, tokens, trial.prefix is not None
-    )
-    return Outline(trial, finish, right, bool(degraded), tokens or 0, _judgement(stored[21:26]))
+    finish, _, tokens, _, _, degraded = stored[15:21]
+    right = _receipt_matches(stored[11], stored[14] is not None, *stored[15:20])
+    return Outline(read_trial(stored), finish, right, bool(degraded), tokens or 0, _judgement(stored[21:26]))
+
+
+KIND = f"t.target, t.stage, t.condition, t.interventions, {OUTLINE}, j.status, j.reason, j.attempts"
+
+
+def kind_of(stored: Stored) -> tuple[object, ...]:
+    """Return what decides whether and why a trial counts, from the columns `KIND` and the ids of its prefix."""
+    attempts = stored[12] or ""
+    odd = attempts if "NaN" in attempts or "Infinity" in attempts else ""  # such scores do not count
+    right = _receipt_matches(stored[3], stored[13] is not None, *stored[4:9])
+    return *stored[:3], stored[4], right, *stored[9:12], odd
+
+
+def _receipt_matches(
+    edits: str, continued: bool, finish: str | None, prompt_tokens: int, tokens: int, in_prompt: int, generated: int
+) -> bool:
+    if finish in (None, "error"):
+        return False
+    return (in_prompt, generated) == touched_positions(_touched(edits), prompt_tokens, tokens, continued)
 
 
 def _judgement(stored: Stored, raw: str = "") -> Judgement | None:
