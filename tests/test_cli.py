@@ -324,7 +324,7 @@ def test_a_direction_goes_into_a_folder_that_can_be_meant(capsys: pytest.Capture
     make = ["directions", "make", "organism", "lava", "--topic", "topic.txt", "--out"]
     assert "folder nope does not exist" in refused(capsys, *make, "nope/x")
     assert not Path("nope").exists()
-    for name in ("../lava", "7", " ", "a\x1b[31m", "n" * 300):
+    for name in ("../lava", "7", " ", ".", ".lava", "a\x1b[31m", "n" * 300):
         assert "must have a letter" in refused(capsys, *make[:3], name, *make[4:], "there")
     assert "is no folder" in refused(capsys, *make, "topic.txt")
     assert "is no folder" in refused(capsys, *make, "topic.txt/x")

@@ -102,12 +102,17 @@ def test_a_wrong_row_of_a_target_is_one_line(row: dict[str, object], words: str)
         ("preset=nope", "unknown preset 'nope'; choose one of: specification, authors, quick"),
         ("targets=[a, a]", "named twice"),
         ("calibration.stop=soon", "calibration.stop: .*'none' or 'tolerance'"),
+        ("a." * 50_000 + "b=1", "more than 64 levels"),
+        ("n_latents=" + "9" * 5000, "too many digits"),
+        ("n" * 5000, "not of the form key=value"),
     ],
+    ids=lambda text: text[:30],
 )
 def test_a_wrong_setting_is_one_line_with_the_choices(assignment: str, words: str) -> None:
     with pytest.raises(SteerbackError, match=words) as caught:
         build_config("esr", ("t",), assignments=(assignment,))
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 2000
 
 
 @pytest.mark.parametrize(

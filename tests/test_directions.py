@@ -108,6 +108,7 @@ def test_damaged_files_are_one_line(tmp_path: Path) -> None:
     np.save(tmp_path / "e.npy", np.full(32, np.nan))
     np.save(tmp_path / "j.npy", np.ones(32, dtype=np.complex64))
     np.save(tmp_path / "l.npy", np.full(32, 3e38))  # each number is finite in float32, their norm is not
+    np.save(tmp_path / "m.npy", np.full(32, 1e300))
     save_file({"direction": VECTOR.to(torch.complex64)}, tmp_path / "k.safetensors")
     save_file({"x": VECTOR, "y": VECTOR + 1}, tmp_path / "f.safetensors")
     gguf(tmp_path / "g.gguf", {"direction.1": VECTOR.numpy()})
@@ -121,6 +122,7 @@ def test_damaged_files_are_one_line(tmp_path: Path) -> None:
         ("d.npy", "is zero, contains NaN"),
         ("e.npy", "is zero, contains NaN"),
         ("l.npy", "its norm is infinite"),
+        ("m.npy", "contains NaN or infinity"),
         ("f.safetensors", "has no vector for layer 2; it has x, y"),
         ("g.gguf", "has no vector for layer 2; it has direction.1"),
         ("h.pt", "unknown suffix; supported: .safetensors, .npy, .gguf"),

@@ -71,6 +71,8 @@ def header(text: bytes, size: int | None = None) -> bytes:
         ("toml", b"a = " + b"[" * DEEP, "nested too deeply"),
         ("toml", b"a = " + b"1" * LONG, "too many digits"),
         ("toml", b"a = 1\na = 2", "not valid TOML"),
+        ("toml", b".".join([b"a"] * DEEP) + b" = 1", "nested too deeply"),
+        ("toml", b"a = {b = 1, " + b" . ".join([b'"a"'] * DEEP) + b" = 1}", "nested too deeply"),
         ("toml", b"a = 2020-01-01", "contains a date"),
         ("yaml", b"a: [1", "not valid YAML"),
         ("yaml", b"a: " + b"[" * DEEP, "nested too deeply"),

@@ -234,6 +234,13 @@ def test_a_foreign_format_needs_layer_and_size(tmp_path: Path) -> None:
         read_targets(tmp_path / "absent.toml")
 
 
+def test_a_place_longer_than_a_file_name_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text(OWN.replace('"sae" }', f'"{"x" * 300}" }}'))
+    with pytest.raises(SteerbackError, match="cannot be a path or a name: File name too long"):
+        read_targets(file)
+
+
 def test_a_layer_that_the_model_lacks_is_refused_by_a_dry_run(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -247,10 +247,11 @@ def make_direction(
 
 def _direction_file(folder: Path, name: str, chosen: bool, overwrite: bool) -> Path:
     """Return the file of a new direction; a folder that the user has `chosen` is made, those above it are not."""
-    if not name.strip() or "/" in name or name.isdecimal() or not name.isprintable() or len(name.encode()) > 200:
+    named = any(map(str.isalpha, name)) and name.isprintable() and "/" not in name
+    if not named or name.startswith(".") or len(name.encode()) > 200:
         raise SteerbackError(
-            f"direction name {name[:80]!r} must have a letter, no slash and at most 200 bytes; it is a file's name and "
-            "a label"
+            f"direction name {name[:80]!r} must have a letter, no slash, no dot at its start and at most 200 bytes; "
+            "it is a file's name and a label"
         )
     if chosen and not folder.is_dir():
         if folder.exists() or folder.parent.is_file():

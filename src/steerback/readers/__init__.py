@@ -156,11 +156,19 @@ def _once(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     return table
 
 
+_TOML_TEXT = re.compile(r'"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'')
+_TOML_BETWEEN_KEYS = re.compile(r"[=,{}#\n]")
+
+
 def read_toml(path: Path, what: str) -> dict[str, Json]:
     """Return the tables of a TOML file."""
     where = f"{what} {path}"
+    text = read_text(path, what, LARGEST_SETTINGS)
+    parts = _TOML_BETWEEN_KEYS.split(_TOML_TEXT.sub("", text))
+    if any(part.count(".") > DEEPEST for part in parts):  # the parser takes quadratic time for a dotted key
+        raise SteerbackError(f"{where} is not valid TOML: it is nested too deeply")
     try:
-        value: Json = tomllib.loads(read_text(path, what, LARGEST_SETTINGS))
+        value: Json = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise SteerbackError(f"{where} is not valid TOML: {_reason(error)}") from None
     return _table(checked(value, where), where)

@@ -152,7 +152,8 @@ def _npy(path: Path) -> dict[str, Tensor]:
 
     try:
         array = np.asarray(np.load(path, allow_pickle=False))
-        return {KEY: torch.from_numpy(array if np.iscomplexobj(array) else array.astype(np.float32))}
+        with np.errstate(over="ignore"):  # a number above the range of float32 becomes infinite, which is refused later
+            return {KEY: torch.from_numpy(array if np.iscomplexobj(array) else array.astype(np.float32))}
     except Exception as error:  # numpy raises many types of errors for a damaged header
         raise SteerbackError(
             f"direction {path}: not a readable .npy file of numbers ({one_line(error)[:200]})"

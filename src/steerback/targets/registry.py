@@ -260,8 +260,12 @@ def _absolute(table: Table, base: Path) -> dict[str, object]:
     """Make the paths of a table absolute; a value is a path if it exists relative to `base`."""
 
     def fixed(value: object) -> object:
-        if isinstance(value, str) and value and (base / Path(value).expanduser()).exists():
-            return str((base / Path(value).expanduser()).resolve())
+        if isinstance(value, str) and value:
+            path = base / os.path.expanduser(value)
+            try:
+                return str(path.resolve()) if path.exists() else value
+            except OSError as error:
+                raise SteerbackError(f"{value[:80]!r} cannot be a path or a name: {error.strerror}") from None
         if isinstance(value, dict):
             return {k: fixed(v) for k, v in value.items()}
         return [fixed(v) for v in value] if isinstance(value, list) else value
