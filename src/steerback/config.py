@@ -396,76 +396,7 @@ def assignment(text: str) -> tuple[str, readers.Json]:
     """Return key and value of a `key=value` text. The value is parsed as YAML."""
     key, sign, value = text.partition("=")
     if not sign or not key.strip():
-<<<<<<< HEAD
-        raise SteerbackError(f"--set {text!r} is not of the form key=value, e.g. --set sampling.temperature=0.8")
-    return key.strip(), readers.parse_yaml(value, f"--set {text!r}: the value")
-=======
         raise SteerbackError(f"--set {text[:80]!r} is not of the form key=value, e.g. --set sampling.temperature=0.8")
     if key.count(".") > readers.DEEPEST:
         raise SteerbackError(f"--set {text[:80]!r}: the key has more than {readers.DEEPEST} levels")
     return key.strip(), readers.parse_yaml(value, f"--set {text[:80]!r}: the value")
-
-
-def _nested(key: str, value: readers.Json) -> dict[str, object]:
-    """Return nested tables for a key such as `a.b.c` and its value."""
-    first, dot, rest = key.partition(".")
-    return {first: _nested(rest, value) if dot else value}
-
-
-def _merge(into: dict[str, object], layer: Mapping[str, object]) -> None:
-    for key, value in layer.items():
-        inner = into.get(key)
-        if isinstance(value, Mapping) and isinstance(inner, dict):
-            _merge(inner, value)
-        else:
-            into[key] = value
-
-
-def _rows(values: Mapping[str, object]) -> list[dict[str, object]]:
-    rows = values.get("by_target")
-    return [row for row in rows.values() if isinstance(row, dict)] if isinstance(rows, dict) else []
-
-
-def _drop(row: dict[str, object], layer: Mapping[str, object]) -> None:
-    """Remove the settings of a target that a later layer sets for all targets."""
-    for key, value in layer.items():
-        inner = row.get(key)
-        if isinstance(value, Mapping) and isinstance(inner, dict):
-            _drop(inner, value)
-        else:
-            row.pop(key, None)
-
-
-def _choices(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    for part in location[:-1]:
-        annotation = model.model_fields[str(part)].annotation
-        for inner in (annotation, *get_args(annotation)):  # the annotation is a model, or `model | None`
-            if isinstance(inner, type) and issubclass(inner, BaseModel):
-                model = inner
-    return sorted(model.model_fields)
-
-
-def _similar(model: type[BaseModel], key: str) -> str:
-    """Return ` did you mean KEY?` for a misspelt setting, or for one without its group."""
-    keys = list(_keys(model))
-    same_end = [known for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]]
-    return did_you_mean(same_end[0] if same_end else key, keys)
-
-
-def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, info in model.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            yield from _keys(info.annotation, f"{prefix}{name}.")
-        else:
-            yield prefix + name
-
-
-def _flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
->>>>>>> be2289a (Bad input: dotted TOML keys without end, paths longer than a file name, long --set texts, direction names that begin with a dot)
