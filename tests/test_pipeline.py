@@ -249,7 +249,7 @@ def test_existing_responses_are_judged_in_several_batches_at_a_time(
     work, plan = bench(tmp_path), trials(35)
     rows = asyncio.run(complete(work, plan, judged=False))
     work.judge = Held(plan[0].key, plan[34].key)
-    asyncio.run(asyncio.wait_for(judge_rows(work, rows), 60))
+    asyncio.run(asyncio.wait_for(judge_rows(work, [row.trial.key for row in rows]), 60))
     assert all(r.judgement for r in work.ledger.rows(judge="scripted"))
 
 
