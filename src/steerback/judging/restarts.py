@@ -112,7 +112,7 @@ def _is_fluent(text: str, start: int) -> bool:
     """Return whether the text from a restart on is language, and no loop of a few words or signs.
 
     Steering with latents of function words makes loops such as "That. to. that. if. to." Their short sentences look
-    like the openings of restarts (LOG.md, "The judge on a real model").
+    like the openings of restarts (LOG.md, "Judging").
     """
     part = text[start : start + AHEAD]
     tokens = words(part)[:LOOP_WORDS]
