@@ -344,7 +344,7 @@ def to_judge(opened: Run, judge: Judge, scope: Scope | None = None) -> Judging:
     stages = [(turns.get(stage, 2), target, stage) for target, stage in ledger.stages() if stage not in UNJUDGED]
     known = list(dict.fromkeys(stage for *_, stage in stages))
     if scope.stage is not None and scope.stage not in known:
-        raise unknown("stage", scope.stage, known)
+        raise unknown("stage", scope.stage, sorted(known))
     batches: dict[tuple[int, str], list[str]] = {}
     left = scope.limit
     for turn, target, stage in sorted(stages, key=lambda place: place[0]):  # stable: targets and stages stay in order
