@@ -87,7 +87,10 @@ def test_measured_trials_are_judged_first_and_a_stage_can_be_chosen(
     assert "\n" in (said := capsys.readouterr().out)
     assert int(said.split(" responses")[0]) > 12
     assert steerback(*judge, "--stage", "measured") == 2
-    assert "unknown stage 'measured'; did you mean measure? choose one of: calibration, floor, measure" in capsys.readouterr().err
+    assert (
+        "unknown stage 'measured'; did you mean measure? choose one of: calibration, floor, measure"
+        in capsys.readouterr().err
+    )
 
 
 def test_only_servers_nearby_need_no_key() -> None:
