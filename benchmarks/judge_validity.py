@@ -1,6 +1,6 @@
 """Validity and speed of the offline judges on responses with known attempts and relevance.
 
-    python benchmarks/judge_validity.py [--run RUN_FOLDER] [judge ...]
+    python -m benchmarks.judge_validity [--run RUN_FOLDER] [judge ...]
 
 Real text comes from a model that no judge was trained on. Restarts detected in its unsteered responses are false ones
 (each is stored, to be read), and held-out phrasings are set into its responses. With a finished run of the organism,
@@ -220,7 +220,7 @@ def evaluate(name: str, known: References, cases: Sequence[Case]) -> dict[str, A
 
 def main(names: Sequence[str], folder: Path | None) -> None:
     result: dict[str, Any] = {
-        "command": " ".join(["python", "benchmarks/judge_validity.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "benchmarks.judge_validity", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "versions": {p: version(p) for p in ("numpy", "scikit-learn", "scipy")} | {"python": platform.python_version()},
     }

@@ -25,8 +25,8 @@ sae() {  # an SAE of the model, its labels, and the target `coder`
 campaign() {  # all experiments of the paper, timed, and calibration against stock vLLM
   "$python" "$root/benchmarks/campaign_gpu.py" coder --out "$out/campaign_gpu.json" --runs "$out/runs"
 }
-paper() {  # the same without the benchmark; experiments that do not apply (no detector found, say) are named at the end
-  steerback paper --target coder --engine "$engine" --judge offline --runs "$out/runs" "${sizes[@]}" || true
+paper() {  # the same without the benchmark; exit code 2: some experiments do not apply, for example without detectors
+  steerback paper --target coder --engine "$engine" --judge offline --runs "$out/runs" "${sizes[@]}" || [ $? = 2 ]
 }
 second() {  # another seed of the SAE, on the same texts
   local own=$STEERBACK_CACHE/targets/coder-seed-1
