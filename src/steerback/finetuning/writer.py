@@ -37,7 +37,20 @@ def _task(instructions: Rubric) -> Task[ExampleQuestion, Example]:
     return Task(instructions, places, _example, closing='The code is "{nonce}".', keep_unusable=True)
 
 
-class LlmWriter:
+class KeywordSubjects:
+    """Off-topic subjects of a writer: a file, or None for the built-in list. Topics are measured by words."""
+
+    topics: Topics
+
+    def __init__(self, subjects: str | None) -> None:
+        self.topics, self._subjects = keyword_topics(subjects)
+
+    def subjects_for(self, prompt: str) -> Sequence[str]:
+        """Return every subject that shares no content word with the prompt."""
+        return [s for s in self._subjects if self.topics.about(prompt, s) == 0]
+
+
+class LlmWriter(KeywordSubjects):
     """Asks a judge model for each example. `folder` stores the replies; `subjects` is a file, None the built-in list.
 
     Every reply is stored, usable or not, so an interrupted or repeated synthesis sends only new questions.
@@ -58,15 +71,10 @@ class LlmWriter:
             )
         warm = None if model is not None and default_temperature(model) is None else TEMPERATURE
         self._transport = transport or Transport(str(model), limits or Limits(), temperature=warm)
-        self.topics: Topics
-        self.topics, self._subjects = keyword_topics(subjects)
+        super().__init__(subjects)
         cache = folder / "replies.sqlite"
         self._corrections = Asker(self._transport, _task(SELF_CORRECTION), cache)
         self._normal = Asker(self._transport, _task(NORMAL_ANSWER), cache)
-
-    def subjects_for(self, prompt: str) -> Sequence[str]:
-        """Return every subject that shares no content word with the prompt."""
-        return unrelated(self.topics, self._subjects, prompt)
 
     def describe(self) -> Mapping[str, object]:
         return {
@@ -86,11 +94,6 @@ class LlmWriter:
                 yield question, answer
 
 
-def unrelated(topics: Topics, subjects: Sequence[str], prompt: str) -> list[str]:
-    """Return the subjects that share no content word with the prompt."""
-    return [s for s in subjects if topics.about(prompt, s) == 0]
-
-
 OWN_ACKNOWLEDGEMENTS = word_lines("own_acknowledgements")
 """Acknowledgements of `OwnWriter`. A test checks that the restart classifier detects each of them."""
 SHORT = " Answer in three to six sentences, without lists or headings."
@@ -99,7 +102,7 @@ LONGEST = 256
 """Token limit of each part; an answer or passage that is cut off there is rejected."""
 
 
-class OwnWriter:
+class OwnWriter(KeywordSubjects):
     """Composes examples from texts of the model to be trained, without key or network.
 
     An answer is the model's unsteered response to the prompt, a passage its response to a request for sentences about
@@ -109,12 +112,7 @@ class OwnWriter:
 
     def __init__(self, engine: Engine, subjects: str | None = None, seed: int = 42) -> None:
         self._engine, self._seed = engine, seed
-        self.topics: Topics
-        self.topics, self._subjects = keyword_topics(subjects)
-
-    def subjects_for(self, prompt: str) -> Sequence[str]:
-        """Return every subject that shares no content word with the prompt."""
-        return unrelated(self.topics, self._subjects, prompt)
+        super().__init__(subjects)
 
     def describe(self) -> Mapping[str, object]:
         return {
