@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import multiprocessing
 import os
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -133,6 +135,24 @@ def test_two_processes_of_one_cache_lose_nothing(tmp_path: Path) -> None:
     cache.close()
     assert len(known) == 3 * OPERATIONS
     assert all(done.text == key for key, done in known.items())
+
+
+def test_two_processes_create_one_cache_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = iter([True, True, False])
+
+    class Second(sqlite3.Connection):
+        """A connection that SQLite refuses at once, because another process switches the file to WAL mode as well."""
+
+        def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
+            if "journal_mode" in statement and next(refused):
+                raise sqlite3.OperationalError("database is locked")
+            return super().execute(statement, *values)
+
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Second))
+    cache = Cache(tmp_path / "cache.sqlite", pytest.fail)
+    cache.put_completions({"key": answer("text", 3)})
+    assert cache.completions(["key"])
+    cache.close()
 
 
 def test_two_processes_of_one_run_take_turns_and_lose_nothing(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -18,6 +19,10 @@ from steerback.store.files import make_folder
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+
+PATIENCE = 30.0
+"""Seconds to wait for another process that uses the same file."""
 
 
 class DamagedDatabaseError(SteerbackError):
@@ -90,7 +95,7 @@ def open_database(
         raise SteerbackError(f"{path} does not exist; start a run first (steerback run ...)")
     make_folder(path.parent)
     with sqlite_errors(path):
-        connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(path, timeout=PATIENCE, isolation_level=None, check_same_thread=False)
         try:
             _prepare(connection, path, schema, application_id, version)
             have = connection.execute("PRAGMA user_version").fetchone()[0]
@@ -106,11 +111,24 @@ def open_database(
     return connection
 
 
+def _use_wal(connection: sqlite3.Connection) -> None:
+    """Switch a new file to WAL mode. SQLite refuses this without waiting while another process does the same."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > end:
+                raise
+        time.sleep(0.01)
+
+
 def _prepare(connection: sqlite3.Connection, path: Path, schema: str, application_id: int, version: int) -> None:
     owner = connection.execute("PRAGMA application_id").fetchone()[0]
     tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
     if tables == 0 and owner in (0, application_id):
-        connection.execute("PRAGMA journal_mode = WAL")
+        _use_wal(connection)
         with transaction(connection):
             # Check again inside the transaction: another process may have created the tables in the meantime.
             if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
