@@ -27,6 +27,7 @@ from steerback.config import RunConfig
 from steerback.errors import SteerbackError
 from steerback.metrics import Outcomes
 from steerback.metrics.recovery import Series
+from steerback.published import exports
 from steerback.records import Attempt, Completion, Intervention, Judgement, Receipt, Trial, is_degraded
 from steerback.report import export
 from steerback.report.export import export_flat
@@ -35,6 +36,7 @@ from steerback.report.view import page
 from steerback.report.view_trials import ShownRun
 from steerback.store import processes
 from steerback.store.cache import Cache
+from steerback.store.files import make_folder
 from steerback.store.ledger import Ledger
 from steerback.store.processes import second_process
 from steerback.store.run import Run
@@ -183,7 +185,7 @@ def peak(work: Callable[[], object]) -> float:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("verb", ["analysis", "show", "csv", "parquet", "view"])
+@pytest.mark.parametrize("verb", ["analysis", "show", "csv", "parquet", "authors", "view"])
 def test_memory_does_not_grow_with_the_texts_of_a_ledger(large: Run, tmp_path: Path, verb: str) -> None:
     ledger = large.ledger
     work: dict[str, Callable[[], object]] = {
@@ -191,6 +193,7 @@ def test_memory_does_not_grow_with_the_texts_of_a_ledger(large: Run, tmp_path: P
         "show": lambda: choose(ledger, "machine", Choice(count=3)),
         "csv": lambda: export_flat(ledger, tmp_path / "trials.csv", "machine", "csv"),
         "parquet": lambda: export_flat(ledger, tmp_path / "trials.parquet", "machine", "parquet"),
+        "authors": lambda: exports.export_authors(large, tmp_path, "machine"),
         "view": lambda: page([ShownRun(large, "machine")], limit=100),
     }
     work[verb]()  # imports are no part of it
@@ -256,17 +259,21 @@ def test_work_beside_this_process_returns_its_result_or_raises_its_error(monkeyp
 def test_two_processes_give_the_results_of_one(large: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     places = {("model", name): LedgerPlace("model", "measure", name) for name in ("baseline", "other")}
 
-    def results(name: str) -> tuple[bytes, list[Outcomes]]:
-        path = export_flat(large.ledger, tmp_path / name, "machine", "csv")
-        return path.read_bytes(), [*base.read_conditions(large.ledger, "machine", places)[0].values()]
+    def results(name: str) -> tuple[dict[str, bytes], list[Outcomes]]:
+        folder = make_folder(tmp_path / name)
+        export_flat(large.ledger, folder / "trials.csv", "machine", "csv")
+        paths = exports.export_authors(large, folder, "machine")
+        assert [path.stem for path in paths][:2] == [f"experiment_results_model_{c}" for c in ("baseline", "other")]
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}  # no part is left
+        return files, [*base.read_conditions(large.ledger, "machine", places)[0].values()]
 
-    table, outcomes = results("one.csv")
+    files, outcomes = results("one")
+    assert len(files) == 4
     monkeypatch.setattr(processes, "can_fork", lambda: True)
-    monkeypatch.setattr(base, "MANY", 0)
-    monkeypatch.setattr(export, "MANY", 0)
-    again, others = results("two.csv")
-    assert again == table
-    assert {p.name for p in tmp_path.iterdir()} == {"one.csv", "two.csv"}  # no part is left
+    for module in (base, export, exports):
+        monkeypatch.setattr(module, "MANY", 0)
+    again, others = results("two")
+    assert again == files
     for one, other in zip(outcomes, others, strict=True):
         assert all(np.array_equal(x, getattr(other, name), equal_nan=True) for name, x in vars(one).items())
 

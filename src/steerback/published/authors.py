@@ -20,7 +20,6 @@ from pydantic import TypeAdapter
 from steerback.config import RunConfig, authors, parse_config
 from steerback.data.paper_files import PROMPTS
 from steerback.errors import SteerbackError, one_line
-from steerback.published.exports import TRIAL, WINDOWS
 from steerback.published.imported_facts import facts_of, levels_of
 from steerback.published.schema import AuthorsFeature, AuthorsTrial, OwnTrial, judgement_of, split_prompt
 from steerback.published.sources import (
@@ -88,6 +87,8 @@ class OwnCompletion:
     activations: str | None = None
 
 
+TRIAL: TypeAdapter[Trial] = TypeAdapter(Trial)
+WINDOWS: TypeAdapter[WindowScores] = TypeAdapter(WindowScores)
 COMPLETION: TypeAdapter[OwnCompletion] = TypeAdapter(OwnCompletion)
 
 

@@ -8,26 +8,29 @@ from __future__ import annotations
 
 import base64
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeAlias
 
-from pydantic import JsonValue, TypeAdapter
+from pydantic import JsonValue
+from pydantic_core import to_json
 
 from steerback.calibration.thresholds import THRESHOLDS
-from steerback.records import Judgement, LatentKey, Trial, WindowScores, digest
+from steerback.records import Intervention, Judgement, LatentKey, Trial, WindowScores, digest
 from steerback.store import facts
 from steerback.store.database import pack_array
 from steerback.store.facts import FORK, META_PROMPTS, SWEEP, Fact
-from steerback.store.files import make_folder
-from steerback.store.ledger import Row
+from steerback.store.files import make_folder, whole_file
+from steerback.store.ledger import BATCH, MANY, Row
+from steerback.store.processes import second_process
 from steerback.store.run import Run, write_json
 
-TRIAL: TypeAdapter[Trial] = TypeAdapter(Trial)
-WINDOWS: TypeAdapter[WindowScores] = TypeAdapter(WindowScores)
+Place: TypeAlias = tuple[str, str, str]
+"""Target, stage and condition."""
 NO_LATENT = "unsteered"
 """Replaces the index of the latent in a trial without a latent."""
-SMALL = (SWEEP.name, META_PROMPTS.name)
+SMALL: tuple[Fact[Any], ...] = (SWEEP, META_PROMPTS)
 """Facts that every file contains, so that each file can be imported alone."""
 KEPT = (facts.CONFIG, facts.ENGINE, facts.IMPORTED, facts.JUDGES, facts.JUDGE_SPEND, facts.PROBES, facts.FORKS)
 EXPORTED: Mapping[str, Fact[object]] = {
@@ -50,25 +53,26 @@ def export_authors(run: Run, folder: Path, judge: str) -> list[Path]:
     """Write one file in the authors' format for each target and condition, and one file with the facts of each target.
 
     Files with measured trials have the authors' file names. Names of files with other stages begin with `steerback_`.
+    Each trial is one line, and `BATCH` trials are in memory at a time. Two processes share the files of a large run.
     """
     make_folder(folder)
-    paths, files = [], Counter[str]()
-    for target, stage in run.ledger.stages():
-        for owner, condition in run.ledger.conditions(stage):
-            if owner != target or stage == FORK:
-                continue
-            keys = [o.trial.key for o in run.ledger.outlines(target, stage, condition)]
-            body = _body(run, target, stage, condition, judge, keys)
-            name = "experiment_results" if stage == "measure" else f"steerback_{stage}"
-            paths.append(write_json(folder / f"{name}_{_safe(f'{target}_{condition}')}.json", body))
-            files[target] += 1
+
+    def write(places: Sequence[Place]) -> dict[Place, Path]:
+        with Run.read(run.folder) as own:
+            return {place: _write(own, folder, judge, place) for place in places if place[1] != FORK}
+
+    first, second = run.ledger.halves()
+    rest = second_process(lambda: write(second), run.ledger.progress()[0] >= MANY)
+    written = write(first) | rest()
+    places = [(t, stage, c) for t, stage in run.ledger.stages() for own, c in run.ledger.conditions(stage) if own == t]
+    paths, files = [written[place] for place in places if place in written], Counter(target for target, *_ in written)
     for target in dict.fromkeys((*run.config.targets, *files)):
         own = {
             "experiment": run.config.experiment,
             "condition": "facts",
             "config": run.config.model_dump(mode="json"),
             "files": files[target],
-            "facts": _facts(run, target, tuple(EXPORTED)),
+            "facts": _facts(run, target),
         }
         body = _head(run, target, judge) | {"results_by_feature": [], "steerback": own}
         paths.append(write_json(folder / f"steerback_{_safe(target)}.json", body))
@@ -79,12 +83,12 @@ def _safe(name: str) -> str:
     return "".join(c if c.isalnum() or c in "+-." else "_" for c in name)
 
 
-def _facts(run: Run, target: str, names: Sequence[str]) -> dict[str, JsonValue]:
+def _facts(run: Run, target: str) -> dict[str, JsonValue]:
     own = {name: value for owner, name, value in run.ledger.facts() if owner == target}
-    return {name: value for name, value in own.items() if name in names or (len(names) > 2 and " by " in name)}
+    return {name: value for name, value in own.items() if name in EXPORTED or " by " in name}
 
 
-def _head(run: Run, target: str, judge: str) -> dict[str, object]:
+def _head(run: Run, target: str, judge: str) -> dict[str, Any]:
     config = run.config.of(target)
     return {
         "experiment_config": {
@@ -98,42 +102,57 @@ def _head(run: Run, target: str, judge: str) -> dict[str, object]:
     }
 
 
-def _body(run: Run, target: str, stage: str, condition: str, judge: str, keys: Sequence[str]) -> dict[str, object]:
-    by_latent: dict[LatentKey | None, list[dict[str, object]]] = {}
-    clamped: set[LatentKey] = set()
+def _write(run: Run, folder: Path, judge: str, place: Place) -> Path:
+    target, stage, condition = place
+    name = "experiment_results" if stage == "measure" else f"steerback_{stage}"
+    path = folder / f"{name}_{_safe(f'{target}_{condition}')}.json"
+    with whole_file(path) as file:
+        file.writelines(_parts(run, judge, place))
+    return path
+
+
+def _parts(run: Run, judge: str, place: Place) -> Iterator[bytes]:
+    """Yield the content of the file of a condition, in parts."""
+    target, stage, condition = place
+    by_latent: dict[LatentKey | None, list[str]] = {}
     first: dict[LatentKey | None, Trial] = {}
-    steered, others = False, _others(run, judge, keys)
-    for row in run.ledger.stream(keys, judge, activations=True):
-        trial = row.trial
+    edits: set[Intervention] = set()
+    for trial in (outline.trial for outline in run.ledger.outlines(*place)):
         first.setdefault(trial.latent, trial)
-        by_latent.setdefault(trial.latent, []).append(_entry(row, others.get(trial.key, Verdicts())))
-        clamped |= {i.latent for i in trial.interventions if i.mode == "clamp" and not i.value}
-        steered = steered or bool(trial.interventions)
+        by_latent.setdefault(trial.latent, []).append(trial.key)
+        edits.update(trial.interventions)
+    clamped = sorted({i.latent for i in edits if i.mode == "clamp" and not i.value}, key=str)
     head = _head(run, target, judge)
-    settings = head["experiment_config"]
-    assert isinstance(settings, dict)
-    settings |= {"disable_steering": not steered, "n_features": len(by_latent)}
-    return {
-        **head,
-        "results_by_feature": [
-            {**_named(first[k]), "threshold": first[k].boost, "trials": trials, "error": None}
-            for k, trials in by_latent.items()
-        ],
-        **({"ablated_latents": sorted(clamped, key=str), "num_ablated_latents": len(clamped)} if clamped else {}),
-        "steerback": {
-            "experiment": run.config.experiment,
-            "condition": condition,
-            "stage": stage,
-            "digest": digest(run.config.of(target)),
-            "facts": _facts(run, target, SMALL),
-        },
-    }
+    head["experiment_config"] |= {"disable_steering": not edits, "n_features": len(by_latent)}
+    small = [(fact.name, fact.dump(x)) for fact in SMALL if (x := run.ledger.get(target, fact)) is not None]
+    own = {"experiment": run.config.experiment, "condition": condition, "stage": stage, "facts": dict(small)}
+    head |= {"ablated_latents": clamped, "num_ablated_latents": len(clamped)} if clamped else {}
+    yield _open(head | {"steerback": own | {"digest": digest(run.config.of(target))}}, "results_by_feature")
+    judges, comma = run.ledger.judges(), b""
+    for latent, keys in by_latent.items():
+        feature = {**_named(first[latent]), "threshold": first[latent].boost, "error": None}
+        yield comma + _open(feature, "trials")
+        comma = b""
+        for start in range(0, len(keys), BATCH):
+            some = keys[start : start + BATCH]
+            others = _others(run, judges, judge, some)
+            for row in run.ledger.rows(keys=some, judge=judge, activations=True):
+                yield comma + to_json(_entry(row, others.get(row.trial.key, Verdicts())), inf_nan_mode="null")
+                comma = b",\n"
+        yield b"]}"
+        comma = b",\n"
+    yield b"]}\n"
 
 
-def _others(run: Run, judge: str, keys: Sequence[str]) -> dict[str, Verdicts]:
+def _open(start: Mapping[str, object], last: str) -> bytes:
+    """Return the JSON of an object up to the items of the list `last`."""
+    return to_json(start)[:-1] + f',"{last}":[\n'.encode()
+
+
+def _others(run: Run, judges: Sequence[str], judge: str, keys: Sequence[str]) -> dict[str, Verdicts]:
     """Return the verdicts of all judges except `judge`, and the window scores of all judges, by trial key."""
     verdicts: dict[str, Verdicts] = {}
-    for name in run.ledger.judges():
+    for name in judges:
         for key, scores in run.ledger.windows(name, keys).items():
             verdicts.setdefault(key, Verdicts()).windows.append(scores)
         for outline in run.ledger.outlines(judge=name, keys=keys) if name != judge else ():
@@ -153,15 +172,15 @@ def _entry(row: Row, others: Verdicts) -> dict[str, object]:
         "index": trial.index,
         "meta_prompt": trial.meta_prompt,
         "finish": row.finish or "unknown",
-        "trial": TRIAL.dump_python(trial, mode="json"),
+        "trial": trial,
         "judgements": {name: _score(judged, text) for name, judged in others.judgements.items()},
-        "windows": [WINDOWS.dump_python(scores, mode="json") for scores in others.windows],
+        "windows": others.windows,
     }
     if done is not None:
         blob = pack_array(done.activations)
         own["completion"] = {
             "text": done.text,
-            "token_ids": list(done.token_ids),
+            "token_ids": done.token_ids,
             "prompt_tokens": done.prompt_tokens,
             "receipt": [done.receipt.prompt_positions, done.receipt.generated_positions, done.receipt.added_norm],
             "activations": None if blob is None else base64.b64encode(blob).decode(),
