@@ -7,9 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import reference_llama
 import tiny
+from steerback.engines.prompting import Prompter
 from steerback.engines.transformers import TransformersEngine
 from steerback.records import Intervention, Prefix, Recording, Request, Sampling
 from tiny import collect
@@ -85,6 +88,22 @@ def test_a_cut_within_a_character_gives_it_to_the_continuation(engine: Transform
     for kept in range(len(ids)):
         prefix = Prefix(text[: ends[kept - 1]] if kept else "", tuple(ids[:kept]))
         assert prefix.text + prompter.continuation(ids[kept:], prefix) == text
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    text=st.text(st.sampled_from("ab .,'\n\u00e9\u4f60\u597d\U0001f9ca\u0301"), max_size=60),
+    kept=st.integers(0, 5),
+    data=st.data(),
+)
+def test_ends_are_those_of_decoding_each_beginning(text: str, kept: int, data: st.DataObject) -> None:
+    prompter = Prompter(tiny.tokenizer())
+    ids = list(tiny.tokenizer()(text, add_special_tokens=False)["input_ids"])
+    ids = data.draw(st.permutations(ids)) if data.draw(st.booleans()) else ids  # characters torn apart
+    prefix = Prefix(prompter.text(ids[:kept]), tuple(ids[:kept]))
+    beginnings = [prompter.continuation(ids[kept:n], prefix).rstrip("\ufffd") for n in range(kept + 1, len(ids) + 1)]
+    expected = np.maximum.accumulate([0, *map(len, beginnings)])[1:]
+    assert prompter.ends(ids[kept:], len(text) * 4, prefix) == expected.tolist()
 
 
 def test_requests_without_a_prefix_keep_their_cache_keys() -> None:

@@ -45,6 +45,8 @@ MARK = "\ue000"
 """Placeholder for the user's words in a template (a private-use character)."""
 DATE = "26 Jul 2024"
 """Date in Llama's templates: the template's default instead of today's date, so that prompts do not change."""
+BLOCK, CONTEXT = 16, 6
+"""Tokens that are decoded together to find their ends, and tokens before them that are decoded with them."""
 TEMPLATE_SECONDS = 5.0
 """Time limit for a chat template. Templates come with the model and may never end."""
 _GROWS = re.compile(r"\*\*\s*\w+|\*\s*\d{5,}|\d{5,}\s*\*(?!\*)")
@@ -155,12 +157,29 @@ class Prompter:
 
     def ends(self, token_ids: Sequence[int], length: int, prefix: Prefix | None = None) -> list[int]:
         """Return the character at which each token ends in the decoded text, cut to `length` characters."""
-        ends, end = [], 0
-        for n in range(1, len(token_ids) + 1):
+        before = list(prefix.token_ids) if prefix else []
+        offset, ends, end = len(prefix.text) if prefix else 0, [], 0
+        for text in self._growing([*before, *token_ids], len(before)):
             # An incomplete character decodes to U+FFFD; it counts from its last token on.
-            end = max(end, len(self.continuation(token_ids[:n], prefix).rstrip("\ufffd")))
+            end = max(end, len(text.rstrip("\ufffd")) - offset)
             ends.append(min(end, length))
         return ends
+
+    def _growing(self, ids: list[int], kept: int) -> list[str]:
+        """Return the text of ids[:n] for n in kept + 1 .. len(ids).
+
+        A token is decoded after at most BLOCK + CONTEXT earlier ones, because decoding the whole text for each token
+        takes quadratic time. If the last text is not that of all tokens, the whole texts are decoded.
+        """
+        texts, known, start, first = [self.text(ids[:kept])], 0, kept, max(kept - CONTEXT, 0)
+        head = len(self.text(ids[first:kept]))
+        for n in range(kept + 1, len(ids) + 1):
+            texts.append(texts[known] + self.text(ids[first:n])[head:])
+            if n - start >= BLOCK and not texts[-1].endswith("\ufffd"):
+                known, start, first = n - kept, n, n - CONTEXT
+                head = len(self.text(ids[first:n]))
+        right = texts[-1] == self.text(ids)
+        return texts[1:] if right else [self.text(ids[:n]) for n in range(kept + 1, len(ids) + 1)]
 
     def with_ends(self, token_ids: Sequence[int]) -> tuple[str, list[int]]:
         """Return the text of tokens, and the character at which each token ends."""

@@ -156,7 +156,9 @@ def _with_sae(loaded: LoadedTarget, target: Target, sae: Sae) -> LoadedTarget:
     runner = engine.runner
     runner.hooks.remove()
     made = assemble(target, runner.model, runner.prompter.tokenizer, sae.to(runner.device))
-    return LoadedTarget(target, TransformersEngine(made, 8))
+    again = TransformersEngine(made, 8)
+    again.shape = replace(again.shape, prefill_rows=engine.shape.prefill_rows)  # larger on a GPU
+    return LoadedTarget(target, again)
 
 
 def _save(

@@ -103,19 +103,20 @@ def top_contexts(engine: TransformersEngine, texts: Sequence[str], n: int = 8, l
     if sae is None:
         raise SteerbackError("contexts of latents need an SAE, but this target has none")
     at = sae.layer if layer is None else layer
-    values = torch.zeros(sae.n_latents, n)
-    where = torch.zeros(2, sae.n_latents, n, dtype=torch.long)
+    device = engine.runner.device
+    values = torch.zeros(sae.n_latents, n, device=device)
+    where = torch.zeros(2, sae.n_latents, n, dtype=torch.long, device=device)
     tokens: dict[int, tuple[int, ...]] = {}
     for number, ids, states in engine.residuals([""] * len(texts), texts, (at,)):
         tokens[number] = ids
-        peak, token = torch.zeros(sae.n_latents), torch.zeros(sae.n_latents, dtype=torch.long)
+        peak, token = torch.zeros_like(values[:, 0]), torch.zeros_like(where[0, :, 0])
         for first in range(0, len(ids), CHUNK_TOKENS):
             best = engine.encoder.encode(states[at][first : first + CHUNK_TOKENS]).max(dim=0)
-            higher = best.values.float().cpu() > peak
-            peak = torch.where(higher, best.values.float().cpu(), peak)
-            token = torch.where(higher, best.indices.cpu() + first, token)
+            height, place = best.values.float().to(device), best.indices.to(device) + first
+            token = torch.where(height > peak, place, token)
+            peak = torch.maximum(height, peak)
         # merge this text's peak with the n largest so far
         values, order = torch.cat([values, peak[:, None]], dim=1).topk(n, dim=1)
         here = torch.stack([torch.full_like(token, number), token])[..., None]
         where = torch.cat([where, here], dim=2).gather(2, order.expand(2, -1, -1))
-    return Contexts(values.numpy(), where[0].numpy(), where[1].numpy(), tokens, engine.runner.prompter.with_ends)
+    return Contexts(values.cpu().numpy(), *where.cpu().numpy(), tokens, engine.runner.prompter.with_ends)
