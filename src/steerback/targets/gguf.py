@@ -71,17 +71,24 @@ def convert_gguf(model: str) -> Path:
 
 @contextlib.contextmanager
 def _read_once(file: Path) -> Iterator[None]:
-    """Let `_check` and transformers share one reader of the file.
+    """Let `_check` and transformers share one reader of the file, whose data is a plain array.
 
     Reading tokens and merges takes more than half of a conversion; transformers reads them for tokenizer, config and
-    weights again.
+    weights again. A slice of a memmap takes twice as long as one of an array.
     """
+    import numpy as np
+
     try:
         import gguf
     except ImportError:
         raise SteerbackError(f"model {file}: GGUF files need the extra 'gguf': pip install 'steerback[gguf]'") from None
     made = gguf.GGUFReader
-    read = functools.cache(made)
+
+    class Reader(made):  # type: ignore[misc, valid-type]
+        def __setattr__(self, name: str, value: object) -> None:
+            super().__setattr__(name, value.view(np.ndarray) if isinstance(value, np.memmap) else value)
+
+    read = functools.cache(Reader)
     gguf.GGUFReader = lambda path, *mode: read(str(path), *mode)
     try:
         yield
