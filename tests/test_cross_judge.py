@@ -18,7 +18,7 @@ from steerback.config import RunConfig
 from steerback.errors import SteerbackError
 from steerback.experiments.cross_judge import gather
 from steerback.figures.cross_judge import agreement_table
-from steerback.jobs import execute
+from steerback.jobs import execute, judging
 from steerback.judging import Limits, References, make_judge
 from steerback.judging.base import JudgeItem
 from steerback.organism import corpus
@@ -90,7 +90,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert gather(opened, sources, sample=240, minimum=60) == count  # again: nothing is added
         assert len(opened.ledger.rows(stage="measure")) == count
     for judge in ("offline", "offline-bayes"):
-        execute.judge_run(root / "cross", judge)
+        judging.judge_run(root / "cross", judge)
     return root / "cross"
 
 
@@ -131,7 +131,7 @@ def test_agreement_per_target_is_in_the_summary_where_compare_looks_for_it(run: 
 
 
 def test_nothing_is_judged_twice(run: Path) -> None:
-    assert execute.judge_run(run, "offline-bayes") == 0
+    assert judging.judge_run(run, "offline-bayes") == 0
     with Run.read(run) as opened:
         assert opened.ledger.judges() == ["offline", "offline-bayes"]
 
@@ -215,7 +215,7 @@ def test_agreement_with_human_labels_comes_first_and_changes_no_other_number(run
     with Run.start(tmp_path / "cross", config) as opened:
         gather(opened, sources, sample=240, minimum=60)
         chosen = {r.trial.key.partition("@")[0] for r in opened.ledger.rows(stage="measure")}
-    execute.judge_run(tmp_path / "cross", "offline-bayes")
+    judging.judge_run(tmp_path / "cross", "offline-bayes")
     with Run.read(tmp_path / "cross") as opened:
         found = analyse(opened.ledger, "offline", draws=100)
     pair = found.with_labels["human:ann", "offline"]

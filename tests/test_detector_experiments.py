@@ -20,7 +20,7 @@ from steerback.errors import SteerbackError
 from steerback.experiments import make_experiment
 from steerback.experiments.ablation import distinct
 from steerback.experiments.detectors import _same_search
-from steerback.jobs import check, execute
+from steerback.jobs import check, judging
 from steerback.published.comparison import our_number, table_of_numbers
 from steerback.store.facts import DETECTOR_SET, PAIR_ACTIVATIONS, DetectorSet, Dose
 from steerback.store.run import stored_config
@@ -59,7 +59,7 @@ def test_search_finds_the_planted_detectors_on_both_halves_and_never_judges(runs
     assert len(rows) == 100
     assert all(r.judgement is None and not r.trial.interventions for r in rows)
     assert not {r.trial.prompt for r in rows} & set(load_prompts("evaluation"))
-    assert execute.judge_run(folder, "scripted") == 0  # nor does a judge that is added later
+    assert judging.judge_run(folder, "scripted") == 0  # nor does a judge that is added later
 
 
 def test_discovery_prompts_are_many_and_disjoint_from_everything_measured() -> None:

@@ -20,7 +20,7 @@ from steerback.cli import main
 from steerback.engines.scripted import RESTART
 from steerback.errors import SteerbackError
 from steerback.figures.forks import fork_table
-from steerback.jobs import execute
+from steerback.jobs import execute, judging
 from steerback.jobs.campaign import compared
 from steerback.jobs.check import check
 from steerback.jobs.fork import ForkSettings, place, prepare_fork
@@ -187,7 +187,7 @@ def test_forks_are_judged_exported_and_merged_with_the_run(runs: Runs, tmp_path:
     runs.run("esr", *SMALL, name="twin")
     forked(runs, "esr", key, ForkSettings("4", 3))
     forked(runs, "twin", key, ForkSettings("7", 3))
-    work = execute.judge_run(runs.root / "esr", "offline", makers=replace(runs.makers), scope=execute.Scope(FORK))
+    work = judging.judge_run(runs.root / "esr", "offline", makers=replace(runs.makers), scope=judging.Scope(FORK))
     assert work == 6
     merge([runs.root / "esr", runs.root / "twin"], tmp_path / "both")
     joined = runs.ledger("both")

@@ -16,7 +16,7 @@ from steerback.cli import main
 from steerback.config import RecoveryConfig, build_config
 from steerback.errors import SteerbackError
 from steerback.figures.recovery import draw_time_course
-from steerback.jobs import campaign, execute
+from steerback.jobs import campaign, judging
 from steerback.judging.base import JudgeItem, References
 from steerback.judging.offline import OfflineJudge
 from steerback.judging.text import words
@@ -107,7 +107,7 @@ def test_scoring_goes_on_where_it_was(runs: Runs) -> None:
     with closing(sqlite3.connect(runs.root / "again" / "ledger.sqlite")) as file:
         file.execute("DELETE FROM windows WHERE rowid % 3 = 0")
         file.commit()
-    execute.judge_run(runs.root / "again", "scripted", makers=runs.makers)
+    judging.judge_run(runs.root / "again", "scripted", makers=runs.makers)
     with Ledger(runs.root / "again" / "ledger.sqlite", read_only=True) as resumed:
         assert resumed.dump()["windows"] == expected["windows"]
 
@@ -122,7 +122,7 @@ def test_a_ledger_without_the_table_opens_and_gets_one(runs: Runs) -> None:
     with Ledger(folder / "ledger.sqlite", read_only=True) as old:
         assert old.windows("scripted") == {}
         assert "windows" not in old.dump()
-    execute.score_run_windows(folder, "scripted", makers=runs.makers)
+    judging.score_run_windows(folder, "scripted", makers=runs.makers)
     with Ledger(folder / "ledger.sqlite", read_only=True) as now, runs.ledger("esr") as before:
         assert now.windows("scripted") == before.windows("scripted")
 

@@ -48,9 +48,9 @@ def judge_command(
     runs: RunsFolder = RUNS,
 ) -> None:
     """Judge a finished run with another judge."""
-    from steerback.jobs import execute
+    from steerback.jobs import judging
     from steerback.jobs.estimate import judging_line, spent_lines, unscored_lines
-    from steerback.jobs.probing import probe_judge, probe_line, probe_lines
+    from steerback.jobs.execute import tools
     from steerback.judging.llm import lacking
     from steerback.judging.user_rubric import read_rubric, with_rubric
     from steerback.store.run import Run, find_run, stored_config
@@ -68,30 +68,31 @@ def judge_command(
         if rubric == "windows":
             return _windows(folder, judge, retry_unscored, dry_run, budget.makers(dry_run, rubrics))
         return _grade(folder, judge, rubric, retry_unscored, dry_run, budget)
-    makers, scope = budget.makers(dry_run, rubrics), execute.Scope(stage, limit, retry_unscored)
+    makers, scope = budget.makers(dry_run, rubrics), judging.Scope(stage, limit, retry_unscored)
     with Run.read(folder) as opened:
         if probe:
-            say(probe_line(opened, makers.judge(judge)))
-        say(judging_line(execute.to_judge(opened, makers.judge(judge), scope)))
+            say(judging.probe_line(opened, makers.judge(judge)))
+        say(judging_line(judging.to_judge(opened, makers.judge(judge), scope)))
     say_lines(lacking(makers.judge(judge)))
     if dry_run:
         return None
-    with execute.tools(not no_cache) as (progress, cache):
+    with tools(not no_cache) as (progress, cache):
         if probe:
-            probe_judge(folder, judge, progress, makers)
-        done = execute.judge_run(folder, judge, progress, cache, scope, makers)
+            judging.probe_judge(folder, judge, progress, makers)
+        done = judging.judge_run(folder, judge, progress, cache, scope, makers)
     with Run.read(folder) as opened:
         verdicts = (row.judgement for row in opened.ledger.outlines(judge=judge))
         reasons = [j.reason if j.status == "unscored" else "" for j in verdicts if j is not None]
-        probed = probe_lines(opened, judge)
+        probed = judging.probe_lines(opened, judge)
     say_lines([*probed, *spent_lines(folder), *unscored_lines(judge, reasons)])
     say(f"{done} responses judged by {judge}; see them with: steerback figures {name} --judge {judge}")
     return None
 
 
 def _windows(folder: Path, judge: str, retry: bool, dry_run: bool, makers: Makers) -> None:
-    from steerback.jobs import execute
     from steerback.jobs.estimate import spent_lines, unscored_lines, windows_line
+    from steerback.jobs.execute import tools
+    from steerback.jobs.judging import score_run_windows
     from steerback.judging.llm import lacking
     from steerback.store.run import Run
 
@@ -100,8 +101,8 @@ def _windows(folder: Path, judge: str, retry: bool, dry_run: bool, makers: Maker
     say_lines(lacking(makers.judge(judge)))
     if dry_run:
         return
-    with execute.tools(cached=False) as (progress, _):
-        execute.score_run_windows(folder, judge, progress, makers, retry)
+    with tools(cached=False) as (progress, _):
+        score_run_windows(folder, judge, progress, makers, retry)
     with Run.read(folder) as opened:
         reasons = [w.reason for w in opened.ledger.windows(judge).values()]
     say_lines([*spent_lines(folder), *unscored_lines(judge, reasons)])
@@ -109,8 +110,9 @@ def _windows(folder: Path, judge: str, retry: bool, dry_run: bool, makers: Maker
 
 
 def _grade(folder: Path, judge: str, rubric: str, retry: bool, dry_run: bool, budget: Budget) -> None:
-    from steerback.jobs import execute, grading
+    from steerback.jobs import grading
     from steerback.jobs.estimate import spent_lines, unscored_lines
+    from steerback.jobs.execute import tools
     from steerback.store.run import Run
 
     grader = grading.Grader(judge, rubric, budget.limits(dry_run))
@@ -120,7 +122,7 @@ def _grade(folder: Path, judge: str, rubric: str, retry: bool, dry_run: bool, bu
     say(f"{work.count} responses to be asked about ({rubric}) by {judge}{taken}")
     if dry_run:
         return
-    with execute.tools(cached=False) as (progress, _):
+    with tools(cached=False) as (progress, _):
         done = grading.grade_run(folder, judge, rubric, retry, progress, budget.limits())
     with Run.read(folder) as opened:
         reasons = grader.reasons(opened)

@@ -80,7 +80,7 @@ def show(
     runs: RunsFolder = RUNS,
 ) -> None:
     """Print responses with their attempts and scores, and how often a restart helps."""
-    from steerback.jobs.probing import probe_lines
+    from steerback.jobs.judging import probe_lines
     from steerback.report.transcripts import Choice, choose, how_often, measured_rows, transcript
     from steerback.store.run import Run, find_run
 

@@ -27,7 +27,7 @@ from steerback.targets.fit import this_machine, verdict
 
 if TYPE_CHECKING:
     from steerback.jobs.check import PreparedRun
-    from steerback.jobs.execute import Judging
+    from steerback.jobs.judging import Judging
     from steerback.targets import Target
 
 

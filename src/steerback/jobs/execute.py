@@ -2,46 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from steerback.analysis import analyse as analyse_ledger
 from steerback.analysis.base import Results
-from steerback.config import RecoveryConfig, RunConfig, Settings
+from steerback.config import Settings
 from steerback.data import paper_files
 from steerback.engines import EngineOptions
 from steerback.engines.base import START_LOG, finish
-from steerback.errors import SteerbackError, unknown
+from steerback.errors import SteerbackError
 from steerback.experiments import make_experiment
 from steerback.experiments.base import Experiment
 from steerback.figures import present
 from steerback.figures.base import Presentation
 from steerback.jobs import side_by_side
-from steerback.jobs.check import Makers, PreparedRun, with_directions
+from steerback.jobs.check import PreparedRun
 from steerback.jobs.estimate import of_experiment
-from steerback.judging import Judge
-from steerback.judging.base import drain, estimated
-from steerback.judging.user_rubric import SEPARATOR
-from steerback.judging.windows import window_scorer
-from steerback.records import LatentKey, Sampling, Spend, digest
+from steerback.jobs.judging import judge_all, note_judge
+from steerback.records import digest
 from steerback.store.cache import Cache, default_path
-from steerback.store.facts import ENGINE, FLOOR, JUDGES, MEASURED, PROVENANCE, EngineIdentity, Provenance
+from steerback.store.facts import ENGINE, MEASURED, PROVENANCE, EngineIdentity, Provenance
 from steerback.store.files import clear_leftovers, make_folder
 from steerback.store.ledger import Ledger
 from steerback.store.manifest import Parts, TargetUsed
 from steerback.store.processes import in_halves
 from steerback.store.progress import Plain, Progress, Silent, make_progress
-from steerback.store.rows import Outline
 from steerback.store.run import Run, write_atomic, write_json
 from steerback.study.floor import measure_floor
-from steerback.study.pipeline import Workbench, judge_item, judge_rows
-from steerback.study.study import UNJUDGED, Study, references, same_weights
-from steerback.study.windows import score_windows, without_windows
+from steerback.study.pipeline import Workbench
+from steerback.study.study import Study, same_weights
+from steerback.study.windows import score_windows
 from steerback.targets import Target
 
 if TYPE_CHECKING:
@@ -212,28 +207,7 @@ def _collected(job: PreparedRun, opened: Run, progress: Progress, cache: Cache |
     job.experiment.collect(opened)
     opened.write_manifest({"options": dict(job.config.options)})
     for name in job.experiment.judges(job.config):
-        _judge_all(opened, job.makers.judge(name), progress, cache, job.makers)
-
-
-def same_rubric(opened: Run, judge: Judge) -> None:
-    """Raise SteerbackError if the text of a rubric has changed since the judge used it in this run."""
-    before, now = (opened.ledger.get("", JUDGES) or {}).get(judge.name, {}), judge.describe()
-    if SEPARATOR in judge.name and before.get("rubric text") not in (None, now["rubric text"]):
-        raise SteerbackError(
-            f"run {opened.folder.name} has verdicts of {judge.name} with a different text of this rubric; rename the "
-            "file of the new text"
-        )
-
-
-def note_judge(opened: Run, judge: Judge) -> None:
-    """Store the judge's description (with the text of its rubric) and its spending in ledger and manifest."""
-    stored = opened.ledger.get("", JUDGES)
-    known = {**(stored or {}), judge.name: dict(judge.describe())}
-    opened.ledger.put("", JUDGES, known)
-    opened.amend_manifest({"judges": known})
-    spent = drain(judge)
-    if spent is not None:
-        opened.add_spend(judge.name, spent)
+        judge_all(opened, job.makers.judge(name), progress, cache, job.makers)
 
 
 def _same_engine(opened: Run, target: Target, engine: Engine) -> None:
@@ -307,125 +281,3 @@ def analyse(
 def results_folder(opened: Run, judge: str) -> Path:
     """Return the folder of a judge's results: the run's folder for the judge of its config, else a subfolder."""
     return opened.folder if judge == opened.config.judge else opened.folder / "judges" / quote(judge, safe="+@")
-
-
-@dataclass(frozen=True, slots=True)
-class Scope:
-    """Selection of responses to judge in a finished run: those of one stage (None: all), at most `limit`.
-
-    `retry` also selects responses that the judge could not score before.
-    """
-
-    stage: str | None = None
-    limit: int | None = None
-    retry: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Judging:
-    """Trials whose responses a judge still has to judge: keys by target, and the estimated cost (None: free)."""
-
-    judge: Judge
-    keys: Sequence[tuple[str, Sequence[str]]]
-    estimate: Spend | None
-
-    @property
-    def count(self) -> int:
-        return sum(len(keys) for _, keys in self.keys)
-
-
-def to_judge(opened: Run, judge: Judge, scope: Scope | None = None) -> Judging:
-    """Return the trials without a verdict of `judge`: measured ones of all targets, then the floor, then other stages.
-
-    Calibration is included, so that the scores of another judge can be compared at the thresholds.
-    """
-    scope, ledger = scope or Scope(), opened.ledger
-    turns = {"measure": 0, FLOOR: 1}  # stages that appear in tables are judged first
-    stages = [(turns.get(stage, 2), target, stage) for target, stage in ledger.stages() if stage not in UNJUDGED]
-    known = list(dict.fromkeys(stage for *_, stage in stages))
-    if scope.stage is not None and scope.stage not in known:
-        raise unknown("stage", scope.stage, sorted(known))
-    batches: dict[tuple[int, str], list[str]] = {}
-    left = scope.limit
-    for turn, target, stage in sorted(stages, key=lambda place: place[0]):  # stable: targets and stages stay in order
-        if scope.stage in (None, stage):
-            todo = (row for row in ledger.outlines(target, stage, judge=judge.name) if _open(row, scope.retry))
-            keys = [row.trial.key for row in islice(todo, left)]
-            left = None if left is None else left - len(keys)
-            batches.setdefault((turn, target), []).extend(keys)
-    chosen = [(target, keys) for (_, target), keys in batches.items() if keys]
-    rows = ledger.stream(key for _, keys in chosen for key in keys)
-    return Judging(judge, chosen, estimated(judge, (judge_item(row) for row in rows if row.valid_receipt)))
-
-
-def judge_run(
-    folder: Path,
-    name: str,
-    progress: Progress | None = None,
-    cache: Cache | None = None,
-    scope: Scope | None = None,
-    makers: Makers | None = None,
-) -> int:
-    """Judge a finished run with another judge and return the number of judged responses. Nothing is judged twice."""
-    chosen = makers or Makers()
-    with Run.reopen(folder) as opened:
-        return _judge_all(opened, chosen.judge(name), progress or Silent(), cache, chosen, scope)
-
-
-def _judge_all(
-    opened: Run, judge: Judge, progress: Progress, cache: Cache | None, makers: Makers, scope: Scope | None = None
-) -> int:
-    same_rubric(opened, judge)
-    work = to_judge(opened, judge, scope)
-    try:
-        for target, keys in work.keys:
-            make_ready(opened, judge, target, makers)
-            bench = Workbench(opened.ledger, None, judge, Sampling(), progress, cache, opened.config.drop_unscored)
-            finish(judge_rows(bench, keys, f"{target}: judging with {judge.name}"))
-        if scope is None or (scope.stage is None and scope.limit is None):
-            _score_windows(opened, judge, progress, opened.config.recovery, makers, scope is not None and scope.retry)
-    finally:
-        note_judge(opened, judge)
-    return work.count
-
-
-def score_run_windows(
-    folder: Path, name: str, progress: Progress | None = None, makers: Makers | None = None, retry: bool = False
-) -> None:
-    """Score the windows of a finished run's responses with a judge. The run's `recovery.judge` has no effect."""
-    chosen = makers or Makers()
-    judge = chosen.judge(name)
-    with Run.reopen(folder) as opened:
-        try:
-            _score_windows(opened, judge, progress or Silent(), RecoveryConfig(judge=True), chosen, retry)
-        finally:
-            note_judge(opened, judge)
-
-
-def _score_windows(
-    opened: Run, judge: Judge, progress: Progress, settings: RecoveryConfig, makers: Makers, retry: bool
-) -> None:
-    if window_scorer(judge, settings) is None:
-        return
-    for target in dict.fromkeys(target for target, _ in without_windows(opened.ledger, judge.name, retry=retry)):
-        make_ready(opened, judge, target, makers)
-        finish(score_windows(Workbench(opened.ledger, None, judge, Sampling(), progress), settings, target, retry))
-
-
-def make_ready(opened: Run, judge: Judge, target: str, makers: Makers) -> None:
-    """Pass the target's reference responses to the judge. An adapter uses those of its base model."""
-    known = (opened.ledger.rows(t, "reference") for t in (target, target.rpartition("+")[0]))
-    judge.prepare(references(next(filter(None, known), []), _contexts(target, opened.config, makers)))
-
-
-def _contexts(name: str, config: RunConfig, makers: Makers) -> Mapping[LatentKey, Sequence[str]]:
-    """Return text passages that activate each latent; none if the model of an imported run is not a known target."""
-    try:
-        return with_directions(makers.target(name, config.definitions), config).contexts()
-    except SteerbackError:
-        return {}
-
-
-def _open(row: Outline, retry: bool) -> bool:
-    judged = row.judgement
-    return row.finish is not None and (judged is None or (retry and judged.status == "unscored"))

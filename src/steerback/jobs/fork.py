@@ -16,7 +16,7 @@ from steerback.analysis.forks import Forked, forked
 from steerback.engines.base import finish
 from steerback.errors import SteerbackError, unknown
 from steerback.jobs.check import Makers, PreparedRun, check
-from steerback.jobs.execute import make_ready, note_judge, same_rubric
+from steerback.jobs.judging import make_ready, note_judge, same_rubric
 from steerback.judging import Judge
 from steerback.records import Trial
 from steerback.store.facts import DETECTOR_SET, FORK, FORKS, DetectorSet, EngineIdentity, Fork, ForkArm
