@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from steerback import readers
 from steerback.errors import SteerbackError, unknown
 from steerback.readers.settings import Settings as Settings
-from steerback.readers.settings import drop, flatten, merge, nested
+from steerback.readers.settings import assignment, drop, flatten, merge, nested
 from steerback.readers.settings import parse as parse
 from steerback.records import LEAST_TEMPERATURE, BoostPrior, LatentKey, Sampling, is_temperature
 
@@ -390,13 +390,3 @@ def differences(before: RunConfig, after: RunConfig) -> list[str]:
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]
-
-
-def assignment(text: str) -> tuple[str, readers.Json]:
-    """Return key and value of a `key=value` text. The value is parsed as YAML."""
-    key, sign, value = text.partition("=")
-    if not sign or not key.strip():
-        raise SteerbackError(f"--set {text[:80]!r} is not of the form key=value, e.g. --set sampling.temperature=0.8")
-    if key.count(".") > readers.DEEPEST:
-        raise SteerbackError(f"--set {text[:80]!r}: the key has more than {readers.DEEPEST} levels")
-    return key.strip(), readers.parse_yaml(value, f"--set {text[:80]!r}: the value")

@@ -124,10 +124,10 @@ def train(
     export: str | None = option("axolotl: write configuration files for it instead of training."),
 ) -> None:
     """Train a LoRA adapter per mix. The same command resumes."""
-    from steerback.config import assignment
     from steerback.finetuning.adapters import read_data, train_adapter
     from steerback.finetuning.launch import train_together
     from steerback.finetuning.settings import TrainingJob, TrainingSettings
+    from steerback.readers.settings import assignment
     from steerback.targets import resolve
 
     resolved = resolve(target)

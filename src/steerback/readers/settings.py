@@ -11,6 +11,7 @@ from typing import TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from steerback.errors import SteerbackError, did_you_mean, one_line
+from steerback.readers import DEEPEST, parse_yaml
 
 
 class Settings(BaseModel):
@@ -37,6 +38,16 @@ def parse(model: type[S], values: Mapping[str, object], where: str) -> S:
             choices = f"choose one of: {', '.join(known)}" if known else "there are none"
             message = f"{where}: unknown setting {field!r};{_similar(model, field)} {choices}"
         raise SteerbackError(message) from None
+
+
+def assignment(text: str) -> tuple[str, JsonValue]:
+    """Return key and value of a `key=value` text. The value is parsed as YAML."""
+    key, sign, value = text.partition("=")
+    if not sign or not key.strip():
+        raise SteerbackError(f"--set {text[:80]!r} is not of the form key=value, e.g. --set sampling.temperature=0.8")
+    if key.count(".") > DEEPEST:
+        raise SteerbackError(f"--set {text[:80]!r}: the key has more than {DEEPEST} levels")
+    return key.strip(), parse_yaml(value, f"--set {text[:80]!r}: the value")
 
 
 def nested(key: str, value: JsonValue) -> dict[str, object]:
