@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -78,6 +79,13 @@ def test_conditions_get_a_column_of_their_own() -> None:
     assert list(table.shown.columns[:3]) == ["target", "condition", "n"]
     assert table.left == 2
     assert "base\\_line" in table.latex()
+
+
+def test_the_other_reading_of_degraded_responses_has_no_corrected_rate() -> None:
+    summary = replace(SUMMARIES["organism"], counts={**SUMMARIES["organism"].counts, "degraded": 3})
+    table = summary_table({"a": summary}, "x", corrected={"a": {"esr_rate": Estimate(0.1, 0.05, 0.2, 9, "")}})
+    headline, other = table.shown[["corrected ESR %", "degraded"]].to_numpy().tolist()
+    assert (headline, other) == (["10.0 [5.0, 20.0]", "3"], ["", ""])
 
 
 def test_empty_tables() -> None:

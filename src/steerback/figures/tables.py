@@ -12,7 +12,7 @@ import re
 import shutil
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
 
@@ -26,6 +26,7 @@ from steerback.readers.tables import csv_text
 if TYPE_CHECKING:
     from steerback.analysis.floor import Floor
 
+T = TypeVar("T")
 SHOWN = ("multi_attempt_rate", "esr_rate", "improvement_rate", "msi", "mean_attempts", "mean_first")
 HEADINGS = {
     "multi_attempt_rate": "multi-attempt %",
@@ -38,6 +39,8 @@ HEADINGS = {
     "degraded_share": "degraded %",
     "floor": "floor %",
 }
+COUNTED = ("cut", "degraded", "unscored", "invalid", "empty")
+"""Counts that are columns if one of them is not 0."""
 RATE = "multi_attempt_rate"
 """Rate whose column the floor's column follows."""
 
@@ -149,55 +152,30 @@ def summary_table(
     `corrected` contains rates corrected with human labels, and `floors` the judge's floor, both with the keys of
     `summaries`. Empty `floors` mean that the floor was not measured, which the caption says. `note` ends the caption.
     """
-    named = {(key,) if isinstance(key, str) else tuple(key): s for key, s in summaries.items()}
-    left = max((len(key) for key in named), default=1)
+    named, true, below = _by_names(summaries), _by_names(corrected), _by_names(floors)
+    left = max(map(len, named), default=1)
     names = ("target", "condition")[:left]
-    counted = [
-        c for c in ("cut", "degraded", "unscored", "invalid", "empty") if any(s.counts.get(c) for s in named.values())
-    ]
-    true = {(key,) if isinstance(key, str) else tuple(key): rates for key, rates in (corrected or {}).items()}
+    counted = [c for c in COUNTED if any(s.counts.get(c) for s in named.values())]
     known = list(dict.fromkeys(m for rates in true.values() for m in rates))
-    below = {(key,) if isinstance(key, str) else tuple(key): floor for key, floor in (floors or {}).items()}
     columns = [column for m in SHOWN for column in ((m, "floor") if below and m == RATE else (m,))]
     cells: list[tuple[str, ...]] = []
     for key, s in named.items():
-        floor = show(below[key][RATE], rate=True) if key in below else "-"
-        cells.append(
-            (
-                *key,
-                f"{s['msi'].n:,}",
-                *(floor if m == "floor" else show(s[m], METRICS[m].rate) for m in columns),
-                *(show(true[key][m], METRICS[m].rate) if key in true else "-" for m in known),
-                *(f"{s.counts[c]:,}" if c in s.counts else "?" for c in counted),
-            )
-        )
+        rates = s.headline | ({"floor": below[key][RATE]} if key in below else {})
+        counts = (f"{s.counts[c]:,}" if c in s.counts else "?" for c in counted)
+        cells.append((*key, f"{s['msi'].n:,}", *_shown(rates, columns), *_shown(true.get(key, {}), known), *counts))
         if s.counts["degraded"]:
-            read = [show(s.other[m], METRICS[m].rate) if m != "floor" else "" for m in columns]
-            title = f"  {'without' if s.include_degraded else 'with'} degraded"
-            cells.append(
-                (*[""] * (left - 1), title, f"{s.other['msi'].n:,}", *read, *[""] * (len(known) + len(counted)))
-            )
+            head = (*[""] * (left - 1), f"  {'without' if s.include_degraded else 'with'} degraded")
+            rest = [""] * len([*known, *counted])
+            cells.append((*head, f"{s.other['msi'].n:,}", *_shown(s.other, columns, missing=""), *rest))
     records = [
-        dict(zip(names, key, strict=True))
-        | {"judge": judge, "variant": variant}
-        | s.counts
-        | _numbers(s, variant)
-        | {
-            f"corrected_{m}_{end}": getattr(e, end) if variant == "headline" else None
-            for m, e in true.get(key, {}).items()
-            for end in ("value", "low", "high")
-        }
-        | _floor_numbers(below.get(key) if variant == "headline" else None, bool(below))
+        dict(zip(names, key, strict=True)) | {"judge": judge} | numbers
         for key, s in named.items()
-        for variant in VARIANTS
+        for numbers in _numbers(s, true.get(key, {}), below.get(key), bool(below))
     ]
     caption = (
         f"Gated, {degraded_reading(named.values())}; 95 % intervals clustered by latent. Judge: {judge}. "
         "MSI: mean gain in points of the last attempt over the first, 0 for single attempts."
-        + (" cut: stopped by the length limit, so the last attempt may be incomplete." * ("cut" in counted))
-        + (" Corrected: for the judge's errors, with human labels." * bool(known))
-        + _floor_note(below, floors is None)
-        + (f" {note}" if note else "")
+        + _notes("cut" in counted, bool(known), None if floors is None else below, note)
     )
     headings = (*names, "n", *(HEADINGS[m] for m in columns), *(f"corrected {HEADINGS[m]}" for m in known), *counted)
     return Table(headings, cells, caption, records, left)
@@ -209,28 +187,46 @@ def degraded_reading(summaries: Iterable[Summary]) -> str:
     return "without degraded responses" if included == {False} else "with degraded responses"
 
 
-def _floor_numbers(floor: Floor | None, measured: bool) -> dict[str, object]:
-    """Return the floor's columns of the CSV, or none if no floor was measured."""
-    if not measured:
-        return {}
+def _by_names(values: Mapping[Any, T] | None) -> dict[tuple[str, ...], T]:
+    """Return values by (target,) or (target, condition)."""
+    return {(key,) if isinstance(key, str) else tuple(key): value for key, value in (values or {}).items()}
+
+
+def _shown(estimates: Mapping[str, Estimate], columns: Sequence[str], missing: str = "-") -> list[str]:
+    """Return the estimates of some metrics, or of the floor (a rate), as text."""
+    rates = [metric not in METRICS or METRICS[metric].rate for metric in columns]
+    return [show(estimates[m], rate) if m in estimates else missing for m, rate in zip(columns, rates, strict=True)]
+
+
+def _numbers(
+    summary: Summary, corrected: Mapping[str, Estimate], floor: Floor | None, measured: bool
+) -> Iterator[dict[str, object]]:
+    """Yield the numbers of each variant; corrected rates and the floor, if any was measured, belong to the headline."""
     ends = ("value", "low", "high", "n", "events")
-    return {
-        f"floor_{metric}_{end}": None if floor is None else getattr(floor[metric], end)
-        for metric in (RATE, "esr_rate")
-        for end in ends
-    } | {f"{metric}_above_floor_p": None if floor is None else floor.p[metric] for metric in (RATE, "esr_rate")}
+    for variant in VARIANTS:
+        estimates: Mapping[str, Estimate] = getattr(summary, variant)
+        row = {"variant": variant, **summary.counts}
+        row |= {f"{m}_{f}": getattr(estimates[m], f) for m in METRICS for f in (*ends, "clusters", "method")}
+        first = variant == "headline"
+        row |= {f"corrected_{m}_{f}": getattr(e, f) if first else None for m, e in corrected.items() for f in ends[:3]}
+        below, rates = floor if first else None, (RATE, "esr_rate") if measured else ()
+        row |= {f"floor_{m}_{f}": None if below is None else getattr(below[m], f) for m in rates for f in ends}
+        yield row | {f"{m}_above_floor_p": None if below is None else below.p[m] for m in rates}
 
 
-def _floor_note(floors: Mapping[tuple[str, ...], Floor], unasked: bool) -> str:
-    if unasked:
-        return ""
+def _notes(cut: bool, corrected: bool, floors: Mapping[tuple[str, ...], Floor] | None, note: str) -> str:
+    before = " cut: stopped by the length limit, so the last attempt may be incomplete." * cut
+    before += " Corrected: for the judge's errors, with human labels." * corrected
+    note = f" {note}" if note else ""
+    if floors is None:
+        return before + note
     if not floors:
-        return " The judge's floor was not measured (floor_responses is 0, or nothing was generated)."
+        return f"{before} The judge's floor was not measured (floor_responses is 0, or nothing was generated).{note}"
     sizes = sorted({floor[RATE].n for floor in floors.values()})
     counted = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
     return (
-        f" floor: share of multi-attempt verdicts of this judge among {counted} unsteered responses of the same "
-        "target, interval clustered by prompt."
+        f"{before} floor: share of multi-attempt verdicts of this judge among {counted} unsteered responses of the "
+        f"same target, interval clustered by prompt.{note}"
     )
 
 
@@ -378,9 +374,3 @@ def escape(value: str) -> str:
 
 def _digits(value: float, rate: bool) -> int:
     return 1 if (rate and abs(value) >= 0.01) or abs(value) >= 10 else 2
-
-
-def _numbers(summary: Summary, variant: str) -> dict[str, object]:
-    fields = ("value", "low", "high", "n", "events", "clusters", "method")
-    estimates: Mapping[str, Estimate] = getattr(summary, variant)
-    return {f"{m}_{f}": getattr(estimates[m], f) for m in METRICS for f in fields}
