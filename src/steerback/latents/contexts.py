@@ -106,7 +106,7 @@ def top_contexts(engine: TransformersEngine, texts: Sequence[str], n: int = 8, l
     device = engine.runner.device
     values = torch.zeros(sae.n_latents, n, device=device)
     where = torch.zeros(2, sae.n_latents, n, dtype=torch.long, device=device)
-    tokens: dict[int, tuple[int, ...]] = {}
+    tokens, decode = dict[int, tuple[int, ...]](), engine.runner.prompter.with_ends
     for number, ids, states in engine.residuals([""] * len(texts), texts, (at,)):
         tokens[number] = ids
         peak, token = torch.zeros_like(values[:, 0]), torch.zeros_like(where[0, :, 0])
@@ -119,4 +119,4 @@ def top_contexts(engine: TransformersEngine, texts: Sequence[str], n: int = 8, l
         values, order = torch.cat([values, peak[:, None]], dim=1).topk(n, dim=1)
         here = torch.stack([torch.full_like(token, number), token])[..., None]
         where = torch.cat([where, here], dim=2).gather(2, order.expand(2, -1, -1))
-    return Contexts(values.cpu().numpy(), *where.cpu().numpy(), tokens, engine.runner.prompter.with_ends)
+    return Contexts(values.cpu().numpy(), where[0].cpu().numpy(), where[1].cpu().numpy(), tokens, decode)
