@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from concurrent.futures import BrokenExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from steerback.errors import SteerbackError
-from steerback.judging import Judge, JudgeItem, References, make_judge
+from steerback.judging import Judge, JudgeItem, References, make_judge, offline
 from steerback.judging.gating import gate, opens
 from steerback.judging.offline import is_clarifying_question, score_attempt
 from steerback.judging.restarts import find_restarts
@@ -314,3 +316,33 @@ def test_loops_of_a_few_words_are_no_restarts(loop: str) -> None:
         "Wait, that is wrong. The floor's area is \\( A = \\frac{a + b}{2} \\cdot h = 12 \\), and that is all of it."
     )
     assert len(find_restarts(start + formula, prompt)) == 1
+
+
+def test_other_processes_give_the_same_verdicts_and_their_end_loses_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offline, "CORES", 1)
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
+    known = references(load("dev"))
+    items = [c.item for c in compose(load("dev"))][:100]
+    judge, judge_batch = offline.OfflineJudge(), offline.OfflineJudge.judge_batch
+    judge.prepare(known)
+    expected = judge.judge_batch(items)
+
+    processes = offline.Processes("offline", known)
+    assert processes.started is not None
+    processes.started.result()
+    judge._processes = processes
+
+    async def verdicts() -> list[Judgement]:
+        return [verdict async for _, verdict in judge.judge(items)]
+
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(judge, "judge_batch", None)
+        assert asyncio.run(verdicts()) == expected
+    waiting = processes.start(judge_batch, items * 50)
+    for process in psutil.Process().children(recursive=True):
+        if "popen_loky_posix" in " ".join(process.cmdline()):
+            process.kill()
+    assert waiting is not None
+    with pytest.raises(BrokenExecutor):
+        waiting.result()
+    assert asyncio.run(verdicts()) == expected

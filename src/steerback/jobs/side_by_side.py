@@ -121,7 +121,8 @@ def _child(
     end_with(parent)
     for other in inherited:  # ends of the parent, whose copies would keep pipes open
         other.close()
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
+    for name in ("OMP_NUM_THREADS", "LOKY_MAX_CPU_COUNT"):  # of torch, and of the judges
+        os.environ[name] = str(max(1, (os.cpu_count() or 1) // processes))
     try:
         while True:
             try:

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import re
-from collections.abc import AsyncIterator, Sequence
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import BrokenExecutor
 from functools import cache
 from importlib import resources
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from steerback.judging.base import JudgeItem, References
 from steerback.judging.gating import gate
@@ -21,12 +25,17 @@ from steerback.judging.restarts import Restart, find_restarts
 from steerback.judging.text import Span, sentences, words
 from steerback.judging.windows import join
 from steerback.records import Attempt, Judgement, Spend, WindowScores, digest
+from steerback.store.processes import end_with
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor, Future
+
     from steerback.judging.relevance import Relevance, WordLikelihood
 
 NOTICE = "the offline judge compares words; its scores are not comparable with the paper's"
-BATCH = 256
+BATCH = 64
+MANY, CORES = 256, 4
+"""Number of judged responses after which more processes judge, and the machine's cores for each of them."""
 STAY = 0.8
 """Prior probability that two neighbouring sentences are both on topic or both off topic, as drifts are contiguous."""
 
@@ -42,6 +51,11 @@ _POLITE = re.compile(
 )
 
 
+T = TypeVar("T")
+Verdicts = Callable[["OfflineJudge", Sequence[JudgeItem]], Sequence[T]]
+"""A method that returns the verdicts of a batch."""
+
+
 class OfflineJudge:
     """Implements `Judge`: splits at restarts and scores each attempt by its length-weighted share on topic."""
 
@@ -50,6 +64,8 @@ class OfflineJudge:
         self._references = References()
         self._relevance: Relevance | WordLikelihood | None = None
         self._fingerprint: str | None = None
+        self._processes: Processes | None = None
+        self._count = 0
 
     @property
     def fingerprint(self) -> str:
@@ -79,18 +95,38 @@ class OfflineJudge:
         """Build the relevance model from the references."""
         from steerback.judging.relevance import Relevance, WordLikelihood  # scikit-learn takes a second to import
 
-        self._references, self._fingerprint = references, None
+        self._references, self._fingerprint, self._processes = references, None, None
         has_words = any(words(r) for texts in references.responses.values() for r in texts)
         model = Relevance if self.name == "offline" else WordLikelihood
         self._relevance = model(references) if has_words else None
 
     async def judge(self, items: Sequence[JudgeItem]) -> AsyncIterator[tuple[str, Judgement]]:
         """Yield (item key, judgement) in order; other tasks can run between batches."""
+        async for key, judgement in self._in_batches(items, OfflineJudge.judge_batch):
+            yield key, judgement
+
+    async def _in_batches(self, items: Sequence[JudgeItem], work: Verdicts[T]) -> AsyncIterator[tuple[str, T]]:
         for at in range(0, len(items), BATCH):
             batch = items[at : at + BATCH]
-            for item, judgement in zip(batch, self.judge_batch(batch), strict=True):
-                yield item.key, judgement
+            for item, verdict in zip(batch, await self._worked(work, batch), strict=True):
+                yield item.key, verdict
             await asyncio.sleep(0)
+
+    async def _worked(self, work: Verdicts[T], batch: Sequence[JudgeItem]) -> Sequence[T]:
+        """Return the verdicts of a batch: of another process if many are judged, so that an engine's driver can work.
+
+        Until the processes have started, or if one of them ends, this process judges.
+        """
+        self._count += len(batch)
+        try:
+            if self._processes is None and self._count > MANY:
+                self._processes = Processes(self.name, self._references)
+            if self._processes is not None and (judging := self._processes.start(work, batch)) is not None:
+                return await asyncio.wrap_future(judging)
+        except BrokenExecutor:
+            assert self._processes is not None
+            self._processes.stop()
+        return work(self, batch)
 
     def judge_batch(self, items: Sequence[JudgeItem]) -> list[Judgement]:
         """Return the judgements of the items, in order."""
@@ -110,11 +146,8 @@ class OfflineJudge:
 
     async def windows(self, items: Sequence[JudgeItem]) -> AsyncIterator[tuple[str, WindowScores]]:
         """Yield (item key, scores of its sentences) in order; restart phrases are in no window."""
-        for at in range(0, len(items), BATCH):
-            batch = items[at : at + BATCH]
-            for item, scores in zip(batch, self._window_batch(batch), strict=True):
-                yield item.key, scores
-            await asyncio.sleep(0)
+        async for key, scores in self._in_batches(items, OfflineJudge._window_batch):
+            yield key, scores
 
     def window_estimate(self, items: Sequence[JudgeItem]) -> Spend | None:
         """Return None: this judge is free."""
@@ -180,6 +213,50 @@ class OfflineJudge:
     @property
     def _stay(self) -> float:
         return STAY if self.name == "offline" else 0.5
+
+
+class Processes:
+    """Processes with a copy of a judge, one for every CORES cores that this process may use."""
+
+    def __init__(self, name: str, references: References) -> None:
+        from joblib.externals import loky
+
+        self._pool: Executor | None = None
+        self.started: Future[None] | None = None
+        self._parent = os.getpid()
+        if (number := loky.cpu_count() // CORES) and sys.platform == "linux":  # `end_with` needs it
+            self._pool = loky.ProcessPoolExecutor(number, initializer=_begin, initargs=(self._parent, name, references))
+            self.started = self._pool.submit(_nothing)
+
+    def start(self, work: Verdicts[T], batch: Sequence[JudgeItem]) -> Future[Sequence[T]] | None:
+        """Let a process judge a batch; None if there is none, or none has started yet, or this is a fork."""
+        if self._pool is None or self.started is None or not self.started.done() or os.getpid() != self._parent:
+            return None
+        return self._pool.submit(_work, work, batch)
+
+    def stop(self) -> None:
+        """Use the processes no more, because one of them has ended."""
+        self._pool = None
+
+
+_own: OfflineJudge
+"""The judge of a process of `Processes`."""
+
+
+def _begin(parent: int, name: str, references: References) -> None:
+    global _own
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt ends
+    end_with(parent)
+    _own = OfflineJudge(name)
+    _own.prepare(references)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _work(work: Verdicts[T], batch: Sequence[JudgeItem]) -> Sequence[T]:
+    return work(_own, batch)
 
 
 @cache

@@ -187,7 +187,7 @@ class Relevance:
                 return
             examples: list[_Example] = []
             for prompt, text in ((p, t) for p in asked for t in _part(self._bodies[p], fold, held=True)):
-                other, shuffled, draw = rng.choice([p for p in asked if p != prompt]), words(text), rng.random()
+                other, shuffled, draw = rng.choice([p for p in asked if p != prompt]), [*words(text)], rng.random()
                 rng.shuffle(shuffled)
                 topic = (other,) if draw < 0.4 else () if draw < 0.6 or not topics else rng.choice(topics)
                 examples += [_Example(text, prompt, topic, True), _Example(text, other, (prompt,), False)]

@@ -6,7 +6,9 @@ Every function takes linear time for any text. This module knows nothing about j
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 _STOP = re.compile(r"[.!?…]+[\"'”’)\]*_]*|:|\n")
 _PAUSE = re.compile(r"[-–—.…,;:!?]+")
@@ -81,9 +83,10 @@ def hide(text: str) -> str:
     return _HIDDEN.sub(masked, text)
 
 
-def words(text: str) -> list[str]:
+@lru_cache(maxsize=8192)  # a judge asks several times for the words of a sentence
+def words(text: str) -> Sequence[str]:
     """Return the words and numbers in lower case."""
-    return _WORD.findall(text.lower().replace("’", "'"))
+    return tuple(_WORD.findall(text.lower().replace("’", "'")))
 
 
 def _ends_sentence(text: str, begin: int, match: re.Match[str]) -> bool:
