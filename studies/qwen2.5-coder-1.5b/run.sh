@@ -40,7 +40,8 @@ directions() {  # difference-of-means directions instead of latents, with the pr
 }
 finetune() {  # experiment 4: nine adapters on self-corrections that the model itself wrote
   steerback finetune data --target "$model" --writer self --engine "$engine" --examples "${EXAMPLES:-400}" --data "$out/finetuning"
-  steerback finetune train --target "$model" --data "$out/finetuning"
+  # texts of many lengths: without this, the memory of one length is not used for the next
+  PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True steerback finetune train --target "$model" --data "$out/finetuning"
 }
 tuned() {  # the adapters, steered with the latents of a run of their base, each at its own thresholds
   run esr --target coder --name finetuning-base --preset quick --set trials_per_latent=10 "${tuned[@]}"
