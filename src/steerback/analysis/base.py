@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from pydantic import JsonValue
 
 from steerback import organism
-from steerback.analysis.floor import Floor, Recoveries, floors_under, recoveries, series_of
+from steerback.analysis.floor import Floor, Recoveries, floors_under, recoveries, recovery_of
 from steerback.analysis.labels import Key as Key
 from steerback.analysis.labels import Labelling, LedgerPlace, Prepare, labelling
 from steerback.metrics import Comparison, Outcomes, Summary, compare, correct, summarize
-from steerback.metrics.recovery import Series
+from steerback.metrics.recovery import Recovery
 from steerback.records import LatentKey, Trial
 from steerback.store.facts import BASELINE, FLOOR, PROVENANCE
 from steerback.store.ledger import MANY, Ledger
@@ -136,31 +136,31 @@ def measured(
     places = {
         (target, condition): LedgerPlace(target, stage, condition) for target, condition in ledger.conditions(stage)
     }
-    outcomes, windows = read_conditions(ledger, judge, places, prepare)
+    outcomes, recovered = read_conditions(ledger, judge, places, prepare)
     pairs = {
         (target, condition): other
         for target, condition in outcomes
         if (other := against(condition)) is not None and (target, other) in outcomes
     }
     tested = paired(judge, outcomes, pairs, draws, labelling(ledger, judge, places, pairs, draws, prepare))
-    return with_floors(tested, ledger, places, draws, windows)
+    return with_floors(tested, ledger, places, draws, recovered)
 
 
 @collector_paused()
 def read_conditions(
     ledger: Ledger, judge: str, places: Mapping[Key, LedgerPlace], prepare: Prepare = list
-) -> tuple[dict[Key, Outcomes], dict[Key, Series | None]]:
-    """Return the outcomes and the window scores (None: not scored) of conditions, read by two processes if many."""
+) -> tuple[dict[Key, Outcomes], dict[Key, Recovery | None]]:
+    """Return the outcomes and the recovery (None: no window scores) of conditions, read by two processes if many."""
 
-    def read(keys: Sequence[Key], own: Ledger) -> dict[Key, tuple[Outcomes, Series | None]]:
+    def read(keys: Sequence[Key], own: Ledger) -> dict[Key, tuple[Outcomes, Recovery | None]]:
         found = {}
         for key in keys:
             place = places[key]
             rows = prepare(own.outlines(place.target, place.stage, place.condition, judge))
-            found[key] = outcomes_of(rows, own.includes_degraded), series_of(own, judge, place, rows)
+            found[key] = outcomes_of(rows, own.includes_degraded), recovery_of(own, judge, place, rows)
         return found
 
-    def second() -> dict[Key, tuple[Outcomes, Series | None]]:
+    def second() -> dict[Key, tuple[Outcomes, Recovery | None]]:
         with Ledger(ledger.path, read_only=True) as own:
             return read(keys[1::2], own)
 
@@ -175,15 +175,15 @@ def with_floors(
     ledger: Ledger,
     places: Mapping[Key, LedgerPlace],
     draws: int,
-    windows: Mapping[Key, Series | None],
+    recovered: Mapping[Key, Recovery | None],
 ) -> Measured:
     """Return a copy with the judge's floor of each condition, and with recovery without a restart phrase."""
     targets = {target for target, _ in ledger.conditions(FLOOR)}
     unsteered = {t: [*ledger.outlines(t, FLOOR, judge=measured.judge)] for t in targets}
     restarts = {t: outcomes_of(own, ledger.includes_degraded, lambda x: x.prompt) for t, own in unsteered.items()}
     floors = floors_under(measured.outcomes, places, restarts, draws)
-    recovered = recoveries(ledger, measured.judge, places, windows, unsteered)
-    return replace(measured, floors=floors, recovery=recovered)
+    recovery = recoveries(ledger, measured.judge, places, recovered, unsteered)
+    return replace(measured, floors=floors, recovery=recovery)
 
 
 def paired(

@@ -111,10 +111,10 @@ def by_mix(ledger: Ledger, judge: str, draws: int, adapters: Mapping[str, Adapte
         places[key] = LedgerPlace(target, "measure", condition)
         if fact is not None:
             against[key] = condition_name(BASE, condition)
-    outcomes, windows = read_conditions(ledger, judge, places)
+    outcomes, recovered = read_conditions(ledger, judge, places)
     against = {key: other for key, other in against.items() if (key[0], other) in outcomes}
     tested = paired(judge, outcomes, against, draws, labelling(ledger, judge, places, against, draws))
-    return with_floors(tested, ledger, places, draws, windows)
+    return with_floors(tested, ledger, places, draws, recovered)
 
 
 def steered_comparisons(measured: Measured) -> Measured:

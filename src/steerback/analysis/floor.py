@@ -21,6 +21,7 @@ from steerback.metrics.recovery import Recovery, Rule, Series, recovery
 from steerback.records import LatentKey, Trial
 from steerback.store.facts import CONFIG, FLOOR
 from steerback.store.ledger import Ledger
+from steerback.store.processes import in_halves
 from steerback.store.rows import Outline
 
 if TYPE_CHECKING:
@@ -59,12 +60,14 @@ def floors_under(
 ) -> dict[Key, Floor]:
     """Return the floor of each condition; `unsteered` has by target the judged unsteered responses of the ledger."""
     summaries = {target: summarize(own, draws) for target, own in unsteered.items() if len(own)}
-    floors = {}
-    for key, place in places.items():
-        if place.target in summaries:
-            both = view(outcomes[key]), view(unsteered[place.target])
-            floors[key] = Floor(summaries[place.target], {m: above_floor(*both, m) for m in RATES})
-    return floors
+    floored = [key for key, place in places.items() if place.target in summaries]
+
+    def tested(keys: Sequence[Key]) -> dict[Key, dict[str, float | None]]:
+        views = {key: (view(outcomes[key]), view(unsteered[places[key].target])) for key in keys}
+        return {key: {m: above_floor(*both, m) for m in RATES} for key, both in views.items()}
+
+    first, second = in_halves(tested, floored)
+    return {key: Floor(summaries[places[key].target], (first | second)[key]) for key in floored}
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,26 +93,22 @@ def recoveries(
     ledger: Ledger,
     judge: str,
     places: Mapping[Key, LedgerPlace],
-    windows: Mapping[Key, Series | None],
+    measured: Mapping[Key, Recovery | None],
     floors: Mapping[str, Sequence[Outline]],
 ) -> Recoveries:
     """Return the recovery of every condition whose windows `judge` has scored.
 
-    `windows` are the scores of each condition (`series_of`), `floors` the unsteered rows of each target, all with the
-    verdicts of `judge`.
-
-    Degraded responses, and responses without a score for the whole text, are excluded, as in the other metrics.
+    `measured` is the recovery in each condition (`recovery_of`), `floors` are the unsteered rows of each target, all
+    with the verdicts of `judge`.
     """
-    rule = rule_of(ledger)
-    measured = {key: recovery(series, rule) for key in places if (series := windows[key]) is not None}
     unsteered: dict[str, Recovery] = {}
     for target, condition in ledger.conditions(FLOOR):
         own = [row for row in floors[target] if row.trial.condition == condition]
-        floor = series_of(ledger, judge, LedgerPlace(target, FLOOR, condition), own, lambda t: t.prompt)
+        floor = recovery_of(ledger, judge, LedgerPlace(target, FLOOR, condition), own, lambda t: t.prompt)
         if floor is not None:
-            unsteered[target] = recovery(floor, rule)
+            unsteered[target] = floor
     under = {key: unsteered[place.target] for key, place in places.items() if place.target in unsteered}
-    return Recoveries(rule, measured, under)
+    return Recoveries(rule_of(ledger), {key: own for key, own in measured.items() if own is not None}, under)
 
 
 def rule_of(ledger: Ledger) -> Rule:
@@ -119,21 +118,25 @@ def rule_of(ledger: Ledger) -> Rule:
     return Rule(settings.low, settings.high, settings.early, settings.least_windows)
 
 
-def series_of(
+def recovery_of(
     ledger: Ledger,
     judge: str,
     place: LedgerPlace,
     rows: Sequence[Outline],
     cluster: Callable[[Trial], LatentKey | None] = lambda trial: trial.latent,
-) -> Series | None:
-    """Return the window scores of a condition's rows; None if the judge has scored no windows of that condition."""
+) -> Recovery | None:
+    """Return the recovery in a condition's rows; None if the judge has scored no windows of that condition.
+
+    Degraded responses, and responses without a score for the whole text, are excluded, as in the other metrics.
+    """
     scores = ledger.window_scores(judge, place.target, place.stage, place.condition)
     if not scores:
         return None
     used = [(r, len(r.attempts)) for r in rows if scores.get(r.trial.key) and not r.degraded]
     used = [(r, attempts) for r, attempts in used if attempts]
-    return Series(
+    series = Series(
         [np.array(scores[r.trial.key], dtype=np.float64) for r, _ in used],
         np.array([cluster_code(cluster(r.trial)) for r, _ in used], dtype=np.int64),
         np.array([attempts == 1 for _, attempts in used], dtype=bool),
     )
+    return recovery(series, rule_of(ledger))

@@ -6,7 +6,7 @@ chance is exact: the share of all orders of the same windows that satisfy the ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb
 
@@ -45,16 +45,6 @@ class Series:
     scores: Sequence[Floats]
     cluster: Codes
     single: Flags
-
-    def __reduce__(self) -> tuple[Callable[..., Series], tuple[object, ...]]:
-        """Pickle all scores as one array; many small ones would take longer than the reading of the ledger."""
-        lengths, flat, _ = _flat(self.scores) if self.scores else ([], np.zeros(0), None)
-        return Series.unpack, (lengths, flat, self.cluster, self.single)
-
-    @staticmethod
-    def unpack(lengths: Sequence[int], flat: Floats, cluster: Codes, single: Flags) -> Series:
-        """Return the scores that were pickled as one array."""
-        return Series(np.split(flat, np.cumsum(lengths)[:-1]) if lengths else [], cluster, single)
 
 
 @dataclass(frozen=True)

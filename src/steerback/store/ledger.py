@@ -206,17 +206,16 @@ class Ledger:
             db.executemany(f"INSERT OR IGNORE INTO completions VALUES ({placeholders(11)})", rows)
             _outline(db, [row[0] for row in rows])
 
-    def completed(self, keys: Iterable[str]) -> set[str]:
-        """Return the keys of those trials that have a completion."""
-        query = f"SELECT trial FROM outlines WHERE trial IN ({KEYS})"
-        return self._among(query, keys)
+    def without_response(self, keys: Iterable[str]) -> set[str]:
+        """Return the keys of those trials that have no completion."""
+        return self._without("outlines WHERE trial = value", keys)
 
-    def judged(self, judge: str, keys: Iterable[str]) -> set[str]:
-        """Return the keys of those trials that a judge has judged."""
-        query = f"SELECT trial FROM judgements WHERE trial IN ({KEYS}) AND judge = ?"
-        return self._among(query, keys, judge)
+    def without_verdict(self, judge: str, keys: Iterable[str]) -> set[str]:
+        """Return the keys of those trials that a judge has not judged."""
+        return self._without("judgements WHERE trial = value AND judge = ?", keys, judge)
 
-    def _among(self, query: str, keys: Iterable[str], *values: str) -> set[str]:
+    def _without(self, rows: str, keys: Iterable[str], *values: str) -> set[str]:
+        query = f"{KEYS} WHERE NOT EXISTS (SELECT 1 FROM {rows})"
         return {key for (key,) in self._all(query, (dump_json(list(keys)), *values))}
 
     def add_judgements(self, judged: Iterable[tuple[str, Judgement]]) -> None:

@@ -133,11 +133,11 @@ class Flow:
             ledger = self.bench.ledger
             ledger.add_trials(todo)
             self._open += len(todo)
-            done = ledger.completed(t.key for t in todo)
-            had += len(done)
-            if waiting := [t for t in todo if t.key not in done]:
+            open_keys = ledger.without_response(t.key for t in todo)
+            had += len(todo) - len(open_keys)
+            if waiting := [t for t in todo if t.key in open_keys]:
                 self.to_generate.put_nowait(waiting)
-            todo = self._take_up([t.key for t in todo if t.key in done])
+            todo = self._take_up([t.key for t in todo if t.key not in open_keys])
         if not self._open or self.follow is None:
             self.to_generate.put_nowait(None)
         return had
@@ -147,12 +147,12 @@ class Flow:
         if self.judge is None or not keys:
             return []
         ledger, name = self.bench.ledger, self.judge.name
-        known = ledger.judged(name, keys)
-        fresh = list(ledger.stream([key for key in keys if key not in known]))
+        waiting = ledger.without_verdict(name, keys)
+        fresh = list(ledger.stream([key for key in keys if key in waiting]))
         self.unjudged += [r for r in fresh if r.valid_receipt]
         if self.follow is None:
             return []
-        finished = [*ledger.stream([key for key in keys if key in known], name)]
+        finished = [*ledger.stream([key for key in keys if key not in waiting], name)]
         return self._finish([*finished, *(r for r in fresh if not r.valid_receipt)])
 
     def finished(self, rows: Sequence[Row]) -> None:

@@ -337,6 +337,7 @@ class Study:
             "measure",
             condition,
             cell.index,
+            seed=cell.seed,
             prompt=prompt or cell.prompt,
             latent=cell.latent.key,
             label=cell.latent.label,
