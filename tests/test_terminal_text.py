@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from steerback.cli import main
-from steerback.errors import one_line, visible
+from steerback.errors import SteerbackError, one_line, unknown, visible
 from steerback.store.progress import Plain
 from steerback.targets.labels import store_labels
 
@@ -55,6 +55,14 @@ def test_labels(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     shown = "".join(capfd.readouterr())
     assert "\\x1b[31mred" in shown
     assert not set(CONTROLS) & set(shown)
+
+
+def test_a_message_that_repeats_a_file_is_shortened_in_the_middle() -> None:
+    said = str(unknown("preset", "p" * 100_000, ["quick"])) + str(SteerbackError(f"place: {'x' * 100_000}: fix"))
+    assert len(said) < 1500
+    assert said.startswith("unknown preset 'ppp")
+    assert "choose one of: quickplace: xxx" in said
+    assert said.endswith("xxx: fix")
 
 
 def test_progress_and_errors(capfd: pytest.CaptureFixture[str]) -> None:

@@ -11,17 +11,26 @@ DOCS = "https://steerback.github.io/steerback/"
 """Address of the documentation, equal to that in pyproject.toml and mkdocs.yml."""
 
 
+LONGEST = 1_200
+"""Most characters of an error message."""
+
+
 class SteerbackError(Exception):
     """An error that the user can correct. Its message is one line: the problem, its place, valid choices and the fix.
 
-    The command line prints the message without a traceback and exits with code 2.
+    The command line prints the message without a traceback and exits with code 2. A message that repeats a long text of
+    a file is shortened in the middle.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message if len(message) < LONGEST else f"{message[:800]} ... {message[-300:]}")
 
 
 def unknown(what: str, value: object, choices: Iterable[object]) -> SteerbackError:
     """Return the error for an unknown name, with a similar name if there is one, and all valid names."""
     names = [str(choice) for choice in choices]
-    return SteerbackError(f"unknown {what} {value!r};{did_you_mean(value, names)} choose one of: {', '.join(names)}")
+    shown = short(value) if isinstance(value, str) else repr(value)
+    return SteerbackError(f"unknown {what} {shown};{did_you_mean(value, names)} choose one of: {', '.join(names)}")
 
 
 def did_you_mean(value: object, names: Iterable[str]) -> str:
@@ -29,7 +38,7 @@ def did_you_mean(value: object, names: Iterable[str]) -> str:
     import difflib
 
     by_lower = {name.lower(): name for name in names}
-    close = difflib.get_close_matches(str(value).lower(), by_lower, 1)
+    close = difflib.get_close_matches(str(value)[:200].lower(), by_lower, 1)
     return f" did you mean {by_lower[close[0]]}?" if close else ""
 
 

@@ -15,6 +15,7 @@ import select
 import stat
 import tomllib
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -151,8 +152,8 @@ def parse_json(text: str, where: str) -> Json:
 def _once(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice in one object")
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"key {twice!r} occurs twice in one object")
     return table
 
 
@@ -193,24 +194,38 @@ def parse_yaml(text: str, where: str) -> Json:
 
 
 class _Yaml(yaml.SafeLoader):
-    """YAML loader with `true` and `false` as the only booleans, without dates, and with unique keys."""
+    """YAML loader with `true` and `false` as the only booleans, and with unique keys.
+
+    Dates, times and merge keys (`<<`) are text. There are no tags. Times would be integers to the base 60, which take
+    quadratic time to read, and merge keys can multiply without limit.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in set(keys):
-            if keys.count(key) > 1:
-                raise ValueError(f"key {key!r} occurs twice{node.start_mark}")
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        key, count = keys.most_common(1)[0] if keys else ("", 0)
+        if count > 1:
+            raise ValueError(f"key {key!r} occurs twice{node.start_mark}")
         built: dict[object, object] = super().construct_mapping(node, deep)
         return built
+
+    def fetch_flow_collection_start(self, kind: type[yaml.Token]) -> None:
+        if self.flow_level == DEEPEST:  # the scanner takes quadratic time for open brackets
+            raise RecursionError
+        super().fetch_flow_collection_start(kind)
+
+    def fetch_tag(self) -> None:
+        raise ValueError(f"tags are not supported; write text in quotes{self.get_mark()}")
 
 
 _REPLACED = {
     "bool": (r"^(?:true|True|false|False)$", "tTfF"),
+    "int": (r"^[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]+|0|[1-9][0-9_]*)$", "-+0123456789"),
     "float": (
         r"^[-+]?(?:(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$",
         "-+0123456789.",
     ),
     "timestamp": (None, ""),
+    "merge": (None, ""),
 }
 _Yaml.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in _REPLACED]
@@ -292,5 +307,5 @@ def _reason(error: Exception) -> str:
     """Return the parser's message in one line. Python's advice about long integers does not help users."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
-    message = " ".join(str(error).split())
+    message = " ".join(str(error).split())[:300]
     return "an integer has too many digits" if "integer string conversion" in message else message
