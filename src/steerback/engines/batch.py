@@ -230,8 +230,8 @@ class DecodingBatch:
     def _step(self, ahead: int) -> Tensor:
         """Feed every slot its last token, `ahead` steps after the tokens in `slots`; return the next tokens (rows,)."""
         # An upper bound for all rows: which rows end within the block is not known yet.
-        far = max(s.prompt + len(s.tokens) for s in self.slots.values()) + ahead
-        self._cache.seek(self._positions, far)
+        reached = {n: s.prompt + len(s.tokens) - 1 + ahead for n, s in self.slots.items()}
+        self._cache.seek(self._positions, reached)
         positions = self._positions[:, None]
         forward = Pass(positions, [(self._decode, self._live[:, None])])
         hidden = self.runner.hidden(self._tokens[:, None], positions, self._cache.seen, self._cache, forward)
