@@ -54,14 +54,12 @@ class DetectorAblation(UsesDetectors[DetectorAblationOptions]):
         ]
 
     async def run(self, study: Study) -> None:
-        """Measure the baseline, then all detectors at zero, then the other doses and partial clamps."""
+        """Measure the baseline, then all doses and partial clamps together."""
         detectors = (await detectors_of(study, self.options)).detectors
         doses = distinct([Dose(condition=BASELINE, share=0.0, level=0.0), *self.doses()], len(detectors))
         study.run.ledger.put(study.name, DOSES, doses)
         await study.baseline()
-        for dose in doses:
-            if dose.latents:
-                await clamp(study, dose.condition, clamps_of(dose, detectors[: dose.latents]))
+        await clamp(study, {d.condition: clamps_of(d, detectors[: d.latents]) for d in doses if d.latents})
 
 
 def distinct(doses: list[Dose], size: int) -> list[Dose]:
@@ -86,14 +84,14 @@ def clamps_of(dose: Dose, detectors: Sequence[Detector]) -> list[Intervention]:
     return [Intervention("clamp", d.latent, dose.level * d.level) for d in detectors]
 
 
-async def ablate(study: Study, condition: str, latents: Sequence[int]) -> None:
-    """Replay every grid point with these latents clamped to zero."""
-    await clamp(study, condition, [Intervention("clamp", k, 0.0) for k in latents])
+async def clamp(study: Study, conditions: Mapping[str, Sequence[Intervention]]) -> None:
+    """Replay every grid point in each condition, with its clamps in addition to the other edits.
 
-
-async def clamp(study: Study, condition: str, clamps: Sequence[Intervention]) -> None:
-    """Replay every grid point with these clamps in addition to its other edits."""
-    await study.measure(condition, [study.at(cell, condition, clamps=clamps) for cell in await study.cells()])
+    The conditions are measured together, so that batches stay full from one condition to the next.
+    """
+    cells = await study.cells()
+    trials = [study.at(cell, name, clamps=clamps) for name, clamps in conditions.items() for cell in cells]
+    await study.measure("detectors and other latents clamped", trials)
 
 
 class RandomAblationOptions(SearchOptions):
@@ -125,16 +123,15 @@ class RandomAblation(UsesDetectors[RandomAblationOptions]):
         return 2 + max(resolve(t, config.definitions).random_sets for t in config.targets)
 
     async def run(self, study: Study) -> None:
-        """Measure the baseline, the detectors clamped to zero, then every random set clamped to zero."""
+        """Measure the baseline, then the detectors and every random set clamped to zero together."""
         latents = (await detectors_of(study, self.options)).latents
         rows = await study.baseline_rows()
-        await ablate(study, ABLATED, latents)
         control = study.run.ledger.get(study.name, RANDOM_SETS)
         if control is None:
             control = self._draw(study, rows, latents)
             study.run.ledger.put(study.name, RANDOM_SETS, control)
-        for condition, members in zip(control.conditions, control.sets, strict=True):
-            await ablate(study, condition, members)
+        sets = {ABLATED: latents, **dict(zip(control.conditions, control.sets, strict=True))}
+        await clamp(study, {name: [Intervention("clamp", k, 0.0) for k in members] for name, members in sets.items()})
 
     def _draw(self, study: Study, rows: Sequence[Row], latents: Sequence[int]) -> ControlSets:
         """Draw random sets matched on the responses of `rows`; steered latents are never drawn.

@@ -88,8 +88,8 @@ class Finetuning(Experiment[FinetuningOptions]):
     async def _measure(
         self, study: Study, steered: Sequence[Cell], every: Sequence[Cell], names: tuple[str, str]
     ) -> None:
-        await study.measure(names[0], [study.at(cell, names[0]) for cell in steered])
-        await study.measure(names[1], [study.at(cell, names[1], boost=0.0) for cell in every])
+        trials = [study.at(cell, names[0]) for cell in steered]
+        await study.measure(", ".join(names), [*trials, *(study.at(cell, names[1], boost=0.0) for cell in every)])
 
     def _adopt(self, study: Study) -> None:
         """Copy the base's latents, and the adapter's properties that the analysis needs."""
