@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,24 @@ def test_a_campaign_of_all_experiments_starts_one_engine(runs: Runs) -> None:
     assert log == ["start planted", "close planted"]
     campaign.run(campaign.stored_steps([s.folder for s in steps]), cached=False, say=lambda _: None, makers=makers)
     assert len(log) == 2  # nothing is left to do
+
+
+def test_side_by_side_the_longest_chain_of_steps_starts_first(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+
+    def each(steps: Sequence[paper.Step], *_: object) -> Iterator[Any]:
+        started.extend(step.config.experiment for step in steps)
+        return iter(())
+
+    monkeypatch.setattr(side_by_side, "possible", lambda _: True)
+    monkeypatch.setattr(side_by_side, "each", each)
+    first = campaign.resolved(first_of("planted"), runs.makers)
+    steps = paper.plan(first, runs.root, "p", options={"random-ablation": ["sets=19"], "boost-sweep": ["levels=9"]})
+    campaign.run(steps, cached=False, say=lambda _: None, makers=runs.makers)
+    assert sorted(started) == sorted(step.config.experiment for step in steps)
+    assert started[:2] == ["esr", "detectors"]
+    for earlier, later in (("boost-sweep", "meta-prompts"), ("random-ablation", "detector-ablation")):
+        assert started.index(earlier) < started.index(later)
 
 
 def test_a_campaign_on_two_targets_holds_one_engine_at_a_time(runs: Runs) -> None:

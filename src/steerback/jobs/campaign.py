@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -163,8 +163,15 @@ def _can_share(step: Step, makers: Makers | None) -> bool:
 def _side_by_side(
     steps: Sequence[Step], heads: Mapping[Path, str], cached: bool, say: Callable[[str], None], makers: Makers | None
 ) -> dict[Path, str]:
-    """Run unfinished steps in several processes, each after the step that it needs."""
+    """Run unfinished steps in several processes, each after the step that it needs. The longest chains start first."""
     engines, known = KeptEngine(), {step.folder: step for step in steps}
+    left = Counter[Path]()  # responses of a step and of the longest chain of steps after it
+    for step in reversed(steps):
+        with suppress(SteerbackError):  # reported when the step is run
+            left[step.folder] += _cost(_checked(step, makers), set())["responses"]
+        if step.after is not None:
+            left[step.after] = max(left[step.after], left[step.folder])
+    steps = sorted(steps, key=lambda step: -left[step.folder])
     failed: dict[Path, str] = {}
     pending = set(known)
 
