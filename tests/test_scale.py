@@ -24,6 +24,10 @@ from steerback.analysis.base import outcomes_of
 from steerback.analysis.labels import LedgerPlace
 from steerback.config import RunConfig
 from steerback.errors import SteerbackError
+from steerback.jobs.estimate import judging_line, windows_line
+from steerback.jobs.grading import Grader
+from steerback.jobs.judging import to_judge
+from steerback.judging import make_judge
 from steerback.metrics import Outcomes
 from steerback.published import exports
 from steerback.records import Attempt, Completion, Intervention, Judgement, Receipt, Trial, is_degraded
@@ -196,6 +200,20 @@ def test_memory_does_not_grow_with_the_texts_of_a_ledger(large: Run, tmp_path: P
     }
     work[verb]()  # imports are no part of it
     assert peak(work[verb]) < 8
+
+
+@pytest.mark.parametrize("rubric", ["attempts", "windows", "whole", "boundaries"])
+def test_memory_of_judging_does_not_grow_with_the_texts_of_a_ledger(large: Run, rubric: str) -> None:
+    pytest.importorskip("inspect_ai")
+    judge = make_judge("mockllm/model")
+    work: dict[str, Callable[[], object]] = {
+        "attempts": lambda: judging_line(to_judge(large, judge)),
+        "windows": lambda: windows_line(large, judge, False),
+        "whole": lambda: Grader("mockllm/model", "whole").todo(large),
+        "boundaries": lambda: Grader("offline", "boundaries").todo(large),
+    }
+    work[rubric]()  # imports are no part of it
+    assert peak(work[rubric]) < 15
 
 
 def test_an_outline_is_its_row_without_texts(large: Run) -> None:

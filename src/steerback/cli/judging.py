@@ -104,7 +104,7 @@ def _windows(folder: Path, judge: str, retry: bool, dry_run: bool, makers: Maker
     with tools(cached=False) as (progress, _):
         score_run_windows(folder, judge, progress, makers, retry)
     with Run.read(folder) as opened:
-        reasons = [w.reason for w in opened.ledger.windows(judge).values()]
+        reasons = opened.ledger.window_reasons(judge)
     say_lines([*spent_lines(folder), *unscored_lines(judge, reasons)])
     say(f"windows of {len(reasons)} responses scored by {judge}: steerback figures {folder.name} --judge {judge}")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from steerback.config import RecoveryConfig, RunConfig
 from steerback.errors import SteerbackError, docs_page
-from steerback.judging.base import Judge, JudgeItem, estimated
+from steerback.judging.base import Judge, JudgeItem, estimate_in_batches, estimated
 from steerback.judging.graders import LLMRater
 from steerback.judging.llm import lacking
 from steerback.judging.windows import window_scorer
@@ -162,7 +162,7 @@ def windows_line(opened: Run, judge: Judge, retry: bool) -> str:
     if scorer is None:
         raise SteerbackError(f"judge {judge.name} cannot score windows; choose another (see steerback judges)")
     keys = [key for _, key in without_windows(opened.ledger, judge.name, retry=retry)]
-    asked = scorer.window_estimate([judge_item(row) for row in opened.ledger.stream(keys)])
+    asked = estimate_in_batches(scorer.window_estimate, map(judge_item, opened.ledger.stream(keys)))
     return (
         f"{len(keys)} responses whose sentences {judge.name} is to score{'' if asked is None else f': about {asked}'}"
     )

@@ -16,7 +16,7 @@ from steerback.engines.base import finish
 from steerback.errors import SteerbackError, unknown
 from steerback.figures.tables import Table, show
 from steerback.judging.asking import Answer, Asker
-from steerback.judging.base import JudgeItem
+from steerback.judging.base import JudgeItem, estimate_in_batches
 from steerback.judging.graders import BOUNDARIES, WHOLE, offline_boundaries
 from steerback.judging.models import Limits, model_string
 from steerback.judging.transport import Transport
@@ -26,6 +26,7 @@ from steerback.records import Spend
 from steerback.store.facts import EPISODES, REPLAY, Boundaries, Fact, WholeScore, boundaries, whole_scores
 from steerback.store.ledger import Row
 from steerback.store.progress import Progress, Silent
+from steerback.store.rows import Outline
 from steerback.store.run import Run, write_atomic
 from steerback.study.pipeline import judge_item
 
@@ -37,14 +38,14 @@ RECOVERED = 5.0  # of 10: "it starts off the prompt and recovers in part"
 
 @dataclass(frozen=True, slots=True)
 class Grading:
-    """Rows of a run that are not graded yet, by target, and the estimated cost (None: free)."""
+    """Keys of the trials of a run that are not graded yet, by target, and the estimated cost (None: free)."""
 
-    rows: Mapping[str, Sequence[Row]]
+    keys: Mapping[str, Sequence[str]]
     estimate: Spend | None
 
     @property
     def count(self) -> int:
-        return sum(map(len, self.rows.values()))
+        return sum(map(len, self.keys.values()))
 
 
 class Grader:
@@ -65,17 +66,16 @@ class Grader:
         self._asker = Asker(transport, WHOLE) if rubric == "whole" else Asker(transport, BOUNDARIES)
 
     def todo(self, run: Run, retry: bool = False) -> Grading:
-        """Return the rows without a result. With `retry`, also return rows that could not be graded before."""
-        rows: dict[str, list[Row]] = {}
+        """Return the trials without a result. With `retry`, also return those that could not be graded before."""
+        keys: dict[str, list[str]] = {}
         for target in run.config.targets:
             known = self.known(run, target)
-            rows[target] = [
-                r
-                for r in self._concerned(run, target)
-                if r.trial.key not in known or (retry and known[r.trial.key].get("reason"))
-            ]
-        items = [judge_item(r) for own in rows.values() for r in own]
-        return Grading(rows, self._asker.estimate(items) if self._asker else None)
+            concerned = (row.trial.key for row in self._concerned(run, target))
+            keys[target] = [key for key in concerned if key not in known or (retry and known[key].get("reason"))]
+        if self._asker is None:
+            return Grading(keys, None)
+        rows = run.ledger.stream(key for own in keys.values() for key in own)
+        return Grading(keys, estimate_in_batches(self._asker.estimate, map(judge_item, rows)))
 
     def known(self, run: Run, target: str) -> dict[str, dict[str, object]]:
         """Return the stored results by trial key."""
@@ -91,31 +91,33 @@ class Grader:
         typed = boundaries(self.name) if self.rubric == "boundaries" else whole_scores(self.name)
         return Fact.of(typed.name, dict[str, dict[str, object]])
 
-    def _concerned(self, run: Run, target: str) -> list[Row]:
+    def _concerned(self, run: Run, target: str) -> Sequence[Outline]:
         """Return all measured responses; for `boundaries` only episodes, recorded ones if there are any."""
         judge = run.config.judge
-        rows = [r for r in run.ledger.rows(target, "measure", judge=judge) if r.completion and r.valid_receipt]
+        rows = [row for row in run.ledger.outlines(target, "measure", judge=judge) if row.valid_receipt]
         if self.rubric == "whole":
             return rows
-        recorded = run.ledger.rows(target, REPLAY, EPISODES, judge)
-        return [r for r in recorded or rows if r.is_episode]
+        recorded = [*run.ledger.outlines(target, REPLAY, EPISODES, judge)]
+        return [row for row in recorded or rows if row.is_episode]
 
     def grade(self, run: Run, retry: bool = False, progress: Progress | None = None) -> int:
-        """Grade the rows of `todo`, store the results and return the number of graded responses.
+        """Grade the trials of `todo`, store the results and return the number of graded responses.
 
         Raises SteerbackError if the budget is spent.
         """
         work, shown = self.todo(run, retry), progress or Silent()
-        for target, rows in work.rows.items():
-            shown.stage(f"{target}: {self.rubric} by {self.name}", len(rows))
-            for first in range(0, len(rows), CHUNK):
-                answers = self._answers(rows[first : first + CHUNK])
+        for target, keys in work.keys.items():
+            known = self.known(run, target)
+            shown.stage(f"{target}: {self.rubric} by {self.name}", len(keys))
+            for first in range(0, len(keys), CHUNK):
+                answers = self._answers(list(run.ledger.stream(keys[first : first + CHUNK], run.config.judge)))
                 kept = {
                     key: {**(a.value.model_dump() if a.value else {}), "reason": a.reason, "raw": a.raw}
                     for key, a in answers.items()
                     if not a.over_budget
                 }
-                run.ledger.put(target, self.fact, self.known(run, target) | kept)
+                known |= kept
+                run.ledger.put(target, self.fact, known)
                 shown.update(judged=len(kept), unscored=sum(bool(entry["reason"]) for entry in kept.values()))
                 if self._asker and (spent := self._asker.transport.drain()).calls:
                     run.add_spend(f"{self.name} ({self.rubric})", spent)
@@ -160,7 +162,7 @@ def whole_table(run: Run, grader: Grader) -> Table:
     cells = []
     for target, condition in run.ledger.conditions("measure"):
         known = run.ledger.get(target, whole_scores(grader.name)) or {}
-        rows = run.ledger.rows(target, "measure", condition, run.config.judge)
+        rows = run.ledger.outlines(target, "measure", condition, run.config.judge)
         scored = [(r, known[r.trial.key]) for r in rows if r.trial.key in known]
         graded = [(r, whole, whole.score) for r, whole in scored if whole.score is not None]
         cluster = np.array([cluster_code(r.trial.latent) for r, _, _ in graded], dtype=np.int64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol, runtime_checkable
@@ -82,11 +82,16 @@ class PaidJudge(Paid, Protocol):
 
 def estimated(judge: Judge, items: Iterable[JudgeItem]) -> Spend | None:
     """Estimate calls, tokens and cost of judging `items`, which are read in batches; None for a free judge."""
-    if not isinstance(judge, PaidJudge):
-        return None
-    total, waiting = judge.estimate([]), iter(items)
-    while some := list(islice(waiting, ESTIMATED_TOGETHER)):
-        total += judge.estimate(some)
+    return estimate_in_batches(judge.estimate, items) if isinstance(judge, PaidJudge) else None
+
+
+def estimate_in_batches(
+    estimate: Callable[[Sequence[JudgeItem]], Spend | None], items: Iterable[JudgeItem]
+) -> Spend | None:
+    """Return the sum of the estimates for `items`, which are read in batches; None if it costs nothing."""
+    total, waiting = estimate([]), iter(items)
+    while total is not None and (some := list(islice(waiting, ESTIMATED_TOGETHER))):
+        total += estimate(some) or Spend()
     return total
 
 

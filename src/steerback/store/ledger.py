@@ -258,6 +258,11 @@ class Ledger:
             stored = self._windows("w.scores", judge, target, stage, condition)
             return {key: from_json(scores) for key, scores in stored}
 
+    def window_reasons(self, judge: str) -> list[str]:
+        """Return for each response whose windows a judge has scored why it has no scores; "" if it has."""
+        with reading(self.path):
+            return [reason for _, reason in self._windows("w.reason", judge)]
+
     def without_windows(self, judge: str, target: str | None, stage: str, retry: bool = False) -> Iterator[Outline]:
         """Yield the trials whose windows a judge has not scored, with `retry` also those that it gave no scores."""
         where, values = _where(target, stage, None, None)
@@ -326,7 +331,7 @@ class Ledger:
         waiting = iter(keys)
         while some := list(islice(waiting, BATCH)):
             rows = {r.trial.key: r for r in self.rows(keys=some, judge=judge, activations=activations)}
-            yield from (rows[key] for key in some)
+            yield from (rows.pop(key) for key in some)  # the next batch is read when this one is released
 
     def outlines(
         self,
