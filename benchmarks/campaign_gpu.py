@@ -5,10 +5,10 @@
 Stages, each written into FILE as soon as it has numbers (preset specification, offline judge):
 
     esr       `steerback run esr`, without cache
-    variants  the same with a larger batch, and with two replicas on the GPU
+    variants  the same with two replicas on the GPU, and with a smaller batch
     paper     `steerback paper`: all experiments, with an empty cache and the settings of the fastest `run esr`
     stock     stock vLLM without steering: the prompts, seeds, temperature and lengths of all calibration trials of the
-              stage esr in one call, in the same environment and on the same GPU, right after the runs; with 256
+              stage esr in one call, in the same environment and on the same GPU; with the steered engine's number of
               requests at a time, and with vLLM's own number
 
 Goals: esr at most 100 s, paper at most 300 s, and calibration at no less than 0.9 of the tokens/s of stock vLLM.
@@ -24,10 +24,11 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-VARIANTS = (["batch_size=512"], ["engine_options.replicas=2"])
+VARIANTS = (["engine_options.replicas=2"], ["batch_size=256"])
 
 
 def timed(arguments: list[str], log: Path) -> tuple[int, float, dict[str, float]]:
@@ -103,8 +104,11 @@ def paper(target: str, runs: Path, changes: list[str]) -> dict[str, Any]:
     return {"command": "steerback " + " ".join(arguments), "seconds": seconds, "exit code": code}
 
 
-def stock(target: str, runs: Path) -> dict[str, Any]:
-    """Generate the calibration's requests with stock vLLM in one batch: same prompts, seeds and lengths."""
+def stock(target: str, runs: Path, note: Callable[[str, Any], None]) -> None:
+    """Generate the calibration's requests with stock vLLM in one batch: same prompts, seeds and lengths.
+
+    `note` gets the results after each engine.
+    """
     from vllm import LLM, SamplingParams
 
     from steerback.engines.prompting import Prompter
@@ -131,10 +135,10 @@ def stock(target: str, runs: Path) -> dict[str, Any]:
         )
         for r, n in zip(rows, lengths, strict=True)
     ]
-    return {
-        name: generated(LLM, {"model": model_alone(resolved), **more}, prompts, asked)
-        for name, more in (("256 at a time", {"max_num_seqs": 256}), ("vLLM's default", {}))
-    }
+    made: dict[str, Any] = {}
+    for name, more in (("vLLM's default", {}), ("512 at a time", {"max_num_seqs": 512})):
+        made[name] = generated(LLM, {"model": model_alone(resolved), **more}, prompts, asked)
+        note("stock", made)
 
 
 def generated(make: Any, arguments: dict[str, Any], prompts: list[Any], asked: list[Any]) -> dict[str, Any]:
@@ -219,7 +223,7 @@ def main() -> None:
             fastest = min([[], *VARIANTS], key=lambda changes: measured.get(named(changes), {}).get("seconds", 1e9))
             note("paper", paper(options.target, options.runs, fastest))
         elif stage == "stock":
-            note("stock", stock(options.target, options.runs))
+            stock(options.target, options.runs, note)
             note("calibration's share of stock vLLM", shares(measured))
         elif stage == "variants":
             for changes in VARIANTS:

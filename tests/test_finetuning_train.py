@@ -209,6 +209,11 @@ def test_it_learns_what_is_trained_and_reports_both_parts(tmp_path: Path) -> Non
     assert report.steps == 24
 
 
+def test_a_loss_of_nan_ends_the_training_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(SteerbackError, match=r"the loss is (nan|inf) at step \d+; lower learning_rate"):
+        train(tmp_path, rows(16), QUICK.changed(learning_rate=1e30, warmup_steps=0, epochs=4))
+
+
 def test_no_example_and_wrong_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SteerbackError, match="there is no training example"):
         train(tmp_path, [])

@@ -51,7 +51,7 @@ class VllmOptions(Settings):
     """Options of the vLLM engine."""
 
     batch_size: int | None = Field(None, ge=1)
-    """Requests that run together (vLLM's `max_num_seqs`); None: 256 with a GPU, else 64."""
+    """Requests that run together (vLLM's `max_num_seqs`); None: 512 with a GPU, else 64."""
     replicas: int = Field(1, ge=1)
     """Parallel engines, each with `tensor_parallel` GPUs. Requests are dealt to them in turn.
 

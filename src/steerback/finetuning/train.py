@@ -206,9 +206,6 @@ def _train(
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=checkpoint)
     curves = _curves(trainer.state.log_history)
-    for point in curves.training:
-        if not math.isfinite(point.loss):
-            raise SteerbackError(f"{folder.name}: the loss is {point.loss} at step {point.step}; lower learning_rate")
     report = TrainingReport(
         steps=trainer.state.global_step,
         seconds=time.monotonic() - started,
@@ -268,6 +265,7 @@ def _arguments(
         save_only_model=False,
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=device.type == "cuda",
+        logging_nan_inf_filter=False,
         report_to="none",
         disable_tqdm=True,
     )
@@ -327,7 +325,7 @@ def _curves(history: Sequence[dict[str, float]]) -> LossCurves:
 
 
 def _progress(say: Callable[[str], None]) -> TrainerCallback:
-    """Return a callback that reports step, loss and remaining time every SAY_SECONDS."""
+    """Return a callback that reports step, loss and remaining time every SAY_SECONDS, and stops at a loss of NaN."""
     from transformers import TrainerCallback
 
     class Progress(TrainerCallback):  # type: ignore[misc]
@@ -346,6 +344,9 @@ def _progress(say: Callable[[str], None]) -> TrainerCallback:
             logs: dict[str, float] | None = None,
             **_: object,
         ) -> None:
+            for name, value in (logs or {}).items():
+                if name.endswith("loss") and not math.isfinite(value):
+                    raise SteerbackError(f"the loss is {value} at step {state.global_step}; lower learning_rate")
             if logs and "loss" in logs:
                 self.loss = f", loss {logs['loss']:.3f}"
 

@@ -71,7 +71,7 @@ class VllmEngine:
         for layer in options.layers:
             check_layer("vLLM engine: layers", layer, site)
         length = min(options.max_model_len or 4096, self._loaded.context)
-        rows = options.batch_size or (256 if gpus() else 64)
+        rows = options.batch_size or (512 if gpus() else 64)
         self.settings = TableSettings(
             site=site,
             layers=tuple(sorted({site.steer_layer, site.sae_layer, site.read_layer, *options.layers})),
