@@ -346,3 +346,22 @@ def test_other_processes_give_the_same_verdicts_and_their_end_loses_none(monkeyp
     with pytest.raises(BrokenExecutor):
         waiting.result()
     assert asyncio.run(verdicts()) == expected
+
+
+def test_responses_that_were_read_before_get_the_same_verdicts_and_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    items = [c.item for c in compose(load("dev"))][:4]
+
+    def fresh() -> Any:
+        monkeypatch.setattr(offline, "_models", {})
+        judge = offline.OfflineJudge()
+        judge.prepare(references(load("dev")))
+        return judge
+
+    alone = [(fresh().judge_batch([item])[0], fresh()._window_batch([item])[0]) for item in items]
+    monkeypatch.setattr(offline, "KEPT", 3)
+    judge = fresh()
+    batch = [items[0], items[0], items[3], *items, items[3]]
+    expected = [alone[items.index(item)] for item in batch]
+    for _ in range(2):
+        assert judge.judge_batch(batch) == [verdict for verdict, _ in expected]
+        assert judge._window_batch(batch) == [windows for _, windows in expected]

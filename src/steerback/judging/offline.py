@@ -15,6 +15,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import BrokenExecutor
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, TypeVar
@@ -24,7 +25,7 @@ from steerback.judging.gating import gate
 from steerback.judging.restarts import Restart, find_restarts
 from steerback.judging.text import Span, sentences, words
 from steerback.judging.windows import join
-from steerback.records import Attempt, Judgement, Spend, WindowScores, digest
+from steerback.records import Attempt, Judgement, LatentKey, Spend, WindowScores, digest
 from steerback.store.processes import end_with
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ NOTICE = "the offline judge compares words; its scores are not comparable with t
 BATCH = 64
 MANY, CORES = 256, 4
 """Number of judged responses after which more processes judge, and the machine's cores for each of them."""
+KEPT = 8192
+"""Number of responses whose parts are kept."""
 STAY = 0.8
 """Prior probability that two neighbouring sentences are both on topic or both off topic, as drifts are contiguous."""
 
@@ -56,6 +59,21 @@ Verdicts = Callable[["OfflineJudge", Sequence[JudgeItem]], Sequence[T]]
 """A method that returns the verdicts of a batch."""
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Part of a response: the restart that opens it, its end, its sentences after the restart, their log-odds."""
+
+    restart: Restart
+    end: int
+    sentences: Sequence[Span]
+    odds: Sequence[float]
+
+
+Key = tuple[str, str, LatentKey | None, str | None]
+_models: dict[str, tuple[Relevance | WordLikelihood | None, dict[Key, Sequence[Part]]]] = {}
+"""By judge, for the last two: relevance model and responses read with it. The runs of a campaign share references."""
+
+
 class OfflineJudge:
     """Implements `Judge`: splits at restarts and scores each attempt by its length-weighted share on topic."""
 
@@ -63,6 +81,7 @@ class OfflineJudge:
         self.name, self.rubric = name, f"{name}-2"
         self._references = References()
         self._relevance: Relevance | WordLikelihood | None = None
+        self._known: dict[Key, Sequence[Part]] = {}
         self._fingerprint: str | None = None
         self._processes: Processes | None = None
         self._count = 0
@@ -96,9 +115,13 @@ class OfflineJudge:
         from steerback.judging.relevance import Relevance, WordLikelihood  # scikit-learn takes a second to import
 
         self._references, self._fingerprint, self._processes = references, None, None
-        has_words = any(words(r) for texts in references.responses.values() for r in texts)
-        model = Relevance if self.name == "offline" else WordLikelihood
-        self._relevance = model(references) if has_words else None
+        if self.fingerprint not in _models:
+            has_words = any(words(r) for texts in references.responses.values() for r in texts)
+            relevance = Relevance if self.name == "offline" else WordLikelihood
+            while len(_models) > 1:
+                del _models[next(iter(_models))]
+            _models[self.fingerprint] = relevance(references) if has_words else None, {}
+        self._relevance, self._known = _models[self.fingerprint]
 
     async def judge(self, items: Sequence[JudgeItem]) -> AsyncIterator[tuple[str, Judgement]]:
         """Yield (item key, judgement) in order; other tasks can run between batches."""
@@ -131,18 +154,17 @@ class OfflineJudge:
     def judge_batch(self, items: Sequence[JudgeItem]) -> list[Judgement]:
         """Return the judgements of the items, in order."""
         verdicts = [self._without_score(item) for item in items]
-        cuts = [[] if verdict else self._attempts(item) for item, verdict in zip(items, verdicts, strict=True)]
-        pieces = [(item, text) for item, cut in zip(items, cuts, strict=True) for _, _, texts in cut for text in texts]
-        odds = iter(self._log_odds(pieces))
-        for i, (item, cut) in enumerate(zip(items, cuts, strict=True)):
-            attempts = []
-            for number, (restart, end, texts) in enumerate(cut):
-                lengths = [max(len(words(text)), 1) for text in texts]
-                score = score_attempt(lengths, [next(odds) for _ in texts], self._stay)
-                phrase = item.response[restart.start : restart.end] if number else ""
-                attempts.append(Attempt(restart.start, end, score, phrase))
-            verdicts[i] = verdicts[i] or Judgement(self.name, self.rubric, "scored", gate(item.response, attempts))
-        return [v for v in verdicts if v is not None]
+        read = iter(self._read([item for item, verdict in zip(items, verdicts, strict=True) if verdict is None]))
+        return [verdict or self._scored(item, next(read)) for item, verdict in zip(items, verdicts, strict=True)]
+
+    def _scored(self, item: JudgeItem, parts: Sequence[Part]) -> Judgement:
+        text, attempts = item.response, []
+        for number, part in enumerate(parts):
+            lengths = [max(len(words(text[s.start : s.end])), 1) for s in part.sentences]
+            phrase = text[part.restart.start : part.restart.end] if number else ""
+            score = score_attempt(lengths, part.odds, self._stay)
+            attempts.append(Attempt(part.restart.start, part.end, score, phrase))
+        return Judgement(self.name, self.rubric, "scored", gate(text, attempts))
 
     async def windows(self, items: Sequence[JudgeItem]) -> AsyncIterator[tuple[str, WindowScores]]:
         """Yield (item key, scores of its sentences) in order; restart phrases are in no window."""
@@ -155,30 +177,17 @@ class OfflineJudge:
 
     def _window_batch(self, items: Sequence[JudgeItem]) -> list[WindowScores]:
         missing = [self._without_score(item) for item in items]
-        spans = [[] if m else self._windows(item) for item, m in zip(items, missing, strict=True)]
-        pieces = [
-            (item, item.response[s.start : s.end]) for item, windows in zip(items, spans, strict=True) for s in windows
-        ]
-        odds = iter(self._log_odds(pieces))
+        read = iter(self._read([item for item, m in zip(items, missing, strict=True) if m is None]))
         results = []
-        for windows, m in zip(spans, missing, strict=True):
-            on_topic = chain([next(odds) for _ in windows], self._stay)
-            scores, reason = tuple(round(100 * p, 2) for p in on_topic), m.reason if m else ""
-            nothing = "" if scores else reason or "no sentence"
+        for item, m in zip(items, missing, strict=True):
+            parts = () if m else next(read)
+            windows, odds = [s for part in parts for s in part.sentences], [x for part in parts for x in part.odds]
+            if len(joined := join(windows)) < len(windows):
+                windows, odds = joined, self._log_odds([(item, item.response[s.start : s.end]) for s in joined])
+            scores = tuple(round(100 * p, 2) for p in chain(odds, self._stay))
+            nothing = "" if scores else (m.reason if m else "") or "no sentence"
             results.append(WindowScores(self.name, self.rubric, tuple(s.start for s in windows), scores, nothing))
         return results
-
-    def _windows(self, item: JudgeItem) -> list[Span]:
-        """Return the sentences of a response without its restart phrases, because these are not about the prompt."""
-        restarts = [Restart(0, 0), *find_restarts(item.response, item.prompt, self.name)]
-        ends = [*(r.start for r in restarts[1:]), len(item.response)]
-        return join(
-            [
-                Span(restart.end + s.start, restart.end + s.end)
-                for restart, end in zip(restarts, ends, strict=True)
-                for s in sentences(item.response[restart.end : end])
-            ]
-        )
 
     def _without_score(self, item: JudgeItem) -> Judgement | None:
         """Return the judgement of a response that cannot be scored, None for all others."""
@@ -191,14 +200,21 @@ class OfflineJudge:
             return Judgement(self.name, self.rubric, "unscored", reason=reason)
         return None
 
-    def _attempts(self, item: JudgeItem) -> list[tuple[Restart, int, list[str]]]:
-        """Return for each attempt the restart that opens it, its end, and its sentences after the restart."""
-        text = item.response
-        restarts = [Restart(0, 0), *find_restarts(text, item.prompt, self.name)]
-        ends = [*(r.start for r in restarts[1:]), len(text)]
-        bodies = [text[r.end : end] for r, end in zip(restarts, ends, strict=True)]
-        cuts = [[body[s.start : s.end] for s in sentences(body)] for body in bodies]
-        return list(zip(restarts, ends, cuts, strict=True))
+    def _read(self, items: Sequence[JudgeItem]) -> list[Sequence[Part]]:
+        """Return the parts of each response. The last ones are kept, because verdicts and windows need the same."""
+        keys = [(item.response, item.prompt, item.latent, item.label) for item in items]
+        fresh = {key: item for key, item in zip(keys, items, strict=True) if key not in self._known}
+        cuts = {key: _cut(*key[:2], self.name) for key in fresh}
+        pieces = [
+            (fresh[key], key[0][s.start : s.end]) for key, cut in cuts.items() for *_, spans in cut for s in spans
+        ]
+        odds = iter(self._log_odds(pieces))
+        for key, cut in cuts.items():
+            self._known[key] = [Part(restart, end, spans, [next(odds) for _ in spans]) for restart, end, spans in cut]
+        read = [self._known[key] for key in keys]
+        while len(self._known) > KEPT:
+            del self._known[next(iter(self._known))]
+        return read
 
     def _log_odds(self, pieces: Sequence[tuple[JudgeItem, str]]) -> list[float]:
         """Return the log-odds that each sentence is on topic; minus infinity for degenerate sentences."""
@@ -257,6 +273,14 @@ def _nothing() -> None:
 
 def _work(work: Verdicts[T], batch: Sequence[JudgeItem]) -> Sequence[T]:
     return work(_own, batch)
+
+
+def _cut(text: str, prompt: str, judge: str) -> list[tuple[Restart, int, list[Span]]]:
+    """Return for each attempt the restart that opens it, its end, and its sentences after the restart."""
+    restarts = [Restart(0, 0), *find_restarts(text, prompt, judge)]
+    ends = [*(r.start for r in restarts[1:]), len(text)]
+    pairs = zip(restarts, ends, strict=True)
+    return [(r, end, [Span(r.end + s.start, r.end + s.end) for s in sentences(text[r.end : end])]) for r, end in pairs]
 
 
 @cache
