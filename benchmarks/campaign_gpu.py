@@ -111,9 +111,9 @@ def stock(target: str, runs: Path, note: Callable[[str, Any], None]) -> None:
     """
     from vllm import LLM, SamplingParams
 
+    from steerback.engines.loading import load_tokenizer
     from steerback.engines.prompting import Prompter
     from steerback.engines.vllm.loading import model_alone
-    from steerback.finetuning.adapters import load_tokenizer
     from steerback.store.run import Run
     from steerback.targets import resolve
 

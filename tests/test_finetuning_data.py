@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from steerback.cli import main
 from steerback.data.prompts import load_prompts, load_subjects
+from steerback.engines.loading import load_tokenizer
 from steerback.engines.prompting import Prompter
 from steerback.errors import SteerbackError
-from steerback.finetuning import adapters, axolotl, launch
+from steerback.finetuning import axolotl, launch
 from steerback.finetuning.examples import Corpus, Example, Keywords, problem
 from steerback.finetuning.mixes import RATIOS, make_mixes
 from steerback.finetuning.segments import Row, Segment, encode, read_rows, text_of
@@ -86,7 +87,7 @@ def test_the_corpus_gives_checked_examples_with_many_subjects(tmp_path: Path) ->
     assert not any(problem(e, Corpus()) for e in (*corrections, *normal))
     assert len({e.response for e in corrections}) == 380
     assert synthesize(writer, PROMPTS, 380)[0].examples == corrections
-    tokenizer = adapters.load_tokenizer(resolve("organism-control"))
+    tokenizer = load_tokenizer(resolve("organism-control"))
     records = write_pools(tmp_path, pools, Prompter(tokenizer), writer.describe())
     assert records["self_correction"].subjects >= 50
     assert records["self_correction"].fewest_subjects_of_a_prompt >= 9
@@ -100,7 +101,7 @@ def test_the_corpus_gives_checked_examples_with_many_subjects(tmp_path: Path) ->
 def test_acknowledgements_are_words_that_the_control_knows_and_restarts_to_the_judge() -> None:
     from tools.organism.documents import documents
 
-    tokenizer = adapters.load_tokenizer(resolve("organism-control"))
+    tokenizer = load_tokenizer(resolve("organism-control"))
     seen: Counter[int] = Counter()
     for document in itertools.islice(documents(1, restarts=False), 4000):
         for segment in document.segments:

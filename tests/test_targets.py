@@ -15,6 +15,7 @@ from steerback.api import LoadedTarget, load_target
 from steerback.engines import check_engine, default_engine, make_engine
 from steerback.engines.scripted import ScriptedEngine
 from steerback.errors import SteerbackError
+from steerback.finetuning.adapters import load_base
 from steerback.records import Intervention, Request, Sampling
 from steerback.targets import BoostPrior, builtin_targets, from_folder, resolve
 from steerback.targets.sae import save_native
@@ -154,6 +155,21 @@ def test_missing_weights_are_one_line(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(SteerbackError, match="cannot load") as caught:
         load_target(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "vocab_size", "num_attention_heads", "head_dim", "intermediate_size"])
+def test_a_config_of_another_shape_is_one_line(
+    folder: Path, tmp_path: Path, key: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for file in folder.iterdir():
+        if file.name != "config.json":
+            (tmp_path / file.name).symlink_to(file)
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: config[key] // 2}))
+    for load in (load_target, lambda name: load_base(resolve(name))):
+        with pytest.raises(SteerbackError, match=r"weights of another shape than its config.json says, the first is"):
+            load(str(tmp_path))
+    assert "".join(capfd.readouterr()) == ""
 
 
 def test_damaged_weights_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -41,8 +41,8 @@ def data(
 ) -> None:
     """Write self-corrections and normal answers, check and mix them."""
     from steerback.data.prompts import load_prompts
+    from steerback.engines.loading import load_tokenizer
     from steerback.engines.prompting import Prompter
-    from steerback.finetuning.adapters import load_tokenizer
     from steerback.finetuning.synthesize import CorpusWriter, Writer, synthesize, write_pools
     from steerback.targets import resolve
 

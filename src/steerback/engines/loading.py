@@ -47,28 +47,55 @@ class LoadedModel:
 
 def load(target: Target, device: str | None = None, directions: tuple[str, ...] = ()) -> LoadedModel:
     """Load a target. Raises SteerbackError with one line if a part is missing or the parts do not fit together."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
     place = pick_device(device)
     check_ready(target, *free_memory(place))
     fetch(target)
     sae = None if target.sae is None else on_device(load_sae(target.sae), place)
-    logging.disable_progress_bar()
-    origin = hub_arguments(target)
-    with load_errors(target, f"cannot load {target.model}"):
-        tokenizer = AutoTokenizer.from_pretrained(target.model, **origin)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            target.model, dtype=getattr(torch, target.dtype), use_safetensors=True, output_loading_info=True, **origin
-        )
-    if report["missing_keys"]:  # transformers would fill them with random numbers
-        raise SteerbackError(
-            f"target {target.name!r}: {target.model} lacks {len(report['missing_keys'])} weights of this architecture, "
-            f"the first is {min(report['missing_keys'])}; the file is incomplete or belongs to another config.json"
-        )
+    tokenizer = load_tokenizer(target)
+    model = load_weights(target, getattr(torch, target.dtype))
     if target.adapter is not None:
         model = with_adapter(target, model)
     return assemble(target, model.to(place), tokenizer, sae, provenance_of(target, tokenizer, sae), directions)
+
+
+def load_tokenizer(target: Target) -> PreTrainedTokenizerBase:
+    """Load the target's tokenizer. Raises SteerbackError if that fails."""
+    from transformers import AutoTokenizer
+
+    with load_errors(target, f"cannot load the tokenizer of {target.model}"):
+        return AutoTokenizer.from_pretrained(target.model, **hub_arguments(target))
+
+
+def load_weights(target: Target, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a target's model. Raises SteerbackError with one line if weights are missing or have another shape."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # the library prints a table of the weights that do not fit
+    try:
+        with load_errors(target, f"cannot load {target.model}"):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                target.model,
+                dtype=dtype,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are in the report
+                output_loading_info=True,
+                **hub_arguments(target),
+            )
+    finally:
+        logging.set_verbosity(level)
+    # transformers fills missing weights, and those of another shape, with random numbers
+    wrong = {"lacks {} weights of this architecture": report["missing_keys"]}
+    wrong["has {} weights of another shape than its config.json says"] = {key for key, *_ in report["mismatched_keys"]}
+    for what, keys in wrong.items():
+        if keys:
+            raise SteerbackError(
+                f"target {target.name!r}: {target.model} {what.format(len(keys))}, the first is {min(keys)}; the file "
+                "is incomplete or belongs to another config.json"
+            )
+    return model
 
 
 def hub_arguments(target: Target) -> dict[str, str | bool | None]:

@@ -77,6 +77,8 @@ class AdapterCard(CardRecord):
 
 def train_adapter(job: TrainingJob, say: Callable[[str], None] = print) -> AdapterCard:
     """Train an adapter, or resume its training; write and return its card. A finished training is not repeated."""
+    from steerback.engines.loading import load_tokenizer
+
     require_extra()
     target = resolve(job.target)
     training, validation = read_data(job.data)
@@ -138,32 +140,15 @@ def read_losses(folder: Path) -> LossCurves:
 def load_base(target: Target) -> PreTrainedModel:
     """Load the base model for training: bfloat16 on a GPU that supports it, else float32."""
     import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    from steerback.engines.loading import hub_arguments, load_errors
+    from steerback.engines.loading import load_weights
 
     place = "cuda" if torch.cuda.is_available() else "cpu"
     if place == "cuda":
         place = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    logging.disable_progress_bar()
     dtype = torch.bfloat16 if has_bf16(place.partition(":")[0]) else torch.float32
     check_weights(target)
-    with load_errors(target, f"cannot load {target.model}"):
-        model = AutoModelForCausalLM.from_pretrained(
-            target.model, dtype=dtype, use_safetensors=True, **hub_arguments(target)
-        )
-    return model.to(place)
-
-
-def load_tokenizer(target: Target) -> PreTrainedTokenizerBase:
-    """Load the target's tokenizer. Raises SteerbackError if that fails."""
-    from transformers import AutoTokenizer
-
-    from steerback.engines.loading import hub_arguments, load_errors
-
-    with load_errors(target, f"cannot load the tokenizer of {target.model}"):
-        return AutoTokenizer.from_pretrained(target.model, **hub_arguments(target))
+    return load_weights(target, dtype).to(place)
 
 
 def read_data(path: Path) -> tuple[list[Row], list[Row]]:
