@@ -172,6 +172,16 @@ def test_a_config_of_another_shape_is_one_line(
     assert "".join(capfd.readouterr()) == ""
 
 
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "generation_config.json"])
+def test_a_number_of_too_many_digits_is_named(folder: Path, tmp_path: Path, file: str) -> None:
+    for other in folder.iterdir():
+        (tmp_path / other.name).symlink_to(other)
+    (tmp_path / file).unlink()
+    (tmp_path / file).write_text(f'{{"x": {"9" * 5000}, {(folder / file).read_text().partition("{")[2]}')
+    with pytest.raises(SteerbackError, match=r"cannot load .*: an integer has too many digits$"):
+        load_target(str(tmp_path))
+
+
 def test_damaged_weights_are_refused(folder: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -21,7 +21,8 @@ from steerback.engines.base import EngineRecord
 from steerback.engines.checks import site_of
 from steerback.engines.prompting import Prompter
 from steerback.engines.runner import Runner, decoder_layers
-from steerback.errors import SteerbackError, one_line, unknown
+from steerback.errors import SteerbackError, unknown
+from steerback.readers import reason_of
 from steerback.records import digest
 from steerback.targets.download import commit_of, hash_file
 from steerback.targets.fit import available_memory, check_ready, fetch, model_folder
@@ -113,11 +114,11 @@ def load_errors(target: Target, failure: str) -> Iterator[None]:
     except SteerbackError:
         raise
     except Exception as error:  # damaged files raise errors of many types in these libraries
-        reason = one_line(error)
-        if "trust_remote_code" in reason:
+        reason = reason_of(error)
+        if "trust_remote_code" in str(error):
             reason = "it needs Python code from the model's folder, which steerback never runs; use another model"
         kind = "" if isinstance(error, OSError | ValueError | RuntimeError) else f"{type(error).__name__}: "
-        raise SteerbackError(f"target {target.name!r}: {failure}: {kind}{reason[:500]}") from error
+        raise SteerbackError(f"target {target.name!r}: {failure}: {kind}{reason}") from error
 
 
 def provenance_of(target: Target, tokenizer: PreTrainedTokenizerBase, sae: Sae | None) -> EngineRecord:

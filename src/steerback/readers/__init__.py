@@ -23,7 +23,7 @@ from urllib.parse import SplitResult, urlsplit
 
 import yaml
 
-from steerback.errors import SteerbackError
+from steerback.errors import SteerbackError, one_line
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
@@ -145,7 +145,7 @@ def parse_json(text: str, where: str) -> Json:
     try:
         value: Json = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
-        raise SteerbackError(f"{where} is not valid JSON: {_reason(error)}") from None
+        raise SteerbackError(f"{where} is not valid JSON: {reason_of(error)}") from None
     return checked(value, where)
 
 
@@ -171,7 +171,7 @@ def read_toml(path: Path, what: str) -> dict[str, Json]:
     try:
         value: Json = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        raise SteerbackError(f"{where} is not valid TOML: {_reason(error)}") from None
+        raise SteerbackError(f"{where} is not valid TOML: {reason_of(error)}") from None
     return _table(checked(value, where), where)
 
 
@@ -189,7 +189,7 @@ def parse_yaml(text: str, where: str) -> Json:
     try:
         value: Json = yaml.load(text, Loader=_Yaml)  # safe: a SafeLoader creates plain values only
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise SteerbackError(f"{where} is not valid YAML: {_reason(error)}") from None
+        raise SteerbackError(f"{where} is not valid YAML: {reason_of(error)}") from None
     return checked(value, where, MOST_NODES)
 
 
@@ -303,9 +303,9 @@ def _check_text(text: str, where: str) -> None:
             raise SteerbackError(f"{where} contains a text with half of a surrogate pair") from None
 
 
-def _reason(error: Exception) -> str:
-    """Return the parser's message in one line. Python's advice about long integers does not help users."""
+def reason_of(error: Exception) -> str:
+    """Return a library's message in one line. Python's advice about long integers does not help users."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
-    message = " ".join(str(error).split())[:300]
+    message = one_line(error)[:300]
     return "an integer has too many digits" if "integer string conversion" in message else message
