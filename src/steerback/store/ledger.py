@@ -20,72 +20,41 @@ from pydantic import JsonValue
 from pydantic_core import from_json
 
 from steerback.errors import SteerbackError
-from steerback.records import Completion, Judgement, Trial, WindowScores, is_degraded
-from steerback.store.database import dump_json, open_database, placeholders, reading, sqlite_errors, transaction
+from steerback.records import Completion, Judgement, Trial, WindowScores
+from steerback.store.database import dump_json, placeholders, reading, sqlite_errors, transaction
 from steerback.store.facts import CONFIG, Fact
 from steerback.store.processes import collector_paused
 from steerback.store.rows import (
     COMPLETION,
     JUDGEMENT,
+    KEYS,
     KIND,
     OUTLINE,
+    PREFIXES,
+    TABLES,
     TRIAL,
+    WINDOWS,
     Outline,
     Stored,
     completion_values,
+    fill_outlines,
     judgement_values,
     kind_of,
     latent_repr,
+    open_tables,
     prefix_values,
     read_outline,
     read_row,
     read_trial,
     trial_values,
+    where_clause,
     window_values,
 )
 from steerback.store.rows import Row as Row
 
 T = TypeVar("T")
 
-APPLICATION_ID = 0x53544252  # "STBR" marks the files of this package
-SCHEMA_VERSION = 2
-SCHEMA = """
-CREATE TABLE facts (target TEXT, name TEXT, value TEXT NOT NULL, PRIMARY KEY (target, name));
-CREATE TABLE trials (
-    key TEXT PRIMARY KEY, target TEXT NOT NULL, stage TEXT NOT NULL, condition TEXT NOT NULL, idx INTEGER NOT NULL,
-    latent TEXT, label TEXT, boost REAL, prompt TEXT NOT NULL, meta_prompt TEXT NOT NULL, prefill TEXT NOT NULL,
-    seed INTEGER NOT NULL, interventions TEXT NOT NULL, record TEXT);
-CREATE INDEX trials_by_stage ON trials (target, stage, condition, idx);
-CREATE TABLE completions (
-    trial TEXT PRIMARY KEY REFERENCES trials (key), text TEXT NOT NULL, token_ids TEXT NOT NULL,
-    prompt_tokens INTEGER NOT NULL, finish TEXT NOT NULL, prompt_positions INTEGER NOT NULL,
-    generated_positions INTEGER NOT NULL, added_norm REAL NOT NULL, activations BLOB, engine TEXT NOT NULL, at TEXT);
-CREATE TABLE judgements (
-    trial TEXT NOT NULL REFERENCES trials (key), judge TEXT NOT NULL, rubric TEXT NOT NULL, status TEXT NOT NULL,
-    attempts TEXT NOT NULL, reason TEXT NOT NULL, raw TEXT NOT NULL, at TEXT, PRIMARY KEY (trial, judge));
-"""
-WINDOWS = """
-CREATE TABLE IF NOT EXISTS windows (
-    trial TEXT NOT NULL REFERENCES trials (key), judge TEXT NOT NULL, rubric TEXT NOT NULL, starts TEXT NOT NULL,
-    scores TEXT NOT NULL, reason TEXT NOT NULL, raw TEXT NOT NULL, at TEXT, PRIMARY KEY (trial, judge))
-"""
-"""Created when the first window is scored: ledgers of 0.1 have no such table."""
-PREFIXES = """
-CREATE TABLE IF NOT EXISTS prefixes (
-    trial TEXT PRIMARY KEY REFERENCES trials (key), text TEXT NOT NULL, token_ids TEXT NOT NULL)
-"""
-"""Created when the first response is continued from its tokens."""
-OUTLINES = """
-CREATE TABLE outlines (
-    trial TEXT PRIMARY KEY REFERENCES completions (trial), finish TEXT NOT NULL, prompt_tokens INTEGER NOT NULL,
-    tokens INTEGER NOT NULL, prompt_positions INTEGER NOT NULL, generated_positions INTEGER NOT NULL,
-    degraded INTEGER NOT NULL) WITHOUT ROWID
-"""
-"""Properties of each completion for metrics, which then read no texts. All are derived from `completions`."""
-TABLES = ("facts", "trials", "prefixes", "completions", "judgements", "windows")
 ORDER = "ORDER BY t.target, t.stage, t.condition, t.idx"
-KEYS = "SELECT value FROM json_each(?)"
-"""Keys of trials that a statement gets as one JSON list."""
 MANY = 20_000
 """Number of trials from which a second process for reading is worth its start."""
 BATCH = 200
@@ -97,10 +66,11 @@ class Ledger:
 
     def __init__(self, path: Path, read_only: bool = False) -> None:
         self.path = path
-        self._db: sqlite3.Connection = open_database(
-            path, f"{SCHEMA};{OUTLINES}", APPLICATION_ID, SCHEMA_VERSION, read_only, _migrate
-        )
-        self._complete_outlines()
+        self._db = open_tables(path, read_only)
+        [(missing,)] = self._all("SELECT (SELECT count(*) FROM completions) - (SELECT count(*) FROM outlines)")
+        if missing:  # an older version wrote completions after the migration of this ledger
+            with self._transaction() as db:
+                fill_outlines(db)
 
     def __enter__(self) -> Ledger:
         return self
@@ -110,13 +80,6 @@ class Ledger:
 
     def close(self) -> None:
         self._db.close()
-
-    def _complete_outlines(self) -> None:
-        """Add the outlines of completions that an older version wrote after the migration of this ledger."""
-        [(missing,)] = self._all("SELECT (SELECT count(*) FROM completions) - (SELECT count(*) FROM outlines)")
-        if missing:
-            with self._transaction() as db:
-                _outline(db)
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -204,7 +167,7 @@ class Ledger:
         rows = [completion_values(key, completion, engine) for key, completion, engine in done]
         with self._transaction() as db:
             db.executemany(f"INSERT OR IGNORE INTO completions VALUES ({placeholders(11)})", rows)
-            _outline(db, [row[0] for row in rows])
+            fill_outlines(db, [row[0] for row in rows])
 
     def without_response(self, keys: Iterable[str]) -> set[str]:
         """Return the keys of those trials that have no completion."""
@@ -265,7 +228,7 @@ class Ledger:
 
     def without_windows(self, judge: str, target: str | None, stage: str, retry: bool = False) -> Iterator[Outline]:
         """Yield the trials whose windows a judge has not scored, with `retry` also those that it gave no scores."""
-        where, values = _where(target, stage, None, None)
+        where, values = where_clause(target, stage, None, None)
         tables = "trials t"
         if self._has("windows"):
             tables += " LEFT JOIN windows w ON w.trial = t.key AND w.judge = ?"
@@ -285,7 +248,7 @@ class Ledger:
     ) -> Iterator[tuple[Any, ...]]:
         if not self._has("windows"):
             return
-        where, values = _where(target, stage, condition, keys)
+        where, values = where_clause(target, stage, condition, keys)
         tables = "trials t JOIN windows w ON w.trial = t.key AND w.judge = ?"
         yield from self._db.execute(f"SELECT w.trial, {columns} FROM {tables} WHERE {where}", (judge, *values))
 
@@ -314,7 +277,7 @@ class Ledger:
         blob = "c.activations" if activations else "NULL"
         tables = "LEFT JOIN completions c ON c.trial = t.key LEFT JOIN judgements j ON j.trial = t.key AND j.judge = ?"
         columns = f"{COMPLETION}, {blob}, {JUDGEMENT}, j.raw"
-        return list(self._read(read_row, columns, tables, judge, _where(target, stage, condition, keys)))
+        return list(self._read(read_row, columns, tables, judge, where_clause(target, stage, condition, keys)))
 
     def _read(
         self, read: Callable[[Stored], T], columns: str, joins: str, judge: str | None, where: tuple[str, list[str]]
@@ -344,7 +307,7 @@ class Ledger:
         """Yield trials in plan order without texts, for metrics."""
         tables = "LEFT JOIN outlines o ON o.trial = t.key LEFT JOIN judgements j ON j.trial = t.key AND j.judge = ?"
         columns = f"{OUTLINE}, {JUDGEMENT}"
-        yield from self._read(read_outline, columns, tables, judge, _where(target, stage, condition, keys))
+        yield from self._read(read_outline, columns, tables, judge, where_clause(target, stage, condition, keys))
 
     def kinds(self, stage: str, judge: str) -> list[tuple[Outline, int]]:
         """Return one trial of each kind in a stage (`rows.kind_of`) with the number of such trials."""
@@ -432,34 +395,3 @@ class Ledger:
                 query = f"SELECT {', '.join(columns)} FROM {table} ORDER BY 1, 2"
                 tables[table] = [tuple(r) for r in self._db.execute(query)]
         return tables
-
-
-def _where(
-    target: str | None, stage: str | None, condition: str | None, keys: Sequence[str] | None
-) -> tuple[str, list[str]]:
-    chosen = {"t.target": target, "t.stage": stage, "t.condition": condition}
-    where = ["1", *(f"{column} = ?" for column, value in chosen.items() if value is not None)]
-    values = [value for value in chosen.values() if value is not None]
-    if keys is not None:
-        where.append(f"t.key IN ({KEYS})")
-        values.append(dump_json(list(keys)))
-    return " AND ".join(where), values
-
-
-def _outline(db: sqlite3.Connection, trials: Sequence[str] | None = None) -> None:
-    """Fill the table `outlines` for the completions of some trials, or for all completions without outline."""
-    db.create_function("tokens", 1, lambda ids: len(from_json(ids)), deterministic=True)
-    db.create_function("degraded", 1, is_degraded, deterministic=True)
-    chosen = KEYS if trials is not None else "SELECT trial FROM completions EXCEPT SELECT trial FROM outlines"
-    db.execute(
-        "INSERT OR IGNORE INTO outlines SELECT trial, finish, prompt_tokens, tokens(token_ids), prompt_positions, "
-        f"generated_positions, degraded(text) FROM completions WHERE trial IN ({chosen})",
-        () if trials is None else (dump_json(list(trials)),),
-    )
-
-
-def _migrate(db: sqlite3.Connection, version: int) -> None:
-    """Update a ledger from an older schema version to the current one."""
-    if version < 2:
-        db.execute(OUTLINES)
-        _outline(db)

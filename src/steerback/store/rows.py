@@ -1,11 +1,13 @@
-"""Trials with their results, complete (`Row`) or without texts (`Outline`), and their form in the ledger."""
+"""Trials with their results, complete (`Row`) or without texts (`Outline`), and their tables in the ledger."""
 
 from __future__ import annotations
 
+import sqlite3
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pydantic_core import from_json
@@ -26,7 +28,46 @@ from steerback.records import (
     touched,
     touched_positions,
 )
-from steerback.store.database import dump_json, now, pack_array, storable, unpack_array
+from steerback.store.database import dump_json, now, open_database, pack_array, storable, unpack_array
+
+APPLICATION_ID = 0x53544252  # "STBR" marks the files of this package
+SCHEMA_VERSION = 2
+SCHEMA = """
+CREATE TABLE facts (target TEXT, name TEXT, value TEXT NOT NULL, PRIMARY KEY (target, name));
+CREATE TABLE trials (
+    key TEXT PRIMARY KEY, target TEXT NOT NULL, stage TEXT NOT NULL, condition TEXT NOT NULL, idx INTEGER NOT NULL,
+    latent TEXT, label TEXT, boost REAL, prompt TEXT NOT NULL, meta_prompt TEXT NOT NULL, prefill TEXT NOT NULL,
+    seed INTEGER NOT NULL, interventions TEXT NOT NULL, record TEXT);
+CREATE INDEX trials_by_stage ON trials (target, stage, condition, idx);
+CREATE TABLE completions (
+    trial TEXT PRIMARY KEY REFERENCES trials (key), text TEXT NOT NULL, token_ids TEXT NOT NULL,
+    prompt_tokens INTEGER NOT NULL, finish TEXT NOT NULL, prompt_positions INTEGER NOT NULL,
+    generated_positions INTEGER NOT NULL, added_norm REAL NOT NULL, activations BLOB, engine TEXT NOT NULL, at TEXT);
+CREATE TABLE judgements (
+    trial TEXT NOT NULL REFERENCES trials (key), judge TEXT NOT NULL, rubric TEXT NOT NULL, status TEXT NOT NULL,
+    attempts TEXT NOT NULL, reason TEXT NOT NULL, raw TEXT NOT NULL, at TEXT, PRIMARY KEY (trial, judge));
+"""
+WINDOWS = """
+CREATE TABLE IF NOT EXISTS windows (
+    trial TEXT NOT NULL REFERENCES trials (key), judge TEXT NOT NULL, rubric TEXT NOT NULL, starts TEXT NOT NULL,
+    scores TEXT NOT NULL, reason TEXT NOT NULL, raw TEXT NOT NULL, at TEXT, PRIMARY KEY (trial, judge))
+"""
+"""Created when the first window is scored: ledgers of 0.1 have no such table."""
+PREFIXES = """
+CREATE TABLE IF NOT EXISTS prefixes (
+    trial TEXT PRIMARY KEY REFERENCES trials (key), text TEXT NOT NULL, token_ids TEXT NOT NULL)
+"""
+"""Created when the first response is continued from its tokens."""
+OUTLINES = """
+CREATE TABLE outlines (
+    trial TEXT PRIMARY KEY REFERENCES completions (trial), finish TEXT NOT NULL, prompt_tokens INTEGER NOT NULL,
+    tokens INTEGER NOT NULL, prompt_positions INTEGER NOT NULL, generated_positions INTEGER NOT NULL,
+    degraded INTEGER NOT NULL) WITHOUT ROWID
+"""
+"""Properties of each completion for metrics, which then read no texts. All are derived from `completions`."""
+TABLES = ("facts", "trials", "prefixes", "completions", "judgements", "windows")
+KEYS = "SELECT value FROM json_each(?)"
+"""Keys of trials that a statement gets as one JSON list."""
 
 Stored: TypeAlias = Sequence[Any]
 """Row as SQLite returns it."""
@@ -301,3 +342,40 @@ def _touched(text: str) -> tuple[bool, bool]:
 def _recording(text: str) -> Recording:
     recording = from_json(text)
     return Recording(tuple(recording["latents"]), recording["layer"])
+
+
+def where_clause(
+    target: str | None, stage: str | None, condition: str | None, keys: Sequence[str] | None
+) -> tuple[str, list[str]]:
+    """Return the condition of a statement about trials, and its values."""
+    chosen = {"t.target": target, "t.stage": stage, "t.condition": condition}
+    where = ["1", *(f"{column} = ?" for column, value in chosen.items() if value is not None)]
+    values = [value for value in chosen.values() if value is not None]
+    if keys is not None:
+        where.append(f"t.key IN ({KEYS})")
+        values.append(dump_json(list(keys)))
+    return " AND ".join(where), values
+
+
+def open_tables(path: Path, read_only: bool) -> sqlite3.Connection:
+    """Open the database of a ledger, or create it; an older one is updated."""
+    return open_database(path, f"{SCHEMA};{OUTLINES}", APPLICATION_ID, SCHEMA_VERSION, read_only, _migrate)
+
+
+def fill_outlines(db: sqlite3.Connection, trials: Sequence[str] | None = None) -> None:
+    """Fill the table `outlines` for the completions of some trials, or for all completions without outline."""
+    db.create_function("tokens", 1, lambda ids: len(from_json(ids)), deterministic=True)
+    db.create_function("degraded", 1, is_degraded, deterministic=True)
+    chosen = KEYS if trials is not None else "SELECT trial FROM completions EXCEPT SELECT trial FROM outlines"
+    db.execute(
+        "INSERT OR IGNORE INTO outlines SELECT trial, finish, prompt_tokens, tokens(token_ids), prompt_positions, "
+        f"generated_positions, degraded(text) FROM completions WHERE trial IN ({chosen})",
+        () if trials is None else (dump_json(list(trials)),),
+    )
+
+
+def _migrate(db: sqlite3.Connection, version: int) -> None:
+    """Update a ledger from an older schema version to the current one."""
+    if version < 2:
+        db.execute(OUTLINES)
+        fill_outlines(db)
