@@ -271,7 +271,7 @@ def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert steerback("resume", "a") == 0
 
 
-@pytest.mark.parametrize("name", ["../x", "/tmp/x", ".", "..", "a/b", "n" * 300])
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", ".", "..", "a/b", "n" * 300, ""])
 def test_names_of_new_runs_stay_in_their_folder(capsys: pytest.CaptureFixture[str], name: str) -> None:
     with Run.start(Path("runs/a"), specification("imported", ("t",))):
         pass

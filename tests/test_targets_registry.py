@@ -241,17 +241,25 @@ def test_a_place_longer_than_a_file_name_is_one_line(tmp_path: Path) -> None:
         read_targets(file)
 
 
-def test_a_layer_that_the_model_lacks_is_refused_by_a_dry_run(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("steer_layer = 99999", "steer_layer 99999 is outside 0..3, the layers of its model"),
+        ("n_latents = 65", "n_latents is 65, its SAE has 64; correct it"),
+        ("d_model = 31", "d_model is 31, its SAE has 32; correct it"),
+    ],
+)
+def test_a_number_that_does_not_fit_the_files_is_refused_by_a_dry_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], line: str, reason: str
 ) -> None:
-    (folder / "deep.toml").write_text(OWN.replace("steer_layer = 1", "steer_layer = 99999"))
+    (folder / "deep.toml").write_text(OWN.replace("steer_layer = 1", line))
     monkeypatch.chdir(folder)
     words = ["run", "esr", "-t", "little.1@early", "--judge", "offline", "--dry-run", "--targets", "deep.toml"]
     with pytest.raises(SystemExit) as done:
         main(words)
     said = capsys.readouterr().err.strip()
     assert (done.value.code, said.count("\n")) == (2, 0)
-    assert "target 'little.1@early': steer_layer 99999 is outside 0..3, the layers of its model" in said
+    assert f"target 'little.1@early': {reason}" in said
     assert not (folder / "runs").exists()
 
 

@@ -251,7 +251,8 @@ def chosen_latents(
 
 def run_folder(config: RunConfig, name: str | None, runs: Path) -> Path:
     """Return the folder of a run: `name` under `runs`, by default named after experiment and targets."""
-    return new_run(name or plain(f"{config.experiment}-{'+'.join(config.targets)}"), runs)
+    usual = plain(f"{config.experiment}-{'+'.join(config.targets)}")
+    return new_run(usual if name is None else name, runs)
 
 
 def carry_out(job: PreparedRun, folder: Path, cached: bool = True, quiet: bool = False) -> StudyRun:

@@ -347,7 +347,9 @@ def build_config(
     layers.append({k: v for k, v in (overrides or {}).items() if v is not None})
     layers.extend(nested(*assignment(text)) for text in assignments)
     usual = base[1].preset if base else "specification"
-    chosen = preset or next((str(layer["preset"]) for layer in layers if "preset" in layer), usual)
+    chosen = (
+        preset if preset is not None else next((str(layer["preset"]) for layer in layers if "preset" in layer), usual)
+    )
     if chosen not in PRESETS:
         raise unknown("preset", chosen, PRESETS)
     if base is not None and chosen != usual:

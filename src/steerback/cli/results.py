@@ -143,7 +143,8 @@ def import_command(
     from steerback.store.run import new_or_nothing, new_run, plain
 
     listed = None if detectors is None else [k for k in read_latents(detectors) if isinstance(k, int)]
-    folder = new_run(name or plain(files[0].name.removesuffix(".gz").removesuffix(".json")) or "imported", runs)
+    usual = plain(files[0].name.removesuffix(".gz").removesuffix(".json")) or "imported"
+    folder = new_run(usual if name is None else name, runs)
     with new_or_nothing(folder):
         imported = import_authors(files, folder, target, judge, condition, listed)
         analysis = campaign.reanalyse(folder)

@@ -214,7 +214,7 @@ def train_sae_command(
         texts=own,
         training=training,
     )
-    chosen = name or f"{Path(target).name.removesuffix('.gguf')}-sae"
+    chosen = f"{Path(target).name.removesuffix('.gguf')}-sae" if name is None else name
     bound = None if memory is None else memory * 1e9
     made = train_sae(job, chosen, lambda line: say(line, flush=True), engine, bound, device, batch_size)
     say_lines(made.doctor.lines())

@@ -25,6 +25,7 @@ from steerback.store.facts import LATENTS, Fact
 from steerback.store.run import stored_config
 from steerback.study.study import fact_of
 from steerback.targets import Target, resolve, user_tables
+from steerback.targets.fit import check_weights
 
 if TYPE_CHECKING:
     from steerback.engines.base import Engine
@@ -148,6 +149,8 @@ def _refuse(changed: Sequence[str], config: RunConfig, base: Path, fact: Fact[T]
 
 def steerable(target: Target, config: RunConfig, experiment: Experiment[Settings]) -> Target:
     """Return the target with the directions of the run. Raises SteerbackError if the experiment cannot use it."""
+    if Path(target.model).is_dir():
+        check_weights(target)
     if experiment.needs_sae and not target.has_sae:
         raise SteerbackError(f"{experiment.name} reads SAE latents and target {target.name!r} has no SAE")
     if not target.has_sae and not target.directions():

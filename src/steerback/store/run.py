@@ -92,7 +92,7 @@ class Run:
 
     def judge(self, name: str | None = None) -> str:
         """Return the judge whose verdicts are read (default: the run's). Raises SteerbackError if it judged nothing."""
-        chosen, known = name or self.config.judge, self.ledger.judges()
+        chosen, known = self.config.judge if name is None else name, self.ledger.judges()
         if known and chosen not in known:
             raise SteerbackError(f"judge {chosen!r} has judged nothing in this run; choose one of: {', '.join(known)}")
         return chosen
@@ -171,7 +171,7 @@ def new_or_nothing(folder: Path) -> Iterator[None]:
 
 def plain(text: str) -> str:
     """Return the text with `_` in place of each character that a run's name may not contain."""
-    return re.sub(r"[^\w.@+-]", "_", text).lstrip(".")
+    return re.sub(r"[^\w.@+-]", "_", text).lstrip(".-")
 
 
 def _acquire(folder: Path) -> IO[str]:
@@ -201,8 +201,8 @@ def _acquire(folder: Path) -> IO[str]:
 
 
 def _name_is_plain(name: str) -> None:
-    if not re.fullmatch(r"[\w.@+-]+", name) or name.startswith(".") or len(name.encode()) > LONGEST_NAME:
+    if not re.fullmatch(r"[\w.@+-]+", name) or name.startswith((".", "-")) or len(name.encode()) > LONGEST_NAME:
         raise SteerbackError(
-            f"run name {name[:80]!r} may contain only letters, digits and . _ - @ +, not start with a dot, and have at "
-            f"most {LONGEST_NAME} bytes"
+            f"run name {name[:80]!r} may contain only letters, digits and . _ - @ +, not begin with . or -, "
+            f"and have at most {LONGEST_NAME} bytes"
         )

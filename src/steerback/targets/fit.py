@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from steerback.errors import SteerbackError
-from steerback.readers import read_json_table
+from steerback.readers import read_json_table, read_safetensors_header
 from steerback.targets.download import check_space, free_space, gigabytes, hub_errors, hub_place
 from steerback.targets.target import Target, model_config, weight_sizes
 
@@ -184,10 +184,13 @@ def fetch(target: Target) -> None:
 
 
 def check_weights(target: Target) -> None:
-    """Raise SteerbackError if a model's files have more or fewer layers than its config.json says.
+    """Raise SteerbackError if a model has more or fewer layers than its config.json says, or its SAE another shape.
 
     Engines would silently ignore extra layers, and a wrong config.json could ask for millions of missing ones.
     """
+    for key, size in _sae_sizes(target).items():
+        if (noted := getattr(target, key)) and noted != size:
+            raise SteerbackError(f"target {target.name!r}: {key} is {noted}, its SAE has {size}; correct it")
     folder = model_folder(target)
     layers = {int(m[1]) for name in weight_sizes(folder) if (m := DECODER_LAYER.match(name))}
     n_layers = model_config(folder).get("num_hidden_layers")
@@ -196,6 +199,21 @@ def check_weights(target: Target) -> None:
             f"target {target.name!r}: config.json of {target.model} says {n_layers} layers, but its weights have "
             f"{max(layers) + 1}; they belong to different models, or a file is incomplete"
         )
+
+
+def _sae_sizes(target: Target) -> dict[str, int]:
+    """Return d_model and n_latents from the header of a local SAE in safetensors; empty for any other SAE."""
+    from steerback.targets.sae_files import FORMATS, locate
+
+    source = target.sae
+    if source is None or source.format not in FORMATS or ".safetensors" not in FORMATS[source.format].suffixes:
+        return {}
+    if not Path(source.location).expanduser().exists():
+        return {}
+    header = read_safetensors_header(locate(source).weights, "SAE")
+    shape = next((header[name].get("shape") for name in ("W_enc", "w_enc") if name in header), None)
+    sizes = shape if isinstance(shape, list) and len(shape) == 2 else ()
+    return {key: size for key, size in zip(("d_model", "n_latents"), sizes, strict=False) if isinstance(size, int)}
 
 
 def model_folder(target: Target) -> Path:
