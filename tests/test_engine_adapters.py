@@ -197,3 +197,28 @@ def test_a_pattern_of_ranks_that_could_hang_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(config | {"rank_pattern": {HOSTILE: 4}}), "utf-8")
     with pytest.raises(SteerbackError, match="rank_pattern"):
         with_adapter(tiny.target().with_adapter(folder), tiny.model())
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"init_lora_weights": "pissa_niter_100000000"}, "initialisation 'pissa_niter_100000000' has changed"),
+        ({"layer_replication": [[0, 4]] * 100_000}, "repeats layers of the model"),
+        ({"r": 10**12}, "has a rank above 10,000"),
+        ({"rank_pattern": {"q_proj": 10**9}}, "has a rank above 10,000"),
+        ({"alpha_pattern": ["q_proj"]}, "AttributeError: 'list' object has no attribute"),
+        ({"trainable_token_indices": [10**9]}, "out of bounds"),
+        ({"megatron_config": {"a": 1}}, "No module named 'megatron'"),
+        ({"peft_type": "IA3"}, "'IA3Config' object has no attribute"),
+        ({"modules_to_save": "("}, "unterminated subpattern"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_configuration_that_cannot_be_applied_is_one_line(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    folder = saved(tmp_path / "adapter", target_modules=["q_proj"])
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), "utf-8")
+    with pytest.raises(SteerbackError, match=r"target 'tiny\+adapter': cannot use adapter") as error:
+        with_adapter(tiny.target().with_adapter(folder), tiny.model())
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)

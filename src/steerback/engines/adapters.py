@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from steerback.errors import SteerbackError, one_line
-from steerback.readers import Json, read_safetensors_header
+from steerback.readers import Json, read_safetensors_header, reason_of
 from steerback.targets.target import ADAPTER_FILES, Target, adapter_config, check_adapter
 
 if TYPE_CHECKING:
@@ -26,13 +26,16 @@ if TYPE_CHECKING:
 REPEATED = re.compile(r"\)[*+?{]|(?:[*+{].*){4}", re.DOTALL)
 """Matches patterns with a repeated group or many repetitions, which can take exponential time."""
 
+CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initialisations that change the model's own weights. vLLM ignores them, so the engines would differ."""
+HIGHEST_RANK = 10_000
+
 
 def with_adapter(target: Target, model: PreTrainedModel) -> PreTrainedModel:
     """Return the model with the target's LoRA adapter loaded, not merged."""
     if find_spec("peft") is None:
         raise SteerbackError(f"target {target.name!r} has an adapter: pip install 'steerback[finetune]'")
     from peft import PeftConfig, PeftModel
-    from safetensors import SafetensorError
 
     folder = Path(target.adapter or "")
     where = f"target {target.name!r}: cannot use adapter {folder}"
@@ -45,8 +48,10 @@ def with_adapter(target: Target, model: PreTrainedModel) -> PreTrainedModel:
             adapted = PeftModel(model, config)
             renamed = getattr(model, "_checkpoint_conversion_mapping", {})
             result = adapted.load_adapter(str(folder), "default", key_mapping=renamed)
-    except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
-        raise SteerbackError(f"{where}: {one_line(error)[:300]}") from error
+    except SteerbackError:
+        raise
+    except Exception as error:  # a wrong value raises errors of many types in peft
+        raise SteerbackError(f"{where}: {type(error).__name__}: {reason_of(error)}") from error
     for keys, problem in (
         (result.missing_keys, "it lacks {} weights that its configuration names"),
         (result.unexpected_keys, "it has {} weights for modules that the model lacks"),
@@ -66,6 +71,8 @@ def check_fits(where: str, folder: Path, model: PreTrainedModel) -> None:
     Reads only the header of the adapter file, so the model may be on the meta device, without weights.
     """
     check_adapter(where, folder)
+    if refused := _refused(adapter_config(folder)):
+        raise SteerbackError(f"{where}: it {refused}")
     modules = {name: module for name, module in model.named_modules() if name}
     renamed: dict[str, str] = getattr(model, "_checkpoint_conversion_mapping", {})
     parts: dict[str, dict[str, list[int]]] = {}
@@ -88,6 +95,19 @@ def check_fits(where: str, folder: Path, model: PreTrainedModel) -> None:
         misfit = f"lacks weights of {len(missing)} modules that its configuration names, the first is {min(missing)}"
     if misfit is not None:
         raise SteerbackError(f"{where}: it {misfit}; it belongs to another model or is incomplete")
+
+
+def _refused(config: Mapping[str, Json]) -> str | None:
+    """Return why a configuration is refused whatever its weights are, or None. peft would apply it for hours."""
+    start, ranks = str(config.get("init_lora_weights")), config.get("rank_pattern")
+    if start.startswith(CHANGING):
+        return f"needs a model whose weights its initialisation {start[:40]!r} has changed; save it as plain LoRA"
+    if config.get("layer_replication"):
+        return "repeats layers of the model (layer_replication), which is not supported"
+    named = [config.get("r"), *(ranks.values() if isinstance(ranks, dict) else ())]
+    if any(isinstance(rank, int) and rank > HIGHEST_RANK for rank in named):
+        return f"has a rank above {HIGHEST_RANK:,}"
+    return None
 
 
 def _misfit(name: str, parts: Mapping[str, list[int]], module: Module) -> str | None:
