@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from torch import Tensor
 
 import sae_files
 from sae_files import LAYER, D, N, weights
@@ -112,11 +113,24 @@ def test_weights_that_are_no_weights_are_refused(
         assert "\n" not in str(caught.value)
 
 
-def test_sparse_weights_in_a_pickle_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (torch.Tensor.to_sparse, "sparse"),
+        (torch.Tensor.to_sparse_csr, "sparse"),
+        (lambda weight: weight.to("meta"), "no"),
+        (lambda weight: weight.to(torch.complex64), "complex64"),
+        (lambda weight: weight[:1, :1].clone().expand(weight.shape), "repeated"),
+    ],
+    ids=["sparse", "CSR", "meta", "complex", "repeated"],
+)
+def test_weights_in_a_pickle_that_are_no_matrix_of_numbers_are_refused(
+    tmp_path: Path, change: Callable[[Tensor], Tensor], kind: str
+) -> None:
     path = sae_files.goodfire(tmp_path / "sae.pt", W)
     state = torch.load(path, weights_only=True)
-    torch.save(state | {"encoder_linear.weight": state["encoder_linear.weight"].to_sparse()}, path)
-    with pytest.raises(SteerbackError, match=r"encoder_linear\.weight has sparse numbers"):
+    torch.save(state | {"encoder_linear.weight": change(state["encoder_linear.weight"])}, path)
+    with pytest.raises(SteerbackError, match=rf"encoder_linear\.weight has {kind} numbers"):
         load_sae(SaeSource(str(path), "goodfire", layer=LAYER))
 
 

@@ -206,8 +206,12 @@ def _blocks(tensor: Tensor) -> Iterator[Tensor]:
 
 def stored(tensor: Tensor, where: str) -> Tensor:
     """Convert a tensor to a type of `Sae`: bfloat16 stays, other floats become float32. Refuses other types."""
-    if not tensor.is_floating_point() or tensor.is_meta or tensor.layout != torch.strided:
-        kind = "sparse" if tensor.layout != torch.strided else str(tensor.dtype).removeprefix("torch.")
+    kind = "" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
+    if tensor.layout != torch.strided or tensor.is_meta:
+        kind = "no" if tensor.is_meta else "sparse"
+    elif tensor.untyped_storage().nbytes() < tensor.nbytes:
+        kind = "repeated"
+    if kind:
         raise SteerbackError(f"{where} has {kind} numbers; an SAE needs dense weights in a floating-point type")
     return tensor if tensor.dtype == torch.bfloat16 else tensor.to(torch.float32)
 
