@@ -287,13 +287,16 @@ def test_a_judge_that_refuses_everything_is_said_to_have_scored_nothing(
 ) -> None:
     assert steerback("run", "esr", "--target", "organism", "--name", "a", *SMALL) == 0
     server.fault = lambda response, before: "refusal"
-    for rubric in ("attempts", "whole"):
+    assert steerback("run", "esr", "--target", "organism", *SMALL, "--judge", "qwen3-32b") == 2
+    assert "judge qwen3-32b scored no response, most often because: the model refused" in capsys.readouterr().err
+    for rubric in ("attempts", "windows", "whole"):
         capsys.readouterr()
         assert steerback("judge", "a", "--judge", "qwen3-32b", "--rubric", rubric) == 0
         said = capsys.readouterr().out
-        count = int(re.search(r"(\d+) responses to be", said)[1])  # type: ignore[index]
+        count = int(re.search(r"(\d+) responses (?:to be|whose)", said)[1])  # type: ignore[index]
         assert f"{count} of {count} responses stay unscored by qwen3-32b" in said
         assert "the model refused (content filter)" in said
+        assert rubric != "windows" or "windows of 0 responses scored" in said
     server.fault = lambda response, before: ""
     assert steerback("judge", "a", "--judge", "qwen3-32b", "--retry-unscored") == 0
     assert "unscored" not in capsys.readouterr().out

@@ -106,7 +106,7 @@ def _windows(folder: Path, judge: str, retry: bool, dry_run: bool, makers: Maker
     with Run.read(folder) as opened:
         reasons = opened.ledger.window_reasons(judge)
     say_lines([*spent_lines(folder), *unscored_lines(judge, reasons)])
-    say(f"windows of {len(reasons)} responses scored by {judge}: steerback figures {folder.name} --judge {judge}")
+    say(f"windows of {reasons.count('')} responses scored by {judge}: steerback figures {folder.name} --judge {judge}")
 
 
 def _grade(folder: Path, judge: str, rubric: str, retry: bool, dry_run: bool, budget: Budget) -> None:

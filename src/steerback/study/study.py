@@ -6,6 +6,7 @@ conditions; they contain no loop over responses.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -300,10 +301,21 @@ class Study:
                 states = ", ".join(sorted({f"{t.status} ({t.reason})" for t in thresholds.values()}))
                 raise SteerbackError(
                     f"{self.name}: no latent reached target score {self.config.calibration.target_score:g}: {states}; "
-                    "widen the search with calibration.low and calibration.high, choose other latents or raise "
-                    f"calibration.max_iterations ({docs_page('concepts', 'calibration')})"
+                    + self._advice()
                 )
         return self.grid(latents, boosts)
+
+    def _advice(self) -> str:
+        """Return what to do if no latent has a usable threshold."""
+        name = self.bench.judge.name if self.bench.judge is not None else ""
+        verdicts = [row.judgement for row in self.run.ledger.outlines(self.name, "calibration", judge=name)]
+        reasons = Counter(judged.reason for judged in verdicts if judged is not None and judged.status == "unscored")
+        if reasons and reasons.total() == len(verdicts):
+            return f"judge {name} scored no response, most often because: {reasons.most_common(1)[0][0]}"
+        return (
+            "widen the search with calibration.low and calibration.high, choose other latents or raise "
+            f"calibration.max_iterations ({docs_page('concepts', 'calibration')})"
+        )
 
     def grid(self, latents: Sequence[Latent], boosts: Mapping[LatentKey, float]) -> list[Cell]:
         """Return the cells of the latents that have a boost; prompts and seeds depend on the position in `latents`."""
