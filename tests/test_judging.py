@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 from concurrent.futures import BrokenExecutor
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -350,6 +351,8 @@ def test_other_processes_give_the_same_verdicts_and_their_end_loses_none(monkeyp
 
 def test_responses_that_were_read_before_get_the_same_verdicts_and_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     items = [c.item for c in compose(load("dev"))][:4]
+    many = " ".join(f"The sink number {n} is old." for n in range(60))  # sentences, which are joined to windows
+    items.append(replace(items[0], response=many))
 
     def fresh() -> Any:
         monkeypatch.setattr(offline, "_models", {})
@@ -363,5 +366,5 @@ def test_responses_that_were_read_before_get_the_same_verdicts_and_windows(monke
     batch = [items[0], items[0], items[3], *items, items[3]]
     expected = [alone[items.index(item)] for item in batch]
     for _ in range(2):
-        assert judge.judge_batch(batch) == [verdict for verdict, _ in expected]
         assert judge._window_batch(batch) == [windows for _, windows in expected]
+        assert judge.judge_batch(batch) == [verdict for verdict, _ in expected]

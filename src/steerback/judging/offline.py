@@ -24,7 +24,7 @@ from steerback.judging.base import JudgeItem, References
 from steerback.judging.gating import gate
 from steerback.judging.restarts import Restart, find_restarts
 from steerback.judging.text import Span, sentences, words
-from steerback.judging.windows import join
+from steerback.judging.windows import MOST_WINDOWS, join
 from steerback.records import Attempt, Judgement, LatentKey, Spend, WindowScores, digest
 from steerback.store.processes import end_with
 
@@ -37,8 +37,8 @@ NOTICE = "the offline judge compares words; its scores are not comparable with t
 BATCH = 64
 MANY, CORES = 256, 4
 """Number of judged responses after which more processes judge, and the machine's cores for each of them."""
-KEPT = 8192
-"""Number of responses whose parts are kept."""
+KEPT, SHORT = 8192, 4000
+"""Number of responses whose parts are kept, and their largest number of characters."""
 STAY = 0.8
 """Prior probability that two neighbouring sentences are both on topic or both off topic, as drifts are contiguous."""
 
@@ -177,16 +177,14 @@ class OfflineJudge:
 
     def _window_batch(self, items: Sequence[JudgeItem]) -> list[WindowScores]:
         missing = [self._without_score(item) for item in items]
-        read = iter(self._read([item for item, m in zip(items, missing, strict=True) if m is None]))
+        read = iter(self._read([item for item, m in zip(items, missing, strict=True) if m is None], joined=True))
         results = []
-        for item, m in zip(items, missing, strict=True):
+        for m in missing:
             parts = () if m else next(read)
-            windows, odds = [s for part in parts for s in part.sentences], [x for part in parts for x in part.odds]
-            if len(joined := join(windows)) < len(windows):
-                windows, odds = joined, self._log_odds([(item, item.response[s.start : s.end]) for s in joined])
-            scores = tuple(round(100 * p, 2) for p in chain(odds, self._stay))
+            on_topic = chain([x for part in parts for x in part.odds], self._stay)
+            scores, starts = tuple(round(100 * p, 2) for p in on_topic), [s.start for p in parts for s in p.sentences]
             nothing = "" if scores else (m.reason if m else "") or "no sentence"
-            results.append(WindowScores(self.name, self.rubric, tuple(s.start for s in windows), scores, nothing))
+            results.append(WindowScores(self.name, self.rubric, tuple(starts), scores, nothing))
         return results
 
     def _without_score(self, item: JudgeItem) -> Judgement | None:
@@ -200,21 +198,31 @@ class OfflineJudge:
             return Judgement(self.name, self.rubric, "unscored", reason=reason)
         return None
 
-    def _read(self, items: Sequence[JudgeItem]) -> list[Sequence[Part]]:
-        """Return the parts of each response. The last ones are kept, because verdicts and windows need the same."""
+    def _read(self, items: Sequence[JudgeItem], joined: bool = False) -> list[Sequence[Part]]:
+        """Return the parts of each response; with `joined`, one part with the windows of a response of many sentences.
+
+        The parts of the last short responses are kept, because verdicts and windows need the same.
+        """
         keys = [(item.response, item.prompt, item.latent, item.label) for item in items]
-        fresh = {key: item for key, item in zip(keys, items, strict=True) if key not in self._known}
-        cuts = {key: _cut(*key[:2], self.name) for key in fresh}
-        pieces = [
-            (fresh[key], key[0][s.start : s.end]) for key, cut in cuts.items() for *_, spans in cut for s in spans
-        ]
+        read = {key: self._known[key] for key in keys if key in self._known}
+        fresh = {key: item for key, item in zip(keys, items, strict=True) if key not in read}
+        kept: list[Key] = []
+        cuts, pieces = {}, []
+        for key, item in fresh.items():
+            cuts[key] = _cut(*key[:2], self.name)
+            spans = [span for *_, spans in cuts[key] for span in spans]
+            if len(spans) <= MOST_WINDOWS and len(key[0]) <= SHORT:
+                kept.append(key)
+            elif joined:
+                cuts[key] = [(Restart(0, 0), len(key[0]), spans := join(spans))]
+            pieces += [(item, key[0][s.start : s.end]) for s in spans]
         odds = iter(self._log_odds(pieces))
         for key, cut in cuts.items():
-            self._known[key] = [Part(restart, end, spans, [next(odds) for _ in spans]) for restart, end, spans in cut]
-        read = [self._known[key] for key in keys]
+            read[key] = [Part(restart, end, spans, [next(odds) for _ in spans]) for restart, end, spans in cut]
+        self._known.update((key, read[key]) for key in kept)
         while len(self._known) > KEPT:
             del self._known[next(iter(self._known))]
-        return read
+        return [read[key] for key in keys]
 
     def _log_odds(self, pieces: Sequence[tuple[JudgeItem, str]]) -> list[float]:
         """Return the log-odds that each sentence is on topic; minus infinity for degenerate sentences."""
