@@ -39,6 +39,7 @@ MANY, CORES = 256, 4
 """Number of judged responses after which more processes judge, and the machine's cores for each of them."""
 KEPT, SHORT = 8192, 4000
 """Number of responses whose parts are kept, and their largest number of characters."""
+QUIET = "ignore::UserWarning:joblib.externals.loky.backend.resource_tracker"
 STAY = 0.8
 """Prior probability that two neighbouring sentences are both on topic or both off topic, as drifts are contiguous."""
 
@@ -249,7 +250,10 @@ class Processes:
         self.started: Future[None] | None = None
         self._parent = os.getpid()
         if (number := loky.cpu_count() // CORES) and sys.platform == "linux":  # `end_with` needs it
+            warned = os.environ.get("PYTHONWARNINGS", "")
+            os.environ["PYTHONWARNINGS"] = QUIET  # a killed run would end with loky's report of its semaphores
             self._pool = loky.ProcessPoolExecutor(number, initializer=_begin, initargs=(self._parent, name, references))
+            os.environ["PYTHONWARNINGS"] = warned
             self.started = self._pool.submit(_nothing)
 
     def start(self, work: Verdicts[T], batch: Sequence[JudgeItem]) -> Future[Sequence[T]] | None:
