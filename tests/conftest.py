@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 settings.register_profile("the same examples every time", derandomize=True, database=None, deadline=None)
 settings.load_profile("the same examples every time")
 render = Figure.savefig
-rendered = False
+rendered: tuple[str, ...] = ()
 
 
 @functools.cache
@@ -32,7 +32,7 @@ def blank(kind: str) -> bytes:
 
 def savefig(fig: Figure, out: IO[bytes], *, format: str, **options: Any) -> None:
     """`Figure.savefig` as this package calls it."""
-    if rendered:
+    if format in rendered:
         render(fig, out, format=format, **options)
     else:
         out.write(blank(format))
@@ -44,9 +44,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Render figures in a marked test and in the fixtures that are made for it."""
+    """Render figures in a marked test and in its fixtures, as PNG and PDF or in the formats that the mark names."""
     global rendered
-    rendered = item.get_closest_marker("rendered") is not None
+    mark = item.get_closest_marker("rendered")
+    rendered = () if mark is None else mark.args or ("png", "pdf")
     return (yield)
 
 

@@ -289,7 +289,7 @@ def test_an_experiment_resumed_changes_nothing(runs: Runs) -> None:
     assert before == ((folder / "summary.json").read_bytes(), runs.ledger("again").dump())
 
 
-@pytest.mark.rendered
+@pytest.mark.rendered("png")
 def test_nothing_restarts_and_everything_still_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quiet = Runs(tmp_path, monkeypatch, PlantedModel(thresholds=thresholds(), restart_rate=0.0))
     quiet.draw = True
