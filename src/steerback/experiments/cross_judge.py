@@ -23,8 +23,7 @@ from steerback.errors import SteerbackError
 from steerback.experiments.base import Experiment
 from steerback.store.facts import ENGINE, HUMAN, PROVENANCE, SAMPLE, JudgedSample, StratumWeights
 from steerback.store.ledger import Row
-from steerback.store.run import Run, stored_config
-from steerback.study.study import fact_of
+from steerback.store.run import Run, fact_of, stored_config
 
 SAMPLE_SIZE, MINIMUM, SEED = 1000, 100, 42
 

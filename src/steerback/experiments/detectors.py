@@ -23,9 +23,9 @@ from steerback.experiments.base import SEARCHING, Experiment
 from steerback.readers import read_json
 from steerback.store.facts import DETECTOR_SET, PAIR_ACTIVATIONS, Detector, DetectorSet, PairActivations
 from steerback.store.ledger import Row
-from steerback.store.run import stored_config
+from steerback.store.run import fact_of, stored_config
 from steerback.study.pipeline import complete
-from steerback.study.study import Study, fact_of, same_weights
+from steerback.study.study import Study, same_weights
 
 if TYPE_CHECKING:
     import numpy as np

@@ -22,8 +22,7 @@ from steerback.latents.concreteness import make_rater
 from steerback.latents.sampling import check_latents
 from steerback.latents.selection import rater_of, rating_model
 from steerback.store.facts import LATENTS, Fact
-from steerback.store.run import stored_config
-from steerback.study.study import fact_of
+from steerback.store.run import fact_of, stored_config
 from steerback.targets import Target, resolve, user_tables
 from steerback.targets.fit import check_weights
 

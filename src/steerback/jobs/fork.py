@@ -22,10 +22,10 @@ from steerback.records import Trial
 from steerback.store.facts import DETECTOR_SET, FORK, FORKS, DetectorSet, EngineIdentity, Fork, ForkArm
 from steerback.store.ledger import Ledger, Row
 from steerback.store.progress import Progress, Silent
-from steerback.store.run import Run
+from steerback.store.run import Run, fact_of
 from steerback.study import forks as plan
 from steerback.study.pipeline import Workbench, complete
-from steerback.study.study import fact_of, same_weights
+from steerback.study.study import same_weights
 
 if TYPE_CHECKING:
     from steerback.engines.base import Engine

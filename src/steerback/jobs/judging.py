@@ -23,8 +23,8 @@ from steerback.store.facts import FLOOR, JUDGES, PROBES, ProbeAnswer
 from steerback.store.progress import Progress, Silent
 from steerback.store.rows import Outline
 from steerback.store.run import Run
-from steerback.study.pipeline import Workbench, judge_item, judge_rows
-from steerback.study.study import UNJUDGED, references
+from steerback.study.pipeline import Workbench, judge_item, judge_rows, references
+from steerback.study.study import UNJUDGED
 from steerback.study.windows import score_windows, without_windows
 
 

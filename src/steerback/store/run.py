@@ -10,18 +10,20 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from steerback.config import RunConfig, differences, parse_config
 from steerback.errors import SteerbackError, did_you_mean
 from steerback.readers import read_json_table
 from steerback.records import Spend
-from steerback.store.facts import CONFIG, JUDGE_SPEND
+from steerback.store.facts import CONFIG, JUDGE_SPEND, Fact
 from steerback.store.files import clear_leftovers, make_folder
 from steerback.store.files import write_atomic as write_atomic
 from steerback.store.files import write_json as write_json
 from steerback.store.ledger import Ledger
 from steerback.store.manifest import Parts, manifest
+
+T = TypeVar("T")
 
 LONGEST_NAME = 200
 """Most bytes in a run's name. File systems allow 255, and the names of figures are longer than the run's."""
@@ -206,3 +208,10 @@ def _name_is_plain(name: str) -> None:
             f"run name {name[:80]!r} may contain only letters, digits and . _ - @ +, not begin with . or -, "
             f"and have at most {LONGEST_NAME} bytes"
         )
+
+
+def fact_of(folder: Path, target: str, fact: Fact[T]) -> tuple[T | None, str | None]:
+    """Return a fact of another run (None if absent), and the folder of the run that it starts from (None if none)."""
+    with Ledger(folder / "ledger.sqlite", read_only=True) as other:
+        earlier = (other.get("", CONFIG) or {}).get("from_run")
+        return other.get(target, fact), earlier if isinstance(earlier, str) else None

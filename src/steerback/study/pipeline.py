@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from steerback.errors import SteerbackError
-from steerback.judging.base import Judge, JudgeItem
-from steerback.records import Completion, Judgement, Request, Sampling, Trial, digest
+from steerback.judging.base import Judge, JudgeItem, References
+from steerback.records import Completion, Judgement, LatentKey, Request, Sampling, Trial, digest
 from steerback.store.cache import Cache, cache_key
 from steerback.store.ledger import Ledger, Row
 
@@ -332,6 +332,15 @@ def judge_item(row: Row, drop_unscored: bool = False) -> JudgeItem:
         raise SteerbackError(f"trial {row.trial.key} has no response yet; resume the run first")
     trial = row.trial
     return JudgeItem(trial.key, trial.prompt, row.judged_text, trial.label, trial.latent, drop_unscored)
+
+
+def references(rows: Sequence[Row], contexts: Mapping[LatentKey, Sequence[str]]) -> References:
+    """Return the references of an offline judge: the unsteered responses among `rows`, and the latents' contexts."""
+    responses: dict[str, list[str]] = {}
+    for row in rows:
+        if row.trial.stage == "reference" and row.completion is not None:
+            responses.setdefault(row.trial.prompt, []).append(row.completion.text)
+    return References(responses, contexts)
 
 
 def judgement_key(judge: Judge, item: JudgeItem) -> str:

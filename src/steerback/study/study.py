@@ -17,16 +17,16 @@ import numpy as np
 from steerback.calibration import Calibrator, Threshold, verified
 from steerback.calibration.thresholds import THRESHOLDS, LatentThreshold
 from steerback.errors import SteerbackError, docs_page
-from steerback.judging import Maker, References, make_judge
+from steerback.judging import Maker, make_judge
 from steerback.judging.base import drain
 from steerback.latents import selection as choose
 from steerback.latents.concreteness import make_rater
 from steerback.latents.sampling import check_latents
 from steerback.records import Intervention, Latent, LatentKey, Trial
-from steerback.store.facts import BASELINE, CONFIG, ENGINE, LATENTS, MEASURED, Fact, Selection
-from steerback.store.ledger import Ledger, Row
-from steerback.store.run import Run
-from steerback.study.pipeline import Workbench, carry_out, complete
+from steerback.store.facts import BASELINE, ENGINE, LATENTS, MEASURED, Fact, Selection
+from steerback.store.ledger import Row
+from steerback.store.run import Run, fact_of
+from steerback.study.pipeline import Workbench, carry_out, complete, references
 from steerback.targets import Target
 
 if TYPE_CHECKING:
@@ -375,22 +375,6 @@ class Study:
     async def measure(self, condition: str, trials: Sequence[Trial]) -> None:
         """Complete the trials of one condition."""
         await carry_out(self.bench, trials, stage=f"{self.name}: {condition}")
-
-
-def references(rows: Sequence[Row], contexts: Mapping[LatentKey, Sequence[str]]) -> References:
-    """Return the references of an offline judge: the unsteered responses among `rows`, and the latents' contexts."""
-    responses: dict[str, list[str]] = {}
-    for row in rows:
-        if row.trial.stage == "reference" and row.completion is not None:
-            responses.setdefault(row.trial.prompt, []).append(row.completion.text)
-    return References(responses, contexts)
-
-
-def fact_of(folder: Path, target: str, fact: Fact[T]) -> tuple[T | None, str | None]:
-    """Return a fact of another run (None if absent), and the folder of the run that it starts from (None if none)."""
-    with Ledger(folder / "ledger.sqlite", read_only=True) as other:
-        earlier = (other.get("", CONFIG) or {}).get("from_run")
-        return other.get(target, fact), earlier if isinstance(earlier, str) else None
 
 
 IDENTITY = ("model", "revision", "files", "sae", "layers", "lora")  # keys of a model and SAE, equal in all engines
