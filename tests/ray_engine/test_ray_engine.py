@@ -264,7 +264,8 @@ def run_and_die(address: str, folder: Path, moment: int) -> None:
 def test_a_killed_driver_loses_nothing(cluster: Cluster, tmp_path: Path) -> None:
     expected = run(tmp_path / "alone", Makers(), "scripted", {})
     draw, context = random.Random(45), multiprocessing.get_context("spawn")
-    for moment in sorted(draw.sample(range(1, len(expected["completions"])), 3)):
+    # a driver generates what the ones before it have not saved, at least a third of all
+    for moment in draw.sample(range(1, len(expected["completions"]) // 3), 3):
         child = context.Process(target=run_and_die, args=(cluster.address, tmp_path / "ray", moment))
         child.start()
         child.join(120)
