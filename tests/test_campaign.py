@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -160,6 +162,16 @@ def test_a_campaign_of_all_experiments_starts_one_engine(runs: Runs) -> None:
     assert log == ["start planted", "close planted"]
     campaign.run(campaign.stored_steps([s.folder for s in steps]), cached=False, say=lambda _: None, makers=makers)
     assert len(log) == 2  # nothing is left to do
+
+
+def test_built_in_models_are_measured_side_by_side() -> None:
+    """A check that imports torch would prevent it, because a process with torch cannot fork."""
+    code = (
+        "from steerback.config import build_config\nfrom steerback.jobs import campaign, check, side_by_side\n"
+        "job = check.check(build_config('esr', ('organism', 'organism-control'), 'quick'))\n"
+        "side_by_side.os.cpu_count = lambda: 2\nassert side_by_side.possible(job)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_side_by_side_the_longest_chain_of_steps_starts_first(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:

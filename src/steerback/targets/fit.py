@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from steerback.errors import SteerbackError
+from steerback.organism import is_builtin
 from steerback.readers import read_json_table, read_safetensors_header
 from steerback.targets.download import check_space, free_space, gigabytes, hub_errors, hub_place
 from steerback.targets.target import Target, model_config, weight_sizes
@@ -202,7 +203,12 @@ def check_weights(target: Target) -> None:
 
 
 def _sae_sizes(target: Target) -> dict[str, int]:
-    """Return d_model and n_latents from the header of a local SAE in safetensors; empty for any other SAE."""
+    """Return d_model and n_latents from the header of a local SAE in safetensors; empty for any other SAE.
+
+    Empty also for built-in targets: reading the header imports torch, and then no process can fork (`can_fork`).
+    """
+    if is_builtin(target.name):
+        return {}
     from steerback.targets.sae_files import FORMATS, locate
 
     source = target.sae
