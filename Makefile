@@ -13,7 +13,7 @@ DEMO_TARGETS := --target organism --target organism-control
 .PHONY: help docs docs-figures demo demo-all demo-all-small demo-finetune demo-finetune-small test test-training test-install test-vllm test-vllm-first test-vllm-second test-ray check audit faults clean
 help:
 	@echo "make demo    install, then measure steering resistance on the built-in models (about 90 seconds)"
-	@echo "make demo-all    every experiment of the paper on the built-in models (about 10 minutes; SIZES=... for others)"
+	@echo "make demo-all    every experiment of the paper on the built-in models (about 6 minutes; SIZES=... for others)"
 	@echo "make demo-finetune    experiment 4: nine adapters trained and measured (about 27 minutes)"
 	@echo "make test    install what tests need, then run them; the slow ones have targets of their own:"
 	@echo "make test-training   train the judges again, and SAEs beside the built-in models' own"
