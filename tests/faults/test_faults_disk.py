@@ -5,8 +5,11 @@ The disk is the size limit of files (RLIMIT_FSIZE), which fails a write as a ful
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,14 @@ def run(name: str) -> list[str]:
     sizes = [word for size in SMALL for word in ("--set", size)]
     small = ["run", "esr", "--target", "organism", "--preset", "quick", "--engine", "scripted", "--judge", "scripted"]
     return [*small, *sizes, "--name", name]
+
+
+def test_a_message_that_cannot_be_written_changes_no_exit_code() -> None:
+    words = "import sys; from steerback.cli import main; sys.stderr.write('no line end'); main(['--version'])"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run([sys.executable, "-c", words], stdout=subprocess.DEVNULL, stderr=full, env=buffered)
+    assert ended.returncode == 0
 
 
 def one_line(said: Path) -> str:

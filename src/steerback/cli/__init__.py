@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 
@@ -50,6 +50,10 @@ def main(arguments: list[str] | None = None) -> None:
         # not app(): it would replace our hook for unforeseen errors by its own
         code = typer.main.get_command(app).main(args=words, prog_name="steerback", standalone_mode=False)
         sys.stdout.flush()
+        try:
+            sys.stderr.flush()
+        except OSError:  # a message that cannot be written is no reason to fail
+            _discard(sys.stderr)
     except SteerbackError as error:
         fail(str(error))
     except USAGE_ERROR as error:
@@ -88,12 +92,17 @@ def fail(message: str) -> None:
     sys.exit(2)
 
 
+def _discard(stream: TextIO) -> None:
+    """Let the buffered rest of an output go nowhere at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def fail_full(error: OSError) -> None:
     """Exit with one line about a full disk; it may be the disk of our own output."""
     place = error.filename
     if place is None:  # most often our own output
         with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the buffered rest is not written at exit
+            _discard(sys.stdout)
     fail(
         f"{place or 'a file or the output'} cannot be written: {error.strerror}; free some space and repeat the command"
     )
