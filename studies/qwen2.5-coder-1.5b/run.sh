@@ -4,8 +4,8 @@
 #   bash studies/qwen2.5-coder-1.5b/run.sh MODEL.gguf OUT [STAGE ...]
 #
 # MODEL.gguf: qwen2.5-coder-1.5b-instruct-q4_k_m.gguf of Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF, one GPU with 40 GB or
-# more, and an environment with: pip install 'steerback[gguf,finetune,parquet]' vllm. The stages sae and directions took 8 and
-# 5 minutes on one H200. A stage that is repeated continues where it stopped. OUT keeps everything.
+# more, and an environment with: pip install 'steerback[gguf,finetune,parquet]' vllm. The stages sae, second
+# and directions took 5 minutes each on one H200. A stage that is repeated continues where it stopped. OUT keeps everything.
 set -euo pipefail
 usage="usage: run.sh MODEL.gguf OUT [STAGE ...]"
 model=${1:?$usage} out=$(realpath -m "${2:?$usage}"); shift 2

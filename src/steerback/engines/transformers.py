@@ -65,9 +65,7 @@ class TransformersEngine:
         # Batches run in threads so that the event loop stays free for judges. Small models gain more from parallel
         # batches than from threads within a matrix product, which synchronise at every operation.
         small = on_cpu and sum(p.numel() for p in self.runner.model.parameters()) < SMALL
-        if (
-            small
-        ):  # products with matrices in this order are a tenth faster, and equal; tied embeddings keep their order
+        if small:  # products with matrices in this order are slightly faster, and equal; embeddings keep their order
             for module in self.runner.model.modules():
                 if isinstance(module, torch.nn.Linear):
                     module.weight = torch.nn.Parameter(module.weight.t().contiguous().t(), requires_grad=False)

@@ -252,9 +252,14 @@ class Processes:
         if (number := loky.cpu_count() // CORES) and sys.platform == "linux":  # `end_with` needs it
             warned = os.environ.get("PYTHONWARNINGS", "")
             os.environ["PYTHONWARNINGS"] = QUIET  # a killed run would end with loky's report of its semaphores
-            self._pool = loky.ProcessPoolExecutor(number, initializer=_begin, initargs=(self._parent, name, references))
-            os.environ["PYTHONWARNINGS"] = warned
-            self.started = self._pool.submit(_nothing)
+            try:
+                arguments = self._parent, name, references
+                self._pool = loky.ProcessPoolExecutor(number, initializer=_begin, initargs=arguments)
+                self.started = self._pool.submit(_nothing)
+            except OSError:  # no semaphores or no more processes here: the judge's own process gives the same verdicts
+                self.stop()
+            finally:
+                os.environ["PYTHONWARNINGS"] = warned
 
     def start(self, work: Verdicts[T], batch: Sequence[JudgeItem]) -> Future[Sequence[T]] | None:
         """Let a process judge a batch; None if there is none, or none has started yet, or this is a fork."""
@@ -263,7 +268,7 @@ class Processes:
         return self._pool.submit(_work, work, batch)
 
     def stop(self) -> None:
-        """Use the processes no more, because one of them has ended."""
+        """Use the processes no more, because one of them has ended or could not start."""
         self._pool = None
 
 
