@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -262,10 +263,11 @@ def test_fetch_refuses_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 def test_import_and_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "goodfire.csv").write_text(
-        "index_in_sae,label,status,notes,uuid\n0,tide pools,public,,a\n1,,public,,b\n"
+        f"index_in_sae,label,status,notes,uuid\n0,tide pools{' of rock' * 100},public,,a\n1,,public,,b\n"
     )
     verb("labels", "import", "organism", str(tmp_path / "goodfire.csv"))
     shipped = len(resolve("organism").own_labels())
     assert f"{shipped + 1} of 1024 latents have a label, {1024 - shipped - 1} have none" in capsys.readouterr().out
     verb("labels", "show", "organism", "--find", "TIDE")
-    assert "0  tide pools  (file goodfire.csv)" in capsys.readouterr().out
+    [line, _] = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r" +0  tide pools of rock.{150,200}\.\.\.  \(file goodfire\.csv\)", line)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -65,12 +66,15 @@ def test_two_processes_on_one_run_are_one_too_many(tmp_path: Path) -> None:
     assert (done.stdout, done.stderr) == ("", "")
 
 
-def test_a_lock_that_is_a_link_leaves_the_file_it_points_to_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("link", "kind"), [(Path.symlink_to, "symbolic"), (Path.hardlink_to, "hard")])
+def test_a_lock_that_is_a_link_leaves_the_other_file_alone(
+    tmp_path: Path, link: Callable[[Path, Path], None], kind: str
+) -> None:
     mine = tmp_path / "mine.txt"
     mine.write_text("years of work")
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / ".lock").symlink_to(mine)
-    with pytest.raises(SteerbackError, match=r"\.lock is a symbolic link; remove it"):
+    link(tmp_path / "a" / ".lock", mine)
+    with pytest.raises(SteerbackError, match=rf"\.lock is a {kind} link; remove it"):
         Run.start(tmp_path / "a", CONFIG)
     assert mine.read_text() == "years of work"
 

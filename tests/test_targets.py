@@ -174,13 +174,28 @@ def test_a_config_of_another_shape_is_one_line(
     assert "".join(capfd.readouterr()) == ""
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b'\xef\xbb\xbf{"eos_token_id": 5}', "a byte-order mark"), (b'{"eos_token_id": 5', "is not valid JSON")],
+)
+def test_generation_settings_that_transformers_would_ignore_are_refused(
+    folder: Path, tmp_path: Path, content: bytes, reason: str
+) -> None:
+    for other in folder.iterdir():
+        if other.name != "generation_config.json":
+            (tmp_path / other.name).symlink_to(other)
+    (tmp_path / "generation_config.json").write_bytes(content)
+    with pytest.raises(SteerbackError, match=f"generation_config.json.*{reason}"):
+        load_target(str(tmp_path))
+
+
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "generation_config.json"])
 def test_a_number_of_too_many_digits_is_named(folder: Path, tmp_path: Path, file: str) -> None:
     for other in folder.iterdir():
         (tmp_path / other.name).symlink_to(other)
     (tmp_path / file).unlink()
     (tmp_path / file).write_text(f'{{"x": {"9" * 5000}, {(folder / file).read_text().partition("{")[2]}')
-    with pytest.raises(SteerbackError, match=r"cannot load .*: an integer has too many digits$"):
+    with pytest.raises(SteerbackError, match=r"(cannot load|generation settings) .*: an integer has too many digits$"):
         load_target(str(tmp_path))
 
 

@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING
 
 from steerback.config import RunConfig, build_config, differences
 from steerback.errors import SteerbackError as SteerbackError
-from steerback.errors import unknown
+from steerback.errors import clipped, unknown
 from steerback.jobs import campaign, execute
 from steerback.jobs.check import Makers, PreparedRun, check, start_from
 from steerback.jobs.fork import fork as fork
 from steerback.jobs.loaded import LoadedTarget as LoadedTarget
 from steerback.jobs.loaded import load_target as load_target
-from steerback.jobs.loaded import short
 from steerback.records import Intervention as Intervention
 from steerback.records import LatentKey
 from steerback.report.transcripts import choose, row_html, transcript
@@ -80,7 +79,7 @@ class RunTrial:
 
     def __repr__(self) -> str:
         scores = ", ".join(f"{score:.0f}" for score, _ in self.attempts) or "not scored"
-        return f"<trial {self.key}: {scores}: {short(self.text)!r}>"
+        return f"<trial {self.key}: {scores}: {clipped(self.text)!r}>"
 
     def _repr_html_(self) -> str:
         return row_html(self.row)

@@ -58,6 +58,12 @@ def short(text: object, most: int = 80) -> str:
     return repr(whole[:most]) + ("..." if len(whole) > most else "")
 
 
+def clipped(text: str, length: int = 60) -> str:
+    """Return the first `length` characters of a text as one line."""
+    line = one_line(text[: 2 * length])
+    return line if len(line) <= length else line[: length - 3] + "..."
+
+
 def visible(text: object) -> str:
     """Return untrusted text with escaped control characters, except line breaks, so that it is safe to print."""
     return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in str(text))

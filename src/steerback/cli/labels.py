@@ -16,7 +16,7 @@ from steerback.cli.options import (
     option,
     say,
 )
-from steerback.errors import SteerbackError, one_line, unknown
+from steerback.errors import SteerbackError, clipped, unknown
 
 if TYPE_CHECKING:
     from steerback.judging.transport import Transport
@@ -37,7 +37,7 @@ def show(
     labels, own = chosen.labels(), read_user_labels(chosen.user_key)
     wanted = [k for k in sorted(labels) if find is None or find.casefold() in labels[k].casefold()]
     for k in wanted[:limit]:
-        say(f"{k:>7}  {one_line(labels[k])}  ({own[k].source if k in own else 'comes with the target'})")
+        say(f"{k:>7}  {clipped(labels[k], 200)}  ({own[k].source if k in own else 'comes with the target'})")
     if len(wanted) > limit:
         say(f"... and {len(wanted) - limit} more (--limit)")
     say(_coverage(chosen))

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from steerback.data.prompts import load_prompts
-from steerback.errors import SteerbackError
-from steerback.jobs.loaded import short
+from steerback.errors import SteerbackError, clipped
 from steerback.latents.contexts import Contexts, top_contexts
 from steerback.latents.texts import usual_texts
 from steerback.records import Completion, Intervention, LatentKey, Request, Sampling
@@ -296,7 +295,7 @@ def _steering(loaded: LoadedTarget, engine: TransformersEngine, contexts: Contex
     verdict: Verdict = "failed" if wrong else "ok"
     if not wrong and plain.text == steered.text:
         verdict, wrong = "warning", "the steered response equals the unsteered one: the boost is too small"
-    details = (f"prompt     {prompt}", f"unsteered  {short(plain.text, 160)}", f"steered    {short(steered.text, 160)}")
+    details = (f"prompt     {prompt}", f"unsteered  {clipped(plain.text, 160)}", f"steered    {clipped(steered.text, 160)}")
     data = {"latent": key, "boost": boost, "receipt": asdict(steered.receipt), "texts": [plain.text, steered.text]}
     return Check("steering", verdict, f"{line}{f'; {wrong}' if wrong else ''}", details, data)
 

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from steerback.engines.base import finish
-from steerback.errors import SteerbackError, one_line
+from steerback.errors import SteerbackError, clipped, one_line
 from steerback.judging.restarts import find_restarts
 from steerback.judging.text import Span
 from steerback.latents.sampling import check_latents
@@ -98,7 +98,7 @@ class LabelledCompletion:
         print_marked(self.request.prompt, [(self.steering, self.marks)])
 
     def __repr__(self) -> str:
-        return f"<completion of {len(self.tokens)} tokens, {len(self.restarts)} restarts: {short(self.text)!r}>"
+        return f"<completion of {len(self.tokens)} tokens, {len(self.restarts)} restarts: {clipped(self.text)!r}>"
 
     def _repr_html_(self) -> str:
         return marked_html(self.request.prompt, self.steering, self.marks)
@@ -110,12 +110,6 @@ def labelled(values: NDArray[np.float32], names: Sequence[str], tokens: Sequence
 
     columns = pd.MultiIndex.from_arrays([range(len(values)), tokens[: len(values)]], names=["position", "token"])
     return pd.DataFrame(values.T + 0.0, index=pd.Index(names, name="latent"), columns=columns)
-
-
-def short(text: str, length: int = 60) -> str:
-    """Return the first `length` characters of a text as one line."""
-    line = one_line(text[: 2 * length])
-    return line if len(line) <= length else line[: length - 3] + "..."
 
 
 def _drift(done: LabelledCompletion, windows: WindowScores) -> tuple[Span, ...]:

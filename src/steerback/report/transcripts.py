@@ -12,7 +12,7 @@ from html import escape
 from itertools import groupby
 from typing import Literal
 
-from steerback.errors import SteerbackError, visible
+from steerback.errors import SteerbackError, clipped, visible
 from steerback.figures.tables import terminal_width
 from steerback.judging.text import Span
 from steerback.records import LatentKey
@@ -125,7 +125,7 @@ def transcript(row: Row, colour: bool = False) -> str:
     if trial.meta_prompt:
         lines.append(f"{dim}meta    {reset} {visible(trial.meta_prompt)}")
     if trial.latent is not None:
-        label = f" ({visible(trial.label)})" if trial.label else ""
+        label = f" ({clipped(trial.label, 200)})" if trial.label else ""
         boost = f", boost {trial.boost:.4g}" if trial.boost is not None else ""
         lines.append(f"{dim}latent  {reset} {visible(trial.latent)}{label}{boost}, seed {trial.seed}")
     if done is None:

@@ -177,12 +177,15 @@ def plain(text: str) -> str:
 
 
 def _acquire(folder: Path) -> IO[str]:
-    try:  # O_NOFOLLOW: a symbolic link could point to any file of the user
+    try:  # O_NOFOLLOW: a symbolic link could point to any file of the user, and so could a hard link
         handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         lock = open(handle, "r+")  # noqa: SIM115 - stays open as long as the run
     except OSError as error:
         why = "its .lock is a symbolic link; remove it" if error.errno == errno.ELOOP else error.strerror
         raise SteerbackError(f"run folder {folder} cannot be written: {why}") from None
+    if os.fstat(handle).st_nlink > 1:
+        lock.close()
+        raise SteerbackError(f"run folder {folder} cannot be written: its .lock is a hard link; remove it")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

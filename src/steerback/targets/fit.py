@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from codecs import BOM_UTF8
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -187,12 +188,17 @@ def fetch(target: Target) -> None:
 def check_weights(target: Target) -> None:
     """Raise SteerbackError if a model has more or fewer layers than its config.json says, or its SAE another shape.
 
-    Engines would silently ignore extra layers, and a wrong config.json could ask for millions of missing ones.
+    Engines would silently ignore extra layers, and a wrong config.json could ask for millions of missing ones. They
+    would also ignore generation settings that they cannot read, and with them the tokens that end a response.
     """
     for key, size in _sae_sizes(target).items():
         if (noted := getattr(target, key)) and noted != size:
             raise SteerbackError(f"target {target.name!r}: {key} is {noted}, its SAE has {size}; correct it")
     folder = model_folder(target)
+    if (settings := folder / "generation_config.json").is_file():
+        read_json_table(settings, "generation settings")
+        if settings.read_bytes().startswith(BOM_UTF8):
+            raise SteerbackError(f"generation settings {settings} begin with a byte-order mark; save them without it")
     layers = {int(m[1]) for name in weight_sizes(folder) if (m := DECODER_LAYER.match(name))}
     n_layers = model_config(folder).get("num_hidden_layers")
     if layers and isinstance(n_layers, int) and max(layers) + 1 != n_layers:
