@@ -295,7 +295,11 @@ def _steering(loaded: LoadedTarget, engine: TransformersEngine, contexts: Contex
     verdict: Verdict = "failed" if wrong else "ok"
     if not wrong and plain.text == steered.text:
         verdict, wrong = "warning", "the steered response equals the unsteered one: the boost is too small"
-    details = (f"prompt     {prompt}", f"unsteered  {clipped(plain.text, 160)}", f"steered    {clipped(steered.text, 160)}")
+    details = (
+        f"prompt     {prompt}",
+        f"unsteered  {clipped(plain.text, 160)}",
+        f"steered    {clipped(steered.text, 160)}",
+    )
     data = {"latent": key, "boost": boost, "receipt": asdict(steered.receipt), "texts": [plain.text, steered.text]}
     return Check("steering", verdict, f"{line}{f'; {wrong}' if wrong else ''}", details, data)
 
