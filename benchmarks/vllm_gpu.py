@@ -115,7 +115,7 @@ def stock_driver(engine: Any) -> Any:
 
         return AsyncLLM.from_engine_args(AsyncEngineArgs(**engine._arguments, disable_log_stats=True))
 
-    return Driver(engine.settings, launch)
+    return Driver(engine.settings, launch).ready()
 
 
 def start(target: Any, args: argparse.Namespace) -> tuple[Any, Any]:

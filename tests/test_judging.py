@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from steerback.errors import SteerbackError
-from steerback.judging import Judge, JudgeItem, References, make_judge, offline
+from steerback.judging import Judge, JudgeItem, References, make_judge, offline, processes
 from steerback.judging.gating import gate, opens
 from steerback.judging.offline import is_clarifying_question, score_attempt
 from steerback.judging.restarts import find_restarts
@@ -320,18 +320,17 @@ def test_loops_of_a_few_words_are_no_restarts(loop: str) -> None:
 
 
 def test_other_processes_give_the_same_verdicts_and_their_end_loses_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offline, "CORES", 1)
+    monkeypatch.setattr(processes, "CORES", 1)
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
     known = references(load("dev"))
     items = [c.item for c in compose(load("dev"))][:100]
     judge, judge_batch = offline.OfflineJudge(), offline.OfflineJudge.judge_batch
-    judge.prepare(known)
+    judge.prepare(replace(known, expected=1000))
     expected = judge.judge_batch(items)
-
-    processes = offline.Processes("offline", known)
-    assert processes.started is not None
-    processes.started.result()
-    judge._processes = processes
+    others = judge._processes
+    assert others is not None
+    assert others.started is not None
+    others.started.result()
 
     async def verdicts() -> list[Judgement]:
         return [verdict async for _, verdict in judge.judge(items)]
@@ -339,7 +338,7 @@ def test_other_processes_give_the_same_verdicts_and_their_end_loses_none(monkeyp
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(judge, "judge_batch", None)
         assert asyncio.run(verdicts()) == expected
-    waiting = processes.start(judge_batch, items * 50)
+    waiting = others.start(judge_batch, items * 50)
     for process in psutil.Process().children(recursive=True):
         if "popen_loky_posix" in " ".join(process.cmdline()):
             process.kill()

@@ -75,7 +75,7 @@ def llm(monkeypatch: pytest.MonkeyPatch) -> Llm:
 
 @pytest.fixture
 def driver(llm: Llm) -> Iterator[Driver]:
-    made = Driver(SETTINGS, lambda: llm)
+    made = Driver(SETTINGS, lambda: llm).ready()
     yield made
     made.close()
 
@@ -164,19 +164,18 @@ def test_closing_cancels_what_runs_and_gives_its_rows_back(driver: Driver, llm: 
 def test_what_starts_after_an_interrupt_is_ended(llm: Llm, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C reaches the caller while vLLM goes on starting in the thread."""
 
-    def interrupted(self: Driver, work: Any) -> None:
-        monkeypatch.undo()
-        asyncio.run_coroutine_threadsafe(work, self._loop)
+    def interrupted() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Driver, "wait", interrupted)
+    made = Driver(SETTINGS, lambda: llm)
+    monkeypatch.setattr(made, "_started", SimpleNamespace(result=interrupted))
     with pytest.raises(KeyboardInterrupt):
-        Driver(SETTINGS, lambda: llm)
+        made.ready()
     assert llm.shut
 
 
 def test_an_engine_that_cannot_be_ended_leaves_no_thread(llm: Llm, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Driver(SETTINGS, lambda: llm)
+    made = Driver(SETTINGS, lambda: llm).ready()
 
     def fails(timeout: float = 0) -> None:
         raise OSError("no such process")

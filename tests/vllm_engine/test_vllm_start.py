@@ -17,6 +17,7 @@ import small
 import torch
 from safetensors.torch import save_file
 
+from steerback.engines.base import WHILE_STARTING
 from steerback.engines.options import VllmOptions, parse_options
 from steerback.engines.vllm import engine as module
 from steerback.engines.vllm import loading
@@ -37,6 +38,14 @@ class Started:
         self.visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         self.jobs: list[Any] = []
         self.closed = False
+        self.seen: list[str] = []
+
+    def ready(self) -> Started:
+        self.seen.append("ready")
+        return self
+
+    def launched(self, before: Any) -> None:
+        self.seen.append("launched")
 
     def call(self, method: str, *args: Any) -> list[float]:
         return [1e-7, self.error]
@@ -143,6 +152,30 @@ def test_replicas_may_share_gpus(
     assert VllmEngine(target, mine)._arguments["gpu_memory_utilization"] == 0.1
     alone = VllmEngine(target, VllmOptions(replicas=gpus, max_model_len=256))
     assert "gpu_memory_utilization" not in alone._arguments  # vLLM's own default
+
+
+@pytest.mark.parametrize(("bytes_of_gpu", "waits"), [(16 << 30, False), (4 << 30, True), (0, True)])
+def test_engines_on_one_gpu_start_together_if_their_memory_is_computed(
+    bytes_of_gpu: int, waits: bool, pretend: dict[str, Any], target: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two engines that measure what is free on a GPU at the same time would each count the other's memory."""
+    for asked in (module, loading):
+        monkeypatch.setattr(asked, "gpus", lambda: 1)
+    monkeypatch.setattr(loading.fit, "gpus", lambda: (("a GPU", bytes_of_gpu),) if bytes_of_gpu else ())
+    pretend["edited"] = (prompt_tokens(target), 2)
+    meanwhile: list[list[list[str]]] = []
+    token = WHILE_STARTING.set(lambda: meanwhile.append([list(one.seen) for one in pretend["started"]]))
+    try:
+        engine = VllmEngine(target, VllmOptions(replicas=2, max_model_len=256))
+        assert meanwhile == [[["ready", "launched"]] * 2 if waits else [["launched"]] * 2]
+        assert [one.seen[-1] for one in pretend["started"]] == ["ready", "ready"]
+        cache = engine._arguments.get("kv_cache_memory_bytes")
+        part = int(0.45 * bytes_of_gpu) - (target.memory() or 0) - target.sae_bytes // 2
+        assert cache == (None if waits else part - loading.RESERVE)
+        mine = VllmOptions(replicas=2, max_model_len=256, options={"gpu_memory_utilization": 0.2})
+        assert "kv_cache_memory_bytes" not in VllmEngine(target, mine)._arguments
+    finally:
+        WHILE_STARTING.reset(token)
 
 
 def test_a_target_may_be_started_several_times_at_once(

@@ -25,6 +25,8 @@ Pooling = Literal["max", "mean", "active"]
 
 START_LOG: ContextVar[Path | None] = ContextVar("start_log", default=None)
 """Log file for the output of an engine's libraries and processes, from their start on."""
+WHILE_STARTING: ContextVar[Callable[[], None] | None] = ContextVar("while_starting", default=None)
+"""Work for the time in which an engine that has its own process only waits for its start."""
 
 
 ReadAt = Literal["read", "clamp"]

@@ -51,9 +51,10 @@ class VllmOptions(Settings):
     """Options of the vLLM engine."""
 
     batch_size: int | None = Field(None, ge=1)
-    """Requests that run together (vLLM's `max_num_seqs`); None: 512 with a GPU, else 64."""
+    """Requests that run together in one engine (vLLM's `max_num_seqs`); None: 512 with a GPU (divided by the engines
+    that share it, at least 128), else 64."""
     replicas: int = Field(1, ge=1)
-    """Parallel engines, each with `tensor_parallel` GPUs. Requests are dealt to them in turn.
+    """Parallel engines, each with `tensor_parallel` GPUs. Each request goes to the engine with the fewest.
 
     If there are more engines than GPUs (only with `tensor_parallel` 1), engines share GPUs and divide the memory
     equally.

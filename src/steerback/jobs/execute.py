@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -14,7 +15,7 @@ from steerback.analysis.base import Results
 from steerback.config import Settings
 from steerback.data import paper_files
 from steerback.engines import EngineOptions
-from steerback.engines.base import START_LOG, finish
+from steerback.engines.base import START_LOG, WHILE_STARTING, finish
 from steerback.errors import SteerbackError
 from steerback.experiments import make_experiment
 from steerback.experiments.base import Experiment
@@ -56,6 +57,12 @@ def tools(cached: bool = True, quiet: bool = False, head: str = "") -> Iterator[
             yield progress, cache
 
 
+def import_for_later() -> None:
+    """Import what judging and drawing need; it takes seconds."""
+    for name in ("steerback.judging.relevance", "steerback.figures.recovery", "matplotlib.backends.backend_pdf"):
+        import_module(name)
+
+
 class KeptEngine:
     """Starts engines and keeps the last one in memory, so that runs on the same target share it."""
 
@@ -71,11 +78,12 @@ class KeptEngine:
         if self._engine is None or self._made_with != (target, job.engine):
             self.close()  # two engines would not fit on one GPU
             progress.status(f"loading {target.name} into {job.config.engine}")
-            token = START_LOG.set(folder / "engine.log")
+            log, work = START_LOG.set(folder / "engine.log"), WHILE_STARTING.set(import_for_later)
             try:
                 self._engine, self._made_with = job.makers.engine(target, job.engine), (target, job.engine)
             finally:
-                START_LOG.reset(token)
+                START_LOG.reset(log)
+                WHILE_STARTING.reset(work)
         return self._engine
 
     def close(self) -> None:
@@ -174,7 +182,7 @@ async def _target(
     sampling = job.config.of(target.name).sampling.record(target.max_new_tokens)
     bench = Workbench(opened.ledger, engine, judge, sampling, progress, cache, job.config.drop_unscored)
     study = Study(opened, target, bench, job.prompts, job.makers.judge)
-    await study.prepare()
+    await study.prepare(expected=sum(of_experiment(job, target.name).values()))
     parts["targets"] = _targets_used(job, opened)
     parts["judge"] = judge.describe()
     opened.write_manifest(parts)

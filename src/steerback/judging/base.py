@@ -30,11 +30,13 @@ class References:
     """Reference texts of the offline judges; LLM judges ignore them.
 
     `responses` holds unsteered responses of the target by object-level prompt. `contexts` holds top-activating text
-    snippets by latent; a latent without known snippets has no entry.
+    snippets by latent; a latent without known snippets has no entry. `expected` is the largest number of responses to
+    judge, if it is known: the judge prepares for many.
     """
 
     responses: Mapping[str, Sequence[str]] = field(default_factory=dict)
     contexts: Mapping[LatentKey, Sequence[str]] = field(default_factory=dict)
+    expected: int = 0
 
 
 @runtime_checkable

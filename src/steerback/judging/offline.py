@@ -9,37 +9,31 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
 import re
-import signal
-import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import BrokenExecutor
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from importlib import resources
 from typing import TYPE_CHECKING, TypeVar
 
 from steerback.judging.base import JudgeItem, References
 from steerback.judging.gating import gate
+from steerback.judging.processes import Processes
 from steerback.judging.restarts import Restart, find_restarts
 from steerback.judging.text import Span, sentences, words
 from steerback.judging.windows import MOST_WINDOWS, join
 from steerback.records import Attempt, Judgement, LatentKey, Spend, WindowScores, digest
-from steerback.store.processes import end_with
 
 if TYPE_CHECKING:
-    from concurrent.futures import Executor, Future
-
     from steerback.judging.relevance import Relevance, WordLikelihood
 
 NOTICE = "the offline judge compares words; its scores are not comparable with the paper's"
 BATCH = 64
-MANY, CORES = 256, 4
-"""Number of judged responses after which more processes judge, and the machine's cores for each of them."""
+MANY = 256
+"""Number of judged responses after which more processes judge; at once if more are expected."""
 KEPT, SHORT = 8192, 4000
 """Number of responses whose parts are kept, and their largest number of characters."""
-QUIET = "ignore::UserWarning:joblib.externals.loky.backend.resource_tracker"
 STAY = 0.8
 """Prior probability that two neighbouring sentences are both on topic or both off topic, as drifts are contiguous."""
 
@@ -55,11 +49,6 @@ _POLITE = re.compile(
 )
 
 
-T = TypeVar("T")
-Verdicts = Callable[["OfflineJudge", Sequence[JudgeItem]], Sequence[T]]
-"""A method that returns the verdicts of a batch."""
-
-
 @dataclass(frozen=True, slots=True)
 class Part:
     """Part of a response: the restart that opens it, its end, its sentences after the restart, their log-odds."""
@@ -70,6 +59,9 @@ class Part:
     odds: Sequence[float]
 
 
+T = TypeVar("T")
+Verdicts = Callable[["OfflineJudge", Sequence[JudgeItem]], Sequence[T]]
+"""A method that returns the verdicts of a batch."""
 Key = tuple[str, str, LatentKey | None, str | None]
 _models: dict[str, tuple[Relevance | WordLikelihood | None, dict[Key, Sequence[Part]]]] = {}
 """By judge, for the last two: relevance model and responses read with it. The runs of a campaign share references."""
@@ -84,7 +76,7 @@ class OfflineJudge:
         self._relevance: Relevance | WordLikelihood | None = None
         self._known: dict[Key, Sequence[Part]] = {}
         self._fingerprint: str | None = None
-        self._processes: Processes | None = None
+        self._processes: Processes[OfflineJudge] | None = None
         self._count = 0
 
     @property
@@ -116,6 +108,8 @@ class OfflineJudge:
         from steerback.judging.relevance import Relevance, WordLikelihood  # scikit-learn takes a second to import
 
         self._references, self._fingerprint, self._processes = references, None, None
+        if references.expected > MANY:
+            self._start_processes()  # they prepare in the meantime
         if self.fingerprint not in _models:
             has_words = any(words(r) for texts in references.responses.values() for r in texts)
             relevance = Relevance if self.name == "offline" else WordLikelihood
@@ -123,6 +117,9 @@ class OfflineJudge:
                 del _models[next(iter(_models))]
             _models[self.fingerprint] = relevance(references) if has_words else None, {}
         self._relevance, self._known = _models[self.fingerprint]
+
+    def _start_processes(self) -> None:
+        self._processes = Processes(partial(_prepared, self.name, replace(self._references, expected=0)))
 
     async def judge(self, items: Sequence[JudgeItem]) -> AsyncIterator[tuple[str, Judgement]]:
         """Yield (item key, judgement) in order; other tasks can run between batches."""
@@ -144,7 +141,7 @@ class OfflineJudge:
         self._count += len(batch)
         try:
             if self._processes is None and self._count > MANY:
-                self._processes = Processes(self.name, self._references)
+                self._start_processes()
             if self._processes is not None and (judging := self._processes.start(work, batch)) is not None:
                 return await asyncio.wrap_future(judging)
         except BrokenExecutor:
@@ -240,56 +237,10 @@ class OfflineJudge:
         return STAY if self.name == "offline" else 0.5
 
 
-class Processes:
-    """Processes with a copy of a judge, one for every CORES cores that this process may use."""
-
-    def __init__(self, name: str, references: References) -> None:
-        from joblib.externals import loky
-
-        self._pool: Executor | None = None
-        self.started: Future[None] | None = None
-        self._parent = os.getpid()
-        if (number := loky.cpu_count() // CORES) and sys.platform == "linux":  # `end_with` needs it
-            warned = os.environ.get("PYTHONWARNINGS", "")
-            os.environ["PYTHONWARNINGS"] = QUIET  # a killed run would end with loky's report of its semaphores
-            try:
-                arguments = self._parent, name, references
-                self._pool = loky.ProcessPoolExecutor(number, initializer=_begin, initargs=arguments)
-                self.started = self._pool.submit(_nothing)
-            except OSError:  # no semaphores or no more processes here: the judge's own process gives the same verdicts
-                self.stop()
-            finally:
-                os.environ["PYTHONWARNINGS"] = warned
-
-    def start(self, work: Verdicts[T], batch: Sequence[JudgeItem]) -> Future[Sequence[T]] | None:
-        """Let a process judge a batch; None if there is none, or none has started yet, or this is a fork."""
-        if self._pool is None or self.started is None or not self.started.done() or os.getpid() != self._parent:
-            return None
-        return self._pool.submit(_work, work, batch)
-
-    def stop(self) -> None:
-        """Use the processes no more, because one of them has ended or could not start."""
-        self._pool = None
-
-
-_own: OfflineJudge
-"""The judge of a process of `Processes`."""
-
-
-def _begin(parent: int, name: str, references: References) -> None:
-    global _own
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt ends
-    end_with(parent)
-    _own = OfflineJudge(name)
-    _own.prepare(references)
-
-
-def _nothing() -> None:
-    pass
-
-
-def _work(work: Verdicts[T], batch: Sequence[JudgeItem]) -> Sequence[T]:
-    return work(_own, batch)
+def _prepared(name: str, references: References) -> OfflineJudge:
+    judge = OfflineJudge(name)
+    judge.prepare(references)
+    return judge
 
 
 def _cut(text: str, prompt: str, judge: str) -> list[tuple[Restart, int, list[Span]]]:

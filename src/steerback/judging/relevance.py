@@ -63,11 +63,11 @@ def _stems(text: str) -> list[str]:
     return [stem(w) for w in words(text)]
 
 
-def _pairs(text: str) -> list[str]:
-    return [f"{a} {b}" for a, b in pairwise(["^", *_stems(text), "$"])]
+def _pairs(stems: Sequence[str]) -> list[str]:
+    return [f"{a} {b}" for a, b in pairwise(["^", *stems, "$"])]
 
 
-_WORDS = HashingVectorizer(n_features=2**18, analyzer=_stems, norm=None, alternate_sign=False, binary=True)
+_WORDS = HashingVectorizer(n_features=2**18, analyzer=list, norm=None, alternate_sign=False, binary=True)
 _PAIRS = HashingVectorizer(n_features=2**18, analyzer=_pairs, norm=None, alternate_sign=False, binary=True)
 _COUNTS = HashingVectorizer(n_features=2**15, analyzer=_stems, norm=None, alternate_sign=False)
 
@@ -90,9 +90,10 @@ class Bank:
         self.column = {p: i for i, p in enumerate(bodies)}
         groups = [[p, *reference] for p, reference in bodies.items()]
         texts = [t for group in groups for t in group]
-        stems = _WORDS.transform(texts)
+        stemmed = [_stems(t) for t in texts]
+        stems = _WORDS.transform(stemmed)
         self._seen = _sums(groups, stems).sign()
-        self._seen_pairs = _sums(groups, _PAIRS.transform(texts)).sign()
+        self._seen_pairs = _sums(groups, _PAIRS.transform(stemmed)).sign()
         self._known_pairs = np.asarray(self._seen_pairs.max(axis=0).todense()).ravel()
         # A word in the responses to every prompt is uninformative; an unknown word has the largest weight.
         idf = np.log((len(groups) + 1) / (np.asarray(self._seen.sum(axis=0)).ravel() + 0.5)).clip(min=0.0)
@@ -101,7 +102,8 @@ class Bank:
 
     def directions(self, groups: Sequence[Sequence[str]]) -> sp.csr_matrix:
         """Return the mean direction of each group of texts as a unit row; an empty group gives zeros."""
-        return normalize(_sums(groups, normalize(_WORDS.transform([t for g in groups for t in g] or [""]) @ self._idf)))
+        stemmed = [_stems(t) for g in groups for t in g]
+        return normalize(_sums(groups, normalize(_WORDS.transform(stemmed or [[]]) @ self._idf)))
 
     def features(self, texts: Sequence[str], prompts: Sequence[str], topics: sp.csr_matrix) -> Floats:
         """Return features (n texts, 7); `topics` has the direction of each text's topic.
@@ -111,7 +113,8 @@ class Bank:
         known.
         """
         rows, column = np.arange(len(texts)), [self.column[p] for p in prompts]
-        weighted, pairs = _WORDS.transform(texts) @ self._idf, _PAIRS.transform(texts)
+        stemmed = [_stems(t) for t in texts]
+        weighted, pairs = _WORDS.transform(stemmed) @ self._idf, _PAIRS.transform(stemmed)
         unit = normalize(weighted)
         others = (unit @ self._centroids.T).toarray()
         to_prompt = others[rows, column].copy()

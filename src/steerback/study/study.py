@@ -112,10 +112,11 @@ class Study:
             folder = kept[1]
         return stored
 
-    async def prepare(self, more: Sequence[str] = ()) -> None:
+    async def prepare(self, more: Sequence[str] = (), expected: int = 0) -> None:
         """Generate unsteered responses to every prompt and pass them to the judge as references.
 
-        `more` lists prompts beyond those of the run that will also be measured.
+        `more` lists prompts beyond those of the run that will also be measured, `expected` is the largest number of
+        responses to judge, as far as it is known.
         """
         rows: list[Row] = []
         if self.target.adapter is not None:  # its base's references, if that is in this run: the same for all adapters
@@ -126,7 +127,8 @@ class Study:
             if more:
                 rows = rows + await self.references(more, FURTHER)
         if self.bench.judge is not None:
-            self.bench.judge.prepare(references(rows, self.target.contexts()))
+            known = references(rows, self.target.contexts())
+            self.bench.judge.prepare(replace(known, expected=expected))
 
     async def references(self, prompts: Sequence[str] | None = None, condition: str = "unsteered") -> list[Row]:
         """Generate `reference_responses` unsteered responses per prompt (default: the run's prompts)."""

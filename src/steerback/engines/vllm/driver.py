@@ -13,13 +13,16 @@ import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
+from multiprocessing import active_children
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from steerback.engines.vllm.settings import Entry, TableSettings, Ticket
 
 if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+
     from vllm import RequestOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -28,6 +31,8 @@ Result = TypeVar("Result")
 PAUSE, GLANCE = 0.02, 0.002
 """Seconds between two readings of results (each stops the worker for about a millisecond), and between two checks
 whether jobs that should finish first are still running."""
+LOOK = 0.05
+"""Seconds between two looks for the process of an engine that starts."""
 RELEASE = 5
 """Seconds in which cancelled jobs must free their rows before the engine ends."""
 
@@ -112,9 +117,10 @@ class Gate:
 
 
 class Driver:
-    """One vLLM engine. Its methods are thread-safe."""
+    """One vLLM engine, which starts in the background. The methods are thread-safe."""
 
     def __init__(self, settings: TableSettings, start: Callable[[], AsyncLLM], lora: object = None) -> None:
+        """Begin to start the engine; `ready` waits for it."""
         self.settings, self._lora = settings, lora
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="steerback-vllm", daemon=True)
@@ -125,14 +131,24 @@ class Driver:
         self._jobs: set[asyncio.Task[VllmAnswer]] = set()
         self._gate = Gate(settings)
         self.llm: AsyncLLM | None = None
-        try:
-            self.wait(self._start(start))
-        except BaseException:
-            self.close()  # end a partly started engine after an interrupt
-            raise
+        self._started = asyncio.run_coroutine_threadsafe(self._start(start), self._loop)
 
     async def _start(self, start: Callable[[], AsyncLLM]) -> None:
         self.llm = start()
+
+    def ready(self) -> Driver:
+        """Wait until the engine has started; raise the error of its start after closing it."""
+        try:
+            self._started.result()
+        except BaseException:
+            self.close()  # end a partly started engine after an interrupt
+            raise
+        return self
+
+    def launched(self, before: Sequence[BaseProcess]) -> None:
+        """Wait until the engine has a process that is not among `before`, or until its start has ended."""
+        while set(active_children()) <= set(before) and not wait([self._started], LOOK).done:
+            pass
 
     def wait(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Run a coroutine in the engine's thread and return its result."""

@@ -11,12 +11,13 @@ import contextlib
 import os
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import active_children
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from steerback.engines.base import START_LOG, Arriving, EngineRecord
+from steerback.engines.base import START_LOG, WHILE_STARTING, Arriving, EngineRecord
 from steerback.engines.checks import check_texts, checked
 from steerback.engines.interventions import ARITHMETIC_VERSION, check, check_directions, check_layer
 from steerback.engines.options import VllmOptions
@@ -24,6 +25,7 @@ from steerback.engines.vllm import jobs
 from steerback.engines.vllm.driver import Driver, SamplingFields, VllmAnswer, VllmJob, positions_fed
 from steerback.engines.vllm.loading import (
     TESTED,
+    cache_of,
     device_shares,
     engine_arguments,
     gpus,
@@ -71,7 +73,8 @@ class VllmEngine:
         for layer in options.layers:
             check_layer("vLLM engine: layers", layer, site)
         length = min(options.max_model_len or 4096, self._loaded.context)
-        rows = options.batch_size or (512 if gpus() else 64)
+        sharing = options.per_gpu(available)
+        rows = options.batch_size or (max(128, 512 // sharing) if available else 64)
         self.settings = TableSettings(
             site=site,
             layers=tuple(sorted({site.steer_layer, site.sae_layer, site.read_layer, *options.layers})),
@@ -88,7 +91,7 @@ class VllmEngine:
         asked = len(self._loaded.prompter.tokens(QUESTION))
         jobs.check_length(self.settings, "self-test of the vLLM engine", asked, 3)
         own = engine_arguments(target, length, rows, options.tensor_parallel)
-        self._arguments = own | options.memory(available) | dict(options.options)
+        self._arguments = own | cache_of(target, options, available) | dict(options.options)
         self._log = START_LOG.get() or make_folder(user_folder("logs")) / "vllm.log"
         with output_to(self._log):
             self._drivers = self._start(device_shares(replicas, options.tensor_parallel, available))
@@ -103,19 +106,32 @@ class VllmEngine:
     # ---- start and end
 
     def _start(self, shares: Sequence[str]) -> list[Driver]:
-        """Start the engines in sequence, because each measures the free memory of its GPUs at its start."""
+        """Start the engines and wait for all of them.
+
+        Each takes its GPUs from this process's environment, so the next one starts when it has a process. Engines that
+        measure the free memory of a GPU they share start one after the other.
+        """
         adapter = None
         if self.target.adapter:
             from vllm.lora.request import LoRARequest
 
             adapter = LoRARequest("adapter", 1, self.target.adapter)
+        measuring = len(set(shares)) < len(shares) and "kv_cache_memory_bytes" not in self._arguments
         drivers: list[Driver] = []
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         try:
             for share in shares:
                 if len(shares) > 1:
                     os.environ["CUDA_VISIBLE_DEVICES"] = share
+                others = active_children()
                 drivers.append(Driver(self.settings, self._launch, adapter))
+                if measuring:
+                    drivers[-1].ready()
+                drivers[-1].launched(others)
+            if (meanwhile := WHILE_STARTING.get()) is not None:
+                meanwhile()
+            for driver in drivers:
+                driver.ready()
         except BaseException as error:
             _close(drivers)
             if isinstance(error, (RuntimeError, ValueError, OSError, TypeError)):
@@ -152,9 +168,12 @@ class VllmEngine:
         prompt = self._loaded.prompter.tokens(QUESTION)
         norms = self._loaded.norms
         latent = None if norms is None else int((norms > 0).argmax())  # some SAEs have latents with a zero decoder row
-        for driver in self._drivers:
-            fault = jobs.steering_fault(driver, self.settings, prompt, self.target.boost_prior.high, latent)
-            if fault:
+
+        def fault_of(driver: Driver) -> str | None:
+            return jobs.steering_fault(driver, self.settings, prompt, self.target.boost_prior.high, latent)
+
+        with ThreadPoolExecutor(len(self._drivers)) as pool:
+            for fault in filter(None, pool.map(fault_of, self._drivers)):
                 raise SteerbackError(
                     f"vLLM {version} (tested: {TESTED}) does not steer this model: {fault}; use --engine transformers"
                 )
@@ -204,16 +223,16 @@ class VllmEngine:
         """Yield (key, completion) as responses finish; all requests are checked before generation starts."""
         loop = asyncio.get_running_loop()
         done: asyncio.Queue[tuple[Request, Future[VllmAnswer]] | list[Request] | None] = asyncio.Queue()
-        running: set[Future[VllmAnswer]] = set()
+        running: dict[Future[VllmAnswer], int] = {}  # the engine of each request
+        loads = [0] * len(self._drivers)
         listening: asyncio.Task[None] | None = None
-        count = 0
 
         def submit(requests: Sequence[Request]) -> None:
-            nonlocal count
             for request, job in zip(requests, self._check(requests), strict=True):
-                future = self._drivers[count % len(self._drivers)].submit(job)
-                running.add(future)
-                count += 1
+                least = loads.index(min(loads))
+                loads[least] += 1
+                future = self._drivers[least].submit(job)
+                running[future] = least
 
                 def put(finished: Future[VllmAnswer], request: Request = request) -> None:
                     loop.call_soon_threadsafe(done.put_nowait, (request, finished))
@@ -240,7 +259,7 @@ class VllmEngine:
                         await listening  # raises the error of `listening`, if any
                 elif isinstance(event, tuple):
                     request, finished = event
-                    running.discard(finished)
+                    loads[running.pop(finished)] -= 1
                     with _one_line():
                         answer = finished.result()
                     yield request.key, self._completion(request, answer)

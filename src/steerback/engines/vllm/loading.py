@@ -17,10 +17,12 @@ from pydantic import JsonValue
 from steerback.engines.base import EngineRecord
 from steerback.engines.checks import site_of
 from steerback.engines.interventions import Site
+from steerback.engines.options import GPU_MEMORY, VllmOptions
 from steerback.engines.prompting import Prompter
 from steerback.errors import SteerbackError
 from steerback.records import digest
 from steerback.store.files import make_folder, user_folder, write_atomic
+from steerback.targets import fit
 from steerback.targets.target import adapter_config, check_adapter
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
     from steerback.targets import Target
 
+RESERVE = 3 << 30
+"""Bytes that an engine with a computed cache keeps free for activations, CUDA graphs and the worker's tables."""
 TESTED = "0.26.0 and 0.32.0"
 """vLLM releases that were tested. With any release, every engine must pass a self-test at its start."""
 
@@ -97,6 +101,21 @@ def device_shares(replicas: int, tensor_parallel: int, available: int = 0) -> li
     if tensor_parallel == 1 and available:
         return [devices[n % available] for n in range(replicas)]
     return [",".join(devices[n * tensor_parallel : (n + 1) * tensor_parallel]) for n in range(replicas)]
+
+
+def cache_of(target: Target, options: VllmOptions, available: int) -> dict[str, JsonValue]:
+    """Return vLLM's arguments for the memory of engines that share a GPU: an equal part each.
+
+    The size of each key-value cache is computed, so that no engine has to measure the memory that others leave: its
+    part, less the target's memory, the SAE and RESERVE. It is left to vLLM if the sizes are unknown or too small.
+    """
+    memory, sizes = options.memory(available), [size for _, size in fit.gpus()]
+    needed = target.memory()
+    if not memory or not sizes or needed is None or "gpu_memory_utilization" in options.options:
+        return memory
+    part = GPU_MEMORY / options.per_gpu(available) * min(sizes)
+    room = int(part) - needed - target.sae_bytes // 2 - RESERVE
+    return {**memory, "kv_cache_memory_bytes": room} if room > RESERVE // 2 else memory
 
 
 def prepare(target: Target, directions: tuple[str, ...]) -> PreparedTarget:
