@@ -1,15 +1,16 @@
 """Seconds of whole campaigns on one GPU, engine start included, and the speed of calibration against stock vLLM.
 
-    python benchmarks/campaign_gpu.py TARGET --out FILE [--runs FOLDER] [--stages esr,variants,paper,stock]
+    python benchmarks/campaign_gpu.py TARGET --out FILE [--runs FOLDER] [--stages warm,esr,paper,stock]
 
-Stages, each written into FILE as soon as it has numbers (preset specification, offline judge):
+Stages, each written into FILE as soon as it has numbers (preset specification, offline judge). A stage may set an
+option of the engine, for example `esr:replicas=4`:
 
+    warm      a short `run esr`, so that vLLM's compile cache is filled
     esr       `steerback run esr`, without cache
-    variants  the same with two replicas on the GPU, and with a smaller batch
-    paper     `steerback paper`: all experiments, with an empty cache and the settings of the fastest `run esr`
+    paper     `steerback paper`: all experiments, with an empty cache
     stock     stock vLLM without steering: the prompts, seeds, temperature and lengths of all calibration trials of the
-              stage esr in one call, in the same environment and on the same GPU; with the steered engine's number of
-              requests at a time, and with vLLM's own number
+              first stage esr in one call, in the same environment and on the same GPU; with 512 requests at a time,
+              and with vLLM's own number
 
 Goals: esr at most 100 s, paper at most 300 s, and calibration at no less than 0.9 of the tokens/s of stock vLLM.
 """
@@ -28,7 +29,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-VARIANTS = (["engine_options.replicas=2"], ["batch_size=256"])
+SHORT = ["n_latents=2", "trials_per_latent=2", "floor_responses=0", "reference_responses=1"]
+"""Changes that make a run short."""
 
 
 def timed(arguments: list[str], log: Path) -> tuple[int, float, dict[str, float]]:
@@ -52,11 +54,7 @@ def timed(arguments: list[str], log: Path) -> tuple[int, float, dict[str, float]
 
 def esr(target: str, runs: Path, name: str, changes: list[str]) -> dict[str, Any]:
     """Measure `run esr`."""
-    given = [word for change in changes for word in ("--set", change)]
-    arguments = ["run", "esr", "--target", target, "--engine", "vllm", "--judge", "offline", "--no-cache"]
-    code, seconds, stages = timed([*arguments, "--runs", str(runs), "--name", name, *given], runs / f"{name}.log")
-    if code:
-        raise SystemExit(f"see {runs / name}.log")
+    arguments, seconds, stages = run_esr(target, runs, name, changes)
     counts = counted(runs / name)
     took = stages["verification"] - stages["calibration"]
     return {
@@ -72,6 +70,16 @@ def esr(target: str, runs: Path, name: str, changes: list[str]) -> dict[str, Any
             "tokens per second": round(counts["calibration tokens"] / took),
         },
     }
+
+
+def run_esr(target: str, runs: Path, name: str, changes: list[str]) -> tuple[list[str], float, dict[str, float]]:
+    """Return the arguments of a finished `run esr` (without the changes), its seconds, and when its stages began."""
+    given = [word for change in changes for word in ("--set", change)]
+    arguments = ["run", "esr", "--target", target, "--engine", "vllm", "--judge", "offline", "--no-cache"]
+    code, seconds, stages = timed([*arguments, "--runs", str(runs), "--name", name, *given], runs / f"{name}.log")
+    if code:
+        raise SystemExit(f"see {runs / name}.log")
+    return arguments, seconds, stages
 
 
 def counted(folder: Path) -> dict[str, int]:
@@ -119,7 +127,7 @@ def stock(target: str, runs: Path, note: Callable[[str, Any], None]) -> None:
 
     resolved = resolve(target)
     prompter = Prompter(load_tokenizer(resolved), resolved.prompt_format)
-    with Run.read(runs / "esr") as run:
+    with Run.read(next(folder for folder in sorted(runs.glob("esr*")) if folder.is_dir())) as run:
         rows = [r for r in run.ledger.rows() if r.trial.stage == "calibration" and r.completion]
         sampling = run.config.of(target).sampling
     prompts = [{"prompt_token_ids": list(prompter.tokens(r.trial.prompt))} for r in rows]
@@ -136,7 +144,7 @@ def stock(target: str, runs: Path, note: Callable[[str, Any], None]) -> None:
         for r, n in zip(rows, lengths, strict=True)
     ]
     made: dict[str, Any] = {}
-    for name, more in (("vLLM's default", {}), ("512 at a time", {"max_num_seqs": 512})):
+    for name, more in (("512 at a time", {"max_num_seqs": 512}), ("vLLM's default", {})):
         made[name] = generated(LLM, {"model": model_alone(resolved), **more}, prompts, asked)
         note("stock", made)
 
@@ -164,17 +172,9 @@ def generated(make: Any, arguments: dict[str, Any], prompts: list[Any], asked: l
     }
 
 
-def named(changes: list[str]) -> str:
-    return " ".join(["esr", *changes])
-
-
 def shares(measured: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Return the tokens/s of each calibration, divided by those of stock vLLM."""
-    ours = {
-        name: measured[name]["calibration"]["tokens per second"]
-        for name in map(named, [[], *VARIANTS])
-        if name in measured
-    }
+    ours = {name: part["calibration"]["tokens per second"] for name, part in measured.items() if name[:3] == "esr"}
     stock = {name: part["tokens per second"] for name, part in measured["stock"].items()}
     return {name: {other: round(speed / n, 3) for other, n in stock.items()} for name, speed in ours.items()}
 
@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("target")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--runs", type=Path, default=Path("runs"))
-    parser.add_argument("--stages", default="esr,variants,paper,stock")
+    parser.add_argument("--stages", default="warm,esr,paper,stock")
     options = parser.parse_args()
     options.runs.mkdir(parents=True, exist_ok=True)
     measured = json.loads(options.out.read_text("utf-8")) if options.out.is_file() else about(options.target)
@@ -217,19 +217,19 @@ def main() -> None:
         options.out.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
 
     for stage in options.stages.split(","):
-        if stage == "esr":
-            note("esr", esr(options.target, options.runs, "esr", []))
-        elif stage == "paper":
-            fastest = min([[], *VARIANTS], key=lambda changes: measured.get(named(changes), {}).get("seconds", 1e9))
-            note("paper", paper(options.target, options.runs, fastest))
-        elif stage == "stock":
+        name, _, option = stage.partition(":")
+        changes, run = [f"engine_options.{option}"] if option else [], re.sub(r"\W", "-", stage)
+        if name == "warm":
+            run_esr(options.target, options.runs, run, [*changes, *SHORT])
+        elif name == "esr":
+            note(stage, esr(options.target, options.runs, run, changes))
+        elif name == "paper":
+            note(stage, paper(options.target, options.runs, changes))
+        elif name == "stock":
             stock(options.target, options.runs, note)
             note("calibration's share of stock vLLM", shares(measured))
-        elif stage == "variants":
-            for changes in VARIANTS:
-                note(named(changes), esr(options.target, options.runs, f"esr-{len(measured)}", changes))
         else:
-            raise SystemExit(f"no stage {stage!r}: esr, variants, paper or stock")
+            raise SystemExit(f"no stage {name!r}: warm, esr, paper or stock")
 
 
 if __name__ == "__main__":
