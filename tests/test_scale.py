@@ -6,15 +6,17 @@ import functools
 import gzip
 import multiprocessing
 import os
+import shutil
 import sqlite3
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,7 +42,7 @@ from steerback.store import processes
 from steerback.store.cache import Cache
 from steerback.store.files import make_folder
 from steerback.store.ledger import Ledger
-from steerback.store.processes import second_process
+from steerback.store.processes import in_turns, second_process
 from steerback.store.run import Run
 
 OLD = Path(__file__).parent / "data" / "ledgers-0.1" / "traces.sqlite.gz"
@@ -270,6 +272,40 @@ def test_work_beside_this_process_returns_its_result_or_raises_its_error(monkeyp
     assert second_process(os.getpid, worth=False)() == os.getpid()
     with pytest.raises(SteerbackError, match=f"broken in {os.getpid()}"):
         second_process(broken)()
+
+
+def test_two_processes_that_take_turns_keep_the_order_and_replace_a_failed_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = os.getpid()
+
+    def squares(items: Sequence[int]) -> Iterator[tuple[int, bool]]:
+        for n in items:
+            if n == lost and os.getpid() != mine:
+                os._exit(3)
+            yield n * n, os.getpid() == mine
+
+    lost = -1
+    monkeypatch.setattr(processes, "can_fork", lambda: False)
+    assert [*in_turns(squares, range(5))] == [(n * n, True) for n in range(5)]
+    monkeypatch.setattr(processes, "can_fork", lambda: True)
+    assert [*in_turns(squares, range(5), worth=False)] == [(n * n, True) for n in range(5)]
+    assert [*in_turns(squares, range(5))] == [(n * n, n % 2 == 0) for n in range(5)]
+    lost = 3
+    assert [*in_turns(squares, range(7))] == [(n * n, n != 1) for n in range(7)]
+    before = psutil.Process().children()
+    half = in_turns(lambda items: (b"x" * 2**22 for _ in items), range(99))
+    assert len(next(half)) == 2**22
+    half.close()  # the other process, which waits until someone reads its result, ends
+    assert psutil.Process().children() == before
+
+
+def test_damaged_token_ids_are_not_exported(tmp_path: Path, large: Run) -> None:
+    folder = shutil.copytree(large.folder, tmp_path / "run")
+    with closing(sqlite3.connect(folder / "ledger.sqlite")) as db:
+        db.execute("UPDATE completions SET token_ids = replace(token_ids, ', ', '; ') WHERE rowid = 1")
+        db.commit()
+    with Run.read(folder) as run, pytest.raises(SteerbackError, match="damaged value"):
+        exports.export_authors(run, tmp_path / "out", "machine")
+    assert [*(tmp_path / "out").iterdir()] == []
 
 
 def test_two_processes_give_the_results_of_one(large: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

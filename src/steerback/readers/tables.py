@@ -46,14 +46,9 @@ def csv_line(row: Iterable[object]) -> str:
     return (",".join(map(safe_cell, row)) or '""') + "\n"  # an empty line would not be read as a row
 
 
-def csv_lines(header: Sequence[str], rows: Iterable[Iterable[object]]) -> Iterator[str]:
-    """Yield the lines of a CSV file with line feeds, header first."""
-    yield from map(csv_line, chain([header], rows))
-
-
 def csv_text(header: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
     """Return the text of a CSV file."""
-    return "".join(csv_lines(header, rows))
+    return "".join(map(csv_line, chain([header], rows)))
 
 
 def csv_cells(text: str, where: str, separator: str = ",") -> Iterator[tuple[str, list[str]]]:
@@ -74,7 +69,7 @@ def csv_rows(
 ) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield (place, fields by column) for each row. A missing field is empty.
 
-    `written_here`: `csv_lines` wrote the table, so its apostrophes are removed. In other tables an apostrophe is part
+    `written_here`: `csv_text` wrote the table, so its apostrophes are removed. In other tables an apostrophe is part
     of the text. Raises SteerbackError if a column of `needed` is missing.
     """
     table = csv_cells(text, where)

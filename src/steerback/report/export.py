@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
@@ -13,11 +11,11 @@ from typing import TYPE_CHECKING
 
 from steerback.errors import SteerbackError, unknown
 from steerback.metrics import VALID, outcome_of
-from steerback.readers.tables import csv_line, csv_lines
+from steerback.readers.tables import csv_line
 from steerback.records import Intervention
 from steerback.store.files import whole_file
-from steerback.store.ledger import MANY, Ledger
-from steerback.store.processes import second_process
+from steerback.store.ledger import BATCH, MANY, Ledger
+from steerback.store.processes import in_turns
 from steerback.store.rows import Outline, plain
 
 if TYPE_CHECKING:
@@ -50,41 +48,19 @@ def export_flat(ledger: Ledger, path: Path, judge: str, form: str) -> Path:
     """
     if form not in FLAT:
         raise unknown("export format", form, FLAT)
-    rows = ledger.responses(ledger.outlines(judge=judge))
     if form == "parquet":
-        return write_parquet(path, rows, judge)
-    if ledger.progress()[0] >= MANY:
-        return _csv_by_two(ledger, path, judge)
+        return write_parquet(path, ledger.responses(ledger.outlines(judge=judge)), judge)
+    keys = [key for key, *_ in ledger.plan()]
+
+    def lines(batches: Sequence[Sequence[str]]) -> Iterator[bytes]:
+        with Ledger(ledger.path, read_only=True) as own:
+            for some in batches:
+                records = _records(own.responses(own.outlines(judge=judge, keys=some)), judge)
+                yield "".join(map(csv_line, records)).encode("utf-8")
+
     with whole_file(path) as file:
-        for line in csv_lines(COLUMNS, _records(rows, judge)):
-            file.write(line.encode("utf-8"))
-    return path
-
-
-def _csv_by_two(ledger: Ledger, path: Path, judge: str) -> Path:
-    """Write a large CSV file; a second process writes the second half into a file that is then appended."""
-    first, second = ledger.halves()
-
-    def lines(places: Sequence[tuple[str, str, str]], own: Ledger) -> Iterator[bytes]:
-        for place in places:
-            for record in _records(own.responses(own.outlines(*place, judge)), judge):
-                yield csv_line(record).encode("utf-8")
-
-    with whole_file(path) as file, tempfile.TemporaryFile(dir=path.parent) as part:
-
-        def write() -> None:
-            part.seek(0)
-            part.truncate()
-            with Ledger(ledger.path, read_only=True) as own:
-                part.writelines(lines(second, own))
-            part.flush()
-
-        rest = second_process(write)
         file.write(csv_line(COLUMNS).encode("utf-8"))
-        file.writelines(lines(first, ledger))
-        rest()
-        part.seek(0)
-        shutil.copyfileobj(part, file, 2**20)
+        file.writelines(in_turns(lines, [keys[n : n + BATCH] for n in range(0, len(keys), BATCH)], len(keys) >= MANY))
     return path
 
 

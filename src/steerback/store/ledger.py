@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -110,8 +110,7 @@ class Ledger:
 
     def targets_with(self, fact: Fact[T]) -> dict[str, T]:
         """Return the value of a fact by target: first the targets of the config in its order, then all others."""
-        having = [target for target, name, _ in self.facts() if name == fact.name]
-        having.sort(key=self._position())
+        having = sorted((target for target, name, _ in self.facts() if name == fact.name), key=self._position())
         return {target: value for target in having if (value := self.get(target, fact)) is not None}
 
     def _position(self) -> Callable[[str], int]:
@@ -144,10 +143,8 @@ class Ledger:
             while some := [trial_values(t) for t in islice(waiting, BATCH)]:
                 keys = (dump_json([row[0] for row in some]),)
                 stored = {row[0]: row for row in db.execute(f"SELECT * FROM trials WHERE key IN ({KEYS})", keys)}
-                starts: dict[str, tuple[Any, ...]] = {}
-                if continued:
-                    query = f"SELECT trial, text, token_ids FROM prefixes WHERE trial IN ({KEYS})"
-                    starts = {row[0]: row for row in db.execute(query, keys)}
+                query = f"SELECT trial, text, token_ids FROM prefixes WHERE trial IN ({KEYS})"
+                starts = {row[0]: row for row in db.execute(query, keys)} if continued else {}
                 fresh: dict[str, tuple[Any, ...]] = {}
                 for row in some:
                     key = row[0]
@@ -274,9 +271,8 @@ class Ledger:
 
         Texts and token ids take about 15 kB per row; use `stream` or `outlines` for many trials.
         """
-        blob = "c.activations" if activations else "NULL"
         tables = "LEFT JOIN completions c ON c.trial = t.key LEFT JOIN judgements j ON j.trial = t.key AND j.judge = ?"
-        columns = f"{COMPLETION}, {blob}, {JUDGEMENT}, j.raw"
+        columns = f"{COMPLETION}, {'c.activations' if activations else 'NULL'}, {JUDGEMENT}, j.raw"
         return list(self._read(read_row, columns, tables, judge, where_clause(target, stage, condition, keys)))
 
     def _read(
@@ -324,12 +320,18 @@ class Ledger:
 
     def responses(self, outlines: Iterable[Outline]) -> Iterator[tuple[Outline, str | None]]:
         """Yield each outline with its response text (None before it exists), with `BATCH` texts in memory at a time."""
-        query = f"SELECT trial, text FROM completions WHERE trial IN ({KEYS})"
+        yield from ((row, done[0] if done else None) for row, done in self.completions(outlines, "c.text"))
+
+    def completions(
+        self, outlines: Iterable[Outline], columns: str = f"{COMPLETION}, c.activations"
+    ) -> Iterator[tuple[Outline, Stored | None]]:
+        """Yield each outline with columns of its completion as SQLite returns them (None before it exists)."""
+        query = f"SELECT c.trial, {columns} FROM completions c WHERE c.trial IN ({KEYS})"
         waiting = iter(outlines)
         while some := list(islice(waiting, BATCH)):
             with sqlite_errors(self.path):
-                texts = dict(self._db.execute(query, (dump_json([o.trial.key for o in some]),)))
-            yield from ((outline, texts.get(outline.trial.key)) for outline in some)
+                found = {row[0]: row[1:] for row in self._db.execute(query, (dump_json([o.trial.key for o in some]),))}
+            yield from ((outline, found.get(outline.trial.key)) for outline in some)
 
     def trials(self, stages: Sequence[str]) -> Iterator[Trial]:
         """Yield the planned trials of some stages in the order of `rows`, one at a time."""
@@ -364,13 +366,14 @@ class Ledger:
         """Return the names of the judges with judgements in this ledger."""
         return [judge for (judge,) in self._all("SELECT DISTINCT judge FROM judgements ORDER BY judge")]
 
-    def halves(self) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:
-        """Return (target, stage, condition) of all trials in the order of `rows`, in two parts of about equal size."""
-        places = self._all("SELECT target, stage, condition, count(*) FROM trials GROUP BY 1, 2, 3 ORDER BY 1, 2, 3")
-        sums = [0, *accumulate(place[3] for place in places)]
-        middle = min(range(len(sums)), key=lambda n: abs(2 * sums[n] - sums[-1]))
-        names = [place[:3] for place in places]
-        return names[:middle], names[middle:]
+    def plan(self, place: tuple[str, str, str] | None = None) -> Iterator[tuple[str, str | None, str]]:
+        """Yield key, latent and interventions, as stored, of all trials or of a target, stage and condition."""
+        target, stage, condition = place or (None, None, None)
+        where, values = where_clause(target, stage, condition, None)
+        with sqlite_errors(self.path):
+            yield from self._db.execute(
+                f"SELECT key, latent, interventions FROM trials t WHERE {where} {ORDER}", values
+            )
 
     def stages(self) -> list[tuple[str, str]]:
         """Return the (target, stage) pairs that have trials: targets as in the config, stages in plan order."""

@@ -175,8 +175,12 @@ class Row(TrialRow):
         """Text that judges see and that spans refer to: lead and response, or the response alone in stage
         `continuation`.
         """
-        text = self.completion.text if self.completion is not None else ""
-        return text if self.trial.stage == "continuation" else self.trial.lead + text
+        return judged_text(self.trial, self.completion.text if self.completion is not None else "")
+
+
+def judged_text(trial: Trial, response: str) -> str:
+    """Return the text that judges see (`Row.judged_text`)."""
+    return response if trial.stage == "continuation" else trial.lead + response
 
 
 def plain(record: Intervention | Attempt) -> dict[str, object]:
@@ -255,7 +259,7 @@ def read_trial(stored: Stored) -> Trial:
         label=None if label is None else sys.intern(label),
         meta_prompt=sys.intern(meta),
         prefill=prefill,
-        interventions=_interventions(edits),
+        interventions=interventions_of(edits),
         record=_recording(record) if record else None,
         prefix=None if ids is None else Prefix(start, tuple(from_json(ids))),
     )
@@ -329,13 +333,14 @@ def latent_repr(text: str | None) -> str:
 
 
 @lru_cache(4096)
-def _interventions(text: str) -> tuple[Intervention, ...]:
+def interventions_of(text: str) -> tuple[Intervention, ...]:
+    """Return the interventions of a trial from their stored form."""
     return tuple(Intervention(**i) for i in from_json(text))
 
 
 @lru_cache(4096)
 def _touched(text: str) -> tuple[bool, bool]:
-    return touched(_interventions(text))
+    return touched(interventions_of(text))
 
 
 @lru_cache(64)
