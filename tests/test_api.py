@@ -41,12 +41,16 @@ def test_an_error_inside_a_running_event_loop_is_raised_as_it_is() -> None:
         asyncio.run(cell())
 
 
-def test_the_stop_button_of_a_notebook_cancels_the_work() -> None:
+@pytest.mark.parametrize("early", [False, True])
+def test_the_stop_button_of_a_notebook_cancels_the_work(early: bool) -> None:
     ended = []
 
     async def endless() -> None:
         try:
-            os.kill(os.getpid(), signal.SIGINT)
+            if early:  # in this thread it does not end the other's wait, as if it arrived just before the wait
+                signal.raise_signal(signal.SIGINT)
+            else:
+                os.kill(os.getpid(), signal.SIGINT)
             await asyncio.Event().wait()
         finally:
             ended.append(True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, runtime_checkable
@@ -138,7 +138,10 @@ def finish(work: Coroutine[object, None, Result]) -> Result:
     with ThreadPoolExecutor(1, "steerback-loop") as pool:
         pool.submit(int).result()  # wait for the thread to start; an interrupt during the start would leave it running
         try:
-            return pool.submit(asyncio.run, cancellable()).result()
+            result = pool.submit(asyncio.run, cancellable())
+            while not wait([result], timeout=0.2).done:
+                pass  # an interrupt that arrives just before a wait does not end it
+            return result.result()
         except KeyboardInterrupt:
             with contextlib.suppress(RuntimeError, TimeoutError):  # it has ended already, or never started
                 loop, task = cancel.result(5)
