@@ -44,6 +44,15 @@ def test_wilson_and_clopper_pearson_equal_the_published_table(events, n, score, 
     assert clopper_pearson(events, n) == pytest.approx(exact, abs=5e-5)
 
 
+@few
+@given(st.floats(0.001, 1), st.floats(0.5, 300), st.sampled_from([0.05, 0.01, 0.32]))
+def test_wilson_and_clopper_pearson_of_fractions_equal_statsmodels(share, n, alpha) -> None:
+    from statsmodels.stats.proportion import proportion_confint
+
+    for interval, method in ((wilson, "wilson"), (clopper_pearson, "beta")):
+        assert interval(share * n, n, alpha) == pytest.approx(proportion_confint(share * n, n, alpha, method), abs=1e-9)
+
+
 def test_proportions_at_the_edges() -> None:
     for interval in (wilson, clopper_pearson):
         assert interval(0, 7)[0] == 0

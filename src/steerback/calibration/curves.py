@@ -207,12 +207,12 @@ def mean_interval(scores: Sequence[float]) -> tuple[float, float]:
     The variance is shrunk towards that of a yes/no score with the same mean (two pseudo-trials), so that a few equal
     scores do not give a zero-width interval.
     """
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
     n = len(scores)
     values = np.asarray(scores, dtype=float) / 100.0
     mean = float(values.mean())
     centre = (n * mean + 0.5) / (n + 1)
     variance = (float(((values - mean) ** 2).sum()) + 2 * centre * (1 - centre)) / (n + 1)
-    half = float(t.ppf(0.975, max(n - 1, 1))) * math.sqrt(variance / n)
+    half = float(stdtrit(max(n - 1, 1), 0.975)) * math.sqrt(variance / n)
     return 100 * max(mean - half, 0.0), 100 * min(mean + half, 1.0)

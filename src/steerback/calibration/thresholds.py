@@ -161,9 +161,9 @@ def assess(thresholds: Sequence[Threshold]) -> CalibrationReport:
 def _t_half_width(values: NDArray[np.float64]) -> float | None:
     if values.size < 2:
         return None
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
-    return float(t.ppf(0.975, values.size - 1) * values.std(ddof=1) / math.sqrt(values.size))
+    return float(stdtrit(values.size - 1, 0.975) * values.std(ddof=1) / math.sqrt(values.size))
 
 
 class LatentThreshold(BaseModel):

@@ -6,6 +6,7 @@ where, and gives the simulated coverage of each. This module takes arrays and kn
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -35,22 +36,27 @@ class Bounds(NamedTuple):
 
 def wilson(events: float, n: float, alpha: float = ALPHA) -> tuple[float, float]:
     """Return the Wilson (1927) score interval of independent trials; `n` must be positive."""
-    return _proportion(events, n, alpha, "wilson")
+    from scipy.special import ndtri  # scipy.special: importing scipy.stats or statsmodels takes a second
+
+    _need_a_trial(n)
+    p, z = events / n, float(ndtri(1 - alpha / 2))
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
+    low, high = ((centre + side * half) / (1 + z * z / n) for side in (-1, 1))
+    return 0.0 if events <= 0 else low, 1.0 if events >= n else high
 
 
 def clopper_pearson(events: float, n: float, alpha: float = ALPHA) -> tuple[float, float]:
     """Return the exact binomial interval of independent trials; `events` and `n` may be fractional (effective size)."""
-    return _proportion(events, n, alpha, "beta")
+    from scipy.special import betaincinv
+
+    _need_a_trial(n)
+    low = float(betaincinv(events, n - events + 1, alpha / 2)) if events > 0 else 0.0
+    return low, float(betaincinv(events + 1, n - events, 1 - alpha / 2)) if events < n else 1.0
 
 
-def _proportion(events: float, n: float, alpha: float, method: str) -> tuple[float, float]:
-    from statsmodels.stats.proportion import proportion_confint
-
+def _need_a_trial(n: float) -> None:
     if n <= 0:
         raise ValueError(f"a proportion needs at least one trial, not {n:g}")
-    low, high = proportion_confint(events, n, alpha, method)
-    # return the exact ends, which rounding can miss by 1e-17
-    return 0.0 if events <= 0 else float(low), 1.0 if events >= n else float(high)
 
 
 def no_event_bound(sizes: Floats, icc: float = ICC, alpha: float = ALPHA) -> float:
