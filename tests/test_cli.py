@@ -51,7 +51,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return said
 
 
-@pytest.mark.rendered
+@pytest.mark.rendered("png")
 def test_a_run_from_nothing_to_figures_and_again(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["run", "esr", "--target", "organism", "--name", "a", *SMALL]
     assert steerback(*arguments, "--dry-run") == 0
