@@ -15,7 +15,7 @@ import pytest
 from steerback.config import build_config
 from steerback.engines.scripted import PlantedModel, Script, ScriptedEngine
 from steerback.figures import style
-from steerback.figures.style import save
+from steerback.figures.style import save_all
 from steerback.jobs import check, execute
 from steerback.jobs.execute import Analysis
 from steerback.judging.base import JudgeItem
@@ -28,6 +28,7 @@ SIZES = (
     "n_latents=12",
     "trials_per_latent=20",
     "reference_responses=2",
+    "floor_responses=38",
     "draws=200",
     "calibration.max_iterations=8",
     "calibration.trials_per_iteration=6",
@@ -83,7 +84,7 @@ class Runs:
 
     def __init__(self, root: Path, patch: pytest.MonkeyPatch, script: Script | None = None, name: str = "planted"):
         self.draw = False
-        patch.setattr(style, "save", lambda *given: save(*given) if self.draw else [])
+        patch.setattr(style, "save_all", lambda *given: save_all(*given) if self.draw else None)
         self.root, self.scripts = root, {name: script or PlantedModel(thresholds=thresholds())}
         self.makers = check.Makers(
             engine=lambda t, options: QuickEngine(self.scripts[t.name], target=t.name, n_latents=64),

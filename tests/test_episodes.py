@@ -26,7 +26,6 @@ from steerback.store.facts import DETECTORS as DETECTOR_GROUP
 from steerback.store.facts import TOKEN_ENDS, boundaries
 from steerback.store.run import Run
 
-SAVE = style.save  # `Runs` replaces it
 WITH_BACKTRACKER = f"options.backtracking=[{BACKTRACKER}]"
 
 
@@ -224,7 +223,7 @@ def test_figures_are_drawn_with_and_without_anything_to_show(runs: Runs, recorde
             analysis = analysed(run, "scripted", draws=200)
         assert analysis.shown.figures
         for name, draw in analysis.shown.figures.items():
-            assert all(p.stat().st_size > 5000 for p in SAVE(draw(), tmp_path, f"{folder}-{name}")[:2])
+            assert all(p.stat().st_size > 5000 for p in style.save(draw(), tmp_path, f"{folder}-{name}")[:2])
         json.dumps(analysis.results.to_json(), allow_nan=False)
 
 

@@ -34,7 +34,7 @@ class Noisy(PlantedModel):
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     with pytest.MonkeyPatch.context() as patch:
         found = Runs(tmp_path_factory.mktemp("floor"), patch)
-        found.run("esr", name="esr")
+        found.run("esr", "floor_responses=150", name="esr")
         yield found
 
 
@@ -73,7 +73,7 @@ def test_table_and_summary_show_the_floor_with_its_interval(runs: Runs) -> None:
 
 
 def test_a_floor_above_the_rate_is_said_before_the_table(noisy: Runs) -> None:
-    analysis, _ = noisy.run("esr", "n_latents=4", "trials_per_latent=5")
+    analysis, _ = noisy.run("esr", "n_latents=4", "trials_per_latent=5", "floor_responses=150")
     printed = campaign.report(analysis)
     assert printed[0].startswith("planted: judge scripted marks restarts in 100.0")
     assert "152 unsteered" in printed[0]

@@ -21,7 +21,7 @@ from steerback.store.run import Run
 
 @pytest.fixture(autouse=True)
 def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(style, "save", lambda *given: [])  # they have tests of their own
+    monkeypatch.setattr(style, "save_all", lambda *given: None)  # they have tests of their own
 
 
 def test_targets_done_on_two_machines_are_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

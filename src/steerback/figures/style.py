@@ -9,7 +9,7 @@ import hashlib
 import html
 import io
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any, Literal, ParamSpec
@@ -24,6 +24,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from steerback.errors import visible
 from steerback.store.files import make_folder, write_atomic
+from steerback.store.processes import in_halves
 
 WIDTH = 85 / 25.4
 """Width of every figure in inches: one column of a paper, so that no figure has to be scaled down."""
@@ -193,6 +194,16 @@ def save(fig: Figure, folder: Path, name: str, captions_inside: bool = False) ->
     finally:
         fig.set_layout_engine(engine)
     return _write_figure(folder, name, images, caption_of(fig), captions_inside)
+
+
+def save_all(figures: Mapping[str, Callable[[], Figure]], folder: Path, captions_inside: bool = False) -> None:
+    """Draw the figures, each under its name (`save`), and use two processes if possible."""
+
+    def drawn(names: Sequence[str]) -> None:
+        for name in names:
+            save(figures[name](), folder, name, captions_inside)
+
+    in_halves(drawn, [*figures])
 
 
 def figure_names(folder: Path) -> list[str]:

@@ -31,7 +31,6 @@ from steerback.store.facts import ENGINE, MEASURED, PROVENANCE, EngineIdentity, 
 from steerback.store.files import clear_leftovers, make_folder
 from steerback.store.ledger import Ledger
 from steerback.store.manifest import Parts, TargetUsed
-from steerback.store.processes import in_halves
 from steerback.store.progress import Plain, Progress, Silent, make_progress
 from steerback.store.run import Run, write_atomic, write_json
 from steerback.study.floor import measure_floor
@@ -264,8 +263,8 @@ def analyse(
     draws: int | None = None,
     captions_inside: bool = False,
 ) -> Analysis:
-    """Analyse a run; write summary.json, tables (txt, csv, tex) and figures (`style.save`) to `results_folder`."""
-    from steerback.figures.style import save
+    """Analyse a run; write summary.json, tables (txt, csv, tex) and figures (`style.save_all`) to `results_folder`."""
+    from steerback.figures.style import save_all
 
     analysis = analysed(opened, judge, experiment, draws)
     folder = make_folder(analysis.folder, "free that name")
@@ -275,13 +274,7 @@ def analyse(
     for name, table in analysis.shown.tables.items():
         for suffix, text in (("txt", table.text()), ("csv", table.csv()), ("tex", table.latex())):
             write_atomic(folder / f"{name}.{suffix}", text.encode("utf-8"))
-    figures = analysis.shown.figures
-
-    def drawn(names: Sequence[str]) -> None:
-        for name in names:
-            save(figures[name](), folder, name, captions_inside)
-
-    in_halves(drawn, [*figures])
+    save_all(analysis.shown.figures, folder, captions_inside)
     write_json(folder / "summary.json", analysis.summary)  # the last file: it says that the run is finished
     return analysis
 
