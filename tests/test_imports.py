@@ -45,7 +45,7 @@ def imports_of(path: Path) -> set[str]:
     skipped = {
         id(inner)
         for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        if isinstance(node, ast.If) and any(getattr(x, "id", "") == "TYPE_CHECKING" for x in ast.walk(node.test))
         for inner in ast.walk(node)
     }
     found: set[str] = set()

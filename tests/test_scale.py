@@ -47,7 +47,7 @@ from steerback.store.run import Run
 
 OLD = Path(__file__).parent / "data" / "ledgers-0.1" / "traces.sqlite.gz"
 OPERATIONS, ROWS = 1000, 1000
-TEXT = "stone falls slowly in the water of the lake. " * 90
+TEXT = ("stone falls slowly in the water of the lake, " * 30 + "so it is. ") * 3
 
 
 def trial(name: str, index: int, condition: str = "baseline") -> Trial:
@@ -113,7 +113,8 @@ def start_run(folder: Path, name: str) -> None:
 
 
 def together(path: Path, *work: tuple[Callable[[Path, str], None], str]) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # imports this module once, not once in each process
+    context.set_forkserver_preload([__name__])
     processes = [context.Process(target=does, args=(path, name)) for does, name in work]
     for process in processes:
         process.start()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import itertools
 import os
 import sys
@@ -15,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Annotated, TextIO
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     before = os.environ.get(USER_FILE)
     try:
         # not app(): it would replace our hook for unforeseen errors by its own
-        code = typer.main.get_command(app).main(args=words, prog_name="steerback", standalone_mode=False)
+        code = command().main(args=words, prog_name="steerback", standalone_mode=False)
         sys.stdout.flush()
         try:
             sys.stderr.flush()
@@ -76,6 +77,12 @@ def main(arguments: list[str] | None = None) -> None:
         if before is not None:
             os.environ[USER_FILE] = before
     sys.exit(code if isinstance(code, int) else 0)
+
+
+@functools.cache  # building the tree of commands takes as long as a short command
+def command() -> Any:
+    """Return the command line as click's command."""
+    return typer.main.get_command(app)
 
 
 def _usage(message: str, words: list[str]) -> str:
