@@ -49,7 +49,7 @@ def engine() -> TransformersEngine:
 
 @pytest.fixture(scope="module")
 def crowd(engine: TransformersEngine) -> tuple[list[Request], dict[str, Completion]]:
-    requests = make_requests(64)
+    requests = make_requests(40)
     return requests, collect(engine, requests)
 
 
@@ -64,11 +64,11 @@ def test_a_response_does_not_depend_on_its_company(
 ) -> None:
     """Alone, in another order (hence another slot) and among others, the completion is identical, receipt included."""
     requests, together = crowd
-    for n in (0, 5, 41, 63):
+    for n in (0, 5, 25, 39):
         assert same(collect(engine, [requests[n]])[requests[n].key], together[requests[n].key])
     shuffled = requests[:]
     random.Random(1).shuffle(shuffled)
-    again = collect(engine, [*make_requests(7, seed=9)[3:4], *shuffled[:40]][1:] + shuffled[40:])
+    again = collect(engine, [*make_requests(7, seed=9)[3:4], *shuffled[:24]][1:] + shuffled[24:])
     assert all(same(again[r.key], together[r.key]) for r in requests)
     rest = collect(engine, [r for r in requests if int(r.key[1:]) % 3])  # as after a crash
     assert all(same(done, together[key]) for key, done in rest.items())
@@ -322,7 +322,7 @@ def test_requests_that_arrive_later_give_the_same_responses(
         async def arriving() -> list[Request] | None:
             start = next(starts, None)
             while start is not None and len(found) < (start if start % 8 == 0 else 2):
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.001)
             return None if start is None else ordered[start : start + 4]
 
         async for key, done in used.generate(ordered[:8], arriving):
