@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import math
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -52,14 +51,6 @@ def thresholds(mean: float = 10.0, sd: float = 2.0) -> dict[Any, float]:
     return {k: mean + sd * ((k * 37) % 64 / 32 - 1) * 1.7 for k in range(64)}
 
 
-class QuickEngine(ScriptedEngine):
-    """The scripted engine with its fingerprint hashed once."""
-
-    @functools.cached_property
-    def fingerprint(self) -> str:  # type: ignore[override]
-        return super().fingerprint
-
-
 class Held(ScriptedJudge):
     """A slow judge: its verdict on the trial `first` waits until the trial `until` arrives."""
 
@@ -87,7 +78,7 @@ class Runs:
         patch.setattr(style, "save_all", lambda *given: save_all(*given) if self.draw else None)
         self.root, self.scripts = root, {name: script or PlantedModel(thresholds=thresholds())}
         self.makers = check.Makers(
-            engine=lambda t, options: QuickEngine(self.scripts[t.name], target=t.name, n_latents=64),
+            engine=lambda t, options: ScriptedEngine(self.scripts[t.name], target=t.name, n_latents=64),
             target=lambda wanted, own: target(wanted),
         )
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from planted import Held, Peaked, QuickEngine, Runs, headline, inside, thresholds
+from planted import Held, Peaked, Runs, headline, inside, thresholds
 from steerback.calibration import Calibrator, Threshold
 from steerback.calibration.thresholds import THRESHOLDS, LatentThreshold
 from steerback.data.prompts import META_PROMPTS, load_prompts
-from steerback.engines.scripted import PlantedModel
+from steerback.engines.scripted import PlantedModel, ScriptedEngine
 from steerback.errors import SteerbackError
 from steerback.experiments.boost_sweep import BoostSweep, SweepOptions
 from steerback.judging.scripted import ScriptedJudge
@@ -83,7 +83,7 @@ def test_calibration_equals_lockstep_in_any_order(tmp_path: Path, monkeypatch: p
         made.makers = replace(
             made.makers,
             judge=lambda _: judge or ScriptedJudge(),
-            engine=lambda t, _: QuickEngine(script, target=t.name, n_latents=64, shuffled=shuffled),
+            engine=lambda t, _: ScriptedEngine(script, target=t.name, n_latents=64, shuffled=shuffled),
         )
         made.run("esr", "n_latents=6", "trials_per_latent=1", f"calibration.stop={stop}", "draws=100")
         with made.ledger("esr") as ledger:
@@ -305,7 +305,7 @@ def test_nothing_restarts_and_everything_still_draws(tmp_path: Path, monkeypatch
 def test_thresholds_of_other_weights_are_not_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = Runs(tmp_path, monkeypatch, PlantedModel(thresholds=thresholds()))
     weights = {"files": "before"}
-    monkeypatch.setattr(QuickEngine, "describe", lambda self: {"engine": "scripted", **weights})
+    monkeypatch.setattr(ScriptedEngine, "describe", lambda self: {"engine": "scripted", **weights})
     runs.run("esr", "n_latents=3", "trials_per_latent=3")
     runs.run("no-steering", base="esr", name="same")
     weights["files"] = "after"

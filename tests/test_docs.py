@@ -24,8 +24,8 @@ PAGES = {p.stem: p.read_text("utf-8") for p in (ROOT / "docs").glob("*.md")}
 QUICK = (
     "--prompts few.txt --set n_latents=1 --set trials_per_latent=2 --set reference_responses=1 "
     "--set floor_responses=0 --set draws=100 "
-    "--set calibration.max_iterations=6 --set calibration.trials_per_iteration=4 --set calibration.verify_trials=0 "
-    "--set calibration.tolerance=1000 --set sampling.max_new_tokens=60"
+    "--set calibration.max_iterations=6 --set calibration.trials_per_iteration=2 --set calibration.verify_trials=0 "
+    "--set calibration.tolerance=1000 --set sampling.max_new_tokens=40"
 )
 
 
@@ -54,8 +54,9 @@ def anchors(text: str) -> set[str]:
 def calls_of_page() -> list[tuple[str, str]]:
     """(page, section) of every link that a message of the program makes."""
     found = []
-    for file in (ROOT / "src").rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+    texts = [file.read_text("utf-8") for file in (ROOT / "src").rglob("*.py")]
+    for text in (text for text in texts if "docs_page(" in text):
+        for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "docs_page" and node.args:
                 given = [a.value for a in node.args if isinstance(a, ast.Constant)]
                 if all(isinstance(x, str) for x in given) and len(given) == len(node.args):

@@ -125,7 +125,7 @@ class ScriptedEngine:
         self.fail_receipts, self.raise_on, self.shuffled = fail_receipts, raise_on, shuffled
         self.generated = 0
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         return digest(self.describe())
 
