@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -42,7 +41,7 @@ from steerback.store import processes
 from steerback.store.cache import Cache
 from steerback.store.files import make_folder
 from steerback.store.ledger import Ledger
-from steerback.store.processes import in_turns, second_process
+from steerback.store.processes import second_process, write_by_two
 from steerback.store.run import Run
 
 OLD = Path(__file__).parent / "data" / "ledgers-0.1" / "traces.sqlite.gz"
@@ -275,28 +274,22 @@ def test_work_beside_this_process_returns_its_result_or_raises_its_error(monkeyp
         second_process(broken)()
 
 
-def test_two_processes_that_take_turns_keep_the_order_and_replace_a_failed_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = os.getpid()
+def test_what_two_processes_write_is_in_order_and_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, whole = os.getpid(), b"".join(b"%d," % n for n in range(7))
 
-    def squares(items: Sequence[int]) -> Iterator[tuple[int, bool]]:
+    def parts(items: Sequence[int]) -> Iterator[bytes]:
         for n in items:
             if n == lost and os.getpid() != mine:
                 os._exit(3)
-            yield n * n, os.getpid() == mine
+            yield b"%d," % n
 
-    lost = -1
-    monkeypatch.setattr(processes, "can_fork", lambda: False)
-    assert [*in_turns(squares, range(5))] == [(n * n, True) for n in range(5)]
-    monkeypatch.setattr(processes, "can_fork", lambda: True)
-    assert [*in_turns(squares, range(5), worth=False)] == [(n * n, True) for n in range(5)]
-    assert [*in_turns(squares, range(5))] == [(n * n, n % 2 == 0) for n in range(5)]
-    lost = 3
-    assert [*in_turns(squares, range(7))] == [(n * n, n != 1) for n in range(7)]
-    before = psutil.Process().children()
-    half = in_turns(lambda items: (b"x" * 2**22 for _ in items), range(99))
-    assert len(next(half)) == 2**22
-    half.close()  # the other process, which waits until someone reads its result, ends
-    assert psutil.Process().children() == before
+    for forks, n_lost in ((False, -1), (True, -1), (True, 5)):
+        lost = n_lost
+        monkeypatch.setattr(processes, "can_fork", lambda forks=forks: forks)
+        with (tmp_path / "x").open("wb") as file:
+            write_by_two(file, tmp_path, parts, range(7), worth=True)
+        assert (tmp_path / "x").read_bytes() == whole
+        assert os.listdir(tmp_path) == ["x"]
 
 
 def test_damaged_token_ids_are_not_exported(tmp_path: Path, large: Run) -> None:

@@ -19,10 +19,11 @@ from steerback.jobs.check import Makers, with_directions
 from steerback.jobs.execute import analysed
 from steerback.records import BoostPrior, LatentKey, Recording
 from steerback.report import view
+from steerback.report.view_calibration import calibration
 from steerback.report.view_trials import STAGES, Group, Reading, ShownRun, group_of
 from steerback.store.facts import DETECTOR_SET, FORK, RECORDED_LATENTS
 from steerback.store.files import write_atomic
-from steerback.store.ledger import MANY, Ledger, Row
+from steerback.store.ledger import MANY, Row
 from steerback.store.processes import in_halves, second_process
 from steerback.store.progress import Progress, Silent
 from steerback.store.run import Run
@@ -69,21 +70,6 @@ def write_view(
 
 def _shown(run: Run, settings: ViewSettings, progress: Progress, makers: Makers) -> ShownRun:
     judge, problem = run.judge(settings.judge), ""
-
-    def count() -> list[Mapping[str, object]]:
-        with Ledger(run.ledger.path, read_only=True) as own:
-            return view.trial_counts(own, judge, settings.stages)
-
-    many = run.ledger.progress()[0] >= MANY
-    counts = second_process(count, worth=many)
-    analysis: Presentation | None = None
-    try:
-        analysis = analysed(run, judge).shown
-    except SteerbackError as error:  # an unfinished run has no analysis, but its trials can be shown
-        problem = str(error)
-    tables = dict(analysis.tables) if analysis else {}
-    if not any("multi-attempt" in str(column) for table in tables.values() for column in table.shown.columns):
-        tables = _rates(run, judge) | tables
     targets = _targets(run, makers)
 
     def prior(target: str, key: LatentKey) -> BoostPrior | None:
@@ -93,6 +79,21 @@ def _shown(run: Run, settings: ViewSettings, progress: Progress, makers: Makers)
         except SteerbackError:  # the file of this direction does not exist any more
             return None
 
+    def beside() -> tuple[Sequence[Mapping[str, object]], Mapping[str, object]]:
+        with Run.read(run.folder) as own:
+            counts = view.trial_counts(own.ledger, judge, settings.stages)
+            return counts, calibration(ShownRun(own, judge, priors=prior))
+
+    many = run.ledger.progress()[0] >= MANY
+    counts_and_curves = second_process(beside, worth=many)
+    analysis: Presentation | None = None
+    try:
+        analysis = analysed(run, judge).shown
+    except SteerbackError as error:  # an unfinished run has no analysis, but its trials can be shown
+        problem = str(error)
+    tables = dict(analysis.tables) if analysis else {}
+    if not any("multi-attempt" in str(column) for table in tables.values() for column in table.shown.columns):
+        tables = _rates(run, judge) | tables
     return ShownRun(
         run,
         judge,
@@ -104,7 +105,7 @@ def _shown(run: Run, settings: ViewSettings, progress: Progress, makers: Makers)
         priors=prior,
         readings=_readings(run, judge, settings, targets, progress, makers) if settings.record else {},
         forks=forks(run.ledger, judge),
-        counts=counts(),
+        counts_and_curves=counts_and_curves(),
     )
 
 

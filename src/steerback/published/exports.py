@@ -23,7 +23,7 @@ from steerback.store.database import reading
 from steerback.store.facts import FORK, META_PROMPTS, SWEEP, Fact
 from steerback.store.files import make_folder, whole_file
 from steerback.store.ledger import MANY
-from steerback.store.processes import in_turns
+from steerback.store.processes import collector_paused, write_by_two
 from steerback.store.rows import Outline, Stored, interventions_of, judged_text
 from steerback.store.run import Run, write_json
 
@@ -54,11 +54,12 @@ class Verdicts:
     windows: list[WindowScores] = field(default_factory=list)
 
 
+@collector_paused()
 def export_authors(run: Run, folder: Path, judge: str) -> list[Path]:
     """Write one file in the authors' format for each target and condition, and one file with the facts of each target.
 
     Files with measured trials have the authors' file names. Names of files with other stages begin with `steerback_`.
-    Each trial is one line, and at most `AT_ONCE` trials are in memory. Two processes take turns at large files.
+    Each trial is one line, and at most `AT_ONCE` trials are in memory. Two processes share a large file.
     """
     make_folder(folder)
     places = [(t, stage, c) for t, stage in run.ledger.stages() for own, c in run.ledger.conditions(stage) if own == t]
@@ -104,13 +105,17 @@ def _write(run: Run, folder: Path, judge: str, place: Place) -> Path:
     target, stage, condition = place
     name = "experiment_results" if stage == "measure" else f"steerback_{stage}"
     path = folder / f"{name}_{_safe(f'{target}_{condition}')}.json"
+    head, batches = _plan(run, judge, place)
     with whole_file(path) as file:
-        file.writelines(_parts(run, judge, place))
+        file.write(head)
+        many = sum(len(keys) for _, keys in batches) >= MANY // 10
+        write_by_two(file, folder, lambda some: _trials(run.folder, judge, some), batches, many)
+        file.write(b"]}]}\n" if batches else b"]}\n")
     return path
 
 
-def _parts(run: Run, judge: str, place: Place) -> Iterator[bytes]:
-    """Yield the content of the file of a condition, in parts."""
+def _plan(run: Run, judge: str, place: Place) -> tuple[bytes, list[Batch]]:
+    """Return the content of the file of a condition before its first latent, and the batches of its trials."""
     target, stage, condition = place
     by_latent: dict[str | None, list[str]] = {}
     stored: set[str] = set()
@@ -124,7 +129,6 @@ def _parts(run: Run, judge: str, place: Place) -> Iterator[bytes]:
     small = [(fact.name, fact.dump(x)) for fact in SMALL if (x := run.ledger.get(target, fact)) is not None]
     own = {"experiment": run.config.experiment, "condition": condition, "stage": stage, "facts": dict(small)}
     head |= {"ablated_latents": clamped, "num_ablated_latents": len(clamped)} if clamped else {}
-    yield _open(head | {"steerback": own | {"digest": digest(run.config.of(target))}}, "results_by_feature")
     first = {o.trial.key: o.trial for o in run.ledger.outlines(keys=[keys[0] for keys in by_latent.values()])}
     batches: list[Batch] = []
     for keys in by_latent.values():
@@ -133,22 +137,20 @@ def _parts(run: Run, judge: str, place: Place) -> Iterator[bytes]:
         start = b"]},\n" + feature if batches else feature
         for n in range(0, len(keys), AT_ONCE):
             batches.append((b",\n" if n else start, keys[n : n + AT_ONCE]))
-    many = sum(map(len, by_latent.values())) >= MANY // 10
-    yield from in_turns(lambda some: _trials(run.folder, judge, some), batches, many)
-    yield b"]}]}\n" if batches else b"]}\n"
+    own["digest"] = digest(run.config.of(target))
+    return _open(head | {"steerback": own}, "results_by_feature"), batches
 
 
 def _trials(folder: Path, judge: str, batches: Sequence[Batch]) -> Iterator[bytes]:
-    """Yield the content of a file for each batch of trials."""
+    """Yield the content of a file from the first to the last trial of some batches."""
     with Run.read(folder) as run:
         judges = run.ledger.judges()
         for start, keys in batches:
             others = _others(run, judges, judge, keys)
             with reading(run.ledger.path):
                 rows = run.ledger.completions(run.ledger.outlines(judge=judge, keys=keys))
-                yield start + b",\n".join(
-                    _entry(row, done, others.get(row.trial.key, Verdicts())) for row, done in rows
-                )
+                entries = [_entry(row, done, others.get(row.trial.key, Verdicts())) for row, done in rows]
+                yield start + b",\n".join(entries)
 
 
 def _open(start: Mapping[str, object], last: str) -> bytes:

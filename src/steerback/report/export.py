@@ -15,7 +15,7 @@ from steerback.readers.tables import csv_line
 from steerback.records import Intervention
 from steerback.store.files import whole_file
 from steerback.store.ledger import BATCH, MANY, Ledger
-from steerback.store.processes import in_turns
+from steerback.store.processes import collector_paused, write_by_two
 from steerback.store.rows import Outline, plain
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ ROWS_PER_GROUP = 5_000
 """Number of rows of a parquet file in memory at a time."""
 
 
+@collector_paused()
 def export_flat(ledger: Ledger, path: Path, judge: str, form: str) -> Path:
     """Write all trials of a ledger with `judge`'s verdicts into one file, `form` csv or parquet.
 
@@ -60,7 +61,8 @@ def export_flat(ledger: Ledger, path: Path, judge: str, form: str) -> Path:
 
     with whole_file(path) as file:
         file.write(csv_line(COLUMNS).encode("utf-8"))
-        file.writelines(in_turns(lines, [keys[n : n + BATCH] for n in range(0, len(keys), BATCH)], len(keys) >= MANY))
+        batches = [keys[n : n + BATCH] for n in range(0, len(keys), BATCH)]
+        write_by_two(file, path.parent, lines, batches, len(keys) >= MANY)
     return path
 
 

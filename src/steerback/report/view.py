@@ -40,7 +40,8 @@ def page(runs: Sequence[ShownRun], stages: Sequence[str] = STAGES, limit: int = 
     """Return the page of some runs, with at most `limit` trials."""
     from markupsafe import Markup
 
-    overview, curves = [_overview(r, stages) for r in runs], [calibration(r) for r in runs]
+    known = [r.counts_and_curves or (trial_counts(r.run.ledger, r.judge, stages), calibration(r)) for r in runs]
+    overview, curves = [_overview(r, counts) for r, (counts, _) in zip(runs, known, strict=True)], [c for _, c in known]
     figures = [
         {"name": name, "src": "data:image/png;base64," + base64.b64encode(image).decode("ascii"), "caption": caption}
         for r in runs
@@ -74,7 +75,7 @@ def _parents(shown: ShownRun) -> dict[str, tuple[str, int]]:
     return {fork.condition(arm): (fork.parent, fork.tokens) for fork in forks for arm in fork.arms}
 
 
-def _overview(shown: ShownRun, stages: Sequence[str]) -> dict[str, object]:
+def _overview(shown: ShownRun, counts: Sequence[Mapping[str, object]]) -> dict[str, object]:
     run, ledger = shown.run, shown.run.ledger
     manifest = run.folder / "manifest.json"
     return {
@@ -87,7 +88,7 @@ def _overview(shown: ShownRun, stages: Sequence[str]) -> dict[str, object]:
         "problem": shown.problem,
         "tables": [_table(name, table) for name, table in shown.tables.items()],
         "figures": list(shown.figures),
-        "counts": trial_counts(ledger, shown.judge, stages) if shown.counts is None else shown.counts,
+        "counts": counts,
         "stages": ledger.stage_sizes(),
         "latents": _left_out(ledger),
         "manifest": read_json_table(manifest, "manifest") if manifest.is_file() else {},

@@ -75,8 +75,8 @@ class ShownRun:
     priors: Callable[[str, LatentKey], BoostPrior | None] = lambda target, key: None
     readings: Mapping[str, Reading] = field(default_factory=dict)
     forks: Sequence[Forked] = ()
-    counts: Sequence[Mapping[str, object]] | None = None
-    """Counts of the trials by state (`view.trial_counts`); None: not counted yet."""
+    counts_and_curves: tuple[Sequence[Mapping[str, object]], Mapping[str, object]] | None = None
+    """`view.trial_counts` and `view_calibration.calibration` of the run; None: not computed yet."""
 
     @property
     def name(self) -> str:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import gc
 import os
 import pickle
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from typing import TypeVar
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, TypeVar
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -46,39 +48,6 @@ def end_with(parent: int) -> None:
         os._exit(1)
 
 
-@contextmanager
-def _beside(results: Callable[[], Iterable[T]]) -> Iterator[Iterator[T]]:
-    """Start a copy of this process and give what it yields, which ends early if the copy fails."""
-    source, sink = os.pipe()
-    with suppress(OSError):  # the copy can be a megabyte ahead; users have a limit for the sum of their pipes
-        fcntl.fcntl(sink, fcntl.F_SETPIPE_SZ, 2**20)
-    parent, child = os.getpid(), os.fork()
-    if not child:
-        status = 1
-        try:
-            end_with(parent)
-            os.close(source)
-            with os.fdopen(sink, "wb") as file:
-                for result in results():
-                    pickle.dump(result, file, pickle.HIGHEST_PROTOCOL)
-                    file.flush()
-            status = 0
-        finally:
-            os._exit(status)
-    os.close(sink)
-
-    def received() -> Iterator[T]:
-        with suppress(EOFError, pickle.UnpicklingError):
-            while True:
-                yield pickle.load(reader)
-
-    try:
-        with os.fdopen(source, "rb") as reader:
-            yield received()
-    finally:
-        os.waitpid(child, 0)
-
-
 def second_process(work: Callable[[], T], worth: bool = True) -> Callable[[], T]:
     """Start `work` in a copy of this process and return a function that waits for its result.
 
@@ -87,41 +56,56 @@ def second_process(work: Callable[[], T], worth: bool = True) -> Callable[[], T]
     """
     if not (worth and can_fork()):
         return work
-    stack = ExitStack()
-    received = stack.enter_context(_beside(lambda: [work()]))
+    source, sink = os.pipe()
+    parent, child = os.getpid(), os.fork()
+    if not child:
+        status = 1
+        try:
+            end_with(parent)
+            os.close(source)
+            with os.fdopen(sink, "wb") as file:
+                pickle.dump(work(), file, pickle.HIGHEST_PROTOCOL)
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(sink)
 
     def result() -> T:
-        with stack:
-            done = [*received]
-        return done[0] if done else work()
+        with os.fdopen(source, "rb") as file:
+            content = file.read()
+        if os.waitpid(child, 0)[1]:
+            return work()
+        value: T = pickle.loads(content)
+        return value
 
     return result
-
-
-def in_turns(work: Callable[[Sequence[Item]], Iterable[T]], items: Sequence[Item], worth: bool = True) -> Iterator[T]:
-    """Yield the results of `work`, one for each item, in the order of the items.
-
-    A second process works on every second item, under the conditions of `second_process`.
-    """
-    if not (worth and can_fork() and len(items) > 1):
-        yield from work(items)
-        return
-    others = items[1::2]
-
-    def theirs(received: Iterator[T]) -> Iterator[T]:
-        number = 0
-        for result in received:
-            number += 1
-            yield result
-        yield from work(others[number:]) if number < len(others) else ()
-
-    with _beside(lambda: work(others)) as received:
-        results = iter(work(items[::2])), theirs(received)
-        for number in range(len(items)):
-            yield next(results[number % 2])
 
 
 def in_halves(work: Callable[[Sequence[Item]], T], items: Sequence[Item], worth: bool = True) -> tuple[T, T]:
     """Return the results of `work` for every second item from the first on, and for the others (`second_process`)."""
     rest = second_process(lambda: work(items[1::2]), worth and len(items) > 1)
     return work(items[::2]), rest()
+
+
+def write_by_two(
+    file: BinaryIO, folder: Path, parts: Callable[[Sequence[Item]], Iterable[bytes]], items: Sequence[Item], worth: bool
+) -> None:
+    """Write the `parts` of all items into a file, one after the other.
+
+    A second process (`second_process`) writes those of the second half into a temporary file in `folder`, which is then
+    appended. `parts` opens its own databases.
+    """
+    middle = (len(items) + 1) // 2 if worth and can_fork() else len(items)
+    with tempfile.TemporaryFile(dir=folder) as others:
+
+        def write() -> None:
+            others.seek(0)
+            others.truncate()
+            others.writelines(parts(items[middle:]))
+            others.flush()
+
+        rest = second_process(write, middle < len(items))
+        file.writelines(parts(items[:middle]))
+        rest()
+        others.seek(0)
+        shutil.copyfileobj(others, file, 2**20)
