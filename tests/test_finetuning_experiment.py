@@ -20,7 +20,7 @@ from steerback.store.ledger import Ledger, Row
 
 SMALL = [
     *("--preset", "quick", "--engine", "scripted", "--judge", "scripted"),
-    *("--set", "n_latents=4", "--set", "trials_per_latent=10", "--set", "draws=200"),
+    *("--set", "n_latents=4", "--set", "trials_per_latent=10", "--set", "draws=200", "--set", "floor_responses=38"),
     *("--set", "calibration.max_iterations=8", "--set", "calibration.verify_trials=4"),
 ]
 RATES = {10: 0.1, 50: 0.4, 90: 0.8}
