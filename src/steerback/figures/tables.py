@@ -5,6 +5,7 @@ Tables show estimates and comparisons, and do not depend on ledgers or experimen
 
 from __future__ import annotations
 
+import functools
 import html
 import itertools
 import json
@@ -14,8 +15,6 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import pandas as pd
-
 from steerback.errors import visible
 from steerback.metrics import METRICS, VARIANTS, Comparison, Estimate, Summary
 from steerback.metrics.between import TwoSampleTest
@@ -24,6 +23,8 @@ from steerback.metrics.regions import RegionTest
 from steerback.readers.tables import csv_text
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from steerback.analysis.floor import Floor
 
 T = TypeVar("T")
@@ -48,9 +49,10 @@ RATE = "multi_attempt_rate"
 class Table:
     """Table in two forms: `shown` with the text for people, `numbers` with the unrounded values of the CSV.
 
-    Both are DataFrames of objects. The first `left` columns of `shown` are names, aligned to the left; the others are
-    numbers, aligned to the right. Without `records`, the CSV contains the text. If the text would be too wide, `minor`
-    columns are left out, the last one first.
+    Both are DataFrames of objects, made on demand, because importing pandas takes half of a short command. The first
+    `left` columns of `shown` are names, aligned to the left; the others are numbers, aligned to the right. Without
+    `records`, the CSV contains the text. If the text would be too wide, `minor` columns are left out, the last one
+    first.
     """
 
     def __init__(
@@ -62,9 +64,20 @@ class Table:
         left: int = 1,
         minor: Sequence[str] = (),
     ) -> None:
-        self.shown = pd.DataFrame([*cells], columns=[*columns], dtype=object)
-        self.numbers = pd.DataFrame([*records], dtype=object) if records else self.shown
+        self.columns, self.cells, self.records = [*columns], [[*row] for row in cells], [*records]
         self.caption, self.left, self.minor = caption, left, tuple(minor)
+
+    @functools.cached_property
+    def shown(self) -> pd.DataFrame:
+        import pandas as pd
+
+        return pd.DataFrame(self.cells, columns=self.columns, dtype=object)
+
+    @functools.cached_property
+    def numbers(self) -> pd.DataFrame:
+        import pandas as pd
+
+        return pd.DataFrame(self.records, dtype=object) if self.records else self.shown
 
     def text(self, width: int = 110) -> str:
         """Return aligned columns with the caption below, in the first form that fits into `width` characters.
@@ -79,8 +92,8 @@ class Table:
         return "\n".join([*lines, *textwrap.wrap(" ".join(filter(None, (visible(self.caption), note))), width)]) + "\n"
 
     def _rows(self, without: Sequence[str] = ()) -> list[list[str]]:
-        kept = self.shown.drop(columns=[*without])
-        return [[*kept.columns], *kept.to_numpy().tolist()]
+        kept = [i for i, column in enumerate(self.columns) if column not in without]
+        return [[row[i] for i in kept] for row in (self.columns, *self.cells)]
 
     def _forms(self, width: int) -> Iterator[tuple[list[str], tuple[str, ...]]]:
         """Yield (lines, omitted columns); the last entry has no lines and means that the table must be transposed in
@@ -116,13 +129,12 @@ class Table:
 
     def markdown(self) -> str:
         """Return a pipe table with the caption below."""
-        rule = ["---"] * self.left + ["--:"] * (self.shown.shape[1] - self.left)
-        rows = [self.shown.columns, rule, *self.shown.to_numpy().tolist()]
+        rows = [self.columns, ["---"] * self.left + ["--:"] * (len(self.columns) - self.left), *self.cells]
         lines = ["| " + " | ".join(" ".join(c.split()).replace("|", r"\|") for c in row) + " |" for row in rows]
         return "\n".join([*lines, *(["", self.caption] if self.caption else [])]) + "\n"
 
     def __repr__(self) -> str:
-        return f"<table of {len(self.shown)} rows: {', '.join(map(str, self.shown.columns))}>"
+        return f"<table of {len(self.cells)} rows: {', '.join(self.columns)}>"
 
     def _repr_html_(self) -> str:
         """Return HTML for notebooks; names, cells and caption are escaped."""
@@ -133,7 +145,7 @@ class Table:
         escaped = self.shown.map(escape).rename(columns=escape)
         written = escaped.style.hide(axis="index").to_latex(
             hrules=True,
-            column_format="l" * self.left + "r" * (self.shown.shape[1] - self.left),
+            column_format="l" * self.left + "r" * (len(self.columns) - self.left),
             caption=escape(self.caption) or None,
             position_float="centering",
         )

@@ -92,7 +92,7 @@ def _shown(run: Run, settings: ViewSettings, progress: Progress, makers: Makers)
     except SteerbackError as error:  # an unfinished run has no analysis, but its trials can be shown
         problem = str(error)
     tables = dict(analysis.tables) if analysis else {}
-    if not any("multi-attempt" in str(column) for table in tables.values() for column in table.shown.columns):
+    if not any("multi-attempt" in column for table in tables.values() for column in table.columns):
         tables = _rates(run, judge) | tables
     return ShownRun(
         run,

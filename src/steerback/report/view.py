@@ -97,9 +97,7 @@ def _overview(shown: ShownRun, counts: Sequence[Mapping[str, object]]) -> dict[s
 
 
 def _table(name: str, table: Table) -> dict[str, object]:
-    cells = [[str(cell) for cell in row] for row in table.shown.to_numpy().tolist()]
-    columns = [str(column) for column in table.shown.columns]
-    return {"name": name, "columns": columns, "cells": cells, "caption": table.caption, "left": table.left}
+    return {"name": name, "columns": table.columns, "cells": table.cells, "caption": table.caption, "left": table.left}
 
 
 def trial_counts(ledger: Ledger, judge: str, stages: Sequence[str]) -> list[Mapping[str, object]]:
