@@ -214,6 +214,20 @@ def test_a_loss_of_nan_ends_the_training_in_one_line(tmp_path: Path) -> None:
         train(tmp_path, rows(16), QUICK.changed(learning_rate=1e30, warmup_steps=0, epochs=4))
 
 
+def test_training_does_not_use_cudnns_attention(tmp_path: Path) -> None:
+    """Its backward pass gave NaN on an H200 for a padded batch with 320 positions."""
+    used: list[bool] = []
+
+    class Looks(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            used.append(torch.backends.cuda.cudnn_sdp_enabled())
+
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    train(tmp_path, rows(8), QUICK.changed(max_steps=2), callbacks=[Looks()])
+    assert used == [False, False]
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
 def test_no_example_and_wrong_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SteerbackError, match="there is no training example"):
         train(tmp_path, [])

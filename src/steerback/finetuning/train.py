@@ -157,7 +157,7 @@ def fit(
                 raise OutOfMemory(str(error)) from None
             raise
 
-    with _quiet():
+    with _quiet(), _without_cudnn_attention():
         search = find_executable_batch_size(attempt, starting_batch_size=sizes[0], reduce_batch_size_fn=smaller)
         report: TrainingReport = search()
     return report
@@ -362,6 +362,23 @@ def _progress(say: Callable[[str], None]) -> TrainerCallback:
             say(f"step {state.global_step}/{state.max_steps}{self.loss}, {rest}")
 
     return Progress()
+
+
+@contextlib.contextmanager
+def _without_cudnn_attention() -> Iterator[None]:
+    """Let PyTorch use its other kernels for attention.
+
+    cuDNN's backward pass gives NaN with an attention mask and a length of 64 more than a multiple of 128, if a row's
+    scores are all low (pytorch issue 196678; torch 2.11 on an H200).
+    """
+    import torch
+
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 @contextlib.contextmanager
