@@ -122,6 +122,7 @@ def fit(
     require_extra()
     from accelerate.utils import find_executable_batch_size
     from accelerate.utils.memory import release_memory, should_reduce_batch_size
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     if not training:
         raise SteerbackError(f"{name or folder}: there is no training example; give data with at least one")
@@ -157,7 +158,10 @@ def fit(
                 raise OutOfMemory(str(error)) from None
             raise
 
-    with _quiet(), _without_cudnn_attention():
+    # cuDNN's attention is left out: with a mask and a length of 64 more than a multiple of 128, its backward pass gives
+    # NaN if all scores of a row are low (pytorch issue 196678; torch 2.11 on an H200).
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with _quiet(), sdpa_kernel(kernels):
         search = find_executable_batch_size(attempt, starting_batch_size=sizes[0], reduce_batch_size_fn=smaller)
         report: TrainingReport = search()
     return report
@@ -362,23 +366,6 @@ def _progress(say: Callable[[str], None]) -> TrainerCallback:
             say(f"step {state.global_step}/{state.max_steps}{self.loss}, {rest}")
 
     return Progress()
-
-
-@contextlib.contextmanager
-def _without_cudnn_attention() -> Iterator[None]:
-    """Let PyTorch use its other kernels for attention.
-
-    cuDNN's backward pass gives NaN with an attention mask and a length of 64 more than a multiple of 128, if a row's
-    scores are all low (pytorch issue 196678; torch 2.11 on an H200).
-    """
-    import torch
-
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 @contextlib.contextmanager
