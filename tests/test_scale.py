@@ -292,10 +292,11 @@ def test_what_two_processes_write_is_in_order_and_complete(tmp_path: Path, monke
         assert os.listdir(tmp_path) == ["x"]
 
 
-def test_damaged_token_ids_are_not_exported(tmp_path: Path, large: Run) -> None:
+@pytest.mark.parametrize("change", ["completions SET token_ids = '[1; 2]'", "trials SET interventions = '[{'"])
+def test_damaged_values_are_not_exported(tmp_path: Path, large: Run, change: str) -> None:
     folder = shutil.copytree(large.folder, tmp_path / "run")
     with closing(sqlite3.connect(folder / "ledger.sqlite")) as db:
-        db.execute("UPDATE completions SET token_ids = replace(token_ids, ', ', '; ') WHERE rowid = 1")
+        db.execute(f"UPDATE {change} WHERE rowid = 1")
         db.commit()
     with Run.read(folder) as run, pytest.raises(SteerbackError, match="damaged value"):
         exports.export_authors(run, tmp_path / "out", "machine")

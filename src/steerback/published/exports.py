@@ -122,7 +122,8 @@ def _plan(run: Run, judge: str, place: Place) -> tuple[bytes, list[Batch]]:
     for key, latent, interventions in run.ledger.plan(place):
         by_latent.setdefault(latent, []).append(key)
         stored.add(interventions)
-    edits = {edit for interventions in stored for edit in interventions_of(interventions)}
+    with reading(run.ledger.path):
+        edits = {edit for interventions in stored for edit in interventions_of(interventions)}
     clamped = sorted({i.latent for i in edits if i.mode == "clamp" and not i.value}, key=str)
     head = _head(run, target, judge)
     head["experiment_config"] |= {"disable_steering": not edits, "n_features": len(by_latent)}
