@@ -14,6 +14,8 @@ from steerback.metrics import Estimate, summarize
 from steerback.report.export import COLUMNS, REAL, TRUTH, WHOLE, write_parquet
 from steerback.store.facts import PROVENANCE
 from steerback.store.files import make_folder, write_atomic
+from steerback.store.ledger import MANY
+from steerback.store.processes import second_process
 from steerback.store.run import Run
 
 ROWS_PER_SHARD = 20_000
@@ -53,7 +55,13 @@ def export_dataset(run: Run, folder: Path, judge: str, license_name: str) -> lis
 
     One shard contains at most ROWS_PER_SHARD trials of one condition.
     """
+
+    def rates() -> str:
+        with Run.read(run.folder) as own:
+            return _rate_table(own, judge)
+
     data = make_folder(folder / "data", "choose another --out")
+    shown = second_process(rates, run.ledger.progress()[0] >= MANY)
     for old in data.glob("trials-*.parquet"):
         old.unlink()
     paths: list[Path] = []
@@ -65,7 +73,7 @@ def export_dataset(run: Run, folder: Path, judge: str, license_name: str) -> lis
                 trials += len(shard)
                 path = data / f"trials-{len(paths):05d}.parquet"
                 paths.append(write_parquet(path, run.ledger.responses(shard), judge))
-    card = _header(run, trials, license_name) + _card(run, judge, trials)
+    card = _header(run, trials, license_name) + _card(run, judge, trials, shown())
     return [write_atomic(folder / "README.md", card.encode("utf-8")), *paths]
 
 
@@ -122,7 +130,7 @@ def _header(run: Run, trials: int, license_name: str) -> str:
     return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n\n"
 
 
-def _card(run: Run, judge: str, trials: int) -> str:
+def _card(run: Run, judge: str, trials: int, rates: str) -> str:
     stages = run.ledger.stages()
     targets = list(dict.fromkeys(target for target, _ in stages))
     planted = [t for t in targets if (known := run.ledger.get(t, PROVENANCE)) is not None and known.planted]
@@ -136,7 +144,7 @@ def _card(run: Run, judge: str, trials: int) -> str:
         planted=PLANTED.format(names=_quoted(planted)) if planted else "",
         targets=_quoted(targets),
         stages=_quoted(list(dict.fromkeys(stage for _, stage in stages))),
-        rates=_rate_table(run, judge),
+        rates=rates,
     )
 
 
