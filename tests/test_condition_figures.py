@@ -14,7 +14,7 @@ from steerback.analysis.base import Measured
 from steerback.analysis.boost_sweep import SweepResults
 from steerback.analysis.conditions import ConditionResults
 from steerback.analysis.no_steering import NoSteeringResults
-from steerback.figures import boost_sweep, conditions, first_scores, prefill, style
+from steerback.figures import boost_sweep, conditions, first_scores, panels, prefill, style
 from steerback.metrics import Outcomes, compare, find_peak, summarize
 from steerback.store.facts import META_PROMPTS, PREFILL, MetaPromptSet, PrefixCounts, Sweep
 
@@ -160,6 +160,15 @@ def test_the_sweep_never_runs_past_100_and_counts_every_level() -> None:
     assert all(ax.get_ylim()[0] == 0 and ax.get_ylim()[1] <= 100 for ax in rates)
     strip = next(ax for ax in axes_of(fig) if "numbers of responses" in ax.get_xlabel())
     assert [t.get_text() for t in strip.texts].count("60") == 4
+
+
+def test_levels_are_written_with_two_decimals() -> None:
+    """Eight evenly spaced levels were written as -0.857143-0.2142860.428571: one ran into the next."""
+    fig = style.new_figure(2.0, "levels")
+    levels = np.linspace(-1.5, 3.0, 8).tolist()
+    panels.level_counts(fig.subplots(), [("n", "#000000", dict.fromkeys(levels, 430))], "levels")
+    labels = [t.get_text() for t in fig.axes[0].get_xticklabels()]
+    assert labels == ["-1.5", "-0.86", "-0.21", "0.43", "1.07", "1.71", "2.36", "3"]
 
 
 def test_the_bands_of_the_prefill_arms_differ_in_more_than_colour() -> None:

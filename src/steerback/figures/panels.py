@@ -213,7 +213,7 @@ def level_counts(
     """Write counts with `counts_below` on a shared axis of levels; `margin` is a share of the axis."""
     counts_below(ax, rows)
     ticks = sorted({x for _, _, numbers in rows for x in numbers})
-    ax.set_xticks(ticks, [f"{x:g}" for x in ticks], fontsize=6)
+    ax.set_xticks(ticks, [f"{round(x, 2):g}" for x in ticks], fontsize=6)
     if len(ticks) > 1:
         reach = margin * (ticks[-1] - ticks[0])
         ax.set_xlim(ticks[0] - reach, ticks[-1] + reach)
