@@ -49,7 +49,7 @@ RATE = "multi_attempt_rate"
 class Table:
     """Table in two forms: `shown` with the text for people, `numbers` with the unrounded values of the CSV.
 
-    Both are DataFrames of objects, made on demand, because importing pandas takes as long as a short command. The first
+    Both are DataFrames of objects, made on demand, because importing pandas takes half of a short command. The first
     `left` columns of `shown` are names, aligned to the left; the others are numbers, aligned to the right. Without
     `records`, the CSV contains the text. If the text would be too wide, `minor` columns are left out, the last one
     first.
@@ -120,10 +120,7 @@ class Table:
 
     def csv(self) -> str:
         """Return comma-separated values with a header line; missing values are empty."""
-        if not self.records:
-            return csv_text(self.columns, self.cells)
-        columns = [*dict.fromkeys(column for record in self.records for column in record)]
-        return csv_text(columns, ([record.get(column) for column in columns] for record in self.records))
+        return csv_text([*self.numbers.columns], self.numbers.to_numpy().tolist())
 
     def json(self) -> str:
         """Return a JSON list with one object per row and the columns of the CSV; missing values are null."""
@@ -145,19 +142,14 @@ class Table:
 
     def latex(self) -> str:
         """Return a booktabs table; names, cells and caption are escaped."""
-        header, *rows = (" & ".join(map(escape, row)) + r" \\" for row in (self.columns, *self.cells))
-        caption = [rf"\caption{{{escape(self.caption)}}}"] if self.caption else []
-        aligned = "l" * self.left + "r" * (len(self.columns) - self.left)
-        lines = [
-            r"\begin{table}",
-            r"\centering\small",
-            *caption,
-            rf"\begin{{tabular}}{{{aligned}}}",
-            r"\toprule",
-            header,
-        ]
-        lines += [r"\midrule", *rows, r"\bottomrule", r"\end{tabular}", r"\end{table}"]
-        return "\n".join(lines) + "\n"
+        escaped = self.shown.map(escape).rename(columns=escape)
+        written = escaped.style.hide(axis="index").to_latex(
+            hrules=True,
+            column_format="l" * self.left + "r" * (len(self.columns) - self.left),
+            caption=escape(self.caption) or None,
+            position_float="centering",
+        )
+        return str(written).replace(r"\centering", r"\centering\small", 1)
 
 
 def summary_table(
