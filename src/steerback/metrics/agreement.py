@@ -55,13 +55,14 @@ def rank_correlation(a: ArrayLike, b: ArrayLike, cluster: ArrayLike, draws: int 
 
 def cohens_kappa(a: NDArray[np.generic], b: NDArray[np.generic]) -> float | None:
     """Return Cohen's kappa (1960); None if both judges gave a single label, where kappa is undefined."""
+    from statsmodels.stats.inter_rater import cohens_kappa as kappa_of_table
+
     values, codes = np.unique(np.concatenate([a, b]), return_inverse=True)
     k, n = len(values), len(a)
     if k < 2:
         return None
     table = np.bincount(codes[:n] * k + codes[n:], minlength=k * k).reshape(k, k)
-    expected = float(table.sum(axis=0) @ table.sum(axis=1)) / n**2
-    return float((np.trace(table) / n - expected) / (1 - expected))
+    return float(kappa_of_table(table, return_results=False))
 
 
 def krippendorff_alpha(ratings: Floats, level: Level) -> float | None:
@@ -95,15 +96,11 @@ def krippendorff_alpha(ratings: Floats, level: Level) -> float | None:
 
 def spearman(a: Floats, b: Floats) -> float | None:
     """Return the rank correlation, ties at their mean rank; None if a judge gave a single score."""
+    from scipy.stats import rankdata
+
     if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
-    return float(np.clip(np.corrcoef(_ranks(a), _ranks(b))[0, 1], -1, 1))
-
-
-def _ranks(values: Floats) -> Floats:
-    _, codes, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks: Floats = (np.cumsum(counts) - (counts - 1) / 2)[codes]
-    return ranks
+    return float(np.clip(np.corrcoef(rankdata(a), rankdata(b))[0, 1], -1, 1))
 
 
 def _complete(columns: list[ArrayLike], cluster: ArrayLike) -> tuple[Floats, Codes]:
