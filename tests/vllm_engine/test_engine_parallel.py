@@ -30,7 +30,7 @@ def one_gpu_for_two(monkeypatch: pytest.MonkeyPatch) -> None:
     """Says that there are two GPUs where there is one."""
     if SHARED:
         monkeypatch.setattr(engine, "gpus", lambda: 2)
-        monkeypatch.setattr(engine, "device_shares", lambda replicas, _: ["0"] * replicas)
+        monkeypatch.setattr(engine, "device_shares", lambda replicas, *_: ["0"] * replicas)
         monkeypatch.setattr(engine, "WORKER", "one_gpu.OneGpuWorker")
         monkeypatch.setenv("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")
 
