@@ -253,6 +253,7 @@ SWEPT = [feature(7, [trial(attempts(30), threshold=4.0)]), feature(8, [trial(att
     [
         (result([], config={"model_name": "/"}), "model_name or the condition is empty"),
         (result([], config={"model_name": " / "}), "model_name or the condition is empty"),
+        (result([], config={"model_name": ["../x"]}), "model_name: .*should be a text"),
         (result([], steerback=own(condition="")), "model_name or the condition is empty"),
         (result([]), "no trials to import: results_by_feature is empty in x.json"),
         (result([feature(7, [])]), "no trials to import: results_by_feature is empty in x.json"),

@@ -174,6 +174,16 @@ def test_a_config_of_another_shape_is_one_line(
     assert "".join(capfd.readouterr()) == ""
 
 
+def test_a_config_without_attention_heads_says_so(folder: Path, tmp_path: Path) -> None:
+    for file in folder.iterdir():
+        if file.name != "config.json":
+            (tmp_path / file.name).symlink_to(file)
+    config = json.loads((folder / "config.json").read_text()) | {"num_attention_heads": 0}
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "head_dim"}))
+    with pytest.raises(SteerbackError, match=r"a number in config.json is 0, for example the number of attention heads"):
+        load_target(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [(b'\xef\xbb\xbf{"eos_token_id": 5}', "a byte-order mark"), (b'{"eos_token_id": 5', "is not valid JSON")],

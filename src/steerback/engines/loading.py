@@ -117,7 +117,10 @@ def load_errors(target: Target, failure: str) -> Iterator[None]:
         reason = reason_of(error)
         if "trust_remote_code" in str(error):
             reason = "it needs Python code from the model's folder, which steerback never runs; use another model"
-        kind = "" if isinstance(error, OSError | ValueError | RuntimeError) else f"{type(error).__name__}: "
+        if isinstance(error, ZeroDivisionError):
+            reason = "a number in config.json is 0, for example the number of attention heads; correct the file"
+        ours = ZeroDivisionError, OSError, ValueError, RuntimeError
+        kind = "" if isinstance(error, ours) else f"{type(error).__name__}: "
         raise SteerbackError(f"target {target.name!r}: {failure}: {kind}{reason}") from error
 
 

@@ -58,6 +58,12 @@ def object_or_empty(value: object) -> object:
     return value if isinstance(value, dict) else {}
 
 
+def _text(value: object) -> str:
+    if isinstance(value, list | dict):
+        raise ValueError("should be a text")
+    return str(value or "")
+
+
 def _finish(value: object) -> object:
     return value if value in ("length", "stop", "error") else "unknown"
 
@@ -65,7 +71,7 @@ def _finish(value: object) -> object:
 Number = Annotated[float | None, BeforeValidator(_number)]
 Boost = Annotated[float | None, BeforeValidator(_threshold)]
 Whole = Annotated[int | None, BeforeValidator(_whole)]
-Text = Annotated[str, BeforeValidator(lambda value: str(value or ""))]
+Text = Annotated[str, BeforeValidator(_text)]
 Flag = Annotated[bool, BeforeValidator(bool)]
 
 
