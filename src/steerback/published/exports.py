@@ -7,9 +7,13 @@ each trial, settings and facts in a file without trials. `steerback import` rest
 from __future__ import annotations
 
 import base64
+import shutil
+import tempfile
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,7 +27,7 @@ from steerback.store.database import reading
 from steerback.store.facts import FORK, META_PROMPTS, SWEEP, Fact
 from steerback.store.files import make_folder, whole_file
 from steerback.store.ledger import MANY
-from steerback.store.processes import collector_paused, write_by_two
+from steerback.store.processes import collector_paused, second_process
 from steerback.store.rows import Outline, Stored, interventions_of, judged_text
 from steerback.store.run import Run, write_json
 
@@ -59,12 +63,12 @@ def export_authors(run: Run, folder: Path, judge: str) -> list[Path]:
     """Write one file in the authors' format for each target and condition, and one file with the facts of each target.
 
     Files with measured trials have the authors' file names. Names of files with other stages begin with `steerback_`.
-    Each trial is one line, and at most `AT_ONCE` trials are in memory. Two processes share a large file.
+    Each trial is one line, and at most `AT_ONCE` trials are in memory. Two processes share the work of a large run.
     """
     make_folder(folder)
     places = [(t, stage, c) for t, stage in run.ledger.stages() for own, c in run.ledger.conditions(stage) if own == t]
     places = [place for place in places if place[1] != FORK]
-    paths, files = [_write(run, folder, judge, place) for place in places], Counter(target for target, *_ in places)
+    paths, files = _write(run, folder, judge, places), Counter(target for target, *_ in places)
     for target in dict.fromkeys((*run.config.targets, *files)):
         own = {
             "experiment": run.config.experiment,
@@ -101,17 +105,59 @@ def _head(run: Run, target: str, judge: str) -> dict[str, Any]:
     }
 
 
-def _write(run: Run, folder: Path, judge: str, place: Place) -> Path:
+def _write(run: Run, folder: Path, judge: str, places: Sequence[Place]) -> list[Path]:
+    """Write the files of some conditions; two processes write half of the trials each.
+
+    The files of the first half are this process's, those of the second half the other one's. It writes its part of the
+    file in the middle into a temporary file, which is then appended.
+    """
+    plans = [(_path(folder, place), *_plan(run, judge, place)) for place in places]
+    half, middle, seen = sum(_size(batches) for *_, batches in plans) / 2, 0, 0
+    while middle < len(plans) - 1 and seen + _size(plans[middle][2]) < half:
+        seen, middle = seen + _size(plans[middle][2]), middle + 1
+    sizes = list(accumulate(len(keys) for _, keys in plans[middle][2])) if plans else []
+    cut = bisect_left(sizes, half - seen) + 1
+
+    def trials(batches: Sequence[Batch]) -> Iterator[bytes]:
+        return _trials(run.folder, judge, batches)
+
+    with tempfile.TemporaryFile(dir=folder) as rest:
+
+        def others() -> None:
+            rest.seek(0)
+            rest.truncate()
+            for _, _, batches in plans[middle : middle + 1]:
+                rest.writelines(trials(batches[cut:]))
+            rest.flush()
+            for path, head, batches in plans[middle + 1 :]:
+                with whole_file(path) as file:
+                    file.writelines(chain([head], trials(batches), [_end(batches)]))
+
+        written = second_process(others, half > MANY / 20)
+        for number, (path, head, batches) in enumerate(plans[: middle + 1]):
+            with whole_file(path) as file:
+                file.write(head)
+                file.writelines(trials(batches if number < middle else batches[:cut]))
+                if number == middle:
+                    written()
+                    rest.seek(0)
+                    shutil.copyfileobj(rest, file, 2**20)
+                file.write(_end(batches))
+    return [path for path, *_ in plans]
+
+
+def _path(folder: Path, place: Place) -> Path:
     target, stage, condition = place
     name = "experiment_results" if stage == "measure" else f"steerback_{stage}"
-    path = folder / f"{name}_{_safe(f'{target}_{condition}')}.json"
-    head, batches = _plan(run, judge, place)
-    with whole_file(path) as file:
-        file.write(head)
-        many = sum(len(keys) for _, keys in batches) >= MANY // 10
-        write_by_two(file, folder, lambda some: _trials(run.folder, judge, some), batches, many)
-        file.write(b"]}]}\n" if batches else b"]}\n")
-    return path
+    return folder / f"{name}_{_safe(f'{target}_{condition}')}.json"
+
+
+def _size(batches: Sequence[Batch]) -> int:
+    return sum(len(keys) for _, keys in batches)
+
+
+def _end(batches: Sequence[Batch]) -> bytes:
+    return b"]}]}\n" if batches else b"]}\n"
 
 
 def _plan(run: Run, judge: str, place: Place) -> tuple[bytes, list[Batch]]:
