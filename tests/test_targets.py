@@ -180,7 +180,7 @@ def test_a_config_without_attention_heads_says_so(folder: Path, tmp_path: Path) 
             (tmp_path / file.name).symlink_to(file)
     config = json.loads((folder / "config.json").read_text()) | {"num_attention_heads": 0}
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "head_dim"}))
-    with pytest.raises(SteerbackError, match=r"a number in config.json is 0, for example the number of attention heads"):
+    with pytest.raises(SteerbackError, match=r"a number in config.json is 0, for example"):
         load_target(str(tmp_path))
 
 
