@@ -396,4 +396,6 @@ def _fields(record: Any) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if hasattr(value, "model_dump"):
         return value.model_dump(mode="json")
-    return _fields(value)
+    if hasattr(value, "__dataclass_fields__"):
+        return _fields(value)
+    raise TypeError(f"cannot hash a {type(value).__name__}")

@@ -122,7 +122,6 @@ def fit(
     require_extra()
     from accelerate.utils import find_executable_batch_size
     from accelerate.utils.memory import release_memory, should_reduce_batch_size
-    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     if not training:
         raise SteerbackError(f"{name or folder}: there is no training example; give data with at least one")
@@ -158,10 +157,7 @@ def fit(
                 raise OutOfMemory(str(error)) from None
             raise
 
-    # cuDNN's attention is left out: with a mask and a length of 64 more than a multiple of 128, its backward pass gives
-    # NaN if all scores of a row are low (pytorch issue 196678; torch 2.11 on an H200).
-    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    with _quiet(), sdpa_kernel(kernels):
+    with _quiet(), _attention():
         search = find_executable_batch_size(attempt, starting_batch_size=sizes[0], reduce_batch_size_fn=smaller)
         report: TrainingReport = search()
     return report
@@ -366,6 +362,17 @@ def _progress(say: Callable[[str], None]) -> TrainerCallback:
             say(f"step {state.global_step}/{state.max_steps}{self.loss}, {rest}")
 
     return Progress()
+
+
+def _attention() -> contextlib.AbstractContextManager[None]:
+    """Return a context in which PyTorch does not use cuDNN's attention.
+
+    With a mask and a length of 64 more than a multiple of 128, its backward pass gives NaN if all scores of a row are
+    low (pytorch issue 196678; torch 2.11 on an H200).
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 @contextlib.contextmanager

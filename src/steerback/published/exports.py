@@ -7,15 +7,13 @@ each trial, settings and facts in a file without trials. `steerback import` rest
 from __future__ import annotations
 
 import base64
-import shutil
-import tempfile
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 from pydantic import JsonValue
 from pydantic_core import to_json
@@ -27,7 +25,7 @@ from steerback.store.database import reading
 from steerback.store.facts import FORK, META_PROMPTS, SWEEP, Fact
 from steerback.store.files import make_folder, whole_file
 from steerback.store.ledger import MANY
-from steerback.store.processes import collector_paused, second_process
+from steerback.store.processes import collector_paused, second_part
 from steerback.store.rows import Outline, Stored, interventions_of, judged_text
 from steerback.store.run import Run, write_json
 
@@ -108,8 +106,7 @@ def _head(run: Run, target: str, judge: str) -> dict[str, Any]:
 def _write(run: Run, folder: Path, judge: str, places: Sequence[Place]) -> list[Path]:
     """Write the files of some conditions; two processes write half of the trials each.
 
-    The files of the first half are this process's, those of the second half the other one's. It writes its part of the
-    file in the middle into a temporary file, which is then appended.
+    This process writes the first files and the beginning of the file in the middle, the other one the rest.
     """
     plans = [(_path(folder, place), *_plan(run, judge, place)) for place in places]
     half, middle, seen = sum(_size(batches) for *_, batches in plans) / 2, 0, 0
@@ -121,27 +118,20 @@ def _write(run: Run, folder: Path, judge: str, places: Sequence[Place]) -> list[
     def trials(batches: Sequence[Batch]) -> Iterator[bytes]:
         return _trials(run.folder, judge, batches)
 
-    with tempfile.TemporaryFile(dir=folder) as rest:
+    def others(part: BinaryIO) -> None:
+        for _, _, batches in plans[middle : middle + 1]:
+            part.writelines(trials(batches[cut:]))
+        for path, head, batches in plans[middle + 1 :]:
+            with whole_file(path) as file:
+                file.writelines(chain([head], trials(batches), [_end(batches)]))
 
-        def others() -> None:
-            rest.seek(0)
-            rest.truncate()
-            for _, _, batches in plans[middle : middle + 1]:
-                rest.writelines(trials(batches[cut:]))
-            rest.flush()
-            for path, head, batches in plans[middle + 1 :]:
-                with whole_file(path) as file:
-                    file.writelines(chain([head], trials(batches), [_end(batches)]))
-
-        written = second_process(others, half > MANY / 20)
+    with second_part(folder, others, half > MANY / 20) as append_rest:
         for number, (path, head, batches) in enumerate(plans[: middle + 1]):
             with whole_file(path) as file:
                 file.write(head)
                 file.writelines(trials(batches if number < middle else batches[:cut]))
                 if number == middle:
-                    written()
-                    rest.seek(0)
-                    shutil.copyfileobj(rest, file, 2**20)
+                    append_rest(file)
                 file.write(_end(batches))
     return [path for path, *_ in plans]
 

@@ -92,20 +92,35 @@ def write_by_two(
 ) -> None:
     """Write the `parts` of all items into a file, one after the other.
 
-    A second process (`second_process`) writes those of the second half into a temporary file in `folder`, which is then
-    appended. `parts` opens its own databases.
+    A second process writes those of the second half (`second_part`). `parts` opens its own databases.
     """
     middle = (len(items) + 1) // 2 if worth and can_fork() else len(items)
-    with tempfile.TemporaryFile(dir=folder) as others:
-
-        def write() -> None:
-            others.seek(0)
-            others.truncate()
-            others.writelines(parts(items[middle:]))
-            others.flush()
-
-        rest = second_process(write, middle < len(items))
+    with second_part(folder, lambda part: part.writelines(parts(items[middle:])), middle < len(items)) as append_rest:
         file.writelines(parts(items[:middle]))
-        rest()
-        others.seek(0)
-        shutil.copyfileobj(others, file, 2**20)
+        append_rest(file)
+
+
+@contextmanager
+def second_part(
+    folder: Path, write: Callable[[BinaryIO], object], worth: bool = True
+) -> Iterator[Callable[[BinaryIO], None]]:
+    """Let a second process (`second_process`) `write` a part of a file into a temporary file in `folder`.
+
+    Yields a function that waits for the process and appends the part to a file.
+    """
+    with tempfile.TemporaryFile(dir=folder) as part:
+
+        def write_part() -> None:
+            part.seek(0)
+            part.truncate()
+            write(part)
+            part.flush()
+
+        wait = second_process(write_part, worth)
+
+        def append(file: BinaryIO) -> None:
+            wait()
+            part.seek(0)
+            shutil.copyfileobj(part, file, 2**20)
+
+        yield append
