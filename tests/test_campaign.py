@@ -19,10 +19,10 @@ from planted_detectors import MODEL
 from steerback import cli
 from steerback.config import RunConfig, build_config, quick
 from steerback.engines import EngineOptions
-from steerback.engines.base import Engine
+from steerback.engines.base import Engine, EngineStopped
 from steerback.engines.scripted import PlantedModel
 from steerback.errors import SteerbackError
-from steerback.experiments import paper
+from steerback.experiments import conditions, paper
 from steerback.jobs import campaign, side_by_side
 from steerback.jobs.check import Makers
 from steerback.store.run import Run
@@ -162,6 +162,59 @@ def test_a_campaign_of_all_experiments_starts_one_engine(runs: Runs) -> None:
     assert log == ["start planted", "close planted"]
     campaign.run(campaign.stored_steps([s.folder for s in steps]), cached=False, say=lambda _: None, makers=makers)
     assert len(log) == 2  # nothing is left to do
+
+
+@pytest.mark.parametrize(("error", "starts"), [(SteerbackError, 1), (EngineStopped, 2)])
+def test_a_refused_step_keeps_the_engine_and_a_stopped_one_is_started_again(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, error: type[SteerbackError], starts: int
+) -> None:
+    async def refuse(self: Any, study: Any) -> None:
+        raise error("no further")
+
+    monkeypatch.setattr(conditions.NoSteering, "run", refuse)
+    log: list[str] = []
+    steps = steps_of(runs, "no-steering", "boost-sweep")
+    failed = campaign.run(steps, cached=False, say=lambda _: None, makers=counted(runs, log))
+    assert [folder.name for folder in failed] == ["p-no-steering"]
+    assert log == ["start planted", "close planted"] * starts
+
+
+def test_steps_that_overlap_give_the_results_of_steps_in_order(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on vLLM: two steps use the engine at the same time, and another process analyses them."""
+    together = most = 0
+    measure = campaign.execute.measure
+
+    async def watched(job: Any, *rest: Any) -> None:
+        nonlocal together, most
+        together += 1
+        most = max(most, together)
+        await measure(job, *rest)
+        together -= 1
+
+    monkeypatch.setattr(campaign.execute, "measure", watched)
+    summaries, trials = [], []
+    for place, overlap in (("one", False), ("two", True)):
+        monkeypatch.setattr(campaign, "can_overlap", lambda _, overlap=overlap: overlap)
+        steps = paper.plan(
+            campaign.resolved(first_of("planted"), runs.makers),
+            runs.root / place,
+            "p",
+            ["no-steering", "prefill-control"],
+        )
+        said: list[str] = []
+        most = 0
+        assert campaign.run(steps, cached=False, say=said.append, makers=runs.makers) == {}
+        assert most == (2 if overlap else 1)
+        heads = [f"[{n}/3] {s.folder.name}" for n, s in enumerate(steps, 1)]
+        assert sorted(line for line in said if line.startswith("[")) == heads
+        summaries.append([json.loads((s.folder / "summary.json").read_text()) for s in steps])
+        for step in steps:
+            with Run.read(step.folder) as run:
+                trials.append(
+                    sorted((r.trial.key, str(r.completion), str(r.attempts)) for r in run.ledger.rows(judge="scripted"))
+                )
+    assert summaries[0] == summaries[1]
+    assert trials[:3] == trials[3:]
 
 
 def test_built_in_models_are_measured_side_by_side() -> None:

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, runtime_checkable
 
+from steerback.errors import SteerbackError
 from steerback.records import Completion, Prefix, Request
 
 if TYPE_CHECKING:
@@ -104,6 +105,10 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class EngineStopped(SteerbackError):
+    """The engine's processes have ended; only a new engine can go on."""
 
 
 @runtime_checkable

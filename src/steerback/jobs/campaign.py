@@ -5,13 +5,18 @@ Each step is an ordinary run, so it can be stopped and resumed. The engine is st
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, suppress
+from concurrent.futures import BrokenExecutor, Executor
+from contextlib import ExitStack, closing, nullcontext, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from steerback.config import RunConfig, parse_config
+from steerback.engines.base import finish
+from steerback.engines.options import VllmOptions
 from steerback.errors import SteerbackError
 from steerback.figures.tables import terminal_width
 from steerback.jobs import execute, side_by_side
@@ -22,7 +27,9 @@ from steerback.judging.llm import lacking
 from steerback.published.comparison import compare_published, comparison
 from steerback.records import Spend
 from steerback.store.files import make_folder, write_atomic
+from steerback.store.processes import helpers
 from steerback.store.run import Run, stored_config
+from steerback.study.pipeline import all_or_none
 from steerback.study.study import UNJUDGED
 
 if TYPE_CHECKING:
@@ -118,46 +125,87 @@ def run(
 ) -> dict[Path, str]:
     """Run the unfinished steps and return the folders of the failed ones, each with its reason.
 
-    A failed step stops only the steps that depend on it. All steps of one target run in sequence, so that its engine
-    is started once; several small models on a CPU share the cores, see `side_by_side`.
+    A failed step stops only the steps that depend on it. All steps of one target share its engine, which is started
+    once; several small models on a CPU share the cores, see `side_by_side`.
     """
     heads = {step.folder: f"[{number}/{len(steps)}] {step.folder.name}" for number, step in enumerate(steps, 1)}
     undone = [step for step in steps if not is_done(step)]
-    if len(undone) > 1 and _can_share(undone[0], makers):
+    first = _valid(undone[0], makers) if len(undone) > 1 else None
+    if first is not None and side_by_side.possible(first):
         for step in steps:
             if step not in undone:
                 say(f"{heads[step.folder]}: done before")
         return _side_by_side(undone, heads, cached, say, makers)
-    failed: dict[Path, str] = {}
     targets = list(dict.fromkeys(name for step in steps for name in step.config.targets))
-    with closing(KeptEngine()) as engines:
+    analyst = helpers(1) if first is not None and can_overlap(first) else None
+    with closing(KeptEngine()) as engines, analyst[0] if analyst else nullcontext() as analyses:
+        kept = _Kept(engines, analyses, cached, say, makers)
         for target in targets:
-            for step in steps:
-                head = heads[step.folder] + (f": {target}" if len(targets) > 1 else "")
-                if target not in step.config.targets or step.folder in failed:
-                    continue
-                if is_done(step):
-                    say(f"{head}: done before")
-                    continue
-                if step.after in failed:
-                    failed[step.folder] = f"needs {step.after.name}" if step.after else ""
-                    continue
-                say(head)
-                try:
-                    with execute.tools(cached) as (progress, cache):
-                        for line in _one(step, target, engines, progress, cache, makers):
-                            say(line)
-                except SteerbackError as error:
-                    failed[step.folder] = str(error)
-                    say(f"{head}: not done: {error}")
-    return failed
+            named = {folder: head + (f": {target}" if len(targets) > 1 else "") for folder, head in heads.items()}
+            finish(kept.measure([step for step in steps if target in step.config.targets], target, named))
+    return kept.failed
 
 
-def _can_share(step: Step, makers: Makers | None) -> bool:
+def _valid(step: Step, makers: Makers | None) -> PreparedRun | None:
+    """Return the checked config of a step; None if it has an error, which is reported when the step is run."""
     try:
-        return side_by_side.possible(_checked(step, makers))
-    except SteerbackError:  # reported when the step is run
-        return False
+        return _checked(step, makers)
+    except SteerbackError:
+        return None
+
+
+TOGETHER = 2
+"""Steps that share an engine at the same time: while one ends or is judged, the other keeps the GPU busy."""
+
+
+def can_overlap(job: PreparedRun) -> bool:
+    """Return True if the engine takes requests of several steps at a time: vLLM has one queue for all."""
+    return isinstance(job.engine, VllmOptions)
+
+
+@dataclass
+class _Kept:
+    """Steps that share a kept engine: `TOGETHER` at a time if their analyses have a process, else one by one."""
+
+    engines: KeptEngine
+    analyses: Executor | None
+    cached: bool
+    say: Callable[[str], None]
+    makers: Makers | None
+    failed: dict[Path, str] = field(default_factory=dict)
+
+    async def measure(self, steps: Sequence[Step], target: str, heads: Mapping[Path, str]) -> None:
+        """Measure a target in all steps, in order; each begins when the step that it needs has been measured."""
+        places = asyncio.Semaphore(TOGETHER if self.analyses else 1)
+        measured = {step.folder: asyncio.Event() for step in steps}
+        await all_or_none([self._step(step, target, heads[step.folder], places, measured) for step in steps])
+
+    async def _step(
+        self, step: Step, target: str, head: str, places: asyncio.Semaphore, measured: Mapping[Path, asyncio.Event]
+    ) -> None:
+        if step.after is not None and step.after in measured:
+            await measured[step.after].wait()
+        await places.acquire()
+        with ExitStack() as place:
+            place.callback(measured[step.folder].set)
+            place.callback(places.release)
+            if step.folder in self.failed:
+                return
+            if is_done(step):
+                self.say(f"{head}: done before")
+                return
+            try:
+                if step.after is not None and step.after in self.failed:
+                    raise SteerbackError(f"needs {step.after.name}")
+                if not self.analyses:
+                    self.say(head)
+                with execute.tools(self.cached, head=f"{step.folder.name}: " if self.analyses else "") as tools:
+                    lines = await _one(step, target, self.engines, *tools, self.makers, self.analyses, place.close)
+                for line in [head, *lines] if self.analyses else lines:
+                    self.say(line)
+            except SteerbackError as error:
+                self.failed[step.folder] = str(error)
+                self.say(f"{head}: not done: {error}")
 
 
 def _side_by_side(
@@ -167,8 +215,8 @@ def _side_by_side(
     engines, known = KeptEngine(), {step.folder: step for step in steps}
     left = Counter[Path]()  # responses of a step and of the longest chain of steps after it
     for step in reversed(steps):
-        with suppress(SteerbackError):  # reported when the step is run
-            left[step.folder] += _cost(_checked(step, makers), set())["responses"]
+        if (job := _valid(step, makers)) is not None:
+            left[step.folder] += _cost(job, set())["responses"]
         if step.after is not None:
             left[step.after] = max(left[step.after], left[step.folder])
     steps = sorted(steps, key=lambda step: -left[step.folder])
@@ -181,7 +229,7 @@ def _side_by_side(
         lines = []
         with execute.tools(cached, head=f"{step.folder.name}: ") as (progress, cache):
             for target in step.config.targets:
-                lines += _one(step, target, engines, progress, cache, makers)
+                lines += finish(_one(step, target, engines, progress, cache, makers))
         return lines
 
     for step, result in side_by_side.each(steps, work, lambda step: step.after not in pending):
@@ -222,10 +270,20 @@ def stored_steps(folders: Sequence[Path]) -> list[Step]:
     return [*steps.values()]
 
 
-def _one(
-    step: Step, name: str, engines: KeptEngine, progress: Progress, cache: Cache | None, makers: Makers | None
+async def _one(
+    step: Step,
+    name: str,
+    engines: KeptEngine,
+    progress: Progress,
+    cache: Cache | None,
+    makers: Makers | None,
+    analyses: Executor | None = None,
+    measured: Callable[[], None] = lambda: None,
 ) -> list[str]:
-    """Measure one target of a step. After the step's last target, analyse the step and return the lines to print."""
+    """Measure one target of a step, then call `measured`.
+
+    After the step's last target, analyse the step, in the process of `analyses` if set, and return the lines to print.
+    """
     job = _checked(step, makers)
     position = step.config.targets.index(name)
     last = position == len(step.config.targets) - 1
@@ -233,11 +291,24 @@ def _one(
         return []
     targets = job.targets[position:] if last else job.targets[position : position + 1]  # adapters come last
     with Run.start(step.folder, job.config) as opened:
-        execute.measure(job, opened, targets, engines, progress, cache)
+        await execute.measure(job, opened, targets, engines, progress, cache)
+        measured()
         if not last:
             return []
         progress.status("analysing, drawing figures")
-        shown = execute.analyse(opened, job.config.judge, job.experiment).shown
+        if analyses is not None:  # in another process, so that this one can attend to the engine
+            with suppress(BrokenExecutor):
+                return await asyncio.get_running_loop().run_in_executor(analyses, _analysed, step.folder)
+        return _shown(execute.analyse(opened, job.config.judge, job.experiment))
+
+
+def _analysed(folder: Path) -> list[str]:
+    return _shown(reanalyse(folder))
+
+
+def _shown(analysis: Analysis) -> list[str]:
+    """Return the lines to print about a step of a campaign."""
+    shown = analysis.shown
     tables = dict.fromkeys([*list(shown.tables)[:1], *(name for name in shown.tables if name == PAIRED)])
     return [*shown.warnings, *(shown.tables[name].text(terminal_width()) for name in tables), *shown.lines]
 

@@ -15,7 +15,7 @@ from steerback.analysis.base import Results
 from steerback.config import Settings
 from steerback.data import paper_files
 from steerback.engines import EngineOptions
-from steerback.engines.base import START_LOG, WHILE_STARTING, finish
+from steerback.engines.base import START_LOG, WHILE_STARTING, EngineStopped, finish
 from steerback.errors import SteerbackError
 from steerback.experiments import make_experiment
 from steerback.experiments.base import Experiment
@@ -109,7 +109,7 @@ def run(
             if errors := [str(result) for _, result in work if isinstance(result, SteerbackError)]:
                 raise SteerbackError("; ".join(dict.fromkeys(errors)))
         else:
-            measure(job, opened, job.targets, engines, progress or Silent(), cache)
+            finish(measure(job, opened, job.targets, engines, progress or Silent(), cache))
         (progress or Silent()).status("analysing, drawing figures")
         return analyse(opened, job.config.judge, job.experiment)
 
@@ -120,10 +120,10 @@ def _measure_alone(job: PreparedRun, folder: Path, target: Target, cache: Cache 
         progress = Plain()
         own = None if cache is None else Cache(cache.path, progress.note)  # SQLite connections must not be forked
         with closing(own) if own is not None else nullcontext():
-            measure(job, Run(folder, job.config, ledger, None), [target], engines, progress, own)
+            finish(measure(job, Run(folder, job.config, ledger, None), [target], engines, progress, own))
 
 
-def measure(
+async def measure(
     job: PreparedRun,
     opened: Run,
     targets: Sequence[Target],
@@ -137,7 +137,7 @@ def measure(
     """
     progress.expect(sum(sum(of_experiment(job, t.name).values()) for t in targets) if job.experiment.generates else 0)
     if job.experiment.generates:
-        finish(_targets(job, opened, targets, engines, progress, cache))
+        await _targets(job, opened, targets, engines, progress, cache)
     else:
         _collected(job, opened, progress, cache)
 
@@ -158,8 +158,9 @@ async def _targets(
     for target in chosen:
         try:
             await _target(job, opened, target, engines, progress, cache, parts)
-        except BaseException:
-            engines.close()  # after a failure the state of the engine is unknown
+        except BaseException as error:
+            if not isinstance(error, SteerbackError) or isinstance(error, EngineStopped):
+                engines.close()  # its state is unknown; a refusal, such as a missing detector, leaves it as it was
             raise
 
 

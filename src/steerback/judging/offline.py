@@ -65,6 +65,8 @@ Verdicts = Callable[["OfflineJudge", Sequence[JudgeItem]], Sequence[T]]
 Key = tuple[str, str, LatentKey | None, str | None]
 _models: dict[str, tuple[Relevance | WordLikelihood | None, dict[Key, Sequence[Part]]]] = {}
 """By judge, for the last two: relevance model and responses read with it. The runs of a campaign share references."""
+_processes: dict[str, Processes[OfflineJudge]] = {}
+"""By judge, for the last two: the processes that judge beside this one."""
 
 
 class OfflineJudge:
@@ -107,8 +109,9 @@ class OfflineJudge:
         """Build the relevance model from the references."""
         from steerback.judging.relevance import Relevance, WordLikelihood  # scikit-learn takes a second to import
 
-        self._references, self._fingerprint, self._processes = references, None, None
-        if references.expected > MANY:
+        self._references, self._fingerprint = references, None
+        self._processes = _processes.get(self.fingerprint)
+        if self._processes is None and references.expected > MANY:
             self._start_processes()  # they prepare in the meantime
         if self.fingerprint not in _models:
             has_words = any(words(r) for texts in references.responses.values() for r in texts)
@@ -119,7 +122,10 @@ class OfflineJudge:
         self._relevance, self._known = _models[self.fingerprint]
 
     def _start_processes(self) -> None:
+        while len(_processes) > 1:
+            del _processes[next(iter(_processes))]
         self._processes = Processes(partial(_prepared, self.name, replace(self._references, expected=0)))
+        _processes[self.fingerprint] = self._processes
 
     async def judge(self, items: Sequence[JudgeItem]) -> AsyncIterator[tuple[str, Judgement]]:
         """Yield (item key, judgement) in order; other tasks can run between batches."""

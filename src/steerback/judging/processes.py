@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-import signal
-import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from steerback.judging.base import JudgeItem
-from steerback.store.processes import end_with
+from steerback.store.processes import helpers
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor, Future
 
 CORES, MOST = 4, 8
 """The machine's cores for each process, and the largest number of processes."""
-QUIET = "ignore::UserWarning:joblib.externals.loky.backend.resource_tracker"
 
 J = TypeVar("J")
 T = TypeVar("T")
@@ -32,19 +30,11 @@ class Processes(Generic[J]):
         """Start them; each makes its judge by a call of `make`, which is pickled."""
         from joblib.externals import loky
 
-        self._pool: Executor | None = None
-        self.started: Future[None] | None = None
         self._parent = os.getpid()
-        if (number := min(loky.cpu_count() // CORES, MOST)) and sys.platform == "linux":  # `end_with` needs it
-            warned = os.environ.get("PYTHONWARNINGS", "")
-            os.environ["PYTHONWARNINGS"] = QUIET  # a killed run would end with loky's report of its semaphores
-            try:
-                self._pool = loky.ProcessPoolExecutor(number, initializer=_begin, initargs=(self._parent, make))
-                self.started = self._pool.submit(_nothing)
-            except OSError:  # no semaphores or no more processes here: the judge's own process gives the same verdicts
-                self.stop()
-            finally:
-                os.environ["PYTHONWARNINGS"] = warned
+        self._pool: Executor | None = None
+        self.started: Future[int] | None = None
+        if (begun := helpers(min(loky.cpu_count() // CORES, MOST), partial(_begin, make))) is not None:
+            self._pool, self.started = begun
 
     def start(
         self, work: Callable[[J, Sequence[JudgeItem]], Sequence[T]], batch: Sequence[JudgeItem]
@@ -55,7 +45,7 @@ class Processes(Generic[J]):
         return self._pool.submit(_work, work, batch)
 
     def stop(self) -> None:
-        """Use the processes no more, because one of them has ended or could not start."""
+        """Use the processes no more, because one of them has ended."""
         self._pool = None
 
 
@@ -63,15 +53,9 @@ _own: Any
 """The judge of a process of `Processes`."""
 
 
-def _begin(parent: int, make: Callable[[], object]) -> None:
+def _begin(make: Callable[[], object]) -> None:
     global _own
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt ends
-    end_with(parent)
     _own = make()
-
-
-def _nothing() -> None:
-    pass
 
 
 def _work(work: Callable[[Any, Sequence[JudgeItem]], Sequence[T]], batch: Sequence[JudgeItem]) -> Sequence[T]:

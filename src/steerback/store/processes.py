@@ -1,4 +1,4 @@
-"""Faster work on large ledgers: a second process, and a pause of the garbage collector."""
+"""Second processes, and faster work on large ledgers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -46,6 +47,39 @@ def end_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+
+
+IDLE = 120
+"""Seconds without work after which a helper ends; the next work starts it again."""
+QUIET = "ignore::UserWarning:joblib.externals.loky.backend.resource_tracker"
+
+
+def helpers(number: int, begin: Callable[[], object] | None = None) -> tuple[Executor, Future[int]] | None:
+    """Start processes that each call `begin`, which is pickled; None if there can be none.
+
+    They share nothing with this process and end with it. Returns their executor, and a future that is done when the
+    first of them has begun.
+    """
+    from joblib.externals import loky
+
+    if number < 1 or sys.platform != "linux":  # `end_with` needs Linux
+        return None
+    warned = os.environ.get("PYTHONWARNINGS", "")
+    os.environ["PYTHONWARNINGS"] = QUIET  # a killed run would end with loky's report of its semaphores
+    try:
+        executor = loky.ProcessPoolExecutor(number, timeout=IDLE, initializer=_begin, initargs=(os.getpid(), begin))
+        return executor, executor.submit(os.getpid)  # they start now, in this environment
+    except OSError:  # no semaphores or no more processes here
+        return None
+    finally:
+        os.environ["PYTHONWARNINGS"] = warned
+
+
+def _begin(parent: int, begin: Callable[[], object] | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt ends
+    end_with(parent)
+    if begin is not None:
+        begin()
 
 
 def second_process(work: Callable[[], T], worth: bool = True) -> Callable[[], T]:

@@ -79,7 +79,7 @@ async def carry_out(
     done = flow.plan(trials)
     bench.progress.stage(stage or trials[0].stage, total or len(trials), done)
     judging = [_judge_arriving(flow, judge) for _ in range(JUDGED_TOGETHER)] if judge is not None else []
-    await _all_or_none([_generate(flow), *judging])
+    await all_or_none([_generate(flow), *judging])
 
 
 async def judge_rows(bench: Workbench, keys: Sequence[str], stage: str = "judging") -> None:
@@ -99,10 +99,10 @@ async def in_batches(items: Sequence[T], work: Callable[[Sequence[T]], Coroutine
         for batch in batches:
             await work(batch)
 
-    await _all_or_none([take() for _ in range(JUDGED_TOGETHER)])
+    await all_or_none([take() for _ in range(JUDGED_TOGETHER)])
 
 
-async def _all_or_none(work: Sequence[Coroutine[object, None, None]]) -> None:
+async def all_or_none(work: Sequence[Coroutine[object, None, None]]) -> None:
     """Wait for all work; at the first failure or cancellation, cancel the rest and wait until each has saved."""
     tasks = [asyncio.create_task(one) for one in work]
     try:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from steerback.engines.base import EngineStopped
 from steerback.engines.options import EngineOptions, RayOptions, TransformersOptions, VllmOptions
 from steerback.engines.ray.actor import EngineActor, EngineMaker, LoadedWorker
 from steerback.errors import SteerbackError, one_line, visible
@@ -144,14 +145,14 @@ class Workers:
     def lost(self, worker: Worker, reason: str, batch: int | None = None) -> None:
         """End a worker and start a replacement, with `batch` rows if set.
 
-        Raises SteerbackError if several workers in a row ended before they completed a request.
+        Raises EngineStopped if several workers in a row ended before they completed a request.
         """
         if worker not in self.workers:
             return
         self._end(worker)
         self.failures = 0 if worker.completed else self.failures + 1
         if self.failures >= max(FAILURES, self.options.workers):
-            raise SteerbackError(
+            raise EngineStopped(
                 f"{self.failures} workers in a row ended without a response, the last one: {reason}; "
                 "finished responses are kept; fix the cause and resume the run"
             )
@@ -218,7 +219,7 @@ class Workers:
         """End a worker for good; the run continues with the others, or ends if no worker is left."""
         self._end(worker)
         if not self.workers:
-            raise SteerbackError(reason)
+            raise EngineStopped(reason)
         self.say(f"{worker.name} is refused: {reason}; going on with {len(self.workers)}")
 
 

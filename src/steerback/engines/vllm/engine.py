@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from steerback.engines.base import START_LOG, WHILE_STARTING, Arriving, EngineRecord
+from steerback.engines.base import START_LOG, WHILE_STARTING, Arriving, EngineRecord, EngineStopped
 from steerback.engines.checks import check_texts, checked
 from steerback.engines.interventions import ARITHMETIC_VERSION, check, check_directions, check_layer
 from steerback.engines.options import VllmOptions
@@ -384,7 +384,7 @@ def _one_line() -> Iterator[None]:
     try:
         yield
     except EngineDeadError as error:
-        raise SteerbackError(
+        raise EngineStopped(
             "vLLM stopped (its messages are in the run's engine.log); finished responses are kept, resume the run"
         ) from error
 
