@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
@@ -85,6 +86,17 @@ class KeptEngine:
                 WHILE_STARTING.reset(work)
         return self._engine
 
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Release the kept engine, if any, beside the work of the block: vLLM's processes take seconds to end."""
+        if self._engine is None:  # no thread, because the block may fork
+            yield
+            return
+        with ThreadPoolExecutor(1) as beside:
+            ended = beside.submit(self.close)
+            yield
+            ended.result()
+
     def close(self) -> None:
         """Release the kept engine, if any."""
         engine, self._engine = self._engine, None
@@ -111,7 +123,8 @@ def run(
         else:
             finish(measure(job, opened, job.targets, engines, progress or Silent(), cache))
         (progress or Silent()).status("analysing, drawing figures")
-        return analyse(opened, job.config.judge, job.experiment)
+        with engines.ending():
+            return analyse(opened, job.config.judge, job.experiment)
 
 
 def _measure_alone(job: PreparedRun, folder: Path, target: Target, cache: Cache | None) -> None:
