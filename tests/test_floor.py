@@ -16,7 +16,7 @@ from steerback.jobs.check import check
 from steerback.records import Request
 from steerback.store.run import stored_config
 from steerback.study.floor import floor_prompts
-from steerback.study.study import SEED_OFFSETS
+from steerback.study.seeds import SEED_OFFSETS
 from tests.planted import Runs, thresholds
 
 

@@ -19,7 +19,7 @@ from steerback.errors import SteerbackError
 from steerback.jobs.check import _same_judge, check, start_from
 from steerback.records import BoostPrior, Completion, Request
 from steerback.store.run import stored_config
-from steerback.study.study import FAR, SEED_OFFSETS, seed_offset
+from steerback.study.seeds import FAR, SEED_OFFSETS, seed_offset
 from steerback.targets import read_targets, resolve
 from tests.planted import Runs, thresholds
 

@@ -90,7 +90,7 @@ async def clamp(study: Study, conditions: Mapping[str, Sequence[Intervention]]) 
     The conditions are measured together, so that batches stay full from one condition to the next.
     """
     cells = await study.cells()
-    trials = [study.at(cell, name, clamps=clamps) for name, clamps in conditions.items() for cell in cells]
+    trials = (study.at(cell, name, clamps=clamps) for name, clamps in conditions.items() for cell in cells)
     await study.measure("detectors and other latents clamped", trials)
 
 

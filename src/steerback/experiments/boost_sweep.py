@@ -65,12 +65,12 @@ class BoostSweep(Experiment[SweepOptions]):
             raise SteerbackError(f"{study.name}: a boost sweep needs at least two latents with a threshold")
         sweep, boosts = self.plan(list(thresholds.values()), study.name)
         study.run.ledger.put(study.name, SWEEP, sweep)
-        trials = [
+        trials = (
             study.at(cell, Sweep.condition(level), boost=boost)
             for level, shared in zip(sweep.levels, boosts, strict=True)
             for cell in cells
             if (boost := cell.boost + level * sweep.sd if shared is None else shared) >= 0
-        ]
+        )
         await study.measure("boost sweep", trials)
 
     def plan(self, thresholds: Sequence[float], target: str) -> tuple[Sweep, list[float | None]]:

@@ -52,7 +52,7 @@ class NoSteering(Experiment[NoOptions]):
         if paired:
             await study.baseline()
         cells = await study.cells(calibrated=paired)
-        await study.measure(UNSTEERED, [study.at(cell, UNSTEERED, boost=0.0) for cell in cells])
+        await study.measure(UNSTEERED, (study.at(cell, UNSTEERED, boost=0.0) for cell in cells))
 
 
 CONDITION = "held-out"
@@ -88,7 +88,7 @@ class HeldOut(Experiment[HeldOutOptions]):
         await study.baseline()
         await study.prepare(prompts)
         cells = await study.cells()
-        trials = [study.at(cell, CONDITION, prompt=prompts[cell.index % len(prompts)]) for cell in cells]
+        trials = (study.at(cell, CONDITION, prompt=prompts[cell.index % len(prompts)]) for cell in cells)
         await study.measure(CONDITION, trials)
 
 

@@ -96,11 +96,11 @@ class MetaPrompts(Experiment[MetaPromptOptions]):
             parameters=study.target.parameters(),
         )
         study.run.ledger.put(study.name, META_PROMPT_FACT, chosen)
-        trials = [
+        trials = (
             study.at(cell, name, meta_prompt=text.format(label=cell.latent.label))
             for name, text in variants.items()
             for cell in (labelled if "label" in _places(text) else cells)
-        ]
+        )
         await study.measure("meta-prompts", trials)
 
 

@@ -14,7 +14,7 @@ from steerback.errors import SteerbackError, unknown
 from steerback.records import MODES, Intervention, LatentKey, Prefix, Trial
 from steerback.store.facts import FORK, Fork, ForkArm
 from steerback.store.ledger import Row
-from steerback.study.study import SEED_OFFSETS
+from steerback.study.seeds import SEED_OFFSETS
 
 ON, OFF, CLAMPED = "steering on", "steering off", "detectors clamped"
 NAME = re.compile(r"[\w][\w .+-]{0,39}")

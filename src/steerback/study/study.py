@@ -7,8 +7,9 @@ conditions; they contain no loop over responses.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,8 +26,10 @@ from steerback.latents.sampling import check_latents
 from steerback.records import Intervention, Latent, LatentKey, Trial
 from steerback.store.facts import BASELINE, ENGINE, LATENTS, MEASURED, Fact, Selection
 from steerback.store.ledger import Row
+from steerback.store.processes import collector_paused
 from steerback.store.run import Run, fact_of
 from steerback.study.pipeline import Workbench, carry_out, complete, references
+from steerback.study.seeds import seed_offset
 from steerback.targets import Target
 
 if TYPE_CHECKING:
@@ -34,28 +37,14 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Seeds of the stages are disjoint. Each stage counts up from its offset above the generation seed; indices that do not
-# fit below the next offset continue at a multiple of FAR.
-SEED_OFFSETS = {
-    "measure": 0,
-    "calibration": 1_000_000,
-    "verification": 2_000_000,
-    "reference": 3_000_000,
-    "floor": 3_500_000,  # the second half of the references' range
-    "discovery": 4_000_000,
-    "fork": 5_000_000,
-}
-FAR = 2**40
 FURTHER = "unsteered, further prompts"
 UNJUDGED = ("reference", "discovery")  # stages of unsteered responses that serve for comparison only
 
 
-def seed_offset(stage: str, index: int) -> int:
-    """Return the offset of a trial's seed above the run's generation seed; stages share none below index 2**40."""
-    place = list(SEED_OFFSETS).index(stage)
-    starts = [*SEED_OFFSETS.values(), 5_000_000]
-    fits = starts[place] + index < starts[place + 1]
-    return starts[place] + index if fits else (place + 1) * FAR + index
+@lru_cache(4096, typed=True)  # trials of one latent share it
+def _added(latent: LatentKey, boost: float) -> tuple[Intervention, ...]:
+    """Return the addition of a latent's direction."""
+    return (Intervention("add", latent, boost),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +265,7 @@ class Study:
 
     def steered(self, stage: str, condition: str, latent: Latent, boost: float, index: int, prompt: str) -> Trial:
         """Return a trial that adds `boost` times the latent's decoder direction at every position."""
-        added = (Intervention("add", latent.key, boost),)
+        added = _added(latent.key, boost)
         return self.trial(
             stage, condition, index, prompt=prompt, latent=latent.key, label=latent.label, interventions=added
         )
@@ -319,6 +308,7 @@ class Study:
             f"calibration.max_iterations ({docs_page('concepts', 'calibration')})"
         )
 
+    @collector_paused()
     def grid(self, latents: Sequence[Latent], boosts: Mapping[LatentKey, float]) -> list[Cell]:
         """Return the cells of the latents that have a boost; prompts and seeds depend on the position in `latents`."""
         per_latent = self.config.trials_per_latent
@@ -346,7 +336,7 @@ class Study:
     ) -> Trial:
         """Return the cell's trial in a condition, at its threshold boost or at `boost` (0: not steered)."""
         value = cell.boost if boost is None else boost
-        added = (Intervention("add", cell.latent.key, value),) if boost != 0 else ()
+        added = _added(cell.latent.key, value) if boost != 0 else ()
         return self.trial(
             "measure",
             condition,
@@ -357,7 +347,7 @@ class Study:
             label=cell.latent.label,
             meta_prompt=meta_prompt,
             prefill=prefill,
-            interventions=(*added, *clamps),
+            interventions=(*added, *clamps) if clamps else added,
         )
 
     async def baseline(self, condition: str = BASELINE) -> list[Trial]:
@@ -365,7 +355,9 @@ class Study:
 
         In a run that starts from another run, these are the trials of that run, so they come from the cache.
         """
-        trials = [self.at(cell, condition) for cell in await self.cells()]
+        cells = await self.cells()
+        with collector_paused():
+            trials = [self.at(cell, condition) for cell in cells]
         await self.measure(condition, trials)
         return trials
 
@@ -374,9 +366,11 @@ class Study:
         trials, judge = await self.baseline(), self.bench.judge
         return list(self.run.ledger.stream([t.key for t in trials], None if judge is None else judge.name))
 
-    async def measure(self, condition: str, trials: Sequence[Trial]) -> None:
+    async def measure(self, condition: str, trials: Iterable[Trial]) -> None:
         """Complete the trials of one condition."""
-        await carry_out(self.bench, trials, stage=f"{self.name}: {condition}")
+        with collector_paused():
+            planned = list(trials)
+        await carry_out(self.bench, planned, stage=f"{self.name}: {condition}")
 
 
 IDENTITY = ("model", "revision", "files", "sae", "layers", "lora")  # keys of a model and SAE, equal in all engines
