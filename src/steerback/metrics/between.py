@@ -163,16 +163,16 @@ def above(a: Floats, b: Floats, draws: int = FLOOR_DRAWS, seed: int = 0) -> floa
     sizes = [float(s[:, 1].sum()) / len(s) for s in (a, b)]
     a, b = joined(a, max(sizes)), joined(b, max(sizes))
     together, first = np.concatenate([a, b]), len(a)
-    total = together.sum(axis=0)
+    total, columns = together.sum(axis=0), np.ascontiguousarray(together.T)
     if not 0 < total[0] < total[1]:
         return 1.0
     observed = a[:, 0].sum() / a[:, 1].sum() - b[:, 0].sum() / b[:, 1].sum()
     rng, hits = np.random.default_rng(seed), 0
     for rows in iv.blocks(draws, len(together)):
         chosen: Codes = np.argpartition(rng.random((rows, len(together))), first - 1, axis=1)[:, :first]
-        sums = together[chosen].sum(axis=1)
-        others = total - sums
-        hits += int(np.sum(sums[:, 0] / sums[:, 1] - others[:, 0] / others[:, 1] >= observed - 1e-12))
+        events, trials = (np.take(column, chosen).sum(axis=1) for column in columns)
+        gaps = events / trials - (total[0] - events) / (total[1] - trials)
+        hits += int(np.sum(gaps >= observed - 1e-12))
     return (1 + hits) / (1 + draws)
 
 
