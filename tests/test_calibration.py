@@ -195,6 +195,16 @@ def test_fit_does_not_depend_on_the_order_of_trials_and_scales_with_the_unit() -
     assert 20 * other_unit.low == pytest.approx(fit.low)
 
 
+def test_the_curve_of_all_trials_does_not_depend_on_the_draws() -> None:
+    rng = np.random.default_rng(5)
+    boosts = rng.choice(np.linspace(0, 40, 12), 60)
+    scores = np.clip(rng.normal(100 - 2 * boosts, 15), 0, 100)
+    one, many = (fit_falling(boosts, scores, 50, (0, 40), 10, draws=draws) for draws in (1, 700))
+    assert (one.boost, one.side, one.score(11.0)) == (many.boost, many.side, many.score(11.0))
+    assert [len(fit.drawn.level) for fit in (one, many)] == [1, 700]
+    assert one.curve.level.shape == many.curve.level.shape == (1,)
+
+
 def test_mean_interval_covers_and_never_claims_certainty() -> None:
     for scores in ([0.0] * 10, [100.0] * 4, [50.0]):
         low, high = mean_interval(scores)

@@ -64,9 +64,10 @@ def calibrated(ledger: Ledger) -> Iterator[tuple[Ledger, str | None]]:
 def tried(ledger: Ledger, target: str, judge: str) -> Mapping[LatentKey, Scores]:
     """Return by latent the boost and first score of each trial of the search, in search order."""
     trials: dict[LatentKey, list[tuple[float, float | None]]] = defaultdict(list)
+    degraded = ledger.includes_degraded
     for row in ledger.outlines(target, STAGE, judge=judge):
         if row.trial.latent is not None and row.trial.boost is not None:
-            counts = row.attempts and (ledger.includes_degraded or not row.degraded)
+            counts = row.attempts and (degraded or not row.degraded)
             trials[row.trial.latent].append((row.trial.boost, row.attempts[0].score if counts else None))
     return trials
 

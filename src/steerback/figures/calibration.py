@@ -48,10 +48,14 @@ def draw_calibration(target: str, latents: Sequence[CalibratedLatent], judge: st
         f"interval (grey: not used). Cross: fresh trials with 95 % interval. Judge: {judge}. {note}"
     ).strip()
     fig = style.new_figure(0.95 * rows + 0.4, caption)
-    axes = list(fig.subplots(rows, min(COLUMNS, max(len(latents), 1)), sharey=True, squeeze=False).flat)
-    for ax in axes[len(latents) :]:
+    # all panels set one range themselves: `sharey` would make the time quadratic in their number
+    axes = fig.subplots(rows, min(COLUMNS, max(len(latents), 1)), squeeze=False)
+    for ax in axes[:, 1:].flat:
+        ax.tick_params(axis="y", labelleft=False)
+    panels = list(axes.flat)
+    for ax in panels[len(latents) :]:
         ax.set_axis_off()
-    for ax, x in zip(axes, latents, strict=False):
+    for ax, x in zip(panels, latents, strict=False):
         _panel(ax, x)
     fig.supylabel("mean first score", fontsize=7.5)
     fig.supxlabel("boost", fontsize=7.5)
