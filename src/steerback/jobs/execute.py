@@ -32,6 +32,7 @@ from steerback.store.facts import ENGINE, MEASURED, PROVENANCE, EngineIdentity, 
 from steerback.store.files import clear_leftovers, make_folder
 from steerback.store.ledger import Ledger
 from steerback.store.manifest import Parts, TargetUsed
+from steerback.store.processes import second_process
 from steerback.store.progress import Plain, Progress, Silent, make_progress
 from steerback.store.run import Run, write_atomic, write_json
 from steerback.study.floor import measure_floor
@@ -283,14 +284,21 @@ def analyse(
     analysis = analysed(opened, judge, experiment, draws)
     folder = make_folder(analysis.folder, "free that name")
     clear_leftovers(folder)
+    tables = second_process(lambda: _write_tables(analysis, folder))  # pandas is imported beside the drawing
+    try:
+        save_all(analysis.shown.figures, folder, captions_inside)
+    finally:
+        tables()
+    write_json(folder / "summary.json", analysis.summary)  # the last file: it says that the run is finished
+    return analysis
+
+
+def _write_tables(analysis: Analysis, folder: Path) -> None:
     for name, value in analysis.results.data().items():
         write_json(folder / f"{name}.json", value)
     for name, table in analysis.shown.tables.items():
         for suffix, text in (("txt", table.text()), ("csv", table.csv()), ("tex", table.latex())):
             write_atomic(folder / f"{name}.{suffix}", text.encode("utf-8"))
-    save_all(analysis.shown.figures, folder, captions_inside)
-    write_json(folder / "summary.json", analysis.summary)  # the last file: it says that the run is finished
-    return analysis
 
 
 def results_folder(opened: Run, judge: str) -> Path:
