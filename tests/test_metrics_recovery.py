@@ -9,15 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steerback.metrics.recovery import Recovery, Rule, Series, by_chance, course, recovered, recovery
+from steerback.metrics.recovery import Recovery, Rule, Series, Windows, recovery
 
 HALF = Rule(early=0.5)
 scores = st.lists(st.sampled_from([0.0, 25.0, 30.0, 50.0, 70.0, 100.0]), min_size=4, max_size=6)
 
 
 def of(*series: list[float], single: bool = True, rule: Rule = HALF) -> Recovery:
-    arrays = [np.array(s, dtype=np.float64) for s in series]
-    every = Series(arrays, np.arange(len(arrays)), np.full(len(arrays), single))
+    every = Series(Windows.of(series), np.arange(len(series)), np.full(len(series), single))
     return recovery(every, rule)
 
 
@@ -35,21 +34,21 @@ def of(*series: list[float], single: bool = True, rule: Rule = HALF) -> Recovery
     ],
 )
 def test_recovered_is_low_early_and_high_in_every_later_window(series: list[float], recovers: bool) -> None:
-    assert recovered([np.array(series, dtype=np.float64)], HALF).tolist() == [recovers]
+    assert Windows.of([series]).recovered(HALF).tolist() == [recovers]
 
 
 @given(scores, st.sampled_from([0.3, 0.5, 0.67]))
 def test_chance_is_the_share_of_all_orders_that_recover(series: list[float], early: float) -> None:
     rule = Rule(early=early)
-    orders = recovered([np.array(order) for order in permutations(series)], rule)
-    assert by_chance([np.array(series)], rule)[0] == pytest.approx(np.mean(orders))
+    orders = Windows.of(permutations(series)).recovered(rule)
+    assert Windows.of([series]).by_chance(rule)[0] == pytest.approx(np.mean(orders))
 
 
 @given(st.lists(st.floats(0, 100), min_size=4, max_size=60), st.floats(0.01, 0.99))
 def test_some_windows_are_early_and_some_late_whatever_the_share(series: list[float], early: float) -> None:
     rule = Rule(early=early)
-    assert 1 <= rule.first_late(len(series)) < len(series)
-    assert 0 <= by_chance([np.array(series)], rule)[0] <= 1
+    assert 1 <= rule.first_late(np.array([len(series)]))[0] < len(series)
+    assert 0 <= Windows.of([series]).by_chance(rule)[0] <= 1
 
 
 def test_shares_chance_and_silence() -> None:
@@ -65,7 +64,7 @@ def test_shares_chance_and_silence() -> None:
 def test_shuffled_responses_lie_on_their_chance() -> None:
     rng = np.random.default_rng(1)
     series = [rng.permutation([0.0, 10.0, 90.0, 90.0, 95.0, 100.0]) for _ in range(4000)]
-    found = recovery(Series(series, np.arange(4000) % 50, np.ones(4000, dtype=bool)), HALF)
+    found = recovery(Series(Windows.of(series), np.arange(4000) % 50, np.ones(4000, dtype=bool)), HALF)
     assert found.above.low is not None
     assert found.above.high is not None
     assert found.above.low < 0 < found.above.high
@@ -80,7 +79,7 @@ def test_short_responses_are_counted_and_left_out() -> None:
 
 
 def test_the_time_course_is_the_mean_at_each_relative_position() -> None:
-    series = [np.array([0.0, 100.0]), np.array([0.0, 0.0, 100.0, 100.0]), np.array([50.0])]
-    found = course(series, np.arange(3), bins=4)
+    windows = Windows.of([[0.0, 100.0], [0.0, 0.0, 100.0, 100.0], [50.0]])
+    found = windows.course(np.arange(3), bins=4)
     assert [e.value for e in found] == pytest.approx([50 / 3, 50 / 3, 250 / 3, 250 / 3])
     assert all(e.low is not None and e.high is not None and 0 <= e.low <= e.high <= 100 for e in found)

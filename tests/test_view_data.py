@@ -27,7 +27,8 @@ from steerback.records import (
     Sampling,
     Trial,
 )
-from steerback.report.view_trials import STAGES, ShownRun, sampled
+from steerback.report.view_sample import sampled
+from steerback.report.view_trials import STAGES, ShownRun
 from steerback.store.facts import DETECTOR_SET, ENGINE, Detector, DetectorSet, EngineIdentity
 from steerback.store.run import Run
 from steerback.targets import resolve

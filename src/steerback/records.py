@@ -309,6 +309,8 @@ class Judgement:
 
         The score of a merged attempt is the mean of its parts, weighted by length.
         """
+        if len(self.attempts) < 2:  # most responses of a large ledger
+            return self.attempts
         merged: list[Attempt] = []
         for attempt in self.attempts:
             if not merged or attempt.gated:

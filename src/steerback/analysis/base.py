@@ -9,16 +9,16 @@ from dataclasses import dataclass, field, replace
 from pydantic import JsonValue
 
 from steerback import organism
-from steerback.analysis.floor import Floor, Recoveries, floors_under, recoveries, recovery_of
+from steerback.analysis.floor import Floor, Recoveries, floors_under, recoveries, recovery_of, series_of
 from steerback.analysis.labels import Key as Key
 from steerback.analysis.labels import Labelling, LedgerPlace, Prepare, labelling
 from steerback.metrics import Comparison, Outcomes, Summary, compare, correct, summarize
-from steerback.metrics.recovery import Recovery
+from steerback.metrics.recovery import Recovery, Series
 from steerback.records import LatentKey, Trial
 from steerback.store.facts import BASELINE, FLOOR, PROVENANCE
 from steerback.store.ledger import MANY, Ledger
-from steerback.store.processes import collector_paused, second_process
-from steerback.store.rows import TrialRow
+from steerback.store.processes import collector_paused, in_halves, second_process
+from steerback.store.rows import TrialRow, Verdict, verdict_of
 
 
 class Results(ABC):
@@ -44,9 +44,14 @@ def outcomes_of(
 
     `include_degraded` is a setting of the run, `Ledger.includes_degraded`.
     """
-    table = [(cluster(r.trial), r.trial.index, r.valid_receipt, r.judgement, r.degraded) for r in rows]
+    return outcomes_from([verdict_of(row, cluster) for row in rows], include_degraded)
+
+
+def outcomes_from(verdicts: Sequence[Verdict], include_degraded: bool) -> Outcomes:
+    """Return the outcomes of verdicts, as `outcomes_of`."""
+    table = [(v.cluster, v.pair, v.valid_receipt, v.judgement, v.degraded) for v in verdicts]
     cut = {"length": 1.0, "unknown": float("nan")}
-    return Outcomes.from_rows(table, [cut.get(r.finish or "", 0.0) for r in rows], include_degraded)
+    return Outcomes.from_rows(table, [cut.get(v.finish or "", 0.0) for v in verdicts], include_degraded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +132,11 @@ def measured(
     draws: int,
     against: Callable[[str], str | None] = to_baseline,
     stage: str = "measure",
-    prepare: Prepare = list,
+    prepare: Prepare | None = None,
 ) -> Measured:
     """Summarise all conditions of `stage`; compare each with the condition that `against` returns, if any.
 
-    `prepare` may drop or change a condition's rows before they are counted.
+    `prepare` may drop or change a condition's rows, each by itself, before they are counted.
     """
     places = {
         (target, condition): LedgerPlace(target, stage, condition) for target, condition in ledger.conditions(stage)
@@ -148,26 +153,32 @@ def measured(
 
 @collector_paused()
 def read_conditions(
-    ledger: Ledger, judge: str, places: Mapping[Key, LedgerPlace], prepare: Prepare = list
+    ledger: Ledger, judge: str, places: Mapping[Key, LedgerPlace], prepare: Prepare | None = None
 ) -> tuple[dict[Key, Outcomes], dict[Key, Recovery | None]]:
-    """Return the outcomes and the recovery (None: no window scores) of conditions, read by two processes if many."""
+    """Return the outcomes and the recovery (None: no window scores) of conditions.
 
-    def read(keys: Sequence[Key], own: Ledger) -> dict[Key, tuple[Outcomes, Recovery | None]]:
+    Two processes read one half of each condition if there are many trials.
+    """
+
+    def read(half: int, own: Ledger) -> dict[Key, tuple[Outcomes, Series | None]]:
         found = {}
-        for key in keys:
-            place = places[key]
-            rows = prepare(own.outlines(place.target, place.stage, place.condition, judge))
-            found[key] = outcomes_of(rows, own.includes_degraded), recovery_of(own, judge, place, rows)
+        for key, place in places.items():
+            at = (place.target, place.stage, place.condition, judge)
+            if prepare is None:
+                rows = [*own.verdicts(*at, half=half)]
+            else:
+                rows = [verdict_of(row) for row in prepare(own.outlines(*at, half=half))]
+            found[key] = outcomes_from(rows, own.includes_degraded), series_of(own, judge, place, rows, half)
         return found
 
-    def second() -> dict[Key, tuple[Outcomes, Recovery | None]]:
+    def second() -> dict[Key, tuple[Outcomes, Series | None]]:
         with Ledger(ledger.path, read_only=True) as own:
-            return read(keys[1::2], own)
+            return read(1, own)
 
-    keys = [*places]
-    rest = second_process(second, worth=len(keys) > 1 and ledger.progress()[0] >= MANY)
-    both = read(keys[::2], ledger) | rest()
-    return {key: both[key][0] for key in keys}, {key: both[key][1] for key in keys}
+    rest = second_process(second, worth=ledger.progress()[0] >= MANY)
+    halves = read(0, ledger), rest()
+    outcomes = {key: Outcomes.concat([half[key][0] for half in halves]) for key in places}
+    return outcomes, {key: recovery_of(ledger, [half[key][1] for half in halves]) for key in places}
 
 
 def with_floors(
@@ -194,11 +205,16 @@ def paired(
     labels: Labelling | None = None,
 ) -> Measured:
     """Return summaries of the outcomes, and the tests of each condition against the one that `against` returns."""
+
+    def summaries(keys: Sequence[Key]) -> dict[Key, Summary]:
+        return {key: summarize(outcomes[key], draws) for key in keys}
+
+    first, second = in_halves(summaries, [*outcomes], worth=sum(map(len, outcomes.values())) >= MANY)
     tests = correct({f"{t}\n{c}": compare(outcomes[t, other], outcomes[t, c]) for (t, c), other in against.items()})
     return Measured(
         judge=judge,
         outcomes=outcomes,
-        summaries={key: summarize(x, draws) for key, x in outcomes.items()},
+        summaries={key: (first | second)[key] for key in outcomes},
         comparisons={(t, c): tests[f"{t}\n{c}"] for t, c in against},
         against=against,
         labels=labels,

@@ -6,7 +6,7 @@ window scores in the ledger.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,12 +17,11 @@ from steerback.config import RecoveryConfig
 from steerback.metrics import Estimate, Outcomes, Summary, cluster_code, summarize, view
 from steerback.metrics.between import FLOOR_TEST, above_floor
 from steerback.metrics.intervals import ALPHA
-from steerback.metrics.recovery import Recovery, Rule, Series, recovery
-from steerback.records import LatentKey, Trial
+from steerback.metrics.recovery import Recovery, Rule, Series, Windows, recovery
 from steerback.store.facts import CONFIG, FLOOR
 from steerback.store.ledger import Ledger
 from steerback.store.processes import in_halves
-from steerback.store.rows import Outline
+from steerback.store.rows import Outline, Verdict, attempts_of, verdict_of
 
 if TYPE_CHECKING:
     from steerback.analysis.labels import LedgerPlace
@@ -103,8 +102,8 @@ def recoveries(
     """
     unsteered: dict[str, Recovery] = {}
     for target, condition in ledger.conditions(FLOOR):
-        own = [row for row in floors[target] if row.trial.condition == condition]
-        floor = recovery_of(ledger, judge, LedgerPlace(target, FLOOR, condition), own, lambda t: t.prompt)
+        own = [verdict_of(r, lambda t: t.prompt) for r in floors[target] if r.trial.condition == condition]
+        floor = recovery_of(ledger, [series_of(ledger, judge, LedgerPlace(target, FLOOR, condition), own)])
         if floor is not None:
             unsteered[target] = floor
     under = {key: unsteered[place.target] for key, place in places.items() if place.target in unsteered}
@@ -118,25 +117,26 @@ def rule_of(ledger: Ledger) -> Rule:
     return Rule(settings.low, settings.high, settings.early, settings.least_windows)
 
 
-def recovery_of(
-    ledger: Ledger,
-    judge: str,
-    place: LedgerPlace,
-    rows: Sequence[Outline],
-    cluster: Callable[[Trial], LatentKey | None] = lambda trial: trial.latent,
-) -> Recovery | None:
-    """Return the recovery in a condition's rows; None if the judge has scored no windows of that condition.
+def recovery_of(ledger: Ledger, parts: Iterable[Series | None]) -> Recovery | None:
+    """Return the recovery in a condition from the parts of `series_of`; None if no part has windows."""
+    scored = [part for part in parts if part is not None]
+    return recovery(Series.concat(scored), rule_of(ledger)) if scored else None
+
+
+def series_of(
+    ledger: Ledger, judge: str, place: LedgerPlace, verdicts: Sequence[Verdict], half: int | None = None
+) -> Series | None:
+    """Return the windows of a condition, or of one half of it; None if the judge has scored no windows there.
 
     Degraded responses, and responses without a score for the whole text, are excluded, as in the other metrics.
     """
-    scores = ledger.window_scores(judge, place.target, place.stage, place.condition)
+    scores = ledger.window_scores(judge, place.target, place.stage, place.condition, half)
     if not scores:
         return None
-    used = [(r, len(r.attempts)) for r in rows if scores.get(r.trial.key) and not r.degraded]
-    used = [(r, attempts) for r, attempts in used if attempts]
-    series = Series(
-        [np.array(scores[r.trial.key], dtype=np.float64) for r, _ in used],
-        np.array([cluster_code(cluster(r.trial)) for r, _ in used], dtype=np.int64),
+    used = [(v, len(attempts_of(v.valid_receipt, v.judgement))) for v in verdicts if scores.get(v.key)]
+    used = [(v, attempts) for v, attempts in used if attempts and not v.degraded]
+    return Series(
+        Windows.of(scores[v.key] for v, _ in used),
+        np.array([cluster_code(v.cluster) for v, _ in used], dtype=np.int64),
         np.array([attempts == 1 for _, attempts in used], dtype=bool),
     )
-    return recovery(series, rule_of(ledger))

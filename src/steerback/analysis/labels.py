@@ -30,7 +30,7 @@ from steerback.store.rows import Outline
 Key = tuple[str, str]  # (target, condition)
 CORRECTED = ("multi_attempt_rate", "esr_rate")
 Prepare = Callable[[Iterable[Outline]], list[Outline]]
-"""Function that drops or changes the rows of a condition before they are counted."""
+"""Function that drops or changes rows of a condition, each by itself, before they are counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +151,7 @@ def labelling(
     places: Mapping[Key, LedgerPlace],
     against: Mapping[Key, str],
     draws: int,
-    prepare: Prepare = list,
+    prepare: Prepare | None = None,
 ) -> Labelling | None:
     """Return the results of a ledger's labels, or None without labels.
 
@@ -162,7 +162,7 @@ def labelling(
     labelled = {key: place for key, place in places.items() if place.target in drawn_by}
     if not labellers or not labelled:
         return None
-    rows = _LabelledRows(ledger, labelled, labellers, drawn_by, prepare)
+    rows = _LabelledRows(ledger, labelled, labellers, drawn_by, prepare or list)
     machines = [name for name in ledger.judges() if name not in labellers]
     trials = {name: rows.trials(name) for name in dict.fromkeys([judge, *machines])}
     compared = {key: (key[0], other) for key, other in against.items() if {key, (key[0], other)} <= set(labelled)}

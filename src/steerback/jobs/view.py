@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from steerback.analysis.base import measured
-from steerback.analysis.forks import forks
+from steerback.analysis.forks import Forked, forks
 from steerback.engines import check_engine
 from steerback.engines.base import Rereads
 from steerback.errors import SteerbackError, unknown
@@ -20,6 +20,8 @@ from steerback.jobs.execute import analysed
 from steerback.records import BoostPrior, LatentKey, Recording
 from steerback.report import view
 from steerback.report.view_calibration import calibration
+from steerback.report.view_sample import Sample, draw
+from steerback.report.view_sample import most as most_shown
 from steerback.report.view_trials import STAGES, Group, Reading, ShownRun, group_of
 from steerback.store.facts import DETECTOR_SET, FORK, RECORDED_LATENTS
 from steerback.store.files import write_atomic
@@ -64,11 +66,15 @@ def write_view(
         for stage in chosen.stages:
             if stage not in known and stage not in STAGES:
                 raise unknown("stage", stage, list(known))
-        shown = [_shown(run, chosen, progress or Silent(), makers) for run in runs]
+        shown = [_shown(run, chosen, progress or Silent(), makers, len(runs) == 1) for run in runs]
         return write_atomic(out, view.page(shown, chosen.stages, chosen.most_trials).encode("utf-8"))
 
 
-def _shown(run: Run, settings: ViewSettings, progress: Progress, makers: Makers) -> ShownRun:
+Beside = tuple[tuple[Sequence[Mapping[str, object]], Mapping[str, object]], Sequence[Forked], Sample | None]
+"""Results of a second process: counts and curves, forks, and the sample of a run that is alone on its page."""
+
+
+def _shown(run: Run, settings: ViewSettings, progress: Progress, makers: Makers, alone: bool) -> ShownRun:
     judge, problem = run.judge(settings.judge), ""
     targets = _targets(run, makers)
 
@@ -79,13 +85,18 @@ def _shown(run: Run, settings: ViewSettings, progress: Progress, makers: Makers)
         except SteerbackError:  # the file of this direction does not exist any more
             return None
 
-    def beside() -> tuple[Sequence[Mapping[str, object]], Mapping[str, object]]:
+    early = alone and not settings.record  # trials whose activations are read later come first in the sample
+
+    def beside() -> Beside:
         with Run.read(run.folder) as own:
-            counts = view.trial_counts(own.ledger, judge, settings.stages)
-            return counts, calibration(ShownRun(own, judge, priors=prior))
+            shown = ShownRun(own, judge, priors=prior, forks=forks(own.ledger, judge))
+            counts_and_curves = view.trial_counts(own.ledger, judge, settings.stages), calibration(shown)
+            most = settings.most_trials
+            sample = draw([shown], settings.stages, most, most_shown(most)) if early else None
+            return counts_and_curves, shown.forks, sample
 
     many = run.ledger.progress()[0] >= MANY
-    counts_and_curves = second_process(beside, worth=many)
+    second = second_process(beside, worth=many)
     analysis: Presentation | None = None
     try:
         analysis = analysed(run, judge).shown
@@ -94,18 +105,22 @@ def _shown(run: Run, settings: ViewSettings, progress: Progress, makers: Makers)
     tables = dict(analysis.tables) if analysis else {}
     if not any("multi-attempt" in column for table in tables.values() for column in table.columns):
         tables = _rates(run, judge) | tables
+    figures = _figures(analysis, many) if analysis else {}
+    readings = _readings(run, judge, settings, targets, progress, makers) if settings.record else {}
+    counts_and_curves, forked, sample = second()
     return ShownRun(
         run,
         judge,
         lines=analysis.lines if analysis else (),
         tables=tables,
-        figures=_figures(analysis, many) if analysis else {},
+        figures=figures,
         problem=problem,
         labels={name: target.labels() for name, target in targets.items()},
         priors=prior,
-        readings=_readings(run, judge, settings, targets, progress, makers) if settings.record else {},
-        forks=forks(run.ledger, judge),
-        counts_and_curves=counts_and_curves(),
+        readings=readings,
+        forks=forked,
+        counts_and_curves=counts_and_curves,
+        sample=sample,
     )
 
 

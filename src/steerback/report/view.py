@@ -19,7 +19,8 @@ from steerback.readers import read_json_table
 from steerback.report import pages
 from steerback.report.view_calibration import calibration
 from steerback.report.view_forks import forks_of
-from steerback.report.view_trials import CHUNK, SEED, STAGES, ShownRun, flags_of, reason_of, sampled
+from steerback.report.view_sample import CHUNK, SEED, sampled
+from steerback.report.view_trials import STAGES, ShownRun, flags_of, reason_of
 from steerback.store.facts import FORK, LATENTS
 from steerback.store.ledger import Ledger
 

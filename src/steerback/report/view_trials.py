@@ -1,4 +1,4 @@
-"""Trial data of the viewer: the sample of trials, the columns of their table, and the content of each trial's page.
+"""Trial data of the viewer: the columns of the table of trials, and the content of each trial's page.
 
 Rows are read in batches, so memory does not grow with the number of responses.
 """
@@ -6,11 +6,10 @@ Rows are read in batches, so memory does not grow with the number of responses.
 from __future__ import annotations
 
 import base64
-import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -18,9 +17,8 @@ from steerback.analysis.floor import rule_of
 from steerback.analysis.forks import Forked
 from steerback.figures.tables import Table
 from steerback.metrics.outcomes import STATES, VALID, outcome_of
-from steerback.metrics.recovery import Rule, recovered
+from steerback.metrics.recovery import Rule, Windows
 from steerback.records import BoostPrior, Judgement, LatentKey, Trial, WindowScores, expected_positions
-from steerback.report import pages
 from steerback.store.facts import (
     BACKTRACKING,
     CONTINUATION,
@@ -33,19 +31,18 @@ from steerback.store.facts import (
     TOKEN_ENDS,
 )
 from steerback.store.ledger import BATCH, Row
-from steerback.store.processes import collector_paused
-from steerback.store.rows import TrialRow
+from steerback.store.rows import TrialRow, plain
 from steerback.store.run import Run
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from steerback.report.view_sample import Sample
+
     Floats = NDArray[np.float32]
 
 STAGES = ("measure", REPLAY, CONTINUATION, FLOOR, FORK)
 """Stages whose trials are shown by default."""
-CHUNK = 25
-SEED = 42
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,20 +74,13 @@ class ShownRun:
     forks: Sequence[Forked] = ()
     counts_and_curves: tuple[Sequence[Mapping[str, object]], Mapping[str, object]] | None = None
     """`view.trial_counts` and `view_calibration.calibration` of the run; None: not computed yet."""
+    sample: Sample | None = None
+    """Sample of the trials, for a run that is alone on its page; None: not drawn yet."""
 
     @property
     def name(self) -> str:
         """Name of the run."""
         return self.run.folder.name
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """Trials on the page as (number of the run, trial key), and the total number they were drawn from."""
-
-    keys: Sequence[tuple[int, str]]
-    total: int
-    why: str = ""
 
 
 def flags_of(row: TrialRow) -> list[str]:
@@ -126,71 +116,16 @@ def group_of(trial: Trial) -> Group:
     return trial.target, repr(trial.latent), trial.prompt, trial.seed
 
 
-@collector_paused()
-def draw(runs: Sequence[ShownRun], stages: Sequence[str], limit: int, why: str) -> Sample:
-    """Draw at most `limit` trials of the runs, or take all.
+class TableRow(NamedTuple):
+    """Row of the trial table: its texts (`TEXTS`), its other values (`VALUES`), and its group."""
 
-    Trials of one latent, prompt and seed stay together. Each target and latent contributes the same share of its
-    groups. Trials with activations recorded for the page come first, and so do forks and their parents.
-    """
-    groups: dict[Group, list[tuple[int, str]]] = defaultdict(list)
-    order: dict[tuple[int, str], int] = {}
-    for number, shown in enumerate(runs):
-        for key, group in shown.run.ledger.groups(stages):
-            groups[group].append((number, key))
-            order[number, key] = len(order)
-    if len(order) <= limit:
-        return Sample(list(order), len(order))
-    strata: dict[tuple[str, str], list[Group]] = defaultdict(list)
-    for group in groups:
-        strata[group[:2]].append(group)
-    generator = random.Random(SEED)
-    first = [{*r.readings, *_of_forks(r)} for r in runs]
-    read = {group for group, members in groups.items() if any(key in first[n] for n, key in members)}
-    ranked: list[tuple[float, Group]] = [(-1.0, group) for group in read]
-    for members in strata.values():
-        generator.shuffle(members)
-        ranked += [
-            ((n + generator.random()) / len(members), group) for n, group in enumerate(members) if group not in read
-        ]
-    chosen: list[tuple[int, str]] = []
-    for _, group in sorted(ranked):
-        if len(chosen) + len(groups[group]) > limit:
-            break
-        chosen += groups[group]
-    return Sample(sorted(chosen, key=order.__getitem__), len(order), why)
+    texts: tuple[str, ...]
+    values: tuple[object, ...]
+    group: Group
 
 
-def _of_forks(shown: ShownRun) -> Iterator[str]:
-    """Yield the keys of a run's forked trials and of their continuations."""
-    for forked in shown.forks:
-        yield forked.fork.parent
-        yield from (row.trial.key for arm in forked.arms for row in arm.rows)
-
-
-def sampled(
-    runs: Sequence[ShownRun], stages: Sequence[str], limit: int, room: int
-) -> tuple[Sample, dict[str, object], list[str]]:
-    """Return a sample, its table columns and its chunks; the sample shrinks until the chunks fit into `room` bytes."""
-    why = f"the page holds at most {limit:,} trials"
-    while True:
-        sample = draw(runs, stages, limit, why)
-        light, chunks = Light(), []
-        size = fits = 0
-        pending: list[dict[str, object]] = []
-        for number, row, detail in _details(runs, sample):
-            light.add(number, row, detail)
-            pending.append(detail)
-            if len(pending) == CHUNK:
-                chunks.append(pages.packed(pending))
-                size, pending = size + len(chunks[-1]), []
-                if size > room:
-                    break
-                fits = len(chunks) * CHUNK
-        else:
-            return sample, light.columns(), [*chunks, *([pages.packed(pending)] if pending else [])]
-        limit = max(min(int(fits * 0.9), int(limit * 0.9)), 1)
-        why = f"the page holds at most {room / 1e6:.0f} MB of responses"
+TEXTS = ("target", "stage", "condition", "latent", "label", "prompt", "flags", "recovery", "activations")
+VALUES = ("run", "key", "seed", "boost", "attempts", "first", "last", "gain")
 
 
 class Light:
@@ -201,72 +136,85 @@ class Light:
         self._columns: dict[str, list[object]] = defaultdict(list)
         self._groups: dict[Group, int] = {}
 
-    def add(self, run: int, row: Row, detail: Mapping[str, object]) -> None:
-        """Add a trial with the content of its page."""
-        trial, attempts = row.trial, row.attempts
-        for name, text in (
-            ("target", trial.target),
-            ("stage", trial.stage),
-            ("condition", trial.condition),
-            ("latent", "" if trial.latent is None else str(trial.latent)),
-            ("label", trial.label or ""),
-            ("prompt", trial.prompt),
-            ("flags", ", ".join(flags_of(row)) or "sound"),
-            ("recovery", str(detail.get("recovery", ""))),
-            ("activations", "yes" if "acts" in detail else "no"),
-        ):
-            known = self._texts.setdefault(name, {})
-            self._columns[name].append(known.setdefault(text, len(known)))
+    def add(self, entry: TableRow) -> None:
+        """Add a trial."""
         columns = self._columns
-        columns["run"].append(run)
-        columns["key"].append(trial.key)
-        columns["seed"].append(trial.seed)
-        columns["boost"].append(trial.boost)
-        columns["attempts"].append(len(attempts) or None)
-        columns["first"].append(attempts[0].score if attempts else None)
-        columns["last"].append(attempts[-1].score if attempts else None)
-        columns["gain"].append(row.gain if attempts else None)
-        columns["group"].append(self._groups.setdefault(group_of(trial), len(self._groups)))
+        for name, text in zip(TEXTS, entry.texts, strict=True):
+            known = self._texts.setdefault(name, {})
+            columns[name].append(known.setdefault(text, len(known)))
+        for name, value in zip(VALUES, entry.values, strict=True):
+            columns[name].append(value)
+        columns["group"].append(self._groups.setdefault(entry.group, len(self._groups)))
 
     def columns(self) -> dict[str, object]:
         """Return the columns; repeated texts are indices into `texts`."""
         return {"columns": dict(self._columns), "texts": {name: [*known] for name, known in self._texts.items()}}
 
 
-def _details(runs: Sequence[ShownRun], sample: Sample) -> Iterator[tuple[int, Row, dict[str, object]]]:
-    """Yield each sampled trial with the number of its run and the content of its page."""
+def details(runs: Sequence[ShownRun], keys: Sequence[tuple[int, str]]) -> Iterator[tuple[TableRow, dict[str, object]]]:
+    """Yield for each trial (number of the run, key) its row of the table and the content of its page."""
     for number, shown in enumerate(runs):
-        ledger, keys = shown.run.ledger, [key for n, key in sample.keys if n == number]
+        ledger, own = shown.run.ledger, [key for n, key in keys if n == number]
+        if not own:
+            continue
         ends = ledger.targets_with(TOKEN_ENDS)
         labels, rule = _Labels(shown), rule_of(ledger)
         judges = [judge for judge in ledger.judges() if judge != shown.judge]
-        for first in range(0, len(keys), BATCH):
-            part = keys[first : first + BATCH]
+        for first in range(0, len(own), BATCH):
+            part = own[first : first + BATCH]
             rows = list(ledger.stream(part, shown.judge, activations=True))
             verdicts = {row.trial.key: [row.judgement] if row.judgement else [] for row in rows}
             for judge in judges:
                 for row in ledger.rows(keys=part, judge=judge):
                     if row.judgement is not None:
                         verdicts[row.trial.key].append(row.judgement)
-            windows = ledger.windows(shown.judge, keys=part)
+            flags = {row.trial.key: flags_of(row) for row in rows}
+            recovery = _recovery(rows, flags, ledger.windows(shown.judge, keys=part), rule)
             for row in rows:
                 key = row.trial.key
                 reading = shown.readings.get(key) or _recorded(row, ends.get(row.trial.target, {}).get(key))
-                detail = _detail(row, verdicts[key], reading, labels)
-                yield number, row, detail | _recovery(row, windows.get(key), rule)
+                detail = _detail(row, verdicts[key], reading, labels) | recovery.get(key, {})
+                yield _table_row(number, row, flags[key], detail), detail
 
 
-def _recovery(row: Row, windows: WindowScores | None, rule: Rule) -> dict[str, object]:
-    """Return whether the response recovered, with the scores of its windows; empty without windows."""
-    if windows is None:
-        return {}
-    shown = {"windows": [list(windows.starts), list(windows.scores)], "windows reason": windows.reason}
-    scores = np.array(windows.scores, dtype=np.float64)
-    if not len(scores) or not row.attempts or row.degraded:
-        return {"recovery": "not counted", **shown}
-    if len(scores) < rule.least:
-        return {"recovery": "too short", **shown}
-    return {"recovery": "recovered" if recovered([scores], rule)[0] else "not recovered", **shown}
+def _table_row(run: int, row: Row, flags: Sequence[str], detail: Mapping[str, object]) -> TableRow:
+    trial, attempts = row.trial, row.attempts
+    texts = (
+        trial.target,
+        trial.stage,
+        trial.condition,
+        "" if trial.latent is None else str(trial.latent),
+        trial.label or "",
+        trial.prompt,
+        ", ".join(flags) or "sound",
+        str(detail.get("recovery", "")),
+        "yes" if "acts" in detail else "no",
+    )
+    first, last, gain = (attempts[0].score, attempts[-1].score, row.gain) if attempts else (None, None, None)
+    values = (run, trial.key, trial.seed, trial.boost, len(attempts) or None, first, last, gain)
+    return TableRow(texts, values, group_of(trial))
+
+
+def _recovery(
+    rows: Sequence[Row], flags: Mapping[str, Sequence[str]], windows: Mapping[str, WindowScores], rule: Rule
+) -> dict[str, dict[str, object]]:
+    """Return by trial whether the response recovered, with the scores of its windows; only trials with windows."""
+    counted = {
+        key: windows[key].scores
+        for row in rows
+        if (key := row.trial.key) in windows and row.attempts and "degraded" not in flags[key] and windows[key].scores
+    }
+    long = [key for key, scores in counted.items() if len(scores) >= rule.least]
+    recovered = Windows.of(counted[key] for key in long).recovered(rule).tolist()
+    results = {key: "recovered" if yes else "not recovered" for key, yes in zip(long, recovered, strict=True)}
+    return {
+        key: {
+            "recovery": results.get(key, "too short" if key in counted else "not counted"),
+            "windows": [list(own.starts), list(own.scores)],
+            "windows reason": own.reason,
+        }
+        for key, own in windows.items()
+    }
 
 
 def _recorded(row: Row, ends: Sequence[int] | None) -> Reading | None:
@@ -306,7 +254,7 @@ def _detail(row: Row, verdicts: Sequence[Judgement], reading: Reading | None, la
     detail: dict[str, object] = {
         "meta": trial.meta_prompt,
         "prefill": trial.lead,
-        "interventions": [asdict(i) for i in trial.interventions],
+        "interventions": [plain(i) for i in trial.interventions],
         "verdicts": [_verdict(v) for v in verdicts],
     }
     if done is None:
@@ -331,7 +279,7 @@ def _detail(row: Row, verdicts: Sequence[Judgement], reading: Reading | None, la
 
 
 def _verdict(judged: Judgement) -> dict[str, object]:
-    counted = {(a.start, a.score) for a in judged.gated_attempts()}
+    gated = judged.gated_attempts()
     return {
         "judge": judged.judge,
         "rubric": judged.rubric,
@@ -339,8 +287,8 @@ def _verdict(judged: Judgement) -> dict[str, object]:
         "reason": judged.reason,
         "raw": judged.raw,
         "attempts": [[a.start, a.end, a.score, a.phrase, a.gated] for a in judged.attempts],
-        "gated": [[a.start, a.end, a.score] for a in judged.gated_attempts()],
-        "ungated": len(judged.attempts) != len(counted),
+        "gated": [[a.start, a.end, a.score] for a in gated],
+        "ungated": len(judged.attempts) != len({(a.start, a.score) for a in gated}),
     }
 
 

@@ -7,13 +7,11 @@ transaction per batch. A run that is killed therefore loses only the rows not ye
 from __future__ import annotations
 
 import json
-import sqlite3
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
-from pathlib import Path
+from operator import itemgetter
 from typing import Any, TypeVar
 
 from pydantic import JsonValue
@@ -21,36 +19,35 @@ from pydantic_core import from_json
 
 from steerback.errors import SteerbackError
 from steerback.records import Completion, Judgement, Trial, WindowScores
-from steerback.store.database import dump_json, placeholders, reading, sqlite_errors, transaction
+from steerback.store.database import dump_json, placeholders, reading, sqlite_errors
 from steerback.store.facts import CONFIG, Fact
 from steerback.store.processes import collector_paused
 from steerback.store.rows import (
     COMPLETION,
     JUDGEMENT,
     KEYS,
-    KIND,
     OUTLINE,
-    PREFIXES,
-    TABLES,
+    OUTLINES_OF,
     TRIAL,
-    WINDOWS,
     Outline,
     Stored,
+    Verdict,
     completion_values,
-    fill_outlines,
     judgement_values,
     kind_of,
+    kinds_query,
     latent_repr,
-    open_tables,
     prefix_values,
     read_outline,
     read_row,
     read_trial,
+    read_verdict,
     trial_values,
     where_clause,
     window_values,
 )
 from steerback.store.rows import Row as Row
+from steerback.store.schema import PREFIXES, TABLES, WINDOWS, Tables, fill_outlines
 
 T = TypeVar("T")
 
@@ -61,30 +58,8 @@ BATCH = 200
 """Number of rows with texts that `Ledger.stream` reads at a time."""
 
 
-class Ledger:
+class Ledger(Tables):
     """Database of one run. Usable as a context manager."""
-
-    def __init__(self, path: Path, read_only: bool = False) -> None:
-        self.path = path
-        self._db = open_tables(path, read_only)
-        [(missing,)] = self._all("SELECT (SELECT count(*) FROM completions) - (SELECT count(*) FROM outlines)")
-        if missing:  # an older version wrote completions after the migration of this ledger
-            with self._transaction() as db:
-                fill_outlines(db)
-
-    def __enter__(self) -> Ledger:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._db.close()
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with sqlite_errors(self.path), transaction(self._db):
-            yield self._db
 
     def put(self, target: str, fact: Fact[T], value: T) -> None:
         """Store a fact of a target; the target "" is the run itself."""
@@ -127,10 +102,6 @@ class Ledger:
     def engines(self) -> dict[str, str]:
         """Return the fingerprint of the engine that generated each completion, by trial key."""
         return dict(self._all("SELECT trial, engine FROM completions"))
-
-    def _all(self, query: str, values: Sequence[str] = ()) -> list[Any]:
-        with sqlite_errors(self.path):
-            return self._db.execute(query, values).fetchall()
 
     @collector_paused()
     def add_trials(self, trials: Sequence[Trial]) -> None:
@@ -203,25 +174,33 @@ class Ledger:
 
     def windows(self, judge: str, keys: Sequence[str] | None = None) -> dict[str, WindowScores]:
         """Return a judge's scores of the sentence windows of responses, by trial key."""
-        columns = "w.judge, w.rubric, w.starts, w.scores, w.reason, w.raw"
+        columns, where = "w.judge, w.rubric, w.starts, w.scores, w.reason, w.raw", where_clause(None, None, None, keys)
         with reading(self.path):
             return {
                 key: WindowScores(by, rubric, tuple(from_json(starts)), tuple(from_json(scores)), reason, raw)
-                for key, by, rubric, starts, scores, reason, raw in self._windows(columns, judge, keys=keys)
+                for key, by, rubric, starts, scores, reason, raw in self._windows(columns, judge, where)
             }
 
     def window_scores(
-        self, judge: str, target: str | None = None, stage: str | None = None, condition: str | None = None
+        self,
+        judge: str,
+        target: str | None = None,
+        stage: str | None = None,
+        condition: str | None = None,
+        half: int | None = None,
     ) -> dict[str, list[float]]:
-        """Return the window scores without texts, by trial key; empty lists for responses the judge did not score."""
+        """Return the window scores without texts, by trial key; empty lists for responses the judge did not score.
+
+        `half`: as in `outlines`.
+        """
         with reading(self.path):
-            stored = self._windows("w.scores", judge, target, stage, condition)
+            stored = self._windows("w.scores", judge, where_clause(target, stage, condition, None, half))
             return {key: from_json(scores) for key, scores in stored}
 
     def window_reasons(self, judge: str) -> list[str]:
         """Return for each response whose windows a judge has scored why it has no scores; "" if it has."""
         with reading(self.path):
-            return [reason for _, reason in self._windows("w.reason", judge)]
+            return [reason for _, reason in self._windows("w.reason", judge, ("1", []))]
 
     def without_windows(self, judge: str, target: str | None, stage: str, retry: bool = False) -> Iterator[Outline]:
         """Yield the trials whose windows a judge has not scored, with `retry` also those that it gave no scores."""
@@ -234,29 +213,17 @@ class Ledger:
         keys = [key for (key,) in self._all(f"SELECT t.key FROM {tables} WHERE {where}", values)]
         yield from self.outlines(keys=keys) if keys else ()
 
-    def _windows(
-        self,
-        columns: str,
-        judge: str,
-        target: str | None = None,
-        stage: str | None = None,
-        condition: str | None = None,
-        keys: Sequence[str] | None = None,
-    ) -> Iterator[tuple[Any, ...]]:
+    def _windows(self, columns: str, judge: str, where: tuple[str, list[str]]) -> Iterator[tuple[Any, ...]]:
         if not self._has("windows"):
             return
-        where, values = where_clause(target, stage, condition, keys)
         tables = "trials t JOIN windows w ON w.trial = t.key AND w.judge = ?"
-        yield from self._db.execute(f"SELECT w.trial, {columns} FROM {tables} WHERE {where}", (judge, *values))
+        yield from self._db.execute(f"SELECT w.trial, {columns} FROM {tables} WHERE {where[0]}", (judge, *where[1]))
 
     def _trials(self) -> tuple[str, str]:
         """Return the columns of a trial with its prefix, and the tables they come from."""
         if self._has("prefixes"):
             return f"{TRIAL}, p.text, p.token_ids", "trials t LEFT JOIN prefixes p ON p.trial = t.key"
         return f"{TRIAL}, NULL, NULL", "trials t"
-
-    def _has(self, table: str) -> bool:
-        return bool(self._all("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?", (table,)))
 
     def rows(
         self,
@@ -299,23 +266,25 @@ class Ledger:
         condition: str | None = None,
         judge: str | None = None,
         keys: Sequence[str] | None = None,
+        half: int | None = None,
     ) -> Iterator[Outline]:
-        """Yield trials in plan order without texts, for metrics."""
-        tables = "LEFT JOIN outlines o ON o.trial = t.key LEFT JOIN judgements j ON j.trial = t.key AND j.judge = ?"
-        columns = f"{OUTLINE}, {JUDGEMENT}"
-        yield from self._read(read_outline, columns, tables, judge, where_clause(target, stage, condition, keys))
+        """Yield trials in plan order without texts; `half` 0 or 1: the first or second half of a condition."""
+        where = where_clause(target, stage, condition, keys, half)
+        yield from self._read(read_outline, f"{OUTLINE}, {JUDGEMENT}", OUTLINES_OF, judge, where)
+
+    def verdicts(self, target: str, stage: str, condition: str, judge: str, half: int | None) -> Iterator[Verdict]:
+        """Yield the verdicts of a condition in plan order (`half`: as in `outlines`)."""
+        where = where_clause(target, stage, condition, None, half)
+        yield from self._read(read_verdict, f"{OUTLINE}, {JUDGEMENT}", OUTLINES_OF, judge, where)
 
     def kinds(self, stage: str, judge: str) -> list[tuple[Outline, int]]:
         """Return one trial of each kind in a stage (`rows.kind_of`) with the number of such trials."""
-        columns, trials = self._trials()
-        tables = f"{trials} LEFT JOIN outlines o ON o.trial = t.key "
-        tables += "LEFT JOIN judgements j ON j.trial = t.key AND j.judge = ?"
-        query = f"SELECT {KIND}, {columns.rpartition(',')[2]}, t.key FROM {tables} WHERE t.stage = ?"
+        query = kinds_query(*self._trials())
         examples: dict[tuple[object, ...], str] = {}
         numbers: Counter[str] = Counter()
         with reading(self.path):
-            for stored in self._db.execute(query, (judge, stage)):
-                numbers[examples.setdefault(kind_of(stored), stored[-1])] += 1
+            for stored in sorted(self._db.execute(query, (judge, stage)), key=itemgetter(-1)):
+                numbers[examples.setdefault(kind_of(stored), stored[-2])] += stored[-3]
         return [(row, numbers[row.trial.key]) for row in self.outlines(judge=judge, keys=[*numbers])]
 
     def responses(self, outlines: Iterable[Outline]) -> Iterator[tuple[Outline, str | None]]:
@@ -355,7 +324,7 @@ class Ledger:
 
     def stage_sizes(self) -> dict[str, int]:
         """Return the number of planned trials of each stage."""
-        return dict(self._all("SELECT stage, count(*) FROM trials GROUP BY 1 ORDER BY 1"))
+        return dict(self._once("SELECT stage, count(*) FROM trials GROUP BY 1 ORDER BY 1"))
 
     def progress(self) -> tuple[int, int]:
         """Return the number of planned trials and the number of responses."""
@@ -364,7 +333,7 @@ class Ledger:
 
     def judges(self) -> list[str]:
         """Return the names of the judges with judgements in this ledger."""
-        return [judge for (judge,) in self._all("SELECT DISTINCT judge FROM judgements ORDER BY judge")]
+        return [judge for (judge,) in self._once("SELECT DISTINCT judge FROM judgements ORDER BY judge")]
 
     def plan(self, place: tuple[str, str, str] | None = None) -> Iterator[tuple[str, str | None, str]]:
         """Yield key, latent and interventions, as stored, of all trials or of a target, stage and condition."""
@@ -382,12 +351,12 @@ class Ledger:
     def conditions(self, stage: str = "measure") -> list[tuple[str, str]]:
         """Return the (target, condition) pairs of a stage: targets as in the config, conditions in plan order."""
         query = "SELECT target, condition FROM trials WHERE stage = ? GROUP BY 1, 2 ORDER BY min(rowid)"
-        return self._pairs(query, (stage,))
+        return self._pairs(query, stage)
 
-    def _pairs(self, query: str, values: Sequence[str] = ()) -> list[tuple[str, str]]:
+    def _pairs(self, query: str, *values: str) -> list[tuple[str, str]]:
         # processes that measure several targets side by side plan their trials in no fixed order
         position = self._position()
-        return sorted(self._all(query, values), key=lambda pair: position(pair[0]))
+        return sorted(self._once(query, *values), key=lambda pair: position(pair[0]))
 
     def dump(self) -> dict[str, list[tuple[Any, ...]]]:
         """Return all rows of all tables in key order, without timestamps. Two equal runs give equal dumps."""

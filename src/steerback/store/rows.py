@@ -1,14 +1,12 @@
-"""Trials with their results, complete (`Row`) or without texts (`Outline`), and their tables in the ledger."""
+"""Trials with their results: complete (`Row`), without texts (`Outline`), or the verdict alone (`Verdict`)."""
 
 from __future__ import annotations
 
-import sqlite3
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from pydantic_core import from_json
 
@@ -28,46 +26,12 @@ from steerback.records import (
     touched,
     touched_positions,
 )
-from steerback.store.database import dump_json, now, open_database, pack_array, storable, unpack_array
+from steerback.store.database import dump_json, now, pack_array, storable, unpack_array
 
-APPLICATION_ID = 0x53544252  # "STBR" marks the files of this package
-SCHEMA_VERSION = 2
-SCHEMA = """
-CREATE TABLE facts (target TEXT, name TEXT, value TEXT NOT NULL, PRIMARY KEY (target, name));
-CREATE TABLE trials (
-    key TEXT PRIMARY KEY, target TEXT NOT NULL, stage TEXT NOT NULL, condition TEXT NOT NULL, idx INTEGER NOT NULL,
-    latent TEXT, label TEXT, boost REAL, prompt TEXT NOT NULL, meta_prompt TEXT NOT NULL, prefill TEXT NOT NULL,
-    seed INTEGER NOT NULL, interventions TEXT NOT NULL, record TEXT);
-CREATE INDEX trials_by_stage ON trials (target, stage, condition, idx);
-CREATE TABLE completions (
-    trial TEXT PRIMARY KEY REFERENCES trials (key), text TEXT NOT NULL, token_ids TEXT NOT NULL,
-    prompt_tokens INTEGER NOT NULL, finish TEXT NOT NULL, prompt_positions INTEGER NOT NULL,
-    generated_positions INTEGER NOT NULL, added_norm REAL NOT NULL, activations BLOB, engine TEXT NOT NULL, at TEXT);
-CREATE TABLE judgements (
-    trial TEXT NOT NULL REFERENCES trials (key), judge TEXT NOT NULL, rubric TEXT NOT NULL, status TEXT NOT NULL,
-    attempts TEXT NOT NULL, reason TEXT NOT NULL, raw TEXT NOT NULL, at TEXT, PRIMARY KEY (trial, judge));
-"""
-WINDOWS = """
-CREATE TABLE IF NOT EXISTS windows (
-    trial TEXT NOT NULL REFERENCES trials (key), judge TEXT NOT NULL, rubric TEXT NOT NULL, starts TEXT NOT NULL,
-    scores TEXT NOT NULL, reason TEXT NOT NULL, raw TEXT NOT NULL, at TEXT, PRIMARY KEY (trial, judge))
-"""
-"""Created when the first window is scored: ledgers of 0.1 have no such table."""
-PREFIXES = """
-CREATE TABLE IF NOT EXISTS prefixes (
-    trial TEXT PRIMARY KEY REFERENCES trials (key), text TEXT NOT NULL, token_ids TEXT NOT NULL)
-"""
-"""Created when the first response is continued from its tokens."""
-OUTLINES = """
-CREATE TABLE outlines (
-    trial TEXT PRIMARY KEY REFERENCES completions (trial), finish TEXT NOT NULL, prompt_tokens INTEGER NOT NULL,
-    tokens INTEGER NOT NULL, prompt_positions INTEGER NOT NULL, generated_positions INTEGER NOT NULL,
-    degraded INTEGER NOT NULL) WITHOUT ROWID
-"""
-"""Properties of each completion for metrics, which then read no texts. All are derived from `completions`."""
-TABLES = ("facts", "trials", "prefixes", "completions", "judgements", "windows")
 KEYS = "SELECT value FROM json_each(?)"
 """Keys of trials that a statement gets as one JSON list."""
+
+MIDDLE = "SELECT (min(idx) + max(idx) + 1) / 2 FROM trials WHERE target = ? AND stage = ? AND condition = ?"
 
 Stored: TypeAlias = Sequence[Any]
 """Row as SQLite returns it."""
@@ -77,6 +41,7 @@ TRIAL += "t.interventions, t.record"
 COMPLETION = "c.text, c.token_ids, c.prompt_tokens, c.finish, c.prompt_positions, c.generated_positions, c.added_norm"
 OUTLINE = "o.finish, o.prompt_tokens, o.tokens, o.prompt_positions, o.generated_positions, o.degraded"
 JUDGEMENT = "j.judge, j.rubric, j.status, j.attempts, j.reason"
+OUTLINES_OF = "LEFT JOIN outlines o ON o.trial = t.key LEFT JOIN judgements j ON j.trial = t.key AND j.judge = ?"
 
 
 class TrialRow:
@@ -104,10 +69,7 @@ class TrialRow:
     @property
     def attempts(self) -> tuple[Attempt, ...]:
         """Gated attempts of a valid, scored response; empty if it is invalid, unscored or not judged."""
-        judged = self.judgement
-        return (
-            judged.gated_attempts() if self.valid_receipt and judged is not None and judged.status == "scored" else ()
-        )
+        return attempts_of(self.valid_receipt, self.judgement)
 
     @property
     def gain(self) -> float:
@@ -127,6 +89,32 @@ class TrialRow:
     def is_on_topic(self, least: float) -> bool:
         """Whether the response is a single attempt that scores at least `least`."""
         return len(self.attempts) == 1 and self.attempts[0].score >= least
+
+
+def attempts_of(valid: bool, judged: Judgement | None) -> tuple[Attempt, ...]:
+    """Return the attempts that count (`TrialRow.attempts`)."""
+    return judged.gated_attempts() if valid and judged is not None and judged.status == "scored" else ()
+
+
+class Verdict(NamedTuple):
+    """Input of the rates: place and cluster of a trial, and properties of its response as in `Outline`.
+
+    It is read in two thirds of the time of an `Outline`.
+    """
+
+    key: str
+    pair: int
+    cluster: LatentKey | None
+    finish: FinishReason | None
+    valid_receipt: bool
+    degraded: bool
+    judgement: Judgement | None
+
+
+def verdict_of(row: TrialRow, cluster: Callable[[Trial], LatentKey | None] = lambda t: t.latent) -> Verdict:
+    """Return the verdict of a row, clustered by latent or by `cluster`."""
+    t = row.trial
+    return Verdict(t.key, t.index, cluster(t), row.finish, row.valid_receipt, row.degraded, row.judgement)
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,15 +271,38 @@ def read_outline(stored: Stored) -> Outline:
     return Outline(read_trial(stored), finish, right, bool(degraded), tokens or 0, _judgement(stored[21:26]))
 
 
-KIND = f"t.target, t.stage, t.condition, t.interventions, {OUTLINE}, j.status, j.reason, j.attempts"
+def read_verdict(stored: Stored) -> Verdict:
+    """Return the verdict, clustered by latent, from the columns of `read_outline`."""
+    right = _receipt_matches(stored[11], stored[14] is not None, *stored[15:20])
+    latent = None if stored[5] is None else _latent(stored[5])
+    return Verdict(stored[0], stored[4], latent, stored[15], right, bool(stored[20]), _judgement(stored[21:26]))
+
+
+ODD = "CASE WHEN instr(j.attempts, 'NaN') + instr(j.attempts, 'Infinity') > 0 THEN j.attempts ELSE '' END"
+"""Attempts with scores that are no numbers, which do not count; "" for all others."""
+KIND = f"t.target, t.stage, t.condition, t.interventions, {OUTLINE}, j.status, j.reason, {ODD}"
+SAME = f"t.target, t.condition, t.interventions, o.finish, o.degraded, j.status, j.reason, {ODD}, "
+SAME += "o.prompt_positions - o.prompt_tokens, o.prompt_positions = 0, o.generated_positions - o.tokens, "
+SAME += "o.generated_positions = 0"
+"""Trials of one stage that agree in this, and in whether they have a prefix, are of one kind (`kind_of`)."""
+
+
+def kinds_query(trial: str, tables: str) -> str:
+    """Return the query for the kinds of trials in a stage, from the columns of a trial and their tables.
+
+    Its rows are those of `kind_of`, then the number of such trials, and key and place of the first one.
+    """
+    prefixed = f"{trial.rpartition(',')[2]} IS NOT NULL"
+    query = f"SELECT {KIND}, {prefixed}, count(*), t.key, min(t.rowid) FROM {tables} {OUTLINES_OF} "
+    return query + f"WHERE t.stage = ? GROUP BY {SAME}, {prefixed}"
 
 
 def kind_of(stored: Stored) -> tuple[object, ...]:
-    """Return what decides whether and why a trial counts, from the columns `KIND` and the ids of its prefix."""
-    attempts = stored[12] or ""
-    odd = attempts if "NaN" in attempts or "Infinity" in attempts else ""  # such scores do not count
-    right = _receipt_matches(stored[3], stored[13] is not None, *stored[4:9])
-    return *stored[:3], stored[4], right, *stored[9:12], odd
+    """Return the facts that decide whether and why a trial counts, from the columns `KIND` and whether it has a
+    prefix.
+    """
+    right = _receipt_matches(stored[3], bool(stored[13]), *stored[4:9])
+    return *stored[:3], stored[4], right, *stored[9:13]
 
 
 def _receipt_matches(
@@ -350,37 +361,23 @@ def _recording(text: str) -> Recording:
 
 
 def where_clause(
-    target: str | None, stage: str | None, condition: str | None, keys: Sequence[str] | None
+    target: str | None,
+    stage: str | None,
+    condition: str | None,
+    keys: Sequence[str] | None,
+    half: int | None = None,
 ) -> tuple[str, list[str]]:
-    """Return the condition of a statement about trials, and its values."""
+    """Return the condition of a statement about trials, and its values.
+
+    `half` 0 or 1 chooses the trials below or from the middle index of a target, stage and condition.
+    """
     chosen = {"t.target": target, "t.stage": stage, "t.condition": condition}
     where = ["1", *(f"{column} = ?" for column, value in chosen.items() if value is not None)]
     values = [value for value in chosen.values() if value is not None]
     if keys is not None:
         where.append(f"t.key IN ({KEYS})")
         values.append(dump_json(list(keys)))
+    if half is not None:
+        where.append(f"t.idx {'>=' if half else '<'} ({MIDDLE})")
+        values += [value for value in (target, stage, condition) if value is not None]
     return " AND ".join(where), values
-
-
-def open_tables(path: Path, read_only: bool) -> sqlite3.Connection:
-    """Open the database of a ledger, or create it; an older one is updated."""
-    return open_database(path, f"{SCHEMA};{OUTLINES}", APPLICATION_ID, SCHEMA_VERSION, read_only, _migrate)
-
-
-def fill_outlines(db: sqlite3.Connection, trials: Sequence[str] | None = None) -> None:
-    """Fill the table `outlines` for the completions of some trials, or for all completions without outline."""
-    db.create_function("tokens", 1, lambda ids: len(from_json(ids)), deterministic=True)
-    db.create_function("degraded", 1, is_degraded, deterministic=True)
-    chosen = KEYS if trials is not None else "SELECT trial FROM completions EXCEPT SELECT trial FROM outlines"
-    db.execute(
-        "INSERT OR IGNORE INTO outlines SELECT trial, finish, prompt_tokens, tokens(token_ids), prompt_positions, "
-        f"generated_positions, degraded(text) FROM completions WHERE trial IN ({chosen})",
-        () if trials is None else (dump_json(list(trials)),),
-    )
-
-
-def _migrate(db: sqlite3.Connection, version: int) -> None:
-    """Update a ledger from an older schema version to the current one."""
-    if version < 2:
-        db.execute(OUTLINES)
-        fill_outlines(db)
