@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,19 @@ import pytest
 from steerback.analysis.finetuning import Ending, endings
 from steerback.calibration.thresholds import THRESHOLDS
 from steerback.cli import main
+from steerback.config import build_config
 from steerback.data.prompts import load_prompts
+from steerback.engines.base import Engine
+from steerback.engines.options import VllmOptions
 from steerback.engines.scripted import PlantedModel
 from steerback.figures.finetuning import ending_lines
+from steerback.jobs import check
+from steerback.jobs.execute import KeptEngine
 from steerback.records import Attempt, Completion, Judgement, Receipt, Trial
 from steerback.store.facts import LATENTS
 from steerback.store.ledger import Ledger, Row
+from steerback.store.progress import Silent
+from steerback.targets import Target
 
 SMALL = [
     *("--preset", "quick", "--engine", "scripted", "--judge", "scripted"),
@@ -66,6 +75,53 @@ def steerback(*arguments: str) -> int:
         main(list(arguments))
     assert isinstance(ended.value.code, int)
     return ended.value.code
+
+
+@dataclass
+class Serving:
+    """An engine whose processes answer for the model alone and for the adapters of its options."""
+
+    target: Target
+    options: VllmOptions
+    log: list[str]
+
+    def serving(self, target: Target) -> Serving | None:
+        if target.adapter is not None and target.adapter not in self.options.adapters:
+            return None
+        self.log.append(f"serve {target.name}")
+        return replace(self, target=target)
+
+    def close(self) -> None:
+        self.log.append("close")
+
+
+def test_one_engine_of_vllm_serves_the_base_and_its_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for member in vars(Engine):
+        if not member.startswith("_") and not hasattr(Serving, member):
+            monkeypatch.setattr(Serving, member, print, raising=False)
+    assert steerback("run", "esr", "-t", "organism-control", "--name", "base", *SMALL) == 0
+    monkeypatch.setattr(check, "check_engine", lambda *_: VllmOptions())
+    chosen = {"options": {"adapters": [str(adapters(tmp_path / "adapters"))]}}
+    base = check.start_from(tmp_path / "runs" / "base")
+    job = check.check(build_config("finetuning", ("organism-control",), overrides=chosen, base=base))
+    assert isinstance(job.engine, VllmOptions)
+    assert [Path(folder).name for folder in job.engine.adapters] == [f"mix-{p}" for p in RATES]
+    log: list[str] = []
+
+    def start(target: Target, options: Any) -> Any:
+        log.append(f"start {target.name}")
+        return Serving(target, options, log)
+
+    job = replace(job, makers=replace(job.makers, engine=start))
+    with closing(KeptEngine()) as engines:
+        for target in (*job.targets, job.targets[1], job.targets[1], replace(job.targets[0], name="other")):
+            engine = engines.of(target, job, tmp_path, Silent())
+            assert engine.target == target  # type: ignore[attr-defined]
+        foreign = job.targets[0].with_adapter(tmp_path / "foreign")
+        engines.of(foreign, job, tmp_path, Silent())
+    names = [target.name for target in job.targets]
+    served = [f"serve {name}" for name in [*names[1:], names[1], "other"]]
+    assert log == [f"start {names[0]}", *served, "close", f"start {foreign.name}", "close"]
 
 
 def test_adapters_are_measured_like_their_base_and_set_against_the_mix(

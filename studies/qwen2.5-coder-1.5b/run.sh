@@ -6,24 +6,29 @@
 # MODEL.gguf: qwen2.5-coder-1.5b-instruct-q4_k_m.gguf of Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF, one GPU with 40 GB or
 # more, and an environment with: pip install 'steerback[gguf,finetune,parquet]' vllm. The stages sae, second
 # and directions took 5 minutes each on one H200. A stage that is repeated continues where it stopped. OUT keeps everything.
+#
+# The stage `two_gpus` does all on two GPUs, side by side, and writes what happened into OUT/log. SMALL=FILE.gguf adds a
+# second, smaller model (the stage `small`).
 set -euo pipefail
 usage="usage: run.sh MODEL.gguf OUT [STAGE ...]"
 model=${1:?$usage} out=$(realpath -m "${2:?$usage}"); shift 2
 [ ! -f "$model" ] || model=$(realpath "$model")
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd); root=$(cd "$here/../.." && pwd)
 python=${PYTHON:-python3} engine=${ENGINE:-vllm}
-export STEERBACK_CACHE=$out/cache PYTHONPATH=$root/src${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export STEERBACK_CACHE=${CACHE:-$out/cache} PYTHONPATH=$root/src${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 mkdir -p "$out/runs"
 # Other sizes, to try the script without a GPU, e.g. TRAIN="--tokens 20000 --latents 512" SIZES="--preset quick"
 read -ra train <<<"${TRAIN:-}"; read -ra sizes <<<"${SIZES:-}"; read -ra tuned <<<"${TUNED:-}"
+read -ra share <<<"${SHARE:-}"  # memory of an engine that shares its GPU with others
 steerback() { "$python" -m steerback "$@"; }
 run() { steerback run "$@" --engine "$engine" --judge offline --runs "$out/runs"; }
 
 sae() {  # an SAE of the model, its labels, and the target `coder`
   steerback sae train "$model" --name coder --engine "$engine" "${train[@]}"
 }
-campaign() {  # all experiments of the paper, timed, and calibration against stock vLLM
-  "$python" "$root/benchmarks/campaign_gpu.py" coder --out "$out/campaign_gpu.json" --runs "$out/runs"
+campaign() {  # all experiments of the paper with two engines, timed, and calibration against stock vLLM
+  "$python" "$root/benchmarks/campaign_gpu.py" coder --out "$out/campaign_gpu.json" --runs "$out/runs" \
+    --stages "${CAMPAIGN:-warm:replicas=2,esr:replicas=2,paper:replicas=2,stock,esr}"
 }
 paper() {  # the same without the benchmark; exit code 2: some experiments do not apply, for example without detectors
   steerback paper --target coder --engine "$engine" --judge offline --runs "$out/runs" "${sizes[@]}" || [ $? = 2 ]
@@ -38,17 +43,52 @@ directions() {  # difference-of-means directions instead of latents, with the pr
   "$python" "$here/make_directions.py" coder "$STEERBACK_CACHE/targets/coder/corpus.jsonl" "$out/directions.txt"
   run esr --target coder --latents "$(cat "$out/directions.txt")" --name directions "${sizes[@]}"
 }
-finetune() {  # experiment 4: nine adapters on self-corrections that the model itself wrote
+data() {  # for experiment 4: self-corrections that the model itself wrote
   steerback finetune data --target "$model" --writer self --engine "$engine" --examples "${EXAMPLES:-400}" --data "$out/finetuning"
+}
+adapters() {  # nine adapters, three at the same time
   # texts of many lengths: without this, the memory of one length is not used for the next
-  PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True steerback finetune train --target "$model" --data "$out/finetuning"
+  export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+  for mixes in "50 10 20" "90 70 30" "80 60 40"; do
+    # shellcheck disable=SC2086
+    steerback finetune train $mixes --target "$model" --data "$out/finetuning" &
+  done
+  wait
+  unset PYTORCH_CUDA_ALLOC_CONF
 }
 tuned() {  # the adapters, steered with the latents of a run of their base, each at its own thresholds
   run esr --target coder --name finetuning-base --preset quick --set trials_per_latent=10 "${tuned[@]}"
   run finetuning --from "$out/runs/finetuning-base" --set "options.adapters=$out/finetuning/adapters" --name finetuning
 }
+small() {  # the same SAE and ESR for a smaller model, on a share of the GPU
+  steerback sae train "${SMALL:?SMALL is the GGUF file of the smaller model}" --name coder-small --batch-size 384 "${train[@]}"
+  run esr --target coder-small --name small "${sizes[@]}" "${share[@]}"
+}
 
-for stage in "${@:-sae campaign second directions finetune tuned}"; do
+lane() {  # lane NAME GPU STAGE...: stages on one GPU and a half of the cores; a stage that fails does not stop the next
+  local name=$1 gpu=$2 cores; shift 2
+  cores=$(($(nproc) > 1 ? $(nproc) / 2 : 1))
+  export CUDA_VISIBLE_DEVICES=$gpu VLLM_CACHE_ROOT=$out/vllm-$name CACHE=$out/cache-$name
+  mkdir -p "$CACHE"  # the stage `campaign` empties its cache of responses
+  for folder in gguf targets; do ln -sfn "$out/cache/$folder" "$CACHE/$folder"; done
+  for stage in "$@"; do
+    taskset -c "$((gpu * cores))-$((gpu * cores + cores - 1))" bash "$0" "$model" "$out" "$stage" > "$out/log/$name-$stage.txt" 2>&1 \
+      || echo "$(date +%T) $name: $stage failed" >> "$out/log/progress.txt"
+    echo "$(date +%T) $name: $stage ended" >> "$out/log/progress.txt"
+    touch "$out/log/$stage.ended"
+  done
+}
+after() { while [ ! -f "$out/log/$1.ended" ]; do sleep 1; done; }
+two_gpus() {
+  mkdir -p "$out/log" "$out/cache/gguf" "$out/cache/targets"
+  [[ $model != *.gguf ]] || "$python" -c "from steerback.targets.gguf import *; convert_gguf('$model')"
+  lane first 0 sae campaign second directions &
+  (lane second 1 data adapters; after sae; lane second 1 tuned) &
+  [ -z "${SMALL:-}" ] || (after data; lane third 1 small) &
+  wait
+}
+
+for stage in "${@:-sae campaign second directions data adapters tuned}"; do
   for one in $stage; do
     began=$SECONDS
     echo "== $one"

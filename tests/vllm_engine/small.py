@@ -152,8 +152,9 @@ def write(
 class Pair:
     """A target in both engines; the reference engine may have another one that should answer alike."""
 
-    def __init__(self, target: Any, reference: Any = None, **options: Any) -> None:
+    def __init__(self, target: Any, reference: Any = None, adapters: tuple[str, ...] = (), **options: Any) -> None:
         self.target = target
         options = OPTIONS | {"max_logprobs": -1} | options
-        self.vllm = make_engine(target, VllmOptions(batch_size=32, max_model_len=256, layers=(0,), options=options))
+        chosen = VllmOptions(batch_size=32, max_model_len=256, layers=(0,), adapters=adapters, options=options)
+        self.vllm = make_engine(target, chosen)
         self.reference = reference_engine(reference or target)

@@ -225,7 +225,7 @@ def test_an_adapter_that_a_gpu_could_not_serve_is_refused(target: Any, monkeypat
     with pytest.raises(
         SteerbackError, match="adapter kernels lack float32 on a GPU; use a bfloat16 target, or --engine transformers"
     ):
-        loading.lora_arguments("adapter", target.dtype)
+        loading.lora_arguments(["adapter"], target.dtype)
 
 
 def test_a_release_that_fails_its_self_test_is_refused_and_closed(pretend: dict[str, Any], target: Any) -> None:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from steerback.targets import Target
+
 Result = TypeVar("Result")
 Pooling = Literal["max", "mean", "active"]
 """Pooling over tokens: the largest activation, the mean, or the share of tokens at which a latent is active."""
@@ -120,6 +122,15 @@ class Rereads(Engine, Protocol):
 
         Shape (prompt tokens + fed-back tokens, recorded latents), as in `Completion.activations`.
         """
+        ...
+
+
+@runtime_checkable
+class Serves(Engine, Protocol):
+    """Engine that can answer for several targets, which differ in their adapters, without a new start."""
+
+    def serving(self, target: Target) -> Engine | None:
+        """Return an engine for another target on the same processes, which it shares; None if that is impossible."""
         ...
 
 

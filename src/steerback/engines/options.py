@@ -69,6 +69,8 @@ class VllmOptions(Settings):
     """Distinct latents that can be clamped or recorded at one time, over all running requests."""
     record_latents: int = Field(32, ge=0)
     """Latents that a request of full length can record; a shorter request can record more."""
+    adapters: tuple[str, ...] = ()
+    """Folders of LoRA adapters that the engine can serve with its model, one at a time. Fine-tuning sets its own."""
     poolers: int = Field(128, ge=1)
     """Texts that can be pooled over the whole SAE at one time."""
     options: Mapping[str, JsonValue] = Field(default_factory=dict)

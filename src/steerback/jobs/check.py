@@ -13,6 +13,7 @@ from steerback.config import RunConfig, Settings, differences
 from steerback.data import paper_files
 from steerback.data.prompts import load_prompts
 from steerback.engines import EngineOptions, check_engine, default_engine, make_engine
+from steerback.engines.options import VllmOptions
 from steerback.errors import SteerbackError, docs_page
 from steerback.experiments import make_experiment
 from steerback.experiments.base import Experiment
@@ -85,6 +86,8 @@ def check(config: RunConfig, makers: Makers | None = None) -> PreparedRun:
     experiment.conditions(config)  # raises for options that contradict each other
     engine = check_engine(config.engine, config.engine_options, config.batch_size)
     targets = experiment.measured_targets(config, tuple(steerable(target, config, experiment) for target in targets))
+    if isinstance(engine, VllmOptions) and (adapters := tuple(t.adapter for t in targets if t.adapter)):
+        engine = engine.model_copy(update={"adapters": adapters})  # one engine serves the base and all of them
     for name in paper_files.used(config.prompts, experiment.own_detectors()):
         paper_files.path_of(name)
     for name in experiment.judges(config):

@@ -16,7 +16,7 @@ from steerback.analysis.base import Results
 from steerback.config import Settings
 from steerback.data import paper_files
 from steerback.engines import EngineOptions
-from steerback.engines.base import START_LOG, WHILE_STARTING, EngineStopped, finish
+from steerback.engines.base import START_LOG, WHILE_STARTING, EngineStopped, Serves, finish
 from steerback.errors import SteerbackError
 from steerback.experiments import make_experiment
 from steerback.experiments.base import Experiment
@@ -76,16 +76,24 @@ class KeptEngine:
 
         The engine writes its log into `folder`, the folder of the run.
         """
-        if self._engine is None or self._made_with != (target, job.engine):
+        made_with = target, job.engine
+        if self._made_with not in (None, made_with) and (other := self._serving(target, job.engine)) is not None:
+            self._engine, self._made_with = other, made_with
+        if self._engine is None or self._made_with != made_with:
             self.close()  # two engines would not fit on one GPU
             progress.status(f"loading {target.name} into {job.config.engine}")
             log, work = START_LOG.set(folder / "engine.log"), WHILE_STARTING.set(import_for_later)
             try:
-                self._engine, self._made_with = job.makers.engine(target, job.engine), (target, job.engine)
+                self._engine, self._made_with = job.makers.engine(target, job.engine), made_with
             finally:
                 START_LOG.reset(log)
                 WHILE_STARTING.reset(work)
         return self._engine
+
+    def _serving(self, target: Target, options: EngineOptions) -> Engine | None:
+        """Return the engine of another target on the processes of the current one, if that can serve it."""
+        same = self._made_with is not None and self._made_with[1] == options
+        return self._engine.serving(target) if same and isinstance(self._engine, Serves) else None
 
     @contextmanager
     def ending(self) -> Iterator[None]:

@@ -9,21 +9,25 @@ targets.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
+import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from multiprocessing import active_children
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
+from steerback.engines.base import WHILE_STARTING, EngineStopped
 from steerback.engines.vllm.settings import Entry, TableSettings, Ticket
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
     from vllm import RequestOutput
+    from vllm.lora.request import LoRARequest
     from vllm.v1.engine.async_llm import AsyncLLM
 
 Result = TypeVar("Result")
@@ -55,11 +59,12 @@ class SamplingFields(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class VllmJob:
-    """One request in vLLM's form."""
+    """One request in vLLM's form, with the LoRA adapter that answers it (None: the model alone)."""
 
     ticket: Ticket
     token_ids: tuple[int, ...]
     sampling: SamplingFields
+    adapter: LoRARequest | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +124,9 @@ class Gate:
 class Driver:
     """One vLLM engine, which starts in the background. The methods are thread-safe."""
 
-    def __init__(self, settings: TableSettings, start: Callable[[], AsyncLLM], lora: object = None) -> None:
+    def __init__(self, settings: TableSettings, start: Callable[[], AsyncLLM]) -> None:
         """Begin to start the engine; `ready` waits for it."""
-        self.settings, self._lora = settings, lora
+        self.settings = settings
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="steerback-vllm", daemon=True)
         self._thread.start()
@@ -189,7 +194,7 @@ class Driver:
             prompt: dict[str, object] = {"prompt_token_ids": list(job.token_ids)}
             if (salt := job.ticket.salt(len(job.token_ids))) is not None:
                 prompt["cache_salt"] = salt
-            stream = self.llm.generate(prompt, params, job.ticket.key, lora_request=self._lora)
+            stream = self.llm.generate(prompt, params, job.ticket.key, lora_request=job.adapter)
             output = [step async for step in stream][-1]
             entry = None
             if not job.ticket.empty:
@@ -259,6 +264,58 @@ class Driver:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
+
+
+def start(
+    settings: TableSettings, launch: Callable[[], AsyncLLM], shares: Sequence[str], one_by_one: bool
+) -> list[Driver]:
+    """Start an engine for each share of the GPUs (CUDA_VISIBLE_DEVICES), and wait for all of them.
+
+    Each takes its GPUs from this process's environment, so the next one starts when it has a process, or, `one_by_one`,
+    when it is ready.
+    """
+    drivers: list[Driver] = []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    try:
+        for share in shares:
+            if len(shares) > 1:
+                os.environ["CUDA_VISIBLE_DEVICES"] = share
+            others = active_children()
+            drivers.append(Driver(settings, launch))
+            if one_by_one:
+                drivers[-1].ready()
+            drivers[-1].launched(others)
+        if (meanwhile := WHILE_STARTING.get()) is not None:
+            meanwhile()
+        return [driver.ready() for driver in drivers]
+    except BaseException:
+        close(drivers)
+        raise
+    finally:
+        if len(shares) > 1:
+            os.environ.pop("CUDA_VISIBLE_DEVICES")
+            if visible is not None:
+                os.environ["CUDA_VISIBLE_DEVICES"] = visible
+
+
+def close(drivers: Sequence[Driver]) -> None:
+    """End all drivers, even if one of them fails to end."""
+    with contextlib.ExitStack() as ending:
+        for driver in drivers:
+            ending.callback(driver.close)
+
+
+@contextlib.contextmanager
+def one_line_if_dead() -> Iterator[None]:
+    """Turn vLLM's error about its dead process into one line."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        raise EngineStopped(
+            "vLLM stopped (its messages are in the run's engine.log); finished responses are kept, resume the run"
+        ) from error
 
 
 def positions_fed(output: RequestOutput) -> int:

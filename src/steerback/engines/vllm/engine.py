@@ -7,22 +7,30 @@ module does not know about judges, ledgers or experiments.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
+import copy
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from multiprocessing import active_children
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from steerback.engines.base import START_LOG, WHILE_STARTING, Arriving, EngineRecord, EngineStopped
+from steerback.engines.base import START_LOG, Arriving, EngineRecord
 from steerback.engines.checks import check_texts, checked
 from steerback.engines.interventions import ARITHMETIC_VERSION, check, check_directions, check_layer
 from steerback.engines.options import VllmOptions
 from steerback.engines.vllm import jobs
-from steerback.engines.vllm.driver import Driver, SamplingFields, VllmAnswer, VllmJob, positions_fed
+from steerback.engines.vllm.driver import (
+    Driver,
+    SamplingFields,
+    VllmAnswer,
+    VllmJob,
+    close,
+    one_line_if_dead,
+    positions_fed,
+    start,
+)
 from steerback.engines.vllm.loading import (
     TESTED,
     cache_of,
@@ -42,6 +50,7 @@ from steerback.store.files import make_folder, user_folder
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
+    from vllm.lora.request import LoRARequest
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from steerback.engines.base import Over, Pooling, ReadAt
@@ -55,7 +64,7 @@ WORKER = "steerback.engines.vllm.worker.SteeredWorker"
 class VllmEngine:
     """Generate steered responses for one target on unmodified vLLM.
 
-    A target's LoRA adapter is served with its model, not merged.
+    A target's LoRA adapter is served with its model, not merged; `serving` returns the engine of another adapter.
     """
 
     def __init__(self, target: Target, options: VllmOptions, directions: Mapping[str, Tensor] | None = None) -> None:
@@ -67,7 +76,8 @@ class VllmEngine:
                 "visible here; lower replicas or tensor_parallel"
             )
         self.target = target
-        self._loaded = prepare(target, tuple(directions or ()))
+        self._directions = dict(directions or {})
+        self._loaded = prepare(target, tuple(self._directions))
         site = self._loaded.site
         check_directions(directions or {}, site.d_model)
         for layer in options.layers:
@@ -90,62 +100,59 @@ class VllmEngine:
         )
         asked = len(self._loaded.prompter.tokens(QUESTION))
         jobs.check_length(self.settings, "self-test of the vLLM engine", asked, 3)
-        own = engine_arguments(target, length, rows, options.tensor_parallel)
+        self._adapters = tuple(dict.fromkeys([*filter(None, [target.adapter]), *options.adapters]))
+        own = engine_arguments(target, length, rows, options.tensor_parallel, self._adapters)
         self._arguments = own | cache_of(target, options, available) | dict(options.options)
         self._log = START_LOG.get() or make_folder(user_folder("logs")) / "vllm.log"
-        with output_to(self._log):
-            self._drivers = self._start(device_shares(replicas, options.tensor_parallel, available))
+        self._drivers = self._start(device_shares(replicas, options.tensor_parallel, available))
         try:
-            with _one_line():
-                self._record = self._describe(version, replicas, directions or {})
-                self._self_test(version)
+            self._begin(version)
         except BaseException:
             self.close()
             raise
 
+    def _begin(self, version: str) -> None:
+        """Note what answers this target's requests, and test that it is steered."""
+        self._adapter = self._request_of(self.target.adapter)
+        with one_line_if_dead():
+            self._record = self._describe(version)
+            self._self_test(version)
+
+    def serving(self, target: Target) -> VllmEngine | None:
+        """Return the engine of another adapter, or of the model alone, on the same processes; None if it needs others.
+
+        Closing either ends both.
+        """
+        same = replace(target, name=self.target.name, adapter=self.target.adapter) == self.target
+        if not same or (target.adapter is not None and target.adapter not in self._adapters):
+            return None
+        other = copy.copy(self)
+        other.target, other._loaded = target, prepare(target, tuple(self._directions))
+        other._begin(str(self._record["vllm"]))
+        return other
+
+    def _request_of(self, adapter: str | None) -> LoRARequest | None:
+        if adapter is None:
+            return None
+        from vllm.lora.request import LoRARequest
+
+        return LoRARequest(f"adapter-{self._adapters.index(adapter)}", self._adapters.index(adapter) + 1, adapter)
+
     # ---- start and end
 
     def _start(self, shares: Sequence[str]) -> list[Driver]:
-        """Start the engines and wait for all of them.
+        """Start an engine for each share of the GPUs.
 
-        Each takes its GPUs from this process's environment, so the next one starts when it has a process. Engines that
-        measure the free memory of a GPU they share start one after the other.
+        Engines that measure the free memory of a GPU they share start one after the other.
         """
-        adapter = None
-        if self.target.adapter:
-            from vllm.lora.request import LoRARequest
-
-            adapter = LoRARequest("adapter", 1, self.target.adapter)
         measuring = len(set(shares)) < len(shares) and "kv_cache_memory_bytes" not in self._arguments
-        drivers: list[Driver] = []
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         try:
-            for share in shares:
-                if len(shares) > 1:
-                    os.environ["CUDA_VISIBLE_DEVICES"] = share
-                others = active_children()
-                drivers.append(Driver(self.settings, self._launch, adapter))
-                if measuring:
-                    drivers[-1].ready()
-                drivers[-1].launched(others)
-            if (meanwhile := WHILE_STARTING.get()) is not None:
-                meanwhile()
-            for driver in drivers:
-                driver.ready()
-        except BaseException as error:
-            _close(drivers)
-            if isinstance(error, (RuntimeError, ValueError, OSError, TypeError)):
-                reason = one_line(error)[:300]
-                raise SteerbackError(
-                    f"vLLM could not start {self.target.name!r} ({reason}); its messages are in {self._log}"
-                ) from error
-            raise
-        finally:
-            if len(shares) > 1:
-                os.environ.pop("CUDA_VISIBLE_DEVICES")
-                if visible is not None:
-                    os.environ["CUDA_VISIBLE_DEVICES"] = visible
-        return drivers
+            with output_to(self._log):
+                return start(self.settings, self._launch, shares, measuring)
+        except (RuntimeError, ValueError, OSError, TypeError) as error:
+            raise SteerbackError(
+                f"vLLM could not start {self.target.name!r} ({one_line(error)[:300]}); its messages are in {self._log}"
+            ) from error
 
     def _launch(self) -> AsyncLLM:
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -162,7 +169,7 @@ class VllmEngine:
 
     def close(self) -> None:
         """End vLLM's processes."""
-        _close(self._drivers)
+        close(self._drivers)
 
     def _self_test(self, version: str) -> None:
         prompt = self._loaded.prompter.tokens(QUESTION)
@@ -170,7 +177,8 @@ class VllmEngine:
         latent = None if norms is None else int((norms > 0).argmax())  # some SAEs have latents with a zero decoder row
 
         def fault_of(driver: Driver) -> str | None:
-            return jobs.steering_fault(driver, self.settings, prompt, self.target.boost_prior.high, latent)
+            boost = self.target.boost_prior.high
+            return jobs.steering_fault(driver, self.settings, prompt, boost, latent, self._adapter)
 
         with ThreadPoolExecutor(len(self._drivers)) as pool:
             for fault in filter(None, pool.map(fault_of, self._drivers)):
@@ -189,7 +197,7 @@ class VllmEngine:
         """Return the settings that are needed to repeat a run: the same plan and seeds; with vLLM texts may differ."""
         return self._record.copy()
 
-    def _describe(self, version: str, replicas: int, directions: Mapping[str, Tensor]) -> EngineRecord:
+    def _describe(self, version: str) -> EngineRecord:
         import torch
 
         site, state = self.settings.site, self._drivers[0].call("steerback_state")[0]
@@ -206,11 +214,11 @@ class VllmEngine:
             "arguments": {
                 k: v if isinstance(v, (int, float, str, bool, type(None))) else repr(v) for k, v in shown.items()
             },
-            "replicas": replicas,
+            "replicas": len(self._drivers),
             "layers": {"steer": site.steer_layer, "sae": site.sae_layer, "read": site.read_layer},
             "prompt_format": self._loaded.prompter.style,
             "sae": self._loaded.sae_hash,
-            "directions": {k: digest(v.detach().cpu().tolist()) for k, v in sorted(directions.items())},
+            "directions": {k: digest(v.detach().cpu().tolist()) for k, v in sorted(self._directions.items())},
             "target": self.target.name,
             **self._loaded.provenance,
         }
@@ -260,7 +268,7 @@ class VllmEngine:
                 elif isinstance(event, tuple):
                     request, finished = event
                     loads[running.pop(finished)] -= 1
-                    with _one_line():
+                    with one_line_if_dead():
                         answer = finished.result()
                     yield request.key, self._completion(request, answer)
                 else:
@@ -300,7 +308,10 @@ class VllmEngine:
         )
 
     def _check(self, requests: Sequence[Request]) -> list[VllmJob]:
-        return [jobs.job_of(*one, self.settings, self._loaded) for one in checked(requests, self.settings.site)]
+        return [
+            jobs.job_of(where, request, self.settings, self._loaded, self._adapter)
+            for where, request in checked(requests, self.settings.site)
+        ]
 
     # ---- activations
 
@@ -325,11 +336,12 @@ class VllmEngine:
             if not positions:
                 continue
             ticket = Ticket(f"activations/{n}", layer=site.layer_named(at), pool=_spans(positions), how=pool)
-            job = VllmJob(ticket, ids, {"max_tokens": 1, "temperature": 0.0, "detokenize": False})
+            once = SamplingFields(max_tokens=1, temperature=0.0, detokenize=False)
+            job = VllmJob(ticket, ids, once, self._adapter)
             pending.append((n, self._drivers[n % len(self._drivers)].submit(job)))
         while pending:
             n, future = pending.popleft()
-            with _one_line():
+            with one_line_if_dead():
                 entry = future.result().entry
             assert entry is not None  # the ticket requests pooling
             whole = np.frombuffer(entry["pooled"], dtype=np.float32)
@@ -360,33 +372,14 @@ class VllmEngine:
         ticket = Ticket("teacher_forced", tuple(interventions), prompt=prompt_tokens)
         jobs.check_ticket("teacher_forced", ticket, self.settings)
         sampling = SamplingFields(max_tokens=1, temperature=0.0, prompt_logprobs=-1, logprobs=-1, detokenize=False)
-        output = self._drivers[0].submit(VllmJob(ticket, tuple(token_ids), sampling)).result().output
+        job = VllmJob(ticket, tuple(token_ids), sampling, self._adapter)
+        output = self._drivers[0].submit(job).result().output
         rows = [*output.prompt_logprobs[1:], output.outputs[0].logprobs[0]]
         out = np.full((len(rows), len(rows[0])), -np.inf, dtype=np.float32)
         for n, row in enumerate(rows):
             for token, entry in row.items():
                 out[n, token] = entry.logprob
         return out
-
-
-def _close(drivers: Sequence[Driver]) -> None:
-    """End all drivers, even if one of them fails to end."""
-    with contextlib.ExitStack() as ending:
-        for driver in drivers:
-            ending.callback(driver.close)
-
-
-@contextlib.contextmanager
-def _one_line() -> Iterator[None]:
-    """Turn vLLM's error about its dead process into one line."""
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    try:
-        yield
-    except EngineDeadError as error:
-        raise EngineStopped(
-            "vLLM stopped (its messages are in the run's engine.log); finished responses are kept, resume the run"
-        ) from error
 
 
 def _spans(positions: Sequence[int]) -> tuple[tuple[int, int], ...]:

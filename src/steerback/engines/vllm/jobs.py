@@ -6,6 +6,7 @@ A request that a worker cannot handle is refused with one line that names the fi
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 from steerback.engines import checks
 from steerback.engines.vllm.driver import Driver, SamplingFields, VllmJob
@@ -14,11 +15,16 @@ from steerback.engines.vllm.settings import TableSettings, Ticket
 from steerback.errors import SteerbackError
 from steerback.records import Intervention, LatentKey, Request
 
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
 TOLERANCE = 1e-3
 """Maximum relative error of an edit on random residuals in float32."""
 
 
-def job_of(where: str, request: Request, settings: TableSettings, prepared: PreparedTarget) -> VllmJob:
+def job_of(
+    where: str, request: Request, settings: TableSettings, prepared: PreparedTarget, adapter: LoRARequest | None
+) -> VllmJob:
     """Return prompt tokens, ticket and sampling of a checked request; raise SteerbackError if vLLM cannot run it."""
     prompt, sampling = prepared.prompter.prompt(request), request.sampling
     until = len(prompt) + sampling.max_new_tokens
@@ -46,7 +52,7 @@ def job_of(where: str, request: Request, settings: TableSettings, prepared: Prep
         "ignore_eos": True,
         "detokenize": bool(sampling.stop),
     }
-    return VllmJob(ticket, prompt, fields)
+    return VllmJob(ticket, prompt, fields, adapter)
 
 
 def check_length(settings: TableSettings, where: str, prompt: int, new: int) -> None:
@@ -71,7 +77,12 @@ def check_ticket(where: str, ticket: Ticket, settings: TableSettings) -> None:
 
 
 def steering_fault(
-    driver: Driver, settings: TableSettings, prompt: tuple[int, ...], boost: float, latent: int | None
+    driver: Driver,
+    settings: TableSettings,
+    prompt: tuple[int, ...],
+    boost: float,
+    latent: int | None,
+    adapter: LoRARequest | None,
 ) -> str | None:
     """Test arithmetic, hooks and effect of steering on each worker of a new engine; return the fault, or None.
 
@@ -90,7 +101,8 @@ def steering_fault(
             return f"its edits are off by {error:.1e} of their size"
     edits = (Intervention("add", latents[0], boost),)
     sampling = SamplingFields(temperature=0.0, max_tokens=3, logprobs=5, ignore_eos=True, detokenize=False)
-    jobs = [VllmJob(Ticket(key, e), prompt, sampling) for key, e in (("plain", ()), ("steered", edits), ("again", ()))]
+    plans = (("plain", ()), ("steered", edits), ("again", ()))
+    jobs = [VllmJob(Ticket(key, e), prompt, sampling, adapter) for key, e in plans]
     plain, steered, again = (driver.submit(job).result() for job in jobs)
     entry = steered.entry or {}
     if (entry.get("prompt"), entry.get("generated")) != (len(prompt), 2):

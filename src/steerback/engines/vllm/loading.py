@@ -6,7 +6,7 @@ import hashlib
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,21 +189,29 @@ def save_directions(directions: Mapping[str, Tensor]) -> str | None:
     return str(write_atomic(make_folder(user_folder("vllm", "directions")) / name, data))
 
 
-def lora_arguments(folder: str, dtype: str) -> dict[str, JsonValue]:
-    """Return vLLM's arguments for an adapter; raise SteerbackError if vLLM cannot serve it."""
-    if gpus() and dtype == "float32":
-        raise SteerbackError(
-            f"lora {folder!r}: vLLM's adapter kernels lack float32 on a GPU; use a bfloat16 target, or --engine "
-            "transformers"
-        )
-    check_adapter(f"lora {folder!r}", Path(folder))
-    rank = adapter_config(Path(folder)).get("r")
-    if not isinstance(rank, int) or rank < 1:
-        raise SteerbackError(f"lora {folder!r}: rank r in its configuration is {rank!r}; it must be a number above 0")
-    return {"enable_lora": True, "max_lora_rank": next((r for r in (8, 16, 32, 64, 128, 256, 512) if r >= rank), rank)}
+def lora_arguments(folders: Sequence[str], dtype: str) -> dict[str, JsonValue]:
+    """Return vLLM's arguments for adapters, one at a time; raise SteerbackError if vLLM cannot serve one."""
+    ranks = []
+    for folder in folders:
+        if gpus() and dtype == "float32":
+            raise SteerbackError(
+                f"lora {folder!r}: vLLM's adapter kernels lack float32 on a GPU; use a bfloat16 target, or --engine "
+                "transformers"
+            )
+        check_adapter(f"lora {folder!r}", Path(folder))
+        rank = adapter_config(Path(folder)).get("r")
+        if not isinstance(rank, int) or rank < 1:
+            raise SteerbackError(
+                f"lora {folder!r}: rank r in its configuration is {rank!r}; it must be a number above 0"
+            )
+        ranks.append(rank)
+    most = max(ranks)
+    return {"enable_lora": True, "max_lora_rank": next((r for r in (8, 16, 32, 64, 128, 256, 512) if r >= most), most)}
 
 
-def engine_arguments(target: Target, length: int, rows: int, tensor_parallel: int) -> dict[str, JsonValue]:
+def engine_arguments(
+    target: Target, length: int, rows: int, tensor_parallel: int, adapters: Sequence[str] = ()
+) -> dict[str, JsonValue]:
     """Return the arguments of vLLM's engine for a target; the user's options override them."""
     on_cpu: dict[str, JsonValue] = {
         "kv_cache_memory_bytes": 1 << 30,
@@ -220,5 +228,5 @@ def engine_arguments(target: Target, length: int, rows: int, tensor_parallel: in
         "seed": 0,
         "generation_config": "vllm",
         **({} if gpus() else on_cpu),
-        **(lora_arguments(target.adapter, target.dtype) if target.adapter else {}),
+        **(lora_arguments(adapters, target.dtype) if adapters else {}),
     }
