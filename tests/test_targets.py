@@ -233,7 +233,7 @@ def test_make_engine_by_name(folder: Path) -> None:
     assert isinstance(make_engine(target, check_engine("scripted", {"batch_size": None})), ScriptedEngine)
     with pytest.raises(
         SteerbackError,
-        match=r"engine_options of 'vllm': unknown setting 'batchsize'; did you mean batch_size\? choose one of: b",
+        match=r"engine_options of 'vllm': unknown setting 'batchsize'; did you mean batch_size\? choose one of: a",
     ):
         check_engine("vllm", {"batchsize": 3})
     with pytest.raises(

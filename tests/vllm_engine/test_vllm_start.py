@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 
 from steerback.engines.base import WHILE_STARTING
 from steerback.engines.options import VllmOptions, parse_options
+from steerback.engines.vllm import driver, loading
 from steerback.engines.vllm import engine as module
-from steerback.engines.vllm import loading
 from steerback.engines.vllm.engine import VllmEngine
 from steerback.engines.vllm.jobs import steering_fault
 from steerback.errors import SteerbackError
@@ -79,7 +79,7 @@ class Started:
 )
 def test_an_engine_that_does_not_steer_is_found_out_at_its_start(broken: Any, says: str | None) -> None:
     """Whatever its release: arithmetic, hooks, effect and leaks are looked at, on every worker."""
-    found = steering_fault(Started(**broken), small.SETTINGS, (1, 2, 3, 4), 40.0, 0)  # type: ignore[arg-type]
+    found = steering_fault(Started(**broken), small.SETTINGS, (1, 2, 3, 4), 40.0, 0, None)  # type: ignore[arg-type]
     assert (found is None) if says is None else (found is not None and re.search(says, found)), found
 
 
@@ -96,8 +96,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(module, "require_vllm", lambda: "99.0")
     for asked in (module, loading):
         monkeypatch.setattr(asked, "gpus", lambda: 0)  # the same on every machine
-    monkeypatch.setattr(module, "Driver", start)
-    monkeypatch.setattr(module, "_one_line", contextlib.nullcontext)
+    monkeypatch.setattr(driver, "Driver", start)
+    monkeypatch.setattr(module, "one_line_if_dead", contextlib.nullcontext)
     monkeypatch.setattr(VllmEngine, "_completion", lambda self, request, answer: request.key)
     monkeypatch.setattr(VllmEngine, "_describe", lambda self, *_: {})
     behaviour["started"] = started
