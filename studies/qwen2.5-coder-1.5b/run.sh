@@ -33,6 +33,11 @@ campaign() {  # all experiments of the paper with two engines, timed, and calibr
 paper() {  # the same without the benchmark; exit code 2: some experiments do not apply, for example without detectors
   steerback paper --target coder --engine "$engine" --judge offline --runs "$out/runs" "${sizes[@]}" || [ $? = 2 ]
 }
+best() {  # if the paper found no detectors: the latents that separate best in their place
+  [ ! -f "$out/runs/paper-traces/summary.json" ] || return 0
+  run detectors detector-ablation random-ablation detector-statistics traces episode-statistics \
+    --from "$out/runs/paper-esr" --set detectors.rule=top || [ $? = 2 ]
+}
 second() {  # another seed of the SAE, on the same texts
   local own=$STEERBACK_CACHE/targets/coder-seed-1
   mkdir -p "$own"; [ -f "$own/corpus.jsonl" ] || cp "$STEERBACK_CACHE/targets/coder/corpus.jsonl" "$own/"
@@ -57,7 +62,7 @@ adapters() {  # nine adapters, three at the same time
   unset PYTORCH_CUDA_ALLOC_CONF
 }
 tuned() {  # the adapters, steered with the latents of a run of their base, each at its own thresholds
-  run esr --target coder --name finetuning-base --preset quick --set trials_per_latent=10 "${tuned[@]}"
+  run esr --target coder --name finetuning-base --preset quick --set trials_per_latent=10 "${tuned[@]}" "${share[@]}"
   run finetuning --from "$out/runs/finetuning-base" --set "options.adapters=$out/finetuning/adapters" --name finetuning
 }
 small() {  # the same SAE and ESR for a smaller model, on a share of the GPU
@@ -72,9 +77,10 @@ lane() {  # lane NAME GPU STAGE...: stages on one GPU and a half of the cores; a
   mkdir -p "$CACHE"  # the stage `campaign` empties its cache of responses
   for folder in gguf targets; do ln -sfn "$out/cache/$folder" "$CACHE/$folder"; done
   for stage in "$@"; do
-    taskset -c "$((gpu * cores))-$((gpu * cores + cores - 1))" bash "$0" "$model" "$out" "$stage" > "$out/log/$name-$stage.txt" 2>&1 \
-      || echo "$(date +%T) $name: $stage failed" >> "$out/log/progress.txt"
-    echo "$(date +%T) $name: $stage ended" >> "$out/log/progress.txt"
+    local state=ended
+    taskset -c "$((gpu * cores))-$((gpu * cores + cores - 1))" bash "$0" "$model" "$out" "$stage" \
+      > "$out/log/$name-$stage.txt" 2>&1 || state=failed
+    echo "$(date +%T) $name: $stage $state" >> "$out/log/progress.txt"
     touch "$out/log/$stage.ended"
   done
 }
@@ -82,13 +88,13 @@ after() { while [ ! -f "$out/log/$1.ended" ]; do sleep 1; done; }
 two_gpus() {
   mkdir -p "$out/log" "$out/cache/gguf" "$out/cache/targets"
   [[ $model != *.gguf ]] || "$python" -c "from steerback.targets.gguf import *; convert_gguf('$model')"
-  lane first 0 sae campaign second directions &
+  lane first 0 sae campaign best second directions &
   (lane second 1 data adapters; after sae; lane second 1 tuned) &
   [ -z "${SMALL:-}" ] || (after data; lane third 1 small) &
   wait
 }
 
-for stage in "${@:-sae campaign second directions data adapters tuned}"; do
+for stage in "${@:-sae campaign best second directions data adapters tuned}"; do
   for one in $stage; do
     began=$SECONDS
     echo "== $one"
