@@ -20,6 +20,7 @@ from steerback import cli
 from steerback.config import RunConfig, build_config, quick
 from steerback.engines import EngineOptions
 from steerback.engines.base import Engine, EngineStopped
+from steerback.engines.options import VllmOptions
 from steerback.engines.scripted import PlantedModel
 from steerback.errors import SteerbackError
 from steerback.experiments import conditions, paper
@@ -177,6 +178,18 @@ def test_a_refused_step_keeps_the_engine_and_a_stopped_one_is_started_again(
     failed = campaign.run(steps, cached=False, say=lambda _: None, makers=counted(runs, log))
     assert [folder.name for folder in failed] == ["p-no-steering"]
     assert log == ["start planted", "close planted"] * starts
+
+
+def test_steps_overlap_only_on_one_engine_of_vllm(runs: Runs, tmp_path: Path) -> None:
+    jobs = [campaign._valid(step, runs.makers) for step in steps_of(runs, "no-steering", "boost-sweep")]
+    assert not campaign.can_overlap(jobs)  # the scripted engine
+    one, two, three = (replace(job, engine=VllmOptions()) for job in jobs if job is not None)
+    assert campaign.can_overlap([one, two, three])
+    assert not campaign.can_overlap([one])
+    assert not campaign.can_overlap([one, None])
+    assert not campaign.can_overlap([one, two, replace(three, engine=VllmOptions(replicas=2))])
+    adapted = replace(three, targets=(*three.targets, three.targets[0].with_adapter(tmp_path)))
+    assert not campaign.can_overlap([one, two, adapted])
 
 
 def test_steps_that_overlap_give_the_results_of_steps_in_order(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,14 +130,14 @@ def run(
     """
     heads = {step.folder: f"[{number}/{len(steps)}] {step.folder.name}" for number, step in enumerate(steps, 1)}
     undone = [step for step in steps if not is_done(step)]
-    first = _valid(undone[0], makers) if len(undone) > 1 else None
-    if first is not None and side_by_side.possible(first):
+    jobs = [_valid(step, makers) for step in undone] if len(undone) > 1 else []
+    if jobs and jobs[0] is not None and side_by_side.possible(jobs[0]):
         for step in steps:
             if step not in undone:
                 say(f"{heads[step.folder]}: done before")
         return _side_by_side(undone, heads, cached, say, makers)
     targets = list(dict.fromkeys(name for step in steps for name in step.config.targets))
-    analyst = helpers(1) if first is not None and can_overlap(first) else None
+    analyst = helpers(1) if can_overlap(jobs) else None
     with closing(KeptEngine()) as engines, analyst[0] if analyst else nullcontext() as analyses:
         kept = _Kept(engines, analyses, cached, say, makers)
         for target in targets:
@@ -158,9 +158,14 @@ TOGETHER = 2
 """Steps that share an engine at the same time: while one ends or is judged, the other keeps the GPU busy."""
 
 
-def can_overlap(job: PreparedRun) -> bool:
-    """Return True if the engine takes requests of several steps at a time: vLLM has one queue for all."""
-    return isinstance(job.engine, VllmOptions)
+def can_overlap(jobs: Sequence[PreparedRun | None]) -> bool:
+    """Return True if one engine takes the requests of all steps at a time: vLLM, which has one queue for all.
+
+    A step with adapters changes what the engine serves, and a step with other options needs another engine.
+    """
+    valid = [job for job in jobs if job is not None]
+    shared = all(job.engine == valid[0].engine and not any(t.adapter for t in job.targets) for job in valid)
+    return len(valid) == len(jobs) > 1 and shared and isinstance(valid[0].engine, VllmOptions)
 
 
 @dataclass
