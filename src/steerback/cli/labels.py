@@ -215,7 +215,7 @@ def make_direction(
     from steerback.latents import directions
     from steerback.latents.texts import read_texts, usual_texts
     from steerback.targets import resolve
-    from steerback.targets.directions import save_direction, user_directions
+    from steerback.targets.directions import read_facts, read_vector, save_direction, user_directions
 
     ways = [option for option, value in (("--positive", positive), ("--topic", topic), ("--file", file)) if value]
     if len(ways) != 1 or (positive is None) != (negative is None):
@@ -226,6 +226,11 @@ def make_direction(
     own = read_texts(texts) if texts else ()
     other = tuple(t for t in usual_texts(chosen) if t not in own) if negative is None else read_texts(negative)
     at = chosen.steer_layer if layer is None else layer
+    if file is None:
+        directions.check_sides(own, other)
+    else:  # a damaged file is reported before the model is loaded
+        read_vector(file, at)
+        read_facts(file)
     announce_loading(chosen.name)
     with load_target(chosen, "transformers") as loaded:
         assert isinstance(loaded.engine, TransformersEngine)

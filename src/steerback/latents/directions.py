@@ -29,14 +29,9 @@ def from_texts(
 ) -> tuple[Tensor, DirectionFacts]:
     """Return the mean residual of the positive texts minus that of the negative texts, (d,), and facts about it.
 
-    Raises SteerbackError for too few texts, a text on both sides, or equal means.
+    Raises SteerbackError as `check_sides` does, or for equal means.
     """
-    both = sorted(set(positive) & set(negative))
-    if both:
-        raise SteerbackError(f"directions: {both[0]!r} is on both sides; remove it from the positive or negative texts")
-    for side, texts in (("positive", positive), ("negative", negative)):
-        if len(texts) < LEAST:
-            raise SteerbackError(f"directions: {len(texts)} {side} texts; give at least {LEAST}, preferably dozens")
+    check_sides(positive, negative)
     high, _ = mean_residuals(engine, positive, layer)
     low, norm = mean_residuals(engine, negative, layer)
     vector = difference_of_means(high, low)
@@ -44,6 +39,16 @@ def from_texts(
         raise SteerbackError("directions: both lists of texts have the same mean residual; choose other texts")
     facts = DirectionFacts(layer, float(vector.norm()), norm, source, contexts=tuple(positive[:CONTEXTS]))
     return vector, facts
+
+
+def check_sides(positive: Sequence[str], negative: Sequence[str]) -> None:
+    """Raise SteerbackError for too few texts, or a text on both sides."""
+    both = sorted(set(positive) & set(negative))
+    if both:
+        raise SteerbackError(f"directions: {both[0]!r} is on both sides; remove it from the positive or negative texts")
+    for side, texts in (("positive", positive), ("negative", negative)):
+        if len(texts) < LEAST:
+            raise SteerbackError(f"directions: {len(texts)} {side} texts; give at least {LEAST}, preferably dozens")
 
 
 def from_file(
