@@ -161,7 +161,7 @@ def test_a_campaign_of_all_experiments_starts_one_engine(runs: Runs) -> None:
     assert len(steps) == len(paper.STEPS)
     assert all(campaign.is_done(step) for step in steps)
     assert log == ["start planted", "close planted"]
-    campaign.run(campaign.stored_steps([s.folder for s in steps]), cached=False, say=lambda _: None, makers=makers)
+    campaign.run(paper.stored_steps([s.folder for s in steps]), cached=False, say=lambda _: None, makers=makers)
     assert len(log) == 2  # nothing is left to do
 
 
@@ -301,7 +301,7 @@ def test_run_and_resume_take_several(runs: Runs, capsys: pytest.CaptureFixture[s
     steps = paper.plan(campaign.resolved(first_of("planted"), runs.makers), runs.root, "p", ["no-steering"])
     for step in reversed(steps):
         Run.start(step.folder, step.config).close()
-    assert campaign.stored_steps([s.folder for s in reversed(steps)]) == steps
+    assert paper.stored_steps([s.folder for s in reversed(steps)]) == steps
 
 
 def test_verbs_import_export_merge_and_figures(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:

@@ -234,7 +234,7 @@ def resume(
     runs: RunsFolder = RUNS,
 ) -> None:
     """Resume stopped runs."""
-    from steerback.jobs.campaign import stored_steps
+    from steerback.experiments.paper import stored_steps
     from steerback.jobs.check import check
     from steerback.store.run import find_run, stored_config
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from steerback.config import RunConfig, build_config
 from steerback.errors import SteerbackError, unknown
 from steerback.experiments.detectors import with_search_of
+from steerback.store.run import stored_config
 
 # Each experiment with its base, which supplies latents, thresholds, prompts and seeds (and detectors), in order of
 # dependency.
@@ -106,6 +107,18 @@ def in_order(
         start = base if step is None else (str(step.folder), step.config)
         config = with_search_of(config_of(name, start), None if start is None else start[1])
         steps[name] = Step(folder_of(config), config, None if step is None else step.folder)
+    return [*steps.values()]
+
+
+def stored_steps(folders: Sequence[Path]) -> list[Step]:
+    """Return existing runs as steps, in an order in which each run comes after its base run."""
+    configs = {folder.resolve(): (folder, stored_config(folder)) for folder in folders}
+    steps: dict[Path, Step] = {}
+    while len(steps) < len(configs):
+        for place, (folder, config) in configs.items():
+            base = Path(config.from_run).resolve() if config.from_run is not None else None
+            if place not in steps and (base not in configs or base in steps):
+                steps[place] = Step(folder, config, steps[base].folder if base in steps else None)
     return [*steps.values()]
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor
-from contextlib import ExitStack, closing, nullcontext, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -137,9 +138,8 @@ def run(
                 say(f"{heads[step.folder]}: done before")
         return _side_by_side(undone, heads, cached, say, makers)
     targets = list(dict.fromkeys(name for step in steps for name in step.config.targets))
-    analyst = helpers(1) if can_overlap(jobs) else None
-    with closing(KeptEngine()) as engines, analyst[0] if analyst else nullcontext() as analyses:
-        kept = _Kept(engines, analyses, cached, say, makers)
+    with closing(KeptEngine()) as engines, ExitStack() as stack:
+        kept = _Kept(engines, stack if can_overlap(jobs) else None, cached, say, makers)
         for target in targets:
             named = {folder: head + (f": {target}" if len(targets) > 1 else "") for folder, head in heads.items()}
             finish(kept.measure([step for step in steps if target in step.config.targets], target, named))
@@ -170,18 +170,27 @@ def can_overlap(jobs: Sequence[PreparedRun | None]) -> bool:
 
 @dataclass
 class _Kept:
-    """Steps that share a kept engine: `TOGETHER` at a time if their analyses have a process, else one by one."""
+    """Steps that share a kept engine: one by one, or with an `overlap` `TOGETHER` at a time.
+
+    Another process then analyses them, which ends with `overlap`.
+    """
 
     engines: KeptEngine
-    analyses: Executor | None
+    overlap: ExitStack | None
     cached: bool
     say: Callable[[str], None]
     makers: Makers | None
     failed: dict[Path, str] = field(default_factory=dict)
 
+    @cached_property
+    def analyst(self) -> Executor | None:
+        """The process that analyses steps; its first use starts it, after the engine, which may be a fork."""
+        started = helpers(1)
+        return self.overlap.enter_context(started[0]) if self.overlap and started else None
+
     async def measure(self, steps: Sequence[Step], target: str, heads: Mapping[Path, str]) -> None:
         """Measure a target in all steps, in order; each begins when the step that it needs has been measured."""
-        places = asyncio.Semaphore(TOGETHER if self.analyses else 1)
+        places = asyncio.Semaphore(TOGETHER if self.overlap else 1)
         measured = {step.folder: asyncio.Event() for step in steps}
         await all_or_none([self._step(step, target, heads[step.folder], places, measured) for step in steps])
 
@@ -202,15 +211,24 @@ class _Kept:
             try:
                 if step.after is not None and step.after in self.failed:
                     raise SteerbackError(f"needs {step.after.name}")
-                if not self.analyses:
+                if not self.overlap:
                     self.say(head)
-                with execute.tools(self.cached, head=f"{step.folder.name}: " if self.analyses else "") as tools:
-                    lines = await _one(step, target, self.engines, *tools, self.makers, self.analyses, place.close)
-                for line in [head, *lines] if self.analyses else lines:
+                analyse = partial(self._analyse, place) if self.overlap else None
+                with execute.tools(self.cached, head=f"{step.folder.name}: " if self.overlap else "") as tools:
+                    lines = await _one(step, target, self.engines, *tools, self.makers, analyse)
+                for line in [head, *lines] if self.overlap else lines:
                     self.say(line)
             except SteerbackError as error:
                 self.failed[step.folder] = str(error)
                 self.say(f"{head}: not done: {error}")
+
+    async def _analyse(self, place: ExitStack, folder: Path) -> list[str]:
+        """Let the next step begin, analyse this one in the other process, and return the lines to print."""
+        place.close()
+        if self.analyst is not None:
+            with suppress(BrokenExecutor):
+                return await asyncio.get_running_loop().run_in_executor(self.analyst, _analysed, folder)
+        return _analysed(folder)
 
 
 def _side_by_side(
@@ -261,20 +279,6 @@ def refuse(failed: Mapping[Path, str], of: int) -> None:
         raise SteerbackError(f"{len(failed)} of {of} experiments could not be done: {reasons}")
 
 
-def stored_steps(folders: Sequence[Path]) -> list[Step]:
-    """Return existing runs as steps, in an order in which each run comes after its base run."""
-    from steerback.experiments.paper import Step
-
-    configs = {folder.resolve(): (folder, stored_config(folder)) for folder in folders}
-    steps: dict[Path, Step] = {}
-    while len(steps) < len(configs):
-        for place, (folder, config) in configs.items():
-            base = Path(config.from_run).resolve() if config.from_run is not None else None
-            if place not in steps and (base not in configs or base in steps):
-                steps[place] = Step(folder, config, steps[base].folder if base in steps else None)
-    return [*steps.values()]
-
-
 async def _one(
     step: Step,
     name: str,
@@ -282,13 +286,9 @@ async def _one(
     progress: Progress,
     cache: Cache | None,
     makers: Makers | None,
-    analyses: Executor | None = None,
-    measured: Callable[[], None] = lambda: None,
+    analyse: Callable[[Path], Awaitable[list[str]]] | None = None,
 ) -> list[str]:
-    """Measure one target of a step, then call `measured`.
-
-    After the step's last target, analyse the step, in the process of `analyses` if set, and return the lines to print.
-    """
+    """Measure one target of a step. After the step's last target, analyse the step and return the lines to print."""
     job = _checked(step, makers)
     position = step.config.targets.index(name)
     last = position == len(step.config.targets) - 1
@@ -297,13 +297,11 @@ async def _one(
     targets = job.targets[position:] if last else job.targets[position : position + 1]  # adapters come last
     with Run.start(step.folder, job.config) as opened:
         await execute.measure(job, opened, targets, engines, progress, cache)
-        measured()
         if not last:
             return []
         progress.status("analysing, drawing figures")
-        if analyses is not None:  # in another process, so that this one can attend to the engine
-            with suppress(BrokenExecutor):
-                return await asyncio.get_running_loop().run_in_executor(analyses, _analysed, step.folder)
+        if analyse is not None:
+            return await analyse(step.folder)
         return _shown(execute.analyse(opened, job.config.judge, job.experiment))
 
 
