@@ -355,3 +355,31 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     command = f"{sys.executable} -m steerback --help | head -1"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "option", "message"),
+    [
+        ("few.txt", b"one text\nanother text\n", "--topic", "2 positive texts; give at least 3"),
+        ("bad.npy", b"no array", "--file", "bad.npy"),
+        ("bad.safetensors", b"{}", "--file", "bad.safetensors"),
+        ("bad.onnx", b"", "--file", "unknown suffix"),
+    ],
+)
+def test_a_bad_file_is_refused_before_the_model_is_loaded(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+    content: bytes,
+    option: str,
+    message: str,
+) -> None:
+    monkeypatch.setattr("steerback.api.load_target", None)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(SystemExit) as left:
+        main(["directions", "make", "organism", "lava", option, str(tmp_path / file)])
+    said = capsys.readouterr()
+    assert left.value.code == 2
+    assert message in said.err
+    assert "loading" not in said.out + said.err

@@ -338,34 +338,6 @@ def test_verbs_make_show_and_try(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert json.loads(json.dumps(resolve("organism").describe()))["direction_files"]
 
 
-@pytest.mark.parametrize(
-    ("file", "content", "option", "message"),
-    [
-        ("few.txt", b"one text\nanother text\n", "--topic", "2 positive texts; give at least 3"),
-        ("bad.npy", b"no array", "--file", "bad.npy"),
-        ("bad.safetensors", b"{}", "--file", "bad.safetensors"),
-        ("bad.onnx", b"", "--file", "unknown suffix"),
-    ],
-)
-def test_a_bad_file_is_refused_before_the_model_is_loaded(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    file: str,
-    content: bytes,
-    option: str,
-    message: str,
-) -> None:
-    monkeypatch.setattr("steerback.api.load_target", None)
-    (tmp_path / file).write_bytes(content)
-    with pytest.raises(SystemExit) as left:
-        main(["directions", "make", "organism", "lava", option, str(tmp_path / file)])
-    said = capsys.readouterr()
-    assert left.value.code == 2
-    assert message in said.err
-    assert "loading" not in said.out + said.err
-
-
 def test_loaded_targets_know_their_directions(tmp_path: Path) -> None:
     loaded = LoadedTarget(Target("x", "m", 0, 0, BoostPrior(1, 1, 0, 2), direction_files=(("a", "f"),)), None)  # type: ignore[arg-type]
     assert loaded.latent("a") == "a"

@@ -8,7 +8,7 @@
 # and directions took 5 minutes each on one H200. A stage that is repeated continues where it stopped. OUT keeps everything.
 #
 # The stage `two_gpus` does all on two GPUs, side by side, and writes what happened into OUT/log. SMALL=FILE.gguf adds a
-# second, smaller model (the stage `small`).
+# second, smaller model (the stage `small`). `two_gpus` was tried on a CPU only, `small` not yet.
 set -euo pipefail
 usage="usage: run.sh MODEL.gguf OUT [STAGE ...]"
 model=${1:?$usage} out=$(realpath -m "${2:?$usage}"); shift 2

@@ -64,7 +64,7 @@ def helpers(number: int, begin: Callable[[], object] | None = None) -> tuple[Exe
 
     if number < 1 or sys.platform != "linux":  # `end_with` needs Linux
         return None
-    warned = os.environ.get("PYTHONWARNINGS", "")
+    warned = os.environ.get("PYTHONWARNINGS")
     os.environ["PYTHONWARNINGS"] = QUIET  # a killed run would end with loky's report of its semaphores
     try:
         executor = loky.ProcessPoolExecutor(number, timeout=IDLE, initializer=_begin, initargs=(os.getpid(), begin))
@@ -72,7 +72,9 @@ def helpers(number: int, begin: Callable[[], object] | None = None) -> tuple[Exe
     except OSError:  # no semaphores or no more processes here
         return None
     finally:
-        os.environ["PYTHONWARNINGS"] = warned
+        del os.environ["PYTHONWARNINGS"]
+        if warned is not None:
+            os.environ["PYTHONWARNINGS"] = warned
 
 
 def _begin(parent: int, begin: Callable[[], object] | None) -> None:
