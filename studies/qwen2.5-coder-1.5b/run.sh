@@ -7,7 +7,7 @@
 # more, and an environment with: pip install 'steerback[gguf,finetune,parquet]' vllm. The stages sae, second
 # and directions took 5 minutes each on one H200. A stage that is repeated continues where it stopped. OUT keeps everything.
 #
-# The stage `two_gpus` does all on two GPUs, side by side, and writes what happened into OUT/log. SMALL=FILE.gguf adds a
+# The stage `two_gpus` does everything on two GPUs, side by side, and writes what happened into OUT/log. SMALL=FILE.gguf adds a
 # second, smaller model (the stage `small`). `two_gpus` was tried on a CPU only, `small` not yet.
 set -euo pipefail
 usage="usage: run.sh MODEL.gguf OUT [STAGE ...]"
@@ -26,9 +26,14 @@ run() { steerback run "$@" --engine "$engine" --judge offline --runs "$out/runs"
 sae() {  # an SAE of the model, its labels, and the target `coder`
   steerback sae train "$model" --name coder --engine "$engine" "${train[@]}"
 }
-campaign() {  # all experiments of the paper with two engines, timed, and calibration against stock vLLM
-  "$python" "$root/benchmarks/campaign_gpu.py" coder --out "$out/campaign_gpu.json" --runs "$out/runs" \
-    --stages "${CAMPAIGN:-warm:replicas=2,esr:replicas=2,paper:replicas=2,stock,esr}"
+timed() {
+  "$python" "$root/benchmarks/campaign_gpu.py" coder --out "$out/campaign_gpu.json" --runs "$out/runs" --stages "$1"
+}
+campaign() {  # all experiments of the paper with two engines, timed
+  timed "${CAMPAIGN:-warm:replicas=2,esr:replicas=2,paper:replicas=2}"
+}
+compare() {  # calibration against stock vLLM, and with one engine
+  timed "${COMPARE:-stock,esr}"
 }
 paper() {  # the same without the benchmark; exit code 2: some experiments do not apply, for example without detectors
   steerback paper --target coder --engine "$engine" --judge offline --runs "$out/runs" "${sizes[@]}" || [ $? = 2 ]
@@ -42,7 +47,7 @@ second() {  # another seed of the SAE, on the same texts
   local own=$STEERBACK_CACHE/targets/coder-seed-1
   mkdir -p "$own"; [ -f "$own/corpus.jsonl" ] || cp "$STEERBACK_CACHE/targets/coder/corpus.jsonl" "$own/"
   steerback sae train "$model" --name coder-seed-1 --seed 1 "${train[@]}"
-  run esr --target coder-seed-1 --name seed-1 "${sizes[@]}"
+  run esr --target coder-seed-1 --name seed-1 "${sizes[@]}" "${share[@]}"
 }
 directions() {  # difference-of-means directions instead of latents, with the prompts and seeds of the paper's runs
   "$python" "$here/make_directions.py" coder "$STEERBACK_CACHE/targets/coder/corpus.jsonl" "$out/directions.txt"
@@ -88,9 +93,9 @@ after() { while [ ! -f "$out/log/$1.ended" ]; do sleep 1; done; }
 two_gpus() {
   mkdir -p "$out/log" "$out/cache/gguf" "$out/cache/targets"
   [[ $model != *.gguf ]] || "$python" -c "from steerback.targets.gguf import *; convert_gguf('$model')"
-  lane first 0 sae campaign best second directions &
+  lane first 0 sae campaign best compare directions &
   (lane second 1 data adapters; after sae; lane second 1 tuned) &
-  [ -z "${SMALL:-}" ] || (after data; lane third 1 small) &
+  (after data; [ -z "${SMALL:-}" ] || lane third 1 small; after sae; lane third 1 second) &
   wait
 }
 
