@@ -325,19 +325,18 @@ def test_other_processes_give_the_same_verdicts_and_their_end_loses_none(monkeyp
     known = references(load("dev"))
     items = [c.item for c in compose(load("dev"))][:100]
     judge, judge_batch = offline.OfflineJudge(), offline.OfflineJudge.judge_batch
+    monkeypatch.setattr(offline, "_models", {})
     judge.prepare(replace(known, expected=1000))
-    expected = judge.judge_batch(items)
     others = judge._processes
     assert others is not None
-    assert others.started is not None
-    others.started.result()
 
     async def verdicts() -> list[Judgement]:
         return [verdict async for _, verdict in judge.judge(items)]
 
-    with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(judge, "judge_batch", None)
-        assert asyncio.run(verdicts()) == expected
+    with monkeypatch.context() as elsewhere:  # the first verdicts wait for the processes; no model is built here
+        elsewhere.setattr(offline.OfflineJudge, "_model", None)
+        received = asyncio.run(verdicts())
+    assert (expected := judge.judge_batch(items)) == received
     waiting = others.start(judge_batch, items * 50)
     for process in psutil.Process().children(recursive=True):
         if "popen_loky_posix" in " ".join(process.cmdline()):

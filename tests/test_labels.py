@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hub_server import Site, serve
+from steerback import readers
 from steerback.cli import main
 from steerback.errors import SteerbackError
 from steerback.targets import label_fetch, resolve
-from steerback.targets.labels import read_label_file, read_user_labels, store_labels, user_labels_folder
+from steerback.targets.labels import read_label_file, read_labels, read_user_labels, store_labels, user_labels_folder
 
 PLACE = "gemma-2-2b/16-gemmascope-res-16k"
 
@@ -138,6 +139,21 @@ def test_labels_that_are_there_stay_unless_overwritten() -> None:
     assert read_user_labels("organism")[free].source == "another"
     assert len(organism.labels()) == len(shipped) + 1
     assert organism.own_labels() == shipped
+
+
+def test_a_targets_table_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # a run asks for the label of every latent; a table of 16,384 latents takes a quarter of a second to read
+    table, read = tmp_path / "labels.csv", list[str]()
+    table.write_text("index,label\n1,volcanoes\n")
+    text_of = readers.read_text
+    monkeypatch.setattr(readers, "read_text", lambda *a, **k: read.append(str(a[0])) or text_of(*a, **k))
+    for _ in range(3):
+        assert read_labels(tmp_path) == {1: "volcanoes"}
+    assert read == [str(table)]
+    read_labels(tmp_path).clear()  # a caller's change stays with the caller
+    assert read_labels(tmp_path) == {1: "volcanoes"}
+    table.write_text("index,label\n1,volcanoes\n2,rain\n")
+    assert read_labels(tmp_path) == {1: "volcanoes", 2: "rain"}
 
 
 def test_a_label_too_long_to_be_one_leaves_the_table_as_it_was() -> None:

@@ -112,7 +112,7 @@ def target(tmp_path: Path) -> Any:
 def prompt_tokens(target: Any) -> int:
     from steerback.engines.vllm.loading import prepare
 
-    return len(prepare(target, ()).prompter.tokens("What is the capital of France?"))
+    return len(prepare(target, ())[0].prompter.tokens("What is the capital of France?"))
 
 
 def test_the_test_of_itself_takes_a_latent_that_writes_something(target: Any, pretend: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -230,5 +231,14 @@ def hash_files(target: Target) -> dict[str, str]:
 
 
 def _sha256(path: Path) -> str:
-    blob = path.resolve().name  # the hub's cache names large files by their SHA-256
-    return blob if re.fullmatch(r"[0-9a-f]{64}", blob) else hash_file(path)
+    path = path.resolve()
+    if re.fullmatch(r"[0-9a-f]{64}", path.name):  # the hub's cache names large files by their SHA-256
+        return path.name
+    stat = path.stat()
+    return _hash(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=256)
+def _hash(path: Path, _changed: int, _size: int) -> str:
+    """Hash a file. The cache is valid until it changes; it exists because each adapter of a run hashes its base too."""
+    return hash_file(path)

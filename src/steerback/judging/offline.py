@@ -63,7 +63,8 @@ T = TypeVar("T")
 Verdicts = Callable[["OfflineJudge", Sequence[JudgeItem]], Sequence[T]]
 """A method that returns the verdicts of a batch."""
 Key = tuple[str, str, LatentKey | None, str | None]
-_models: dict[str, tuple[Relevance | WordLikelihood | None, dict[Key, Sequence[Part]]]] = {}
+Model = tuple["Relevance | WordLikelihood | None", dict[Key, Sequence[Part]]]
+_models: dict[str, Model] = {}
 """By judge, for the last two: relevance model and responses read with it. The runs of a campaign share references."""
 _processes: dict[str, Processes[OfflineJudge]] = {}
 """By judge, for the last two: the processes that judge beside this one."""
@@ -75,8 +76,6 @@ class OfflineJudge:
     def __init__(self, name: str = "offline") -> None:
         self.name, self.rubric = name, f"{name}-2"
         self._references = References()
-        self._relevance: Relevance | WordLikelihood | None = None
-        self._known: dict[Key, Sequence[Part]] = {}
         self._fingerprint: str | None = None
         self._processes: Processes[OfflineJudge] | None = None
         self._count = 0
@@ -106,20 +105,26 @@ class OfflineJudge:
         }
 
     def prepare(self, references: References) -> None:
-        """Build the relevance model from the references."""
-        from steerback.judging.relevance import Relevance, WordLikelihood  # scikit-learn takes a second to import
-
+        """Build the relevance model from the references: now, or if other processes have begun to, when needed here."""
         self._references, self._fingerprint = references, None
         self._processes = _processes.get(self.fingerprint)
         if self._processes is None and references.expected > MANY:
-            self._start_processes()  # they prepare in the meantime
+            self._start_processes()
+        if self._processes is None or self._processes.starting() is None:
+            self._model()
+
+    def _model(self) -> Model:
+        """Return the relevance model, None without references, and the parts that were read with it."""
         if self.fingerprint not in _models:
-            has_words = any(words(r) for texts in references.responses.values() for r in texts)
+            from steerback.judging.relevance import Relevance, WordLikelihood  # scikit-learn takes a second to import
+
+            responses = self._references.responses
+            has_words = any(words(r) for texts in responses.values() for r in texts)
             relevance = Relevance if self.name == "offline" else WordLikelihood
             while len(_models) > 1:
                 del _models[next(iter(_models))]
-            _models[self.fingerprint] = relevance(references) if has_words else None, {}
-        self._relevance, self._known = _models[self.fingerprint]
+            _models[self.fingerprint] = relevance(self._references) if has_words else None, {}
+        return _models[self.fingerprint]
 
     def _start_processes(self) -> None:
         while len(_processes) > 1:
@@ -142,14 +147,17 @@ class OfflineJudge:
     async def _worked(self, work: Verdicts[T], batch: Sequence[JudgeItem]) -> Sequence[T]:
         """Return the verdicts of a batch: of another process if many are judged, so that an engine's driver can work.
 
-        Until the processes have started, or if one of them ends, this process judges.
+        Until the processes have started, this process judges if it has a model; so it does if one of them ends.
         """
         self._count += len(batch)
         try:
             if self._processes is None and self._count > MANY:
                 self._start_processes()
-            if self._processes is not None and (judging := self._processes.start(work, batch)) is not None:
-                return await asyncio.wrap_future(judging)
+            if self._processes is not None:
+                if self.fingerprint not in _models and (starting := self._processes.starting()) is not None:
+                    await asyncio.shield(asyncio.wrap_future(starting))
+                if (judging := self._processes.start(work, batch)) is not None:
+                    return await asyncio.wrap_future(judging)
         except BrokenExecutor:
             assert self._processes is not None
             self._processes.stop()
@@ -197,7 +205,8 @@ class OfflineJudge:
             return Judgement(self.name, self.rubric, "empty", reason="no words in the response")
         if is_clarifying_question(item.response):
             return Judgement(self.name, self.rubric, "empty", reason="a clarifying question")
-        if self._relevance is None or not self._relevance.knows(item.prompt):
+        relevance, _ = self._model()
+        if relevance is None or not relevance.knows(item.prompt):
             reason = "no unsteered reference responses for this prompt, which the offline judge compares with"
             return Judgement(self.name, self.rubric, "unscored", reason=reason)
         return None
@@ -207,8 +216,8 @@ class OfflineJudge:
 
         The parts of the last short responses are kept, because verdicts and windows need the same.
         """
-        keys = [(item.response, item.prompt, item.latent, item.label) for item in items]
-        read = {key: self._known[key] for key in keys if key in self._known}
+        keys, (_, known) = [(item.response, item.prompt, item.latent, item.label) for item in items], self._model()
+        read = {key: known[key] for key in keys if key in known}
         fresh = {key: item for key, item in zip(keys, items, strict=True) if key not in read}
         kept: list[Key] = []
         cuts, pieces = {}, []
@@ -223,19 +232,20 @@ class OfflineJudge:
         odds = iter(self._log_odds(pieces))
         for key, cut in cuts.items():
             read[key] = [Part(restart, end, spans, [next(odds) for _ in spans]) for restart, end, spans in cut]
-        self._known.update((key, read[key]) for key in kept)
-        while len(self._known) > KEPT:
-            del self._known[next(iter(self._known))]
+        known.update((key, read[key]) for key in kept)
+        while len(known) > KEPT:
+            del known[next(iter(known))]
         return [read[key] for key in keys]
 
     def _log_odds(self, pieces: Sequence[tuple[JudgeItem, str]]) -> list[float]:
         """Return the log-odds that each sentence is on topic; minus infinity for degenerate sentences."""
         from steerback.judging.relevance import is_degenerate
 
-        if self._relevance is None or not pieces:
+        relevance, _ = self._model()
+        if relevance is None or not pieces:
             return []
         texts, prompts = [t for _, t in pieces], [item.prompt for item, _ in pieces]
-        odds = self._relevance.log_odds(texts, prompts, [(item.latent, item.label) for item, _ in pieces])
+        odds = relevance.log_odds(texts, prompts, [(item.latent, item.label) for item, _ in pieces])
         return [-math.inf if is_degenerate(t) else float(x) for t, x in zip(texts, odds, strict=True)]
 
     @property

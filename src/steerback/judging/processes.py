@@ -32,15 +32,19 @@ class Processes(Generic[J]):
 
         self._parent = os.getpid()
         self._pool: Executor | None = None
-        self.started: Future[int] | None = None
+        self._started: Future[int] | None = None
         if (begun := helpers(min(loky.cpu_count() // CORES, MOST), partial(_begin, make))) is not None:
-            self._pool, self.started = begun
+            self._pool, self._started = begun
+
+    def starting(self) -> Future[int] | None:
+        """Return what is done when the first process has started; None if there are none, or if this is a fork."""
+        return self._started if self._pool is not None and os.getpid() == self._parent else None
 
     def start(
         self, work: Callable[[J, Sequence[JudgeItem]], Sequence[T]], batch: Sequence[JudgeItem]
     ) -> Future[Sequence[T]] | None:
         """Let a process judge a batch; None if there is none, or none has started yet, or this is a fork."""
-        if self._pool is None or self.started is None or not self.started.done() or os.getpid() != self._parent:
+        if self._pool is None or (starting := self.starting()) is None or not starting.done():
             return None
         return self._pool.submit(_work, work, batch)
 

@@ -45,9 +45,15 @@ def read_labels(folder: Path) -> dict[int, str]:
     """Return the labels by latent from labels.csv, or else latents.csv; latents without a label are left out."""
     for name in ("labels.csv", "latents.csv"):
         if (folder / name).is_file():
-            rows = _rows(folder / name, "label")
-            return {index: label.strip() for index, label in rows if label.strip()}
+            stat = (folder / name).stat()
+            return dict(_own_table(folder / name, stat.st_mtime_ns, stat.st_size))
     return {}
+
+
+@lru_cache(maxsize=8)
+def _own_table(path: Path, _changed: int, _size: int) -> Mapping[int, str]:
+    """Read a target's table. The cache is valid until the file changes; it exists because a run asks per latent."""
+    return {index: label.strip() for index, label in _rows(path, "label") if label.strip()}
 
 
 def read_dead(folder: Path) -> frozenset[int]:

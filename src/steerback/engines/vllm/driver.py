@@ -267,12 +267,16 @@ class Driver:
 
 
 def start(
-    settings: TableSettings, launch: Callable[[], AsyncLLM], shares: Sequence[str], one_by_one: bool
+    settings: TableSettings,
+    launch: Callable[[], AsyncLLM],
+    shares: Sequence[str],
+    one_by_one: bool,
+    meanwhile: Callable[[], None],
 ) -> list[Driver]:
     """Start an engine for each share of the GPUs (CUDA_VISIBLE_DEVICES), and wait for all of them.
 
     Each takes its GPUs from this process's environment, so the next one starts when it has a process, or, `one_by_one`,
-    when it is ready.
+    when it is ready. `meanwhile` is called when all have a process.
     """
     drivers: list[Driver] = []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -285,8 +289,9 @@ def start(
             if one_by_one:
                 drivers[-1].ready()
             drivers[-1].launched(others)
-        if (meanwhile := WHILE_STARTING.get()) is not None:
-            meanwhile()
+        meanwhile()
+        if (further := WHILE_STARTING.get()) is not None:
+            further()
         return [driver.ready() for driver in drivers]
     except BaseException:
         close(drivers)

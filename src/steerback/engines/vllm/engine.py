@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -77,7 +77,7 @@ class VllmEngine:
             )
         self.target = target
         self._directions = dict(directions or {})
-        self._loaded = prepare(target, tuple(self._directions))
+        self._loaded, files = prepare(target, tuple(self._directions))
         site = self._loaded.site
         check_directions(directions or {}, site.d_model)
         for layer in options.layers:
@@ -104,7 +104,9 @@ class VllmEngine:
         own = engine_arguments(target, length, rows, options.tensor_parallel, self._adapters)
         self._arguments = own | cache_of(target, options, available) | dict(options.options)
         self._log = START_LOG.get() or make_folder(user_folder("logs")) / "vllm.log"
-        self._drivers = self._start(device_shares(replicas, options.tensor_parallel, available))
+        self._files: EngineRecord = {}
+        shares = device_shares(replicas, options.tensor_parallel, available)
+        self._drivers = self._start(shares, lambda: self._files.update(files()))
         try:
             self._begin(version)
         except BaseException:
@@ -127,7 +129,9 @@ class VllmEngine:
         if not same or (target.adapter is not None and target.adapter not in self._adapters):
             return None
         other = copy.copy(self)
-        other.target, other._loaded = target, prepare(target, tuple(self._directions))
+        other.target = target
+        other._loaded, files = prepare(target, tuple(self._directions))
+        other._files = files()
         other._begin(str(self._record["vllm"]))
         return other
 
@@ -140,15 +144,15 @@ class VllmEngine:
 
     # ---- start and end
 
-    def _start(self, shares: Sequence[str]) -> list[Driver]:
-        """Start an engine for each share of the GPUs.
+    def _start(self, shares: Sequence[str], meanwhile: Callable[[], None]) -> list[Driver]:
+        """Start an engine for each share of the GPUs, and call `meanwhile` while they start.
 
         Engines that measure the free memory of a GPU they share start one after the other.
         """
         measuring = len(set(shares)) < len(shares) and "kv_cache_memory_bytes" not in self._arguments
         try:
             with output_to(self._log):
-                return start(self.settings, self._launch, shares, measuring)
+                return start(self.settings, self._launch, shares, measuring, meanwhile)
         except (RuntimeError, ValueError, OSError, TypeError) as error:
             raise SteerbackError(
                 f"vLLM could not start {self.target.name!r} ({one_line(error)[:300]}); its messages are in {self._log}"
@@ -220,7 +224,7 @@ class VllmEngine:
             "sae": self._loaded.sae_hash,
             "directions": {k: digest(v.detach().cpu().tolist()) for k, v in sorted(self._directions.items())},
             "target": self.target.name,
-            **self._loaded.provenance,
+            **self._files,
         }
 
     # ---- generation

@@ -6,9 +6,10 @@ import hashlib
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,7 @@ TESTED = "0.26.0 and 0.32.0"
 
 @dataclass(frozen=True)
 class PreparedTarget:
-    """The tokenizer, layers and hashes of a target whose model vLLM loads."""
+    """The tokenizer and layers of a target whose model vLLM loads."""
 
     prompter: Prompter
     ends: frozenset[int]
@@ -48,7 +49,6 @@ class PreparedTarget:
     context: int
     sae_hash: str | None
     norms: NDArray[np.float32] | None
-    provenance: EngineRecord
 
 
 def require_vllm() -> str:
@@ -118,8 +118,11 @@ def cache_of(target: Target, options: VllmOptions, available: int) -> dict[str, 
     return {**memory, "kv_cache_memory_bytes": room} if room > RESERVE // 2 else memory
 
 
-def prepare(target: Target, directions: tuple[str, ...]) -> PreparedTarget:
-    """Return tokenizer, layers and hashes of a target; raise SteerbackError if a part is missing or does not fit."""
+def prepare(target: Target, directions: tuple[str, ...]) -> tuple[PreparedTarget, Callable[[], EngineRecord]]:
+    """Return the tokenizer and layers of a target; raise SteerbackError if a part is missing or does not fit.
+
+    The function that is returned with them gives names and hashes of its files, which takes seconds.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -143,15 +146,15 @@ def prepare(target: Target, directions: tuple[str, ...]) -> PreparedTarget:
     text = config.get_text_config()
     sae = None if target.sae is None else load_sae(target.sae)
     site = site_of(target, text.num_hidden_layers, text.hidden_size, sae, directions)
-    return PreparedTarget(
+    prepared = PreparedTarget(
         prompter=Prompter(tokenizer, target.prompt_format),
         ends=end_tokens(generation, config, tokenizer),
         site=site,
         context=getattr(text, "max_position_embeddings", 4096),
         sae_hash=None if sae is None else sae.hash,
         norms=None if sae is None else sae.decoder_norms.numpy(),
-        provenance=provenance_of(target, tokenizer, sae),
     )
+    return prepared, partial(provenance_of, target, tokenizer, sae)
 
 
 def model_alone(target: Target) -> str:
