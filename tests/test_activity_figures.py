@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -50,14 +51,33 @@ def test_random_ablation_says_the_smallest_p_its_sets_can_reach(sets: int, least
     assert "1 / (k + 1)" in style.caption_of(fig)
 
 
-def test_colours_of_the_detectors_legend_are_those_of_the_bars() -> None:
+def a_set(label: str | None = None) -> DetectorSet:
     null = NullCount(draws=9, observed=3, expected=1.0, high=2.0, p=0.1)
     half = SearchHalf(n_prompts=4, n_texts=8, perfect=null, high_auc=null, max_auc_null=0.8)
     search = Search(latents=[1], rule="r", n_passed=1, search=half, held_out=half)
-    found = DetectorSet(
-        source="search", detectors=[Detector(latent=1, auc=1.0, held_out_auc=0.9, level=1.0)], search=search
+    detector = Detector(latent=1, auc=1.0, held_out_auc=0.9, level=1.0, label=label)
+    return DetectorSet(source="search", detectors=[detector], search=search)
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_a_long_label_in_wide_letters_is_cut_and_leaves_room_for_the_plot() -> None:
+    fig = detectors.draw(
+        {"organism": a_set("自由意志在疼痛中的作用, 耐力是一项重要的心理能力, 都能在春天的花叶中绽放")}
     )
-    fig = detectors.draw({"organism-control": found})
+    fig.canvas.draw()
+    points, counts = axes_of(fig)
+    assert points.get_position().width > 0.3
+    names = [label.get_window_extent() for label in counts.get_xticklabels()]
+    assert all(a.x1 <= b.x0 for a, b in pairwise(names)), "names of the bars overlap"
+    drawn = fig.get_tightbbox(fig.canvas.get_renderer())
+    assert drawn.x0 >= -0.01
+    assert drawn.x1 <= fig.get_size_inches()[0] + 0.01
+    assert style.shortened("简单机器", 5) == "简单"
+    assert style.shortened("simple", 6) == "simple"
+
+
+def test_colours_of_the_detectors_legend_are_those_of_the_bars() -> None:
+    fig = detectors.draw({"organism-control": a_set()})
     points, counts = axes_of(fig)
     legend = {t.get_text(): h for t, h in zip(fig.legends[0].get_texts(), fig.legends[0].legend_handles, strict=True)}
     bars = {to_hex(bar.get_facecolor()) for bar in counts.patches}

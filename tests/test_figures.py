@@ -132,6 +132,16 @@ def test_saved_files_are_whole_and_the_same_every_time(tmp_path: Path) -> None:
     assert b"CreationDate" not in first[1].read_bytes()
 
 
+@pytest.mark.rendered("png")
+def test_a_label_in_a_script_that_the_font_lacks_prints_no_warning(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    fig = style.new_figure(1.0, "Caption.")
+    fig.text(0.1, 0.5, "简单机器")  # a label that `sae train` made for Qwen2.5
+    style.save(fig, tmp_path, "figure")
+    assert not [str(w.message) for w in recwarn if "Glyph" in str(w.message)]
+
+
 def test_the_caption_is_a_text_file_and_a_page_whatever_it_holds(tmp_path: Path) -> None:
     fig = style.new_figure(1, "A <b>name</b> & $x$\nsecond line")
     *_, text, page = style.save(fig, tmp_path, "a figure")

@@ -1,9 +1,10 @@
 """Collect the results of finished runs: tables, manifests, and all trials in one parquet file.
 
-    python collect.py OUT RESULTS [--without-calibration-texts]
+    python collect.py OUT RESULTS [--without-calibration-texts] [--keep RUN ...]
 
-OUT is the folder of run.sh. RESULTS gets a folder with tables and manifest for each run, in which paths in OUT are
-shortened, and trials.parquet. Texts of calibration take more than half of its size; they can be left out.
+OUT is the folder of run.sh. RESULTS gets a folder with tables, figures and manifest for each run, in which paths in OUT
+are shortened, and trials.parquet. Texts of calibration take more than half of its size; they can be left out. --keep names
+runs of an earlier OUT whose trials are already in trials.parquet and stay there.
 """
 
 from __future__ import annotations
@@ -27,24 +28,36 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("results", type=Path)
     parser.add_argument("--without-calibration-texts", action="store_true")
+    parser.add_argument("--keep", nargs="*", default=[])
     options = parser.parse_args()
+    to = options.results / "trials.parquet"
     runs = [path.parent for path in sorted(options.out.glob("runs/*/summary.json")) if "warm" not in path.parent.name]
-    tables = []
+    tables: list[pa.Table] = []
     for run in runs:
         own = options.results / run.name
         own.mkdir(parents=True, exist_ok=True)
-        for file in run.glob("*.csv"):
-            shutil.copy(file, own)
+        for file in (*run.glob("*.csv"), *run.glob("*.png")):
+            if not file.name.startswith(("calibration", "time_course")) or file.suffix == ".csv":  # large, or in docs
+                shutil.copy(file, own)
         manifest = (run / "manifest.json").read_text("utf-8")
         (own / "manifest.json").write_text(manifest.replace(str(options.out.resolve()), "OUT"), "utf-8")
         tables += [*trials(run, options.without_calibration_texts)]
+    if options.keep:
+        tables.append(kept(to, options.keep).cast(tables[0].schema))
     # one row group and one page per column: equal texts are then stored once
     table = pa.concat_tables(tables).combine_chunks()
-    to = options.results / "trials.parquet"
     parquet.write_table(
         table, to, compression="zstd", compression_level=19, row_group_size=1 << 20, data_page_size=1 << 28
     )
     print(f"{len(runs)} runs, {len(table):,} trials, {to.stat().st_size / 1e6:.1f} MB")
+
+
+def kept(file: Path, runs: list[str]) -> pa.Table:
+    """Return the trials of the named runs in an earlier file of this program."""
+    table = parquet.read_table(file)
+    if missing := {*runs} - {*table["run"].unique().to_pylist()}:
+        raise SystemExit(f"{file} has no trials of {', '.join(sorted(missing))}")
+    return table.filter(compute.is_in(table["run"], pa.array(runs)))
 
 
 def trials(run: Path, without_texts: bool) -> Iterator[pa.Table]:

@@ -4,11 +4,13 @@
 #   bash studies/qwen2.5-coder-1.5b/run.sh MODEL.gguf OUT [STAGE ...]
 #
 # MODEL.gguf: qwen2.5-coder-1.5b-instruct-q4_k_m.gguf of Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF, one GPU with 40 GB or
-# more, and an environment with: pip install 'steerback[gguf,finetune,parquet]' vllm. The stages sae, second
-# and directions took 5 minutes each on one H200. A stage that is repeated continues where it stopped. OUT keeps everything.
+# more, and an environment with: pip install 'steerback[gguf,finetune,parquet]' vllm. A stage that is repeated continues
+# where it stopped. OUT keeps everything; collect.py and figures.py read it.
 #
-# The stage `two_gpus` does everything on two GPUs, side by side, and writes what happened into OUT/log. SMALL=FILE.gguf adds a
-# second, smaller model (the stage `small`). `two_gpus` was tried on a CPU only, `small` not yet.
+# The stage `two_gpus` does everything on two GPUs, side by side, and writes what happened into OUT/log; with SHARE and TUNED below
+# it took 27 minutes on two H200s, without the directions. SMALL=FILE.gguf adds a second, smaller model (the stage `small`).
+#   SHARE="--set engine_options.options.gpu_memory_utilization=0.2 --set engine_options.options.kv_cache_memory_bytes=12000000000"
+#   TUNED="--set n_latents=30 --set calibration.max_iterations=8 --set calibration.trials_per_iteration=10"
 set -euo pipefail
 usage="usage: run.sh MODEL.gguf OUT [STAGE ...]"
 model=${1:?$usage} out=$(realpath -m "${2:?$usage}"); shift 2

@@ -78,7 +78,7 @@ def draw_doses(measured: Measured, doses: Mapping[str, Sequence[Dose]], note: st
         numbers = {t: {100 * x: s["msi"].n for x, s in _along(measured.of(t), p, kind)} for t, p in doses.items()}
         several = len(numbers) > 1
         panels.counts_below(ax, [(style.plain(t) if several else "n", colours[t], n) for t, n in numbers.items()])
-        level = "all clamped to (% of activation)" if scaled else "all clamped to (% of level)"
+        level = f"all clamped to\n(% of {'activation' if scaled else 'level'})"
         ax.set_xlabel({"share": "detectors clamped (%)", "level": level}[kind])
     panels.legend(fig, colours, [(panels.dashed(), f"{BASELINE}: none clamped")], columns=3)
     return fig

@@ -69,7 +69,8 @@ def draw(results: Mapping[str, DetectorSet], note: str = "") -> Figure:
     rows = [max(min(len(d.latents), MOST), 4) for d in results.values()] or [4]
     heights = [h for n in rows for h in (0.13 * n + 0.5, 1.3)]
     fig = style.new_figure(sum(heights) + 0.6, _caption(results, note))
-    axes = fig.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    parts = fig.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    axes = [part.subplots() for part in parts]  # long names above leave the width of the counts below as it is
     for above, below, (target, detectors) in zip(axes[::2], axes[1::2], results.items(), strict=False):
         _separation(above, detectors)
         _counts(below, detectors.search)
@@ -94,7 +95,7 @@ def _separation(ax: Axes, detectors: DetectorSet) -> None:
     if held_out and half is not None:
         ax.axvline(half.max_auc_null, color=style.GREY, linewidth=0.8, linestyle=style.DASHED)
     ax.plot(searched, range(len(entries)), "o", color=OBSERVED, mfc="none", markersize=6, clip_on=False, zorder=3)
-    names = [f"{d.latent} {(d.label or '')[:34]}".strip() for d in entries]
+    names = [f"{d.latent} {style.shortened(d.label or '', 20)}".strip() for d in entries]
     halves = [] if detectors.search is None else [detectors.search.search, detectors.search.held_out]
     sizes = " / ".join(f"{half.n_texts:,}" for half in halves if half is not None)
     panels.named_rows(ax, [style.plain(n) for n in names], [sizes] * len(entries) if sizes else (), 0.4)
@@ -264,7 +265,9 @@ def _boxes(ax: Axes, s: PairStatistics, colour: str) -> None:
                 capprops={"linewidth": 0.6},
             )
             boxes["boxes"][0].set(facecolor=face, linewidth=0.5)
-    names = [f"{k} {(label or '')[:18]}".strip() for k, label in zip(s.latents[:MOST], s.labels, strict=False)]
+    names = [
+        f"{k} {style.shortened(label or '', 18)}".strip() for k, label in zip(s.latents[:MOST], s.labels, strict=False)
+    ]
     panels.named_rows(ax, [style.plain(n) for n in names], margin=0.45)
     ax.set_xlabel("activation / largest")
 

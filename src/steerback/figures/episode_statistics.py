@@ -199,7 +199,7 @@ def draw_regions(activity: Mapping[str, RegionActivity], judge: str, note: str =
     for ax, (target, group) in zip(axes, cells, strict=False):
         _regions(ax, activity[target], group, colours[target])
         title = style.plain(f"{target}: {group}")
-        ax.set_title(title, loc="left", x=-0.42, color=colours[target], fontweight="bold", pad=2)
+        ax.set_title(title, loc="left", color=colours[target], fontweight="bold", pad=2)
     if not cells:
         style.message(axes[0], "nothing was recorded")
     return fig

@@ -9,6 +9,8 @@ import hashlib
 import html
 import io
 import textwrap
+import unicodedata
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
@@ -19,7 +21,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
+from matplotlib.font_manager import FontProperties, fontManager
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from steerback.errors import visible
@@ -45,8 +47,14 @@ _FIXED = {
     "gemma-2-9b": PALETTE[2],
     "gemma-2-27b": PALETTE[6],
 }
+FONT = "DejaVu Sans"
+# Labels of latents may be Chinese, Japanese or Korean, which FONT lacks.
+_ALSO = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei", "PingFang SC"),
+    *("Hiragino Sans GB", "Microsoft YaHei", "Malgun Gothic", "Arial Unicode MS"),
+)
 _RC = {
-    "font.family": "DejaVu Sans",
+    "font.family": [FONT, *(name for name in _ALSO if name in fontManager.get_font_names())],
     "font.size": 7.5,
     "axes.titlesize": 8,
     "axes.labelsize": 7.5,
@@ -99,7 +107,8 @@ def new_figure(height: float, caption: str) -> Figure:
 def _rendered(fig: Figure, kind: str, metadata: dict[str, Any], dpi: float | Literal["figure"] = "figure") -> bytes:
     """Return the content of an image file."""
     out = io.BytesIO()
-    with rc_context(_RC):
+    with rc_context(_RC), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # it becomes an empty box
         fig.savefig(out, format=kind, metadata=metadata, dpi=dpi)
     return out.getvalue()
 
@@ -124,7 +133,7 @@ def burn_in(fig: Figure) -> None:
 
 def _wrap(text: str, points: float) -> list[str]:
     """Return lines no wider than `points` at the caption's font size, measured with the font."""
-    font = FontProperties(family=[str(_RC["font.family"])], size=CAPTION_SIZE)
+    font = FontProperties(family=[FONT], size=CAPTION_SIZE)
     ruler = RendererAgg(1, 1, 720)  # ten dots per point
 
     def wide(word: str) -> float:
@@ -163,6 +172,15 @@ def colours(targets: Iterable[str]) -> dict[str, str]:
 def plain(text: str) -> str:
     """Return text that is safe to draw: control characters are visible, and dollar signs start no formula."""
     return visible(text).replace("$", r"\$")
+
+
+def shortened(text: str, places: int) -> str:
+    """Return the beginning of a text that fills at most `places` Latin letters; a Chinese one is as wide as two."""
+    for at, letter in enumerate(text):
+        places -= 2 if unicodedata.east_asian_width(letter) in "WF" else 1
+        if places < 0:
+            return text[:at]
+    return text
 
 
 def message(ax: Axes, text: str) -> None:
