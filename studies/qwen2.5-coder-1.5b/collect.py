@@ -3,8 +3,8 @@
     python collect.py OUT RESULTS [--without-calibration-texts] [--keep RUN ...]
 
 OUT is the folder of run.sh. RESULTS gets a folder with tables, figures and manifest for each run, in which paths in OUT
-are shortened, and trials.parquet. Texts of calibration take more than half of its size; they can be left out. --keep names
-runs of an earlier OUT whose trials are already in trials.parquet and stay there.
+are shortened, and trials.parquet. Texts of calibration take more than half of its size; they can be left out. --keep
+names runs of an earlier OUT whose trials are already in trials.parquet and stay there.
 """
 
 from __future__ import annotations
