@@ -193,7 +193,7 @@ def test_steps_overlap_only_on_one_engine_of_vllm(runs: Runs, tmp_path: Path) ->
 
 
 def test_steps_that_overlap_give_the_results_of_steps_in_order(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on vLLM: two steps use the engine at the same time, and another process analyses them."""
+    """As on vLLM: three steps work at the same time, also one that only judges, and another process analyses them."""
     together = most = 0
     measure = campaign.execute.measure
 
@@ -212,13 +212,13 @@ def test_steps_that_overlap_give_the_results_of_steps_in_order(runs: Runs, monke
             campaign.resolved(first_of("planted"), runs.makers),
             runs.root / place,
             "p",
-            ["no-steering", "prefill-control"],
+            ["no-steering", "prefill-control", "cross-judge"],
         )
         said: list[str] = []
         most = 0
         assert campaign.run(steps, cached=False, say=said.append, makers=runs.makers) == {}
-        assert most == (2 if overlap else 1)
-        heads = [f"[{n}/3] {s.folder.name}" for n, s in enumerate(steps, 1)]
+        assert most == (3 if overlap else 1)
+        heads = [f"[{n}/4] {s.folder.name}" for n, s in enumerate(steps, 1)]
         assert sorted(line for line in said if line.startswith("[")) == heads
         summaries.append([json.loads((s.folder / "summary.json").read_text()) for s in steps])
         for step in steps:
@@ -227,7 +227,7 @@ def test_steps_that_overlap_give_the_results_of_steps_in_order(runs: Runs, monke
                     sorted((r.trial.key, str(r.completion), str(r.attempts)) for r in run.ledger.rows(judge="scripted"))
                 )
     assert summaries[0] == summaries[1]
-    assert trials[:3] == trials[3:]
+    assert trials[:4] == trials[4:]
 
 
 def test_built_in_models_are_measured_side_by_side() -> None:

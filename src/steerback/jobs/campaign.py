@@ -154,8 +154,8 @@ def _valid(step: Step, makers: Makers | None) -> PreparedRun | None:
         return None
 
 
-TOGETHER = 2
-"""Steps that share an engine at the same time: while one ends or is judged, the other keeps the GPU busy."""
+TOGETHER = 3
+"""Steps that share an engine at the same time: while some begin, end or are judged, the others keep the GPU busy."""
 
 
 def can_overlap(jobs: Sequence[PreparedRun | None]) -> bool:
@@ -170,9 +170,9 @@ def can_overlap(jobs: Sequence[PreparedRun | None]) -> bool:
 
 @dataclass
 class _Kept:
-    """Steps that share a kept engine: one by one, or with an `overlap` `TOGETHER` at a time.
+    """Steps that share a kept engine: one by one in their order, or with an `overlap` `TOGETHER` at a time.
 
-    Another process then analyses them, which ends with `overlap`.
+    With an `overlap` the longest chains start first, and another process analyses the steps, which ends with it.
     """
 
     engines: KeptEngine
@@ -191,6 +191,7 @@ class _Kept:
     async def measure(self, steps: Sequence[Step], target: str, heads: Mapping[Path, str]) -> None:
         """Measure a target in all steps, in order; each begins when the step that it needs has been measured."""
         places = asyncio.Semaphore(TOGETHER if self.overlap else 1)
+        steps = longest_first(steps, self.makers) if self.overlap else steps
         measured = {step.folder: asyncio.Event() for step in steps}
         await all_or_none([self._step(step, target, heads[step.folder], places, measured) for step in steps])
 
@@ -236,13 +237,7 @@ def _side_by_side(
 ) -> dict[Path, str]:
     """Run unfinished steps in several processes, each after the step that it needs. The longest chains start first."""
     engines, known = KeptEngine(), {step.folder: step for step in steps}
-    left = Counter[Path]()  # responses of a step and of the longest chain of steps after it
-    for step in reversed(steps):
-        if (job := _valid(step, makers)) is not None:
-            left[step.folder] += _cost(job, set())["responses"]
-        if step.after is not None:
-            left[step.after] = max(left[step.after], left[step.folder])
-    steps = sorted(steps, key=lambda step: -left[step.folder])
+    steps = longest_first(steps, makers)
     failed: dict[Path, str] = {}
     pending = set(known)
 
@@ -277,6 +272,17 @@ def refuse(failed: Mapping[Path, str], of: int) -> None:
     if failed:
         reasons = "; ".join(f"{folder.name}: {why}" for folder, why in failed.items())
         raise SteerbackError(f"{len(failed)} of {of} experiments could not be done: {reasons}")
+
+
+def longest_first(steps: Sequence[Step], makers: Makers | None) -> list[Step]:
+    """Return the steps by the responses of the longest chain of steps that begins with each, most first."""
+    left = Counter[Path]()
+    for step in reversed(steps):
+        if (job := _valid(step, makers)) is not None:
+            left[step.folder] += _cost(job, set())["responses"]
+        if step.after is not None:
+            left[step.after] = max(left[step.after], left[step.folder])
+    return sorted(steps, key=lambda step: -left[step.folder])
 
 
 async def _one(
@@ -337,11 +343,8 @@ def reanalyse(
 def report(analysis: Analysis) -> list[str]:
     """Return the lines to print about an analysis: its tables, its messages and the files in its folder."""
     tables = [line for table in analysis.shown.tables.values() for line in ("", table.text(terminal_width()))]
-    files = [
-        p
-        for p in sorted(analysis.folder.iterdir())
-        if p.is_file() and not p.name.startswith(".") and not p.name.endswith(("-wal", "-shm"))
-    ]
+    shown = sorted(p for p in analysis.folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    files = [p for p in shown if not p.name.endswith(("-wal", "-shm"))]
     return [*analysis.shown.warnings, *tables, *analysis.shown.lines, "", *(f"  {path}" for path in files)]
 
 

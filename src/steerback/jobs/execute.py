@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
@@ -161,7 +162,7 @@ async def measure(
     if job.experiment.generates:
         await _targets(job, opened, targets, engines, progress, cache)
     else:
-        _collected(job, opened, progress, cache)
+        await asyncio.to_thread(_collected, job, opened, progress, cache)  # other steps of a campaign go on
 
 
 async def _targets(

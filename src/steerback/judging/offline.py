@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import re
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass, replace
@@ -68,6 +69,7 @@ _models: dict[str, Model] = {}
 """By judge, for the last two: relevance model and responses read with it. The runs of a campaign share references."""
 _processes: dict[str, Processes[OfflineJudge]] = {}
 """By judge, for the last two: the processes that judge beside this one."""
+_lock = threading.Lock()
 
 
 class OfflineJudge:
@@ -76,6 +78,7 @@ class OfflineJudge:
     def __init__(self, name: str = "offline") -> None:
         self.name, self.rubric = name, f"{name}-2"
         self._references = References()
+        self._own: Model | None = None
         self._fingerprint: str | None = None
         self._processes: Processes[OfflineJudge] | None = None
         self._count = 0
@@ -106,7 +109,7 @@ class OfflineJudge:
 
     def prepare(self, references: References) -> None:
         """Build the relevance model from the references: now, or if other processes have begun to, when needed here."""
-        self._references, self._fingerprint = references, None
+        self._references, self._fingerprint, self._own = references, None, None
         self._processes = _processes.get(self.fingerprint)
         if self._processes is None and references.expected > MANY:
             self._start_processes()
@@ -115,22 +118,20 @@ class OfflineJudge:
 
     def _model(self) -> Model:
         """Return the relevance model, None without references, and the parts that were read with it."""
-        if self.fingerprint not in _models:
+        self._own = self._own or _models.get(self.fingerprint)
+        if self._own is None:
             from steerback.judging.relevance import Relevance, WordLikelihood  # scikit-learn takes a second to import
 
             responses = self._references.responses
             has_words = any(words(r) for texts in responses.values() for r in texts)
             relevance = Relevance if self.name == "offline" else WordLikelihood
-            while len(_models) > 1:
-                del _models[next(iter(_models))]
-            _models[self.fingerprint] = relevance(self._references) if has_words else None, {}
-        return _models[self.fingerprint]
+            self._own = relevance(self._references) if has_words else None, {}
+            _keep(_models, self.fingerprint, self._own)
+        return self._own
 
     def _start_processes(self) -> None:
-        while len(_processes) > 1:
-            del _processes[next(iter(_processes))]
         self._processes = Processes(partial(_prepared, self.name, replace(self._references, expected=0)))
-        _processes[self.fingerprint] = self._processes
+        _keep(_processes, self.fingerprint, self._processes)
 
     async def judge(self, items: Sequence[JudgeItem]) -> AsyncIterator[tuple[str, Judgement]]:
         """Yield (item key, judgement) in order; other tasks can run between batches."""
@@ -154,7 +155,7 @@ class OfflineJudge:
             if self._processes is None and self._count > MANY:
                 self._start_processes()
             if self._processes is not None:
-                if self.fingerprint not in _models and (starting := self._processes.starting()) is not None:
+                if self._own is None and (starting := self._processes.starting()) is not None:
                     await asyncio.shield(asyncio.wrap_future(starting))
                 if (judging := self._processes.start(work, batch)) is not None:
                     return await asyncio.wrap_future(judging)
@@ -251,6 +252,14 @@ class OfflineJudge:
     @property
     def _stay(self) -> float:
         return STAY if self.name == "offline" else 0.5
+
+
+def _keep(kept: dict[str, T], judge: str, new: T) -> None:
+    """Keep something for the last two judges; the steps of a campaign may judge in several threads."""
+    with _lock:
+        while len(kept) > 1:
+            del kept[next(iter(kept))]
+        kept[judge] = new
 
 
 def _prepared(name: str, references: References) -> OfflineJudge:
