@@ -321,7 +321,7 @@ def test_loops_of_a_few_words_are_no_restarts(loop: str) -> None:
 
 def test_other_processes_give_the_same_verdicts_and_their_end_loses_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "CORES", 1)
-    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "2")
     known = references(load("dev"))
     items = [c.item for c in compose(load("dev"))][:100]
     judge, judge_batch = offline.OfflineJudge(), offline.OfflineJudge.judge_batch

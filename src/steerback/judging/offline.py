@@ -8,6 +8,7 @@ is correct. This module knows nothing about models, engines or ledgers.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import re
 import threading
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     from steerback.judging.relevance import Relevance, WordLikelihood
 
 NOTICE = "the offline judge compares words; its scores are not comparable with the paper's"
-BATCH = 64
+BATCH, PART = 64, 16
+"""Number of responses that are judged together, in this process and in another one. Often many end at the same time."""
 MANY = 256
 """Number of judged responses after which more processes judge; at once if more are expected."""
 KEPT, SHORT = 8192, 4000
@@ -139,9 +141,13 @@ class OfflineJudge:
             yield key, judgement
 
     async def _in_batches(self, items: Sequence[JudgeItem], work: Verdicts[T]) -> AsyncIterator[tuple[str, T]]:
+        elsewhere = self._processes is not None and self._processes.starting() is not None
+        size = PART if elsewhere else BATCH
         for at in range(0, len(items), BATCH):
             batch = items[at : at + BATCH]
-            for item, verdict in zip(batch, await self._worked(work, batch), strict=True):
+            parts = [batch[i : i + size] for i in range(0, len(batch), size)]
+            verdicts = await asyncio.gather(*(self._worked(work, part) for part in parts))
+            for item, verdict in zip(batch, itertools.chain(*verdicts), strict=True):
                 yield item.key, verdict
             await asyncio.sleep(0)
 

@@ -13,15 +13,15 @@ from steerback.store.processes import helpers
 if TYPE_CHECKING:
     from concurrent.futures import Executor, Future
 
-CORES, MOST = 4, 8
-"""The machine's cores for each process, and the largest number of processes."""
+CORES, MOST = 2, 8
+"""The machine's cores for each process, less one for the engine's, and the largest number of processes."""
 
 J = TypeVar("J")
 T = TypeVar("T")
 
 
 class Processes(Generic[J]):
-    """Processes with a judge each, one for every CORES cores that this process may use.
+    """Processes with a judge each, one for every CORES cores that this process may use, less one.
 
     They start in the background and end with this process.
     """
@@ -33,7 +33,7 @@ class Processes(Generic[J]):
         self._parent = os.getpid()
         self._pool: Executor | None = None
         self._started: Future[int] | None = None
-        if (begun := helpers(min(loky.cpu_count() // CORES, MOST), partial(_begin, make))) is not None:
+        if (begun := helpers(min(loky.cpu_count() // CORES - 1, MOST), partial(_begin, make))) is not None:
             self._pool, self._started = begun
 
     def starting(self) -> Future[int] | None:
