@@ -69,6 +69,16 @@ def test_trials_can_be_filtered_sorted_and_searched(browser: Browser, file: Path
     assert not opened.errors
 
 
+@pytest.mark.parametrize("view", ["#trials", "#overview"])
+def test_letters_right_after_the_key_for_the_search_are_not_lost(browser: Browser, file: Path, view: str) -> None:
+    opened = Opened(browser, file, view)
+    press = "document.body.dispatchEvent(new KeyboardEvent('keydown', { key: '/', bubbles: true }))"
+    assert opened.page.evaluate(f"() => {{ {press}; return document.activeElement.id; }}") == "search"
+    opened.page.keyboard.type("TUCK one corner")
+    opened.until("document.getElementById('shown').textContent.startsWith('2 of')")
+    assert not opened.errors
+
+
 def test_keys_open_trials_and_go_to_the_next_and_back(browser: Browser, file: Path) -> None:
     opened = Opened(browser, file, "#trials&condition=plain")
     page = opened.page

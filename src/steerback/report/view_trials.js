@@ -212,8 +212,11 @@ function openCurrent() {
 }
 
 function searchTrials() {
-  if (address().view !== "trials") goTo("#trials");
-  setTimeout(() => element("search").focus(), 0);
+  if (address().view !== "trials") {
+    location.hash = "#trials";
+    route(); // now, and not only at the event that follows: the next letters belong to the search
+  }
+  element("search").focus();
 }
 
 let searches = 0;
