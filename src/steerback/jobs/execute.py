@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
@@ -162,7 +161,7 @@ async def measure(
     if job.experiment.generates:
         await _targets(job, opened, targets, engines, progress, cache)
     else:
-        await asyncio.to_thread(_collected, job, opened, progress, cache)  # other steps of a campaign go on
+        await _collected(job, opened, progress, cache)
 
 
 async def _targets(
@@ -233,12 +232,12 @@ def _targets_used(job: PreparedRun, opened: Run) -> dict[str, TargetUsed]:
     }
 
 
-def _collected(job: PreparedRun, opened: Run, progress: Progress, cache: Cache | None) -> None:
+async def _collected(job: PreparedRun, opened: Run, progress: Progress, cache: Cache | None) -> None:
     """Copy the rows of finished runs into the ledger and judge them with every judge of the experiment."""
     job.experiment.collect(opened)
     opened.write_manifest({"options": dict(job.config.options)})
     for name in job.experiment.judges(job.config):
-        judge_all(opened, job.makers.judge(name), progress, cache, job.makers)
+        await judge_all(opened, job.makers.judge(name), progress, cache, job.makers)
 
 
 def _same_engine(opened: Run, target: Target, engine: Engine) -> None:

@@ -109,10 +109,10 @@ def judge_run(
     """Judge a finished run with another judge and return the number of judged responses. Nothing is judged twice."""
     chosen = makers or Makers()
     with Run.reopen(folder) as opened:
-        return judge_all(opened, chosen.judge(name), progress or Silent(), cache, chosen, scope)
+        return finish(judge_all(opened, chosen.judge(name), progress or Silent(), cache, chosen, scope))
 
 
-def judge_all(
+async def judge_all(
     opened: Run, judge: Judge, progress: Progress, cache: Cache | None, makers: Makers, scope: Scope | None = None
 ) -> int:
     """Judge the responses in `scope` that have no verdict, then their windows, and return the number of responses."""
@@ -122,9 +122,10 @@ def judge_all(
         for target, keys in work.keys:
             make_ready(opened, judge, target, makers)
             bench = Workbench(opened.ledger, None, judge, Sampling(), progress, cache, opened.config.drop_unscored)
-            finish(judge_rows(bench, keys, f"{target}: judging with {judge.name}"))
+            await judge_rows(bench, keys, f"{target}: judging with {judge.name}")
         if scope is None or (scope.stage is None and scope.limit is None):
-            _score_windows(opened, judge, progress, opened.config.recovery, makers, scope is not None and scope.retry)
+            retry = scope is not None and scope.retry
+            await _score_windows(opened, judge, progress, opened.config.recovery, makers, retry)
     finally:
         note_judge(opened, judge)
     return work.count
@@ -138,19 +139,19 @@ def score_run_windows(
     judge = chosen.judge(name)
     with Run.reopen(folder) as opened:
         try:
-            _score_windows(opened, judge, progress or Silent(), RecoveryConfig(judge=True), chosen, retry)
+            finish(_score_windows(opened, judge, progress or Silent(), RecoveryConfig(judge=True), chosen, retry))
         finally:
             note_judge(opened, judge)
 
 
-def _score_windows(
+async def _score_windows(
     opened: Run, judge: Judge, progress: Progress, settings: RecoveryConfig, makers: Makers, retry: bool
 ) -> None:
     if window_scorer(judge, settings) is None:
         return
     for target in dict.fromkeys(target for target, _ in without_windows(opened.ledger, judge.name, retry=retry)):
         make_ready(opened, judge, target, makers)
-        finish(score_windows(Workbench(opened.ledger, None, judge, Sampling(), progress), settings, target, retry))
+        await score_windows(Workbench(opened.ledger, None, judge, Sampling(), progress), settings, target, retry)
 
 
 def make_ready(opened: Run, judge: Judge, target: str, makers: Makers) -> None:

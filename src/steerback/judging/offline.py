@@ -11,7 +11,6 @@ import asyncio
 import itertools
 import math
 import re
-import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass, replace
@@ -71,7 +70,6 @@ _models: dict[str, Model] = {}
 """By judge, for the last two: relevance model and responses read with it. The runs of a campaign share references."""
 _processes: dict[str, Processes[OfflineJudge]] = {}
 """By judge, for the last two: the processes that judge beside this one."""
-_lock = threading.Lock()
 
 
 class OfflineJudge:
@@ -261,11 +259,10 @@ class OfflineJudge:
 
 
 def _keep(kept: dict[str, T], judge: str, new: T) -> None:
-    """Keep something for the last two judges; the steps of a campaign may judge in several threads."""
-    with _lock:
-        while len(kept) > 1:
-            del kept[next(iter(kept))]
-        kept[judge] = new
+    """Keep something for the last two judges."""
+    while len(kept) > 1:
+        del kept[next(iter(kept))]
+    kept[judge] = new
 
 
 def _prepared(name: str, references: References) -> OfflineJudge:
