@@ -78,8 +78,7 @@ def _panel(ax: Axes, x: CalibratedLatent) -> None:
         error = [[check.score - check.low], [check.high - check.score]]
         ax.errorbar(t.boost, check.score, error, fmt="x", color=style.PALETTE[1], elinewidth=0.8, markersize=4)
     ax.set_ylim(-3, 103)
-    ax.set_title(
-        style.plain(style.shortened(f"{x.latent} {x.label}", 17)), fontsize=6, loc="left", pad=2
-    )  # as wide as the panel
+    name = style.shortened(f"{x.latent} {x.label}", 17)  # as wide as the panel
+    ax.set_title(style.plain(name), fontsize=6, loc="left", pad=2)
     if not t.usable:
         ax.text(0.03, 0.04, t.status, transform=ax.transAxes, fontsize=5.5, color=style.GREY)

@@ -265,9 +265,8 @@ def _boxes(ax: Axes, s: PairStatistics, colour: str) -> None:
                 capprops={"linewidth": 0.6},
             )
             boxes["boxes"][0].set(facecolor=face, linewidth=0.5)
-    names = [
-        f"{k} {style.shortened(label or '', 18)}".strip() for k, label in zip(s.latents[:MOST], s.labels, strict=False)
-    ]
+    shown = zip(s.latents[:MOST], s.labels, strict=False)
+    names = [f"{latent} {style.shortened(label or '', 18)}".strip() for latent, label in shown]
     panels.named_rows(ax, [style.plain(n) for n in names], margin=0.45)
     ax.set_xlabel("activation / largest")
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from steerback.judging.relevance import Relevance, WordLikelihood
 
 NOTICE = "the offline judge compares words; its scores are not comparable with the paper's"
-BATCH, PART = 64, 16
+BATCH, SHARE = 64, 16
 """Number of responses that are judged together, in this process and in another one. Often many end at the same time."""
 MANY = 256
 """Number of judged responses after which more processes judge; at once if more are expected."""
@@ -108,7 +108,7 @@ class OfflineJudge:
         }
 
     def prepare(self, references: References) -> None:
-        """Build the relevance model from the references: now, or if other processes have begun to, when needed here."""
+        """Build the relevance model from the references; if other processes do, only when it is needed here."""
         self._references, self._fingerprint, self._own = references, None, None
         self._processes = _processes.get(self.fingerprint)
         if self._processes is None and references.expected > MANY:
@@ -140,7 +140,7 @@ class OfflineJudge:
 
     async def _in_batches(self, items: Sequence[JudgeItem], work: Verdicts[T]) -> AsyncIterator[tuple[str, T]]:
         elsewhere = self._processes is not None and self._processes.starting() is not None
-        size = PART if elsewhere else BATCH
+        size = SHARE if elsewhere else BATCH
         for at in range(0, len(items), BATCH):
             batch = items[at : at + BATCH]
             parts = [batch[i : i + size] for i in range(0, len(batch), size)]
@@ -152,7 +152,7 @@ class OfflineJudge:
     async def _worked(self, work: Verdicts[T], batch: Sequence[JudgeItem]) -> Sequence[T]:
         """Return the verdicts of a batch: of another process if many are judged, so that an engine's driver can work.
 
-        Until the processes have started, this process judges if it has a model; so it does if one of them ends.
+        Until the processes have started, this process judges if it has a model. It also judges if one of them ends.
         """
         self._count += len(batch)
         try:
