@@ -10,9 +10,10 @@ import shutil
 import signal
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -67,7 +68,15 @@ def helpers(number: int, begin: Callable[[], object] | None = None) -> tuple[Exe
     warned = os.environ.get("PYTHONWARNINGS")
     os.environ["PYTHONWARNINGS"] = QUIET  # a killed run would end with loky's report of its semaphores
     try:
-        executor = loky.ProcessPoolExecutor(number, timeout=IDLE, initializer=_begin, initargs=(os.getpid(), begin))
+        # through the pipe of its start, each process would get it only when it runs, one after the other
+        shared = os.memfd_create("steerback")
+        with ExitStack() as open_file:
+            open_file.callback(os.close, shared)
+            with open(shared, "wb", closefd=False) as file:
+                pickle.dump(begin, file, pickle.HIGHEST_PROTOCOL)
+            known = os.getpid(), shared
+            executor = loky.ProcessPoolExecutor(number, timeout=IDLE, initializer=_begin, initargs=known)
+            weakref.finalize(executor, open_file.pop_all().close)
         return executor, executor.submit(os.getpid)  # they start now, in this environment
     except OSError:  # no semaphores or no more processes here
         return None
@@ -77,9 +86,11 @@ def helpers(number: int, begin: Callable[[], object] | None = None) -> tuple[Exe
             os.environ["PYTHONWARNINGS"] = warned
 
 
-def _begin(parent: int, begin: Callable[[], object] | None) -> None:
+def _begin(parent: int, shared: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt ends
     end_with(parent)
+    with open(f"/proc/{parent}/fd/{shared}", "rb") as file:
+        begin: Callable[[], object] | None = pickle.load(file)  # written by the parent
     if begin is not None:
         begin()
 
