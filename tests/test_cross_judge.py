@@ -19,6 +19,7 @@ from steerback.errors import SteerbackError
 from steerback.experiments.cross_judge import gather
 from steerback.figures.cross_judge import agreement_table
 from steerback.jobs import execute, judging
+from steerback.jobs.check import Makers
 from steerback.judging import Limits, References, make_judge
 from steerback.judging.base import JudgeItem
 from steerback.organism import corpus
@@ -134,6 +135,27 @@ def test_nothing_is_judged_twice(run: Path) -> None:
     assert judging.judge_run(run, "offline-bayes") == 0
     with Run.read(run) as opened:
         assert opened.ledger.judges() == ["offline", "offline-bayes"]
+
+
+def test_other_work_goes_on_while_a_judge_judges(tmp_path: Path) -> None:
+    """In a campaign other experiments wait for the same event loop."""
+    folder, steps = source(tmp_path, "a", "organism", 0.5, 160, seed=3), 0
+
+    async def both() -> int:
+        async def other() -> None:
+            nonlocal steps
+            while True:
+                await asyncio.sleep(0)
+                steps += 1
+
+        task = asyncio.create_task(other())
+        with Run.reopen(folder) as opened:
+            count = await judging.judge_all(opened, make_judge("offline-bayes"), Silent(), None, Makers())
+        task.cancel()
+        return count
+
+    assert asyncio.run(both()) > 64
+    assert steps > 2
 
 
 def test_agreement_and_order_of_models(run: Path) -> None:

@@ -10,11 +10,10 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from steerback.errors import SteerbackError, docs_page
-from steerback.store.files import user_folder, write_json
+from steerback.store.files import until_changed, user_folder, write_json
 
 REPOSITORY = "agencyenterprise/endogenous-steering-resistance"
 COMMIT = "3c29a49f9077fa1df58f5e90b5cca7ae8621311c"
@@ -82,12 +81,11 @@ def path_of(name: str) -> Path:
             f"preset authors needs {FILES[name].what}, which this package does not include: "
             f"run steerback fetch-paper-data, or name another file (see {docs_page('paper-data')})"
         )
-    stat = path.stat()
-    if _sha256(path, stat.st_mtime_ns, stat.st_size) != FILES[name].sha256:
+    if _sha256(path) != FILES[name].sha256:
         raise SteerbackError(f"{path} is not the authors' file: delete it and run steerback fetch-paper-data")
     return path
 
 
-@lru_cache(maxsize=8)
-def _sha256(path: Path, _changed: int, _size: int) -> str:
+@until_changed
+def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -10,7 +10,6 @@ import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +24,7 @@ from steerback.engines.runner import Runner, decoder_layers
 from steerback.errors import SteerbackError, unknown
 from steerback.readers import reason_of
 from steerback.records import digest
+from steerback.store.files import until_changed
 from steerback.targets.download import commit_of, hash_file
 from steerback.targets.fit import available_memory, check_ready, fetch, model_folder
 from steerback.targets.sae import Sae
@@ -232,13 +232,8 @@ def hash_files(target: Target) -> dict[str, str]:
 
 def _sha256(path: Path) -> str:
     path = path.resolve()
-    if re.fullmatch(r"[0-9a-f]{64}", path.name):  # the hub's cache names large files by their SHA-256
-        return path.name
-    stat = path.stat()
-    return _hash(path, stat.st_mtime_ns, stat.st_size)
+    blob = path.name  # the hub's cache names large files by their SHA-256
+    return blob if re.fullmatch(r"[0-9a-f]{64}", blob) else _hash(path)
 
 
-@lru_cache(maxsize=256)
-def _hash(path: Path, _changed: int, _size: int) -> str:
-    """Hash a file. The cache is valid until it changes; it exists because each adapter of a run hashes its base too."""
-    return hash_file(path)
+_hash = until_changed(hash_file)  # each adapter of a run needs the hash of their base

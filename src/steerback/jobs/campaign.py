@@ -172,7 +172,7 @@ def can_overlap(jobs: Sequence[PreparedRun | None]) -> bool:
 class _Kept:
     """Steps that share a kept engine: one by one in their order, or with an `overlap` `TOGETHER` at a time.
 
-    With an `overlap` the longest chains start first, and another process analyses the steps, which ends with it.
+    With an `overlap`, steps that begin long chains come first. Another process analyses all steps and ends with it.
     """
 
     engines: KeptEngine
@@ -275,7 +275,7 @@ def refuse(failed: Mapping[Path, str], of: int) -> None:
 
 
 def longest_first(steps: Sequence[Step], makers: Makers | None) -> list[Step]:
-    """Return the steps by the responses of the longest chain of steps that begins with each, most first."""
+    """Return the steps in the order to start them: first the one that begins the chain with the most responses."""
     left = Counter[Path]()
     for step in reversed(steps):
         if (job := _valid(step, makers)) is not None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 NOTICE = "the offline judge compares words; its scores are not comparable with the paper's"
 BATCH, SHARE = 64, 16
-"""Number of responses that are judged together, in this process and in another one. Often many end at the same time."""
+"""Responses that this process judges together, and that it gives to another one: fewer, so that all get some."""
 MANY = 256
 """Number of judged responses after which more processes judge; at once if more are expected."""
 KEPT, SHORT = 8192, 4000

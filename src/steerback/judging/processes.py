@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor, Future
 
 CORES, MOST = 2, 8
-"""The machine's cores for each process, less one for the engine's, and the largest number of processes."""
+"""Cores for each process, and the largest number of processes. One fewer starts: its cores are for the engine."""
 
 J = TypeVar("J")
 T = TypeVar("T")
 
 
 class Processes(Generic[J]):
-    """Processes with a judge each, one for every CORES cores that this process may use, less one.
+    """Processes with a judge each; their number follows from the cores that this process may use.
 
     They start in the background and end with this process.
     """

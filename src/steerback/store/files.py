@@ -8,12 +8,30 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache, wraps
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from steerback.errors import SteerbackError
+
+T = TypeVar("T")
+
+
+def until_changed(read: Callable[[Path], T]) -> Callable[[Path], T]:
+    """Keep what `read` returns for a file until the file's time or size changes. Callers must not change it."""
+
+    @lru_cache(maxsize=256)
+    def kept(path: Path, _changed: int, _size: int) -> T:
+        return read(path)
+
+    @wraps(read)
+    def current(path: Path) -> T:
+        stat = path.stat()
+        return kept(path, stat.st_mtime_ns, stat.st_size)
+
+    return current
 
 
 def user_folder(*parts: str) -> Path:

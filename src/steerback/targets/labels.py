@@ -20,7 +20,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from steerback import readers
 from steerback.errors import SteerbackError
 from steerback.readers.tables import csv_cells, csv_rows, csv_text
 from steerback.records import LatentKey
-from steerback.store.files import make_folder, user_folder, write_atomic
+from steerback.store.files import make_folder, until_changed, user_folder, write_atomic
 
 SUFFIXES = (".csv", ".json", ".json.gz", ".jsonl", ".jsonl.gz")
 INDEX_COLUMNS = ("index", "index_in_sae")
@@ -45,14 +44,12 @@ def read_labels(folder: Path) -> dict[int, str]:
     """Return the labels by latent from labels.csv, or else latents.csv; latents without a label are left out."""
     for name in ("labels.csv", "latents.csv"):
         if (folder / name).is_file():
-            stat = (folder / name).stat()
-            return dict(_own_table(folder / name, stat.st_mtime_ns, stat.st_size))
+            return dict(_own_table(folder / name))
     return {}
 
 
-@lru_cache(maxsize=8)
-def _own_table(path: Path, _changed: int, _size: int) -> Mapping[int, str]:
-    """Read a target's table. The cache is valid until the file changes; it exists because a run asks per latent."""
+@until_changed  # a run asks for each of its latents
+def _own_table(path: Path) -> Mapping[int, str]:
     return {index: label.strip() for index, label in _rows(path, "label") if label.strip()}
 
 
@@ -230,15 +227,14 @@ def read_user_labels(target: str) -> dict[int, UserLabel]:
     """Return the user's labels for a target by latent; empty if there are none."""
     path = user_labels_folder(target) / TABLE
     try:
-        stat = path.stat()
+        path.stat()
     except OSError:
         return {}
-    return dict(_user_table(path, stat.st_mtime_ns, stat.st_size))
+    return dict(_user_table(path))
 
 
-@lru_cache(maxsize=8)
-def _user_table(path: Path, _changed: int, _size: int) -> Mapping[int, UserLabel]:
-    """Read a table. The cache is valid until the file changes; it exists because a run reads the table per latent."""
+@until_changed
+def _user_table(path: Path) -> Mapping[int, UserLabel]:
     rows = csv_rows(readers.read_text(path, "table of labels"), f"table of labels {path}", COLUMNS)
     return {_index(row["index"], where): UserLabel(row["label"], row["source"]) for where, row in rows}
 
