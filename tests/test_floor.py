@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from steerback.config import build_config
+from steerback.engines.options import VllmOptions
 from steerback.engines.scripted import RESTART, PlantedModel
-from steerback.jobs import campaign, estimate
+from steerback.jobs import campaign, estimate, execute
 from steerback.jobs.check import check
 from steerback.records import Request
+from steerback.store.progress import Plain
 from steerback.store.run import stored_config
 from steerback.study.floor import floor_prompts
 from steerback.study.seeds import SEED_OFFSETS
@@ -134,3 +137,20 @@ def test_prompts_of_the_floor_take_equal_part() -> None:
     assert floor_prompts(("a", "b", "c"), 4) == ["a", "b", "c", "a", "b", "c"]
     assert floor_prompts(("a", "b", "c", "d"), 2) == ["a", "c"]
     assert floor_prompts(("a",), 0) == []
+
+
+def test_on_vllm_the_floor_is_measured_beside_the_experiment(runs: Runs) -> None:
+    """The same trials with the same verdicts as one after the other, in a run that counts them all."""
+    before = stored_config(runs.root / "esr")
+    job = replace(check(before, runs.makers), engine=VllmOptions())
+    shown = io.StringIO()
+    execute.run(job, runs.root / "beside", Plain(shown))
+    lines = shown.getvalue().splitlines()
+    assert lines.index("planted: judge's floor: 152, beside the next stage") + 1 == next(
+        n for n, line in enumerate(lines) if line.startswith("planted: calibration: 0/")
+    )
+    rows = [
+        sorted((r.trial.key, str(r.completion), str(r.attempts)) for r in runs.ledger(name).rows(judge="scripted"))
+        for name in ("esr", "beside")
+    ]
+    assert rows[0] == rows[1]

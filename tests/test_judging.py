@@ -319,16 +319,24 @@ def test_loops_of_a_few_words_are_no_restarts(loop: str) -> None:
     assert len(find_restarts(start + formula, prompt)) == 1
 
 
-def test_other_processes_give_the_same_verdicts_and_their_end_loses_none(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("early", [False, True])
+def test_other_processes_give_the_same_verdicts_and_their_end_loses_none(
+    early: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(processes, "CORES", 1)
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "2")
+    if early:  # while an engine starts
+        processes.start_early("steerback.judging.relevance")
+        assert len(processes._early) == 1
     known = references(load("dev"))
     items = [c.item for c in compose(load("dev"))][:100]
     judge, judge_batch = offline.OfflineJudge(), offline.OfflineJudge.judge_batch
     monkeypatch.setattr(offline, "_models", {})
+    monkeypatch.setattr(offline, "_processes", {})
     judge.prepare(replace(known, expected=1000))
     others = judge._processes
     assert others is not None
+    assert not processes._early
 
     async def verdicts() -> list[Judgement]:
         return [verdict async for _, verdict in judge.judge(items)]

@@ -76,3 +76,20 @@ def test_nothing_is_estimated_before_a_rate_is_known(clock: Clock) -> None:
     display.stage("a", 10)
     display.update(generated=1)
     assert (display.counts(), display.overall()) == ("1/10", "")
+
+
+def test_a_stage_beside_another_counts_for_the_whole_run_only(clock: Clock) -> None:
+    shown = io.StringIO()
+    display = Plain(shown, every=10)
+    display.expect(40)
+    beside = display.beside()
+    beside.stage("a: floor", 20, 5)
+    display.stage("a: steered", 20)
+    clock.now += 10
+    beside.update(generated=5)
+    display.update(generated=10, invalid=1)
+    assert lines(shown) == [
+        "a: floor: 15, beside the next stage",
+        "a: steered: 0/20",
+        "a: steered: 10/20, 1.0/s, 10 s left, 1 invalid, whole run: at most 13 s left",
+    ]

@@ -155,6 +155,8 @@ class Pair:
     def __init__(self, target: Any, reference: Any = None, adapters: tuple[str, ...] = (), **options: Any) -> None:
         self.target = target
         options = OPTIONS | {"max_logprobs": -1} | options
-        chosen = VllmOptions(batch_size=32, max_model_len=256, layers=(0,), adapters=adapters, options=options)
+        chosen = VllmOptions(
+            batch_size=32, max_model_len=256, layers=(0,), adapters=adapters, options=options, stop_strings=True
+        )
         self.vllm = make_engine(target, chosen)
         self.reference = reference_engine(reference or target)

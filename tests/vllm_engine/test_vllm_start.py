@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -112,7 +113,7 @@ def target(tmp_path: Path) -> Any:
 def prompt_tokens(target: Any) -> int:
     from steerback.engines.vllm.loading import prepare
 
-    return len(prepare(target, ())[0].prompter.tokens("What is the capital of France?"))
+    return len(prepare(target, ())[1]().prompter.tokens("What is the capital of France?"))
 
 
 def test_the_test_of_itself_takes_a_latent_that_writes_something(target: Any, pretend: dict[str, Any]) -> None:
@@ -235,6 +236,35 @@ def test_a_release_that_fails_its_self_test_is_refused_and_closed(pretend: dict[
     assert all(one.closed for one in pretend["started"])
 
 
+def test_a_length_that_the_self_test_exceeds_is_refused_and_ends_the_engine(
+    pretend: dict[str, Any], target: Any
+) -> None:
+    """The tokenizer is loaded while the engine starts."""
+    pretend["edited"] = (0, 0)
+    with pytest.raises(
+        SteerbackError, match=r"self-test of the vLLM engine: prompt of .* exceed the engine's max_model_len of 20"
+    ):
+        VllmEngine(target, VllmOptions(max_model_len=20))
+    assert [one.closed for one in pretend["started"]] == [True]
+
+
+def test_stop_strings_need_an_engine_that_was_started_for_them(pretend: dict[str, Any], target: Any) -> None:
+    pretend["edited"] = (prompt_tokens(target), 2)
+    request = Request("a", "hi", 1, Sampling(max_new_tokens=4, stop=("x",)))
+    engine = VllmEngine(target, VllmOptions(max_model_len=256))
+    with pytest.raises(SteerbackError, match=r"'a' has stop strings.*start this engine with stop_strings=true"):
+        engine._check([request])
+    ready = VllmEngine(target, VllmOptions(max_model_len=256, stop_strings=True))
+    assert [job.sampling["stop"] for job in ready._check([request])] == [["x"]]
+
+
+@pytest.mark.parametrize(("rows", "most"), [(512, 512), (256, 512), (128, 256), (3, 4)])
+def test_the_largest_batches_of_a_gpu_have_a_graph(rows: int, most: int) -> None:
+    sizes = [n for n in loading.graph_sizes(rows) if isinstance(n, int)]
+    assert (sizes[0], sizes[-1]) == (1, most)
+    assert max(b - a for a, b in itertools.pairwise(sizes)) <= 32
+
+
 def test_what_cannot_work_is_refused_before_vllm_starts(
     pretend: dict[str, Any], target: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,10 +284,6 @@ def test_what_cannot_work_is_refused_before_vllm_starts(
     for layer in (-1, 4):
         with pytest.raises(SteerbackError, match=rf"layers {layer} is outside 0\.\.3, the layers of this model"):
             VllmEngine(target, VllmOptions(layers=(layer,)))
-    with pytest.raises(
-        SteerbackError, match=r"self-test of the vLLM engine: prompt of .* exceed the engine's max_model_len of 20"
-    ):
-        VllmEngine(target, VllmOptions(max_model_len=20))
     with pytest.raises(SteerbackError, match=r"direction 'north' has shape \(5,\); this model needs \(64,\)"):
         VllmEngine(target, VllmOptions(), {"north": torch.zeros(5)})
     with pytest.raises(SteerbackError, match="no LoRA adapter there"):

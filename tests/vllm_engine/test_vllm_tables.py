@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -216,7 +218,26 @@ def test_tickets_and_settings_survive_the_journey() -> None:
     ticket = Ticket("a", (Intervention("add", "north", 2.0, "prompt", 1),), (4, 2), 1, 30, 7, ((1, 3),))
     assert Ticket.from_args(json.loads(json.dumps(ticket.as_args()))) == ticket
     sizes = Worker("relu").settings
-    assert TableSettings.from_config(json.loads(json.dumps(sizes.as_config()))) == sizes
+    assert pickle.loads(pickle.dumps(sizes)) == sizes
+
+
+def test_settings_that_compile_to_the_same_graph_share_a_hash() -> None:
+    sizes = replace(Worker("relu").settings, kind="relu")
+    other = replace(sizes, sae=SaeSource("elsewhere"), directions="north.safetensors", site=replace(SITE, n_latents=7))
+    assert sizes.compute_hash() == other.compute_hash()
+    topk = replace(sizes, kind="topk", k=3)
+    different = (
+        replace(sizes, rows=7),
+        replace(sizes, columns=21),
+        replace(sizes, length=LENGTH + 1),
+        replace(sizes, layers=(0, 2)),
+        replace(sizes, poolers=0),
+        replace(sizes, sae=None, kind=None),
+        topk,
+        replace(topk, k=4),
+        replace(topk, site=replace(SITE, n_latents=7)),
+    )
+    assert len({s.compute_hash() for s in (sizes, *different)}) == len(different) + 1
 
 
 def test_a_layer_without_positions_is_refused() -> None:

@@ -40,6 +40,7 @@ REFUSED = {
     "tensor_parallel_size": "is set with tensor_parallel",
     "data_parallel_size": "is set with replicas",
     "pipeline_parallel_size": "is refused: this engine does not steer under pipeline parallelism; use tensor_parallel",
+    "skip_tokenizer_init": "is set with stop_strings",
     "speculative_config": "is refused: steering was not tested with speculative decoding",
     "enable_dbo": "is refused: steering was not tested with dual-batch overlap",
     "trust_remote_code": "is refused: code in a model's folder is never run",
@@ -73,6 +74,8 @@ class VllmOptions(Settings):
     """Folders of LoRA adapters that the engine can serve with its model, one at a time. Fine-tuning sets its own."""
     poolers: int = Field(128, ge=1)
     """Texts that can be pooled over the whole SAE at one time."""
+    stop_strings: bool = False
+    """Whether requests may have stop strings, for which vLLM needs the tokenizer: it copies it, which takes seconds."""
     options: Mapping[str, JsonValue] = Field(default_factory=dict)
     """Further arguments of vLLM's engine."""
 

@@ -78,7 +78,11 @@ def _panel(ax: Axes, x: CalibratedLatent) -> None:
         error = [[check.score - check.low], [check.high - check.score]]
         ax.errorbar(t.boost, check.score, error, fmt="x", color=style.PALETTE[1], elinewidth=0.8, markersize=4)
     ax.set_ylim(-3, 103)
+    ax.set_yticks((0, 50, 100))
     name = style.shortened(f"{x.latent} {x.label}", 17)  # as wide as the panel
-    ax.set_title(style.plain(name), fontsize=6, loc="left", pad=2)
+    # fixed places: matplotlib would measure all ticks again to find them, a third of the time of 50 panels
+    ax.set_title(style.plain(name), fontsize=6, loc="left", y=1.0, pad=2)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_label_coords(0, 0)
     if not t.usable:
         ax.text(0.03, 0.04, t.status, transform=ax.transAxes, fontsize=5.5, color=style.GREY)

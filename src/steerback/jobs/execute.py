@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from steerback.config import Settings
 from steerback.data import paper_files
 from steerback.engines import EngineOptions
 from steerback.engines.base import START_LOG, WHILE_STARTING, EngineStopped, Serves, finish
+from steerback.engines.options import VllmOptions
 from steerback.errors import SteerbackError
 from steerback.experiments import make_experiment
 from steerback.experiments.base import Experiment
@@ -26,6 +28,7 @@ from steerback.jobs import side_by_side
 from steerback.jobs.check import PreparedRun
 from steerback.jobs.estimate import of_experiment
 from steerback.jobs.judging import judge_all, note_judge
+from steerback.judging.processes import start_early
 from steerback.records import digest
 from steerback.store.cache import Cache, default_path
 from steerback.store.facts import ENGINE, MEASURED, PROVENANCE, EngineIdentity, Provenance
@@ -35,8 +38,8 @@ from steerback.store.manifest import Parts, TargetUsed
 from steerback.store.processes import second_process
 from steerback.store.progress import Plain, Progress, Silent, make_progress
 from steerback.store.run import Run, write_atomic, write_json
-from steerback.study.floor import measure_floor
-from steerback.study.pipeline import Workbench
+from steerback.study.floor import floor_trials, measure_floor
+from steerback.study.pipeline import Workbench, all_or_none
 from steerback.study.study import Study, same_weights
 from steerback.study.windows import score_windows
 from steerback.targets import Target
@@ -58,8 +61,10 @@ def tools(cached: bool = True, quiet: bool = False, head: str = "") -> Iterator[
             yield progress, cache
 
 
-def import_for_later() -> None:
+def import_for_later(judge: str) -> None:
     """Import what judging and drawing need; it takes seconds."""
+    if judge.startswith("offline"):
+        start_early("steerback.judging.relevance")
     for name in ("steerback.judging.relevance", "steerback.figures.recovery", "matplotlib.backends.backend_pdf"):
         import_module(name)
 
@@ -82,7 +87,10 @@ class KeptEngine:
         if self._engine is None or self._made_with != made_with:
             self.close()  # two engines would not fit on one GPU
             progress.status(f"loading {target.name} into {job.config.engine}")
-            log, work = START_LOG.set(folder / "engine.log"), WHILE_STARTING.set(import_for_later)
+            log, work = (
+                START_LOG.set(folder / "engine.log"),
+                WHILE_STARTING.set(partial(import_for_later, job.config.judge)),
+            )
             try:
                 self._engine, self._made_with = job.makers.engine(target, job.engine), made_with
             finally:
@@ -209,9 +217,13 @@ async def _target(
     parts["judge"] = judge.describe()
     opened.write_manifest(parts)
     try:
-        if job.experiment.reports_rates:
-            await measure_floor(study)
-        await job.experiment.run(study)
+        floor = await floor_trials(study) if job.experiment.reports_rates else []
+        if isinstance(job.engine, VllmOptions):  # its one queue takes the floor and the experiment together
+            beside = replace(bench, progress=progress.beside())
+            await all_or_none([measure_floor(beside, floor, target.name), job.experiment.run(study)])
+        else:
+            await measure_floor(bench, floor, target.name)
+            await job.experiment.run(study)
         if job.experiment.reports_rates:
             await score_windows(bench, job.config.recovery, target.name)
         opened.ledger.put(target.name, MEASURED, True)

@@ -322,9 +322,13 @@ def load_target(name: str | Target, engine: str = "auto", batch_size: int = 8, *
     floating-point results, so the texts of a run can differ from these.
     """
     from steerback.engines import check_engine, make_engine
+    from steerback.engines.options import VllmOptions
 
     target = resolve(name) if isinstance(name, str) else name
-    return LoadedTarget(target, make_engine(target, check_engine(engine, options, batch_size)))
+    checked = check_engine(engine, options, batch_size)
+    if isinstance(checked, VllmOptions):
+        checked = checked.model_copy(update={"stop_strings": True})  # `LoadedTarget.generate` accepts them
+    return LoadedTarget(target, make_engine(target, checked))
 
 
 SEEDS = 8

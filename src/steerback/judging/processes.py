@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from steerback.judging.base import JudgeItem
-from steerback.store.processes import helpers
+from steerback.store.processes import Published, helpers, published
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor, Future
@@ -19,6 +20,21 @@ CORES, MOST = 2, 8
 J = TypeVar("J")
 T = TypeVar("T")
 
+_early: list[Executor] = []
+"""Processes that have been started before the judge is known."""
+
+
+def start_early(module: str) -> None:
+    """Start processes that import a module. The next `Processes` use them, and begin seconds earlier."""
+    if not _early and (begun := helpers(_number(), partial(import_module, module))) is not None:
+        _early.append(begun[0])
+
+
+def _number() -> int:
+    from joblib.externals import loky
+
+    return min(int(loky.cpu_count()) // CORES - 1, MOST)
+
 
 class Processes(Generic[J]):
     """Processes with a judge each; their number follows from the cores that this process may use.
@@ -28,16 +44,21 @@ class Processes(Generic[J]):
 
     def __init__(self, make: Callable[[], J]) -> None:
         """Start them; each makes its judge by a call of `make`, which is pickled."""
-        from joblib.externals import loky
-
         self._parent = os.getpid()
         self._pool: Executor | None = None
-        self._started: Future[int] | None = None
-        if (begun := helpers(min(loky.cpu_count() // CORES - 1, MOST), partial(_begin, make))) is not None:
-            self._pool, self._started = begun
+        self._started: Future[None] | None = None
+        if _early:
+            self._pool = _early.pop()
+        elif (begun := helpers(_number())) is not None:
+            self._pool = begun[0]
+        if self._pool is not None:
+            # with each task, or through the pipe of its start, a process would get it only when it reads
+            self._make = Published(make)
+            begun_by_each = [self._pool.submit(_begin, self._make.place) for _ in range(_number())]
+            self._started = begun_by_each[0]
 
-    def starting(self) -> Future[int] | None:
-        """Return what is done when the first process has started; None if there are none, or if this is a fork."""
+    def starting(self) -> Future[None] | None:
+        """Return what is done when the first process has its judge; None if there are none, or if this is a fork."""
         return self._started if self._pool is not None and os.getpid() == self._parent else None
 
     def start(
@@ -46,21 +67,25 @@ class Processes(Generic[J]):
         """Let a process judge a batch; None if there is none, or none has started yet, or this is a fork."""
         if self._pool is None or (starting := self.starting()) is None or not starting.done():
             return None
-        return self._pool.submit(_work, work, batch)
+        return self._pool.submit(_work, self._make.place, work, batch)
 
     def stop(self) -> None:
         """Use the processes no more, because one of them has ended."""
         self._pool = None
 
 
-_own: Any
+_own: Any = None
 """The judge of a process of `Processes`."""
 
 
-def _begin(make: Callable[[], object]) -> None:
+def _begin(place: tuple[int, int]) -> None:
     global _own
-    _own = make()
+    if _own is None:
+        _own = published(place)()
 
 
-def _work(work: Callable[[Any, Sequence[JudgeItem]], Sequence[T]], batch: Sequence[JudgeItem]) -> Sequence[T]:
+def _work(
+    place: tuple[int, int], work: Callable[[Any, Sequence[JudgeItem]], Sequence[T]], batch: Sequence[JudgeItem]
+) -> Sequence[T]:
+    _begin(place)
     return work(_own, batch)

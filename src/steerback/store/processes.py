@@ -13,9 +13,9 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -55,7 +55,25 @@ IDLE = 120
 QUIET = "ignore::UserWarning:joblib.externals.loky.backend.resource_tracker"
 
 
-def helpers(number: int, begin: Callable[[], object] | None = None) -> tuple[Executor, Future[int]] | None:
+class Published:
+    """A pickled object in shared memory, for processes that this one starts; it is there as long as this exists."""
+
+    def __init__(self, value: object) -> None:
+        shared = os.memfd_create("steerback")
+        weakref.finalize(self, os.close, shared)
+        with open(shared, "wb", closefd=False) as file:
+            pickle.dump(value, file, pickle.HIGHEST_PROTOCOL)
+        self.place = os.getpid(), shared
+
+
+def published(place: tuple[int, int]) -> Any:
+    """Return a copy of an object that another process has published, and that only that process can have written."""
+    parent, shared = place
+    with open(f"/proc/{parent}/fd/{shared}", "rb") as file:
+        return pickle.load(file)
+
+
+def helpers(number: int, begin: Callable[[], object] = os.getpid) -> tuple[Executor, Future[int]] | None:
     """Start processes that each call `begin`, which is pickled; None if there can be none.
 
     They share nothing with this process and end with it. Returns their executor, and a future that is done when the
@@ -68,15 +86,8 @@ def helpers(number: int, begin: Callable[[], object] | None = None) -> tuple[Exe
     warned = os.environ.get("PYTHONWARNINGS")
     os.environ["PYTHONWARNINGS"] = QUIET  # a killed run would end with loky's report of its semaphores
     try:
-        # through the pipe of its start, each process would get it only when it runs, one after the other
-        shared = os.memfd_create("steerback")
-        with ExitStack() as open_file:
-            open_file.callback(os.close, shared)
-            with open(shared, "wb", closefd=False) as file:
-                pickle.dump(begin, file, pickle.HIGHEST_PROTOCOL)
-            known = os.getpid(), shared
-            executor = loky.ProcessPoolExecutor(number, timeout=IDLE, initializer=_begin, initargs=known)
-            weakref.finalize(executor, open_file.pop_all().close)
+        known = os.getpid(), begin
+        executor = loky.ProcessPoolExecutor(number, timeout=IDLE, initializer=_begin, initargs=known)
         return executor, executor.submit(os.getpid)  # they start now, in this environment
     except OSError:  # no semaphores or no more processes here
         return None
@@ -86,13 +97,10 @@ def helpers(number: int, begin: Callable[[], object] | None = None) -> tuple[Exe
             os.environ["PYTHONWARNINGS"] = warned
 
 
-def _begin(parent: int, shared: int) -> None:
+def _begin(parent: int, begin: Callable[[], object]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt ends
     end_with(parent)
-    with open(f"/proc/{parent}/fd/{shared}", "rb") as file:
-        begin: Callable[[], object] | None = pickle.load(file)  # written by the parent
-    if begin is not None:
-        begin()
+    begin()
 
 
 def second_process(work: Callable[[], T], worth: bool = True) -> Callable[[], T]:

@@ -34,6 +34,10 @@ class Progress(Protocol):
 
     def update(self, generated: int = 0, judged: int = 0, unscored: int = 0, invalid: int = 0) -> None: ...
 
+    def beside(self) -> Progress:
+        """Return a receiver for a stage beside the one on display, which counts for the whole run only."""
+        ...
+
     def note(self, text: str) -> None: ...
 
     def close(self) -> None: ...
@@ -49,6 +53,9 @@ class Silent:
     def stage(self, name: str, total: int, done: int = 0) -> None: ...
 
     def update(self, generated: int = 0, judged: int = 0, unscored: int = 0, invalid: int = 0) -> None: ...
+
+    def beside(self) -> Silent:
+        return self
 
     def note(self, text: str) -> None: ...
 
@@ -101,10 +108,7 @@ class Plain:
         match = ROUND.search(name)
         stem = name[: match.start()] if match else name
         self._round = f"round {match[1]}, " if match else ""
-        if name not in self._known:  # a stage that comes again has what this run itself has generated
-            self._known.add(name)
-            self._run.done += done
-            self._run.before += done
+        self.took_up(name, done)
         if match and stem == self._name:
             self._stage.add(total, done)
             return
@@ -113,16 +117,27 @@ class Plain:
         if done < total:
             self._say(f"{stem}: {self.counts()}")
 
+    def took_up(self, name: str, done: int) -> None:
+        """Count what a stage has from before; one that comes again has what this run itself has generated."""
+        if name not in self._known:
+            self._known.add(name)
+            self._run.done += done
+            self._run.before += done
+
+    def beside(self) -> Progress:
+        return Beside(self)
+
     def update(self, generated: int = 0, judged: int = 0, unscored: int = 0, invalid: int = 0) -> None:
-        self._count(generated, unscored, invalid)
+        self._stage.done += generated
+        self.count(generated, unscored, invalid)
         now = time.monotonic()
         finished = generated and self._stage.done >= self._stage.total and not self._round
         if finished or (generated and now - self._last_line >= self._every):
             self._last_line = now
             self._say(f"{self._name}: {', '.join(filter(None, (self.counts(), self.overall())))}")
 
-    def _count(self, generated: int, unscored: int, invalid: int) -> None:
-        self._stage.done += generated
+    def count(self, generated: int, unscored: int, invalid: int) -> None:
+        """Count responses of the run, of whichever stage."""
         self._run.done += generated
         self._unscored += unscored
         self._invalid += invalid
@@ -154,6 +169,21 @@ class Plain:
             print(visible(self._head + text), file=self._stream, flush=True)
         except OSError:  # a full disk or a closed pipe behind stderr is no reason to stop the run
             self._stream = io.StringIO()
+
+
+class Beside(Silent):
+    """Receiver for a stage beside the one on display: its responses count for the whole run of `shown`."""
+
+    def __init__(self, shown: Plain) -> None:
+        self._shown = shown
+
+    def stage(self, name: str, total: int, done: int = 0) -> None:
+        self._shown.took_up(name, done)
+        if done < total:
+            self._shown.status(f"{name}: {total - done}, beside the next stage")
+
+    def update(self, generated: int = 0, judged: int = 0, unscored: int = 0, invalid: int = 0) -> None:
+        self._shown.count(generated, unscored, invalid)
 
 
 class Live(Plain):
@@ -201,9 +231,13 @@ class Live(Plain):
             self._bar.update(self._whole, description="whole run", completed=self._run.done)
 
     def update(self, generated: int = 0, judged: int = 0, unscored: int = 0, invalid: int = 0) -> None:
-        self._count(generated, unscored, invalid)
+        self._stage.done += generated
+        self.count(generated, unscored, invalid)
         if self._task is not None:
             self._bar.update(self._task, completed=self._stage.done, counts=self.counts())
+
+    def count(self, generated: int, unscored: int, invalid: int) -> None:
+        super().count(generated, unscored, invalid)
         if self._whole is not None:
             left = self._run.left()
             self._bar.update(self._whole, completed=self._run.done, counts=f"at most {left} left" if left else "")

@@ -10,12 +10,12 @@ from steerback.config import RunConfig, parse_config
 from steerback.records import Trial
 from steerback.store.facts import CONFIG, FLOOR, LATENTS, UNSTEERED
 from steerback.store.ledger import Ledger
-from steerback.study.pipeline import carry_out
+from steerback.study.pipeline import Workbench, carry_out
 from steerback.study.study import Study
 
 
-async def measure_floor(study: Study) -> None:
-    """Generate and judge the unsteered responses of the floor; none if `floor_responses` is 0.
+async def floor_trials(study: Study) -> list[Trial]:
+    """Return the unsteered trials of the floor; none if `floor_responses` is 0.
 
     They are disjoint from the judge's reference responses, so that no response is compared with itself. The judge sees
     the labels of the run's latents in turn, as it does for steered responses. A run that starts from another run
@@ -23,7 +23,7 @@ async def measure_floor(study: Study) -> None:
     """
     prompts = floor_prompts(study.prompts, study.config.floor_responses)
     if not prompts or study.bench.judge is None:
-        return
+        return []
     base = study.run.ledger.get(study.target.base, LATENTS) if study.target.adapter is not None else None
     latents = base.chosen if base is not None else await study.latents()
     trials = [
@@ -31,7 +31,12 @@ async def measure_floor(study: Study) -> None:
         for i, (prompt, latent) in enumerate(zip(prompts, cycle(latents), strict=False))
     ]
     _take_over(study, trials)
-    await carry_out(study.bench, trials, stage=f"{study.name}: judge's floor")
+    return trials
+
+
+async def measure_floor(bench: Workbench, trials: Sequence[Trial], target: str) -> None:
+    """Generate and judge the floor's trials."""
+    await carry_out(bench, trials, stage=f"{target}: judge's floor")
 
 
 def floor_prompts(prompts: Sequence[str], responses: int) -> list[str]:

@@ -204,6 +204,7 @@ class Study:
         per_round = settings.trials_per_iteration
         places = {latent.key: position for position, latent in enumerate(latents)}
         waiting: dict[LatentKey, list[Row]] = {x.key: [] for x in latents}  # finished rows of each latent's round
+        fits: dict[LatentKey, Threshold] = {}
 
         def next_round(key: LatentKey) -> list[Trial]:
             boost = calibrators[key].next_boost()
@@ -219,9 +220,12 @@ class Study:
                 batch.append(row)
                 if len(batch) == per_round:
                     batch.sort(key=lambda r: r.trial.index)  # in planned order, whichever row finished first
-                    calibrators[row.trial.latent].update(row.trial.interventions[0].value, [*map(self._first, batch)])
+                    calibrator = calibrators[row.trial.latent]
+                    calibrator.update(row.trial.interventions[0].value, [*map(self._first, batch)])
                     batch.clear()
                     advanced += next_round(row.trial.latent)
+                    if calibrator.done:
+                        fits[row.trial.latent] = calibrator.finish()  # while the engine answers for other latents
             return advanced
 
         bench = self.bench
@@ -231,7 +235,7 @@ class Study:
         first = [trial for latent in latents for trial in next_round(latent.key)]
         most = len(latents) * settings.max_iterations * per_round
         await carry_out(bench, first, stage=f"{self.name}: calibration", follow=follow, total=most)
-        return {key: c.finish() for key, c in calibrators.items()}
+        return {latent.key: fits[latent.key] for latent in latents}
 
     async def _verify(self, thresholds: dict[LatentKey, Threshold]) -> dict[LatentKey, Threshold]:
         latents, fresh = await self.latents(), self.config.calibration.verify_trials

@@ -33,6 +33,7 @@ from steerback.engines.vllm.driver import (
 )
 from steerback.engines.vllm.loading import (
     TESTED,
+    PreparedTarget,
     cache_of,
     device_shares,
     engine_arguments,
@@ -58,6 +59,8 @@ if TYPE_CHECKING:
 
 QUESTION = "What is the capital of France?"
 """Prompt of the self-test of a new engine, which is run steered and unsteered."""
+UNSEEN = ("model", "revision", "skip_tokenizer_init")
+"""Arguments that the record of an engine does not repeat."""
 WORKER = "steerback.engines.vllm.worker.SteeredWorker"
 
 
@@ -77,12 +80,12 @@ class VllmEngine:
             )
         self.target = target
         self._directions = dict(directions or {})
-        self._loaded, files = prepare(target, tuple(self._directions))
-        site = self._loaded.site
+        shape, rest = prepare(target, tuple(self._directions))
+        site = shape.site
         check_directions(directions or {}, site.d_model)
         for layer in options.layers:
             check_layer("vLLM engine: layers", layer, site)
-        length = min(options.max_model_len or 4096, self._loaded.context)
+        length = min(options.max_model_len or 4096, shape.context)
         sharing = options.per_gpu(available)
         rows = options.batch_size or (max(128, 512 // sharing) if available else 64)
         self.settings = TableSettings(
@@ -96,22 +99,26 @@ class VllmEngine:
             arithmetic=ARITHMETIC_VERSION,
             version=VERSION,
             sae=target.sae,
+            kind=shape.sae_kind,
+            k=shape.sae_k,
             directions=save_directions(directions or {}),
         )
-        asked = len(self._loaded.prompter.tokens(QUESTION))
-        jobs.check_length(self.settings, "self-test of the vLLM engine", asked, 3)
         self._adapters = tuple(dict.fromkeys([*filter(None, [target.adapter]), *options.adapters]))
-        own = engine_arguments(target, length, rows, options.tensor_parallel, self._adapters)
+        own = engine_arguments(target, length, rows, options, self._adapters)
         self._arguments = own | cache_of(target, options, available) | dict(options.options)
         self._log = START_LOG.get() or make_folder(user_folder("logs")) / "vllm.log"
-        self._files: EngineRecord = {}
         shares = device_shares(replicas, options.tensor_parallel, available)
-        self._drivers = self._start(shares, lambda: self._files.update(files()))
+        self._drivers = self._start(shares, lambda: self._prepare(rest))
         try:
             self._begin(version)
         except BaseException:
             self.close()
             raise
+
+    def _prepare(self, rest: Callable[[], PreparedTarget]) -> None:
+        self._loaded = rest()
+        asked = len(self._loaded.prompter.tokens(QUESTION))
+        jobs.check_length(self.settings, "self-test of the vLLM engine", asked, 3)
 
     def _begin(self, version: str) -> None:
         """Note what answers this target's requests, and test that it is steered."""
@@ -130,8 +137,7 @@ class VllmEngine:
             return None
         other = copy.copy(self)
         other.target = target
-        other._loaded, files = prepare(target, tuple(self._directions))
-        other._files = files()
+        other._loaded = prepare(target, tuple(self._directions))[1]()
         other._begin(str(self._record["vllm"]))
         return other
 
@@ -165,7 +171,7 @@ class VllmEngine:
         arguments = AsyncEngineArgs(
             **self._arguments,
             worker_cls=WORKER,
-            additional_config=self.settings.as_config(),
+            additional_config=self.settings,
             disable_log_stats=True,
             trust_remote_code=False,
         )
@@ -205,7 +211,7 @@ class VllmEngine:
         import torch
 
         site, state = self.settings.site, self._drivers[0].call("steerback_state")[0]
-        shown = {k: v for k, v in self._arguments.items() if k not in ("model", "revision")}
+        shown = {k: v for k, v in self._arguments.items() if k not in UNSEEN}
         return {
             "engine": "vllm",
             "vllm": version,
@@ -224,7 +230,7 @@ class VllmEngine:
             "sae": self._loaded.sae_hash,
             "directions": {k: digest(v.detach().cpu().tolist()) for k, v in sorted(self._directions.items())},
             "target": self.target.name,
-            **self._files,
+            **self._loaded.files,
         }
 
     # ---- generation
@@ -312,6 +318,11 @@ class VllmEngine:
         )
 
     def _check(self, requests: Sequence[Request]) -> list[VllmJob]:
+        if self._arguments["skip_tokenizer_init"] and (asking := [r.key for r in requests if r.sampling.stop]):
+            raise SteerbackError(
+                f"request {asking[0]!r} has stop strings, which need vLLM's tokenizer: start this engine with "
+                "stop_strings=true"
+            )
         return [
             jobs.job_of(where, request, self.settings, self._loaded, self._adapter)
             for where, request in checked(requests, self.settings.site)

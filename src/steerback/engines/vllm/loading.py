@@ -30,8 +30,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
+    from transformers import PreTrainedConfig
 
     from steerback.targets import Target
+    from steerback.targets.sae import Sae
 
 RESERVE = 3 << 30
 """Bytes that an engine with a computed cache keeps free for activations, CUDA graphs and the worker's tables."""
@@ -40,15 +42,24 @@ TESTED = "0.26.0 and 0.32.0"
 
 
 @dataclass(frozen=True)
+class TargetShape:
+    """What the worker's tables depend on; `context` is the largest number of positions."""
+
+    site: Site
+    context: int
+    sae_kind: str | None
+    sae_k: int | None
+
+
+@dataclass(frozen=True)
 class PreparedTarget:
-    """The tokenizer and layers of a target whose model vLLM loads."""
+    """Tokenizer and SAE of a target whose model vLLM loads; `files` are names and hashes of all its files."""
 
     prompter: Prompter
     ends: frozenset[int]
-    site: Site
-    context: int
     sae_hash: str | None
     norms: NDArray[np.float32] | None
+    files: EngineRecord
 
 
 def require_vllm() -> str:
@@ -118,43 +129,55 @@ def cache_of(target: Target, options: VllmOptions, available: int) -> dict[str, 
     return {**memory, "kv_cache_memory_bytes": room} if room > RESERVE // 2 else memory
 
 
-def prepare(target: Target, directions: tuple[str, ...]) -> tuple[PreparedTarget, Callable[[], EngineRecord]]:
-    """Return the tokenizer and layers of a target; raise SteerbackError if a part is missing or does not fit.
+def prepare(target: Target, directions: tuple[str, ...]) -> tuple[TargetShape, Callable[[], PreparedTarget]]:
+    """Return the shape of a target; raise SteerbackError if a part is missing or does not fit.
 
-    The function that is returned with them gives names and hashes of its files, which takes seconds.
+    The function that is returned with it prepares the rest, which takes seconds.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from steerback.engines.adapters import check_fits
-    from steerback.engines.loading import hub_arguments, load_errors, provenance_of
-    from steerback.engines.runner import end_tokens
+    from steerback.engines.loading import hub_arguments, load_errors
     from steerback.targets.sae_files import load_sae
 
-    origin = hub_arguments(target)
     with load_errors(target, f"cannot load {target.model}"):
-        config = AutoConfig.from_pretrained(target.model, **origin)
-        tokenizer = AutoTokenizer.from_pretrained(target.model, **origin)
+        config = AutoConfig.from_pretrained(target.model, **hub_arguments(target))
         if target.adapter is not None:  # vLLM would load only the weights that fit
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
             check_fits(f"target {target.name!r}: cannot use adapter {target.adapter}", Path(target.adapter), model)
+    text = config.get_text_config()
+    sae = None if target.sae is None else load_sae(target.sae)
+    shape = TargetShape(
+        site=site_of(target, text.num_hidden_layers, text.hidden_size, sae, directions),
+        context=getattr(text, "max_position_embeddings", 4096),
+        sae_kind=None if sae is None else sae.kind,
+        sae_k=None if sae is None else sae.k,
+    )
+    return shape, partial(_rest, target, config, sae)
+
+
+def _rest(target: Target, config: PreTrainedConfig, sae: Sae | None) -> PreparedTarget:
+    from transformers import AutoTokenizer, GenerationConfig
+
+    from steerback.engines.loading import hub_arguments, load_errors, provenance_of
+    from steerback.engines.runner import end_tokens
+
+    origin = hub_arguments(target)
+    with load_errors(target, f"cannot load {target.model}"):
+        tokenizer = AutoTokenizer.from_pretrained(target.model, **origin)
     try:
         generation = GenerationConfig.from_pretrained(target.model, **origin)
     except OSError:
         generation = None
-    text = config.get_text_config()
-    sae = None if target.sae is None else load_sae(target.sae)
-    site = site_of(target, text.num_hidden_layers, text.hidden_size, sae, directions)
-    prepared = PreparedTarget(
+    return PreparedTarget(
         prompter=Prompter(tokenizer, target.prompt_format),
         ends=end_tokens(generation, config, tokenizer),
-        site=site,
-        context=getattr(text, "max_position_embeddings", 4096),
         sae_hash=None if sae is None else sae.hash,
         norms=None if sae is None else sae.decoder_norms.numpy(),
+        files=provenance_of(target, tokenizer, sae),
     )
-    return prepared, partial(provenance_of, target, tokenizer, sae)
 
 
 def model_alone(target: Target) -> str:
@@ -213,13 +236,17 @@ def lora_arguments(folders: Sequence[str], dtype: str) -> dict[str, JsonValue]:
 
 
 def engine_arguments(
-    target: Target, length: int, rows: int, tensor_parallel: int, adapters: Sequence[str] = ()
+    target: Target, length: int, rows: int, options: VllmOptions, adapters: Sequence[str] = ()
 ) -> dict[str, JsonValue]:
-    """Return the arguments of vLLM's engine for a target; the user's options override them."""
+    """Return the arguments of vLLM's engine for a target; further `options.options` override them."""
     on_cpu: dict[str, JsonValue] = {
         "kv_cache_memory_bytes": 1 << 30,
         "enable_chunked_prefill": False,  # vLLM's CPU build cannot split the prefill of a seeded request over steps
         "max_num_batched_tokens": max(length, 2048),
+    }
+    on_gpu: dict[str, JsonValue] = {
+        "distributed_executor_backend": "mp",  # scheduler and model in two processes: their Python runs at one time
+        "compilation_config": {"cudagraph_capture_sizes": graph_sizes(rows)},
     }
     return {
         "model": model_alone(target),
@@ -227,9 +254,16 @@ def engine_arguments(
         "dtype": target.dtype,
         "max_model_len": length,
         "max_num_seqs": rows,
-        "tensor_parallel_size": tensor_parallel,
+        "tensor_parallel_size": options.tensor_parallel,
         "seed": 0,
         "generation_config": "vllm",
-        **({} if gpus() else on_cpu),
+        "skip_tokenizer_init": not options.stop_strings,
+        **(on_gpu if gpus() else on_cpu),
         **(lora_arguments(adapters, target.dtype) if adapters else {}),
     }
+
+
+def graph_sizes(rows: int) -> list[JsonValue]:
+    """Return the sizes of batches with a CUDA graph: half as many as vLLM captures, which takes half as long."""
+    most = min(2 * rows, 512)  # as in vLLM
+    return [n for n in (1, 2, 4, 8, *range(16, 256, 16), *range(256, 513, 32)) if n <= most]

@@ -1,8 +1,7 @@
 """Data that engine and worker exchange: table settings before a model is loaded, and a ticket for each request.
 
-All of it is JSON-able. `TableSettings` are stored in vLLM's `additional_config`, which is part of the key of its
-compile cache. An unsteered engine therefore never loads a steered graph, nor the reverse. This module does not import
-vLLM.
+`TableSettings` are vLLM's `additional_config`, whose hash is part of the key of its compile cache. An unsteered engine
+therefore never loads a steered graph, nor the reverse. Tickets are JSON-able. This module does not import vLLM.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from steerback.records import Intervention, digest
 from steerback.targets.target import SaeSource
 
 KEY = "steerback"
-"""Key of the settings in `additional_config`, and of tickets in a request's `extra_args`."""
+"""Key of tickets in a request's `extra_args`."""
 
 PHASES: tuple[Phase, Phase] = ("prompt", "generated")
 
@@ -42,7 +41,7 @@ class TableSettings:
     rows: requests that may run at one time, each with a recording; columns: distinct latents that may be clamped or
     recorded at one time, over all running requests; room: float32 values that one request may record (positions x
     latents); poolers: texts that may be pooled over the whole SAE at one time (0: no pooling); length: positions of a
-    request; directions: a safetensors file.
+    request; kind and k: those of the SAE; directions: a safetensors file.
     """
 
     site: Site
@@ -55,6 +54,8 @@ class TableSettings:
     arithmetic: str
     version: str
     sae: SaeSource | None = None
+    kind: str | None = None
+    k: int | None = None
     directions: str | None = None
 
     @property
@@ -62,14 +63,11 @@ class TableSettings:
         """Layers at which texts can be pooled."""
         return tuple(sorted({self.site.read_layer, self.site.sae_layer})) if self.poolers else ()
 
-    def as_config(self) -> dict[str, object]:
-        """Return the JSON-able form for `additional_config`."""
-        return {KEY: asdict(self)}
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, object]) -> TableSettings:
-        """Return the settings in an engine's `additional_config`."""
-        return TypeAdapter(cls).validate_python(config[KEY])
+    def compute_hash(self) -> str:
+        """Return a hash of what shapes the compiled graph, so that all SAEs of a kind and all directions share it."""
+        shape = asdict(self) | {"sae": self.sae is not None, "directions": None}
+        shape["site"] = [self.site.d_model, self.pooled_layers, self.site.n_latents if self.kind == "topk" else 0]
+        return digest(shape)
 
 
 @dataclass(frozen=True, slots=True)

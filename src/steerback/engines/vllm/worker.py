@@ -34,7 +34,7 @@ class SteeredWorker(Base):  # type: ignore[misc]
 
     def load_model(self, *args: object, **kwargs: object) -> object:
         out: object = super().load_model(*args, **kwargs)
-        settings = TableSettings.from_config(self.vllm_config.additional_config)
+        settings: TableSettings = self.vllm_config.additional_config
         before = allocated(self.device)
         self.steerback = install(self.model_runner, settings, self.device, first=self.rank == 0)
         # Some releases size their cache by the memory used while loading the weights, so tables are allocated in that
