@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from steerback.judging.base import JudgeItem
-from steerback.store.processes import Published, helpers, published
+from steerback.store.processes import SharedObject, helpers, shared_object
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor, Future
@@ -53,7 +53,7 @@ class Processes(Generic[J]):
             self._pool = begun[0]
         if self._pool is not None:
             # with each task, or through the pipe of its start, a process would get it only when it reads
-            self._make = Published(make)
+            self._make = SharedObject(make)
             begun_by_each = [self._pool.submit(_begin, self._make.place) for _ in range(_number())]
             self._started = begun_by_each[0]
 
@@ -81,7 +81,7 @@ _own: Any = None
 def _begin(place: tuple[int, int]) -> None:
     global _own
     if _own is None:
-        _own = published(place)()
+        _own = shared_object(place)()
 
 
 def _work(

@@ -55,7 +55,7 @@ IDLE = 120
 QUIET = "ignore::UserWarning:joblib.externals.loky.backend.resource_tracker"
 
 
-class Published:
+class SharedObject:
     """A pickled object in shared memory, for processes that this one starts; it is there as long as this exists."""
 
     def __init__(self, value: object) -> None:
@@ -66,8 +66,8 @@ class Published:
         self.place = os.getpid(), shared
 
 
-def published(place: tuple[int, int]) -> Any:
-    """Return a copy of an object that another process has published, and that only that process can have written."""
+def shared_object(place: tuple[int, int]) -> Any:
+    """Return a copy of an object that the parent process shares, and that nobody else can have written."""
     parent, shared = place
     with open(f"/proc/{parent}/fd/{shared}", "rb") as file:
         return pickle.load(file)
