@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import BinaryIO
 
@@ -9,9 +10,14 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
 
+from steerback.analysis.calibration import CalibratedLatent
+from steerback.calibration import Calibrator
 from steerback.figures import episode_statistics, esr, panels, style, traces
+from steerback.figures.calibration import COLUMNS, draw_calibration
 from steerback.metrics import Estimate, Outcomes, Summary, summarize
+from steerback.records import BoostPrior
 
 
 def outcomes(n: int, latents: int = 4, rate: float = 0.3, seed: int = 0) -> tuple[Outcomes, Summary]:
@@ -208,3 +214,44 @@ def test_targets_shown_together_differ_for_colour_blind_readers() -> None:
         colours = list(style.colours(names).values())
         worst = min(luminance_and_distance(a, b) for i, a in enumerate(colours) for b in colours[i + 1 :])
         assert worst > 12, names
+
+
+def calibrated(number: int, middle: float) -> CalibratedLatent:
+    calibrator = Calibrator(BoostPrior(middle, 5, 0, 2 * middle))
+    tried = []
+    while (boost := calibrator.next_boost()) is not None:
+        score = min(max(50 - 6 * (boost - middle) + number, 0), 100)
+        calibrator.update(boost, [score] * 3)
+        tried += [(boost, score)] * 3
+    return CalibratedLatent(number, "a label of some length", calibrator.finish(), tried)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 7])
+@pytest.mark.parametrize("burned", [False, True])
+def test_calibration_is_drawn_where_the_ticks_of_each_panel_say(n: int, burned: bool) -> None:
+    latents = [
+        calibrated(number, middle) for number, middle in zip(range(n), (10, 3, 1e-3, 400, 25, 7, 60), strict=False)
+    ]
+    fig = draw_calibration("organism", latents, "offline")
+    if burned:
+        style.burn_in(fig)
+    fig.canvas.draw()
+    box, (width, height) = fig.get_tightbbox(fig.canvas.get_renderer()), fig.get_size_inches()
+    assert -0.01 <= box.x0 <= box.x1 <= width + 0.01
+    assert -0.01 <= box.y0 <= box.y1 <= height + 0.01
+    (ax,) = fig.axes
+    clouds = [c for c in ax.collections if isinstance(c, PathCollection)]
+    assert len(clouds) == n
+    ticks = [(t.get_text(), t.get_position(), t.get_ha()) for t in ax.texts if re.fullmatch(r"[-\d.e]+", t.get_text())]
+    for number, (cloud, latent) in enumerate(zip(clouds, latents, strict=True)):
+        row, column = divmod(number, COLUMNS)
+        at = (cloud.get_offset_transform() - ax.transData).transform(cloud.get_offsets())
+        assert (at > (column, row)).all()
+        assert (at < (column + 1, row + 1)).all()
+        boosts = [(float(s), x) for s, (x, y), ha in ticks if ha == "center" and (int(x), int(y)) == (column, row)]
+        scores = [(float(s), y) for s, (_, y), ha in ticks if ha == "right" and int(y) == row]
+        shown = sorted(set(latent.tried))
+        for known, where, wanted in ((boosts, at[:, 0], 0), (scores, at[:, 1], 1)):
+            assert len(known) >= 2
+            slope, start = np.polyfit([v for v, _ in known], [p for _, p in known], 1)
+            np.testing.assert_allclose(where, [slope * point[wanted] + start for point in shown], atol=1e-6)
