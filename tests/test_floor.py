@@ -146,7 +146,7 @@ def test_on_vllm_the_floor_is_measured_beside_the_experiment(runs: Runs) -> None
     shown = io.StringIO()
     execute.run(job, runs.root / "beside", Plain(shown))
     lines = shown.getvalue().splitlines()
-    assert lines.index("planted: judge's floor: 152, beside the next stage") + 1 == next(
+    assert lines.index("planted: judge's floor: 152 responses, beside the next stage") + 1 == next(
         n for n, line in enumerate(lines) if line.startswith("planted: calibration: 0/")
     )
     rows = [

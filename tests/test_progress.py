@@ -89,7 +89,7 @@ def test_a_stage_beside_another_counts_for_the_whole_run_only(clock: Clock) -> N
     beside.update(generated=5)
     display.update(generated=10, invalid=1)
     assert lines(shown) == [
-        "a: floor: 15, beside the next stage",
+        "a: floor: 15 responses, beside the next stage",
         "a: steered: 0/20",
         "a: steered: 10/20, 1.0/s, 10 s left, 1 invalid, whole run: at most 13 s left",
     ]

@@ -51,9 +51,12 @@ class Processes(Generic[J]):
             self._pool = _early.pop()
         elif (begun := helpers(_number())) is not None:
             self._pool = begun[0]
-        if self._pool is not None:
+        try:
             # with each task, or through the pipe of its start, a process would get it only when it reads
-            self._make = SharedObject(make)
+            self._make = None if self._pool is None else SharedObject(make)
+        except OSError:  # no memory, or no more open files: this process judges
+            self._pool = self._make = None
+        if self._pool is not None and self._make is not None:
             begun_by_each = [self._pool.submit(_begin, self._make.place) for _ in range(_number())]
             self._started = begun_by_each[0]
 
@@ -67,6 +70,7 @@ class Processes(Generic[J]):
         """Let a process judge a batch; None if there is none, or none has started yet, or this is a fork."""
         if self._pool is None or (starting := self.starting()) is None or not starting.done():
             return None
+        assert self._make is not None
         return self._pool.submit(_work, self._make.place, work, batch)
 
     def stop(self) -> None:

@@ -180,7 +180,7 @@ class Beside(Silent):
     def stage(self, name: str, total: int, done: int = 0) -> None:
         self._shown.took_up(name, done)
         if done < total:
-            self._shown.status(f"{name}: {total - done}, beside the next stage")
+            self._shown.status(f"{name}: {total - done} responses, beside the next stage")
 
     def update(self, generated: int = 0, judged: int = 0, unscored: int = 0, invalid: int = 0) -> None:
         self._shown.count(generated, unscored, invalid)

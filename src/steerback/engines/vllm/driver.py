@@ -190,8 +190,8 @@ class Driver:
                 **job.sampling,
                 output_kind=RequestOutputKind.FINAL_ONLY,
                 extra_args=None if job.ticket.empty else job.ticket.as_args(),
-                skip_clone=True,  # no other request uses these, so vLLM need not copy them deeply
             )
+            params.skip_clone = True  # no other request uses these, so vLLM need not copy them deeply
             prompt: dict[str, object] = {"prompt_token_ids": list(job.token_ids)}
             if (salt := job.ticket.salt(len(job.token_ids))) is not None:
                 prompt["cache_salt"] = salt

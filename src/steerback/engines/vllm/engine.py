@@ -318,11 +318,8 @@ class VllmEngine:
         )
 
     def _check(self, requests: Sequence[Request]) -> list[VllmJob]:
-        if self._arguments["skip_tokenizer_init"] and (asking := [r.key for r in requests if r.sampling.stop]):
-            raise SteerbackError(
-                f"request {asking[0]!r} has stop strings, which need vLLM's tokenizer: start this engine with "
-                "stop_strings=true"
-            )
+        if self._arguments["skip_tokenizer_init"]:
+            jobs.check_stops(requests)
         return [
             jobs.job_of(where, request, self.settings, self._loaded, self._adapter)
             for where, request in checked(requests, self.settings.site)

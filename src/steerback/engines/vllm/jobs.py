@@ -6,6 +6,7 @@ A request that a worker cannot handle is refused with one line that names the fi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from steerback.engines import checks
@@ -53,6 +54,15 @@ def job_of(
         "detokenize": bool(sampling.stop),
     }
     return VllmJob(ticket, prompt, fields, adapter)
+
+
+def check_stops(requests: Sequence[Request]) -> None:
+    """Raise SteerbackError for a request with stop strings, to an engine that was started without them."""
+    if asking := [request.key for request in requests if request.sampling.stop]:
+        raise SteerbackError(
+            f"request {asking[0]!r} has stop strings, which need vLLM's tokenizer: start this engine with "
+            "stop_strings=true"
+        )
 
 
 def check_length(settings: TableSettings, where: str, prompt: int, new: int) -> None:
