@@ -374,3 +374,23 @@ def test_responses_that_were_read_before_get_the_same_verdicts_and_windows(monke
     for _ in range(2):
         assert judge._window_batch(batch) == [windows for _, windows in expected]
         assert judge.judge_batch(batch) == [verdict for verdict, _ in expected]
+
+
+def test_the_fingerprint_covers_the_contexts_of_latents_in_any_order() -> None:
+    known = references(load("dev"))
+    contexts = {3: ("a wave", "a tide"), 12: ("a wall",), "north": ("a pole",)}
+
+    def fingerprint(contexts: dict[Any, tuple[str, ...]]) -> str:
+        judge = offline.OfflineJudge()
+        judge._references = replace(known, contexts=contexts)
+        return judge.fingerprint
+
+    assert fingerprint(contexts) == fingerprint(dict(reversed(contexts.items())))
+    others = (
+        {},
+        contexts | {12: ("a wall", "")},
+        contexts | {12: ("a Wall",)},
+        contexts | {3: ("a tide", "a wave")},
+        {4: contexts[3], 12: contexts[12], "north": contexts["north"]},
+    )
+    assert len({fingerprint(contexts), *map(fingerprint, others)}) == 1 + len(others)

@@ -61,12 +61,14 @@ def tools(cached: bool = True, quiet: bool = False, head: str = "") -> Iterator[
             yield progress, cache
 
 
-def import_for_later(judge: str) -> None:
-    """Import what judging and drawing need; it takes seconds."""
+def begin_early(judge: str, target: Target) -> None:
+    """Import and read what selecting, judging and drawing need; it takes seconds."""
     if judge.startswith("offline"):
         start_early("steerback.judging.relevance")
     for name in ("steerback.judging.relevance", "steerback.figures.recovery", "matplotlib.backends.backend_pdf"):
         import_module(name)
+    target.labels()  # both are kept
+    target.contexts()
 
 
 class KeptEngine:
@@ -87,10 +89,8 @@ class KeptEngine:
         if self._engine is None or self._made_with != made_with:
             self.close()  # two engines would not fit on one GPU
             progress.status(f"loading {target.name} into {job.config.engine}")
-            log, work = (
-                START_LOG.set(folder / "engine.log"),
-                WHILE_STARTING.set(partial(import_for_later, job.config.judge)),
-            )
+            log = START_LOG.set(folder / "engine.log")
+            work = WHILE_STARTING.set(partial(begin_early, job.config.judge, target))
             try:
                 self._engine, self._made_with = job.makers.engine(target, job.engine), made_with
             finally:

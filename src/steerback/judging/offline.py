@@ -14,7 +14,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from importlib import resources
 from typing import TYPE_CHECKING, TypeVar
 
@@ -92,7 +92,7 @@ class OfflineJudge:
                 "rubric": self.rubric,
                 "code": _code_hash(),
                 "responses": {p: list(r) for p, r in self._references.responses.items()},
-                "contexts": {str(k): list(c) for k, c in self._references.contexts.items()},
+                "contexts": _hash_of_contexts(tuple((str(k), *c) for k, c in self._references.contexts.items())),
             }
             self._fingerprint = digest(body)  # cached, because every verdict needs it
         return self._fingerprint
@@ -277,6 +277,11 @@ def _cut(text: str, prompt: str, judge: str) -> list[tuple[Restart, int, list[Sp
     ends = [*(r.start for r in restarts[1:]), len(text)]
     pairs = zip(restarts, ends, strict=True)
     return [(r, end, [Span(r.end + s.start, r.end + s.end) for s in sentences(text[r.end : end])]) for r, end in pairs]
+
+
+@lru_cache(2)  # half a second for the contexts of 16,384 latents, and the runs of a campaign share them
+def _hash_of_contexts(contexts: tuple[tuple[str, ...], ...]) -> str:
+    return digest(sorted(contexts))
 
 
 @cache

@@ -69,8 +69,11 @@ def read_dead(folder: Path) -> frozenset[int]:
 def read_contexts(folder: Path) -> dict[LatentKey, tuple[str, ...]]:
     """Return top-activating snippets by latent from contexts.json; empty if there is no such file."""
     path = folder / "contexts.json"
-    if not path.is_file():
-        return {}
+    return dict(_contexts(path)) if path.is_file() else {}
+
+
+@until_changed  # each run of a campaign asks for them
+def _contexts(path: Path) -> Mapping[LatentKey, tuple[str, ...]]:
     loaded = readers.read_json_table(path, "contexts")
     try:
         return {int(index): tuple(map(str, _list(texts))) for index, texts in loaded.items()}
