@@ -376,6 +376,24 @@ def test_responses_that_were_read_before_get_the_same_verdicts_and_windows(monke
         assert judge.judge_batch(batch) == [verdict for verdict, _ in expected]
 
 
+def test_without_shared_memory_this_process_judges(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(processes, "CORES", 1)
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "2")
+    monkeypatch.setattr(processes, "SharedObject", full)
+    monkeypatch.setattr(offline, "_models", {})
+    monkeypatch.setattr(offline, "_processes", {})
+    judge, items = offline.OfflineJudge(), [c.item for c in compose(load("dev"))][:5]
+    judge.prepare(replace(references(load("dev")), expected=1000))
+
+    async def verdicts() -> list[Judgement]:
+        return [verdict async for _, verdict in judge.judge(items)]
+
+    assert asyncio.run(verdicts()) == judge.judge_batch(items)
+
+
 def test_the_fingerprint_covers_the_contexts_of_latents_in_any_order() -> None:
     known = references(load("dev"))
     contexts = {3: ("a wave", "a tide"), 12: ("a wall",), "north": ("a pole",)}

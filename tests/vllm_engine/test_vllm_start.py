@@ -258,6 +258,20 @@ def test_stop_strings_need_an_engine_that_was_started_for_them(pretend: dict[str
     assert [job.sampling["stop"] for job in ready._check([request])] == [["x"]]
 
 
+def test_on_a_gpu_an_engine_has_two_processes_and_the_user_may_choose_one(
+    pretend: dict[str, Any], target: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend["edited"] = (prompt_tokens(target), 2)
+    for asked in (module, loading):
+        monkeypatch.setattr(asked, "gpus", lambda: 1)
+    usual = VllmEngine(target, VllmOptions(batch_size=8, max_model_len=256))._arguments
+    assert usual["distributed_executor_backend"] == "mp"
+    assert usual["compilation_config"] == {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]}
+    mine = {"distributed_executor_backend": "uni", "compilation_config": {"mode": 0}}
+    changed = VllmEngine(target, VllmOptions(batch_size=8, max_model_len=256, options=mine))._arguments
+    assert {key: changed[key] for key in mine} == mine
+
+
 @pytest.mark.parametrize(("rows", "most"), [(512, 512), (256, 512), (128, 256), (3, 4)])
 def test_the_largest_batches_of_a_gpu_have_a_graph(rows: int, most: int) -> None:
     sizes = [n for n in loading.graph_sizes(rows) if isinstance(n, int)]

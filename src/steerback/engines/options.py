@@ -180,6 +180,11 @@ ENGINES: Mapping[str, type[EngineOptions]] = {
 }
 
 
+def has_one_queue(options: EngineOptions) -> bool:
+    """Return True if an engine takes the requests of several callers at a time, in one queue."""
+    return isinstance(options, VllmOptions)
+
+
 def parse_options(engine: str, values: Mapping[str, object], batch_size: int | None = None) -> EngineOptions:
     """Return the checked options of an engine; options that are None keep their default.
 

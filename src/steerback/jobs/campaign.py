@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from steerback.config import RunConfig, parse_config
 from steerback.engines.base import finish
-from steerback.engines.options import VllmOptions
+from steerback.engines.options import has_one_queue
 from steerback.errors import SteerbackError
 from steerback.figures.tables import terminal_width
 from steerback.jobs import execute, side_by_side
@@ -159,13 +159,13 @@ TOGETHER = 3
 
 
 def can_overlap(jobs: Sequence[PreparedRun | None]) -> bool:
-    """Return True if one engine takes the requests of all steps at a time: vLLM, which has one queue for all.
+    """Return True if one engine takes the requests of all steps at a time.
 
     A step with adapters changes what the engine serves, and a step with other options needs another engine.
     """
     valid = [job for job in jobs if job is not None]
     shared = all(job.engine == valid[0].engine and not any(t.adapter for t in job.targets) for job in valid)
-    return len(valid) == len(jobs) > 1 and shared and isinstance(valid[0].engine, VllmOptions)
+    return len(valid) == len(jobs) > 1 and shared and has_one_queue(valid[0].engine)
 
 
 @dataclass
@@ -186,7 +186,7 @@ class _Kept:
     def analyst(self) -> Executor | None:
         """The process that analyses steps; its first use starts it, after the engine, which may be a fork."""
         started = helpers(1)
-        return self.overlap.enter_context(started[0]) if self.overlap and started else None
+        return self.overlap.enter_context(started) if self.overlap and started else None
 
     async def measure(self, steps: Sequence[Step], target: str, heads: Mapping[Path, str]) -> None:
         """Measure a target in all steps, in order; each begins when the step that it needs has been measured."""

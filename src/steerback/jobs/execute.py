@@ -18,7 +18,7 @@ from steerback.config import Settings
 from steerback.data import paper_files
 from steerback.engines import EngineOptions
 from steerback.engines.base import START_LOG, WHILE_STARTING, EngineStopped, Serves, finish
-from steerback.engines.options import VllmOptions
+from steerback.engines.options import has_one_queue
 from steerback.errors import SteerbackError
 from steerback.experiments import make_experiment
 from steerback.experiments.base import Experiment
@@ -218,7 +218,7 @@ async def _target(
     opened.write_manifest(parts)
     try:
         floor = await floor_trials(study) if job.experiment.reports_rates else []
-        if isinstance(job.engine, VllmOptions):  # its one queue takes the floor and the experiment together
+        if has_one_queue(job.engine):  # the floor and the experiment together keep it busy
             beside = replace(bench, progress=progress.beside())
             await all_or_none([measure_floor(beside, floor, target.name), job.experiment.run(study)])
         else:

@@ -279,7 +279,7 @@ def _cut(text: str, prompt: str, judge: str) -> list[tuple[Restart, int, list[Sp
     return [(r, end, [Span(r.end + s.start, r.end + s.end) for s in sentences(text[r.end : end])]) for r, end in pairs]
 
 
-@lru_cache(2)  # half a second for the contexts of 16,384 latents, and the runs of a campaign share them
+@lru_cache(2)  # the contexts of 16,384 latents take up to half a second, and the runs of a campaign share them
 def _hash_of_contexts(contexts: tuple[tuple[str, ...], ...]) -> str:
     return digest(sorted(contexts))
 

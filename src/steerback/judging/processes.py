@@ -26,8 +26,8 @@ _early: list[Executor] = []
 
 def start_early(module: str) -> None:
     """Start processes that import a module. The next `Processes` use them, and begin seconds earlier."""
-    if not _early and (begun := helpers(_number(), partial(import_module, module))) is not None:
-        _early.append(begun[0])
+    if not _early and (started := helpers(_number(), partial(import_module, module))) is not None:
+        _early.append(started)
 
 
 def _number() -> int:
@@ -45,20 +45,17 @@ class Processes(Generic[J]):
     def __init__(self, make: Callable[[], J]) -> None:
         """Start them; each makes its judge by a call of `make`, which is pickled."""
         self._parent = os.getpid()
-        self._pool: Executor | None = None
+        self._pool = _early.pop() if _early else helpers(_number())
         self._started: Future[None] | None = None
-        if _early:
-            self._pool = _early.pop()
-        elif (begun := helpers(_number())) is not None:
-            self._pool = begun[0]
+        if self._pool is None:
+            return
         try:
-            # with each task, or through the pipe of its start, a process would get it only when it reads
-            self._make = None if self._pool is None else SharedObject(make)
+            self._make = SharedObject(make)  # each process reads it, so that this one need not send it to each
         except OSError:  # no memory, or no more open files: this process judges
-            self._pool = self._make = None
-        if self._pool is not None and self._make is not None:
-            begun_by_each = [self._pool.submit(_begin, self._make.place) for _ in range(_number())]
-            self._started = begun_by_each[0]
+            self._pool = None
+        else:
+            first, *_ = [self._pool.submit(_begin, self._make.place) for _ in range(_number())]
+            self._started = first
 
     def starting(self) -> Future[None] | None:
         """Return what is done when the first process has its judge; None if there are none, or if this is a fork."""
@@ -70,7 +67,6 @@ class Processes(Generic[J]):
         """Let a process judge a batch; None if there is none, or none has started yet, or this is a fork."""
         if self._pool is None or (starting := self.starting()) is None or not starting.done():
             return None
-        assert self._make is not None
         return self._pool.submit(_work, self._make.place, work, batch)
 
     def stop(self) -> None:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -73,11 +73,10 @@ def shared_object(place: tuple[int, int]) -> Any:
         return pickle.load(file)
 
 
-def helpers(number: int, begin: Callable[[], object] = os.getpid) -> tuple[Executor, Future[int]] | None:
+def helpers(number: int, begin: Callable[[], object] = os.getpid) -> Executor | None:
     """Start processes that each call `begin`, which is pickled; None if there can be none.
 
-    They share nothing with this process and end with it. Returns their executor, and a future that is done when the
-    first of them has begun.
+    They share nothing with this process and end with it.
     """
     from joblib.externals import loky
 
@@ -87,8 +86,9 @@ def helpers(number: int, begin: Callable[[], object] = os.getpid) -> tuple[Execu
     os.environ["PYTHONWARNINGS"] = QUIET  # a killed run would end with loky's report of its semaphores
     try:
         known = os.getpid(), begin
-        executor = loky.ProcessPoolExecutor(number, timeout=IDLE, initializer=_begin, initargs=known)
-        return executor, executor.submit(os.getpid)  # they start now, in this environment
+        executor: Executor = loky.ProcessPoolExecutor(number, timeout=IDLE, initializer=_begin, initargs=known)
+        executor.submit(os.getpid)  # they start now, in this environment
+        return executor
     except OSError:  # no semaphores or no more processes here
         return None
     finally:

@@ -347,7 +347,7 @@ class VllmEngine:
             jobs.check_length(self.settings, f"text {n}", len(ids), 1)
             if not positions:
                 continue
-            ticket = Ticket(f"activations/{n}", layer=site.layer_named(at), pool=_spans(positions), how=pool)
+            ticket = Ticket(f"activations/{n}", layer=site.layer_named(at), pool=jobs.spans(positions), how=pool)
             once = SamplingFields(max_tokens=1, temperature=0.0, detokenize=False)
             job = VllmJob(ticket, ids, once, self._adapter)
             pending.append((n, self._drivers[n % len(self._drivers)].submit(job)))
@@ -392,14 +392,3 @@ class VllmEngine:
             for token, entry in row.items():
                 out[n, token] = entry.logprob
         return out
-
-
-def _spans(positions: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Return ascending positions as [first, last + 1) pairs."""
-    out: list[list[int]] = []
-    for at in positions:
-        if out and out[-1][1] == at:
-            out[-1][1] = at + 1
-        else:
-            out.append([at, at + 1])
-    return tuple((a, b) for a, b in out)

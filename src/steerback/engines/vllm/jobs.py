@@ -127,3 +127,14 @@ def steering_fault(
     if abs(first[best] - later.get(best, -math.inf)) > 0.1:  # two equally likely tokens may change places
         return "an unsteered request differs before and after a steered one"
     return None
+
+
+def spans(positions: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Return ascending positions as [first, last + 1) pairs."""
+    out: list[list[int]] = []
+    for at in positions:
+        if out and out[-1][1] == at:
+            out[-1][1] = at + 1
+        else:
+            out.append([at, at + 1])
+    return tuple((a, b) for a, b in out)

@@ -264,6 +264,6 @@ def engine_arguments(
 
 
 def graph_sizes(rows: int) -> list[JsonValue]:
-    """Return the sizes of batches with a CUDA graph: half as many as vLLM captures, which takes half as long."""
+    """Return the sizes of batches with a CUDA graph: half as many as vLLM captures by default, for a faster start."""
     most = min(2 * rows, 512)  # as in vLLM
     return [n for n in (1, 2, 4, 8, *range(16, 256, 16), *range(256, 513, 32)) if n <= most]
