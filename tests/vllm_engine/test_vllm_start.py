@@ -266,17 +266,39 @@ def test_on_a_gpu_an_engine_has_two_processes_and_the_user_may_choose_one(
         monkeypatch.setattr(asked, "gpus", lambda: 1)
     usual = VllmEngine(target, VllmOptions(batch_size=8, max_model_len=256))._arguments
     assert usual["distributed_executor_backend"] == "mp"
-    assert usual["compilation_config"] == {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]}
+    assert usual["compilation_config"] == {"cudagraph_capture_sizes": loading.graph_sizes(8)}
     mine = {"distributed_executor_backend": "uni", "compilation_config": {"mode": 0}}
     changed = VllmEngine(target, VllmOptions(batch_size=8, max_model_len=256, options=mine))._arguments
     assert {key: changed[key] for key in mine} == mine
 
 
-@pytest.mark.parametrize(("rows", "most"), [(512, 512), (256, 512), (128, 256), (3, 4)])
-def test_the_largest_batches_of_a_gpu_have_a_graph(rows: int, most: int) -> None:
+def test_engines_that_share_a_gpu_use_the_faster_attention_unless_the_user_or_the_model_has_another(
+    pretend: dict[str, Any], target: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend["edited"] = (prompt_tokens(target), 2)
+    for asked in (module, loading):
+        monkeypatch.setattr(asked, "gpus", lambda: 1)
+
+    def attention(replicas: int, **options: Any) -> Any:
+        asked = VllmOptions(replicas=replicas, max_model_len=256, options=options)
+        return VllmEngine(target, asked)._arguments.get("attention_config")
+
+    assert (attention(1), attention(2)) == (None, {"backend": "TRITON_ATTN"})
+    assert attention(2, attention_config={"backend": "FLASH_ATTN"}) == {"backend": "FLASH_ATTN"}
+    assert (
+        loading.shared_arguments(target, VllmOptions(replicas=2), 1, compressed=True)
+        .keys()
+        .isdisjoint({"attention_config"})
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 3, 200, 256, 512, 600, 4096])
+def test_batches_of_a_gpu_have_a_graph_of_nearly_their_size(rows: int) -> None:
     sizes = [n for n in loading.graph_sizes(rows) if isinstance(n, int)]
-    assert (sizes[0], sizes[-1]) == (1, most)
-    assert max(b - a for a, b in itertools.pairwise(sizes)) <= 32
+    assert sizes == sorted(set(sizes))
+    assert (sizes[0], sizes[-1]) == (1, 2048)
+    assert min(rows, 2048) in sizes, "a full batch must have one of its own: vLLM pads no batch beyond its rows"
+    assert all(b - a <= max(32, a if b <= 256 else a / 2) for a, b in itertools.pairwise(sizes))
 
 
 def test_what_cannot_work_is_refused_before_vllm_starts(

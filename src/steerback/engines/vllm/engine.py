@@ -34,7 +34,6 @@ from steerback.engines.vllm.driver import (
 from steerback.engines.vllm.loading import (
     TESTED,
     PreparedTarget,
-    cache_of,
     device_shares,
     engine_arguments,
     gpus,
@@ -42,6 +41,7 @@ from steerback.engines.vllm.loading import (
     prepare,
     require_vllm,
     save_directions,
+    shared_arguments,
 )
 from steerback.engines.vllm.settings import TableSettings, Ticket
 from steerback.errors import VERSION, SteerbackError, one_line
@@ -105,7 +105,7 @@ class VllmEngine:
         )
         self._adapters = tuple(dict.fromkeys([*filter(None, [target.adapter]), *options.adapters]))
         own = engine_arguments(target, length, rows, options, self._adapters)
-        self._arguments = own | cache_of(target, options, available) | dict(options.options)
+        self._arguments = own | shared_arguments(target, options, available, shape.compressed) | dict(options.options)
         self._log = START_LOG.get() or make_folder(user_folder("logs")) / "vllm.log"
         shares = device_shares(replicas, options.tensor_parallel, available)
         self._drivers = self._start(shares, lambda: self._prepare(rest))

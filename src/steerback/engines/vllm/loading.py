@@ -37,16 +37,22 @@ if TYPE_CHECKING:
 
 RESERVE = 3 << 30
 """Bytes that an engine with a computed cache keeps free for activations, CUDA graphs and the worker's tables."""
+READING = (32, 64, 128, 256, 320, 384, 448, 512, 640, 768, 1024, 1280, 1536, 2048)
+"""Sizes of batches with a CUDA graph that also read prompts; vLLM leaves out those above `max_num_batched_tokens`."""
 TESTED = "0.26.0 and 0.32.0"
 """vLLM releases that were tested. With any release, every engine must pass a self-test at its start."""
 
 
 @dataclass(frozen=True)
 class TargetShape:
-    """What the worker's tables depend on; `context` is the largest number of positions."""
+    """What the worker's tables and vLLM's arguments depend on.
+
+    `context` is the largest number of positions; `compressed`: attention over compressed keys and values (MLA).
+    """
 
     site: Site
     context: int
+    compressed: bool
     sae_kind: str | None
     sae_k: int | None
 
@@ -114,19 +120,24 @@ def device_shares(replicas: int, tensor_parallel: int, available: int = 0) -> li
     return [",".join(devices[n * tensor_parallel : (n + 1) * tensor_parallel]) for n in range(replicas)]
 
 
-def cache_of(target: Target, options: VllmOptions, available: int) -> dict[str, JsonValue]:
-    """Return vLLM's arguments for the memory of engines that share a GPU: an equal part each.
+def shared_arguments(target: Target, options: VllmOptions, available: int, compressed: bool) -> dict[str, JsonValue]:
+    """Return vLLM's arguments for engines that share a GPU: an equal part of its memory each, and their attention.
 
     The size of each key-value cache is computed, so that no engine has to measure the memory that others leave: its
     part, less the target's memory, the SAE and RESERVE. It is left to vLLM if the sizes are unknown or too small.
     """
+    if options.per_gpu(available) == 1:
+        return {}
+    # Such engines generate many short texts of a small model, for which FlashAttention takes up to twice the time
+    # (LOG.md). Compressed keys and values have kernels of their own.
+    attention: dict[str, JsonValue] = {} if compressed else {"attention_config": {"backend": "TRITON_ATTN"}}
     memory, sizes = options.memory(available), [size for _, size in fit.gpus()]
     needed = target.memory()
-    if not memory or not sizes or needed is None or "gpu_memory_utilization" in options.options:
-        return memory
+    if not sizes or needed is None or "gpu_memory_utilization" in options.options:
+        return attention | memory
     part = GPU_MEMORY / options.per_gpu(available) * min(sizes)
     room = int(part) - needed - target.sae_bytes // 2 - RESERVE
-    return {**memory, "kv_cache_memory_bytes": room} if room > RESERVE // 2 else memory
+    return attention | memory | ({"kv_cache_memory_bytes": room} if room > RESERVE // 2 else {})
 
 
 def prepare(target: Target, directions: tuple[str, ...]) -> tuple[TargetShape, Callable[[], PreparedTarget]]:
@@ -152,6 +163,7 @@ def prepare(target: Target, directions: tuple[str, ...]) -> tuple[TargetShape, C
     shape = TargetShape(
         site=site_of(target, text.num_hidden_layers, text.hidden_size, sae, directions),
         context=getattr(text, "max_position_embeddings", 4096),
+        compressed=getattr(text, "kv_lora_rank", None) is not None,
         sae_kind=None if sae is None else sae.kind,
         sae_k=None if sae is None else sae.k,
     )
@@ -264,6 +276,10 @@ def engine_arguments(
 
 
 def graph_sizes(rows: int) -> list[JsonValue]:
-    """Return the sizes of batches with a CUDA graph: half as many as vLLM captures by default, for a faster start."""
-    most = min(2 * rows, 512)  # as in vLLM
-    return [n for n in (1, 2, 4, 8, *range(16, 256, 16), *range(256, 513, 32)) if n <= most]
+    """Return the sizes of batches with a CUDA graph, in tokens; larger batches wait for the CPU.
+
+    Sizes up to `rows` are for steps in which every request generates one token. vLLM captures twice as many by default,
+    which starts slower, but none for steps that also read prompts of more than 512 tokens together.
+    """
+    generating = (1, 2, 4, 8, *range(16, 256, 16), *range(256, 512, 32), *range(512, READING[-1], 128))
+    return [*(n for n in generating if n < rows), min(rows, READING[-1]), *(n for n in READING if n > rows)]
