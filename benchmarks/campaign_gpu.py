@@ -2,8 +2,8 @@
 
     python benchmarks/campaign_gpu.py TARGET --out FILE [--runs FOLDER] [--stages warm,esr,paper,stock]
 
-Stages, each written into FILE as soon as it has numbers (preset specification, offline judge). A stage may set an
-option of the engine, for example `esr:replicas=4`:
+Stages, each written into FILE as soon as it has numbers (preset specification, offline judge). A stage may set
+options of the engine, for example `esr:replicas=4` or `esr:replicas=2+batch_size=128`:
 
     warm      a short `run esr`, so that vLLM's compile cache is filled
     esr       `steerback run esr`, without cache
@@ -218,7 +218,7 @@ def main() -> None:
 
     for stage in options.stages.split(","):
         name, _, option = stage.partition(":")
-        changes, run = [f"engine_options.{option}"] if option else [], re.sub(r"\W", "-", stage)
+        changes, run = [f"engine_options.{one}" for one in option.split("+") if one], re.sub(r"\W", "-", stage)
         if name == "warm":
             run_esr(options.target, options.runs, run, [*changes, *SHORT])
         elif name == "esr":
