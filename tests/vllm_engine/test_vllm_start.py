@@ -17,6 +17,7 @@ import pytest
 import small
 import torch
 from safetensors.torch import save_file
+from transformers import DeepseekV2Config, LlamaConfig, Qwen3Config
 
 from steerback.engines.base import WHILE_STARTING
 from steerback.engines.options import VllmOptions, parse_options
@@ -285,11 +286,20 @@ def test_engines_that_share_a_gpu_use_the_faster_attention_unless_the_user_or_th
 
     assert (attention(1), attention(2)) == (None, {"backend": "TRITON_ATTN"})
     assert attention(2, attention_config={"backend": "FLASH_ATTN"}) == {"backend": "FLASH_ATTN"}
-    assert (
-        loading.shared_arguments(target, VllmOptions(replicas=2), 1, compressed=True)
-        .keys()
-        .isdisjoint({"attention_config"})
-    )
+    assert "attention_config" not in loading.shared_arguments(target, VllmOptions(replicas=2), 1, any_kernel=False)
+
+
+@pytest.mark.parametrize(
+    ("config", "any_kernel"),
+    [
+        (LlamaConfig(hidden_size=64, num_attention_heads=2), True),
+        (LlamaConfig(hidden_size=64, num_attention_heads=4), False),
+        (Qwen3Config(hidden_size=64, num_attention_heads=4, head_dim=128), True),
+        (DeepseekV2Config(hidden_size=256, num_attention_heads=2), False),
+    ],
+)
+def test_models_keep_vllms_choice_if_the_faster_attention_cannot_serve_them(config: Any, any_kernel: bool) -> None:
+    assert loading._any_kernel(config.get_text_config()) is any_kernel
 
 
 @pytest.mark.parametrize("rows", [1, 3, 200, 256, 512, 600, 4096])

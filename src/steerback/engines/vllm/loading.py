@@ -39,6 +39,8 @@ RESERVE = 3 << 30
 """Bytes that an engine with a computed cache keeps free for activations, CUDA graphs and the worker's tables."""
 READING = (32, 64, 128, 256, 320, 384, 448, 512, 640, 768, 1024, 1280, 1536, 2048)
 """Sizes of batches with a CUDA graph that also read prompts; vLLM leaves out those above `max_num_batched_tokens`."""
+LEAST_HEAD = 32
+"""Smallest size of an attention head for vLLM's Triton kernel."""
 TESTED = "0.26.0 and 0.32.0"
 """vLLM releases that were tested. With any release, every engine must pass a self-test at its start."""
 
@@ -47,12 +49,12 @@ TESTED = "0.26.0 and 0.32.0"
 class TargetShape:
     """What the worker's tables and vLLM's arguments depend on.
 
-    `context` is the largest number of positions; `compressed`: attention over compressed keys and values (MLA).
+    `context` is the largest number of positions; `any_kernel`: vLLM's Triton kernel can compute the attention.
     """
 
     site: Site
     context: int
-    compressed: bool
+    any_kernel: bool
     sae_kind: str | None
     sae_k: int | None
 
@@ -120,7 +122,14 @@ def device_shares(replicas: int, tensor_parallel: int, available: int = 0) -> li
     return [",".join(devices[n * tensor_parallel : (n + 1) * tensor_parallel]) for n in range(replicas)]
 
 
-def shared_arguments(target: Target, options: VllmOptions, available: int, compressed: bool) -> dict[str, JsonValue]:
+def _any_kernel(text: PreTrainedConfig) -> bool:
+    """Return False for compressed keys and values (MLA), which have kernels of their own, and for tiny heads."""
+    heads = getattr(text, "num_attention_heads", None) or 1
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return getattr(text, "kv_lora_rank", None) is None and size >= LEAST_HEAD
+
+
+def shared_arguments(target: Target, options: VllmOptions, available: int, any_kernel: bool) -> dict[str, JsonValue]:
     """Return vLLM's arguments for engines that share a GPU: an equal part of its memory each, and their attention.
 
     The size of each key-value cache is computed, so that no engine has to measure the memory that others leave: its
@@ -129,8 +138,8 @@ def shared_arguments(target: Target, options: VllmOptions, available: int, compr
     if options.per_gpu(available) == 1:
         return {}
     # Such engines generate many short texts of a small model, for which FlashAttention takes up to twice the time
-    # (LOG.md). Compressed keys and values have kernels of their own.
-    attention: dict[str, JsonValue] = {} if compressed else {"attention_config": {"backend": "TRITON_ATTN"}}
+    # (LOG.md).
+    attention: dict[str, JsonValue] = {"attention_config": {"backend": "TRITON_ATTN"}} if any_kernel else {}
     memory, sizes = options.memory(available), [size for _, size in fit.gpus()]
     needed = target.memory()
     if not sizes or needed is None or "gpu_memory_utilization" in options.options:
@@ -163,7 +172,7 @@ def prepare(target: Target, directions: tuple[str, ...]) -> tuple[TargetShape, C
     shape = TargetShape(
         site=site_of(target, text.num_hidden_layers, text.hidden_size, sae, directions),
         context=getattr(text, "max_position_embeddings", 4096),
-        compressed=getattr(text, "kv_lora_rank", None) is not None,
+        any_kernel=_any_kernel(text),
         sae_kind=None if sae is None else sae.kind,
         sae_k=None if sae is None else sae.k,
     )
