@@ -5,20 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from concurrent.futures import BrokenExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from steerback.errors import SteerbackError
-from steerback.judging import Judge, JudgeItem, References, make_judge, offline, processes
+from steerback.judging import Judge, JudgeItem, References, make_judge, offline
 from steerback.judging.gating import gate, opens
 from steerback.judging.offline import is_clarifying_question, score_attempt
 from steerback.judging.restarts import find_restarts
@@ -319,42 +317,6 @@ def test_loops_of_a_few_words_are_no_restarts(loop: str) -> None:
     assert len(find_restarts(start + formula, prompt)) == 1
 
 
-@pytest.mark.parametrize("early", [False, True])
-def test_other_processes_give_the_same_verdicts_and_their_end_loses_none(
-    early: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(processes, "CORES", 1)
-    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "2")
-    if early:  # while an engine starts
-        processes.start_early("steerback.judging.relevance")
-        assert len(processes._early) == 1
-    known = references(load("dev"))
-    items = [c.item for c in compose(load("dev"))][:100]
-    judge, judge_batch = offline.OfflineJudge(), offline.OfflineJudge.judge_batch
-    monkeypatch.setattr(offline, "_models", {})
-    monkeypatch.setattr(offline, "_processes", {})
-    judge.prepare(replace(known, expected=1000))
-    others = judge._processes
-    assert others is not None
-    assert not processes._early
-
-    async def verdicts() -> list[Judgement]:
-        return [verdict async for _, verdict in judge.judge(items)]
-
-    with monkeypatch.context() as elsewhere:  # the first verdicts wait for the processes; no model is built here
-        elsewhere.setattr(offline.OfflineJudge, "_model", None)
-        received = asyncio.run(verdicts())
-    assert (expected := judge.judge_batch(items)) == received
-    waiting = others.start(judge_batch, items * 50)
-    for process in psutil.Process().children(recursive=True):
-        if "popen_loky_posix" in " ".join(process.cmdline()):
-            process.kill()
-    assert waiting is not None
-    with pytest.raises(BrokenExecutor):
-        waiting.result()
-    assert asyncio.run(verdicts()) == expected
-
-
 def test_responses_that_were_read_before_get_the_same_verdicts_and_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     items = [c.item for c in compose(load("dev"))][:4]
     many = " ".join(f"The sink number {n} is old." for n in range(60))  # sentences, which are joined to windows
@@ -374,24 +336,6 @@ def test_responses_that_were_read_before_get_the_same_verdicts_and_windows(monke
     for _ in range(2):
         assert judge._window_batch(batch) == [windows for _, windows in expected]
         assert judge.judge_batch(batch) == [verdict for verdict, _ in expected]
-
-
-def test_without_shared_memory_this_process_judges(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_: object) -> None:
-        raise OSError("no space left")
-
-    monkeypatch.setattr(processes, "CORES", 1)
-    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "2")
-    monkeypatch.setattr(processes, "SharedObject", full)
-    monkeypatch.setattr(offline, "_models", {})
-    monkeypatch.setattr(offline, "_processes", {})
-    judge, items = offline.OfflineJudge(), [c.item for c in compose(load("dev"))][:5]
-    judge.prepare(replace(references(load("dev")), expected=1000))
-
-    async def verdicts() -> list[Judgement]:
-        return [verdict async for _, verdict in judge.judge(items)]
-
-    assert asyncio.run(verdicts()) == judge.judge_batch(items)
 
 
 def test_the_fingerprint_covers_the_contexts_of_latents_in_any_order() -> None:

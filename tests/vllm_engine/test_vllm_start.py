@@ -111,6 +111,12 @@ def target(tmp_path: Path) -> Any:
     return small.write(tmp_path)
 
 
+@pytest.fixture
+def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for asked in (module, loading):
+        monkeypatch.setattr(asked, "gpus", lambda: 1)
+
+
 def prompt_tokens(target: Any) -> int:
     from steerback.engines.vllm.loading import prepare
 
@@ -158,11 +164,9 @@ def test_replicas_may_share_gpus(
 
 @pytest.mark.parametrize(("bytes_of_gpu", "waits"), [(16 << 30, False), (4 << 30, True), (0, True)])
 def test_engines_on_one_gpu_start_together_if_their_memory_is_computed(
-    bytes_of_gpu: int, waits: bool, pretend: dict[str, Any], target: Any, monkeypatch: pytest.MonkeyPatch
+    bytes_of_gpu: int, waits: bool, pretend: dict[str, Any], one_gpu: None, target: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two engines that measure what is free on a GPU at the same time would each count the other's memory."""
-    for asked in (module, loading):
-        monkeypatch.setattr(asked, "gpus", lambda: 1)
     monkeypatch.setattr(loading.fit, "gpus", lambda: (("a GPU", bytes_of_gpu),) if bytes_of_gpu else ())
     pretend["edited"] = (prompt_tokens(target), 2)
     meanwhile: list[list[list[str]]] = []
@@ -260,11 +264,9 @@ def test_stop_strings_need_an_engine_that_was_started_for_them(pretend: dict[str
 
 
 def test_on_a_gpu_an_engine_has_two_processes_and_the_user_may_choose_one(
-    pretend: dict[str, Any], target: Any, monkeypatch: pytest.MonkeyPatch
+    pretend: dict[str, Any], one_gpu: None, target: Any
 ) -> None:
     pretend["edited"] = (prompt_tokens(target), 2)
-    for asked in (module, loading):
-        monkeypatch.setattr(asked, "gpus", lambda: 1)
     usual = VllmEngine(target, VllmOptions(batch_size=8, max_model_len=256))._arguments
     assert usual["distributed_executor_backend"] == "mp"
     assert usual["compilation_config"] == {"cudagraph_capture_sizes": loading.graph_sizes(8)}
@@ -274,11 +276,9 @@ def test_on_a_gpu_an_engine_has_two_processes_and_the_user_may_choose_one(
 
 
 def test_engines_that_share_a_gpu_use_the_faster_attention_unless_the_user_or_the_model_has_another(
-    pretend: dict[str, Any], target: Any, monkeypatch: pytest.MonkeyPatch
+    pretend: dict[str, Any], one_gpu: None, target: Any
 ) -> None:
     pretend["edited"] = (prompt_tokens(target), 2)
-    for asked in (module, loading):
-        monkeypatch.setattr(asked, "gpus", lambda: 1)
 
     def attention(replicas: int, **options: Any) -> Any:
         asked = VllmOptions(replicas=replicas, max_model_len=256, options=options)
@@ -286,11 +286,11 @@ def test_engines_that_share_a_gpu_use_the_faster_attention_unless_the_user_or_th
 
     assert (attention(1), attention(2)) == (None, {"backend": "TRITON_ATTN"})
     assert attention(2, attention_config={"backend": "FLASH_ATTN"}) == {"backend": "FLASH_ATTN"}
-    assert "attention_config" not in loading.shared_arguments(target, VllmOptions(replicas=2), 1, any_kernel=False)
+    assert "attention_config" not in loading.shared_arguments(target, VllmOptions(replicas=2), 1, triton=False)
 
 
 @pytest.mark.parametrize(
-    ("config", "any_kernel"),
+    ("config", "triton"),
     [
         (LlamaConfig(hidden_size=64, num_attention_heads=2), True),
         (LlamaConfig(hidden_size=64, num_attention_heads=4), False),
@@ -298,8 +298,8 @@ def test_engines_that_share_a_gpu_use_the_faster_attention_unless_the_user_or_th
         (DeepseekV2Config(hidden_size=256, num_attention_heads=2), False),
     ],
 )
-def test_models_keep_vllms_choice_if_the_faster_attention_cannot_serve_them(config: Any, any_kernel: bool) -> None:
-    assert loading._any_kernel(config.get_text_config()) is any_kernel
+def test_models_keep_vllms_choice_if_the_faster_attention_cannot_serve_them(config: Any, triton: bool) -> None:
+    assert loading.fits_triton(config.get_text_config()) is triton
 
 
 @pytest.mark.parametrize("rows", [1, 3, 200, 256, 512, 600, 4096])

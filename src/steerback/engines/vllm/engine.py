@@ -105,7 +105,7 @@ class VllmEngine:
         )
         self._adapters = tuple(dict.fromkeys([*filter(None, [target.adapter]), *options.adapters]))
         own = engine_arguments(target, length, rows, options, self._adapters)
-        self._arguments = own | shared_arguments(target, options, available, shape.any_kernel) | dict(options.options)
+        self._arguments = own | shared_arguments(target, options, available, shape.triton) | dict(options.options)
         self._log = START_LOG.get() or make_folder(user_folder("logs")) / "vllm.log"
         shares = device_shares(replicas, options.tensor_parallel, available)
         self._drivers = self._start(shares, lambda: self._prepare(rest))

@@ -49,12 +49,13 @@ TESTED = "0.26.0 and 0.32.0"
 class TargetShape:
     """What the worker's tables and vLLM's arguments depend on.
 
-    `context` is the largest number of positions; `any_kernel`: vLLM's Triton kernel can compute the attention.
+    `context` is the largest number of positions; `triton`: whether vLLM's Triton kernel can
+    compute its attention.
     """
 
     site: Site
     context: int
-    any_kernel: bool
+    triton: bool
     sae_kind: str | None
     sae_k: int | None
 
@@ -122,14 +123,16 @@ def device_shares(replicas: int, tensor_parallel: int, available: int = 0) -> li
     return [",".join(devices[n * tensor_parallel : (n + 1) * tensor_parallel]) for n in range(replicas)]
 
 
-def _any_kernel(text: PreTrainedConfig) -> bool:
-    """Return False for compressed keys and values (MLA), which have kernels of their own, and for tiny heads."""
+def fits_triton(text: PreTrainedConfig) -> bool:
+    """Return whether vLLM's Triton kernel can compute a model's attention: not with compressed keys and values (MLA),
+    which have kernels of their own, and not with heads that are too small.
+    """
     heads = getattr(text, "num_attention_heads", None) or 1
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
     return getattr(text, "kv_lora_rank", None) is None and size >= LEAST_HEAD
 
 
-def shared_arguments(target: Target, options: VllmOptions, available: int, any_kernel: bool) -> dict[str, JsonValue]:
+def shared_arguments(target: Target, options: VllmOptions, available: int, triton: bool) -> dict[str, JsonValue]:
     """Return vLLM's arguments for engines that share a GPU: an equal part of its memory each, and their attention.
 
     The size of each key-value cache is computed, so that no engine has to measure the memory that others leave: its
@@ -137,9 +140,8 @@ def shared_arguments(target: Target, options: VllmOptions, available: int, any_k
     """
     if options.per_gpu(available) == 1:
         return {}
-    # Such engines generate many short texts of a small model, for which FlashAttention takes up to twice the time
-    # (LOG.md).
-    attention: dict[str, JsonValue] = {"attention_config": {"backend": "TRITON_ATTN"}} if any_kernel else {}
+    # Such engines generate many short texts of a small model, for which FlashAttention is slower (LOG.md).
+    attention: dict[str, JsonValue] = {"attention_config": {"backend": "TRITON_ATTN"}} if triton else {}
     memory, sizes = options.memory(available), [size for _, size in fit.gpus()]
     needed = target.memory()
     if not sizes or needed is None or "gpu_memory_utilization" in options.options:
@@ -172,7 +174,7 @@ def prepare(target: Target, directions: tuple[str, ...]) -> tuple[TargetShape, C
     shape = TargetShape(
         site=site_of(target, text.num_hidden_layers, text.hidden_size, sae, directions),
         context=getattr(text, "max_position_embeddings", 4096),
-        any_kernel=_any_kernel(text),
+        triton=fits_triton(text),
         sae_kind=None if sae is None else sae.kind,
         sae_k=None if sae is None else sae.k,
     )
@@ -287,8 +289,8 @@ def engine_arguments(
 def graph_sizes(rows: int) -> list[JsonValue]:
     """Return the sizes of batches with a CUDA graph, in tokens; larger batches wait for the CPU.
 
-    Sizes up to `rows` are for steps in which every request generates one token. vLLM captures twice as many by default,
-    which starts slower, but none for steps that also read prompts of more than 512 tokens together.
+    Sizes up to `rows` are for steps in which every request generates one token, larger ones for steps that also read
+    prompts. By default vLLM captures more sizes, which takes longer, and none above 512 tokens.
     """
     generating = (1, 2, 4, 8, *range(16, 256, 16), *range(256, 512, 32), *range(512, READING[-1], 128))
     return [*(n for n in generating if n < rows), min(rows, READING[-1]), *(n for n in READING if n > rows)]
